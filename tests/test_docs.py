@@ -28,6 +28,7 @@ from conftest import LLAMA, byte_tokenizer
 from test_console import flags_of
 from unsleep import cli
 from unsleep.bake import BakeConfig
+from unsleep.cli.grid import REGISTRY
 from unsleep.core import EvalResult, Row
 from unsleep.demo import DemoConfig
 from unsleep.dictionaries.train import TrainConfig
@@ -63,7 +64,7 @@ SUBSTITUTES = {
 """What a document says → what is run in its place. Every one is used."""
 
 SMALL: Mapping[str, list[str]] = {
-    "train": ["--tokens", "512", "--features", "64", "--k", "8", "--batch", "128"],
+    "train": ["--tokens", "512", "--features", "64", "--batch", "128"],
     "find": ["--prompts", "4", "--ablate", "2", "--show", "2"],
     "edit": ["--steps", "12", "--batch", "2", "--reply-tokens", "3", "--candidates", "20"],
     "bake": ["--tolerance", "100"],
@@ -74,7 +75,7 @@ SMALL: Mapping[str, list[str]] = {
 
 MARKERS = {
     "harvest": ("manifest.json", "shard-00000.safetensors"),
-    "train": ("cfg.json", "sae_weights.safetensors"),
+    "train": ("dictionaries.json", "dictionaries.html"),
     "find": ("features.json",),
     "edit": ("edit.json",),
     "bake": ("config.json", "model.safetensors", "README.md", "unsleep.json"),
@@ -128,16 +129,13 @@ def prose(document: Path) -> str:
 
 
 def commands(block: Block) -> list[str]:
-    """A shell block's commands, one a line, with `# likewise resid.12, …` written out."""
+    """A shell block's commands, one a line."""
     found: list[str] = []
     for line in block.text.replace("\\\n", " ").splitlines():
-        command, _, comment = line.partition(" #")
+        command, _, _ = line.partition(" #")
         if not command.strip() or command.startswith("#"):
             continue
         found.append(command.strip().removeprefix("$ "))
-        if comment.strip().startswith("likewise "):
-            [site] = re.findall(r"--site resid\.(\d+)", command)
-            found += [re.sub(rf"(?<=\D){site}\b", other, command) for other in re.findall(r"resid\.(\d+)", comment)]
     return found
 
 
@@ -211,7 +209,7 @@ def parse(words: list[str]) -> None:
         return functools.wraps(stage)(lambda *args, **kwargs: 0)
 
     stages = {name: read_only(stage) for name, stage in cli.STAGES.items()}
-    assert tyro.extras.subcommand_cli_from_dict(stages, prog="unsleep", args=words) == 0
+    assert tyro.extras.subcommand_cli_from_dict(stages, prog="unsleep", args=words, registry=REGISTRY) == 0
 
 
 def make_targets() -> set[str]:

@@ -14,6 +14,7 @@ from unsleep.cli.shared import Model, Out, own_replies
 from unsleep.console import Bars, say
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries import parallel
+from unsleep.dictionaries.files.folders import Format
 from unsleep.dictionaries.sweep import Job, Setup, sweep, train_alone
 from unsleep.dictionaries.tracking import Tracker
 from unsleep.harvest import Harvest, HarvestConfig, open_harvest, streamed
@@ -67,6 +68,7 @@ def train(
     config: OmitArgPrefixes[Grid] = ONE,
     device: str = "cpu",
     tracker: Tracker | None = None,
+    format: Format = "saelens",
     json: bool = False,
 ) -> int:
     """Train dictionaries (sparse autoencoders, transcoders) on the activations of one Site or many.
@@ -78,20 +80,20 @@ def train(
     Args:
         harvests: Folders made by `unsleep harvest`; several are pooled.
         site: Such as resid.12; several are trained one after the other, `all` is every Site of the harvests.
-        out: Folder for the dictionary, in SAELens' layout; where there are several, for a folder each and
+        out: Folder for the dictionary; where there are several, for a folder each and
             dictionaries.html. The same command goes on where an interrupted one ended.
         target: The Site that a transcoder rebuilds; one for all or one for each Site.
         device: Such as cuda.
         tracker: Send what each step measures to an experiment tracker that is installed.
+        format: The library in whose layout dictionaries are saved.
         json: Print the fit as JSON.
     """
-    opened = [open_harvest(h) for h in harvests]
-    jobs = _jobs(opened, site, target)
     configs = config.configs
+    jobs = _jobs([open_harvest(h) for h in harvests], site, target)
     alone = len(jobs) == len(configs) == 1
     with parallel.joined(device) as place:
         first = parallel.place()[0] == 0
-        setup = Setup(place, tracker, out.with_name(f"{out.name}.runs"))
+        setup = Setup(place, tracker, out.with_name(f"{out.name}.runs"), format)
         with Bars() as bars:
             report = bars if first else None
             measured = train_alone(jobs[0], configs, out, setup, report) if alone else None

@@ -16,12 +16,17 @@ REGISTRY = ConstructorRegistry()
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings that are trained in one pass over the activations, by the name of their variant."""
+    """Settings of a training, those of `LETTERS` with a sequence of values."""
 
-    configs: dict[str, TrainConfig]
+    settings: dict[str, Any]
+
+    @property
+    def configs(self) -> dict[str, TrainConfig]:
+        """What is trained in one pass over the activations, by the name of its variant; raises as `variants` does."""
+        return variants(self.settings)
 
 
-ONE = Grid(variants({}))
+ONE = Grid({})
 """The defaults."""
 
 
@@ -37,4 +42,4 @@ def flags(info: StructTypeInfo) -> StructConstructorSpec | None:
         else field
         for field in cast("StructConstructorSpec", found).fields
     ]
-    return StructConstructorSpec(lambda **given: Grid(variants(given)), tuple(settings))
+    return StructConstructorSpec(lambda **given: Grid(given), tuple(settings))

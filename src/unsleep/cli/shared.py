@@ -8,10 +8,12 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from unsleep import store
 from unsleep.core import BadInput, PromptSet, Report
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
+from unsleep.dictionaries.sweep import read_sweep
 from unsleep.models import generate
 from unsleep.models.load import LoadedModel
 
@@ -45,10 +47,13 @@ def load_dictionaries(folders: Sequence[Path]) -> list[Coder]:
 
 
 def _one_each(folder: Path) -> list[Path]:
-    """The dictionaries inside a folder that is none itself; otherwise the folder."""
+    """The dictionaries of a training in a folder, or those inside one that is none itself; otherwise the folder."""
+    if (folder / "dictionaries.json").is_file():
+        rows = read_sweep(folder)["dictionaries"]
+        places = [store.inside(folder, row["site"], "Site") / row["variant"] for row in rows]
+        if several := [place for place, row in zip(places, rows, strict=True) if row["variant"]]:
+            raise BadInput(f"{folder} holds several dictionaries a Site; name one of each, such as {several[0]}")
+        return places or [folder]
     if (folder / CONFIG).is_file() or not folder.is_dir():
         return [folder]
-    if variants := sorted(path.parent for path in folder.glob(f"*/*/{CONFIG}")):
-        names = ", ".join(map(str, variants[:4]))
-        raise BadInput(f"{folder} holds several dictionaries a Site ({names} …); name one of each Site")
     return sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) or [folder]

@@ -113,7 +113,11 @@ class Crosscoder:
 
     def of(self, model: int) -> BatchTopK:
         """The same as a transcoder: reads all models' activations side by side, rebuilds those of one."""
-        return self._view(self.W_dec[model], self.b_dec[model], self.site)
+        return self._each[model]
+
+    @cached_property
+    def _each(self) -> list[BatchTopK]:
+        return [self._view(w_dec, b_dec, self.site) for w_dec, b_dec in zip(self.W_dec, self.b_dec, strict=True)]
 
     def _view(
         self, w_dec: Float[Tensor, "feature d_out"], b_dec: Float[Tensor, " d_out"], target: Site | None
@@ -317,8 +321,9 @@ def latent_scaling(
     for i in range(len(beside.sizes)):
         for x in beside.read(i).split(batch):
             parts = x.unflatten(1, (2, -1))
-            found = crosscoder.encode(parts[:, 0], parts[:, 1]).double()
+            found = crosscoder.encode(parts[:, 0], parts[:, 1])
             code = sparse.code_where(found, found > 0)
+            code = code._replace(values=code.values.double())
             square.index_add_(0, code.ids, code.values.square())
             fired += torch.bincount(code.ids, minlength=len(fired))
             for m in (0, 1):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +27,11 @@ from unsleep.dictionaries import parallel
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import save_dictionary
+from unsleep.dictionaries.files.folders import Format
 from unsleep.dictionaries.metrics import EDGES, Fit, fit
 from unsleep.dictionaries.tracking import Tracker, check_tracker, tracked
 from unsleep.dictionaries.train import train_many
+from unsleep.dictionaries.trainer import Trainer
 
 SCHEMA = "unsleep.dictionaries/1"
 
@@ -111,6 +114,8 @@ class Setup:
     tracker: Tracker | None = None
     logs: Path = Path("runs")
     """Folder for a tracker that writes files."""
+    format: Format = "saelens"
+    """Layout in which dictionaries are saved."""
 
     def __post_init__(self) -> None:
         try:
@@ -151,6 +156,16 @@ def train_site(
     return [Trained(d, fit(d.to(torch.float32, setup.device), source, target)) for d in dictionaries]
 
 
+def _check_savable(job: Job, configs: Mapping[str, TrainConfig], format: Format) -> None:
+    """Save a small dictionary of each kind, so that one that the format cannot hold is refused before it is trained."""
+    sample = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    target = None if job.target is None else sample
+    for config in configs.values():
+        kind = Trainer(sample, config, target).dictionary(job.source, None, job.target and job.target.site)
+        with tempfile.TemporaryDirectory() as folder:
+            save_dictionary(kind, Path(folder) / "dictionary", format=format)
+
+
 def _thinned(stream: ActivationStream) -> ActivationStream:
     """Every so many tokens of each piece."""
     stride = max(1, stream.tokens // MEASURED)
@@ -167,10 +182,11 @@ def train_alone(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists already; choose another place or remove it first")
+    _check_savable(job, configs, setup.format)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     trained = train_site(job, configs, checkpoint, setup, report)
     for one in trained:
-        save_dictionary(one.dictionary, out)
+        save_dictionary(one.dictionary, out, format=setup.format)
         store.remove(checkpoint)
     return trained[0].fit if trained else None
 
@@ -188,6 +204,8 @@ def sweep(
     folders that no sweep left.
     """
     record, missing = _begun(jobs, configs, out)
+    for job in missing:
+        _check_savable(job, configs, setup.format)
     parallel.total(torch.zeros(1, device=setup.device))  # all processes have looked before the first one writes
     if parallel.place()[0] == 0:
         store.write_json(out / "dictionaries.json", record)
@@ -200,13 +218,22 @@ def sweep(
         seconds = round(time.monotonic() - start, 1)
         with store.new_folder(out / job.name, replace=True) as scratch:
             for name, one in zip(configs, trained, strict=True):
-                save_dictionary(one.dictionary, scratch / name, replace=True)
+                save_dictionary(one.dictionary, scratch / name, format=setup.format, replace=True)
             rows = [_row(job, name, c, one.fit) for (name, c), one in zip(configs.items(), trained, strict=True)]
             record["dictionaries"] = [r for r in record["dictionaries"] if r["site"] != job.name]
             record["dictionaries"] += [{**row, "seconds": seconds} for row in rows]
             store.write_json(out / "dictionaries.json", record)
         store.remove(checkpoint)
     return record
+
+
+def read_sweep(out: Path) -> dict[str, Any]:
+    """dictionaries.json of a folder; raises `BadInput` where it is missing or damaged."""
+    path = out / "dictionaries.json"
+    found = store.read_record(path, SCHEMA, RECORD)
+    for i, row in enumerate(found["dictionaries"]):
+        store.fields_of(row, ROW, f"{path}: dictionaries[{i}]")
+    return found
 
 
 def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -> tuple[dict[str, Any], list[Job]]:
@@ -226,16 +253,14 @@ def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -
     }
     path = out / "dictionaries.json"
     if path.is_file():
-        found = store.read_record(path, SCHEMA, RECORD)
+        found = read_sweep(out)
         for key, value in made_from.items():
             if found[key] != value:
                 raise BadInput(f"{out} holds dictionaries of other {key}; choose another place or remove it first")
         record["dictionaries"] = found["dictionaries"]
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists already; choose another place or remove it first")
-    targets: dict[str, str | None] = {}
-    for i, row in enumerate(record["dictionaries"]):
-        targets[store.fields_of(row, ROW, f"{path}: dictionaries[{i}]")["site"]] = row.get("target")
+    targets: dict[str, str | None] = {row["site"]: row.get("target") for row in record["dictionaries"]}
     missing: list[Job] = []
     for job in jobs:
         target = None if job.target is None else str(job.target.site)

@@ -28,9 +28,7 @@ def check_tracker(tracker: Tracker) -> None:
     try:
         from accelerate.tracking import get_available_trackers
     except ImportError:
-        raise BadInput(
-            f"tracker {tracker!r} needs accelerate, which is not installed; pip install accelerate"
-        ) from None
+        raise BadInput(f"tracker {tracker} needs accelerate, which is not installed; pip install accelerate") from None
     if tracker not in [str(known) for known in get_available_trackers()]:
         raise BadInput(f"tracker {tracker} is not installed; pip install {tracker}")
 

@@ -34,6 +34,9 @@ GAP = 13.0
 MOST = 12
 """Curves with labels in a chart."""
 
+CROWD = 32
+"""Points of a curve over which they are drawn smaller."""
+
 DIGITS = (1, 2, 5)
 """First digits of the marks on a logarithmic axis."""
 
@@ -85,10 +88,10 @@ def axis(values: Sequence[float], name: str, *, log: bool = False) -> Axis:
         low, high = least / 1.15, most * 1.15
         own = sorted({round(v) for v in values})
         if len(own) <= 7 and own[0] > 0 and all(b / a > 1.3 for a, b in pairwise(own)):
-            return Axis(low, high, tuple(map(float, own)), name, is_log=True)
+            return Axis(low, high, tuple(map(float, own)), f"{name} (log)", is_log=True)
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         marks = [digit * 10.0**power for power in powers for digit in DIGITS]
-        return Axis(low, high, tuple(m for m in marks if low <= m <= high), name, is_log=True)
+        return Axis(low, high, tuple(m for m in marks if low <= m <= high), f"{name} (log)", is_log=True)
     low, high = svg.spread(values, zero=True)
     return Axis(low, high, tuple(svg.ticks(low, high)), name)
 
@@ -139,12 +142,13 @@ def chart(
         if len(curve.path) > 1:
             line = path([place(d) for d in curve.path])
             parts.append(el("path", el("title", curve.label), d=line, class_=f"curve {curve.colour}"))
+    size = 0.6 if max(len(curve.dots) for curve in curves) <= CROWD else 0.4
     for curve in curves:
-        parts += [dot(d, place(d), curve.colour) for d in curve.dots]
+        parts += [dot(d, place(d), curve.colour, size) for d in curve.dots]
     ends = [place(curve.path[-1]) for curve in curves]
     heights = apart([b for _, b in ends], GAP, TOP, HEIGHT - BOTTOM)
     for curve, end, height in zip(curves, ends, heights, strict=True):
-        parts += label(curve, end, (width - RIGHT + 14, height))
+        parts += label(curve, end, (float(width - RIGHT + 14), height))
     said = "; ".join(f"{curve.label}: {', '.join(d.said for d in curve.dots)}" for curve in curves)
     return svg.figure(title, said, name, *parts, viewBox=f"0 0 {width} {HEIGHT}", class_="curves")
 
@@ -154,7 +158,7 @@ def path(places: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
 
 
-def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def apart(wanted: Sequence[float], gap: Number, low: Number, high: Number) -> list[float]:
     """Places as near to the wanted ones as a gap between any two and the two ends allow, in the same order.
 
     Labels that would touch become a block, which stands where its members want to be on average.
@@ -199,9 +203,9 @@ def frame(x: Axis, y: Axis, width: int) -> list[Markup]:
     return out
 
 
-def dot(one: Dot, place: tuple[float, float], colour: str) -> Markup:
+def dot(one: Dot, place: tuple[float, float], colour: str, size: float) -> Markup:
     """A point with its figures as a tooltip, and room to point at it."""
-    shape = el("path", d=svg.MARK_PATHS[one.shape], transform="scale(0.6)", class_=f"mark {colour}")
+    shape = el("path", d=svg.MARK_PATHS[one.shape], transform=f"scale({size})", class_=f"mark {colour}")
     hit = el("circle", r=7, class_="hit")
     at = f"translate({place[0]:.1f} {place[1]:.1f})"
     return el("g", el("title", one.said), hit, shape, transform=at, class_="lane")

@@ -132,6 +132,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "depth": depth_scale(rows),
         "layers": by_layer(rows),
         "table": [line_of(r) for r in rows],
+        "variants": any(r.measured["variant"] for r in rows),
         "rates": f"{power_of_ten(edges[0])} to {power_of_ten(edges[-1])}" if edges else "",
         "provenance": tree(record["provenance"]),
     }
@@ -194,7 +195,7 @@ def group_of(row: Row) -> str:
     return "resid" if row.site.point == "embed" else row.site.point
 
 
-def shade(place: float, low: float, high: float) -> str:
+def shade(place: text.Number, low: text.Number, high: text.Number) -> str:
     """The colour class of a place on a scale."""
     share = (place - low) / (high - low) if high > low else 0.5
     return f"shade-{round(share * (SHADES - 1))}"
