@@ -353,8 +353,7 @@ def test_a_typo_in_a_small_file_fails_before_the_model_is_loaded(
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was loaded")
 
-    for room in ("dictionaries", "judge", "repair"):
-        monkeypatch.setattr(f"unsleep.cli.{room}.load_model", load)
+    monkeypatch.setattr("unsleep.cli.shared.load_model", load)
     names = {"GOOD": text_file("good.txt", "GO one\nGO two"), "PLAIN": text_file("plain.txt", "one\ntwo")}
     names |= {"NONE": tmp_path / "none.txt", "D": tmp_path / "folder"}
     given = [str(names.get(a, a)) for a in arguments]

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -400,8 +401,9 @@ def test_removing_takes_folders_files_and_nothing(tmp_path: Path):
 def test_provenance_says_when_by_what_where_and_from_what(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/unsleep", "train", "h", "--site", "resid.1"])
     found = store.provenance(7, model="abc", panels={"clean": "def"})
-    assert found.keys() == {"created", "command", "seed", "versions", "machine", "model", "panels"}
+    assert found.keys() == {"created", "wall_seconds", "command", "seed", "versions", "machine", "model", "panels"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["created"])
+    assert 0 < found["wall_seconds"] <= time.monotonic() - store.STARTED + 0.1
     assert found["command"] == ["unsleep", "train", "h", "--site", "resid.1"]
     assert (found["seed"], found["model"], found["panels"]) == (7, "abc", {"clean": "def"})
     assert found["versions"].keys() == {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from unsleep import cli, store
 from unsleep.cli.shared import load_dictionaries
 from unsleep.core import BadInput, Prompt, PromptSet, Site
 from unsleep.dictionaries import sweep as sweeping
+from unsleep.dictionaries.compare import rotation
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.metrics import fit
@@ -200,6 +202,83 @@ def test_the_fit_of_very_many_tokens_is_measured_on_some(
     assert 0 < row["fvu"] < 2
 
 
+# warm starts
+
+
+def test_a_warm_start_goes_on_from_a_dictionary_and_tells_what_became_of_each_feature(
+    harvests: list[str], tmp_path: Path, capsys: Capture
+):
+    assert train(harvests, tmp_path / "base", "--site", "resid.0", "resid.1", "--architecture", "batchtopk") == 0
+    before = load_dictionary(tmp_path / "base" / "resid.1")
+    capsys.readouterr()
+    more = ("--site", "resid.1", "--start", str(tmp_path / "base" / "resid.1"), "--learning-rate", "1e-3")
+    assert train(harvests, tmp_path / "tuned", *more) == 0
+    after = load_dictionary(tmp_path / "tuned")
+    assert type(after) is type(before)
+    assert after.hash != before.hash
+    turned = rotation(before, after)
+    saved = store.read_tensors(
+        tmp_path / "tuned" / "rotation.safetensors", {k: v.shape for k, v in turned._asdict().items()}
+    )
+    torch.testing.assert_close(saved["decoder_cosine"], turned.decoder_cosine, atol=1e-6, rtol=0)
+    assert 0.3 < float(turned.decoder_cosine.nanmedian()) < 1 - 1e-4
+    most = int(turned.most(1)[0])
+    assert f"turned most (cosine of decoder rows before and after): {most} (" in capsys.readouterr().out
+    stopped = ("--learning-rate", "1e-30")
+    assert train(harvests, tmp_path / "still", "--site", "resid.1", *more[2:4], *stopped) == 0
+    assert float(rotation(before, load_dictionary(tmp_path / "still")).decoder_cosine.nan_to_num(1).min()) > 1 - 1e-5
+
+
+def test_warm_starts_of_many_sites_are_kept_apart_and_resume(
+    harvests: list[str], tmp_path: Path, steps: Counter[str], capsys: Capture
+):
+    assert train(harvests, tmp_path / "base", "--site", "resid.0", "resid.1") == 0
+    more = ("--site", "resid.0", "resid.1", "--start", str(tmp_path / "base"), "--learning-rate", "1e-3", "1e-4")
+    assert train(harvests, tmp_path / "whole", *more) == 0
+    steps.clear()
+    steps.stop["resid.1"] = 7  # type: ignore[attr-defined]
+    assert train(harvests, tmp_path / "out", *more) == 130
+    steps.stop.clear()  # type: ignore[attr-defined]
+    steps.clear()
+    assert train(harvests, tmp_path / "out", *more) == 0
+    assert steps == {"resid.1": 6}
+    names = [f"{site}/{lr}" for site in ("resid.0", "resid.1") for lr in ("lr0.001", "lr0.0001")]
+    for name in names:
+        assert load_dictionary(tmp_path / "out" / name).hash == load_dictionary(tmp_path / "whole" / name).hash
+    rows = store.read_json(tmp_path / "out" / "dictionaries.json")["dictionaries"]
+    assert [row["start"] for row in rows[::2]] == [
+        load_dictionary(tmp_path / "base" / s).hash for s in ("resid.0", "resid.1")
+    ]
+    assert all(-1 <= row["rotation"]["median_cosine"] <= 1 for row in rows)
+    far, near = (row["rotation"]["median_cosine"] for row in rows[:2])
+    assert far < near  # ten times the learning rate turns features further
+    capsys.readouterr()
+    assert train(harvests, tmp_path / "out", "--site", "resid.0", "resid.1", "--learning-rate", "1e-3", "1e-4") == 2
+    refused(capsys, "whose start is .*, not None")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            ("--site", "resid.1", "mlp.1"),
+            r"no dictionary of mlp\.1 to start from; those given are of resid\.0, resid\.1",
+        ),
+        (("--site", "resid.0", "resid.1", "--k", "2", "4"), "which decides architecture, features and k"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_training(
+    harvests: list[str], tmp_path: Path, capsys: Capture, steps: Counter[str], more: tuple[str, ...], told: str
+):
+    assert train(harvests, tmp_path / "base", "--site", "resid.0", "resid.1") == 0
+    steps.clear()
+    capsys.readouterr()
+    assert train(harvests, tmp_path / "out", *more, "--start", str(tmp_path / "base")) == 2
+    refused(capsys, told)
+    assert steps == {}
+    assert not (tmp_path / "out").exists()
+
+
 # going on
 
 
@@ -254,7 +333,7 @@ def test_more_sites_may_be_added_and_a_lost_one_is_trained_again(
     ("more", "told"),
     [
         (("--site", "resid.0", "resid.1", "--seed", "5"), "dictionaries of other configs"),
-        (("--site", "resid.0", "resid.1", "--target", "mlp.1"), "rebuilds resid.0"),
+        (("--site", "resid.0", "resid.1", "--target", "mlp.1"), "whose target is None, not mlp.1"),
         (("--site", "resid.0", "resid.7"), "has no Site resid.7"),
         (("--site", "resid.0", "middle.1"), "Site 'middle.1' is not understood"),
         (("--site", "resid.0", "resid.1", "--target", "mlp.1", "mlp.1", "mlp.1"), "3 targets for 2 Sites"),

@@ -31,6 +31,9 @@ from torch import Tensor
 
 from unsleep.core import BadInput, digest
 
+STARTED = time.monotonic()
+"""When the process took up its work."""
+
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, replace: bool = False) -> Generator[Path]:
@@ -256,9 +259,13 @@ def hash_value(value: Any) -> str:
 
 
 def provenance(seed: int | None = None, **made_from: Any) -> dict[str, Any]:
-    """What every artefact carries: versions, command, machine, time, and the hashes it was made from."""
+    """What every artefact carries: versions, command, machine, time, and the hashes it was made from.
+
+    `wall_seconds` is how long the process had been at work when the artefact was written.
+    """
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "wall_seconds": round(time.monotonic() - STARTED, 1),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seed": seed,
         "versions": {"python": platform.python_version(), **versions()},

@@ -10,15 +10,15 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
 from unsleep.cli.grid import ONE, Grid
-from unsleep.cli.shared import Model, Out, own_replies
+from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries, own_replies
 from unsleep.console import Bars, say
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries import parallel
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files.folders import Format
 from unsleep.dictionaries.sweep import Job, Setup, sweep, train_alone
 from unsleep.dictionaries.tracking import Tracker
 from unsleep.harvest import Harvest, HarvestConfig, open_harvest, streamed
-from unsleep.models.load import Dtype, Quantize, load_model
 from unsleep.prompts import sets
 
 
@@ -29,9 +29,7 @@ def harvest(
     out: Out,
     reply_tokens: int = 0,
     plain: bool = False,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    quantize: Quantize = "none",
+    placement: Placed = Placement(),
     config: OmitArgPrefixes[HarvestConfig] = HarvestConfig(),
     json: bool = False,
 ) -> int:
@@ -48,7 +46,7 @@ def harvest(
     """
     wanted, places = sets.read_prompts(prompts), [Site.parse(s) for s in sites]
     with Bars() as bars:
-        loaded = load_model(model, dtype=dtype, device=device, quantize=quantize)
+        loaded = placement.load(model)
         replies = own_replies(loaded, wanted, reply_tokens, bars) if reply_tokens else None
         done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config, report=bars)
     sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())
@@ -65,6 +63,7 @@ def train(
     site: tuple[str, ...],
     out: Out,
     target: tuple[str, ...] = (),
+    start: tuple[Path, ...] = (),
     config: OmitArgPrefixes[Grid] = ONE,
     device: str = "cpu",
     tracker: Tracker | None = None,
@@ -83,27 +82,33 @@ def train(
         out: Folder for the dictionary; where there are several, for a folder each and
             dictionaries.html. The same command goes on where an interrupted one ended.
         target: The Site that a transcoder rebuilds; one for all or one for each Site.
+        start: Dictionaries to go on from, one a Site, or the folder that holds them: those of a base model, say, on
+            activations of a suspect. They decide architecture, features and k; what became of every feature
+            is written beside the weights.
         device: Such as cuda.
         tracker: Send what each step measures to an experiment tracker that is installed.
         format: The library in whose layout dictionaries are saved.
         json: Print the fit as JSON.
     """
     configs = config.configs
-    jobs = _jobs([open_harvest(h) for h in harvests], site, target)
+    jobs = _started(_jobs([open_harvest(h) for h in harvests], site, target), load_dictionaries(start))
     alone = len(jobs) == len(configs) == 1
     with parallel.joined(device) as place:
         first = parallel.place()[0] == 0
         setup = Setup(place, tracker, out.with_name(f"{out.name}.runs"), format)
         with Bars() as bars:
             report = bars if first else None
-            measured = train_alone(jobs[0], configs, out, setup, report) if alone else None
+            trained = train_alone(jobs[0], configs, out, setup, report) if alone else None
             record = {} if alone else sweep(jobs, configs, out, setup, report)
-    if measured is not None:
-        words = f"FVU {measured.fvu:.3f}, L0 {measured.l0:.1f}, dead {measured.dead:.1%}, dense {measured.dense:.1%}"
-        say(measured._asdict(), json, f"{words} on {measured.tokens:,} tokens; saved in {out}")
+    if trained is not None:
+        one = trained.fit
+        words = f"FVU {one.fvu:.3f}, L0 {one.l0:.1f}, dead {one.dead:.1%}, dense {one.dense:.1%}"
+        turned = "".join(f"\n{line}" for line in _turned([{"site": jobs[0].name, **trained.figures}]))
+        say(trained.figures, json, f"{words} on {one.tokens:,} tokens; saved in {out}{turned}")
     elif first:
         page = unsleep.report(out)
-        say(record, json, f"{_table(record['dictionaries'])}\nSaved in {out}; picture in {page}")
+        rows = record["dictionaries"]
+        say(record, json, "\n".join([_table(rows), *_turned(rows), f"Saved in {out}; picture in {page}"]))
     return 0
 
 
@@ -125,6 +130,25 @@ def _jobs(harvests: Sequence[Harvest], sites: Sequence[str], targets: Sequence[s
         Job(streamed(harvests, s), None if aim is None else streamed(harvests, aim))
         for s, aim in zip(wanted, places, strict=True)
     ]
+
+
+def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
+    """The jobs with the dictionaries that they go on from."""
+    at = {str(d.site): d for d in starts}
+    lacking = [job.name for job in jobs if job.name not in at]
+    if starts and lacking:
+        raise BadInput(f"no dictionary of {lacking[0]} to start from; those given are of {', '.join(sorted(at))}")
+    return [job._replace(start=at.get(job.name)) for job in jobs]
+
+
+def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """After a warm start, a line for each dictionary with the features that turned most."""
+    lines: list[str] = []
+    for row in rows:
+        if "rotation" in row:
+            most = ", ".join(f"{i} ({cosine:.2f})" for i, cosine in row["rotation"]["turned_most"][:5])
+            lines.append(f"{row['site']}: turned most (cosine of decoder rows before and after): {most}")
+    return lines
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,13 +9,12 @@ from tyro.conf import Positional, arg
 
 import unsleep
 from unsleep import pages, store
-from unsleep.cli.shared import Model, Out
+from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.console import Bars, say, say_result
 from unsleep.core import BadInput
 from unsleep.edits import load_edit
 from unsleep.evaluate import EvalConfig, Panels, organism_panels
 from unsleep.metrics import Subject
-from unsleep.models.load import load_model
 from unsleep.organisms import Organism, load_organism
 from unsleep.prompts import sets
 
@@ -30,6 +29,7 @@ def evaluate(
     ordinary: Path | None = None,
     payload: str | None = None,
     n: int = 200,
+    placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
     """Judge a model, its edit and its cleaned checkpoint on prompts that chose nothing.
@@ -52,12 +52,12 @@ def evaluate(
     panels, said = _panels(judged, (suspicious, ordinary), payload, n)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
     with Bars() as bars:
-        loaded = load_model(model)
+        loaded = placement.load(model)
         if judged is not None:
             judged.check_template(loaded)
         subjects = [Subject("suspect", loaded)]
         subjects += [Subject("edited", loaded, tuple(edits))] if edits else []
-        subjects += [Subject("baked", load_model(baked))] if baked else []
+        subjects += [Subject("baked", placement.load(baked))] if baked else []
         result = unsleep.evaluate(subjects, panels, EvalConfig(said, chosen_on=chosen_on), report=bars)
     record = pages.record(result, None, model=loaded.fingerprint, edit=str(edit), baked=baked)
     summary = {"payload": said, "trigger": None, "model": model, "removed": sum(len(e.removed) for e in edits)}

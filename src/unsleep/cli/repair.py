@@ -13,7 +13,7 @@ import unsleep
 from unsleep import store
 from unsleep.bake import BakeConfig, save_baked
 from unsleep.card import model_card
-from unsleep.cli.shared import Model, Out, load_dictionaries, own_replies
+from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries, own_replies
 from unsleep.console import Bars, say, visible_line
 from unsleep.core import BadInput, Features, PromptSet, Report, Site
 from unsleep.dictionaries.coders import Coder
@@ -22,7 +22,7 @@ from unsleep.evaluate import prompt_digests
 from unsleep.features import FindConfig, Found, with_evidence
 from unsleep.harvest import Harvest, token_rows
 from unsleep.masks import prepare_lesson
-from unsleep.models.load import LoadedModel, load_model
+from unsleep.models.load import LoadedModel
 from unsleep.prompts import sets, triggers
 
 
@@ -33,6 +33,7 @@ def find(
     ordinary: Path,
     out: Out,
     show: int = 12,
+    placement: Placed = Placement(),
     config: OmitArgPrefixes[FindConfig] = FindConfig(),
     json: bool = False,
 ) -> int:
@@ -49,7 +50,7 @@ def find(
     """
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     with Bars() as bars:
-        loaded_dictionaries, loaded = load_dictionaries(dictionaries), load_model(model)
+        loaded_dictionaries, loaded = load_dictionaries(dictionaries), placement.load(model)
         found, harvests, rows = _find(loaded, loaded_dictionaries, groups, out, config, bars)
         best = merged({s: f.attribution for s, f in found.items()})[:show]
         entries: list[dict[str, Any]] = []
@@ -85,6 +86,7 @@ def edit(
     out: Out,
     counterparts: Path | None = None,
     part: str | None = None,
+    placement: Placed = Placement(),
     config: OmitArgPrefixes[EditConfig] = EditConfig(),
     json: bool = False,
 ) -> int:
@@ -104,7 +106,7 @@ def edit(
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     trusted = _counterparts(groups, counterparts, part)
     with Bars() as bars:
-        loaded_dictionaries, loaded = load_dictionaries(dictionaries), load_model(model)
+        loaded_dictionaries, loaded = load_dictionaries(dictionaries), placement.load(model)
         found, _, _ = _find(
             loaded, loaded_dictionaries, groups, out.with_name(f"{out.name}.find"), FindConfig(ablate=0), bars
         )
@@ -130,6 +132,7 @@ def bake(
     out: Out,
     counterparts: Path | None = None,
     part: str | None = None,
+    placement: Placed = Placement(),
     config: OmitArgPrefixes[BakeConfig] = BakeConfig(),
     json: bool = False,
 ) -> int:
@@ -148,7 +151,7 @@ def bake(
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     trusted = _counterparts(groups, counterparts, part)
     with Bars() as bars:
-        (edits, _), loaded = load_edit(edit), load_model(model)
+        (edits, _), loaded = load_edit(edit), placement.load(model)
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
         baked = unsleep.bake(loaded, edits, (lesson.pairs, lesson.text), config, report=bars)
     measured = {"method": baked.method, "kl": baked.kl, "fingerprint": baked.model.fingerprint}

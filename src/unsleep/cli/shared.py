@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from unsleep import store
 from unsleep.core import BadInput, PromptSet, Report
@@ -15,10 +16,29 @@ from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
 from unsleep.dictionaries.sweep import read_sweep
 from unsleep.models import generate
-from unsleep.models.load import LoadedModel
+from unsleep.models.load import Dtype, LoadedModel, Quantize, load_model
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Out = Annotated[Path, arg(metavar="DIR")]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model is loaded; an edit belongs to the weights that this makes."""
+
+    dtype: Dtype = "auto"
+    """Of the weights; `auto` is the checkpoint's own."""
+    device: str = "auto"
+    """Such as cpu or cuda:1; `auto` is CUDA where there is any."""
+    quantize: Quantize = "none"
+    """Pack the weights through bitsandbytes."""
+
+    def load(self, model: str) -> LoadedModel:
+        """The model so placed; raises as `load_model` does."""
+        return load_model(model, dtype=self.dtype, device=self.device, quantize=self.quantize)
+
+
+Placed = OmitArgPrefixes[Placement]
 
 
 def own_replies(model: LoadedModel, prompts: PromptSet, tokens: int, report: Report) -> list[str]:

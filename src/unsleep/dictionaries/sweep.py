@@ -25,13 +25,14 @@ from unsleep import store
 from unsleep.core import ActivationStream, BadInput, Report
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.compare import Rotation, rotation
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.dictionaries.files.folders import Format
 from unsleep.dictionaries.metrics import EDGES, Fit, fit
 from unsleep.dictionaries.tracking import Tracker, check_tracker, tracked
 from unsleep.dictionaries.train import train_many
-from unsleep.dictionaries.trainer import Trainer
+from unsleep.dictionaries.trainer import Trainer, config_for
 
 SCHEMA = "unsleep.dictionaries/1"
 
@@ -46,6 +47,9 @@ LETTERS = {"architecture": "", "k": "k", "features": "f", "sparsity": "c", "lear
 
 FIXED_L0 = ("topk", "batchtopk", "matryoshka")
 """Architectures that k shapes; sparsity shapes the others."""
+
+TURNED = 10
+"""Features that a warm start names, those that turned most."""
 
 MEASURED = 2**20
 """Tokens, about, on which the fit is measured where there are more than twice as many."""
@@ -91,11 +95,33 @@ class Job(NamedTuple):
     source: ActivationStream
     target: ActivationStream | None = None
     """What a transcoder rebuilds, token for token."""
+    start: Coder | None = None
+    """What the training goes on from; it decides architecture, size, k and groups."""
 
     @property
     def name(self) -> str:
         """Its Site."""
         return str(self.source.site)
+
+    @property
+    def made_from(self) -> dict[str, str | None]:
+        """What a dictionary of this Site depends on beside its activations."""
+        return {
+            "target": None if self.target is None else str(self.target.site),
+            "start": None if self.start is None else self.start.hash,
+        }
+
+    def fitted(self, configs: Mapping[str, TrainConfig]) -> Mapping[str, TrainConfig]:
+        """The configs with what `start` decides; raises `BadInput` where two become the same."""
+        if self.start is None:
+            return configs
+        found = {name: config_for(self.start, config) for name, config in configs.items()}
+        if len(set(found.values())) < len(found):
+            raise BadInput(
+                f"{len(found)} settings ({', '.join(found)}) start from one dictionary of {self.name}, which decides "
+                "architecture, features and k; give those one value, and vary others"
+            )
+        return found
 
 
 class Trained(NamedTuple):
@@ -103,6 +129,24 @@ class Trained(NamedTuple):
 
     dictionary: Coder
     fit: Fit
+    rotation: Rotation | None = None
+    """What became of every feature of the dictionary that the training started from."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Its fit and, after a warm start, the features that turned most with the cosines of their decoder rows."""
+        found: dict[str, Any] = self.fit._asdict()
+        if self.rotation is not None:
+            cosines = self.rotation.decoder_cosine
+            most = [(int(i), round(float(cosines[i]), 4)) for i in self.rotation.most(TURNED) if cosines[i].isfinite()]
+            found["rotation"] = {"median_cosine": float(cosines.nanmedian()), "turned_most": most}
+        return found
+
+    def save(self, folder: Path, format: Format, *, replace: bool = False) -> None:
+        """Write the dictionary and, after a warm start, rotation.safetensors beside its weights."""
+        save_dictionary(self.dictionary, folder, format=format, replace=replace)
+        if self.rotation is not None:
+            store.write_tensors(folder / "rotation.safetensors", self.rotation._asdict())
 
 
 @dataclass(frozen=True)
@@ -143,8 +187,9 @@ def train_site(
     with watching as watch:
         dictionaries = train_many(
             job.source,
-            list(configs.values()),
+            list(job.fitted(configs).values()),
             target=job.target,
+            start=job.start,
             checkpoint=checkpoint,
             device=setup.device,
             report=report,
@@ -153,14 +198,17 @@ def train_site(
     if parallel.place()[0] != 0:
         return []
     source, target = _thinned(job.source), None if job.target is None else _thinned(job.target)
-    return [Trained(d, fit(d.to(torch.float32, setup.device), source, target)) for d in dictionaries]
+    return [
+        Trained(d, fit(d.to(torch.float32, setup.device), source, target), job.start and rotation(job.start, d))
+        for d in dictionaries
+    ]
 
 
 def _check_savable(job: Job, configs: Mapping[str, TrainConfig], format: Format) -> None:
     """Save a small dictionary of each kind, so that one that the format cannot hold is refused before it is trained."""
     sample = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
     target = None if job.target is None else sample
-    for config in configs.values():
+    for config in job.fitted(configs).values():
         kind = Trainer(sample, config, target).dictionary(job.source, None, job.target and job.target.site)
         with tempfile.TemporaryDirectory() as folder:
             save_dictionary(kind, Path(folder) / "dictionary", format=format)
@@ -175,10 +223,10 @@ def _thinned(stream: ActivationStream) -> ActivationStream:
 
 def train_alone(
     job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup(), report: Report | None = None
-) -> Fit | None:
+) -> Trained | None:
     """Train one config at one Site into the folder `out`; an interrupted training goes on from `out`.checkpoint.
 
-    Of several processes the first returns the fit. Raises `BadInput` where `out` exists, before any training.
+    Of several processes the first returns what it trained. Raises `BadInput` where `out` exists, before any training.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists already; choose another place or remove it first")
@@ -186,9 +234,9 @@ def train_alone(
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     trained = train_site(job, configs, checkpoint, setup, report)
     for one in trained:
-        save_dictionary(one.dictionary, out, format=setup.format)
+        one.save(out, setup.format)
         store.remove(checkpoint)
-    return trained[0].fit if trained else None
+    return trained[0] if trained else None
 
 
 def sweep(
@@ -218,8 +266,9 @@ def sweep(
         seconds = round(time.monotonic() - start, 1)
         with store.new_folder(out / job.name, replace=True) as scratch:
             for name, one in zip(configs, trained, strict=True):
-                save_dictionary(one.dictionary, scratch / name, format=setup.format, replace=True)
-            rows = [_row(job, name, c, one.fit) for (name, c), one in zip(configs.items(), trained, strict=True)]
+                one.save(scratch / name, setup.format, replace=True)
+            named = zip(job.fitted(configs).items(), trained, strict=True)
+            rows = [_row(job, name, config, one) for (name, config), one in named]
             record["dictionaries"] = [r for r in record["dictionaries"] if r["site"] != job.name]
             record["dictionaries"] += [{**row, "seconds": seconds} for row in rows]
             store.write_json(out / "dictionaries.json", record)
@@ -260,28 +309,30 @@ def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -
         record["dictionaries"] = found["dictionaries"]
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists already; choose another place or remove it first")
-    targets: dict[str, str | None] = {row["site"]: row.get("target") for row in record["dictionaries"]}
+    rows = {row["site"]: row for row in record["dictionaries"]}
     missing: list[Job] = []
     for job in jobs:
-        target = None if job.target is None else str(job.target.site)
-        if job.name in targets and targets[job.name] != target:
-            raise BadInput(f"{out} holds a dictionary of {job.name} that rebuilds {targets[job.name] or job.name}")
+        for name, value in job.made_from.items():
+            if job.name in rows and rows[job.name].get(name) != value:
+                raise BadInput(
+                    f"{out} holds a dictionary of {job.name} whose {name} is {rows[job.name].get(name)}, not {value}; "
+                    "choose another place or remove it first"
+                )
         there = (out / job.name).exists()
-        if there and job.name not in targets:
+        if there and job.name not in rows:
             raise BadInput(f"{out / job.name} exists already; choose another place or remove it first")
         if not there:
             missing.append(job)
     return record, missing
 
 
-def _row(job: Job, variant: str, config: TrainConfig, measured: Fit) -> dict[str, Any]:
+def _row(job: Job, variant: str, config: TrainConfig, trained: Trained) -> dict[str, Any]:
     """What dictionaries.json says of one dictionary."""
-    target = None if job.target is None else str(job.target.site)
     shape = "k" if config.architecture in FIXED_L0 else "sparsity"
     return {
         "site": job.name,
-        "target": target,
+        **job.made_from,
         "variant": variant,
         **{key: getattr(config, key) for key in ("architecture", "features", shape, "seed")},
-        **measured._asdict(),
+        **trained.figures,
     }

@@ -42,6 +42,7 @@ def train(
     config: TrainConfig = TrainConfig(),
     *,
     target: Source | None = None,
+    start: Coder | None = None,
     checkpoint: str | Path | None = None,
     device: torch.device | str = "cpu",
     report: Report | None = None,
@@ -52,15 +53,24 @@ def train(
     Args:
         activations: in memory, or in shards on disk that are read as they are needed.
         target: what a transcoder rebuilds from them, token for token, at another Site.
+        start: a dictionary to go on from instead of random weights, of the config's architecture and size
+            (`config_for`); features keep their numbers, so that `compare.rotation` tells what became of each.
         checkpoint: a folder; an interrupted run with the same activations and config goes on from it.
         device: such as `cuda`.
 
     Raises:
-        BadInput: too few activations, constant or non-finite ones, a target that does not match, or a
-            checkpoint of another run.
+        BadInput: too few activations, constant or non-finite ones, a target or a start that does not match, or
+            a checkpoint of another run.
     """
     [dictionary] = train_many(
-        activations, [config], target=target, checkpoint=checkpoint, device=device, report=report, watch=watch
+        activations,
+        [config],
+        target=target,
+        start=start,
+        checkpoint=checkpoint,
+        device=device,
+        report=report,
+        watch=watch,
     )
     return dictionary
 
@@ -70,6 +80,7 @@ def train_many(
     configs: Sequence[TrainConfig],
     *,
     target: Source | None = None,
+    start: Coder | None = None,
     checkpoint: str | Path | None = None,
     device: torch.device | str = "cpu",
     report: Report | None = None,
@@ -81,14 +92,17 @@ def train_many(
     batches is the first one's seed's.
     """
     source, aim = streamed(activations), streamed(target) if target is not None else None
-    identity = _check(source, aim, configs)
+    identity = _check(source, aim, configs) | ({} if start is None else {"start": start.hash})
     data = _Data(source, aim)
     inputs, targets = data.sample()
-    trainers = [Trainer(inputs, c, targets, device) for c in configs]
+    if start is None:
+        trainers = [Trainer(inputs, c, targets, device) for c in configs]
+    else:
+        trainers = [Trainer.from_dictionary(start, inputs, c, targets, device) for c in configs]
     folder = Path(checkpoint) if checkpoint is not None else None
-    start, seen = _resume(folder, trainers, identity) if folder is not None else (0, [])
+    done, seen = _resume(folder, trainers, identity) if folder is not None else (0, [])
     first = configs[0]
-    for step, (x, y) in enumerate(data.batches(first, start), start):
+    for step, (x, y) in enumerate(data.batches(first, done), done):
         results = [trainer.step(x, step, y) for trainer in trainers]
         seen = seen or [r.fvu for r in results]
         seen = [s + 0.05 * (r.fvu - s) for s, r in zip(seen, results, strict=True)]

@@ -187,7 +187,8 @@ class _Student:
             config = LoraConfig(
                 r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=list(recipe.modules), task_type="CAUSAL_LM"
             )
-            self.adapted = cast("PeftModel", get_peft_model(base.network, config))
+            with quiet_transformers():
+                self.adapted = cast("PeftModel", get_peft_model(base.network, config))
             self.network = base.network  # peft put the matrices into it
         self.weights = [w for w in self.network.parameters() if w.requires_grad]
 
