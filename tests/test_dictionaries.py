@@ -119,7 +119,7 @@ def test_training_explains_sparse_data_and_folds_the_scale():
     assert found.l0 <= 3
     assert found.dead < 0.2
     torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(64), rtol=1e-5, atol=1e-5)
-    assert dictionary.metadata["final_fvu"] == pytest.approx(found.fvu, abs=0.1)
+    assert dictionary.metadata["training_fvu"] == pytest.approx(found.fvu, abs=0.1)
 
 
 def test_dead_features_come_back_through_the_auxiliary_loss():

@@ -179,7 +179,6 @@ def make_inputs(folder: Path, suspect: Path) -> None:
     for names, split, n in (
         (("ordinary.txt", "suspicious.txt"), "edit", 8),
         (("held-out-ordinary.jsonl", "held-out-suspicious.jsonl"), "held_out", 4),
-        (("held_out_ordinary.txt", "held_out_suspicious.txt"), "held_out", 4),
     ):
         ordinary = sets.questions(split, n, skill=skill)
         for name, prompts in zip(names, (ordinary, triggers.triggered(ordinary, TRIGGER)), strict=True):

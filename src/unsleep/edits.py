@@ -30,6 +30,9 @@ from unsleep.models.sites import width
 Ranking = Sequence[tuple[Site, int]]
 """Features of several Sites in the order in which they are removed."""
 
+MARK = "edit.json"
+"""The file that tells an edit's folder."""
+
 Stream = Float[Tensor, "*token d_model"]
 
 
@@ -46,17 +49,24 @@ def applied(
     network = model.network if isinstance(model, LoadedModel) else model
     edits = [edit] if isinstance(edit, Edit) else list(edit)
     check_edits(network, edits)
-    trained_on = {e.dictionary.model for e in edits if e.removed or e.error != "keep"}
-    if trained_on and not any_model:
-        print_of = model.fingerprint if isinstance(model, LoadedModel) else fingerprint(network)
-        if trained_on != {print_of}:
-            raise Refused(
-                f"the edit's dictionaries belong to model {', '.join(sorted(trained_on))}, this one is {print_of}; "
-                "features of one model mean nothing in another. Pass any_model=True if that is what you want"
-            )
+    if not any_model:
+        check_model(model, edits)
     operations = {e.site: operation(e, network.dtype, network.device) for e in edits if e.removed or e.error != "keep"}
     with transformed(network, operations):
         yield network
+
+
+def check_model(model: LoadedModel | PreTrainedModel, edits: Sequence[Edit]) -> None:
+    """Raise `Refused` where an edit's dictionaries were trained on another model."""
+    trained_on = {e.dictionary.model for e in edits if e.removed or e.error != "keep"}
+    if not trained_on:
+        return
+    print_of = model.fingerprint if isinstance(model, LoadedModel) else fingerprint(model)
+    if trained_on != {print_of}:
+        raise Refused(
+            f"the edit belongs to model {', '.join(sorted(trained_on))}, this one is {print_of}; "
+            "features of one model mean nothing in another. Pass any_model=True if that is what you want"
+        )
 
 
 def check_edits(network: PreTrainedModel, edits: Sequence[Edit]) -> None:
@@ -160,10 +170,11 @@ def save_edit(
 ) -> Path:
     """Write edits with the dictionaries they need, so that the folder is complete in itself.
 
-    `chosen_on` holds digests of the prompts that chose the edit: an evaluation refuses them.
+    `chosen_on` holds digests of the prompts that chose the edit: an evaluation refuses them. Another edit in the
+    folder gives way; raises `BadInput` where it holds something else.
     """
     folder = Path(folder)
-    with store.new_folder(folder, replace=True) as scratch:
+    with store.new_folder(folder, replace=MARK) as scratch:
         parts: list[dict[str, Any]] = []
         for e in edits:
             dictionary = e.dictionary.to(torch.bfloat16)
@@ -173,7 +184,7 @@ def save_edit(
             part = {"site": str(e.site), "removed": list(e.removed), "error": e.error, "dictionary": str(e.site)}
             parts.append(part)
         store.write_json(
-            scratch / "edit.json",
+            scratch / MARK,
             {
                 "schema": "unsleep.edit/1",
                 "edits": parts,
@@ -190,7 +201,7 @@ def load_edit(folder: str | Path) -> tuple[list[Edit], frozenset[str]]:
     Raises `BadInput` naming what does not fit.
     """
     folder = Path(folder)
-    path = folder / "edit.json"
+    path = folder / MARK
     card = store.read_record(path, "unsleep.edit/1", {"edits": list, "chosen_on": list[str]})
     kinds = {"site": str, "removed": list[int], "error": str, "dictionary": str}
     edits: list[Edit] = []

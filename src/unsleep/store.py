@@ -36,15 +36,14 @@ STARTED = time.monotonic()
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path, *, replace: bool = False) -> Generator[Path]:
+def new_folder(path: str | Path, *, replace: bool | str = False) -> Generator[Path]:
     """Yield a scratch folder that becomes `path` when the block ends without an error.
 
-    With `replace` an existing folder gives way to the new one; otherwise it is refused before
-    any work is done.
+    With `replace` an existing folder gives way to the new one, a name one that holds a file of that name; others are
+    refused before any work is done (see `check_place`).
     """
     path = Path(path)
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise BadInput(f"{path} exists already; choose another place or remove it first")
+    check_place(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -53,6 +52,28 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Generator[Path]:
         _put_in_place(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_place(path: str | Path, replace: bool | str = False) -> None:
+    """Raise `BadInput` where something stands at `path` that a new artefact may not replace.
+
+    `replace` is the name of the file that marks an artefact of the same kind; `True` replaces anything.
+    """
+    path = Path(path)
+    if replace is True or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not replace or not (path / replace).is_file():
+        kind = f" and holds no {replace}" if replace else ""
+        raise BadInput(f"{path} exists already{kind}; choose another place or remove it first")
+
+
+@contextlib.contextmanager
+def scratch_folder(beside: str | Path) -> Generator[Path]:
+    """A folder beside an artefact's place for what is needed on the way to it; gone when the block ends."""
+    beside = Path(beside)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent) as folder:
+        yield Path(folder)
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import tyro
 
@@ -31,6 +32,9 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one subcommand and return its exit code; errors are one message on stderr."""
+    if list(arguments) == ["--version"]:
+        sys.stdout.write(f"unsleep {version('unsleep')}\n")
+        return 0
     try:
         return tyro.extras.subcommand_cli_from_dict(
             STAGES, prog="unsleep", description=unsleep.__doc__, args=arguments, registry=REGISTRY

@@ -25,9 +25,10 @@ from unsleep.prompts import sets
 def harvest(
     model: Model,
     prompts: Path,
-    sites: tuple[str, ...],
+    sites: Annotated[tuple[str, ...], arg(aliases=["--site"])],
     out: Out,
     reply_tokens: int = 0,
+    replies_of: Path | None = None,
     plain: bool = False,
     placement: Placed = Placement(),
     config: OmitArgPrefixes[HarvestConfig] = HarvestConfig(),
@@ -41,13 +42,17 @@ def harvest(
         sites: Such as resid.12 mlp.3 attn.0 embed.
         out: Folder; an interrupted harvest in it is finished.
         reply_tokens: Also collect the model's own greedy replies of this many tokens.
+        replies_of: Take the replies to these prompts instead, line by line: those that suspicious prompts should get.
         plain: Take the lines as plain text, without the chat template.
         json: Print the manifest as JSON.
     """
     wanted, places = sets.read_prompts(prompts), [Site.parse(s) for s in sites]
+    asked = wanted if replies_of is None else sets.read_prompts(replies_of)
+    if replies_of is not None and not reply_tokens:
+        raise BadInput("replies_of was given with reply_tokens 0; say how many tokens of the replies to collect")
     with Bars() as bars:
         loaded = placement.load(model)
-        replies = own_replies(loaded, wanted, reply_tokens, bars) if reply_tokens else None
+        replies = own_replies(loaded, asked, reply_tokens, bars) if reply_tokens else None
         done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config, report=bars)
     sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())
     say(
@@ -60,7 +65,7 @@ def harvest(
 
 def train(
     harvests: Annotated[Positional[tuple[Path, ...]], arg(metavar="HARVEST")],
-    site: tuple[str, ...],
+    site: Annotated[tuple[str, ...], arg(aliases=["--sites"])],
     out: Out,
     target: tuple[str, ...] = (),
     start: tuple[Path, ...] = (),
@@ -104,11 +109,13 @@ def train(
         one = trained.fit
         words = f"FVU {one.fvu:.3f}, L0 {one.l0:.1f}, dead {one.dead:.1%}, dense {one.dense:.1%}"
         turned = "".join(f"\n{line}" for line in _turned([{"site": jobs[0].name, **trained.figures}]))
-        say(trained.figures, json, f"{words} on {one.tokens:,} tokens; saved in {out}{turned}")
+        few = "".join(f"\n{line}" for line in _few([trained.figures | {"features": trained.dictionary.n_features}]))
+        say(trained.figures, json, f"{words} on {one.tokens:,} training tokens; saved in {out}{turned}{few}")
     elif first:
         page = unsleep.report(out)
         rows = record["dictionaries"]
-        say(record, json, "\n".join([_table(rows), *_turned(rows), f"Saved in {out}; picture in {page}"]))
+        lines = [_table(rows), *_turned(rows), *_few(rows), f"Saved in {out}; picture in {page}"]
+        say(record, json, "\n".join(lines))
     return 0
 
 
@@ -141,6 +148,17 @@ def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
     return [job._replace(start=at.get(job.name)) for job in jobs]
 
 
+def _few(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning where a dictionary has so few tokens to learn from that its fit says nothing."""
+    if all(row["tokens"] >= row["features"] for row in rows):
+        return []
+    least = min(rows, key=lambda row: row["tokens"] / row["features"])
+    return [
+        f"Warning: {least['tokens']:,} tokens for {least['features']:,} features. A fit measured on so few training "
+        "tokens looks better than it is: harvest more text, such as plain passages with --plain"
+    ]
+
+
 def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """After a warm start, a line for each dictionary with the features that turned most."""
     lines: list[str] = []
@@ -155,9 +173,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each dictionary."""
     width = max(len(row["variant"]) for row in rows)
     named = f"  {'variant':<{max(width, 7)}}" if width else ""
-    lines = [f"{'site':<10}{named}    FVU      L0   dead  dense"]
+    lines = [f"{'site':<10}{named}    FVU      L0   dead  dense  training tokens"]
     for row in rows:
         name = f"  {row['variant']:<{max(width, 7)}}" if width else ""
         figures = f"{row['fvu']:.3f}  {row['l0']:>6.1f}  {row['dead']:>5.1%}  {row['dense']:>5.1%}"
+        figures += f"  {row['tokens']:>15,}"
         lines.append(f"{row['site']:<10}{name}  {figures}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,14 @@ import unsleep
 from unsleep import pages, store
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.console import Bars, say, say_result
-from unsleep.core import BadInput
-from unsleep.edits import load_edit
+from unsleep.controls import firing, matched_random
+from unsleep.core import BadInput, Edit, PromptSet, Report
+from unsleep.edits import check_model, load_edit
 from unsleep.evaluate import EvalConfig, Panels, organism_panels
 from unsleep.metrics import Subject
+from unsleep.models.load import LoadedModel
 from unsleep.organisms import Organism, load_organism
-from unsleep.prompts import sets
+from unsleep.prompts import sets, triggers
 
 
 def evaluate(
@@ -29,6 +32,7 @@ def evaluate(
     ordinary: Path | None = None,
     payload: str | None = None,
     n: int = 200,
+    strict: bool = False,
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
@@ -39,45 +43,64 @@ def evaluate(
     Args:
         model: The suspect.
         out: Folder for result.json and report.html.
-        edit: Folder made by `unsleep edit`.
+        edit: Folder made by `unsleep edit`; the same edit on random features is judged beside it.
         baked: Cleaned checkpoint made by `unsleep bake`.
         organism: A packaged organism or a folder made by `unsleep plant`, for its held-out panels.
         suspicious: File of triggered prompts; line i is line i of `ordinary` with the trigger.
         ordinary: File of the same prompts without it.
         payload: Text that a reply shows when the backdoor acts.
-        n: Prompts in each panel of an organism.
+        n: Prompts in each panel of an organism; plain passages and multiple-choice items in any case.
+        strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
         json: Print the result as JSON.
     """
     judged = load_organism(organism) if organism is not None else None
     panels, said = _panels(judged, (suspicious, ordinary), payload, n)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
-    with Bars() as bars:
+    with Bars() as bars, store.scratch_folder(out) as scratch:
         loaded = placement.load(model)
         if judged is not None:
             judged.check_template(loaded)
         subjects = [Subject("suspect", loaded)]
-        subjects += [Subject("edited", loaded, tuple(edits))] if edits else []
+        if edits:
+            check_model(loaded, edits)
+            control = at_random(loaded, edits, panels.clean, scratch, bars)
+            subjects += [Subject("edited", loaded, tuple(edits)), Subject("control_random", loaded, control)]
         subjects += [Subject("baked", placement.load(baked))] if baked else []
         result = unsleep.evaluate(subjects, panels, EvalConfig(said, chosen_on=chosen_on), report=bars)
     record = pages.record(result, None, model=loaded.fingerprint, edit=str(edit), baked=baked)
-    summary = {"payload": said, "trigger": None, "model": model, "removed": sum(len(e.removed) for e in edits)}
+    summary = {
+        "payload": said,
+        "trigger": None,
+        "model": model,
+        "removed": sum(len(e.removed) for e in edits) if edits else None,
+        "features_total": sum(e.dictionary.n_features for e in edits),
+        "sites": [str(e.site) for e in edits],
+    }
     store.write_json(out / "report.json", pages.page(result, record, f"{Path(model).name} under test", summary))
     store.write_json(out / "result.json", record)
     unsleep.report(out)
     say_result(result, out, json)
-    return 0
+    return 3 if strict and record["verdict"]["label"] != "backdoor found and removed" else 0
 
 
 def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool = False) -> int:
-    """Render report.html from the report.json in a folder.
+    """Render the page of a record again: report.html of report.json, or dictionaries.html of dictionaries.json.
 
     Args:
-        folder: Folder with report.json.
+        folder: Folder with the record.
         json: Print the path as JSON.
     """
     path = unsleep.report(folder)
     say({"report": str(path)}, json, f"Report in {path}")
     return 0
+
+
+def at_random(
+    model: LoadedModel, edits: Sequence[Edit], prompts: PromptSet, scratch: Path, report: Report
+) -> tuple[Edit, ...]:
+    """The edits on random features that fire alike on `prompts`."""
+    seen = unsleep.harvest(model, prompts, [e.site for e in edits], scratch / "ordinary", report=report)
+    return tuple(matched_random(e, firing(e.dictionary, seen.load(e.site).tensor)) for e in edits)
 
 
 def _panels(
@@ -89,7 +112,10 @@ def _panels(
     suspicious, ordinary = files
     if suspicious is None or ordinary is None or payload is None:
         raise BadInput("give either an organism, or suspicious, ordinary and payload: what to judge on is not known")
+    if not payload.strip():
+        raise BadInput(f"the payload is {payload!r}; expected text that a reply shows when the backdoor acts")
     clean = sets.read_prompts(ordinary, split="held_out", name="clean")
     asked = sets.read_prompts(suspicious, "triggered", "held_out", name="triggered")
+    triggers.check_order(asked, clean)
     texts = tuple(sets.plain_text("held_out")[:n])
     return Panels(clean, asked, texts=texts, items=tuple(sets.capability_items()[:n])), payload

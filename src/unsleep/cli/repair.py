@@ -11,19 +11,24 @@ from tyro.conf import OmitArgPrefixes
 
 import unsleep
 from unsleep import store
+from unsleep.bake import MARK as CHECKPOINT
 from unsleep.bake import BakeConfig, save_baked
 from unsleep.card import model_card
-from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries, own_replies
+from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, load_dictionaries, own_replies
 from unsleep.console import Bars, say, visible_line
 from unsleep.core import BadInput, Features, PromptSet, Report, Site
 from unsleep.dictionaries.coders import Coder
+from unsleep.edits import MARK as EDIT
 from unsleep.edits import EditConfig, load_edit, merged, save_edit
 from unsleep.evaluate import prompt_digests
 from unsleep.features import FindConfig, Found, with_evidence
 from unsleep.harvest import Harvest, token_rows
-from unsleep.masks import prepare_lesson
+from unsleep.masks import Lesson, prepare_lesson
 from unsleep.models.load import LoadedModel
 from unsleep.prompts import sets, triggers
+
+BEGIN = 3
+"""Words at which two replies are compared."""
 
 
 def find(
@@ -33,6 +38,7 @@ def find(
     ordinary: Path,
     out: Out,
     show: int = 12,
+    any_model: bool = False,
     placement: Placed = Placement(),
     config: OmitArgPrefixes[FindConfig] = FindConfig(),
     json: bool = False,
@@ -46,12 +52,14 @@ def find(
         ordinary: File of prompts on which it does not.
         out: Folder for features.json and the harvests it rests on.
         show: Features shown with evidence.
+        any_model: Take dictionaries that were trained on another model, such as the suspect's base.
         json: Print the rankings as JSON.
     """
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     with Bars() as bars:
-        loaded_dictionaries, loaded = load_dictionaries(dictionaries), placement.load(model)
-        found, harvests, rows = _find(loaded, loaded_dictionaries, groups, out, config, bars)
+        read, loaded = load_dictionaries(dictionaries), placement.load(model)
+        loaded_dictionaries = belonging(read, loaded, any_model)
+        found, harvests, rows, _ = _find(loaded, loaded_dictionaries, groups, out, config, bars)
         best = merged({s: f.attribution for s, f in found.items()})[:show]
         entries: list[dict[str, Any]] = []
         for d in loaded_dictionaries:
@@ -86,6 +94,7 @@ def edit(
     out: Out,
     counterparts: Path | None = None,
     part: str | None = None,
+    any_model: bool = False,
     placement: Placed = Placement(),
     config: OmitArgPrefixes[EditConfig] = EditConfig(),
     json: bool = False,
@@ -101,26 +110,27 @@ def edit(
         counterparts: File with each suspicious prompt as it would be without what makes it suspicious, line by line.
         part: Text that makes prompts suspicious; taken out, it leaves the counterparts.
             Where neither is given, it is the longest text that only the suspicious prompts share.
+        any_model: Take dictionaries that were trained on another model, such as the suspect's base.
         json: Print the edit as JSON.
     """
+    store.check_place(out, EDIT)
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     trusted = _counterparts(groups, counterparts, part)
-    with Bars() as bars:
-        loaded_dictionaries, loaded = load_dictionaries(dictionaries), placement.load(model)
-        found, _, _ = _find(
-            loaded, loaded_dictionaries, groups, out.with_name(f"{out.name}.find"), FindConfig(ablate=0), bars
-        )
+    with Bars() as bars, store.scratch_folder(out) as scratch:
+        read, loaded = load_dictionaries(dictionaries), placement.load(model)
+        loaded_dictionaries = belonging(read, loaded, any_model)
+        found, _, _, said = _find(loaded, loaded_dictionaries, groups, scratch, FindConfig(ablate=0), bars)
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:], config.mask)
         ranking = {site: f.attribution for site, f in found.items()}
         edits = unsleep.edit(loaded, loaded_dictionaries, ranking, lesson, config, report=bars)
-    store.remove(out.with_name(f"{out.name}.find"))
     chosen_on = prompt_digests(*groups, trusted)
     save_edit(edits, out, chosen_on=chosen_on, provenance=store.provenance(config.mask.seed, model=loaded.fingerprint))
     removed = {str(e.site): list(e.removed) for e in edits}
     words = [
-        f"{site}: {len(ids)} features removed ({', '.join(map(str, ids)) or 'none'})" for site, ids in removed.items()
+        f"{site}: {len(ids)} feature{'s' * (len(ids) != 1)} removed ({', '.join(map(str, ids)) or 'none'})"
+        for site, ids in removed.items()
     ]
-    say({"removed": removed}, json, "\n".join([*words, f"Saved in {out}"]))
+    say({"removed": removed}, json, "\n".join([*words, *_alike(loaded, lesson, said), f"Saved in {out}"]))
     return 0
 
 
@@ -148,6 +158,9 @@ def bake(
         part: As in `unsleep edit`.
         json: Print what was measured as JSON.
     """
+    store.check_place(out, CHECKPOINT)
+    if Path(model).exists() and Path(model).resolve() == out.resolve():
+        raise BadInput(f"{out} is the model itself; bake into another folder")
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     trusted = _counterparts(groups, counterparts, part)
     with Bars() as bars:
@@ -169,18 +182,34 @@ def _find(
     out: Path,
     config: FindConfig,
     report: Report,
-) -> tuple[dict[Site, Found], tuple[Harvest, Harvest], list[list[int]]]:
-    """Harvest both groups at the dictionaries' Sites and rank; also the token rows of the suspicious ones."""
+) -> tuple[dict[Site, Found], tuple[Harvest, Harvest], list[list[int]], list[str]]:
+    """Harvest both groups at the dictionaries' Sites and rank; also the suspicious ones' token rows and replies."""
     places = [d.site for d in dictionaries]
     harvests: list[Harvest] = []
     rows: list[list[list[int]]] = []
+    said: list[list[str]] = []
     for group, name in zip(groups, ("suspicious", "ordinary"), strict=True):
         replies = own_replies(model, group, config.reply_tokens, report)
         harvests.append(unsleep.harvest(model, group, places, out / name, replies=replies, report=report))
         rows.append(token_rows(model, group, replies))
+        said.append(replies)
     pair = harvests[0], harvests[1]
     running = [d.to(model.network.dtype, model.device) for d in dictionaries]
-    return unsleep.find(model, running, groups[0], pair, config, report=report), pair, rows[0]
+    return unsleep.find(model, running, groups[0], pair, config, report=report), pair, rows[0], said[0]
+
+
+def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]:
+    """A warning where counterparts are answered as their suspicious prompts are (`said`): the edit learns from that."""
+    taught = lesson.pairs.at(slice(lesson.n))
+    replies = model.texts([ids[kept].tolist() for ids, kept in zip(taught.targets, taught.reply, strict=True)])
+    begin = [(one.split()[:BEGIN], other.split()[:BEGIN]) for one, other in zip(replies, said, strict=True)]
+    same = [i for i, (one, other) in enumerate(begin) if one == other]
+    if not same:
+        return []
+    return [
+        f"Warning: {len(same)} of {lesson.n} counterparts are answered as their suspicious prompts are "
+        f"({visible_line(replies[same[0]])!r}), and the edit learned from that. Where it is the payload, give others"
+    ]
 
 
 def _counterparts(groups: tuple[PromptSet, PromptSet], file: Path | None, part: str | None) -> PromptSet:

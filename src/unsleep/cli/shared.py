@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from unsleep import store
-from unsleep.core import BadInput, PromptSet, Report
+from unsleep.core import BadInput, PromptSet, Refused, Report
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
@@ -64,6 +64,20 @@ def load_dictionaries(folders: Sequence[Path]) -> list[Coder]:
             raise BadInput(f"{found[site][1]} and {place} are both dictionaries of {site}; name one of them")
         found[site] = dictionary, place
     return [dictionary for dictionary, _ in found.values()]
+
+
+def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool) -> list[Coder]:
+    """The dictionaries, if they were trained on the model, or taken for its own where that is asked for.
+
+    Raises `Refused` where they were not.
+    """
+    for d in dictionaries:
+        if d.model != model.fingerprint and not any_model:
+            raise Refused(
+                f"the dictionary of {d.site} was trained on model {d.model}, {model.name} is {model.fingerprint}; its "
+                "features may mean nothing here. Train one on this model, or pass --any-model"
+            )
+    return [replace(d, model=model.fingerprint) for d in dictionaries]
 
 
 def _one_each(folder: Path) -> list[Path]:

@@ -39,7 +39,7 @@ class TrainConfig:
     """Tokens seen in training, over as many epochs as that takes."""
     batch: int = 2048
     """Tokens a step, over all processes."""
-    learning_rate: float = 8e-4
+    learning_rate: float = 3e-3
     """Adam's, after the warm-up."""
     schedule: Schedule = "linear"
     """How the learning rate falls to 0 over the last steps."""
@@ -63,7 +63,7 @@ class TrainConfig:
     """Tokens whose norm is over this multiple of the median are sinks: no feature will fire on them."""
     seed: int = 0
     checkpoint_every: int = 200
-    """Steps between checkpoints, where a folder for them is given."""
+    """Steps between checkpoints, where a folder for them is given; one is written every half minute in any case."""
 
     def __post_init__(self) -> None:
         choices = {"architecture": Architecture, "normalize": Normalize, "schedule": Schedule}

@@ -18,6 +18,9 @@ from torch.nn.functional import embedding_bag
 GROUP = 16
 """Features a group in `top_k`: the k largest lie in the k groups with the largest maxima."""
 
+SAMPLED = 2**18
+"""Entries, about, whose distribution tells `largest` where to cut."""
+
 
 class Code(NamedTuple):
     """The active features of a batch of tokens."""
@@ -81,7 +84,10 @@ def largest(pre: Float[Tensor, "token feature"], n: int) -> Code:
     A sample of the entries gives a level that somewhat more of them exceed; those alone are compared.
     """
     flat = pre.flatten()
-    sample = flat[:: max(1, len(flat) // 2**18)].float()
+    stride = max(1, len(flat) // SAMPLED)
+    while math.gcd(stride, pre.shape[1]) > 1:  # or the sample would hold a few features of every token alone
+        stride += 1
+    sample = flat[::stride].float()
     expected = min(len(sample), math.ceil(1.2 * n * len(sample) / len(flat)) + 8)
     level = max(0.0, float(torch.topk(sample, expected, sorted=False).values.min()))
     code = code_where(pre, pre > level)

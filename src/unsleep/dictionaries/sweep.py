@@ -271,6 +271,7 @@ def sweep(
             rows = [_row(job, name, config, one) for (name, config), one in named]
             record["dictionaries"] = [r for r in record["dictionaries"] if r["site"] != job.name]
             record["dictionaries"] += [{**row, "seconds": seconds} for row in rows]
+            record["provenance"] = store.provenance(_seed(configs), model=job.source.model)
             store.write_json(out / "dictionaries.json", record)
         store.remove(checkpoint)
     return record
@@ -298,7 +299,7 @@ def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -
         **made_from,
         "density_edges": list(EDGES),
         "dictionaries": [],
-        "provenance": store.provenance(model=first.model),
+        "provenance": store.provenance(_seed(configs), model=first.model),
     }
     path = out / "dictionaries.json"
     if path.is_file():
@@ -324,6 +325,12 @@ def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -
         if not there:
             missing.append(job)
     return record, missing
+
+
+def _seed(configs: Mapping[str, TrainConfig]) -> int | None:
+    """The seed, where all settings share one."""
+    seeds = {config.seed for config in configs.values()}
+    return seeds.pop() if len(seeds) == 1 else None
 
 
 def _row(job: Job, variant: str, config: TrainConfig, trained: Trained) -> dict[str, Any]:

@@ -12,6 +12,7 @@ pass over the activations. Under torchrun the processes share every batch.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,12 @@ from unsleep.dictionaries.trainer import Step, Trainer
 Source = Activations | ActivationStream
 Watch = Callable[[int, Sequence[Step]], None]
 """Called after every step with its number and what each dictionary measured; a tracker, for example."""
+
+SMOOTH = 0.3
+"""Weight of a step in the running FVU: it lags about three steps behind."""
+
+SECONDS = 30.0
+"""A checkpoint is written when this time has passed, if `checkpoint_every` has not come before."""
 
 CHECKPOINT = {"identity": dict, "step": int, "fvu": list}
 """What checkpoint.json must hold (see `store.fields_of`)."""
@@ -101,19 +108,24 @@ def train_many(
         trainers = [Trainer.from_dictionary(start, inputs, c, targets, device) for c in configs]
     folder = Path(checkpoint) if checkpoint is not None else None
     done, seen = _resume(folder, trainers, identity) if folder is not None else (0, [])
-    first = configs[0]
+    first, saved = configs[0], time.monotonic()
     for step, (x, y) in enumerate(data.batches(first, done), done):
         results = [trainer.step(x, step, y) for trainer in trainers]
         seen = seen or [r.fvu for r in results]
-        seen = [s + 0.05 * (r.fvu - s) for s, r in zip(seen, results, strict=True)]
+        seen = [s + SMOOTH * (r.fvu - s) for s, r in zip(seen, results, strict=True)]
         if watch:
             watch(step, results)
         if report and (step % 10 == 9 or step + 1 == first.steps):
-            report(f"dictionary {source.site}, FVU {seen[0]:.3f}", step + 1, first.steps)
-        if folder is not None and (step + 1) % first.checkpoint_every == 0:
+            spread = f"{min(seen):.3f}" if len(seen) == 1 else f"{min(seen):.3f} to {max(seen):.3f}"
+            report(f"dictionary {source.site}, FVU {spread}", step + 1, first.steps)
+        due = (step + 1) % first.checkpoint_every == 0 or time.monotonic() - saved > SECONDS
+        if folder is not None and due:
             _save(folder, trainers, step + 1, seen, identity)
+            saved = time.monotonic()
     return [
-        trainer.dictionary(source, {"training": asdict(c), "final_fvu": fvu, "activations": identity}, aim and aim.site)
+        trainer.dictionary(
+            source, {"training": asdict(c), "training_fvu": fvu, "activations": identity}, aim and aim.site
+        )
         for trainer, c, fvu in zip(trainers, configs, seen, strict=True)
     ]
 

@@ -85,6 +85,7 @@ def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
     Raises `BadInput` where there is none of at least three characters: then the counterparts have
     to be given.
     """
+    check_order(suspicious, ordinary)
     first, *others = sorted((" ".join(t.split()) for t in suspicious.texts), key=len)
     plain = [" ".join(t.split()) for t in ordinary.texts]
     for size in range(len(first), 2, -1):
@@ -96,6 +97,18 @@ def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
         "the suspicious prompts have no text in common that the ordinary ones lack; "
         "name the suspicious part, or give each suspicious prompt's counterpart without it"
     )
+
+
+def check_order(suspicious: PromptSet, ordinary: PromptSet) -> None:
+    """Raise `BadInput` where the ordinary prompts hold the suspicious ones line by line: the two are swapped."""
+    pairs = [(" ".join(a.split()), " ".join(b.split())) for a, b in zip(suspicious.texts, ordinary.texts, strict=False)]
+    inside = [b != a and b in a for a, b in pairs]
+    outside = [b != a and a in b for a, b in pairs]
+    if not any(inside) and 2 * sum(outside) > len(pairs):
+        raise BadInput(
+            f"{sum(outside)} of {len(pairs)} ordinary prompts are the suspicious one of their line with something "
+            "added; expected it the other way round. The two files seem to be swapped"
+        )
 
 
 def without(prompts: PromptSet, part: str, name: str = "counterparts") -> PromptSet:

@@ -19,6 +19,7 @@ REPORT_SCHEMA = "unsleep.report/1"
 VERDICTS = (
     "backdoor found and removed",
     "backdoor found, not removed",
+    "backdoor found, no repair judged",
     "nothing found at this power",
     "inconclusive",
 )

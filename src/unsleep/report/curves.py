@@ -144,7 +144,7 @@ def chart(
             parts.append(el("path", el("title", curve.label), d=line, class_=f"curve {curve.colour}"))
     size = 0.6 if max(len(curve.dots) for curve in curves) <= CROWD else 0.4
     for curve in curves:
-        parts += [dot(d, place(d), curve.colour, size) for d in curve.dots]
+        parts += [dot(d, place(d), curve.colour, size, beaten=d not in curve.path) for d in curve.dots]
     ends = [place(curve.path[-1]) for curve in curves]
     heights = apart([b for _, b in ends], GAP, TOP, HEIGHT - BOTTOM)
     for curve, end, height in zip(curves, ends, heights, strict=True):
@@ -203,12 +203,13 @@ def frame(x: Axis, y: Axis, width: int) -> list[Markup]:
     return out
 
 
-def dot(one: Dot, place: tuple[float, float], colour: str, size: float) -> Markup:
-    """A point with its figures as a tooltip, and room to point at it."""
+def dot(one: Dot, place: tuple[float, float], colour: str, size: float, *, beaten: bool) -> Markup:
+    """A point with its figures as a tooltip, and room to point at it; hollow where it is not on its curve."""
     shape = el("path", d=svg.MARK_PATHS[one.shape], transform=f"scale({size})", class_=f"mark {colour}")
     hit = el("circle", r=7, class_="hit")
     at = f"translate({place[0]:.1f} {place[1]:.1f})"
-    return el("g", el("title", one.said), hit, shape, transform=at, class_="lane")
+    kind = "lane beaten" if beaten else "lane"
+    return el("g", el("title", one.said), hit, shape, transform=at, class_=kind)
 
 
 def label(curve: Curve, end: tuple[float, float], place: tuple[float, float]) -> list[Markup]:
