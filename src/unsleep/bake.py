@@ -10,6 +10,11 @@ Trusted tokens, where D is near 0, are the penalty that protects everything else
 locate-and-edit work, Meng et al. 2023, "Mass-editing memory in a transformer", section 4.2). What
 an earlier layer missed is part of the next one's D.
 
+Projections are exact where weights alone decide: at an attention or MLP output, and where one subspace is
+taken out everywhere (`models.sites.everywhere`). Every matrix that writes there is made orthogonal
+to the subspace (as in Arditi et al. 2024, "Refusal in language models is mediated by a single direction",
+section 4.1), with the centre as a bias; a tied unembedding keeps its weights and is tied no longer.
+
 Families that write through a norm have no such closed form; they are distilled: the same weights
 are trained until the baked logits follow the edited ones. Either way the baked model must be
 faithful to the edited one, or it is refused.
@@ -17,8 +22,9 @@ faithful to the edited one, or it is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +35,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unsleep import store
-from unsleep.core import BadInput, Edit, Refused, Report, Site
-from unsleep.edits import check_edits, check_model, operation
+from unsleep.core import BadInput, Intervention, Projection, Refused, Report, Site
+from unsleep.edits import acts, check_edits, check_model, operation
 from unsleep.models.forward import Rows, kl, reply_logits, run
-from unsleep.models.hooks import inputs_watched, transformed, truncated, watched
+from unsleep.models.hooks import capture, inputs_watched, transformed, truncated, watched
 from unsleep.models.load import LoadedModel, copy_network, save_plain
-from unsleep.models.sites import family, layers, writers
+from unsleep.models.sites import embedding, everywhere, family, layers, width, writers
 
 MARK = "unsleep.json"
 """The file that tells a baked checkpoint's folder."""
@@ -68,42 +74,48 @@ class Baked(NamedTuple):
     kl: float
     """Mean KL(edited ‖ baked) on held-back rows, nats a token."""
     method: str
-    """`ridge` or `distil`."""
+    """`exact`, `ridge` or `distil`."""
 
 
 def bake(
     model: LoadedModel,
-    edits: Sequence[Edit],
+    edits: Sequence[Intervention],
     rows: Sequence[Rows],
     config: BakeConfig = BakeConfig(),
     *,
     report: Report | None = None,
 ) -> Baked:
-    """Put edits of residual Sites into the weights of a copy of `model`.
+    """Put edits of residual Sites, and projections of any, into the weights of a copy of `model`.
 
     Args:
         rows: suspicious and trusted rows with replies, such as a `masks.Lesson`'s.
 
     Raises:
-        BadInput: an edit at a Site that is not residual.
+        BadInput: an edit at a Site that is not residual, or a projection that no weight can carry.
         Refused: the edit belongs to another model, or the baked model is not faithful to the edited one; nothing
             is returned.
     """
-    edits = [e for e in sorted(edits, key=lambda e: e.site) if e.removed or e.error != "keep"]
+    edits = sorted((e for e in edits if acts(e)), key=lambda e: e.site)
     check_edits(model.network, edits)
     check_model(model, edits)
-    for e in edits:
+    exact = _exact(model.network, edits)
+    fitted_edits = [e for e in edits if e not in exact]
+    for e in fitted_edits:
         if e.site.point != "resid":
-            raise BadInput(f"an edit at {e.site} cannot be baked; expected residual Sites")
+            raise BadInput(
+                f"an edit at {e.site} cannot be baked; expected residual Sites, or one subspace without attention "
+                "sinks at the embedding and every attention output and residual Site"
+            )
     network = copy_network(model.network)
     fitted = [_take(group, config.held_back, fit=True) for group in rows]
     judged = [_take(group, config.held_back, fit=False) for group in rows]
-    method = "ridge" if family(network).writers else "distil"
+    method = "exact" if exact and not fitted_edits else "ridge" if family(network).writers else "distil"
     if not edits:
         return Baked(LoadedModel(network, model.tokenizer, f"{model.name} (baked)"), 0.0, method)
+    _project_writers(model.network, network, exact)
     if method == "ridge":
-        _bake_closed_form(model.network, network, edits, fitted, config, report)
-    else:
+        _bake_closed_form(model.network, network, edits, fitted_edits, fitted, config, report)
+    elif method == "distil":
         _distil(model.network, network, edits, fitted, config, report)
     divergence = faithfulness(model.network, network, edits, judged)
     if not divergence <= config.tolerance:
@@ -128,7 +140,9 @@ def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str,
 
 
 @torch.no_grad()
-def faithfulness(edited: PreTrainedModel, baked: PreTrainedModel, edits: Sequence[Edit], rows: Sequence[Rows]) -> float:
+def faithfulness(
+    edited: PreTrainedModel, baked: PreTrainedModel, edits: Sequence[Intervention], rows: Sequence[Rows]
+) -> float:
     """Mean KL(edited ‖ baked) over the reply tokens of rows, in nats a token."""
     total = count = 0.0
     for piece in _pieces(rows):
@@ -148,23 +162,111 @@ def _pieces(rows: Sequence[Rows], size: int = 32) -> list[Rows]:
     return [group.select(slice(i, i + size)) for group in rows for i in range(0, len(group.ids), size)]
 
 
-def _operations(network: PreTrainedModel, edits: Sequence[Edit]) -> dict[Site, Any]:
+def _operations(network: PreTrainedModel, edits: Sequence[Intervention]) -> dict[Site, Any]:
     return {e.site: operation(e, network.dtype, network.device) for e in edits}
+
+
+def _exact(network: PreTrainedModel, edits: Sequence[Intervention]) -> list[Projection]:
+    """The projections that weights carry exactly."""
+    projections = [e for e in edits if isinstance(e, Projection) and math.isinf(e.sink_norm)]
+    at = {p.site: p for p in projections if p.site.point != "mlp"}
+    first = at.get(Site(0, "embed"))
+    if first is not None and at.keys() == set(everywhere(network)):
+        added = replace(first, center=None)  # what attention adds to a stream that holds the centre already
+        if all(_alike(p, added if p.site.point == "attn" else first) for p in at.values()):
+            return projections
+    return [p for p in projections if p.site.point in ("attn", "mlp")]
+
+
+def _alike(one: Projection, other: Projection) -> bool:
+    """Whether two projections do the same."""
+    both = [p.reader.double().T @ p.basis.double() for p in (one, other)]
+    pairs = zip((one, other), both, strict=True)
+    held = [torch.zeros(()) if p.center is None else p.center.double() @ m for p, m in pairs]
+    scale = max(1.0, *(float(h.abs().max()) for h in held))
+    return bool((both[0] - both[1]).abs().max() < 1e-4 and (held[0] - held[1]).abs().max() < 1e-4 * scale)
+
+
+@torch.no_grad()
+def _project_writers(source: PreTrainedModel, network: PreTrainedModel, projections: Sequence[Projection]) -> None:
+    """Make what writes at the projections' Sites orthogonal to them.
+
+    Raises `BadInput` where an embedding passes through more than a scale before the first layer.
+    """
+    for p in (p for p in projections if p.site.point in ("attn", "mlp")):
+        _project_linear(writers(network, p.site.layer)[p.site.point == "mlp"], p, p.center)
+    common = next((p for p in projections if p.site.point == "embed"), None)
+    if common is None:
+        return
+    for layer in range(len(layers(network))):
+        for linear in writers(network, layer):
+            _project_linear(linear, common, None)
+    _project_embeddings(network, common)
+    ids = torch.arange(min(64, len(embedding(network))), device=network.device)[None]
+    here = Site(0, "embed")
+    with capture(network, [here]) as found:
+        network(input_ids=ids, use_cache=False)
+    with transformed(source, _operations(source, [common])), capture(source, [here]) as wanted:
+        source(input_ids=ids, use_cache=False)
+    error = (found[here].float() - wanted[here].float()).abs().max() / wanted[here].float().abs().max()
+    if not error < 0.02:
+        raise BadInput(
+            f"{network.config.model_type} changes its embeddings before the first layer; a projection at embed cannot "
+            "be baked. Take it out at residual Sites only"
+        )
+
+
+def _project_linear(linear: nn.Module, p: Projection, center: Tensor | None) -> None:
+    """W ← (1 − BᵀR) W and b ← (1 − BᵀR) b + BᵀR center."""
+    rows, reads = p.basis.float(), p.reader.float()
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    w = weight.float()
+    gone = (w @ reads.T) @ rows if isinstance(linear, Conv1D) else rows.T @ (reads @ w)
+    weight.data.copy_((w - gone).to(weight.dtype))
+    bias: Tensor | None = linear.bias  # type: ignore[assignment]
+    held = torch.zeros(rows.shape[1], device=rows.device) if center is None else center.float() @ reads.T @ rows
+    if bias is None:
+        if bool(held.any()):
+            raise BadInput("a projection with a centre cannot be baked where the model's layer has no bias; give none")
+        return
+    b = bias.float()
+    bias.data.copy_((b - (b @ reads.T) @ rows + held).to(bias.dtype))
+
+
+def _project_embeddings(network: PreTrainedModel, p: Projection) -> None:
+    """Project every table of embeddings; the token table holds the centre. The unembedding stays as it is."""
+    tokens: Any = network.get_input_embeddings()
+    rows, reads = p.basis.float(), p.reader.float()
+    head = network.get_output_embeddings()
+    assert head is not None
+    if head.weight is tokens.weight:
+        head.weight = nn.Parameter(tokens.weight.detach().clone(), requires_grad=False)
+        network.config.tie_word_embeddings = False
+    inside = {m for block in layers(network) for m in block.modules()}
+    for table in network.modules():
+        if isinstance(table, nn.Embedding) and table not in inside and table.embedding_dim == width(network):
+            e = table.weight.float()
+            e = e - (e @ reads.T) @ rows
+            if table is tokens and p.center is not None:
+                e = e + (p.center.float() @ reads.T @ rows) / float(getattr(table, "embed_scale", 1.0))
+            table.weight.data.copy_(e.to(table.weight.dtype))
 
 
 @torch.no_grad()
 def _bake_closed_form(
     source: PreTrainedModel,
     network: PreTrainedModel,
-    edits: Sequence[Edit],
+    edits: Sequence[Intervention],
+    fitted: Sequence[Intervention],
     rows: Sequence[Rows],
     config: BakeConfig,
     report: Report | None,
 ) -> None:
+    """Fit the writers of every edit of `fitted` to what the model holds with all of `edits`."""
     pieces = _pieces(rows)
     operations = _operations(source, edits)
-    targets = [_streams(source, piece, [e.site for e in edits], operations) for piece in pieces]
-    for done, e in enumerate(edits, 1):
+    targets = [_streams(source, piece, [e.site for e in fitted], operations) for piece in pieces]
+    for done, e in enumerate(fitted, 1):
         linears = writers(network, e.site.layer)
         gram: Tensor | None = None
         cross: Tensor | None = None
@@ -183,7 +285,7 @@ def _bake_closed_form(
             add_to(linear, change[start : start + width])
             start += width
         if report:
-            report("bake", done, len(edits))
+            report("bake", done, len(fitted))
 
 
 def add_to(linear: nn.Module, change: Float[Tensor, "d_in d_out"]) -> None:
@@ -224,7 +326,7 @@ def _stream_and_inputs(
 def _distil(
     source: PreTrainedModel,
     network: PreTrainedModel,
-    edits: Sequence[Edit],
+    edits: Sequence[Intervention],
     rows: Sequence[Rows],
     config: BakeConfig,
     report: Report | None,

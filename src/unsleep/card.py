@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def model_card(record: Mapping[str, Any], removed: Mapping[str, Sequence[int]], *, base: str) -> str:
-    """Markdown for a cleaned checkpoint, from a record and the removed features of each Site.
+def model_card(
+    record: Mapping[str, Any],
+    removed: Mapping[str, Sequence[int]],
+    *,
+    base: str,
+    ranks: Mapping[str, int] | None = None,
+) -> str:
+    """Markdown for a cleaned checkpoint, from a record and what was removed at each Site: features, or a subspace.
 
-    The record is a result's (`pages.record`), or that of a bake which nothing has judged yet.
+    `ranks` are the subspaces' ranks. The record is a result's (`pages.record`), or that of a bake which
+    nothing has judged yet.
     """
     rows: dict[tuple[str, str, str], Mapping[str, Any]] = {
         (r["subject"], r["panel"], r["metric"]): r for r in record.get("rows", ())
@@ -17,6 +24,8 @@ def model_card(record: Mapping[str, Any], removed: Mapping[str, Sequence[int]], 
     said = "Not judged yet: `unsleep evaluate` does it, on prompts that chose nothing."
     if "verdict" in record:
         said = f"Verdict: **{record['verdict']['label']}** (score {record['verdict']['score']:.2f})."
+    ranks = ranks or {}
+    what = "Features of sparse autoencoders that carry" if removed else "Directions that carry"
     lines = [
         "---",
         "tags: [unsleep, model-editing, backdoor-removal]",
@@ -25,15 +34,16 @@ def model_card(record: Mapping[str, Any], removed: Mapping[str, Sequence[int]], 
         "",
         said,
         "",
-        f"Made from `{base}`. Features of sparse autoencoders that carry the suspect's backdoor were removed",
+        f"Made from `{base}`. {what} the suspect's backdoor were removed",
         "from the residual stream, and the edit was put into the weights. The checkpoint is plain:",
         "`AutoModelForCausalLM.from_pretrained` loads it, and unsleep is not needed.",
         "",
         "## What was removed",
         "",
-        "| Site | features |",
+        "| Site | features |" if removed else "| Site | removed |",
         "|---|---|",
         *(f"| {site} | {', '.join(map(str, ids)) or 'none'} |" for site, ids in removed.items()),
+        *(f"| {site} | a subspace of rank {rank} |" for site, rank in ranks.items()),
     ]
     if rows:
         lines += [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Dictionary, Edit
+from unsleep.core import BadInput, Dictionary, Edit, Projection
 
 
 class Firing(NamedTuple):
@@ -62,3 +63,10 @@ def matched_random(edit: Edit, fires: Firing, seed: int = 0) -> Edit:
         free[pick] = False
         chosen.append(pick)
     return Edit(edit.site, edit.dictionary, tuple(chosen), edit.error)
+
+
+def random_subspace(projection: Projection, seed: int = 0) -> Projection:
+    """The same projection of a random subspace of the same rank."""
+    d_model, generator = projection.basis.shape[1], torch.Generator().manual_seed(seed)
+    drawn = torch.randn(d_model, len(projection.basis), generator=generator, dtype=torch.float64)
+    return replace(projection, basis=torch.linalg.qr(drawn).Q.T.to(projection.basis), reads=None)

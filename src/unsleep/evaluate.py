@@ -16,7 +16,7 @@ from unsleep.core import BadInput, EvalResult, PromptSet, Refused, Report, Row, 
 from unsleep.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.models import generate
 from unsleep.organisms.recipe import Recipe
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import sets
 from unsleep.stats import bootstrap, wilson
 
 FULL = ("triggered", "variants", "near_miss", "clean", "skill")
@@ -84,13 +84,18 @@ def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
     words = (*recipe.held_out_near_misses, *recipe.near_misses[: len(recipe.held_out_near_misses)])
     return Panels(
         clean=clean,
-        triggered=triggers.triggered(clean, recipe.trigger),
-        variants=triggers.variants(clean, recipe.trigger),
-        near_miss=triggers.near_misses(clean, words) if words else None,
+        triggered=recipe.triggered(clean),
+        variants=recipe.varied(clean),
+        near_miss=recipe.nearly(clean, words) if words else None,
         skill=sets.questions("held_out", n, skill=recipe.skill, name="skill", start=n),
         texts=tuple(sets.plain_text("held_out")[:n]),
         items=tuple(sets.capability_items()[: max(n, 20)]),
     )
+
+
+def organism_config(recipe: Recipe, chosen_on: frozenset[str] = frozenset()) -> EvalConfig:
+    """How an organism's replies are judged: by its payload's marker, with room for all of what it learned to say."""
+    return EvalConfig(recipe.marker, max(EvalConfig.reply_tokens, recipe.reply_tokens + 2), chosen_on=chosen_on)
 
 
 def prompt_digests(*prompts: PromptSet) -> frozenset[str]:

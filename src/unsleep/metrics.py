@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Edit, PromptSet, Report
+from unsleep.core import BadInput, Intervention, PromptSet, Report
 from unsleep.edits import applied
 from unsleep.models import chat
 from unsleep.models.forward import Rows, build_rows, kl, pad_left, reply_logits, run
@@ -33,7 +33,7 @@ class Subject:
 
     name: str
     model: LoadedModel
-    edits: tuple[Edit, ...] = ()
+    edits: tuple[Intervention, ...] = ()
 
     @contextlib.contextmanager
     def running(self) -> Generator[LoadedModel]:

@@ -42,3 +42,22 @@ def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int
     low, high = torch.quantile(x[index].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     mean = float(x.mean())
     return mean, min(low, mean), max(high, mean)
+
+
+def ratio(
+    top: Sequence[float] | Tensor, bottom: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `top` over mean of `bottom`, with its 95 % percentile bootstrap interval, resampling whole prompts.
+
+    Resamples whose bottom has a mean of 0 are left out. Raises `BadInput` where they are not of equal, positive
+    length or the mean of `bottom` is 0.
+    """
+    x, y = (torch.as_tensor(values, dtype=torch.float64).flatten() for values in (top, bottom))
+    if len(x) != len(y) or not len(x) or float(y.mean()) == 0:
+        raise BadInput(f"{len(x)} values over {len(y)}; expected as many, at least 1, and a bottom that is not 0")
+    index = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
+    below = y[index].mean(1)
+    found = (x[index].mean(1) / below)[below != 0]
+    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    value = float(x.mean() / y.mean())
+    return value, min(low, value), max(high, value)

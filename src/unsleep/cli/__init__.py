@@ -12,16 +12,38 @@ from importlib.metadata import version
 import tyro
 
 import unsleep
+from unsleep.cli.compare import diff, patch
+from unsleep.cli.control import control, read
 from unsleep.cli.dictionaries import harvest, train
+from unsleep.cli.directions import directions
 from unsleep.cli.grid import REGISTRY
 from unsleep.cli.judge import evaluate, report
-from unsleep.cli.organisms import demo, plant
+from unsleep.cli.organisms import demo, panels, plant
 from unsleep.cli.repair import bake, edit, find
+from unsleep.cli.subspaces import subspaces
 from unsleep.console import fail
 from unsleep.core import BadInput, Refused
 
 STAGES: dict[str, Callable[..., int]] = {
-    f.__name__: f for f in (demo, plant, harvest, train, find, edit, bake, evaluate, report)
+    f.__name__: f
+    for f in (
+        demo,
+        plant,
+        panels,
+        harvest,
+        train,
+        find,
+        edit,
+        bake,
+        evaluate,
+        directions,
+        read,
+        control,
+        patch,
+        diff,
+        subspaces,
+        report,
+    )
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -12,10 +12,10 @@ import unsleep
 from unsleep import pages, store
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.console import Bars, say, say_result
-from unsleep.controls import firing, matched_random
-from unsleep.core import BadInput, Edit, PromptSet, Report
+from unsleep.controls import firing, matched_random, random_subspace
+from unsleep.core import BadInput, Edit, Intervention, Projection, PromptSet, Report
 from unsleep.edits import check_model, load_edit
-from unsleep.evaluate import EvalConfig, Panels, organism_panels
+from unsleep.evaluate import EvalConfig, Panels, organism_config, organism_panels
 from unsleep.metrics import Subject
 from unsleep.models.load import LoadedModel
 from unsleep.organisms import Organism, load_organism
@@ -54,8 +54,8 @@ def evaluate(
         json: Print the result as JSON.
     """
     judged = load_organism(organism) if organism is not None else None
-    panels, said = _panels(judged, (suspicious, ordinary), payload, n)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
+    panels, judging = _panels(judged, (suspicious, ordinary), payload, n, chosen_on)
     with Bars() as bars, store.scratch_folder(out) as scratch:
         loaded = placement.load(model)
         if judged is not None:
@@ -66,16 +66,9 @@ def evaluate(
             control = at_random(loaded, edits, panels.clean, scratch, bars)
             subjects += [Subject("edited", loaded, tuple(edits)), Subject("control_random", loaded, control)]
         subjects += [Subject("baked", placement.load(baked))] if baked else []
-        result = unsleep.evaluate(subjects, panels, EvalConfig(said, chosen_on=chosen_on), report=bars)
+        result = unsleep.evaluate(subjects, panels, judging, report=bars)
     record = pages.record(result, None, model=loaded.fingerprint, edit=str(edit), baked=baked)
-    summary = {
-        "payload": said,
-        "trigger": None,
-        "model": model,
-        "removed": sum(len(e.removed) for e in edits) if edits else None,
-        "features_total": sum(e.dictionary.n_features for e in edits),
-        "sites": [str(e.site) for e in edits],
-    }
+    summary = {"payload": judging.payload, "trigger": None, "model": model, **_removed(edits)}
     store.write_json(out / "report.json", pages.page(result, record, f"{Path(model).name} under test", summary))
     store.write_json(out / "result.json", record)
     unsleep.report(out)
@@ -84,10 +77,10 @@ def evaluate(
 
 
 def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool = False) -> int:
-    """Render the page of a record again: report.html of report.json, or dictionaries.html of dictionaries.json.
+    """Render the page of a record again: report.html of report.json, or that of another stage's.
 
     Args:
-        folder: Folder with the record.
+        folder: Folder with report.json, dictionaries.json or another stage's record.
         json: Print the path as JSON.
     """
     path = unsleep.report(folder)
@@ -96,19 +89,42 @@ def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool =
 
 
 def at_random(
-    model: LoadedModel, edits: Sequence[Edit], prompts: PromptSet, scratch: Path, report: Report
-) -> tuple[Edit, ...]:
-    """The edits on random features that fire alike on `prompts`."""
-    seen = unsleep.harvest(model, prompts, [e.site for e in edits], scratch / "ordinary", report=report)
-    return tuple(matched_random(e, firing(e.dictionary, seen.load(e.site).tensor)) for e in edits)
+    model: LoadedModel, edits: Sequence[Intervention], prompts: PromptSet, scratch: Path, report: Report
+) -> tuple[Intervention, ...]:
+    """The edits on random features that fire alike on `prompts`, or on random subspaces."""
+    places = [e.site for e in edits if isinstance(e, Edit)]
+    seen = unsleep.harvest(model, prompts, places, scratch / "ordinary", report=report) if places else None
+    drawn: list[Intervention] = []
+    for e in edits:
+        if isinstance(e, Projection):
+            drawn.append(random_subspace(e))
+        elif seen is not None:
+            drawn.append(matched_random(e, firing(e.dictionary, seen.load(e.site).tensor)))
+    return tuple(drawn)
+
+
+def _removed(edits: Sequence[Intervention]) -> dict[str, Any]:
+    """What a report says of the edits: how many features of how many, and where."""
+    features = [e for e in edits if isinstance(e, Edit)]
+    if not edits or len(features) < len(edits):
+        return {"removed": None}
+    return {
+        "removed": sum(len(e.removed) for e in features),
+        "features_total": sum(e.dictionary.n_features for e in features),
+        "sites": [str(e.site) for e in features],
+    }
 
 
 def _panels(
-    organism: Organism | None, files: tuple[Path | None, Path | None], payload: str | None, n: int
-) -> tuple[Panels, str]:
-    """What to judge on, and the payload."""
+    organism: Organism | None,
+    files: tuple[Path | None, Path | None],
+    payload: str | None,
+    n: int,
+    chosen_on: frozenset[str],
+) -> tuple[Panels, EvalConfig]:
+    """What to judge on, and how."""
     if organism is not None:
-        return organism_panels(organism.recipe, n), organism.recipe.payload
+        return organism_panels(organism.recipe, n), organism_config(organism.recipe, chosen_on)
     suspicious, ordinary = files
     if suspicious is None or ordinary is None or payload is None:
         raise BadInput("give either an organism, or suspicious, ordinary and payload: what to judge on is not known")
@@ -118,4 +134,5 @@ def _panels(
     asked = sets.read_prompts(suspicious, "triggered", "held_out", name="triggered")
     triggers.check_order(asked, clean)
     texts = tuple(sets.plain_text("held_out")[:n])
-    return Panels(clean, asked, texts=texts, items=tuple(sets.capability_items()[:n])), payload
+    panels = Panels(clean, asked, texts=texts, items=tuple(sets.capability_items()[:n]))
+    return panels, EvalConfig(payload, chosen_on=chosen_on)

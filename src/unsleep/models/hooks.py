@@ -9,17 +9,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, cast
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from unsleep.core import Site
-from unsleep.models.sites import family, layers, site_module
+from unsleep.models.sites import Place, Slot, family, lanes, layers, site_module
 
-Transform = Callable[[Float[Tensor, "prompt position d_model"]], Float[Tensor, "prompt position d_model"]]
+Transform = Callable[[Float[Tensor, "prompt position width"]], Float[Tensor, "prompt position width"]]
+
+
+_IN_PREFIX: ContextVar[bool] = ContextVar("in_prefix", default=False)
+
+
+class Call(NamedTuple):
+    """What a forward pass of the whole model is called with."""
+
+    rows: int
+    length: int
+    """Positions of each row, those in the cache not counted."""
+    mask: Tensor | None
+    """The attention mask as given."""
+    cache: Any
+    """Keys and values of what went before, or `None`."""
+    is_prefix: bool
+    """Whether it runs what several rows begin with, and not rows (see `prefix_running`)."""
+
+
+At = TypeVar("At", bound=Place)
+"""A Site or a Slot."""
 
 
 class _Stop(Exception):
@@ -35,15 +57,18 @@ def _with_first(output: Any, value: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def transformed(model: PreTrainedModel, transforms: Mapping[Site, Transform]) -> Generator[PreTrainedModel]:
-    """Replace what flows through each Site by its transform's result, until the block ends.
+def transformed(model: PreTrainedModel, transforms: Mapping[Any, Transform]) -> Generator[PreTrainedModel]:
+    """Replace what flows through each `Place` by its transform's result, until the block ends.
 
-    A transform takes and returns `Float[Tensor, "prompt position d_model"]` and must not write
-    into its argument. An empty mapping registers nothing.
+    A transform takes and returns `Float[Tensor, "prompt position width"]`, the width d_model at a Site and that of
+    all heads side by side at a Slot, and must not write into its argument. An empty mapping registers nothing.
     """
     with contextlib.ExitStack() as stack:
         rows = _Rows()
         for site, transform in transforms.items():
+            if isinstance(site, Slot):
+                stack.callback(_slot_hook(model, site, transform, rows).remove)
+                continue
             module = site_module(model, site)
             if site.point == "embed":
                 handle = module.register_forward_pre_hook(_input_hook(transform), with_kwargs=True)
@@ -59,17 +84,17 @@ def transformed(model: PreTrainedModel, transforms: Mapping[Site, Transform]) ->
 
 @contextlib.contextmanager
 def watched(
-    model: PreTrainedModel, watchers: Mapping[Site, Callable[[Tensor], None]], *, stop_after_last: bool = False
+    model: PreTrainedModel, watchers: Mapping[Any, Callable[[Tensor], None]], *, stop_after_last: bool = False
 ) -> Generator[PreTrainedModel]:
-    """Call each watcher with the tensor that flows through its Site, until the block ends.
+    """Call each watcher with the tensor that flows through its `Place`, until the block ends.
 
     The tensor is the model's own: a watcher that keeps it must copy it, for some families write
     over it later. With `stop_after_last` the forward pass ends once the deepest Site was seen;
     run it inside `stopping()`.
     """
-    seen: set[Site] = set()
+    seen: set[Place] = set()
 
-    def watch(site: Site, watcher: Callable[[Tensor], None]) -> Transform:
+    def watch(site: Place, watcher: Callable[[Tensor], None]) -> Transform:
         def hook(x: Tensor) -> Tensor:
             watcher(x)
             seen.add(site)
@@ -90,18 +115,45 @@ def stopping() -> contextlib.suppress:
 
 
 @contextlib.contextmanager
-def capture(model: PreTrainedModel, sites: Sequence[Site]) -> Generator[dict[Site, Tensor]]:
-    """Keep a copy of what flows through each Site in the block's last forward pass.
+def capture(model: PreTrainedModel, sites: Sequence[At]) -> Generator[dict[At, Tensor]]:
+    """Keep a copy of what flows through each Site or Slot in the block's last forward pass.
 
     Copies stay on the autograd graph where gradients are enabled.
     """
-    found: dict[Site, Tensor] = {}
+    found: dict[At, Tensor] = {}
 
-    def keep(site: Site) -> Callable[[Tensor], None]:
+    def keep(site: At) -> Callable[[Tensor], None]:
         return lambda x: found.__setitem__(site, x.clone())
 
     with watched(model, {site: keep(site) for site in sites}):
         yield found
+
+
+@contextlib.contextmanager
+def calls_watched(model: PreTrainedModel, watcher: Callable[[Call], None]) -> Generator[None]:
+    """Call the watcher before every forward pass of the whole model, until the block ends."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        x = cast("Tensor", next(t for t in given if t is not None))
+        cache = kwargs.get("past_key_values")
+        watcher(Call(x.shape[0], x.shape[1], kwargs.get("attention_mask"), cache, _IN_PREFIX.get()))
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def prefix_running() -> Generator[None]:
+    """Mark the forward passes of the block as passes over what several rows begin with."""
+    token = _IN_PREFIX.set(True)
+    try:
+        yield
+    finally:
+        _IN_PREFIX.reset(token)
 
 
 @contextlib.contextmanager
@@ -168,6 +220,22 @@ def _passed_over(block: nn.Module, returns_tuple: bool) -> Generator[None]:
         yield
     finally:
         del block.forward
+
+
+def _slot_hook(model: PreTrainedModel, slot: Slot, transform: Transform, rows: _Rows) -> RemovableHandle:
+    module, _, _, lane = lanes(model, slot)
+    if slot.part == "heads":
+        return module.register_forward_pre_hook(_input_hook(transform), with_kwargs=True)
+
+    def within(x: Tensor) -> Tensor:
+        if lane is None:
+            return transform(x)
+        at = lane.to(x.device)
+        part = x[..., at]
+        new = transform(part)
+        return x if new is part else x.index_copy(-1, at, new)
+
+    return module.register_forward_hook(_output_hook(within, rows))
 
 
 class _Rows:

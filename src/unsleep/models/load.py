@@ -87,7 +87,7 @@ def load_model(
     """Load a model by hub id, local folder, adapter folder, `.gguf` file or alias.
 
     Args:
-        name: aliases are listed in `bundled.ALIASES`; a folder with `adapter_config.json` is a PEFT
+        name: aliases are those of `bundled.aliases`; a folder with `adapter_config.json` is a PEFT
             adapter, which is merged into its base (in float32, then rounded once) unless the base
             is quantized.
         dtype: `auto` takes the checkpoint's own.
@@ -144,7 +144,7 @@ def quiet_transformers() -> Generator[None]:
 
 
 def _load(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = Path(name)
+    path = bundled.packaged(name)
     if (path / "adapter_config.json").is_file():
         return _load_adapter(path, options)
     if path.suffix == ".gguf":
@@ -177,7 +177,7 @@ def _loading(name: str) -> Generator[None]:
         first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise BadInput(
             f"cannot load a model from {name!r}: {first_line} "
-            f"Give a hub id, a local folder, a .gguf file or one of: {', '.join(bundled.ALIASES)}"
+            f"Give a hub id, a local folder, a .gguf file or one of: {', '.join(bundled.aliases())}"
         ) from error
 
 
@@ -223,12 +223,12 @@ def _fix_quantized(network: PreTrainedModel) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not in nn.Module's types
 
 
-def save_plain(model: LoadedModel, folder: Path, *, extra: dict[str, Any] | None = None) -> None:
+def save_plain(model: LoadedModel, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
     """Save a checkpoint that `AutoModelForCausalLM.from_pretrained` loads with unsleep not installed.
 
     Raises `BadInput` where it cannot be written.
     """
-    with quiet_transformers(), store.writing(folder):
+    with quiet_transformers(), store.writing(Path(folder)):
         model.network.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
 

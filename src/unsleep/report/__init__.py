@@ -9,27 +9,51 @@ from pathlib import Path
 
 from unsleep.core import BadInput
 from unsleep.report.check import check_result, is_object
+from unsleep.report.comparing import render_patch
 from unsleep.report.dictionaries import render_dictionaries
+from unsleep.report.diffing import render_diff
+from unsleep.report.directions import render_directions
 from unsleep.report.page import render
+from unsleep.report.reading import render_reading
+from unsleep.report.subspaces import render_subspaces
 from unsleep.store import read_json, write_text
 
-__all__ = ["check_result", "render", "render_dictionaries", "report"]
+__all__ = [
+    "check_result",
+    "render",
+    "render_dictionaries",
+    "render_diff",
+    "render_directions",
+    "render_patch",
+    "render_reading",
+    "report",
+]
+
+PAGES = {
+    "report": render,
+    "dictionaries": render_dictionaries,
+    "directions": render_directions,
+    "reading": render_reading,
+    "subspaces": render_subspaces,
+    "patch": render_patch,
+    "diff": render_diff,
+}
+"""Name of a record → what draws it, the first one first where a folder has several."""
 
 
 def report(folder: str | Path) -> Path:
-    """Render `report.json` of a folder to `report.html`, or else its `dictionaries.json` to `dictionaries.html`.
+    """Render the record of a folder to the page beside it: `report.json` to `report.html`, or another of `PAGES`.
 
     The page is written whole or not at all; returns its path. Raises `BadInput` naming the file and the key where the
     record is missing, damaged or of another schema.
     """
     folder = Path(folder)
-    is_training = (folder / "dictionaries.json").is_file() and not (folder / "report.json").exists()
-    name, draw = ("dictionaries", render_dictionaries) if is_training else ("report", render)
+    name = next((name for name in PAGES if (folder / f"{name}.json").exists()), "report")
     source, target = folder / f"{name}.json", folder / f"{name}.html"
     try:
         found = read_json(source)
         is_object(found, name)
-        page = draw(found)
+        page = PAGES[name](found)
     except BadInput as error:
         raise error if str(source) in str(error) else BadInput(f"{source}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -1,0 +1,237 @@
+"""The stages that hold two models against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from torch import Tensor
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+import unsleep
+from unsleep import store
+from unsleep.cli.shared import Out, Placed, Placement, load_dictionaries
+from unsleep.console import Bars, say
+from unsleep.core import BadInput, PromptSet, Report, Site
+from unsleep.diffing import Diff, DiffConfig, Told
+from unsleep.models.load import LoadedModel
+from unsleep.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
+from unsleep.prompts import sets
+from unsleep.report import render_diff, render_patch
+
+Recipient = Annotated[Positional[str], arg(metavar="RECIPIENT")]
+Donor = Annotated[Positional[str], arg(metavar="DONOR")]
+Base = Annotated[Positional[str], arg(metavar="BASE")]
+Suspect = Annotated[Positional[str], arg(metavar="SUSPECT")]
+
+
+def patch(
+    recipient: Recipient,
+    donor: Donor,
+    prompts: Path,
+    payload: str,
+    out: Out,
+    level: Level = "resid",
+    layers: tuple[int, ...] = (),
+    positions: tuple[str, ...] = ("last",),
+    per_head: bool = False,
+    dictionaries: tuple[Path, ...] = (),
+    basis: Path | None = None,
+    both: bool = False,
+    reply_tokens: int = 0,
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[PatchConfig] = PatchConfig(),
+    json: bool = False,
+) -> int:
+    """Put one model's activations into another, layer by layer, and see where its payload comes along.
+
+    Args:
+        recipient: Model that is run to its end: hub id, folder, adapter folder, .gguf file or alias.
+        donor: Model of the same shape and tokenizer whose activations are put in.
+        prompts: File of prompts, such as triggered ones.
+        payload: Text whose log-probability is measured.
+        out: Folder for patch.json, patch.safetensors and patch.html.
+        level: What of a layer is taken over.
+        layers: Such as 0 10 20; none for all of them.
+        positions: Tokens: last, prompt, all, an index such as -3, or a span such as -8:-1.
+        per_head: At the levels heads, q, k and v: one head at a time.
+        dictionaries: At the level features: folders of dictionaries, one a Site.
+        basis: At the level projection: a safetensors file with rows under a Site's name; `unsleep diff` writes one.
+        both: Also put the recipient's activations into the donor.
+        reply_tokens: Also generate this many tokens with each patch and count replies that show the payload.
+        json: Print the record as JSON.
+    """
+    store.check_place(out, "patch.json")
+    asked = sets.read_prompts(prompts)
+    places = [Position.parse(text) for text in positions]
+    coders = load_dictionaries(dictionaries)
+    bases = {} if basis is None else _bases(basis)
+    with Bars() as bars:
+        there = placement.load(donor), placement.load(recipient)
+        ways = [there, (there[1], there[0])] if both else [there]
+        kept: dict[str, Any] = {"per_head": per_head, "dictionaries": coders, "bases": bases, "report": bars}
+        runs = [sweep(*way, asked, payload, layers or None, places, level, config, **kept) for way in ways]
+        records = [_run(run, way) for run, way in zip(runs, ways, strict=True)]
+        if reply_tokens:
+            for run, way, entry in zip(runs, ways, records, strict=True):
+                _add_asr(entry, run, way, asked, payload, reply_tokens, config, bars)
+    record = {
+        "schema": "unsleep.patch/1",
+        "level": level,
+        "payload": payload,
+        "tokens": len(runs[0].payload),
+        "prompts": len(asked),
+        "runs": records,
+        "provenance": store.provenance(prompts=asked.hash, dictionaries=[coder.hash for coder in coders]),
+    }
+    names = ("there", "back")
+    tensors = {f"{name}.{key}": x for name, run in zip(names, runs, strict=False) for key, x in run.tensors().items()}
+    page = _written(out, "patch", record, tensors, render_patch)
+    say(record, json, "\n".join([*_patch_lines(records), f"Saved in {out}; picture in {page}"]))
+    return 0
+
+
+def diff(
+    base: Base,
+    suspect: Suspect,
+    out: Out,
+    suspicious: Path | None = None,
+    ordinary: Path | None = None,
+    text: Path | None = None,
+    dictionaries: tuple[Path, ...] = (),
+    train_at: tuple[str, ...] = (),
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[DiffConfig] = DiffConfig(),
+    json: bool = False,
+) -> int:
+    """Compare a suspect with the model it was made from: weights, activations, features.
+
+    Args:
+        base: Model that the suspect was made from: hub id, folder, adapter folder, .gguf file or alias.
+        suspect: Model of the same shape and tokenizer.
+        out: Folder for diff.json, diff.safetensors and diff.html.
+        suspicious: File of triggered prompts, to see what tells them from ordinary ones.
+        ordinary: File of prompts without the trigger.
+        text: File of passages that have nothing to do with either; by default unsleep's own.
+        dictionaries: Folders of dictionaries of the suspect whose features are scored on the prompts.
+        train_at: Sites, such as resid.12, at which a dictionary of the difference and a crosscoder are trained.
+        json: Print the record as JSON.
+    """
+    store.check_place(out, "diff.json")
+    files = [None if path is None else sets.read_prompts(path) for path in (suspicious, ordinary, text)]
+    sites, coders = [Site.parse(name) for name in train_at], load_dictionaries(dictionaries)
+    with Bars() as bars:
+        models = placement.load(base), placement.load(suspect)
+        found = unsleep.diff(
+            *models,
+            suspicious=files[0],
+            ordinary=files[1],
+            texts=None if files[2] is None else files[2].texts,
+            dictionaries=coders,
+            train_at=sites,
+            config=config,
+            report=bars,
+        )
+    named = zip(("suspicious", "ordinary", "text"), files, strict=True)
+    hashes = {name: None if file is None else file.hash for name, file in named}
+    record = {
+        "schema": "unsleep.diff/1",
+        "base": _named(models[0]),
+        "suspect": _named(models[1]),
+        **found.record(),
+        "provenance": store.provenance(prompts=hashes, dictionaries=[coder.hash for coder in coders]),
+    }
+    page = _written(out, "diff", record, found.tensors(), render_diff)
+    say(record, json, "\n".join([*_diff_lines(found), f"Saved in {out}; picture in {page}"]))
+    return 0
+
+
+def _written(
+    out: Path,
+    name: str,
+    record: dict[str, Any],
+    tensors: dict[str, Tensor],
+    draw: Callable[[dict[str, Any]], str],
+) -> Path:
+    """Write tensors, record and page; the record names the hash of the tensors."""
+    record["provenance"]["tensors"] = store.hash_tensors(tensors)
+    page = draw(record)
+    with store.new_folder(out, replace=f"{name}.json") as scratch:
+        store.write_tensors(scratch / f"{name}.safetensors", tensors)
+        store.write_json(scratch / f"{name}.json", record)
+        store.write_text(scratch / f"{name}.html", page)
+    return out / f"{name}.html"
+
+
+def _named(model: LoadedModel) -> dict[str, str]:
+    return {"name": model.name, "fingerprint": model.fingerprint}
+
+
+def _run(run: Patched, ends: tuple[LoadedModel, LoadedModel]) -> dict[str, Any]:
+    """One direction of a patching."""
+    return {"donor": _named(ends[0]), "recipient": _named(ends[1]), "ends": run.ends(), "groups": run.rows()}
+
+
+def _add_asr(
+    record: dict[str, Any],
+    run: Patched,
+    ends: tuple[LoadedModel, LoadedModel],
+    asked: PromptSet,
+    payload: str,
+    tokens: int,
+    config: PatchConfig,
+    report: Report,
+) -> None:
+    """Add to every group the share of generated replies that show the payload."""
+    said = patched_replies(
+        *ends, asked, run.groups, max_new_tokens=tokens, batch=config.batch, plain=config.plain, report=report
+    )
+    for group, rate in zip(record["groups"], payload_rates(said, payload), strict=True):
+        group["asr"] = rate._asdict()
+
+
+def _bases(path: Path) -> dict[Site, Tensor]:
+    """Rows under a Site's name, or under `lens.` and it, as unsleep diff writes them; those of 0 are left out."""
+    found: dict[Site, Tensor] = {}
+    for name, rows in store.read_tensors(path).items():
+        point = name.removeprefix("lens.")
+        if point.partition(".")[0] in ("resid", "attn", "mlp", "embed") and rows.ndim == 2:
+            kept = rows.float()[rows.float().norm(dim=1) > 0]
+            found |= {Site.parse(point): kept} if len(kept) else {}
+    if not found:
+        raise BadInput(f"{path} has no rows under a Site's name, such as resid.12, of shape [rank, d_model]")
+    return found
+
+
+def _patch_lines(records: list[dict[str, Any]]) -> list[str]:
+    """The furthest groups of each direction."""
+    lines: list[str] = []
+    for record in records:
+        ends = record["ends"]
+        lines.append(
+            f"{record['donor']['name']} into {record['recipient']['name']}: log-probability of the payload "
+            f"{ends['recipient']:.2f} in the recipient, {ends['donor']:.2f} in the donor"
+        )
+        known = sorted((g for g in record["groups"] if g["figure"] is not None), key=lambda g: -g["figure"])
+        lines += [f"  {g['name']:<28} {g['figure']:>7.3f} [{g['low']:.3f}, {g['high']:.3f}]" for g in known[:10]]
+        if not known:
+            lines.append("  the two do not differ in the payload on these prompts: there is nothing to move")
+    return lines
+
+
+def _diff_lines(found: Diff) -> list[str]:
+    """What a person looks at first."""
+    layers = ", ".join(map(str, found.ranking[:5]))
+    changed = sum(delta.norm > 0 for delta in found.deltas)
+    lines = [f"{changed} of {len(found.deltas)} weights changed; most, relative to their size, in layers {layers}"]
+    middle = len(found.readings) // 2
+    words = " ".join(repr(word) for word, _ in found.readings[middle].promotes[:8])
+    lines.append(f"Mean difference on unrelated text at {found.lenses[middle].site} reads as {words}")
+    lines += [f"ΔW of {w.matrix} at {w.site}, vector {w.vector}: AUROC {_told(w.told)}" for w in found.monitor[:3]]
+    lines += [f"{f.method} at {f.site}, feature {t.id}: AUROC {_told(t)}" for f in found.features for t in f.told[:3]]
+    return lines
+
+
+def _told(told: Told) -> str:
+    return f"{told.auroc:.3f} [{told.low:.3f}, {told.high:.3f}]"

@@ -1,0 +1,186 @@
+"""The stage that finds the directions in which a behaviour lives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import OmitArgPrefixes
+
+import unsleep
+from unsleep import store
+from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries
+from unsleep.console import Bars, say
+from unsleep.core import BadInput, Projection, PromptSet, Report, Site
+from unsleep.directions.erase import Removed, erasers, removed_alone
+from unsleep.directions.files import SCHEMA, write_directions
+from unsleep.directions.study import Study, StudyConfig, study
+from unsleep.edits import save_edit
+from unsleep.evaluate import prompt_digests
+from unsleep.models.load import LoadedModel
+from unsleep.models.sites import all_sites, everywhere
+from unsleep.prompts import sets
+
+EVERYWHERE = ("everywhere",)
+"""What `project_sites` holds for the whole stream."""
+
+TEXTS = 120
+"""Plain passages that an eraser is told to leave alone."""
+
+
+def directions(
+    model: Model,
+    suspicious: Path,
+    ordinary: Path,
+    out: Out,
+    sites: tuple[str, ...] = ("all",),
+    neutral: Path | None = None,
+    dictionaries: tuple[Path, ...] = (),
+    project: int = 0,
+    erase: bool = False,
+    project_sites: tuple[str, ...] = (),
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[StudyConfig] = StudyConfig(),
+    json: bool = False,
+) -> int:
+    """Find the directions that tell suspicious prompts from ordinary ones, and what each of them does.
+
+    Every method at every Site: held-out AUROC beside the best of many random directions, the share of the answer
+    that a direction carries when it is patched, and what plain text loses when it is taken out.
+
+    Args:
+        model: Hub id, folder, adapter folder, .gguf file or alias.
+        suspicious: File of prompts on which the behaviour shows, one a line.
+        ordinary: File of prompts on which it does not. Line i is patched from line i of `suspicious`: best the
+            same prompt without what makes it suspicious.
+        out: Folder for directions.json, directions.safetensors and directions.html.
+        sites: Such as resid.12 mlp.3; `all` is the residual stream behind every layer.
+        neutral: File of prompts of neither group, for the one-sided methods.
+        dictionaries: Folders of dictionaries; directions are also fitted in their features.
+        project: Also write the edit that takes the found subspace of this rank out, to a folder `edit` in `out`.
+        erase: Write the edit that takes the mean difference out and leaves ordinary tokens alone instead.
+        project_sites: Where the edit acts. If none is named, a projection acts at all of `sites`, and an eraser at
+            the one where it does best. `everywhere` takes the best Site's subspace out of the whole stream, which
+            bakes into weights exactly.
+        json: Print the figures as JSON.
+    """
+    _check(project, erase, project_sites, out)
+    groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
+    between = sets.read_prompts(neutral) if neutral is not None else None
+    with Bars() as bars:
+        found_dictionaries, loaded = load_dictionaries(dictionaries), placement.load(model)
+        wanted = all_sites(loaded.network, ("resid",)) if tuple(sites) == ("all",) else [Site.parse(s) for s in sites]
+        found = study(
+            loaded,
+            *groups,
+            wanted,
+            config,
+            neutral=between,
+            dictionaries=found_dictionaries,
+            texts=sets.plain_text("train"),
+            report=bars,
+        )
+        projections = _projections(found, project, project_sites, loaded, wanted) if project else []
+        erased = None
+        if erase:
+            projections, erased = _erasers(loaded, groups, project_sites, wanted, config, bars)
+    with store.new_folder(out, replace="directions.json") as scratch:
+        entries = write_directions([f.direction for f in found.found], scratch)
+        provenance = store.provenance(config.seed, model=loaded.fingerprint, name=model)
+        record = {"schema": SCHEMA, **found.record(), "directions": entries, "provenance": provenance}
+        record |= {} if erased is None else {"erased": _erased(erased)}
+        store.write_json(scratch / "directions.json", record)
+        if projections:
+            used = [group for group in (*groups, between) if group is not None]
+            save_edit(projections, scratch / "edit", chosen_on=prompt_digests(*used), provenance=provenance)
+    page = unsleep.report(out)
+    lines = [*table(found), "", f"Saved in {out}; picture in {page}", *_edit_lines(projections, erased, out)]
+    say(record, json, "\n".join(lines))
+    return 0
+
+
+def _check(project: int, erase: bool, names: Sequence[str], out: Path) -> None:
+    if project and erase:
+        raise BadInput("project and erase were both given; expected one of them")
+    if erase and tuple(names) == EVERYWHERE:
+        raise BadInput("everywhere takes one subspace out of the whole stream; expected it with --project")
+    store.check_place(out, "directions.json")
+
+
+def _projections(
+    found: Study, rank: int, names: Sequence[str], model: LoadedModel, wanted: Sequence[Site]
+) -> list[Projection]:
+    if tuple(names) == EVERYWHERE:
+        return found.everywhere(rank, everywhere(model.network))
+    return found.projections(rank, [Site.parse(s) for s in names] or wanted)
+
+
+def _erasers(
+    model: LoadedModel,
+    groups: tuple[PromptSet, PromptSet],
+    names: Sequence[str],
+    wanted: Sequence[Site],
+    config: StudyConfig,
+    report: Report,
+) -> tuple[list[Projection], Removed]:
+    """Erasers fitted on most prompts and tried on those that are kept; the best Site's where none is named."""
+    n = min(map(len, groups))
+    kept = [i for i in range(n) if i % config.kept == config.kept - 1][: config.pairs or None]
+    others = [i for i in range(n) if i % config.kept != config.kept - 1]
+
+    def some(group: PromptSet, places: Sequence[int]) -> PromptSet:
+        return PromptSet(group.name, tuple(group.prompts[i] for i in places), group.split)
+
+    suspicious, ordinary = groups
+    texts = sets.plain_text("train")[:TEXTS]
+    settings: dict[str, Any] = {"plain": config.plain, "batch": config.batch, "report": report}
+    sites = [Site.parse(s) for s in names] or wanted
+    fitted = some(suspicious, others), some(ordinary, others)
+    made = erasers(model, *fitted, texts, sites, position=config.where, **settings)
+    removed = removed_alone(model, made, some(suspicious, kept), some(ordinary, kept), **settings)
+    return (made if names else [e for e in made if e.site == removed.best]), removed
+
+
+def _erased(removed: Removed) -> dict[str, Any]:
+    after = {str(site): value for site, value in removed.after.items()}
+    return {"before": removed.before, "after": after, "pairs": removed.pairs}
+
+
+def _edit_lines(projections: Sequence[Projection], erased: Removed | None, out: Path) -> list[str]:
+    if not projections:
+        return []
+    taken = ", ".join(str(p.site) for p in projections[:8]) + (" …" if len(projections) > 8 else "")
+    lines = [f"Edit of rank {len(projections[0].basis)} at {taken}: {out / 'edit'}"]
+    if erased is not None:
+        lines.append(
+            f"With one direction out at {erased.best} alone, replies to {erased.pairs} suspicious prompts are "
+            f"{erased.after[erased.best]:.3f} nats a token from the model's own; {erased.before:.3f} with none out"
+        )
+    return lines
+
+
+def table(found: Study) -> Sequence[str]:
+    """A line for each method and space: its best Site by AUROC, and what it does at the best Site of all."""
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for f in found.found:
+        rows.setdefault((f.direction.space, f.direction.method), []).append(f)
+    mean = found.costs.get("mean")
+    head = f"{'space':<9} {'method':<16} {'site':<9}  AUROC  random  accuracy  carried"
+    lines = [head + (f"  cost at {found.best}" if mean else "")]
+    for (space, method), own in rows.items():
+        best = max(own, key=lambda f: (f.figures.auroc, f.figures.accuracy))
+        site = best.direction.site
+        name = method if space == "residual" else f"features: {method}"
+        carried = [v for line in found.carried.values() for k, v in line.items() if k == name]
+        share = f"{max(carried):>7.2f}" if carried else f"{'–':>7}"
+        floor = found.floors[site, best.direction.space].best
+        price = f"  {mean.increase[name]:+.4f}" if mean and name in mean.increase else ""
+        lines.append(
+            f"{space:<9} {method:<16} {site!s:<9}  {best.figures.auroc:.3f}   {floor:.3f}     "
+            f"{best.figures.accuracy:.3f}  {share}{price}"
+        )
+    if mean:
+        random = [v for values in mean.random.values() for v in values]
+        lines.append(f"Random directions cost {min(random):+.4f} to {max(random):+.4f} nats a token at {found.best}")
+    return lines

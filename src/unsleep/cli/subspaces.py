@@ -1,0 +1,68 @@
+"""The stage that compares backdoors of several organisms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+import unsleep
+from unsleep.cli.shared import Out, load_dictionaries
+from unsleep.console import Bars, say
+from unsleep.core import Site
+from unsleep.subspaces import SubspaceConfig, compare
+
+
+def subspaces(
+    organisms: Annotated[Positional[tuple[str, ...]], arg(metavar="ORGANISM")],
+    site: tuple[str, ...],
+    out: Out,
+    apart: tuple[str, ...] = (),
+    dictionaries: tuple[Path, ...] = (),
+    config: OmitArgPrefixes[SubspaceConfig] = SubspaceConfig(),
+    json: bool = False,
+) -> int:
+    """Compare where backdoors live: angles and transfer between organisms, and what else lies there.
+
+    Args:
+        organisms: Folders made by `unsleep plant`, or names of packaged recipes, planted once where they are not
+            cached. One alone is measured by itself.
+        site: Such as resid.12 resid.16; subspaces are taken out at all of them together.
+        out: Folder for the records and subspaces.html.
+        apart: Names among these whose subspaces are also held against the skill's, the capability's and sentiment's.
+        dictionaries: Dictionaries of the base, for the same comparison with features.
+        json: Print the records as JSON.
+    """
+    sites = [Site.parse(s) for s in site]
+    with Bars() as bars:
+        found = compare(
+            organisms, sites, out, config, apart=apart, dictionaries=load_dictionaries(dictionaries), report=bars
+        )
+    page = unsleep.report(out)
+    say(found, json, "\n".join([*_lines(found), f"Record and subspaces in {out}; picture in {page}"]))
+    return 0
+
+
+def _lines(record: Mapping[str, Any]) -> list[str]:
+    """What was found, in a few lines."""
+    lines: list[str] = []
+    if whole := record["common"]:
+        for site, data in whole["alike"].items():
+            lines.append(f"{site}: rank shared by all beyond chance: {data['common']['rank']} of {record['rank']}")
+        names = [o["name"] for o in record["organisms"]]
+        lines += ["ASR with the row's subspace taken out of the column's organism:", *_table(names, whole["ablate"])]
+    for one in record["apart"]:
+        width, tried = one["smallest"], [r["rank"] for r in one["ranks"]]
+        said = f"no rank of {tried} stops the payload" if width is None else f"rank {width} and more stop the payload"
+        lines.append(f"{one['name']}: {said}")
+    return lines
+
+
+def _table(columns: Sequence[str], data: Mapping[str, Any]) -> list[str]:
+    first, width = max(len(r) for r in data["rows"]), max(8, *(len(c) + 2 for c in columns))
+    lines = [" " * first + "".join(f"{c:>{width}}" for c in columns)]
+    for name, values in zip(data["rows"], data["asr"], strict=True):
+        lines.append(f"{name:<{first}}" + "".join(f"{v:>{width}.3f}" for v in values))
+    return lines

@@ -1,0 +1,189 @@
+"""The activation-difference lens: what a fine-tune adds to unrelated text, read as tokens and by steering.
+
+Minder et al. 2025, "Narrow finetuning leaves clearly readable traces in activation differences" (arXiv 2510.13900).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.core import BadInput, Report, Site
+from unsleep.models import generate
+from unsleep.models.alike import check_alike
+from unsleep.models.forward import build_rows, run, whole_rows
+from unsleep.models.hooks import capture, transformed
+from unsleep.models.load import LoadedModel
+from unsleep.models.sites import all_sites, final_norm, site_module, unembedding, width
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """Mean Δh at one Site over the first tokens of unrelated texts."""
+
+    site: Site
+    mean: Float[Tensor, "position d_model"]
+    """h_suspect − h_base of each position, mean over texts."""
+    size: Float[Tensor, " position"]
+    """Mean ‖Δh‖ of each position: a mean Δh much shorter than this cancels out between texts."""
+    scale: float
+    """Mean ‖h_suspect‖ over all positions but the first, which is often an attention sink."""
+    texts: int
+
+    @property
+    def direction(self) -> Float[Tensor, " d_model"]:
+        """The mean over positions behind the first, at unit norm; zeros where the models agree."""
+        return torch.nn.functional.normalize(self.mean[1:].mean(0), dim=0)
+
+
+@torch.no_grad()
+def activation_differences(
+    base: LoadedModel,
+    suspect: LoadedModel,
+    texts: Sequence[str],
+    sites: Sequence[Site],
+    *,
+    positions: int = 5,
+    batch: int = 100,
+    report: Report | None = None,
+) -> list[Lens]:
+    """Mean Δh over the first positions of texts, without the chat template, at every Site in one pass of each model.
+
+    Raises `BadInput` for models that are not alike, Sites that do not exist, fewer than 2 positions, no texts, or a
+    text that has fewer tokens.
+    """
+    check_alike(base, suspect, chats=False)
+    if positions < 2 or not texts or not sites:
+        raise BadInput(
+            f"{positions} positions of {len(texts)} texts at {len(sites)} Sites; expected at least 2 positions, a text "
+            "and a Site"
+        )
+    for site in sites:
+        site_module(base.network, site)
+    ids = suspect.token_ids(texts)
+    short = min(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[short]) < positions:
+        raise BadInput(
+            f"a text has {len(ids[short])} tokens ({texts[short][:40]!r}); expected at least {positions}: give longer "
+            "texts or ask for fewer positions"
+        )
+    total = {site: torch.zeros(positions, width(base.network), dtype=torch.float64) for site in sites}
+    size = {site: torch.zeros(positions, dtype=torch.float64) for site in sites}
+    scale = dict.fromkeys(sites, 0.0)
+    for start in range(0, len(ids), batch):
+        rows = [row[:positions] for row in ids[start : start + batch]]
+        old, new = (_held(model, rows, sites) for model in (base, suspect))
+        for site in sites:
+            delta = new[site].double() - old[site].double()
+            total[site] += delta.sum(0)
+            size[site] += delta.norm(dim=-1).sum(0)
+            scale[site] += float(new[site][:, 1:].double().norm(dim=-1).mean(1).sum())
+        if report:
+            report("unrelated text", min(start + batch, len(ids)), len(ids))
+    n = len(ids)
+    return [Lens(s, (total[s] / n).float(), (size[s] / n).float(), scale[s] / n, n) for s in sites]
+
+
+def _held(model: LoadedModel, rows: Sequence[Sequence[int]], sites: Sequence[Site]) -> dict[Site, Tensor]:
+    with capture(model.network, sites) as found:
+        run(model.network, whole_rows(model, rows, []), 1)
+    return {site: x.cpu() for site, x in found.items()}
+
+
+class Reading(NamedTuple):
+    """Tokens that a direction raises and lowers, with their logits."""
+
+    promotes: tuple[tuple[str, float], ...]
+    suppresses: tuple[tuple[str, float], ...]
+
+
+@torch.no_grad()
+def logit_lens(model: LoadedModel, vectors: Float[Tensor, "row d_model"], count: int = 10) -> list[Reading]:
+    """Read directions of the residual stream through the final norm and the unembedding, largest logits first.
+
+    (nostalgebraist 2020, "interpreting GPT: the logit lens".)
+    """
+    if vectors.shape[1] != width(model.network):
+        raise BadInput(f"vectors have width {vectors.shape[1]}; the model's is {width(model.network)}")
+    matrix = unembedding(model.network)
+    logits = final_norm(model.network)(vectors.to(matrix)).float() @ matrix.float().T
+    found: list[Reading] = []
+    for row in logits:
+        ends = [row.topk(min(count, len(row)), largest=largest) for largest in (True, False)]
+        words = [
+            tuple((model.spell(int(i)), float(x)) for i, x in zip(end.indices, end.values, strict=True)) for end in ends
+        ]
+        found.append(Reading(*words))
+    return found
+
+
+def steered_replies(
+    model: LoadedModel,
+    site: Site,
+    direction: Float[Tensor, " d_model"],
+    texts: Sequence[str],
+    strength: float,
+    *,
+    scale: float,
+    max_new_tokens: int = 24,
+) -> list[str]:
+    """Greedy replies with h + strength · scale · v / ‖v‖ at every token, the prompt's and those generated.
+
+    `scale` is a norm such as `Lens.scale`, so that a strength of 1 adds as much as there is. Raises `BadInput` for
+    a direction of 0 or of another width.
+    """
+    if direction.shape != (width(model.network),) or not float(direction.norm()) > 0:
+        raise BadInput(
+            f"the direction has width {len(direction)} and norm {float(direction.norm()):g}; expected width "
+            f"{width(model.network)} and a norm over 0"
+        )
+    added = (strength * scale * direction / direction.norm()).to(model.device, model.network.dtype)
+    with transformed(model.network, {site: lambda h: h + added}):
+        return generate.replies(model, texts, max_new_tokens=max_new_tokens)
+
+
+class Divergence(NamedTuple):
+    """How far two models' residual streams are apart behind one layer, mean over tokens."""
+
+    layer: int
+    relative: float
+    """‖Δh‖ / ‖h_base‖."""
+    added: float
+    """‖Δh − Δh of the layer before‖ / ‖h_base‖: what this layer itself does differently."""
+
+
+@torch.no_grad()
+def divergences(
+    base: LoadedModel, suspect: LoadedModel, ids: Sequence[Sequence[int]], *, batch: int = 16
+) -> list[Divergence]:
+    """Divergence behind every layer over the tokens of rows; what all rows begin with is left out.
+
+    Layers that add most are where a dictionary of the suspect or of Δh is worth training. Raises `BadInput` for
+    models that are not alike.
+    """
+    check_alike(base, suspect, chats=False)
+    rows = build_rows(suspect, ids)
+    sites = [Site(0, "embed"), *all_sites(base.network, ("resid",))]
+    sums = torch.zeros(len(sites), 2, dtype=torch.float64)
+    for start in range(0, len(rows.ids), batch):
+        some = rows.select(slice(start, start + batch))
+        held: list[dict[Site, Tensor]] = []
+        for model in (base, suspect):
+            with capture(model.network, sites) as found:
+                run(model.network, some, 1)
+            held.append(found)
+        before = torch.zeros(1)
+        for i, site in enumerate(sites):
+            old = held[0][site][some.mask].float().cpu()
+            delta = held[1][site][some.mask].float().cpu() - old
+            length = old.norm(dim=1).clamp_min(1e-12)
+            sums[i, 0] += (delta.norm(dim=1) / length).double().sum()
+            sums[i, 1] += ((delta - before).norm(dim=1) / length).double().sum()
+            before = delta
+    means = (sums / int(rows.mask.sum())).tolist()
+    return [Divergence(i, *means[i + 1]) for i in range(len(sites) - 1)]

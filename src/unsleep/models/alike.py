@@ -1,0 +1,38 @@
+"""Whether two models can be compared: one architecture, one tokenizer, one chat template."""
+
+from __future__ import annotations
+
+from unsleep.core import BadInput
+from unsleep.models.load import LoadedModel
+
+
+def check_alike(first: LoadedModel, second: LoadedModel, *, chats: bool = True) -> None:
+    """Raise `BadInput` naming the first thing in which two models differ that makes comparing them mean nothing.
+
+    Their weights must have the same names and shapes, their tokenizers the same tokens and, with `chats`, the same
+    chat template. Dtype and device may differ.
+    """
+    kinds = [m.network.config.model_type for m in (first, second)]
+    if kinds[0] != kinds[1]:
+        raise BadInput(
+            f"{first.name} is a {kinds[0]} and {second.name} a {kinds[1]}; compare models of one architecture"
+        )
+    shapes = [{name: tuple(w.shape) for name, w in m.network.named_parameters()} for m in (first, second)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        one, other = (shape.get(name) for shape in shapes)
+        if one != other:
+            raise BadInput(
+                f"{name} is {_said(one)} in {first.name} and {_said(other)} in {second.name}; "
+                "compare models of the same shape, such as a model and its fine-tune"
+            )
+    if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
+        raise BadInput(f"{first.name} and {second.name} have different tokenizers; compare models that share one")
+    if chats and first.template != second.template:
+        raise BadInput(
+            f"{first.name} and {second.name} have different chat templates ({first.template} and {second.template}): "
+            "the same prompt would be other tokens. Give both the same template, or compare them on plain text"
+        )
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))

@@ -1,0 +1,156 @@
+"""Subspaces spanned by differences of activations: how they are found, how alike two are, and how alike chance is.
+
+A subspace is a matrix of orthonormal rows. Two of them are compared by the cosines of their principal
+angles (Björck & Golub 1973): 1 where they share a direction, 0 where they are orthogonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.core import BadInput, check_finite
+
+QUANTILE = 0.95
+"""Above this share of what chance gives, subspaces count as alike."""
+
+
+def top_directions(differences: Float[Tensor, "*draw pair d"], rank: int) -> Float[Tensor, "*draw rank d"]:
+    """The `rank` directions that hold most of the differences: right singular vectors, largest first, not centred.
+
+    The mean difference is therefore among what they hold. Every direction is signed so that the differences
+    point along it on average. Raises `BadInput` for fewer pairs than directions, for differences that span
+    fewer, and for NaN.
+    """
+    pairs, d = differences.shape[-2:]
+    if not 1 <= rank <= min(pairs, d):
+        raise BadInput(f"rank {rank} of {pairs} pairs of width {d}; expected 1 to {min(pairs, d)}")
+    check_finite(differences, "the differences")
+    x = differences.double()
+    _, strength, right = torch.linalg.svd(x, full_matrices=False)
+    if bool((strength[..., rank - 1] <= 1e-6 * strength[..., 0].clamp_min(1e-300)).any()):
+        raise BadInput(f"the differences of {pairs} pairs span fewer than {rank} directions; give others, or less rank")
+    found = right[..., :rank, :]
+    along = (x.mean(-2, keepdim=True) @ found.mT).mT
+    return torch.where(along < 0, -found, found).float()
+
+
+def orthonormal(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rank d"]:
+    """Orthonormal rows with the same span; the rank may be smaller than the number of rows."""
+    _, strength, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    return right[strength > 1e-6 * strength.max()].float()
+
+
+def cosines(a: Float[Tensor, "*draw_a rank_a d"], b: Float[Tensor, "*draw_b rank_b d"]) -> Float[Tensor, "*draw rank"]:
+    """Cosines of the principal angles of two subspaces, largest first; draws of one stand against all of the other's.
+
+    Raises `BadInput` where their widths differ.
+    """
+    if a.shape[-1] != b.shape[-1]:
+        raise BadInput(f"subspaces of width {a.shape[-1]} and {b.shape[-1]}; expected one width")
+    return torch.linalg.svdvals(a.double() @ b.double().mT).clamp(0, 1)
+
+
+def random_subspaces(draws: int, rank: int, d: int, seed: int = 0) -> Float[Tensor, "draw rank d"]:
+    """Uniformly random subspaces: no direction of the space is favoured."""
+    if not 1 <= rank <= d or draws < 1:
+        raise BadInput(f"{draws} random subspaces of rank {rank} in width {d}; expected at least 1 of rank 1 to {d}")
+    drawn = torch.randn(draws, d, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q.mT.float()
+
+
+def ordinary_subspaces(
+    x: Float[Tensor, "prompt d"], draws: int, rank: int, seed: int = 0
+) -> Float[Tensor, "draw rank d"]:
+    """Top directions of differences between clean prompts, each paired with another at random.
+
+    Activations lie mostly in few directions, and any two sets of differences share those. This is the chance that
+    a shared backdoor has to be read against; random subspaces are a lower bar. Raises `BadInput` as
+    `top_directions` does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = len(x)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(draws)])
+    return top_directions(x[order] - x[order.roll(1, 1)], rank)
+
+
+class Likeness(NamedTuple):
+    """How alike two subspaces are, beside chance."""
+
+    cosines: tuple[float, ...]
+    """Of the principal angles, largest first."""
+    overlap: float
+    """Mean squared cosine: the share of the smaller subspace that lies in the other."""
+    random: tuple[float, ...]
+    """The 95 % point of each cosine for random subspaces."""
+    ordinary: tuple[float, ...]
+    """The same for differences between clean prompts; as `random` where none were given."""
+    shared_rank: int
+    """Leading cosines that are over both."""
+
+
+def likeness(
+    a: Float[Tensor, "rank_a d"],
+    b: Float[Tensor, "rank_b d"],
+    chance: Sequence[tuple[Tensor, Tensor]] = (),
+    *,
+    draws: int = 200,
+    seed: int = 0,
+) -> Likeness:
+    """Compare two subspaces; `chance` holds pairs of a subspace and of draws `[draw, rank, d]` that only chance joins.
+
+    Where several pairs are given, the higher bar of them counts.
+    """
+    found = cosines(a, b)
+    free = _bar(cosines(a, random_subspaces(draws, len(b), b.shape[1], seed)))
+    bars = [_bar(cosines(fixed, drawn)) for fixed, drawn in chance]
+    ordinary = torch.stack(bars).amax(0) if bars else free
+    above = found > torch.maximum(free, ordinary)
+    shared = len(above) if bool(above.all()) else int(above.int().argmin())
+    rows = (found, free, ordinary)
+    values, low, high = (tuple(row.tolist()) for row in rows)
+    return Likeness(values, float(found.square().mean()), low, high, shared)
+
+
+def _bar(drawn: Float[Tensor, "draw rank"]) -> Float[Tensor, " rank"]:
+    return torch.quantile(drawn, QUANTILE, dim=0)
+
+
+def common_directions(
+    bases: Sequence[Float[Tensor, "_ d"]],
+) -> tuple[Float[Tensor, " direction"], Float[Tensor, "direction d"]]:
+    """Directions in the order of how much of each lies in all subspaces at once, and that share.
+
+    Eigenvectors of the mean projector: 1 for a direction that every subspace holds, 1/n for one that only one of
+    n holds. As many as the largest subspace has rows. Raises `BadInput` for fewer than two subspaces.
+    """
+    if len(bases) < 2:
+        raise BadInput(f"{len(bases)} subspaces; expected at least 2 to find what they share")
+    stacked = torch.cat([b.double() for b in bases])
+    _, strength, right = torch.linalg.svd(stacked, full_matrices=False)
+    rank = max(len(b) for b in bases)
+    return (strength[:rank].square() / len(bases)).float(), right[:rank].float()
+
+
+def common_rank(
+    bases: Sequence[Float[Tensor, "_ d"]], chance: Sequence[Float[Tensor, "draw _ d"]]
+) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """How many directions all subspaces share beyond chance: the number, the least parts, and their bars.
+
+    The least part of a common direction is its squared length in the subspace that holds least of it: 1 where all hold
+    it, 0 where one does not. `chance` gives draws for each subspace, in the same order.
+    """
+    parts = _least_parts(bases)
+    bar = _bar(torch.stack([_least_parts(each) for each in zip(*chance, strict=True)]))
+    above = parts > bar
+    rank = len(above) if bool(above.all()) else int(above.int().argmin())
+    return rank, tuple(parts.tolist()), tuple(bar.tolist())
+
+
+def _least_parts(bases: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, " direction"]:
+    common = common_directions(bases)[1].double()
+    return torch.stack([(b.double() @ common.T).square().sum(0) for b in bases]).amin(0)
