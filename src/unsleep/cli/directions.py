@@ -95,7 +95,7 @@ def directions(
             used = [group for group in (*groups, between) if group is not None]
             save_edit(projections, scratch / "edit", chosen_on=prompt_digests(*used), provenance=provenance)
     page = unsleep.report(out)
-    lines = [*table(found), "", f"Saved in {out}; picture in {page}", *_edit_lines(projections, erased, out)]
+    lines = [*table(found), "", f"Saved in {out}; picture in {page}", *_saved(projections, erased, found.best, out)]
     say(record, json, "\n".join(lines))
     return 0
 
@@ -103,6 +103,8 @@ def directions(
 def _check(project: int, erase: bool, names: Sequence[str], out: Path) -> None:
     if project and erase:
         raise BadInput("project and erase were both given; expected one of them")
+    if names and not (project or erase):
+        raise BadInput(f"project_sites are {tuple(names)} and no edit was asked for; give --project 1 or --erase too")
     if erase and tuple(names) == EVERYWHERE:
         raise BadInput("everywhere takes one subspace out of the whole stream; expected it with --project")
     store.check_place(out, "directions.json")
@@ -147,11 +149,15 @@ def _erased(removed: Removed) -> dict[str, Any]:
     return {"before": removed.before, "after": after, "pairs": removed.pairs}
 
 
-def _edit_lines(projections: Sequence[Projection], erased: Removed | None, out: Path) -> list[str]:
+def _saved(projections: Sequence[Projection], erased: Removed | None, best: Site, out: Path) -> list[str]:
     if not projections:
         return []
     taken = ", ".join(str(p.site) for p in projections[:8]) + (" …" if len(projections) > 8 else "")
     lines = [f"Edit of rank {len(projections[0].basis)} at {taken}: {out / 'edit'}"]
+    if projections[0].site == Site(0, "embed") and len(projections) > 1:
+        lines.append(
+            f"It is the subspace found at {best}, taken out of the whole stream; judge it with unsleep evaluate"
+        )
     if erased is not None:
         lines.append(
             f"With one direction out at {erased.best} alone, replies to {erased.pairs} suspicious prompts are "
@@ -172,8 +178,8 @@ def table(found: Study) -> Sequence[str]:
         best = max(own, key=lambda f: (f.figures.auroc, f.figures.accuracy))
         site = best.direction.site
         name = method if space == "residual" else f"features: {method}"
-        carried = [v for line in found.carried.values() for k, v in line.items() if k == name]
-        share = f"{max(carried):>7.2f}" if carried else f"{'–':>7}"
+        carried = found.carried.get(site, {}).get(name)
+        share = f"{'–':>7}" if carried is None else f"{carried:>7.2f}"
         floor = found.floors[site, best.direction.space].best
         price = f"  {mean.increase[name]:+.4f}" if mean and name in mean.increase else ""
         lines.append(
