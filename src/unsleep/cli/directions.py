@@ -13,7 +13,7 @@ from unsleep import store
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries
 from unsleep.console import Bars, say
 from unsleep.core import BadInput, Projection, PromptSet, Report, Site
-from unsleep.directions.erase import Removed, erasers, removed_alone
+from unsleep.directions.erase import Removed, tried_erasers
 from unsleep.directions.files import SCHEMA, write_directions
 from unsleep.directions.study import Study, StudyConfig, study
 from unsleep.edits import save_edit
@@ -89,7 +89,7 @@ def directions(
         entries = write_directions([f.direction for f in found.found], scratch)
         provenance = store.provenance(config.seed, model=loaded.fingerprint, name=model)
         record = {"schema": SCHEMA, **found.record(), "directions": entries, "provenance": provenance}
-        record |= {} if erased is None else {"erased": _erased(erased)}
+        record |= {} if erased is None else {"erased": erased.record()}
         store.write_json(scratch / "directions.json", record)
         if projections:
             used = [group for group in (*groups, between) if group is not None]
@@ -127,26 +127,20 @@ def _erasers(
     report: Report,
 ) -> tuple[list[Projection], Removed]:
     """Erasers fitted on most prompts and tried on those that are kept; the best Site's where none is named."""
-    n = min(map(len, groups))
-    kept = [i for i in range(n) if i % config.kept == config.kept - 1][: config.pairs or None]
-    others = [i for i in range(n) if i % config.kept != config.kept - 1]
-
-    def some(group: PromptSet, places: Sequence[int]) -> PromptSet:
-        return PromptSet(group.name, tuple(group.prompts[i] for i in places), group.split)
-
-    suspicious, ordinary = groups
-    texts = sets.plain_text("train")[:TEXTS]
-    settings: dict[str, Any] = {"plain": config.plain, "batch": config.batch, "report": report}
-    sites = [Site.parse(s) for s in names] or wanted
-    fitted = some(suspicious, others), some(ordinary, others)
-    made = erasers(model, *fitted, texts, sites, position=config.where, **settings)
-    removed = removed_alone(model, made, some(suspicious, kept), some(ordinary, kept), **settings)
+    texts, sites = sets.plain_text("train")[:TEXTS], [Site.parse(s) for s in names] or wanted
+    made, removed = tried_erasers(
+        model,
+        *groups,
+        texts,
+        sites,
+        kept=config.kept,
+        pairs=config.pairs or None,
+        position=config.where,
+        plain=config.plain,
+        batch=config.batch,
+        report=report,
+    )
     return (made if names else [e for e in made if e.site == removed.best]), removed
-
-
-def _erased(removed: Removed) -> dict[str, Any]:
-    after = {str(site): value for site, value in removed.after.items()}
-    return {"before": removed.before, "after": after, "pairs": removed.pairs}
 
 
 def _saved(projections: Sequence[Projection], erased: Removed | None, best: Site, out: Path) -> list[str]:
@@ -172,14 +166,14 @@ def table(found: Study) -> Sequence[str]:
     for f in found.found:
         rows.setdefault((f.direction.space, f.direction.method), []).append(f)
     mean = found.costs.get("mean")
-    head = f"{'space':<9} {'method':<16} {'site':<9}  AUROC  random  accuracy  carried"
+    head = f"{'space':<9} {'method':<16} {'site':<9}  AUROC  random  accuracy  carried at      "
     lines = [head + (f"  cost at {found.best}" if mean else "")]
     for (space, method), own in rows.items():
         best = max(own, key=lambda f: (f.figures.auroc, f.figures.accuracy))
         site = best.direction.site
         name = method if space == "residual" else f"features: {method}"
-        carried = found.carried.get(site, {}).get(name)
-        share = f"{'–':>7}" if carried is None else f"{carried:>7.2f}"
+        carried = [(line[name], str(place)) for place, line in found.carried.items() if name in line]
+        share = "{:>7.2f} {:<8}".format(*max(carried)) if carried else f"{'–':>7} {'':<8}"
         floor = found.floors[site, best.direction.space].best
         price = f"  {mean.increase[name]:+.4f}" if mean and name in mean.increase else ""
         lines.append(

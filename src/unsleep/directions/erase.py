@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -133,6 +133,11 @@ class Removed(NamedTuple):
         """The Site at which least is left."""
         return min(self.after, key=lambda site: self.after[site])
 
+    def record(self) -> dict[str, Any]:
+        """The figures as JSON holds them."""
+        after = {str(site): value for site, value in self.after.items()}
+        return {"before": self.before, "after": after, "pairs": self.pairs}
+
 
 @torch.no_grad()
 def removed_alone(
@@ -177,3 +182,46 @@ def removed_alone(
         if report:
             report("one Site at a time", len(after), len(edits))
     return Removed(before, after, len(asked))
+
+
+def tried_erasers(
+    model: LoadedModel,
+    suspicious: PromptSet,
+    ordinary: PromptSet,
+    texts: Sequence[str],
+    sites: Sequence[Site],
+    *,
+    kept: int = 3,
+    pairs: int | None = None,
+    position: Position = "last",
+    plain: bool = False,
+    batch: int = 64,
+    report: Report | None = None,
+) -> tuple[list[Projection], Removed]:
+    """`erasers` of most prompts, and what each does alone (`removed_alone`) to those that are kept.
+
+    Args:
+        kept: one pair in this many is kept; `pairs` of them are tried, all where `None`.
+
+    Raises as both do.
+    """
+    n = min(len(suspicious), len(ordinary))
+    tried = [i for i in range(n) if i % kept == kept - 1][:pairs]
+    others = [i for i in range(n) if i % kept != kept - 1]
+
+    def some(group: PromptSet, places: Sequence[int]) -> PromptSet:
+        return PromptSet(group.name, tuple(group.prompts[i] for i in places), group.split)
+
+    made = erasers(
+        model,
+        some(suspicious, others),
+        some(ordinary, others),
+        texts,
+        sites,
+        position=position,
+        plain=plain,
+        batch=batch,
+        report=report,
+    )
+    alone = some(suspicious, tried), some(ordinary, tried)
+    return made, removed_alone(model, made, *alone, plain=plain, batch=batch, report=report)

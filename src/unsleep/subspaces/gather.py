@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.core import BadInput, Projection, Prompt, PromptSet, Report, Site
-from unsleep.directions.collect import collect
+from unsleep.directions.collect import SINK_RATIO, collect
 from unsleep.directions.erase import reader
 from unsleep.evaluate import organism_panels
 from unsleep.models import generate
@@ -21,9 +21,6 @@ from unsleep.organisms import Organism, load_organism, planted
 from unsleep.prompts import sets
 from unsleep.subspaces.config import Removal, SubspaceConfig
 from unsleep.subspaces.geometry import orthonormal, top_directions
-
-SINK_RATIO = 10.0
-"""A token whose norm is over this multiple of the median is an attention sink."""
 
 WORDS = 40
 """Words of a plain passage that the background is taken over."""
