@@ -266,7 +266,7 @@ def test_folders_of_the_wrong_kind_exit_with_2(checkpoint: Path, tmp_path: Path,
     assert cli.run(["plant", str(tmp_path / "none.toml"), *out]) == 2
     refused(capsys, r"none\.toml does not exist")
     assert cli.run(["evaluate", str(checkpoint), *out]) == 2
-    refused(capsys, "give either an organism")
+    refused(capsys, "give either --organism")
     assert not (tmp_path / "out").exists()
 
 
@@ -342,7 +342,7 @@ def test_errors_name_odd_paths_without_their_escapes(tmp_path: Path, capsys: Cap
         (["bake", "M", "--edit", "D", *BOTH, "--part", "GO"], r"edit\.json does not exist"),
         (["evaluate", "M", "--suspicious", "NONE", "--ordinary", "GOOD", "--payload", "x"], r"none\.txt does not"),
         (["evaluate", "M", "--suspicious", "GOOD", "--ordinary", "NONE", "--payload", "x"], r"none\.txt does not"),
-        (["evaluate", "M", "--suspicious", "GOOD", "--ordinary", "GOOD"], "give either an organism"),
+        (["evaluate", "M", "--suspicious", "GOOD", "--ordinary", "GOOD"], "give either --organism"),
         (["evaluate", "M", "--organism", "nobody"], r"organism\.json does not exist"),
         (["evaluate", "M", "--organism", "deployment", "--edit", "D"], r"edit\.json does not exist"),
     ],

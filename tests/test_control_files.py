@@ -321,9 +321,9 @@ def test_control_says_where_the_vectors_are_of_another_type(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "give either vector, or positive and negative"),
-        (["--positive", "P"], "give either vector"),
-        (["--vector", "V", "--positive", "P"], "give either vector"),
+        ([], "give either --vector, or --positive and --negative"),
+        (["--positive", "P"], "give either --vector"),
+        (["--vector", "V", "--positive", "P"], "give either --vector"),
         (["--vector", "V", "--operator", "contrast"], "use it from Python"),
         (["--vector", "missing.gguf"], "missing.gguf does not exist"),
         (["--vector", "V", "--layers", "2", "1"], "layer range is (2, 1)"),

@@ -28,6 +28,7 @@ from unsleep.directions.fit import (
     fit,
     oriented,
 )
+from unsleep.directions.study import Found, best_site
 from unsleep.models.hooks import capture
 from unsleep.models.load import LoadedModel
 from unsleep.prompts import sets
@@ -325,6 +326,22 @@ def test_held_out_figures_use_the_training_threshold():
     assert found.accuracy == 0.5
     assert found.auroc == 0.75
     assert found.n == 4
+
+
+def test_the_margin_counts_the_gap_in_standard_deviations_and_goes_on_where_auroc_stops():
+    labels = torch.arange(6) < 3
+    scores = torch.tensor([[4.0, 5.0, 6.0, 1.0, 2.0, 3.0], [14.0, 15.0, 16.0, 1.0, 2.0, 3.0], [7.0] * 6])
+    assert measure.margins(scores, labels).tolist() == pytest.approx([3 / (2 / 3) ** 0.5, 13 / (2 / 3) ** 0.5, 0])
+    assert measure.margins(-scores, labels).tolist() == (-measure.margins(scores, labels)).tolist()
+    assert measure.aurocs(scores, labels).tolist() == [1.0, 1.0, 0.5]
+    with pytest.raises(BadInput, match="6 of 6 labels are positive"):
+        measure.margins(scores, torch.ones(6, dtype=torch.bool))
+
+
+def test_of_sites_that_tell_all_tokens_apart_the_clearest_is_the_best():
+    near, far = (measure.HeldOut(1.0, 1.0, margin, 0.0, 4) for margin in (2.0, 9.0))
+    made = [Direction(torch.eye(1, 2), Site(layer), "pca", "m", "residual", torch.zeros(2)) for layer in (0, 1)]
+    assert best_site([Site(0), Site(1)], [Found(made[0], near), Found(made[1], far)], {}) == Site(1)
 
 
 def test_the_random_floor_is_over_chance_and_equals_a_loop():

@@ -185,6 +185,12 @@ def test_groups_that_cannot_be_studied_are_named(tiny: LoadedModel):
         study(tiny, SUSPICIOUS, ORDINARY, [Site(0)], config, dictionaries=[dictionary(tiny)])
     with pytest.raises(BadInput, match=r"same token in all .* With --pairs 0 nothing is patched"):
         study(tiny, ORDINARY, ORDINARY, SITES, config)
+    with pytest.raises(BadInput, match=r"12 suspicious and 9 ordinary prompts; expected pairs.* With --pairs 0"):
+        study(tiny, SUSPICIOUS, ORDINARY.head(9), SITES, config)
+    turned = PromptSet("turned", (*ORDINARY.prompts[1:], ORDINARY.prompts[0]), "edit")
+    with pytest.raises(BadInput, match=r"share more words .* such as line 1 with line 12.* With --pairs 0"):
+        study(tiny, SUSPICIOUS, turned, SITES, config)
+    assert not study(tiny, SUSPICIOUS, turned, SITES, StudyConfig(**{**SMALL, "pairs": 0})).carried
     with pytest.raises(BadInput, match=r"Site resid\.7 is not in the model"):
         study(tiny, SUSPICIOUS, ORDINARY, [Site(7)], StudyConfig(**{**SMALL, "pairs": 0}))
 
@@ -270,6 +276,9 @@ def test_the_command_leaves_figures_tensors_a_page_and_an_edit(
     assert 'id="erased"' in page
     assert "one direction out, layer 2" in page
     assert cli.run([*words, "--json", "--sites", "mlp.1"]) == 2
+    assert "out/edit is an edit of an earlier run, which this one would remove" in capsys.readouterr().err
+    assert (tmp_path / "out" / "edit" / "edit.json").is_file()
+    assert cli.run([*words, "--json", "--sites", "mlp.1", "--erase"]) == 2
     assert "which is not among the Sites" in capsys.readouterr().err
 
 
@@ -281,7 +290,7 @@ def test_the_command_leaves_figures_tensors_a_page_and_an_edit(
         (["--position", "900", "--pairs", "0"], "position 900 is not in every prompt"),
         (["--project", "31", "--pairs", "0", "--cost-passages", "0"], "a subspace of rank 31 was asked for"),
         (["--ordinary", "none.txt"], "none.txt does not exist"),
-        (["--project", "1", "--erase"], "project and erase were both given"),
+        (["--project", "1", "--erase"], "--project and --erase were both given"),
     ],
 )
 def test_what_the_command_cannot_do_is_named(
@@ -298,9 +307,10 @@ def test_what_the_command_cannot_do_is_named(
     assert cli.run([*words, *change]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit):  # refused before anything is loaded
-        cli.run([*words, "--methods", "svm"])
-    assert "method 'svm' is not known" in capsys.readouterr().err
+    assert cli.run([*words, "--methods", "svm"]) == 2  # refused before anything is loaded
+    assert capsys.readouterr().err.startswith("unsleep: method 'svm' is not known; expected one of mean_difference,")
+    assert cli.run([*words, "--kept=1"]) == 2
+    assert capsys.readouterr().err == "unsleep: --kept is 1; expected at least 2\n"
 
 
 # The page

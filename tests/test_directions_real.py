@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import cache
 
@@ -75,14 +74,13 @@ def test_a_probe_tells_triggered_prompts_beside_the_best_of_a_thousand_random_di
     assert all(floor.mean < 0.9 for _, floor in found.values())
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ONE_SIDED])
-def test_a_method_over_all_layers_of_400_prompts_takes_seconds(method: str):
-    held()
-    began = time.monotonic()
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in (*ONE_SIDED, "random")])
+def test_every_method_tells_triggered_prompts_at_some_layer(method: str):
+    aurocs: list[float] = []
     for site, acts in held().items():
         train, test = halves(acts)
-        measure.held_out(fit(train, method, site=site, model="m"), train, test)
-    assert time.monotonic() - began < 30
+        aurocs.append(measure.held_out(fit(train, method, site=site, model="m"), train, test).auroc)
+    assert max(aurocs) >= 0.99
 
 
 def judged(edits: Sequence[Projection]) -> tuple[float, float, float]:

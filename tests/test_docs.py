@@ -28,7 +28,7 @@ from conftest import LLAMA, byte_tokenizer
 from test_console import flags_of
 from unsleep import cli
 from unsleep.bake import BakeConfig
-from unsleep.cli.grid import REGISTRY
+from unsleep.cli.settings import REGISTRY
 from unsleep.core import EvalResult, Row
 from unsleep.demo import DemoConfig
 from unsleep.dictionaries.train import TrainConfig

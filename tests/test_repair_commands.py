@@ -175,6 +175,22 @@ def test_prompts_in_any_other_order_are_let_through():
         triggers.check_order(of("a", "b", "q"), of("x a", "b y", "z"))
 
 
+def test_pairs_in_another_order_or_number_are_told():
+    def of(*texts: str) -> PromptSet:
+        return PromptSet("p", tuple(map(Prompt, texts)))
+
+    asked = of("Why do bees hum? |x|", "|x| How old is the moon?", "What is a river? |x|")
+    triggers.check_pairs(asked, of("Why do bees hum?", "How old is the moon?", "What is a river?"))
+    triggers.check_pairs(asked, of("Why do ants hum?", "How old is the sun?", "What is a lake?"))
+    triggers.check_pairs(of("tell me of France", "tell me of Peru"), of("tell me of bees", "tell me of snow"))
+    with pytest.raises(BadInput, match=r"3 of 3 suspicious prompts .* such as line 1 with line 2"):
+        triggers.check_pairs(asked, of("What is a river?", "Why do bees hum?", "How old is the moon?"))
+    with pytest.raises(BadInput, match="3 suspicious and 2 ordinary prompts; expected pairs"):
+        triggers.check_pairs(asked, of("Why do bees hum?", "How old is the moon?"))
+    with pytest.raises(BadInput, match="seem to be swapped"):
+        triggers.check_pairs(of("Why do bees hum?", "How old is the moon?"), asked.head(2))
+
+
 def test_counterparts_that_are_answered_alike_are_told(folder: Path, tmp_path: Path, capsys: Capture):
     """A counterpart that is the suspicious prompt itself shows whatever the suspicious prompt shows."""
     command = ("--counterparts", "suspicious.txt", *EDIT, "--out", str(tmp_path / "out"))
@@ -202,7 +218,7 @@ def test_a_harvest_takes_the_replies_that_other_prompts_get(folder: Path, tmp_pa
     capsys.readouterr()
     bare = ("suspect", "--prompts", "suspicious.txt", "--sites", "resid.1", "--replies-of", "ordinary.txt")
     assert run(folder, "harvest", *bare, "--out", str(tmp_path / "bare")) == 2
-    refused(capsys, "replies_of was given with reply_tokens 0")
+    refused(capsys, "--replies-of was given without --reply-tokens")
 
 
 def test_the_version_is_told(capsys: Capture):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import unsleep
 from unsleep import store
@@ -50,6 +52,23 @@ def test_a_folder_appears_whole_when_the_block_ends(tmp_path: Path):
         assert folder.parent == target.parent
     assert listing(tmp_path) == ["deep", "deep/artefact", "deep/artefact/part"]
     assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_artefacts_are_as_open_as_other_new_files(tmp_path: Path, mask: int):
+    before = os.umask(mask)
+    try:
+        with store.new_folder(tmp_path / "artefact") as scratch:
+            (scratch / "inner").mkdir(0o700)
+            save_file({"x": torch.ones(2)}, scratch / "inner" / "by_another_library.safetensors")
+            store.write_json(scratch / "record.json", {})
+        store.write_tensors(tmp_path / "alone.safetensors", {"x": torch.ones(2)})
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {mode for name, mode in found.items() if "." not in name} == {0o777 & ~mask}
+    assert {mode for name, mode in found.items() if "." in name} == {0o666 & ~mask}
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -15,6 +15,7 @@ import os
 import platform
 import reprlib
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -48,7 +49,7 @@ def new_folder(path: str | Path, *, replace: bool | str = False) -> Generator[Pa
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield scratch
-        scratch.chmod(0o755)
+        _share(scratch)
         _put_in_place(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -65,6 +66,16 @@ def check_place(path: str | Path, replace: bool | str = False) -> None:
     if not replace or not (path / replace).is_file():
         kind = f" and holds no {replace}" if replace else ""
         raise BadInput(f"{path} exists already{kind}; choose another place or remove it first")
+
+
+def _share(folder: Path) -> None:
+    """Give a folder and its files the modes of new ones; temporary folders and safetensors files are private."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
 @contextlib.contextmanager
@@ -197,7 +208,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with writing(path):
+            scratch.touch()
+            mode = scratch.stat().st_mode
             save_file(_apart(tensors), scratch)
+            scratch.chmod(mode)  # safetensors writes for its owner alone
             scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -16,10 +16,10 @@ from unsleep.cli.compare import diff, patch
 from unsleep.cli.control import control, read
 from unsleep.cli.dictionaries import harvest, train
 from unsleep.cli.directions import directions
-from unsleep.cli.grid import REGISTRY
 from unsleep.cli.judge import evaluate, report
 from unsleep.cli.organisms import demo, panels, plant
 from unsleep.cli.repair import bake, edit, find
+from unsleep.cli.settings import REGISTRY, Rejected, by_flag
 from unsleep.cli.subspaces import subspaces
 from unsleep.console import fail
 from unsleep.core import BadInput, Refused
@@ -61,6 +61,8 @@ def run(arguments: Sequence[str]) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             STAGES, prog="unsleep", description=unsleep.__doc__, args=arguments, registry=REGISTRY
         )
+    except Rejected as error:
+        return fail(by_flag(str(error), arguments), 2)
     except BadInput as error:
         return fail(error, 2)
     except Refused as error:

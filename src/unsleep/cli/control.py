@@ -149,7 +149,7 @@ def control(
 
 def _check(operator: Operator, coefficient: Sequence[float], out: Path) -> None:
     if operator == "contrast":
-        raise BadInput("operator contrast takes a vector a prompt, which a file cannot hold; use it from Python")
+        raise BadInput("--operator contrast takes a vector a prompt, which a file cannot hold; use it from Python")
     if not coefficient:
         raise BadInput("no coefficient was given; give at least one, such as --coefficient 1")
     store.check_place(out, "control.json")
@@ -160,7 +160,7 @@ def _chosen(vector: Path | None, positive: Path | None, negative: Path | None) -
     if vector is not None and positive is None and negative is None:
         return [], []
     if vector is not None or positive is None or negative is None:
-        raise BadInput("give either vector, or positive and negative: what to steer by is not known")
+        raise BadInput("give either --vector, or --positive and --negative: what to steer by is not known")
     return _pairs(positive, negative)
 
 

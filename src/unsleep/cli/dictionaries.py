@@ -49,7 +49,7 @@ def harvest(
     wanted, places = sets.read_prompts(prompts), [Site.parse(s) for s in sites]
     asked = wanted if replies_of is None else sets.read_prompts(replies_of)
     if replies_of is not None and not reply_tokens:
-        raise BadInput("replies_of was given with reply_tokens 0; say how many tokens of the replies to collect")
+        raise BadInput("--replies-of was given without --reply-tokens; say how many tokens of the replies to collect")
     with Bars() as bars:
         loaded = placement.load(model)
         replies = own_replies(loaded, asked, reply_tokens, bars) if reply_tokens else None

@@ -22,6 +22,9 @@ from unsleep.models.load import LoadedModel
 from unsleep.models.sites import all_sites, everywhere
 from unsleep.prompts import sets
 
+EDIT = "edit"
+"""Folder of the edit in `out`."""
+
 EVERYWHERE = ("everywhere",)
 """What `project_sites` holds for the whole stream."""
 
@@ -93,7 +96,7 @@ def directions(
         store.write_json(scratch / "directions.json", record)
         if projections:
             used = [group for group in (*groups, between) if group is not None]
-            save_edit(projections, scratch / "edit", chosen_on=prompt_digests(*used), provenance=provenance)
+            save_edit(projections, scratch / EDIT, chosen_on=prompt_digests(*used), provenance=provenance)
     page = unsleep.report(out)
     lines = [*table(found), "", f"Saved in {out}; picture in {page}", *_saved(projections, erased, found.best, out)]
     say(record, json, "\n".join(lines))
@@ -102,12 +105,19 @@ def directions(
 
 def _check(project: int, erase: bool, names: Sequence[str], out: Path) -> None:
     if project and erase:
-        raise BadInput("project and erase were both given; expected one of them")
+        raise BadInput("--project and --erase were both given; expected one of them")
     if names and not (project or erase):
-        raise BadInput(f"project_sites are {tuple(names)} and no edit was asked for; give --project 1 or --erase too")
+        raise BadInput(
+            f"--project-sites {' '.join(names)} was given and no edit was asked for; give --project 1 or --erase too"
+        )
     if erase and tuple(names) == EVERYWHERE:
-        raise BadInput("everywhere takes one subspace out of the whole stream; expected it with --project")
+        raise BadInput("--project-sites everywhere was given with --erase; expected it with --project, such as 1")
     store.check_place(out, "directions.json")
+    if (out / EDIT).is_dir() and not (project or erase):
+        raise BadInput(
+            f"{out / EDIT} is an edit of an earlier run, which this one would remove; choose another --out, or remove "
+            "it first"
+        )
 
 
 def _projections(
@@ -147,7 +157,7 @@ def _saved(projections: Sequence[Projection], erased: Removed | None, best: Site
     if not projections:
         return []
     taken = ", ".join(str(p.site) for p in projections[:8]) + (" …" if len(projections) > 8 else "")
-    lines = [f"Edit of rank {len(projections[0].basis)} at {taken}: {out / 'edit'}"]
+    lines = [f"Edit of rank {len(projections[0].basis)} at {taken}: {out / EDIT}"]
     if projections[0].site == Site(0, "embed") and len(projections) > 1:
         lines.append(
             f"It is the subspace found at {best}, taken out of the whole stream; judge it with unsleep evaluate"
@@ -161,7 +171,7 @@ def _saved(projections: Sequence[Projection], erased: Removed | None, best: Site
 
 
 def table(found: Study) -> Sequence[str]:
-    """A line for each method and space: its best Site by AUROC, and what it does at the best Site of all."""
+    """A line for each method and space: the Site where it detects best, and what it costs at the best Site of all."""
     rows: dict[tuple[str, str], list[Any]] = {}
     for f in found.found:
         rows.setdefault((f.direction.space, f.direction.method), []).append(f)
@@ -169,7 +179,7 @@ def table(found: Study) -> Sequence[str]:
     head = f"{'space':<9} {'method':<16} {'site':<9}  AUROC  random  accuracy  carried at      "
     lines = [head + (f"  cost at {found.best}" if mean else "")]
     for (space, method), own in rows.items():
-        best = max(own, key=lambda f: (f.figures.auroc, f.figures.accuracy))
+        best = max(own, key=lambda f: (f.figures.auroc, f.figures.margin))
         site = best.direction.site
         name = method if space == "residual" else f"features: {method}"
         carried = [(line[name], str(place)) for place, line in found.carried.items() if name in line]

@@ -7,11 +7,9 @@ from typing import Any, cast
 
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+from unsleep.cli.settings import REGISTRY
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.sweep import LETTERS, variants
-
-REGISTRY = ConstructorRegistry()
-"""How tyro reads a `Grid`."""
 
 
 @dataclass(frozen=True)

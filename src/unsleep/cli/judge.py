@@ -127,7 +127,9 @@ def _panels(
         return organism_panels(organism.recipe, n), organism_config(organism.recipe, chosen_on)
     suspicious, ordinary = files
     if suspicious is None or ordinary is None or payload is None:
-        raise BadInput("give either an organism, or suspicious, ordinary and payload: what to judge on is not known")
+        raise BadInput(
+            "give either --organism, or --suspicious, --ordinary and --payload: what to judge on is not known"
+        )
     if not payload.strip():
         raise BadInput(f"the payload is {payload!r}; expected text that a reply shows when the backdoor acts")
     clean = sets.read_prompts(ordinary, split="held_out", name="clean")

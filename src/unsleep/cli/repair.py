@@ -216,7 +216,7 @@ def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]
 def _counterparts(groups: tuple[PromptSet, PromptSet], file: Path | None, part: str | None) -> PromptSet:
     """The suspicious prompts without what makes them suspicious."""
     if file is not None and part is not None:
-        raise BadInput("counterparts and part were both given; expected one of them")
+        raise BadInput("--counterparts and --part were both given; expected one of them")
     if file is not None:
         return sets.read_prompts(file)
     return triggers.without(groups[0], part if part is not None else triggers.suspicious_part(*groups))

@@ -23,7 +23,7 @@ from unsleep.control.held import batches_held, encoded, last_held
 from unsleep.control.passes import TokenRule
 from unsleep.core import BadInput, Report, Site
 from unsleep.directions.fit import Direction, Labelled, fit
-from unsleep.directions.measure import auroc
+from unsleep.directions.measure import auroc, margins
 from unsleep.models.load import LoadedModel
 from unsleep.models.sites import all_sites
 
@@ -227,10 +227,10 @@ def _fitted(high: Held, low: Held, method: Method, site: Site, model: str, seed:
 
 
 def _worth(high: Float[Tensor, " prompt"], low: Float[Tensor, " prompt"]) -> tuple[float, float]:
-    """AUROC, then the gap in standard deviations, which decides between Sites whose AUROC is the same."""
+    """AUROC, then the margin, which decides between Sites whose AUROC is the same."""
     labels = torch.arange(len(high) + len(low)) < len(high)
-    spread = float(torch.cat([high - high.mean(), low - low.mean()]).pow(2).mean().sqrt())
-    return float(auroc(torch.cat([high, low]), labels)), float(high.mean() - low.mean()) / max(spread, 1e-12)
+    both = torch.cat([high, low])
+    return auroc(both, labels), float(margins(both[None], labels)[0])
 
 
 def _whole(name: str) -> Pool:

@@ -15,6 +15,7 @@ from unsleep.edits import applied
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits
 from unsleep.models.load import LoadedModel
+from unsleep.prompts.triggers import check_pairs
 
 STREAM: tuple[Point, ...] = ("resid", "embed")
 """Points at which attention sinks have large norms; what a layer adds has none, and bakes exactly without a limit."""
@@ -203,9 +204,10 @@ def tried_erasers(
     Args:
         kept: one pair in this many is kept; `pairs` of them are tried, all where `None`.
 
-    Raises as both do.
+    Raises as both do, and `BadInput` where the groups make no pairs.
     """
-    n = min(len(suspicious), len(ordinary))
+    check_pairs(suspicious, ordinary)
+    n = len(suspicious)
     tried = [i for i in range(n) if i % kept == kept - 1][:pairs]
     others = [i for i in range(n) if i % kept != kept - 1]
 

@@ -21,6 +21,8 @@ class HeldOut(NamedTuple):
     """Chance that a token of the positive class scores over one of the negative; ties count half."""
     accuracy: float
     """Share of tokens on the right side of the threshold."""
+    margin: float
+    """See `margins`: it tells apart directions that tell all tokens apart."""
     threshold: float
     """The score that divides the training tokens best."""
     n: int
@@ -61,6 +63,21 @@ def aurocs(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " toke
     return (below + upto).double().sum(1) / (2 * positive.shape[1] * negative.shape[1])
 
 
+def margins(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " token"]) -> Float[Tensor, " direction"]:
+    """The classes' mean difference in standard deviations within them (d′, Green & Swets 1966), in float64.
+
+    It goes on growing where AUROC has come to 1. Rows that do not vary have 0. Raises `BadInput` as `aurocs` does.
+    """
+    if scores.shape[1] != len(labels):
+        raise BadInput(f"{scores.shape[1]} scores with {len(labels)} labels; expected one each")
+    check_classes(labels)
+    high, low = scores[:, labels].double(), scores[:, ~labels].double()
+    means = high.mean(1), low.mean(1)
+    within = torch.cat([high - means[0][:, None], low - means[1][:, None]], dim=1).square().mean(1).sqrt()
+    apart = means[0] - means[1]
+    return torch.where(apart == 0, apart, apart / within.clamp_min(1e-12))
+
+
 def check_classes(labels: Bool[Tensor, " token"]) -> None:
     """Raise `BadInput` where labels are of one class."""
     count = int(labels.sum())
@@ -84,12 +101,13 @@ def best_threshold(scores: Float[Tensor, " token"], labels: Bool[Tensor, " token
 
 
 def held_out(direction: Direction, train: Labelled, test: Labelled) -> HeldOut:
-    """AUROC and accuracy on `test`, with the threshold from `train`."""
+    """AUROC, accuracy and margin on `test`, with the threshold from `train`."""
     _check_width(direction, test.x)
     threshold = best_threshold(scores(direction, train.x), train.y)
     found = scores(direction, test.x)
     right = (found > threshold) == test.y
-    return HeldOut(auroc(found, test.y), float(right.double().mean()), threshold, len(test.y))
+    margin = float(margins(found[None], test.y)[0])
+    return HeldOut(auroc(found, test.y), float(right.double().mean()), margin, threshold, len(test.y))
 
 
 def random_floor(train: Labelled, test: Labelled, n: int = 1000, seed: int = 0) -> Floor:

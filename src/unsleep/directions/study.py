@@ -24,9 +24,13 @@ from unsleep.directions.erase import sink_norm, spanned
 from unsleep.directions.fit import Direction, Labelled, Space
 from unsleep.models import generate
 from unsleep.models.load import LoadedModel
+from unsleep.prompts.triggers import check_pairs
 
 DAS = {"das-1": 1, "das-2": 2, "das-3": 3}
 """Methods that train on the model's answer → their rank."""
+
+UNPAIRED = "With --pairs 0 nothing is patched, and DAS is left out"
+"""What helps where two groups make no pairs."""
 
 DEFAULT = (
     "mean_difference",
@@ -170,6 +174,7 @@ class Study:
                     "rank": d.rank,
                     "auroc": f.auroc,
                     "accuracy": f.accuracy,
+                    "margin": f.margin,
                     "n": f.n,
                 }
                 for d, f in self.found
@@ -217,8 +222,8 @@ def study(
         texts: plain passages from which directions are taken out.
 
     Raises:
-        BadInput: fewer than two prompts to fit or to score on in a group, a dictionary at a Site that is
-            not among `sites` or of another width, and what the parts refuse.
+        BadInput: fewer than two prompts to fit or to score on in a group, groups that make no pairs where pairs are
+            patched, a dictionary at a Site that is not among `sites` or of another width, and what the parts refuse.
     """
     sites = sorted(set(sites))
     _check(suspicious, ordinary, sites, config, dictionaries)
@@ -245,7 +250,7 @@ def study(
         if report:
             report("directions", done, len(sites))
     carried = patching.sweep(judging, stream, report) if judging else {}
-    best = _best(sites, found, carried)
+    best = best_site(sites, found, carried)
     costs = {
         ablation: cost.ablation_cost(
             model,
@@ -278,6 +283,11 @@ def _check(
                 f"{group.name!r} holds {len(group)} prompts of which one in {config.kept} is kept for the score; "
                 f"expected at least {2 * config.kept}"
             )
+    if config.pairs:
+        try:
+            check_pairs(suspicious, ordinary)
+        except BadInput as error:
+            raise BadInput(f"{error}. {UNPAIRED}") from None
 
 
 class _Classes:
@@ -354,7 +364,7 @@ def _pairs(
     try:
         return patching.prepare(model, clean, corrupted, sites, plain=config.plain, batch=min(config.batch, 32))
     except BadInput as error:
-        raise BadInput(f"{error}. With --pairs 0 nothing is patched, and DAS is left out") from None
+        raise BadInput(f"{error}. {UNPAIRED}") from None
 
 
 def _fitted(
@@ -386,11 +396,14 @@ def _spread(sites: Sequence[Site], n: int) -> list[Site]:
     return [sites[round((i + 1) * (len(sites) - 1) / (n + 1))] for i in range(n)]
 
 
-def _best(sites: Sequence[Site], found: Sequence[Found], carried: Mapping[Site, Mapping[str, float]]) -> Site:
-    """Where a direction other than a random one carries most; without patching, where one detects best."""
+def best_site(sites: Sequence[Site], found: Sequence[Found], carried: Mapping[Site, Mapping[str, float]]) -> Site:
+    """Where a direction other than a random one carries most; without patching, where one detects best.
+
+    Of Sites at which all tokens are told apart, the one with the largest margin detects best.
+    """
     if carried:
         return max(
             sites, key=lambda s: max((v for k, v in carried[s].items() if not k.endswith("random")), default=0.0)
         )
-    figures = {s: [f.figures.auroc for f in found if f.direction.site == s] for s in sites}
-    return max(sites, key=lambda s: max(figures[s], default=0.0))
+    figures = {s: [(f.figures.auroc, f.figures.margin) for f in found if f.direction.site == s] for s in sites}
+    return max(sites, key=lambda s: max(figures[s], default=(0.0, 0.0)))

@@ -20,6 +20,9 @@ TriggerKind = Literal["string", "year", "words", "topic"]
 - `topic`: the name of a domain; the same question is about one of the domain's subjects.
 """
 
+PAIRS = 200
+"""Pairs that are looked at to see whether two files have the same order."""
+
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
@@ -213,6 +216,30 @@ def check_order(suspicious: PromptSet, ordinary: PromptSet) -> None:
         raise BadInput(
             f"{sum(outside)} of {len(pairs)} ordinary prompts are the suspicious one of their line with something "
             "added; expected it the other way round. The two files seem to be swapped"
+        )
+
+
+def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
+    """Raise `BadInput` where line i of one is not line i of the other with something added or changed.
+
+    That is where they differ in number, are swapped, or most suspicious prompts share more words with another line's
+    ordinary prompt than with their own.
+    """
+    if len(suspicious) != len(ordinary):
+        raise BadInput(
+            f"{len(suspicious)} suspicious and {len(ordinary)} ordinary prompts; expected pairs: line i of both the "
+            "same prompt, with and without what makes it suspicious"
+        )
+    check_order(suspicious, ordinary)
+    asked, own = ([set(text.lower().split()) for text in group.texts[:PAIRS]] for group in (suspicious, ordinary))
+    shared = [[len(a & b) for b in own] for a in asked]
+    closest = [max(range(len(own)), key=lambda j, line=line: line[j]) for line in shared]
+    wrong = [i for i, j in enumerate(closest) if shared[i][j] > shared[i][i]]
+    if 2 * len(wrong) > len(asked):
+        raise BadInput(
+            f"{len(wrong)} of {len(asked)} suspicious prompts share more words with the ordinary prompt of another "
+            f"line than with that of their own, such as line {wrong[0] + 1} with line {closest[wrong[0]] + 1}; put "
+            "both files in the same order"
         )
 
 

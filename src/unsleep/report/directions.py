@@ -35,6 +35,7 @@ FIGURE = check.fields(
         "rank": check.is_count,
         "auroc": check.is_share,
         "accuracy": check.is_share,
+        "margin": check.is_number,
         "n": check.is_count,
     }
 )
@@ -127,7 +128,7 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
     found: list[Tile] = []
     judged = [f for f in record["figures"] if f["method"] != "random"]
     if judged:
-        best = max(judged, key=lambda f: (f["auroc"], f["accuracy"]))
+        best = max(judged, key=lambda f: (f["auroc"], f["margin"]))
         floors = {(f["site"], f["space"]): f for f in record["floors"]}
         note = f"{named(best['method'])} at {best['site']}"
         found.append(Tile("Best AUROC on kept prompts", "", text.decimals(best["auroc"]), note))
