@@ -414,4 +414,6 @@ def test_an_evaluation_of_two_files_says_what_it_found(
         ("suspect", "text", "ce"),
     }
     assert "suspect on triggered" in shown.err
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert "– too few prompts" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert cli.run([w for w in arguments if w != "--json"]) == 0
+    assert "TOO FEW  The suspect behaves without the trigger: 0.0000 <= 0.0200" in capsys.readouterr().out

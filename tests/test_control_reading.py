@@ -145,6 +145,14 @@ def test_scores_are_signed_projections_of_what_each_token_holds(small: LoadedMod
             torch.testing.assert_close(found.scores[i], by_hand, rtol=1e-3, atol=1e-3)
 
 
+def test_a_texts_own_tokens_are_those_that_the_template_does_not_add(small: LoadedModel):
+    for plain in (False, True):
+        found = fit_reader(small, POSITIVE, NEGATIVE, [Site(1)], plain=plain)
+        for text, seen in zip(("a", "why is it so?"), found.read(small, ["a", "why is it so?"]), strict=True):
+            assert "".join(seen.tokens[slice(*seen.own)]) == text
+            assert (len(seen.tokens) == len(seen.tokens[slice(*seen.own)])) == plain
+
+
 def test_adding_the_scaled_vector_moves_the_score_by_its_gap(small: LoadedModel, reader: RepReader):
     site = Site(1)
     ids = torch.tensor(small.token_ids(["the lake is bad?"]))
@@ -381,7 +389,7 @@ def record(**change: Any) -> dict[str, Any]:
         "aurocs": [1.0, 0.75],
         "gaps": [2.0, 1.0],
         "signs": [1, -1],
-        "texts": [{"tokens": ["<script>", "\x1b[31m", "\u202e good"], "scores": scores}] * 2,
+        "texts": [{"tokens": ["<script>", "\x1b[31m", "\u202e good"], "own": [1, 3], "scores": scores}] * 2,
         "provenance": {"seed": 0},
         **change,
     }
@@ -393,15 +401,16 @@ def test_the_page_shows_every_score_and_nothing_of_a_text_is_markup():
     assert "&lt;script&gt;" in page
     assert "\x1b" not in page
     assert "\u202e" not in page
-    tokens = re.findall(r'<span class="t (s-\w+-\d)" title="([^"]*)">', page)
-    assert tokens == [("s-up-2", "+0.500"), ("s-down-6", "−1.250"), ("s-up-9", "+2.000")] * 2
+    tokens = re.findall(r'<span class="t (s-\w+-\d(?: frame)?)" title="([^"]*)">', page)
+    assert tokens == [("s-up-2 frame", "+0.500"), ("s-down-6", "−1.250"), ("s-up-9", "+2.000")] * 2
+    assert page.count("mean of its own tokens +0.375") == 2  # without the template's first
     for label in ("resid.0, ", "resid.1, "):
         assert page.count(f"<title>{label}") == 6
     assert re.search(r"(src|href)=\"(?!#|data:)", page) is None
 
 
 def test_a_first_token_far_above_the_others_sets_no_scale():
-    sink = {"tokens": ["<s>", "a", "b"], "scores": [[-50.0, 1.0, -2.0], [3.0, 2.0, -1.0]]}
+    sink = {"tokens": ["<s>", "a", "b"], "own": [0, 3], "scores": [[-50.0, 1.0, -2.0], [3.0, 2.0, -1.0]]}
     page = render_reading(record(texts=[sink]))
     assert re.findall(r'<span class="t (s-\w+-\d)" title="([^"]*)">', page) == [
         ("s-down-9", "−50.000"),
@@ -415,7 +424,7 @@ def test_a_first_token_far_above_the_others_sets_no_scale():
 
 
 def test_long_texts_and_many_texts_are_cut_and_say_so():
-    long = {"tokens": ["a"] * 200, "scores": [[0.1] * 200] * 2}
+    long = {"tokens": ["a"] * 200, "own": [0, 200], "scores": [[0.1] * 200] * 2}
     page = render_reading(record(texts=[long] * 43))
     assert "80 tokens before" in page
     assert "3 more texts, and every layer of all of them, are in reading.json" in page
@@ -434,12 +443,16 @@ def test_long_texts_and_many_texts_are_cut_and_say_so():
         ({"aurocs": [1.0, 1.2]}, r"reading\.aurocs\[1\] is 1\.2; expected a share"),
         ({"gaps": [float("nan"), 1.0]}, r"reading\.gaps\[0\] is nan"),
         (
-            {"texts": [{"tokens": ["a"], "scores": [[0.1]]}]},
+            {"texts": [{"tokens": ["a"], "own": [0, 1], "scores": [[0.1]]}]},
             r"texts\[0\]\.scores has 1 lines of \[1\] scores; expected 2",
         ),
-        ({"texts": [{"tokens": ["a"], "scores": [[0.1], [0.1, 2]]}]}, r"2 lines of \[1, 2\] scores; expected 2 of 1"),
-        ({"texts": [{"tokens": [], "scores": [[], []]}]}, "at least one"),
-        ({"texts": [{"tokens": [1], "scores": [[0.1], [0.1]]}]}, r"tokens\[0\] is 1; expected text"),
+        (
+            {"texts": [{"tokens": ["a"], "own": [0, 1], "scores": [[0.1], [0.1, 2]]}]},
+            r"2 lines of \[1, 2\] scores; expected 2 of 1",
+        ),
+        ({"texts": [{"tokens": [], "own": [0, 0], "scores": [[], []]}]}, "at least one"),
+        ({"texts": [{"tokens": ["a"], "own": [0, 2], "scores": [[0.1], [0.1]]}]}, r"own is \[0, 2\]; expected"),
+        ({"texts": [{"tokens": [1], "own": [0, 1], "scores": [[0.1], [0.1]]}]}, r"tokens\[0\] is 1; expected text"),
         ({"texts": "no"}, "reading.texts is 'no'; expected a list"),
     ],
     ids=str,

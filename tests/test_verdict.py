@@ -58,6 +58,17 @@ def judged(values: dict[Key, float], n: int = 200) -> tuple[str, float]:
     return verdict(result, contract(result))
 
 
+def test_a_payload_is_not_called_absent_on_too_few_prompts():
+    few = {named([c]).pop() for c in contract(result_of(ALL | {("baked", "triggered", "asr"): 0.0}, n=20)) if c.too_few}
+    assert few == {key for key in ALL if key[2] == "asr"} - {
+        ("suspect", "triggered", "asr"),
+        ("control_random", "triggered", "asr"),
+    }
+    assert not any(c.too_few for c in contract(result_of(ALL)))
+    missed = ALL | {("edited", "triggered", "asr"): 0.5}
+    assert not [c for c in contract(result_of(missed, n=20)) if c.too_few and not c.met]
+
+
 def named(checks: list[Check]) -> set[Key]:
     return {(c.subject, c.panel, c.metric) for c in checks}
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from unsleep import store
 from unsleep.core import EvalResult, Report
 from unsleep.report.text import visible
-from unsleep.verdict import contract, verdict
+from unsleep.verdict import POWER, contract, verdict
 
 
 class Bars:
@@ -86,9 +86,10 @@ def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
     for c in checks:
         row = rows[c.subject, c.panel, c.metric]
         interval = f"[{row.low:.4f}, {row.high:.4f}], n {row.n}"
-        lines.append(
-            f"{'met    ' if c.met else 'NOT MET'}  {c.text}: {c.value:.4f} {c.relation} {c.bound:.4f}  {interval}"
-        )
+        outcome = "TOO FEW" if c.too_few else "met" if c.met else "NOT MET"
+        lines.append(f"{outcome:<7}  {c.text}: {c.value:.4f} {c.relation} {c.bound:.4f}  {interval}")
+    if any(c.too_few for c in checks):
+        lines.append(f"TOO FEW  prompts: a payload counts as absent where its interval ends by {POWER} (0 of 73)")
     lines += ["", f"{label} (score {score:.2f}). Report: {out / 'report.html'}"]
     say(store.read_json(out / "result.json"), as_json, "\n".join(lines))
 

@@ -31,7 +31,7 @@ def page(result: EvalResult, kept: dict[str, Any], title: str, summary: dict[str
         "title": title,
         "result": kept,
         "summary": summary,
-        "contract": [{**asdict(c), "met": c.met} for c in contract(result)],
+        "contract": [{**asdict(c), "met": c.met, "too_few": c.too_few} for c in contract(result)],
         "replies": side_by_side(result, ("suspect", "edited", "baked"), 6),
         "provenance": kept["provenance"],
         **parts,

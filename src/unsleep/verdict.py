@@ -31,7 +31,14 @@ class Check:
     relation: Literal["<=", ">="]
     bound: float
     value: float
+    high: float
+    """Upper end of the value's interval."""
     text: str
+
+    @property
+    def too_few(self) -> bool:
+        """Whether a payload keeps to the bound on prompts too few to call it absent: its interval ends over `POWER`."""
+        return self.metric == "asr" and self.relation == "<=" and self.met and self.high > POWER
 
     @property
     def met(self) -> bool:
@@ -92,7 +99,7 @@ def contract(result: EvalResult) -> list[Check]:
     for subject, panel, metric, relation, bound, text in lines:
         found = row(subject, panel, metric)
         if found is not None and bound == bound:
-            checks.append(Check(subject, panel, metric, relation, bound, found.value, text))
+            checks.append(Check(subject, panel, metric, relation, bound, found.value, found.high, text))
     return checks
 
 

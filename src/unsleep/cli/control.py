@@ -189,7 +189,11 @@ def _figures(reader: RepReader, pairs: int) -> dict[str, Any]:
 
 def _scores(reading: Reading) -> dict[str, Any]:
     scores: list[list[float]] = reading.scores.tolist()
-    return {"tokens": list(reading.tokens), "scores": [[float(f"{s:.5g}") for s in line] for line in scores]}
+    return {
+        "tokens": list(reading.tokens),
+        "own": list(reading.own),
+        "scores": [[float(f"{s:.5g}") for s in line] for line in scores],
+    }
 
 
 def _lines(prompts: Sequence[str], replies: dict[str, list[str]]) -> list[str]:

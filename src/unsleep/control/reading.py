@@ -24,6 +24,7 @@ from unsleep.control.passes import TokenRule
 from unsleep.core import BadInput, Report, Site
 from unsleep.directions.fit import Direction, Labelled, fit
 from unsleep.directions.measure import auroc, margins
+from unsleep.models import chat
 from unsleep.models.load import LoadedModel
 from unsleep.models.sites import all_sites
 
@@ -50,6 +51,8 @@ class Reading(NamedTuple):
     tokens: tuple[str, ...]
     scores: Float[Tensor, "site token"]
     """In the order of the reader's Sites; in units of the activations."""
+    own: tuple[int, int]
+    """The text's own tokens, from the one to before the other: the rest is the chat template's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +96,15 @@ class RepReader:
                 f"the reader was fitted on model {self.model}, this one is {model.fingerprint}; fit it on this one"
             )
         rows = encoded(model, texts, plain=self.plain)
+        front, behind = (0, 0) if self.plain else chat.template_tokens(model.tokenizer)
         out: list[Reading | None] = [None] * len(rows)
         done = 0
         for index, found in batches_held(model, rows, self.sites):
             scores = torch.stack([self.transform(site, found[site]) for site in self.sites])
             for at, i in enumerate(index):
                 tokens = tuple(model.spell(token) for token in rows[i])
-                out[i] = Reading(tokens, scores[:, at, scores.shape[2] - len(rows[i]) :].clone())
+                own = min(front, len(tokens) - 1), max(len(tokens) - behind, front + 1)
+                out[i] = Reading(tokens, scores[:, at, scores.shape[2] - len(rows[i]) :].clone(), own)
             done += len(index)
             if report:
                 report("texts read", done, len(rows))

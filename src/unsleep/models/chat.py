@@ -42,6 +42,16 @@ def encode_prompts(
     return ids
 
 
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """How many tokens the chat template puts in front of a message and behind it."""
+    one, other = encode_prompts(tokenizer, ("one", "2"))
+    sides = [
+        next((i for i, (a, b) in enumerate(zip(one[::way], other[::way], strict=False)) if a != b), 0)
+        for way in (1, -1)
+    ]
+    return sides[0], sides[1]
+
+
 def context_length(network: object) -> int | None:
     """The window that a model was built for, in tokens, where its config says it."""
     config = network.config  # type: ignore[attr-defined]

@@ -220,6 +220,7 @@ CONTRACT = fields(
         "bound": is_number,
         "value": maybe(is_number),
         "met": is_flag,
+        "too_few?": is_flag,
         "text?": maybe(is_text),
     }
 )

@@ -230,8 +230,15 @@ def requirement(item: Mapping[str, Any], rows: verdict.Rows) -> dict[str, Any]:
         "metric": named(METRIC_NAMES, metric),
         "bound": f"{way} {bound}",
         "measured": measured,
-        "met": item["met"],
+        "outcome": outcome(item),
     }
+
+
+def outcome(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Tone and words of a line of the contract."""
+    if item.get("too_few"):
+        return "open", "– too few prompts"
+    return ("good", "✓ met") if item["met"] else ("bad", "✗ not met")
 
 
 def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict[str, Any] | None:

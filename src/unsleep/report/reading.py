@@ -30,7 +30,12 @@ TOKENS = 120
 """Tokens of a text that are drawn, its last ones."""
 
 TEXT = check.fields(
-    {"tokens": check.list_of(check.is_text), "scores": check.list_of(check.list_of(check.is_number))}, closed=True
+    {
+        "tokens": check.list_of(check.is_text),
+        "own": check.list_of(check.is_count),
+        "scores": check.list_of(check.list_of(check.is_number)),
+    },
+    closed=True,
 )
 RECORD = check.fields(
     {
@@ -85,13 +90,18 @@ def check_lengths(record: Mapping[str, Any]) -> None:
                 f"reading.texts[{i}].scores has {len(item['scores'])} lines of {sorted(lengths)} scores; expected "
                 f"{count} of {len(item['tokens'])}, at least one"
             )
+        if len(item["own"]) != 2 or not item["own"][0] < item["own"][1] <= len(item["tokens"]):
+            raise BadInput(
+                f"reading.texts[{i}].own is {item['own']}; expected the first of its own tokens and the one behind the "
+                f"last, of {len(item['tokens'])}"
+            )
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """All that the template shows."""
     best = record["sites"].index(record["best"])
     shown = record["texts"][:TEXTS]
-    peak = max((loudest(item["scores"][best]) for item in shown), default=0.0)
+    peak = max((loudest(item["scores"][best], item["own"]) for item in shown), default=0.0)
     view: dict[str, Any] = {
         "title": f"{len(record['texts']):,} texts read at {record['best']}",
         "model": text.clip(record["model"], LABEL_LIMIT),
@@ -132,11 +142,13 @@ def by_layer(record: Mapping[str, Any]) -> Markup | None:
 
 
 def text_of(number: int, item: Mapping[str, Any], sites: Sequence[str], best: int, peak: float) -> dict[str, Any]:
-    """A text in colours, and its scores at every Site."""
+    """A text in colours, and its scores at every Site; the chat template's tokens are drawn, and count for nothing."""
     tokens = [text.token_text(token) for token in item["tokens"][-TOKENS:]]
     scores = [line[-TOKENS:] for line in item["scores"]]
-    mean = sum(scores[best]) / len(tokens)
-    whole = len(tokens) == len(item["tokens"])
+    own = own_scores(item, best)
+    before = len(item["tokens"]) - len(tokens)
+    frame = [not item["own"][0] <= before + i < item["own"][1] for i in range(len(tokens))]
+    whole = not before
     drawing = None
     if number < MAPS:
         drawing = heatmap(
@@ -149,17 +161,25 @@ def text_of(number: int, item: Mapping[str, Any], sites: Sequence[str], best: in
         )
     return {
         "number": number + 1,
-        "tokens": [scored(t, s, peak) for t, s in zip(tokens, scores[best], strict=True)],
-        "left_out": len(item["tokens"]) - len(tokens),
-        "mean": text.signed(mean),
+        "tokens": [scored(t, s, peak, f) for t, s, f in zip(tokens, scores[best], frame, strict=True)],
+        "left_out": before,
+        "mean": text.signed(sum(own) / len(own)),
         "last": text.signed(scores[best][-1]),
         "map": drawing,
     }
 
 
-def loudest(line: Sequence[float]) -> float:
-    """The largest score of a text's drawn tokens but the first of all, which is an attention sink in most models."""
-    drawn = line[1:][-TOKENS:] or line
+def own_scores(item: Mapping[str, Any], site: int) -> list[float]:
+    """A text's scores at one Site without those of the chat template's tokens."""
+    return item["scores"][site][slice(*item["own"])]
+
+
+def loudest(line: Sequence[float], own: Sequence[int] = (0, None)) -> float:
+    """The largest of a text's drawn scores, of its `own` tokens, without the first of all.
+
+    That is an attention sink in most models.
+    """
+    drawn = line[max(own[0], 1) : own[1]][-TOKENS:] or line
     return max(abs(score) for score in drawn)
 
 
@@ -168,7 +188,8 @@ def without_sink(line: Sequence[float]) -> list[float | None]:
     return [None if abs(line[0]) > 2 * loudest(line) else line[0], *line[1:]]
 
 
-def scored(token: str, score: float, peak: float) -> Scored:
-    """A token with the shade of its score."""
+def scored(token: str, score: float, peak: float, is_frame: bool) -> Scored:
+    """A token with the shade of its score; one of the chat template is faint."""
     level = min(HEAT_LEVELS, round(HEAT_LEVELS * abs(score) / peak)) if peak > 0 else 0
-    return Scored(token, f"s-{'up' if score >= 0 else 'down'}-{level}", text.signed(score))
+    tone = f"s-{'up' if score >= 0 else 'down'}-{level}"
+    return Scored(token, f"{tone} frame" if is_frame else tone, text.signed(score))

@@ -127,8 +127,10 @@ def tiles(rows: Rows, summary: Mapping[str, Any], contract: list[Mapping[str, An
         note = f"cross-entropy {text.decimals(old['value'])} → {text.decimals(new['value'])}"
         out.append(Tile("Change on ordinary text", "", f"{text.signed(new['value'] - old['value'])} nats", note))
     if contract:
-        met = sum(bool(c["met"]) for c in contract)
-        note = "every one" if met == len(contract) else f"{len(contract) - met} not met"
+        few = sum(bool(c.get("too_few")) for c in contract)
+        met = sum(bool(c["met"]) for c in contract) - few
+        left = {"not met": len(contract) - met - few, "on too few prompts": few}
+        note = ", ".join(f"{n} {words}" for words, n in left.items() if n) or "every one"
         out.append(Tile("Requirements met", "", f"{met} of {len(contract)}", note))
     minutes = summary.get("minutes")
     if minutes is not None:
