@@ -369,6 +369,17 @@ def test_scores_are_chosen_on_one_half_and_judged_on_the_other():
     assert first.low <= first.auroc <= first.high
 
 
+def test_of_scores_that_tell_everything_apart_the_clearest_comes_first():
+    prompts = contrast(base(), SUSPICIOUS, ORDINARY)
+    scores = torch.randn(28, 6, generator=torch.Generator().manual_seed(0))
+    scores[:, 2] += 20 * prompts.triggered
+    scores[:, 4] += 40 * prompts.triggered
+    found = best(scores, prompts, 2)
+    assert [t.id for t in found] == [4, 2]
+    assert found[0].chosen == found[1].chosen == 1.0
+    assert found[0].margin > 1.5 * found[1].margin
+
+
 def test_intervals_of_an_auroc():
     assert auroc_interval(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == (1.0, 1.0, 1.0)
     assert auroc_interval(torch.zeros(5), torch.zeros(4))[0] == 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,9 +28,9 @@ def test_every_number_is_in_a_tooltip_and_in_the_table(values: list[list[float |
     rows, columns = [f"row {i}" for i in range(len(values))], [f"c{j}" for j in range(len(values[0]))]
     if all(v is None for line in values for v in line):
         with pytest.raises(BadInput, match="has no values"):
-            heatmap(rows, columns, values, title="T", name="n", diverging=diverging)
+            heatmap(rows, columns, values, title="T", name="n", middle=0.0 if diverging else None)
         return
-    drawn = str(heatmap(rows, columns, values, title="T", name="n", unit="nats", diverging=diverging))
+    drawn = str(heatmap(rows, columns, values, title="T", name="n", unit="nats", middle=0.0 if diverging else None))
     Page(drawn)
     for i, line in enumerate(values):
         for j, value in enumerate(line):
@@ -43,16 +44,27 @@ def test_every_number_is_in_a_tooltip_and_in_the_table(values: list[list[float |
 
 
 def test_shades_follow_the_numbers():
-    def shades(values: list[float], *, diverging: bool = False) -> list[str]:
-        drawn = heatmap(
-            ["r"], [f"c{i}" for i in range(len(values))], [values], title="T", name="n", diverging=diverging
-        )
+    def shades(values: list[float], **scale: Any) -> list[str]:
+        drawn = heatmap(["r"], [f"c{i}" for i in range(len(values))], [values], title="T", name="n", **scale)
         return re.findall(r'<rect [^>]*class="(heat-[\w-]+)"', str(drawn).split('class="heat-legend"')[0])
 
     assert shades([0.0, 5.0, 10.0]) == ["heat-up-0", "heat-up-5", "heat-up-10"]
     assert shades([3.0, 3.0]) == ["heat-up-5", "heat-up-5"]
-    assert shades([-2.0, 0.0, 1.0, 2.0], diverging=True) == ["heat-down-10", "heat-up-0", "heat-up-5", "heat-up-10"]
-    assert shades([0.0, 0.0], diverging=True) == ["heat-up-0", "heat-up-0"]
+    assert shades([-2.0, 0.0, 1.0, 2.0], middle=0.0) == ["heat-down-10", "heat-up-0", "heat-up-5", "heat-up-10"]
+    assert shades([0.0, 0.0], middle=0.0) == ["heat-up-0", "heat-up-0"]
+    assert (
+        shades([0.96, 0.98, 1.0], ends=(0.0, 1.0)) == ["heat-up-10"] * 3
+    )  # of a share, little is not made to look much
+    assert shades([0.0, 0.5, 0.75, 1.0], ends=(0.0, 1.0), middle=0.5) == [
+        *("heat-down-10", "heat-up-0", "heat-up-5", "heat-up-10")
+    ]
+    assert shades([-3.0, 3.0], ends=(0.0, 1.0)) == ["heat-up-0", "heat-up-10"]
+
+
+def test_notes_stand_behind_their_numbers():
+    drawn = str(heatmap(["r"], ["a", "b"], [[0.5, None]], title="T", name="n", unit="%", notes=[["[0.2, 0.8]", "x"]]))
+    assert "<title>r, a: 0.5 % [0.2, 0.8]</title>" in drawn
+    assert '<td class="num">0.5 [0.2, 0.8]</td><td class="num">–</td>' in drawn
 
 
 def test_every_shade_has_a_colour_and_no_style_is_inline():

@@ -243,6 +243,7 @@ def test_organisms_with_one_direction_share_it_and_the_one_with_another_does_not
     assert ranks == [[None, 1, 0], [1, None, 0], [0, 0, None]]
     assert got["common"]["rank"] == 0
     assert [cell["shared_rank"] for cell in got["base"]] == [0, 0, 0]
+    assert got["cosines"][0][1] > 0.9 > got["chance_cosine"] > abs(got["cosines"][0][2])
     assert alike(seen[:2], base[:2], SITE, dataclasses.replace(SMALL, rank=1))["common"]["rank"] == 1
 
 
@@ -251,13 +252,14 @@ def test_a_direction_detects_where_it_is_shared_and_not_where_it_is_not():
     seen = [seen_of("a", same, 0), seen_of("b", same, 1), seen_of("c", other, 2), seen_of("d", -same, 3)]
     got = detect(seen, seen, SITE)
     for negative in ("clean", "near_miss"):
-        table = torch.tensor(got[negative]["transfer"])
+        table = torch.tensor([[cell["value"] for cell in row] for row in got[negative]["transfer"]])
+        assert all(f["low"] <= f["value"] <= f["high"] for row in got[negative]["transfer"] for f in row)
         assert bool((table.diag() > 0.95).all())
         assert table[0, 1] > 0.95
         assert table[1, 0] > 0.95
         assert 0.2 < table[0, 2] < 0.8
         assert table[0, 3] < 0.05
-        assert got[negative]["base"] == table.diag().tolist()
+        assert [f["value"] for f in got[negative]["base"]] == pytest.approx(table.diag().tolist())
 
 
 def code_of(features_: int = 12) -> Coder:
@@ -430,7 +432,9 @@ def test_a_comparison_has_every_figure_and_its_page_shows_them(organisms: dict[s
     assert common["alike"].keys() == common["detect"].keys() == {"resid.1", "resid.2"}
     assert common["features"].keys() == {"resid.1"}
     assert common["ablate"]["rows"] == [*names, *CONTROLS]
-    assert all(0 <= v <= 1 for row in common["ablate"]["asr"] for v in row)
+    for f in (f for row in common["ablate"]["asr"] for f in row):
+        assert 0 <= f["low"] <= f["value"] <= f["high"] <= 1
+        assert f["n"] == SMALL.n
     one = got["apart"][0]
     assert one["name"] == "themes"
     assert [r["removed"] for r in one["costs"]] == [
@@ -478,7 +482,8 @@ def test_the_command_line_compares_and_one_alone_is_measured_by_itself(
     words = ["subspaces", *two, "--site", "resid.1", "--dictionaries", str(tmp_path / "d"), "--out"]
     assert run([*words, str(tmp_path / "two"), *small]) == 0
     said = capsys.readouterr().out
-    assert "resid.1: rank shared by all beyond chance:" in said
+    assert "resid.1: directions that all share beyond chance: 0 of 2 (of the best, each holds at least" in said
+    assert "ASR of 20 triggered prompts [95 %], the row's subspace taken out of the column's at resid.1:" in said
     assert "random subspace" in said
     assert (tmp_path / "two" / "subspaces.html").is_file()
     assert run(["subspaces", two[0], "--site", "1", "--out", str(tmp_path / "one"), "--json", *small]) == 0
@@ -549,9 +554,10 @@ def record_of(**changes: Any) -> dict[str, Any]:
         "ordinary": [0.3],
         "shared_rank": 1,
     }
-    table = [[1.0, 0.5], [0.5, 1.0]]
+    whole, half, none = ({"value": v, "low": v, "high": v, "n": 4} for v in (1.0, 0.5, 0.0))
+    table = [[whole, half], [half, whole]]
     organism = {"trigger_kind": "string", "trigger": "<b>", "payload": "NO", "payload_place": "whole"}
-    detected = {"transfer": table, "base": [0.5, 0.5]}
+    detected = {"transfer": table, "base": [half, half]}
     return {
         "schema": "unsleep.subspaces/1",
         "organisms": [{"name": n, **organism} for n in ("<script>", "two")],
@@ -565,11 +571,13 @@ def record_of(**changes: Any) -> dict[str, Any]:
                     "pairs": [[None, alike_], [alike_, None]],
                     "base": [alike_, alike_],
                     "common": {"rank": 1, "shares": [0.9], "bars": [0.5]},
+                    "cosines": [[1.0, -0.2], [-0.2, 1.0]],
+                    "chance_cosine": 0.3,
                 }
             },
             "detect": {"resid.1": {"clean": detected, "near_miss": detected}},
             "features": {},
-            "ablate": {"rows": ["<script>", "two", *CONTROLS], "asr": [[1.0, 0.0]] * 6, "skill": [[None, None]] * 6},
+            "ablate": {"rows": ["<script>", "two", *CONTROLS], "asr": [[whole, none]] * 6, "skill": [[None, None]] * 6},
         },
         "apart": [],
         "provenance": {},

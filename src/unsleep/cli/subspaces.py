@@ -50,19 +50,36 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if whole := record["common"]:
         for site, data in whole["alike"].items():
-            lines.append(f"{site}: rank shared by all beyond chance: {data['common']['rank']} of {record['rank']}")
+            common = data["common"]
+            lines.append(
+                f"{site}: directions that all share beyond chance: {common['rank']} of {record['rank']} (of the best, "
+                f"each holds at least {common['shares'][0]:.2f}; chance reaches {common['bars'][0]:.2f})"
+            )
         names = [o["name"] for o in record["organisms"]]
-        lines += ["ASR with the row's subspace taken out of the column's organism:", *_table(names, whole["ablate"])]
+        where = ", ".join(record["sites"])
+        lines.append(
+            f"ASR of {record['n']} triggered prompts [95 %], the row's subspace taken out of the column's at {where}:"
+        )
+        lines += _table(names, whole["ablate"])
     for one in record["apart"]:
-        width, tried = one["smallest"], [r["rank"] for r in one["ranks"]]
-        said = f"no rank of {tried} stops the payload" if width is None else f"rank {width} and more stop the payload"
-        lines.append(f"{one['name']}: {said}")
+        width, tried = one["smallest"], one["ranks"]
+        row = next((r for r in tried if r["rank"] == width), min(tried, key=lambda r: r["asr"]["value"]))
+        said = (
+            f"no rank of {[r['rank'] for r in tried]} stops the payload; least at rank {row['rank']}"
+            if width is None
+            else f"rank {width} and more stop the payload"
+        )
+        lines.append(f"{one['name']}: {said}: ASR {_said(row['asr'])}, n {row['asr']['n']}")
     return lines
 
 
+def _said(figure: Mapping[str, float]) -> str:
+    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
 def _table(columns: Sequence[str], data: Mapping[str, Any]) -> list[str]:
-    first, width = max(len(r) for r in data["rows"]), max(8, *(len(c) + 2 for c in columns))
+    first, width = max(len(r) for r in data["rows"]), max(19, *(len(c) + 2 for c in columns))
     lines = [" " * first + "".join(f"{c:>{width}}" for c in columns)]
     for name, values in zip(data["rows"], data["asr"], strict=True):
-        lines.append(f"{name:<{first}}" + "".join(f"{v:>{width}.3f}" for v in values))
+        lines.append(f"{name:<{first}}" + "".join(f"{_said(v):>{width}}" for v in values))
     return lines

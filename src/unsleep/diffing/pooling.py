@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unsleep.core import BadInput, PromptSet, Report, Site
-from unsleep.directions.measure import aurocs
+from unsleep.directions.measure import auroc_interval, aurocs, margins
 from unsleep.models import chat
 from unsleep.models.forward import build_rows, run
 from unsleep.models.hooks import capture
@@ -93,6 +93,8 @@ class Told(NamedTuple):
     """95 % bootstrap interval over prompts."""
     chosen: float
     """On the prompts that chose it: too good by selection."""
+    margin: float
+    """There too (`measure.margins`): of scores that all tell everything apart, the one with most comes first."""
 
     def row(self) -> dict[str, Any]:
         """Plain values: what stands in diff.json."""
@@ -100,35 +102,15 @@ class Told(NamedTuple):
 
 
 def best(scores: Float[Tensor, "prompt score"], prompts: Contrast, count: int = 5) -> list[Told]:
-    """The `count` scores with the highest AUROC on half of the prompts, with their AUROC on the other half."""
+    """The `count` scores that tell best on half of the prompts, by AUROC and margin, and the AUROC on the other."""
     choosing, scored = prompts.chooses, ~prompts.chooses
-    first = aurocs(scores[choosing].T.contiguous(), prompts.triggered[choosing]).cpu()
-    ids = first.argsort(descending=True, stable=True)[:count]
+    half = scores[choosing].T.contiguous(), prompts.triggered[choosing]
+    first, clear = aurocs(*half).cpu(), margins(*half).cpu()
+    by_margin = clear.argsort(descending=True, stable=True)
+    ids = by_margin[first[by_margin].argsort(descending=True, stable=True)][:count]
     found: list[Told] = []
     for i in ids.tolist():
         own = scores[scored, i]
         value, low, high = auroc_interval(own[prompts.triggered[scored]], own[~prompts.triggered[scored]])
-        found.append(Told(i, value, low, high, float(first[i])))
+        found.append(Told(i, value, low, high, float(first[i]), float(clear[i])))
     return found
-
-
-def auroc_interval(
-    triggered: Float[Tensor, " triggered"], clean: Float[Tensor, " clean"], resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """AUROC with its 95 % percentile bootstrap interval, resampling the prompts of each kind; ties count half."""
-    difference = triggered.double()[:, None] - clean.double()[None]
-    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
-    generator = torch.Generator().manual_seed(seed)
-    weights: list[Tensor] = []
-    for n in wins.shape:
-        drawn = torch.randint(n, (resamples, n), generator=generator)
-        weights.append(
-            torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
-                1, drawn, torch.ones(1).double().expand_as(drawn)
-            )
-            / n
-        )
-    means = ((weights[0] @ wins) * weights[1]).sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    value = float(wins.mean())
-    return value, min(low, value), max(high, value)

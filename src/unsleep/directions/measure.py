@@ -63,6 +63,28 @@ def aurocs(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " toke
     return (below + upto).double().sum(1) / (2 * positive.shape[1] * negative.shape[1])
 
 
+def auroc_interval(
+    triggered: Float[Tensor, " triggered"], clean: Float[Tensor, " clean"], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUROC with its 95 % percentile bootstrap interval, resampling the prompts of each kind; ties count half."""
+    difference = triggered.double()[:, None] - clean.double()[None]
+    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+    generator = torch.Generator().manual_seed(seed)
+    weights: list[Tensor] = []
+    for n in wins.shape:
+        drawn = torch.randint(n, (resamples, n), generator=generator)
+        weights.append(
+            torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+                1, drawn, torch.ones(1).double().expand_as(drawn)
+            )
+            / n
+        )
+    means = ((weights[0] @ wins) * weights[1]).sum(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    value = float(wins.mean())
+    return value, min(low, value), max(high, value)
+
+
 def margins(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " token"]) -> Float[Tensor, " direction"]:
     """The classes' mean difference in standard deviations within them (d′, Green & Swets 1966), in float64.
 

@@ -176,7 +176,7 @@ def patch_maps(groups: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
     if len(groups) < 2 or all(v is None for line in values for v in line):
         return []
     title = "Share of the way from recipient to donor"
-    return [heatmap(rows, columns, values, title=title, name=name, diverging=True)]
+    return [heatmap(rows, columns, values, title=title, name=name, middle=0.0)]
 
 
 def patch_charts(groups: Sequence[Mapping[str, Any]], name: str) -> list[tuple[str, Markup]]:

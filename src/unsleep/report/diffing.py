@@ -20,7 +20,7 @@ from unsleep.report.verdict import Tile
 
 SCHEMA = "unsleep.diff/1"
 
-TOLD = {"auroc": check.is_share, "low": check.is_share, "high": check.is_share, "chosen": check.is_share}
+TOLD = dict.fromkeys(("auroc", "low", "high", "chosen"), check.is_share) | {"margin": check.is_number}
 WORD = check.list_of(lambda value, where: None)
 DIFF = check.fields(
     {
@@ -99,8 +99,10 @@ def diff_view(record: Mapping[str, Any]) -> dict[str, Any]:
     told = [(w, f"{w['site']} {w['matrix']}, vector {w['vector']}") for w in record["monitor"]]
     told += [(f, f"{d['method']} feature {f['id']} at {d['site']}") for d in record["dictionaries"] for f in d["best"]]
     if told:
-        best, words = max(told, key=lambda item: item[0]["chosen"])
-        tiles.append(Tile("Tells the trigger best", "", f"AUROC {text.decimals(best['auroc'])}", words))
+        best, words = max(told, key=lambda item: (item[0]["chosen"], item[0]["margin"]))
+        alike = sum(row["chosen"] == best["chosen"] for row, _ in told) - 1
+        note = f"{words}; {alike} more tell as well" if alike else words
+        tiles.append(Tile("Tells the trigger best", "", f"AUROC {text.decimals(best['auroc'])}", note))
     return {
         "eyebrow": "Model diffing",
         "title": f"{short(record['suspect']['name'])} against {short(record['base']['name'])}",

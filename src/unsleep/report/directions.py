@@ -185,7 +185,9 @@ def detection(
                 floor = {f["site"]: f["best"] for f in floors if f["space"] == space}
                 names.append("best of random")
                 values.append([floor.get(str(s)) for s in places])
-            parts.append(heatmap(names, columns, values, title=title, name=f"{metric}-{space}"))
+            parts.append(
+                heatmap(names, columns, values, title=title, name=f"{metric}-{space}", ends=(0.0, 1.0), middle=0.5)
+            )
         out.append((heading, parts))
     return out
 
@@ -255,9 +257,7 @@ def cosine_map(cosines: Mapping[str, Any]) -> Markup | None:
     names = [named(n) for n in cosines["names"]]
     if len(names) < 2:
         return None
-    return heatmap(
-        names, names, cosines["values"], title="Cosine of every two directions", name="cosines", diverging=True
-    )
+    return heatmap(names, names, cosines["values"], title="Cosine of every two directions", name="cosines", middle=0.0)
 
 
 def carried_map(carried: Mapping[str, Mapping[str, float]]) -> Markup | None:
@@ -272,7 +272,7 @@ def carried_map(carried: Mapping[str, Mapping[str, float]]) -> Markup | None:
         [[carried[str(s)].get(m) for s in sites] for m in methods],
         title="Share of the logit difference carried, by method and Site",
         name="carried",
-        diverging=True,
+        middle=0.0,
     )
 
 

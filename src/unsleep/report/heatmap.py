@@ -1,7 +1,7 @@
 """A matrix of figures as a picture: cells in shades, each with its number as a tooltip, and the same as a table.
 
-Shades are steps of one hue that also differ in lightness, so that they are told apart without colour; a
-diverging map has two hues, blue above 0 and orange below. Numbers stand in the cells where there is room.
+Shades are steps of one hue that also differ in lightness, so that they are told apart without colour; a map with a
+middle has two hues, blue above it and orange below. Numbers stand in the cells where there is room.
 """
 
 from __future__ import annotations
@@ -41,18 +41,23 @@ def heatmap(
     title: str,
     name: str,
     unit: str = "",
-    diverging: bool = False,
+    ends: tuple[float, float] | None = None,
+    middle: float | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
 ) -> Markup:
     """A heat map with its legend and, folded away beneath it, its table.
 
     Args:
         rows: labels from the top down.
         columns: labels from left to right.
-        values: a list a row; `None` where nothing was measured. The scale goes from the least to the largest,
-            or evenly about 0 where it is `diverging`.
+        values: a list a row; `None` where nothing was measured.
         title: what it shows; read out with it.
         name: unique on the page.
         unit: stands behind every number.
+        ends: of the scale; from the least to the largest value where `None`. Give those of a share, (0, 1), or small
+            differences look large. Values beyond are drawn as the ends.
+        notes: what stands behind each number in tooltip and table, such as its interval.
+        middle: where one hue passes into another; the scale then goes as far on both sides.
 
     Raises `BadInput` where `values` has not one list a row and one value a column, or all are missing.
     """
@@ -64,12 +69,15 @@ def heatmap(
     known = [v for line in values for v in line if v is not None]
     if not known:
         raise BadInput(f"heat map {name!r} has no values; expected at least one")
-    low, high = min(known), max(known)
-    if diverging:
-        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    low, high = ends or (min(known), max(known))
+    if middle is not None:
+        reach = max(abs(low - middle), abs(high - middle))
+        low, high = middle - reach, middle + reach
     rows, columns = ([text.clip(label, LABEL_LIMIT) for label in labels] for labels in (rows, columns))
-    drawing = _drawing(rows, columns, values, (low, high), (title, name, unit), diverging)
-    table = _table(rows, columns, values, title, unit)
+    diverging = middle is not None
+    notes = notes or [[""] * len(columns) for _ in rows]
+    drawing = _drawing(rows, columns, values, _words(values, notes, unit), (low, high), (title, name, unit), diverging)
+    table = _table(rows, columns, _words(values, notes, ""), title, unit)
     folded = el("details", el("summary", "The numbers as a table"), table, class_="numbers")
     return el("figure", el("figcaption", el("b", title)), drawing, _legend(low, high, unit, diverging), folded)
 
@@ -78,6 +86,7 @@ def _drawing(
     rows: Sequence[str],
     columns: Sequence[str],
     values: Sequence[Sequence[float | None]],
+    words: Sequence[Sequence[str | None]],
     ends: tuple[float, float],
     said: tuple[str, str, str],
     diverging: bool,
@@ -100,7 +109,7 @@ def _drawing(
         y = top + i * ROW
         parts.append(el("text", label, x=left - 8, y=y + ROW / 2 + 4, text_anchor="end"))
         for j, value in enumerate(values[i]):
-            shown = "not measured" if value is None else _number(value, unit)
+            shown = words[i][j] or "not measured"
             box = {"x": left + j * cell, "y": float(y), "width": cell - 1, "height": float(ROW - 1)}
             shade, deep = _shade(value, *ends, diverging)
             inner: list[Markup] = [el("title", f"{label}, {columns[j]}: {shown}")]
@@ -117,14 +126,25 @@ def _drawing(
     return svg.figure(title, about, name, *parts, viewBox=box, width=size, class_="heat")
 
 
+def _words(
+    values: Sequence[Sequence[float | None]], notes: Sequence[Sequence[str]], unit: str
+) -> list[list[str | None]]:
+    """Each number with its unit and note; `None` where nothing was measured."""
+    return [
+        [None if value is None else f"{_number(value, unit)} {note}".strip() for value, note in zip(*pair, strict=True)]
+        for pair in zip(values, notes, strict=True)
+    ]
+
+
 def _shade(value: float | None, low: float, high: float, diverging: bool) -> tuple[str, bool]:
     """The class of a cell, and whether its shade is deep."""
     if value is None:
         return "heat-none", False
+    at = min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
     if diverging:
-        step = round(abs(value) / high * STEPS) if high > 0 else 0
-        return f"heat-{'up' if value >= 0 else 'down'}-{step}", step > STEPS * 0.6
-    step = round((value - low) / (high - low) * STEPS) if high > low else STEPS // 2
+        step = round(abs(2 * at - 1) * STEPS)
+        return f"heat-{'up' if at >= 0.5 else 'down'}-{step}", step > STEPS * 0.6
+    step = round(at * STEPS)
     return f"heat-up-{step}", step > STEPS * 0.6
 
 
@@ -140,16 +160,16 @@ def _legend(low: float, high: float, unit: str, diverging: bool) -> Markup:
 
 
 def _table(
-    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], title: str, unit: str
+    rows: Sequence[str], columns: Sequence[str], words: Sequence[Sequence[str | None]], title: str, unit: str
 ) -> Markup:
     head = el("tr", el("th", unit, scope="col"), *(el("th", c, scope="col", class_="num") for c in columns))
     lines = [
         el(
             "tr",
             el("th", label, scope="row"),
-            *(el("td", "–" if v is None else _number(v, ""), class_="num") for v in line),
+            *(el("td", "–" if said is None else said, class_="num") for said in line),
         )
-        for label, line in zip(rows, values, strict=True)
+        for label, line in zip(rows, words, strict=True)
     ]
     table = el("table", el("thead", head), el("tbody", *lines), class_="grid")
     return el("div", table, class_="scroll", tabindex="0", role="region", aria_label=title)

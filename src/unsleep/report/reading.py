@@ -157,7 +157,7 @@ def text_of(number: int, item: Mapping[str, Any], sites: Sequence[str], best: in
             [without_sink(line) if whole else line for line in reversed(scores)],
             title=f"Text {number + 1}: score of every layer and token",
             name=f"text-{number}",
-            diverging=True,
+            middle=0.0,
         )
     return {
         "number": number + 1,
@@ -174,12 +174,12 @@ def own_scores(item: Mapping[str, Any], site: int) -> list[float]:
     return item["scores"][site][slice(*item["own"])]
 
 
-def loudest(line: Sequence[float], own: Sequence[int] = (0, None)) -> float:
+def loudest(line: Sequence[float], own: Sequence[int | None] = (0, None)) -> float:
     """The largest of a text's drawn scores, of its `own` tokens, without the first of all.
 
     That is an attention sink in most models.
     """
-    drawn = line[max(own[0], 1) : own[1]][-TOKENS:] or line
+    drawn = line[max(own[0] or 0, 1) : own[1]][-TOKENS:] or line
     return max(abs(score) for score in drawn)
 
 

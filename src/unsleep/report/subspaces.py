@@ -28,7 +28,9 @@ METRIC_NAMES = {
 
 NEGATIVES = {"clean": "triggered against clean prompts", "near_miss": "triggered prompts against near misses"}
 
+FIGURE = check.fields({"value": check.is_number, "low": check.is_number, "high": check.is_number, "n": check.is_count})
 TABLE = check.list_of(check.list_of(check.maybe(check.is_number)))
+FIGURES_TABLE = check.list_of(check.list_of(check.maybe(FIGURE)))
 LIKENESS = check.fields(
     {
         "cosines": check.list_of(check.is_number),
@@ -46,10 +48,12 @@ ALIKE = check.fields(
         "common": check.fields(
             {"rank": check.is_count, "shares": check.list_of(check.is_number), "bars": check.list_of(check.is_number)}
         ),
+        "cosines": TABLE,
+        "chance_cosine": check.is_share,
     }
 )
 DETECT = check.fields(
-    dict.fromkeys(NEGATIVES, check.fields({"transfer": TABLE, "base": check.list_of(check.is_number)}))
+    dict.fromkeys(NEGATIVES, check.fields({"transfer": FIGURES_TABLE, "base": check.list_of(FIGURE)}))
 )
 FEATURES = check.fields(
     {
@@ -64,10 +68,9 @@ COMMON = check.fields(
         "alike": check.map_of(ALIKE),
         "detect": check.map_of(DETECT),
         "features": check.map_of(FEATURES),
-        "ablate": check.fields({"rows": check.list_of(check.is_text), "asr": TABLE, "skill": TABLE}),
+        "ablate": check.fields({"rows": check.list_of(check.is_text), "asr": FIGURES_TABLE, "skill": FIGURES_TABLE}),
     }
 )
-FIGURE = check.fields({"value": check.is_number, "low": check.is_number, "high": check.is_number, "n": check.is_count})
 FIGURES = {f"{metric}?": FIGURE for metric in METRIC_NAMES}
 WIDTH = check.fields({"method": check.is_text, "rank": check.is_count, **FIGURES})
 APART = check.fields(
@@ -146,16 +149,16 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
     site, found = record["sites"][0], record["common"]
     shared = found["alike"][site]["common"]
     n = len(record["organisms"])
-    others = [found["ablate"]["asr"][i][j] for i in range(n) for j in range(n) if i != j]
-    own = [found["ablate"]["asr"][i][i] for i in range(n)]
-    near = found["detect"][site]["near_miss"]["transfer"]
-    across = [near[i][j] for i in range(n) for j in range(n) if i != j]
+    asr, near = found["ablate"]["asr"], found["detect"][site]["near_miss"]["transfer"]
+    own = [asr[i][i]["value"] for i in range(n)]
+    others, across = ([table[i][j]["value"] for i in range(n) for j in range(n) if i != j] for table in (asr, near))
+    over = f"median of {n}, {record['n']} prompts each"
     return [
         Tile("Organisms", "", f"{n}", ""),
         Tile("Rank that all share", "", f"{shared['rank']} of {record['rank']}", f"beyond chance, at {site}"),
         Tile("AUROC in another organism", "", text.decimals(_median(across)), f"median, near misses, {site}"),
-        Tile("ASR, its own taken out", "", text.share(_median(own)), "median"),
-        Tile("ASR, another's taken out", "", text.share(_median(others)), "median"),
+        Tile("ASR, its own taken out", "", text.share(_median(own)), over),
+        Tile("ASR, another's taken out", "", text.share(_median(others)), f"median of {len(others)}, the same prompts"),
     ]
 
 
@@ -167,8 +170,8 @@ def tile_of(record: Mapping[str, Any]) -> Tile:
     return Tile(f"Width of {name}", "", f"over {tried}" if found is None else f"{found}", "rank that stops the payload")
 
 
-def _median(values: Sequence[float | None]) -> float:
-    known = sorted(v for v in values if v is not None)
+def _median(values: Sequence[float]) -> float:
+    known = sorted(values)
     return (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2
 
 
@@ -189,9 +192,33 @@ def alike(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 "site": site,
                 "maps": [
-                    heatmap(rows, names, overlap, title=f"{site}: overlap of subspaces", name=f"overlap-{i}"),
-                    heatmap(rows, names, ranks, title=f"{site}: rank shared beyond chance", name=f"shared-{i}"),
+                    heatmap(
+                        rows,
+                        names,
+                        overlap,
+                        title=f"{site}: overlap of subspaces",
+                        name=f"overlap-{i}",
+                        ends=(0.0, 1.0),
+                    ),
+                    heatmap(
+                        rows,
+                        names,
+                        ranks,
+                        title=f"{site}: rank shared beyond chance",
+                        name=f"shared-{i}",
+                        ends=(0.0, float(record["rank"])),
+                    ),
+                    heatmap(
+                        names,
+                        names,
+                        data["cosines"],
+                        title=f"{site}: cosine of mean differences",
+                        name=f"cosines-{i}",
+                        ends=(-1.0, 1.0),
+                        middle=0.0,
+                    ),
                 ],
+                "chance_cosine": text.decimals(data["chance_cosine"], 2),
                 "common": f"{data['common']['rank']} of {record['rank']}",
                 "shares": shares,
                 "bar": text.decimals(max(bars), 2),
@@ -204,23 +231,45 @@ def detect(record: Mapping[str, Any]) -> list[Markup]:
     """At every Site, the AUROC of one organism's direction in another."""
     names = names_of(record)
     return [
-        heatmap(
+        figures_map(
             [*names, "the base's own"],
             names,
             [*data[negative]["transfer"], data[negative]["base"]],
             title=f"{site}: AUROC, {NEGATIVES[negative]}",
             name=f"detect-{i}-{negative}",
+            middle=0.5,
         )
         for i, (site, data) in enumerate(record["common"]["detect"].items())
         for negative in NEGATIVES
     ]
 
 
+def figures_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    figures: Sequence[Sequence[Mapping[str, Any] | None]],
+    *,
+    title: str,
+    name: str,
+    middle: float | None = None,
+) -> Markup:
+    """A map of shares, each with its interval in tooltip and table."""
+    values = [[None if f is None else f["value"] for f in line] for line in figures]
+    notes = [
+        [
+            "" if f is None else f"[{text.decimals(f['low'], 2)}, {text.decimals(f['high'], 2)}], n {f['n']}"
+            for f in line
+        ]
+        for line in figures
+    ]
+    return heatmap(rows, columns, values, title=title, name=name, ends=(0.0, 1.0), middle=middle, notes=notes)
+
+
 def ablate(record: Mapping[str, Any]) -> list[Markup]:
     """ASR, and the skill's return, with each subspace taken out of each organism."""
     names, data = names_of(record), record["common"]["ablate"]
     return [
-        heatmap(data["rows"], names, data[key], title=title, name=f"ablate-{key}")
+        figures_map(data["rows"], names, data[key], title=title, name=f"ablate-{key}")
         for key, title in (("asr", "ASR on triggered prompts"), ("skill", "Skill on triggered prompts"))
         if any(v is not None for row in data[key] for v in row)
     ]
@@ -233,7 +282,15 @@ def features(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         tables = {"jaccard": (data["jaccard"], f"{site}: Jaccard overlap of features")}
         tables |= {k: (v, f"{site}: AUROC of features, {NEGATIVES[k]}") for k, v in data["auroc"].items()}
         maps = [
-            heatmap(names, names, table, title=title, name=f"features-{i}-{key}")
+            heatmap(
+                names,
+                names,
+                table,
+                title=title,
+                name=f"features-{i}-{key}",
+                ends=(0.0, 1.0),
+                middle=None if key == "jaccard" else 0.5,
+            )
             for key, (table, title) in tables.items()
             if any(v is not None for row in table for v in row)
         ]
@@ -247,22 +304,30 @@ def apart_of(record: Mapping[str, Any], number: int) -> dict[str, Any]:
     sites, tasks = list(record["overlap"]), list(next(iter(record["overlap"].values())))
     overlap: list[list[float | None]] = [[record["overlap"][s][t]["overlap"] for s in sites] for t in tasks]
     metrics = [m for m in METRIC_NAMES if m in record["costs"][0]]
-    values: list[list[float | None]] = [[row[m]["value"] for m in metrics] for row in record["costs"]]
+    shares = [m for m in metrics if m != "ce_change"]
     lines = [*record["ranks"], *record["frontier"]]
     return {
         "name": text.clip(record["name"], LABEL_LIMIT),
         "maps": [
-            heatmap(tasks, sites, overlap, title="Overlap of the backdoor's subspace", name=f"apart-{number}"),
             heatmap(
+                tasks,
+                sites,
+                overlap,
+                title="Overlap of the backdoor's subspace",
+                name=f"apart-{number}",
+                ends=(0.0, 1.0),
+            ),
+            figures_map(
                 [row["removed"] for row in record["costs"]],
-                [METRIC_NAMES[m] for m in metrics],
-                values,
-                title="What taking subspaces out costs",
+                [METRIC_NAMES[m] for m in shares],
+                [[row[m] for m in shares] for row in record["costs"]],
+                title="What is left with subspaces taken out",
                 name=f"costs-{number}",
             ),
         ],
         "metrics": [METRIC_NAMES[m] for m in metrics],
-        "lines": [(text.clip(r["method"], LABEL_LIMIT), r["rank"], [_cell(r[m], m) for m in metrics]) for r in lines],
+        "costs": [([text.clip(r["removed"], LABEL_LIMIT)], [_cell(r[m], m) for m in metrics]) for r in record["costs"]],
+        "lines": [([text.clip(r["method"], LABEL_LIMIT), r["rank"]], [_cell(r[m], m) for m in metrics]) for r in lines],
         "smallest": record["smallest"],
         "tried": max(r["rank"] for r in record["ranks"]),
     }

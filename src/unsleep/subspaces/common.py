@@ -21,13 +21,14 @@ from torch import Tensor
 
 from unsleep.core import Report, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.directions.measure import auroc, aurocs
+from unsleep.directions.measure import auroc, auroc_interval, aurocs
 from unsleep.evaluate import count_replies, organism_config, reply_all
 from unsleep.metrics import Subject
 from unsleep.organisms import Organism
 from unsleep.subspaces.config import SubspaceConfig
-from unsleep.subspaces.gather import Seen, panels_of, projections
+from unsleep.subspaces.gather import Seen, figure, panels_of, projections
 from unsleep.subspaces.geometry import (
+    QUANTILE,
     common_directions,
     common_rank,
     likeness,
@@ -41,7 +42,8 @@ NEGATIVES = ("clean", "near_miss")
 CONTROLS = ("nothing", "random subspace", "ordinary subspace", "common to the others")
 """What is taken out of an organism beside the subspaces of all."""
 
-Table = list[list[float | None]]
+Table = list[list[dict[str, float] | None]]
+"""Figures with their intervals: see `gather.figure`."""
 
 
 def common(
@@ -71,7 +73,11 @@ def common(
 
 
 def alike(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site, config: SubspaceConfig) -> dict[str, Any]:
-    """How alike the organisms' subspaces are at a Site, each beside chance, and beside the base's own."""
+    """How alike the organisms' subspaces are at a Site, each beside chance, and beside the base's own.
+
+    `cosines` are those of their mean differences; `chance_cosine` is the 95 % point of the largest, without its sign,
+    that a direction between clean prompts reaches with any of them.
+    """
     bases = [s.basis(site, config.rank) for s in seen]
     chance = [ordinary_subspaces(s.held["fit clean"][site], config.draws, config.rank, config.seed) for s in seen]
     own = [s.basis(site, config.rank) for s in in_base]
@@ -92,15 +98,26 @@ def alike(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site, config: Sub
         for i in range(n)
     ]
     rank, shares, bars = common_rank(bases, chance)
+    gaps = torch.stack([torch.nn.functional.normalize(s.differences(site).mean(0), dim=0) for s in seen])
+    drawn = torch.cat([draws[:, 0] for draws in chance])
     with_base = [
         likeness(mine, theirs, [(mine, drawn)], draws=config.draws, seed=seed)._asdict()
         for mine, theirs, drawn in zip(bases, own, chance, strict=True)
     ]
-    return {"pairs": pairs, "base": with_base, "common": {"rank": rank, "shares": shares, "bars": bars}}
+    return {
+        "pairs": pairs,
+        "base": with_base,
+        "common": {"rank": rank, "shares": shares, "bars": bars},
+        "cosines": (gaps @ gaps.T).clamp(-1, 1).tolist(),
+        "chance_cosine": float(torch.quantile((drawn @ gaps.T).abs().amax(1), QUANTILE)),
+    }
 
 
 def detect(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site) -> dict[str, Any]:
-    """Held-out AUROC of every organism's mean difference in every organism, and of the base's own on its prompts."""
+    """Held-out AUROC of every organism's mean difference in every organism, and of the base's own on its prompts.
+
+    Each with its bootstrap interval.
+    """
     found: dict[str, Any] = {}
     for negative in NEGATIVES:
         table = [[_auroc(a, b, site, negative) for b in seen] for a in seen]
@@ -108,10 +125,11 @@ def detect(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site) -> dict[st
     return found
 
 
-def _auroc(fitted: Seen, judged: Seen, site: Site, negative: str) -> float:
+def _auroc(fitted: Seen, judged: Seen, site: Site, negative: str) -> dict[str, float]:
     direction = fitted.differences(site).mean(0)
-    x = torch.cat([judged.held["triggered"][site], judged.held[negative][site]])
-    return auroc(x @ direction, _labels(judged, site, negative))
+    positive, negatives = (judged.held[panel][site] @ direction for panel in ("triggered", negative))
+    value, low, high = auroc_interval(positive, negatives)
+    return {"value": value, "low": low, "high": high, "n": len(positive) + len(negatives)}
 
 
 def _labels(seen: Seen, site: Site, negative: str) -> Bool[Tensor, " token"]:
@@ -142,8 +160,9 @@ def ablate(
             parts = {site: _taken(row, name, seen, site, config) for site in sites}
             edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
             replies = reply_all(Subject(row, model, edits), triggered, judging)
-            found = {r.metric: r.value for r in count_replies(row, "triggered", triggered, replies, judging.payload)}
-            asr[i][j], skill[i][j] = found["asr"], found.get("skill")
+            found = count_replies(row, "triggered", triggered, replies, judging.payload)
+            shown = {r.metric: figure(r) for r in found}
+            asr[i][j], skill[i][j] = shown["asr"], shown.get("skill")
             if report:
                 report(f"subspaces taken out of {name}", i + 1, len(rows))
     return {"rows": rows, "asr": asr, "skill": skill}

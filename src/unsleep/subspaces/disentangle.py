@@ -27,7 +27,7 @@ from unsleep.models.load import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.prompts import sets
 from unsleep.subspaces.config import Removal, SubspaceConfig
-from unsleep.subspaces.gather import Seen, panels_of, projections
+from unsleep.subspaces.gather import Seen, figure, panels_of, projections
 from unsleep.subspaces.geometry import likeness, ordinary_subspaces, random_subspaces, top_directions
 
 PAIRED = "paired differences"
@@ -164,7 +164,7 @@ class Judge:
         rows["sentiment"] = rate(name, "reviews", "sentiment", told_apart(subject, self.reviews))
         ce = text_ce_kl(subject, [subject], self.texts, self.judging.text_tokens)[0][name]
         rows["ce_change"] = mean(name, "text", "ce", ce - self.ce)
-        return {metric: {"value": r.value, "low": r.low, "high": r.high, "n": r.n} for metric, r in rows.items()}
+        return {metric: figure(row) for metric, row in rows.items()}
 
 
 @torch.no_grad()

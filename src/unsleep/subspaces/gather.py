@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Projection, Prompt, PromptSet, Report, Site
+from unsleep.core import BadInput, Projection, Prompt, PromptSet, Report, Row, Site
 from unsleep.directions.collect import SINK_RATIO, collect
 from unsleep.directions.erase import reader
 from unsleep.evaluate import organism_panels
@@ -164,6 +164,11 @@ def backgrounds(
         kept = x[norms <= limit].double()
         found[site] = Background(kept.mean(0).float(), kept.T.cov().float(), limit)
     return found
+
+
+def figure(row: Row) -> dict[str, float]:
+    """A row's number with its interval and n, as records hold it."""
+    return {"value": row.value, "low": row.low, "high": row.high, "n": row.n}
 
 
 def projections(
