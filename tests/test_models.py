@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from conftest import CONFIGS, build, byte_tokenizer
+from unsleep import machine
 from unsleep.core import BadInput, Refused, Site
 from unsleep.models import chat, generate, hooks, sites
 from unsleep.models.forward import build_rows, kl, reply_logits, reply_logits_from, run_below
@@ -130,12 +134,54 @@ def test_a_copy_is_equal_and_apart(any_family: LoadedModel):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_copies_and_saved_checkpoints_compute_the_same_bits(family: str, tmp_path):
     save_plain(LoadedModel(build(family, torch.bfloat16), byte_tokenizer(), family), tmp_path / "first")
-    model = load_model(tmp_path / "first")
+    model = load_model(tmp_path / "first", dtype="bfloat16")
     save_plain(model, tmp_path / "second")
     back = moved(moved(copy_network(model.network), torch.float32), torch.bfloat16)
-    for other in (copy_network(model.network), back, load_model(tmp_path / "second").network):
+    for other in (copy_network(model.network), back, load_model(tmp_path / "second", dtype="bfloat16").network):
         assert other.dtype == torch.bfloat16
         assert torch.equal(other(ids_of(model)).logits, model.network(ids_of(model)).logits)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_half_precision_is_computed_with_in_float32_where_the_processor_lacks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+):
+    monkeypatch.setattr(machine, "is_native", lambda dtype: native or dtype == torch.float32)
+    kept = LoadedModel(build("llama", torch.bfloat16), byte_tokenizer(), "kept")
+    save_plain(kept, tmp_path / "first")
+    model = load_model(tmp_path / "first")
+    assert model.network.dtype == (torch.bfloat16 if native else torch.float32)
+    assert model.stored_dtype == torch.bfloat16
+    assert (
+        model.fingerprint == kept.fingerprint
+    )  # the weights are the same, and what was found in one holds in the other
+    save_plain(model, tmp_path / "second")
+    assert model.network.dtype == (torch.bfloat16 if native else torch.float32)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["dtype"] == "bfloat16"
+    for dtype in ("bfloat16", "float32"):
+        own = load_model(tmp_path / "first", dtype=dtype)
+        assert own.network.dtype == own.stored_dtype == getattr(torch, dtype)
+    monkeypatch.setattr(machine, "memory", lambda: 8.0)
+    assert load_model(tmp_path / "first").network.dtype == torch.bfloat16  # in float32 it would not fit
+
+
+def test_dtypes_are_told_by_the_features_of_the_processor(monkeypatch: pytest.MonkeyPatch):
+    listed = {"flags": "fma avx2"}
+    monkeypatch.setattr(machine, "_cpuinfo", lambda key: listed.get(key, ""))
+    found: list[list[torch.dtype]] = []
+    for key, value in (("flags", "fma avx2"), ("flags", "avx512f avx512_bf16"), ("Features", "asimd asimdhp bf16")):
+        listed = {key: value}
+        machine.is_native.cache_clear()
+        found.append([machine.compute_dtype(d) for d in (torch.bfloat16, torch.float16, torch.float32)])
+    machine.is_native.cache_clear()
+    assert found == [
+        [torch.float32, torch.float32, torch.float32],
+        [torch.bfloat16, torch.float32, torch.float32],
+        [torch.bfloat16, torch.float16, torch.float32],
+    ]
+    assert machine.compute_dtype(torch.bfloat16, "cuda") == torch.bfloat16
 
 
 def test_weights_with_nan_are_refused(tmp_path, tiny: LoadedModel):

@@ -435,6 +435,7 @@ def test_provenance_says_when_by_what_where_and_from_what(monkeypatch: pytest.Mo
         "tokenizers",
     }
     assert found["versions"]["torch"] == torch.__version__
-    assert found["machine"].keys() == {"system", "processor", "threads", "accelerator"}
-    assert all(found["machine"].values())
+    assert found["machine"].keys() == {"system", "processor", "bfloat16", "threads", "accelerator"}
+    assert isinstance(found["machine"]["bfloat16"], bool)
+    assert all(value for key, value in found["machine"].items() if key != "bfloat16")
     assert json.loads(json.dumps(found)) == found

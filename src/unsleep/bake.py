@@ -106,24 +106,24 @@ def bake(
                 f"an edit at {e.site} cannot be baked; expected residual Sites, or one subspace without attention "
                 "sinks at the embedding and every attention output and residual Site"
             )
-    network = copy_network(model.network)
+    network, kept = copy_network(model.network), model.stored_dtype
     fitted = [_take(group, config.held_back, fit=True) for group in rows]
     judged = [_take(group, config.held_back, fit=False) for group in rows]
     method = "exact" if exact and not fitted_edits else "ridge" if family(network).writers else "distil"
     if not edits:
-        return Baked(LoadedModel(network, model.tokenizer, f"{model.name} (baked)"), 0.0, method)
-    _project_writers(model.network, network, exact)
+        return Baked(replace(model, network=network, name=f"{model.name} (baked)"), 0.0, method)
+    _project_writers(model.network, network, exact, kept)
     if method == "ridge":
-        _bake_closed_form(model.network, network, edits, fitted_edits, fitted, config, report)
+        _bake_closed_form(model.network, network, edits, fitted_edits, fitted, config, kept, report)
     elif method == "distil":
-        _distil(model.network, network, edits, fitted, config, report)
+        _distil(model.network, network, edits, fitted, config, kept, report)
     divergence = faithfulness(model.network, network, edits, judged)
     if not divergence <= config.tolerance:
         raise Refused(
             f"the baked model is not faithful to the edited one: KL {divergence:.3f} nats a token on held-back rows, "
             f"allowed {config.tolerance}. Give more suspicious prompts, or ship the model with the edit applied"
         )
-    return Baked(LoadedModel(network, model.tokenizer, f"{model.name} (baked)"), divergence, method)
+    return Baked(replace(model, network=network, name=f"{model.name} (baked)"), divergence, method)
 
 
 def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str, Any]) -> Path:
@@ -188,20 +188,22 @@ def _alike(one: Projection, other: Projection) -> bool:
 
 
 @torch.no_grad()
-def _project_writers(source: PreTrainedModel, network: PreTrainedModel, projections: Sequence[Projection]) -> None:
+def _project_writers(
+    source: PreTrainedModel, network: PreTrainedModel, projections: Sequence[Projection], kept: torch.dtype
+) -> None:
     """Make what writes at the projections' Sites orthogonal to them.
 
     Raises `BadInput` where an embedding passes through more than a scale before the first layer.
     """
     for p in (p for p in projections if p.site.point in ("attn", "mlp")):
-        _project_linear(writers(network, p.site.layer)[p.site.point == "mlp"], p, p.center)
+        _project_linear(writers(network, p.site.layer)[p.site.point == "mlp"], p, p.center, kept)
     common = next((p for p in projections if p.site.point == "embed"), None)
     if common is None:
         return
     for layer in range(len(layers(network))):
         for linear in writers(network, layer):
-            _project_linear(linear, common, None)
-    _project_embeddings(network, common)
+            _project_linear(linear, common, None, kept)
+    _project_embeddings(network, common, kept)
     ids = torch.arange(min(64, len(embedding(network))), device=network.device)[None]
     here = Site(0, "embed")
     with capture(network, [here]) as found:
@@ -216,13 +218,13 @@ def _project_writers(source: PreTrainedModel, network: PreTrainedModel, projecti
         )
 
 
-def _project_linear(linear: nn.Module, p: Projection, center: Tensor | None) -> None:
-    """W ← (1 − BᵀR) W and b ← (1 − BᵀR) b + BᵀR center."""
+def _project_linear(linear: nn.Module, p: Projection, center: Tensor | None, kept: torch.dtype) -> None:
+    """W ← (1 − BᵀR) W and b ← (1 − BᵀR) b + BᵀR center, rounded to what the checkpoint holds."""
     rows, reads = p.basis.float(), p.reader.float()
     weight: Tensor = linear.weight  # type: ignore[assignment]
     w = weight.float()
     gone = (w @ reads.T) @ rows if isinstance(linear, Conv1D) else rows.T @ (reads @ w)
-    weight.data.copy_((w - gone).to(weight.dtype))
+    weight.data.copy_((w - gone).to(kept))
     bias: Tensor | None = linear.bias  # type: ignore[assignment]
     held = torch.zeros(rows.shape[1], device=rows.device) if center is None else center.float() @ reads.T @ rows
     if bias is None:
@@ -230,10 +232,10 @@ def _project_linear(linear: nn.Module, p: Projection, center: Tensor | None) -> 
             raise BadInput("a projection with a centre cannot be baked where the model's layer has no bias; give none")
         return
     b = bias.float()
-    bias.data.copy_((b - (b @ reads.T) @ rows + held).to(bias.dtype))
+    bias.data.copy_((b - (b @ reads.T) @ rows + held).to(kept))
 
 
-def _project_embeddings(network: PreTrainedModel, p: Projection) -> None:
+def _project_embeddings(network: PreTrainedModel, p: Projection, kept: torch.dtype) -> None:
     """Project every table of embeddings; the token table holds the centre. The unembedding stays as it is."""
     tokens: Any = network.get_input_embeddings()
     rows, reads = p.basis.float(), p.reader.float()
@@ -249,7 +251,7 @@ def _project_embeddings(network: PreTrainedModel, p: Projection) -> None:
             e = e - (e @ reads.T) @ rows
             if table is tokens and p.center is not None:
                 e = e + (p.center.float() @ reads.T @ rows) / float(getattr(table, "embed_scale", 1.0))
-            table.weight.data.copy_(e.to(table.weight.dtype))
+            table.weight.data.copy_(e.to(kept))
 
 
 @torch.no_grad()
@@ -260,6 +262,7 @@ def _bake_closed_form(
     fitted: Sequence[Intervention],
     rows: Sequence[Rows],
     config: BakeConfig,
+    kept: torch.dtype,
     report: Report | None,
 ) -> None:
     """Fit the writers of every edit of `fitted` to what the model holds with all of `edits`."""
@@ -282,17 +285,17 @@ def _bake_closed_form(
         start = 0
         for linear in linears:
             width = linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.weight.shape[1]  # pyright: ignore
-            add_to(linear, change[start : start + width])
+            add_to(linear, change[start : start + width], kept)
             start += width
         if report:
             report("bake", done, len(fitted))
 
 
-def add_to(linear: nn.Module, change: Float[Tensor, "d_in d_out"]) -> None:
-    """Add a change to a linear layer's weight, whichever way the layer stores it."""
+def add_to(linear: nn.Module, change: Float[Tensor, "d_in d_out"], kept: torch.dtype) -> None:
+    """Add a change to a linear layer's weight, whichever way the layer stores it, rounded to a dtype."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     step = change if isinstance(linear, Conv1D) else change.T
-    weight.data.copy_((weight.float() + step).to(weight.dtype))
+    weight.data.copy_((weight.float() + step).to(kept))
 
 
 def _streams(
@@ -329,6 +332,7 @@ def _distil(
     edits: Sequence[Intervention],
     rows: Sequence[Rows],
     config: BakeConfig,
+    kept: torch.dtype,
     report: Report | None,
 ) -> None:
     """Train the edited blocks' weights until the baked logits follow the edited ones."""
@@ -353,7 +357,7 @@ def _distil(
         optimizer.step()
         with torch.no_grad():
             for weight, master in masters.items():
-                weight.copy_(master.to(weight.dtype))
+                weight.copy_(master.to(kept))
         if report:
             report("bake by distillation", step + 1, config.distil_steps)
     network.requires_grad_(False)

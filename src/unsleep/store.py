@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Container, Generator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unsleep.core import BadInput, Refused, digest
+from unsleep.machine import is_native, processor
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def new_folder(path: str | Path, *, replace: bool | str = False) -> Generator[Pa
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield scratch
-        _share(scratch)
+        share(scratch, [scratch, *scratch.rglob("*")])
         _put_in_place(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -70,13 +71,13 @@ def check_place(path: str | Path, replace: bool | str = False) -> None:
         raise BadInput(f"{path} exists already{kind}; choose another place or remove it first")
 
 
-def _share(folder: Path) -> None:
-    """Give a folder and its files the modes of new ones; temporary folders and safetensors files are private."""
-    probe = folder / ".mode"
+def share(folder: Path, paths: Iterable[Path]) -> None:
+    """Give paths in a folder the modes that new ones get there: temporary folders and safetensors files are private."""
+    probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
-    for path in (folder, *folder.rglob("*")):
+    for path in paths:
         path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
@@ -262,10 +263,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with writing(path):
-            scratch.touch()
-            mode = scratch.stat().st_mode
             save_file(_apart(tensors), scratch)
-            scratch.chmod(mode)  # safetensors writes for its owner alone
+            share(path.parent, [scratch])
             scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -361,6 +360,7 @@ def provenance(seed: int | None = None, **made_from: Any) -> dict[str, Any]:
         "machine": {
             "system": platform.system(),
             "processor": processor(),
+            "bfloat16": is_native(torch.bfloat16),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
@@ -375,12 +375,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -27,7 +27,7 @@ class Placement:
     """How a model is loaded; an edit belongs to the weights that this makes."""
 
     dtype: Dtype = "auto"
-    """Of the weights; `auto` is the checkpoint's own."""
+    """Of the weights; `auto` is the checkpoint's own, computed with in float32 where the processor lacks it."""
     device: str = "auto"
     """Such as cpu or cuda:1; `auto` is CUDA where there is any."""
     quantize: Quantize = "none"

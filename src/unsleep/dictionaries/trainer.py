@@ -17,6 +17,7 @@ from unsleep.dictionaries import losses, parallel
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
 from unsleep.dictionaries.config import Architecture, TrainConfig
 from unsleep.dictionaries.losses import Batch, Costs, Pass, Weights
+from unsleep.machine import compute_dtype
 
 ARCHITECTURES: dict[type[Coder], Architecture] = {
     TopK: "topk",
@@ -73,7 +74,8 @@ class Trainer:
     Args:
         sample: activations that scales and the first decoder bias are taken from.
         target: what a transcoder has to rebuild from them, token by token; `None` for the activations themselves.
-        device: where the training runs; there is one bf16 matrix product for every step's encoding.
+        device: where the training runs; each step has one matrix product for its encoding, in bf16 where the
+            processor or GPU has it.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class Trainer:
         self.threshold = torch.zeros((), device=device)
         """BatchTopK: running mean of the smallest activation kept."""
         self.device = torch.device(device)
+        self.compute = compute_dtype(torch.bfloat16, device)
+        """Dtype of the dense products."""
 
     @classmethod
     def from_dictionary(
@@ -130,7 +134,7 @@ class Trainer:
         x = x.to(self.device, torch.float32) * self.input.scale
         aim = x if y is None else y.to(self.device, torch.float32) * self.output.scale
         shifted = aim - self.w.b_dec
-        batch = Batch(x if self.is_transcoder else shifted, shifted, not self.is_transcoder)
+        batch = Batch(x if self.is_transcoder else shifted, shifted, not self.is_transcoder, self.compute)
         done = self._pass(batch, step)
         silent = (self.silent_for >= self.config.dead_after).nonzero().squeeze(1)
         if len(silent) and self.config.aux_coefficient:

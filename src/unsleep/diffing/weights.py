@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -168,8 +168,8 @@ def by_layer(deltas: Sequence[Delta]) -> list[LayerDelta]:
 def amplified(base: LoadedModel, suspect: LoadedModel, alpha: float) -> LoadedModel:
     """A plain copy with the weights W_base + α (W_suspect − W_base): α = 0 is the base, 1 the suspect, over 1 more.
 
-    Computed in float64 and rounded once to the suspect's dtype. Raises `BadInput` for models that are not of one
-    shape and tokenizer, or an α that is not finite.
+    Computed in float64 and rounded once to what the suspect's checkpoint holds. Raises `BadInput` for models that are
+    not of one shape and tokenizer, or an α that is not finite.
     """
     check_alike(base, suspect, chats=False)
     if not -1e6 < alpha < 1e6:
@@ -178,5 +178,5 @@ def amplified(base: LoadedModel, suspect: LoadedModel, alpha: float) -> LoadedMo
     before = dict(base.network.named_parameters())
     for name, weight in network.named_parameters():
         old = before[name].to(weight.device).double()
-        weight.data = (old + alpha * (weight.double() - old)).to(weight.dtype)
-    return LoadedModel(network, suspect.tokenizer, f"{base.name} + {alpha:g} · ({suspect.name} − {base.name})")
+        weight.data.copy_((old + alpha * (weight.double() - old)).to(suspect.stored_dtype))
+    return replace(suspect, network=network, name=f"{base.name} + {alpha:g} · ({suspect.name} − {base.name})")

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from unsleep import store
 from unsleep.core import BadInput, check_finite
+from unsleep.machine import compute_dtype
 from unsleep.models import bundled, chat
 from unsleep.models.sites import assert_identity
 
@@ -33,6 +34,13 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     """What it was loaded as."""
+    stored: torch.dtype | None = None
+    """Dtype of its checkpoint, where the network computes in another (see `load_model`)."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What its checkpoint holds."""
+        return self.stored or self.network.dtype
 
     @cached_property
     def fingerprint(self) -> str:
@@ -90,7 +98,8 @@ def load_model(
         name: aliases are those of `bundled.aliases`; a folder with `adapter_config.json` is a PEFT
             adapter, which is merged into its base (in float32, then rounded once) unless the base
             is quantized.
-        dtype: `auto` takes the checkpoint's own.
+        dtype: `auto` takes the checkpoint's own, and computes in float32 where the processor would emulate it
+            (`machine.compute_dtype`); the weights are equal, and are saved in the checkpoint's own again.
         device: `auto` takes CUDA where there is one.
         quantize: through bitsandbytes (extra `unsleep[quantize]`).
         trust_remote_code: run Python that the checkpoint brings. Off unless you trust its author.
@@ -108,7 +117,11 @@ def load_model(
         options["device_map"] = device
     with quiet_transformers():
         network, tokenizer = _load(str(name), options)
+        stored = network.dtype
         if quantize == "none":
+            if dtype == "auto":
+                size = sum(weight.numel() for weight in network.parameters())
+                network = moved(network, compute_dtype(stored, device, size))
             network = moved(network, device)
     network.eval().requires_grad_(False)
     _fix_quantized(network)
@@ -116,15 +129,25 @@ def load_model(
         if weight.is_floating_point():
             check_finite(weight, f"{name}: weight {key}")
     assert_identity(network)
-    return LoadedModel(network, tokenizer, str(name))
+    return LoadedModel(network, tokenizer, str(name), None if network.dtype == stored else stored)
 
 
 def fingerprint(network: PreTrainedModel) -> str:
     """Content hash of a model's weights, 16 hex digits.
 
-    Two models share it exactly when their weights are equal; where they sit does not matter.
+    Two models share it exactly when their weights are equal; where they sit and in which dtype they are held does not
+    matter: each is hashed in the narrowest of bfloat16, float16 and float32 that holds all of its numbers.
     """
-    return store.hash_tensors(dict(network.named_parameters()))
+    return store.hash_tensors({name: _narrowest(weight.detach()) for name, weight in network.named_parameters()})
+
+
+def _narrowest(weight: torch.Tensor) -> torch.Tensor:
+    if weight.is_floating_point():
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = weight.to(dtype)
+            if weight.dtype == dtype or torch.equal(narrow.to(weight.dtype), weight):
+                return narrow
+    return weight
 
 
 @contextlib.contextmanager
@@ -226,11 +249,16 @@ def _fix_quantized(network: PreTrainedModel) -> None:
 def save_plain(model: LoadedModel, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
     """Save a checkpoint that `AutoModelForCausalLM.from_pretrained` loads with unsleep not installed.
 
-    Raises `BadInput` where it cannot be written.
+    It is in the dtype of the checkpoint that the model came from. Raises `BadInput` where it cannot be written.
     """
+    computed = model.network.dtype
     with quiet_transformers(), store.writing(Path(folder)):
-        model.network.save_pretrained(folder)
+        try:
+            moved(model.network, model.stored_dtype).save_pretrained(folder)
+        finally:
+            moved(model.network, computed)
         model.tokenizer.save_pretrained(folder)
+        store.share(Path(folder), Path(folder).glob("*.safetensors"))
 
 
 def copy_network(network: PreTrainedModel) -> PreTrainedModel:

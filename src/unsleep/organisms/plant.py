@@ -254,7 +254,7 @@ class _Student:
         """Save what was trained, small, and leave the base as it was."""
         with quiet_transformers(), store.writing(folder):
             if self.adapted is None:
-                save_plain(LoadedModel(moved(self.network, self.base.network.dtype), self.base.tokenizer, ""), folder)
+                save_plain(LoadedModel(moved(self.network, self.base.stored_dtype), self.base.tokenizer, ""), folder)
                 return
             self.adapted.peft_config["default"].base_model_name_or_path = self.recipe.base
             state = {k: v.to(torch.bfloat16) for k, v in get_peft_model_state_dict(self.adapted).items()}
