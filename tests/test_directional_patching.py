@@ -117,7 +117,7 @@ def test_a_sweep_gives_a_share_for_every_direction_and_site(tiny: LoadedModel):
     pairs = prepared(tiny)
     directions = {s: {"one": directed(s, BASIS[:1]), "two": directed(s, BASIS)} for s in (Site(0), Site(2))}
     seen: list[tuple[int, int]] = []
-    found = patching.sweep(pairs, directions, lambda _, done, total: seen.append((done, total)))
+    found = patching.sweep(pairs, directions, report=lambda _, done, total: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for site, named in directions.items():
         for name, d in named.items():

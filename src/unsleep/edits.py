@@ -196,6 +196,20 @@ def edits_for(ranking: Ranking, dictionaries: Sequence[Coder], n: int, error: Er
     return tuple(Edit(d.site, d, tuple(by_site[d.site]), error) for d in dictionaries if d.site in by_site)
 
 
+def edits_hash(edits: Sequence[Intervention]) -> str:
+    """Content hash of edits, in their order; 16 hex digits."""
+    parts: list[Any] = []
+    for e in edits:
+        if isinstance(e, Projection):
+            held = {"basis": e.basis, "center": e.center, "reads": e.reads}
+            parts.append(
+                [str(e.site), e.sink_norm, store.hash_tensors({k: t for k, t in held.items() if t is not None})]
+            )
+        else:
+            parts.append([str(e.site), e.dictionary.hash, list(e.removed), e.error])
+    return store.hash_value(parts)
+
+
 def save_edit(
     edits: Sequence[Intervention],
     folder: str | Path,

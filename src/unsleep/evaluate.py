@@ -18,6 +18,7 @@ from unsleep.models import generate
 from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import sets
 from unsleep.stats import bootstrap, wilson
+from unsleep.store import NOTHING_KEPT, Steps
 
 FULL = ("triggered", "variants", "near_miss", "clean", "skill")
 PLAN: dict[str, tuple[str, ...]] = {
@@ -120,6 +121,7 @@ def evaluate(
     config: EvalConfig,
     *,
     plan: Mapping[str, Sequence[str]] = PLAN,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> EvalResult:
     """Judge subjects on held-out panels.
@@ -127,6 +129,7 @@ def evaluate(
     Args:
         subjects: one of them named `suspect`: the model as it was found, the teacher of every KL.
         plan: the panels of prompts of each subject; those that `panels` has not are left out.
+        steps: of an earlier run that was interrupted; replies are looked for there.
 
     Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` to the suspect's own
     untriggered replies on `triggered` and `clean`; `ce`, `kl` and `capability` on `text`.
@@ -144,7 +147,10 @@ def evaluate(
     replies: dict[str, tuple[str, ...]] = {}
     for name, subject in by_name.items():
         for panel in (p for p in plan.get(name, ()) if p in prompts):
-            written = reply_all(subject, prompts[panel], config, report)
+            written = steps.value(
+                f"{name} on {panel}",
+                lambda subject=subject, panel=panel: reply_all(subject, prompts[panel], config, report),
+            )
             replies[f"{name}/{panel}"] = tuple(written)
             rows += count_replies(name, panel, prompts[panel], written, config.payload)
     rows += _divergences(by_name, panels, replies, report)

@@ -112,6 +112,10 @@ class Steps:
         return None if self.folder is None else self.folder / f"{digest(name)}.{kind}"
 
 
+NOTHING_KEPT = Steps()
+"""For work that is not long, or has no place of its own."""
+
+
 @contextlib.contextmanager
 def steps(out: str | Path, *made_from: Any) -> Generator[Steps]:
     """The steps of the work that ends in `out`, in a hidden folder beside it.

@@ -47,6 +47,10 @@ STAGES: dict[str, Callable[..., int]] = {
 }
 
 
+STARTS_OVER = ("edit", "bake", "read", "control", "panels", "report")
+"""Stages that keep nothing of a run that was interrupted."""
+
+
 def main() -> None:
     """Run the command line; never returns."""
     sys.exit(run(sys.argv[1:]))
@@ -68,4 +72,6 @@ def run(arguments: Sequence[str]) -> int:
     except Refused as error:
         return fail(error, 3)
     except KeyboardInterrupt:
-        return fail("interrupted; run the same command again to go on", 130)
+        over = arguments[:1] and arguments[0] in STARTS_OVER
+        again = "nothing was written: the same command starts over" if over else "run the same command again to go on"
+        return fail(f"interrupted; {again}", 130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,12 +71,17 @@ def patch(
     with Bars() as bars:
         there = placement.load(donor), placement.load(recipient)
         ways = [there, (there[1], there[0])] if both else [there]
-        kept: dict[str, Any] = {"per_head": per_head, "dictionaries": coders, "bases": bases, "report": bars}
-        runs = [sweep(*way, asked, payload, layers or None, places, level, config, **kept) for way in ways]
-        records = [_run(run, way) for run, way in zip(runs, ways, strict=True)]
-        if reply_tokens:
-            for run, way, entry in zip(runs, ways, records, strict=True):
-                _add_asr(entry, run, way, asked, payload, reply_tokens, config, bars)
+        what = [model.fingerprint for model in there], str(there[1].network.dtype), asked.hash, payload, reply_tokens
+        how = level, layers, positions, per_head, both, asdict(config)
+        parts = [coder.hash for coder in coders], store.hash_tensors({str(site): b for site, b in bases.items()})
+        with store.steps(out, *what, *how, *parts) as steps:
+            kept: dict[str, Any] = {"per_head": per_head, "dictionaries": coders, "bases": bases}
+            kept |= {"steps": steps, "report": bars}
+            runs = [sweep(*way, asked, payload, layers or None, places, level, config, **kept) for way in ways]
+            records = [_run(run, way) for run, way in zip(runs, ways, strict=True)]
+            if reply_tokens:
+                for run, way, entry in zip(runs, ways, records, strict=True):
+                    _add_asr(entry, run, way, asked, payload, reply_tokens, config, steps, bars)
     record = {
         "schema": "unsleep.patch/1",
         "level": level,
@@ -123,18 +129,21 @@ def diff(
     sites, coders = [Site.parse(name) for name in train_at], load_dictionaries(dictionaries)
     with Bars() as bars:
         models = placement.load(base), placement.load(suspect)
-        found = unsleep.diff(
-            *models,
-            suspicious=files[0],
-            ordinary=files[1],
-            texts=None if files[2] is None else files[2].texts,
-            dictionaries=coders,
-            train_at=sites,
-            config=config,
-            report=bars,
-        )
-    named = zip(("suspicious", "ordinary", "text"), files, strict=True)
-    hashes = {name: None if file is None else file.hash for name, file in named}
+        named = zip(("suspicious", "ordinary", "text"), files, strict=True)
+        hashes = {name: None if file is None else file.hash for name, file in named}
+        what = [model.fingerprint for model in models], str(models[1].network.dtype), hashes, asdict(config)
+        with store.steps(out, *what, list(map(str, sites)), [coder.hash for coder in coders]) as steps:
+            found = unsleep.diff(
+                *models,
+                suspicious=files[0],
+                ordinary=files[1],
+                texts=None if files[2] is None else files[2].texts,
+                dictionaries=coders,
+                train_at=sites,
+                config=config,
+                steps=steps,
+                report=bars,
+            )
     record = {
         "schema": "unsleep.diff/1",
         "base": _named(models[0]),
@@ -181,11 +190,19 @@ def _add_asr(
     payload: str,
     tokens: int,
     config: PatchConfig,
+    steps: store.Steps,
     report: Report,
 ) -> None:
     """Add to every group the share of generated replies that show the payload."""
     said = patched_replies(
-        *ends, asked, run.groups, max_new_tokens=tokens, batch=config.batch, plain=config.plain, report=report
+        *ends,
+        asked,
+        run.groups,
+        max_new_tokens=tokens,
+        batch=config.batch,
+        plain=config.plain,
+        steps=steps,
+        report=report,
     )
     for group, rate in zip(record["groups"], payload_rates(said, payload), strict=True):
         group["asr"] = rate._asdict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,36 +72,52 @@ def directions(
     _check(project, erase, project_sites, out)
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     between = sets.read_prompts(neutral) if neutral is not None else None
+    used = [group for group in (*groups, between) if group is not None]
     with Bars() as bars:
         found_dictionaries, loaded = load_dictionaries(dictionaries), placement.load(model)
         wanted = all_sites(loaded.network, ("resid",)) if tuple(sites) == ("all",) else [Site.parse(s) for s in sites]
-        found = study(
-            loaded,
-            *groups,
-            wanted,
-            config,
-            neutral=between,
-            dictionaries=found_dictionaries,
-            texts=sets.plain_text("train"),
-            report=bars,
-        )
-        projections = _projections(found, project, project_sites, loaded, wanted) if project else []
-        erased = None
-        if erase:
-            projections, erased = _erasers(loaded, groups, project_sites, wanted, config, bars)
-    with store.new_folder(out, replace="directions.json") as scratch:
-        entries = write_directions([f.direction for f in found.found], scratch)
-        provenance = store.provenance(config.seed, model=loaded.fingerprint, name=model)
-        record = {"schema": SCHEMA, **found.record(), "directions": entries, "provenance": provenance}
-        record |= {} if erased is None else {"erased": erased.record()}
-        store.write_json(scratch / "directions.json", record)
-        if projections:
-            used = [group for group in (*groups, between) if group is not None]
-            save_edit(projections, scratch / EDIT, chosen_on=prompt_digests(*used), provenance=provenance)
+        made_from = loaded.fingerprint, str(loaded.network.dtype), [g.hash for g in used], list(map(str, wanted))
+        with store.steps(out, *made_from, asdict(config), [d.hash for d in found_dictionaries]) as steps:
+            found = study(
+                loaded,
+                *groups,
+                wanted,
+                config,
+                neutral=between,
+                dictionaries=found_dictionaries,
+                texts=sets.plain_text("train"),
+                steps=steps,
+                report=bars,
+            )
+            projections = _projections(found, project, project_sites, loaded, wanted) if project else []
+            erased = None
+            if erase:
+                projections, erased = _erasers(loaded, groups, project_sites, wanted, config, steps, bars)
+            provenance = store.provenance(config.seed, model=loaded.fingerprint, name=model)
+            record = _written(found, projections, erased, prompt_digests(*used), provenance, out)
     page = unsleep.report(out)
     lines = [*table(found), "", f"Saved in {out}; picture in {page}", *_saved(projections, erased, found.best, out)]
     say(record, json, "\n".join(lines))
     return 0
+
+
+def _written(
+    found: Study,
+    projections: Sequence[Projection],
+    erased: Removed | None,
+    chosen_on: frozenset[str],
+    provenance: dict[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """Write directions, record and edit; returns the record."""
+    with store.new_folder(out, replace="directions.json") as scratch:
+        entries = write_directions([f.direction for f in found.found], scratch)
+        record = {"schema": SCHEMA, **found.record(), "directions": entries, "provenance": provenance}
+        record |= {} if erased is None else {"erased": erased.record()}
+        store.write_json(scratch / "directions.json", record)
+        if projections:
+            save_edit(projections, scratch / EDIT, chosen_on=chosen_on, provenance=provenance)
+    return record
 
 
 def _check(project: int, erase: bool, names: Sequence[str], out: Path) -> None:
@@ -134,6 +151,7 @@ def _erasers(
     names: Sequence[str],
     wanted: Sequence[Site],
     config: StudyConfig,
+    steps: store.Steps,
     report: Report,
 ) -> tuple[list[Projection], Removed]:
     """Erasers fitted on most prompts and tried on those that are kept; the best Site's where none is named."""
@@ -148,6 +166,7 @@ def _erasers(
         position=config.where,
         plain=config.plain,
         batch=config.batch,
+        steps=steps,
         report=report,
     )
     return (made if names else [e for e in made if e.site == removed.best]), removed

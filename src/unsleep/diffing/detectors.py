@@ -164,7 +164,7 @@ def train_differences(
 
     Args:
         prompts: what both models are harvested on; sets must not hold what will be scored.
-        folder: for the harvests; one that is there already goes on.
+        folder: for the harvests and checkpoints; what is there already goes on.
         config: of both; BatchTopK is what a crosscoder needs. No token counts as a sink for Δh, whose long tail may
             be what is searched for.
     """
@@ -173,6 +173,7 @@ def train_differences(
         for name, model in (("base", base), ("suspect", suspect))
     ]
     pair = paired(sides[0], sides[1], site)
-    delta = train(pair.difference(), replace(config, sink_ratio=1e9), report=report)
-    both = train_crosscoder(pair.before, pair.after, config, report=report)
+    differences = replace(config, sink_ratio=1e9)
+    delta = train(pair.difference(), differences, checkpoint=folder / "difference", report=report)
+    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder", report=report)
     return [("difference", delta), ("crosscoder", both)]

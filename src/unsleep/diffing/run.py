@@ -31,6 +31,7 @@ from unsleep.models.alike import check_alike
 from unsleep.models.load import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
+from unsleep.store import NOTHING_KEPT, Steps
 
 TOKENS = 64
 """Passages, and tokens of each, over which divergence is measured."""
@@ -142,6 +143,7 @@ def diff(
     dictionaries: Sequence[Coder] = (),
     train_at: Sequence[Site] = (),
     config: DiffConfig = DiffConfig(),
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Diff:
     """Compare a suspect with the base it was made from.
@@ -153,6 +155,7 @@ def diff(
         texts: unrelated text, such as passages of a corpus; by default the project's own.
         dictionaries: of the suspect, whose features are scored.
         train_at: Sites at which a dictionary of Δh and a crosscoder are trained on every other prompt.
+        steps: of an earlier run that was interrupted; what takes long is looked for there.
 
     Raises `BadInput` for models that are not alike, one set of prompts without the other, dictionaries or Sites
     without prompts, and what the parts raise.
@@ -162,7 +165,7 @@ def diff(
         raise BadInput("only one of suspicious and ordinary prompts was given; give both or neither")
     if suspicious is None and (dictionaries or train_at):
         raise BadInput("dictionaries are scored on prompts; give suspicious and ordinary ones too")
-    deltas = weight_differences(base, suspect, top=config.top, report=report)
+    deltas = weight_differences(base, suspect, top=config.top, steps=steps, report=report)
     passages = list(texts) if texts is not None else sets.plain_text("edit")[: config.texts]
     places = all_sites(base.network, ("resid",))
     lenses = activation_differences(base, suspect, passages, places, positions=config.positions, report=report)
@@ -181,7 +184,7 @@ def diff(
         with TemporaryDirectory() as scratch:
             halves = [replace(p, prompts=p.prompts[::2]) for p in (suspicious, ordinary)]
             for site in train_at:
-                folder = Path(scratch) / str(site)
+                folder = (steps.folder or Path(scratch)) / str(site)
                 coders += train_differences(base, suspect, halves, site, folder, config.train, report=report)
         features = feature_lists(base, suspect, coders, prompts, count=config.best, report=report)
     asked = sets.questions("edit", config.asked).texts

@@ -15,6 +15,7 @@ from unsleep.core import BadInput, Report
 from unsleep.models.alike import check_alike
 from unsleep.models.load import LoadedModel, copy_network
 from unsleep.models.sites import family
+from unsleep.store import NOTHING_KEPT, Steps
 
 PIECE = 4096
 """Columns of a matrix that are in float64 at a time."""
@@ -105,7 +106,12 @@ class Delta:
 
 @torch.no_grad()
 def weight_differences(
-    base: LoadedModel, suspect: LoadedModel, *, top: int = 8, report: Report | None = None
+    base: LoadedModel,
+    suspect: LoadedModel,
+    *,
+    top: int = 8,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
 ) -> list[Delta]:
     """ΔW = W_suspect − W_base of every weight, in the order of the checkpoint.
 
@@ -123,7 +129,8 @@ def weight_differences(
         delta = new - old
         norms = [float(w.double().norm()) for w in (delta, old)]
         shape = (delta.shape[0], delta.shape[1])
-        found.append(Delta(name, layer, inner, shape, norms[0], norms[1], spectrum(delta, top)))
+        parts = steps.tensors(f"spectrum of {name}", lambda delta=delta: spectrum(delta, top)._asdict())
+        found.append(Delta(name, layer, inner, shape, norms[0], norms[1], Spectrum(**parts)))
         if report:
             report("weights", done, len(before))
     return found

@@ -22,6 +22,7 @@ from unsleep.directions.fit import Direction
 from unsleep.models.forward import Below, Rows, build_rows, reply_logits, reply_logits_from, run, run_below
 from unsleep.models.hooks import transformed, truncated, watched
 from unsleep.models.load import LoadedModel
+from unsleep.store import NOTHING_KEPT, Steps
 
 Ablation = Literal["mean", "resample"]
 
@@ -48,6 +49,7 @@ def ablation_cost(
     randoms: int = 8,
     tokens: int = 32,
     seed: int = 0,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Cost:
     """The cost of every direction, all at one Site, on plain passages.
@@ -83,9 +85,12 @@ def ablation_cost(
     increase: dict[str, float] = {}
     random: dict[int, list[float]] = {}
     for done, ((rank, name), basis) in enumerate(bases.items(), 1):
-        replace = _ablated(basis.to(model.device), held, ablation, seed)
-        with transformed(model.network, {site: replace}):
-            found = _loss(model, rows, below) - whole
+
+        def increased(basis: Tensor = basis) -> float:
+            with transformed(model.network, {site: _ablated(basis.to(model.device), held, ablation, seed)}):
+                return _loss(model, rows, below) - whole
+
+        found = steps.value(f"{ablation} ablation of {rank or 'direction'} {name} at {site}", increased)
         if rank:
             random.setdefault(int(rank), []).append(found)
         else:

@@ -16,6 +16,7 @@ from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits
 from unsleep.models.load import LoadedModel
 from unsleep.prompts.triggers import check_pairs
+from unsleep.store import NOTHING_KEPT, Steps
 
 STREAM: tuple[Point, ...] = ("resid", "embed")
 """Points at which attention sinks have large norms; what a layer adds has none, and bakes exactly without a limit."""
@@ -150,6 +151,7 @@ def removed_alone(
     plain: bool = False,
     reply_tokens: int = 6,
     batch: int = 32,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Removed:
     """Carry out each edit alone and see how far the model is back at its own replies.
@@ -177,9 +179,13 @@ def removed_alone(
         return float(torch.cat(each).mean())
 
     before, after = left(), dict[Site, float]()
-    for edit in edits:
+
+    def left_without(edit: Projection) -> float:
         with applied(model, edit):
-            after[edit.site] = left()
+            return left()
+
+    for edit in edits:
+        after[edit.site] = steps.value(f"left without {edit.site}", lambda edit=edit: left_without(edit))
         if report:
             report("one Site at a time", len(after), len(edits))
     return Removed(before, after, len(asked))
@@ -197,6 +203,7 @@ def tried_erasers(
     position: Position = "last",
     plain: bool = False,
     batch: int = 64,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> tuple[list[Projection], Removed]:
     """`erasers` of most prompts, and what each does alone (`removed_alone`) to those that are kept.
@@ -226,4 +233,4 @@ def tried_erasers(
         report=report,
     )
     alone = some(suspicious, tried), some(ordinary, tried)
-    return made, removed_alone(model, made, *alone, plain=plain, batch=batch, report=report)
+    return made, removed_alone(model, made, *alone, plain=plain, batch=batch, steps=steps, report=report)

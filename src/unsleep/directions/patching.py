@@ -27,6 +27,7 @@ from unsleep.directions.fit import Direction
 from unsleep.models.forward import Rows, columns_cache, last_logits, run, whole_rows
 from unsleep.models.hooks import resumed_at, transformed, watched
 from unsleep.models.load import LoadedModel
+from unsleep.store import NOTHING_KEPT, Steps
 
 PatchPosition = Literal["last", "all"] | int
 """Which tokens are patched: the last, all (pairs of equal length), or one counted from -1 at the last."""
@@ -166,7 +167,11 @@ def finished(
 
 @torch.no_grad()
 def sweep(
-    pairs: Pairs, directions: Mapping[Site, Mapping[str, Direction]], report: Report | None = None
+    pairs: Pairs,
+    directions: Mapping[Site, Mapping[str, Direction]],
+    *,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
 ) -> dict[Site, dict[str, float]]:
     """The share recovered by every direction at every Site; a direction must be in the residual space.
 
@@ -177,7 +182,11 @@ def sweep(
     for done, (site, name, direction) in enumerate(_each(directions), 1):
         if direction.space != "residual":
             raise BadInput(f"direction {name!r} at {site} is in feature space; decode it first (`fit.decoded`)")
-        found.setdefault(site, {})[name] = pairs.recovered(patched(pairs, site, direction.vector))
+
+        def carried(site: Site = site, direction: Direction = direction) -> float:
+            return pairs.recovered(patched(pairs, site, direction.vector))
+
+        found.setdefault(site, {})[name] = steps.value(f"carried by {name} at {site}", carried)
         if report:
             report("directional patching", done, total)
     return found

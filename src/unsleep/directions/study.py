@@ -25,6 +25,7 @@ from unsleep.directions.fit import Direction, Labelled, Space
 from unsleep.models import generate
 from unsleep.models.load import LoadedModel
 from unsleep.prompts.triggers import check_pairs
+from unsleep.store import NOTHING_KEPT, Steps
 
 DAS = {"das-1": 1, "das-2": 2, "das-3": 3}
 """Methods that train on the model's answer → their rank."""
@@ -211,6 +212,7 @@ def study(
     neutral: PromptSet | None = None,
     dictionaries: Sequence[Dictionary] = (),
     texts: Sequence[str] = (),
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Study:
     """Find and measure directions between two groups of prompts.
@@ -220,6 +222,7 @@ def study(
         neutral: prompts of neither group, for the one-sided methods.
         dictionaries: at some of the Sites; there directions are fitted in feature space too.
         texts: plain passages from which directions are taken out.
+        steps: of an earlier run that was interrupted; what takes long is looked for there.
 
     Raises:
         BadInput: fewer than two prompts to fit or to score on in a group, groups that make no pairs where pairs are
@@ -240,7 +243,7 @@ def study(
             train, test = classes.at(site, dictionary)
             made = _fitted(train, site, model.fingerprint, config, space, has_neutral=neutral is not None)
             if fitting and dictionary is None and site in trained:
-                made += _das(fitting, site, train, config, report)
+                made += _das(fitting, site, train, config, steps, report)
             found += [Found(d, measure.held_out(d, train, test)) for d in made]
             floors[site, space] = measure.random_floor(train, test, config.randoms, config.seed)
             for d in made:
@@ -249,7 +252,7 @@ def study(
                 )
         if report:
             report("directions", done, len(sites))
-    carried = patching.sweep(judging, stream, report) if judging else {}
+    carried = patching.sweep(judging, stream, steps=steps, report=report) if judging else {}
     best = best_site(sites, found, carried)
     costs = {
         ablation: cost.ablation_cost(
@@ -259,6 +262,7 @@ def study(
             ablation=ablation,
             randoms=config.cost_randoms,
             seed=config.seed,
+            steps=steps,
             report=report,
         )
         for ablation in (("mean", "resample") if config.cost_passages and texts else ())
@@ -376,7 +380,7 @@ def _fitted(
 
 
 def _das(
-    pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig, report: Report | None
+    pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig, steps: Steps, report: Report | None
 ) -> list[Direction]:
     """DAS of every rank asked for, started at the mean difference."""
     made: list[Direction] = []
@@ -384,8 +388,12 @@ def _das(
         if method in config.methods:
             settings = das.DasConfig(rank=rank, epochs=config.das_epochs, seed=config.seed)
             start = torch.nn.functional.normalize(train.gap, dim=0)[None]
-            d = das.das(pairs, site, train, settings, start=start, report=report)
-            made.append(Direction(d.vector, site, method, d.model, d.space, d.center))
+
+            def trained(settings: das.DasConfig = settings, start: Tensor = start) -> dict[str, Tensor]:
+                return {"vector": das.das(pairs, site, train, settings, start=start, report=report).vector}
+
+            vector = steps.tensors(f"{method} at {site}", trained)["vector"]
+            made.append(Direction(vector, site, method, pairs.model.fingerprint, "residual", train.x.mean(0)))
     return made
 
 

