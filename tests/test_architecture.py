@@ -92,7 +92,7 @@ def test_imports_are_those_of_the_table():
             used[room] |= allowing(target, rooms[room])
             if not allowing(target, rooms[room]):
                 wrong.append(f"{module} imports {target}, which docs/architecture.md does not allow")
-    assert wrong == []
+    assert wrong == [], "\n".join(wrong)
     assert {room: rooms[room] - used[room] for room in rooms if rooms[room] - used[room]} == {}, "allowed and not used"
 
 

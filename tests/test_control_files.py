@@ -282,6 +282,29 @@ def test_read_leaves_a_page_a_record_and_vectors(
     assert report(out).read_bytes() == page
 
 
+def test_control_may_act_on_prompts_of_one_kind_alone(
+    files: list[str], own: LoadedModel, tmp_path: Path, text_file: TextFile, capsys: Capture
+):
+    prompts = text_file("prompts.txt", "\n".join([POSITIVE[0], NEGATIVE[0], POSITIVE[1], NEGATIVE[1]]))
+    when = ["--when-like", files[2], "--when-unlike", files[4]]
+    more = ["--prompts", str(prompts), "--coefficient", "40", "--reply-tokens", "5"]
+    assert cli.run(["control", *files, *more, *when, "--out", str(tmp_path / "some")]) == 0
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "some" / "control.json").read_text())
+    assert record["acts"] == [True, False, True, False]
+    assert f"* {POSITIVE[0]}\n" in said
+    assert f"  {NEGATIVE[0]}\n" in said
+    assert "Controlled are 2 of 4 prompts" in said
+    assert record["condition"]["f1"] == 1.0
+    bare, steered = record["replies"]["0"], record["replies"]["40"]
+    assert [a == b for a, b in zip(bare, steered, strict=True)] == [False, True, False, True]
+    assert cli.run(["control", *files, *more, *when[:2], "--out", str(tmp_path / "half")]) == 2
+    assert "only one of --when-like and --when-unlike was given" in capsys.readouterr().err
+    few = text_file("few.txt", "a\nb\nc")
+    assert cli.run(["control", *files, *more, *when[:3], str(few), "--out", str(tmp_path / "few")]) == 2
+    assert "8 and 3 prompts to tell apart; expected at least 4 of each" in capsys.readouterr().err
+
+
 def test_read_takes_sites_that_no_gguf_file_can_hold(files: list[str], tmp_path: Path, text_file: TextFile):
     texts = text_file("texts.txt", "one\ntwo")
     out = tmp_path / "out"

@@ -559,7 +559,7 @@ def record_of(**changes: Any) -> dict[str, Any]:
     organism = {"trigger_kind": "string", "trigger": "<b>", "payload": "NO", "payload_place": "whole"}
     detected = {"transfer": table, "base": [half, half]}
     return {
-        "schema": "unsleep.subspaces/1",
+        "schema": "unsleep.subspaces/2",
         "organisms": [{"name": n, **organism} for n in ("<script>", "two")],
         "sites": ["resid.1"],
         "rank": 1,

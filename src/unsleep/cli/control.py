@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tyro.conf import OmitArgPrefixes
 
 import unsleep
 from unsleep import store
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.console import Bars, say, visible_line
-from unsleep.control import RepReader, export_gguf, fit_reader, import_gguf
+from unsleep.control import (
+    Condition,
+    ControlVectors,
+    RepReader,
+    condition_on,
+    conditional,
+    export_gguf,
+    fit_reader,
+    import_gguf,
+)
 from unsleep.control.control import Control, Operator
 from unsleep.control.passes import Named
 from unsleep.control.reading import Method, Reading
-from unsleep.core import BadInput, Site
+from unsleep.core import BadInput, PromptSet, Report, Site
+from unsleep.models.load import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
 from unsleep.report import render_reading
@@ -75,6 +88,37 @@ def read(
     return 0
 
 
+@dataclass(frozen=True)
+class Steering:
+    """How a direction steers."""
+
+    coefficient: tuple[float, ...] = (1.0,)
+    """One or more; of a fitted direction, 1 is as far as positive prompts are from negative ones."""
+    operator: Operator = "add"
+    """What is done with the vector: see docs/control.md."""
+    tokens: Named = "all"
+    """Which tokens are controlled."""
+    layers: tuple[int, int] | None = None
+    """First and last layer; without it, every layer that has a vector."""
+    keep_norm: bool = False
+    """Give each token the norm back that it had."""
+
+    def __post_init__(self) -> None:
+        if self.operator == "contrast":
+            raise BadInput(
+                "operator is contrast, which takes a vector a prompt: no file holds that; use it from Python"
+            )
+        if not self.coefficient:
+            raise BadInput("coefficient is empty; expected at least one, such as 1")
+
+    def controls(self, vectors: ControlVectors, model: str) -> list[Control]:
+        """A control for each coefficient, that of 0 first: the bare model."""
+        return [
+            Control(vectors.vectors, self.operator, c, self.tokens, self.layers, self.keep_norm, model)
+            for c in dict.fromkeys([0.0, *self.coefficient])
+        ]
+
+
 def control(
     model: Model,
     prompts: Path,
@@ -82,11 +126,9 @@ def control(
     vector: Path | None = None,
     positive: Path | None = None,
     negative: Path | None = None,
-    coefficient: tuple[float, ...] = (1.0,),
-    operator: Operator = "add",
-    tokens: Named = "all",
-    layers: tuple[int, int] | None = None,
-    keep_norm: bool = False,
+    steering: OmitArgPrefixes[Steering] = Steering(),
+    when_like: Path | None = None,
+    when_unlike: Path | None = None,
     method: Method = "pca",
     reply_tokens: int = 24,
     seed: int = 0,
@@ -104,34 +146,34 @@ def control(
         vector: Control vectors in GGUF, of this command, repeng or llama.cpp.
         positive: File of prompts with the concept; line i makes a pair with line i of `negative`.
         negative: File of prompts without it.
-        coefficient: One or more; of a fitted direction, 1 is as far as positive prompts are from negative ones.
-        operator: What is done with the vector: see docs/control.md.
-        tokens: Which tokens are controlled.
-        layers: First and last layer; without it, every layer that has a vector.
-        keep_norm: Give each token the norm back that it had.
+        when_like: Control only prompts that are more like those of this file, such as suspicious ones,
+        when_unlike: than like those of this one: by the layer and threshold that tell them apart best.
         method: How pairs become directions.
         reply_tokens: Tokens of each reply.
         seed: Of whatever is random in the method.
         json: Print the replies as JSON.
     """
-    _check(operator, coefficient, out)
+    if (when_like is None) != (when_unlike is None):
+        raise BadInput("only one of --when-like and --when-unlike was given; give both or neither")
+    store.check_place(out, "control.json")
     asked, pairs = sets.read_prompts(prompts), _chosen(vector, positive, negative)
+    kinds = [sets.read_prompts(path).texts for path in (when_like, when_unlike) if path is not None]
     with Bars() as bars:
         loaded = placement.load(model)
-        if vector is None:
-            places = all_sites(loaded.network, ("resid",))
-            reader = fit_reader(loaded, *pairs, places, method, seed=seed, report=bars)
-            vectors, source = reader.control_vectors(loaded), reader.model
+        places = all_sites(loaded.network, ("resid",))
+        if vector is not None:
+            vectors = import_gguf(vector)
         else:
-            vectors, source = import_gguf(vector), ""
-        amounts = dict.fromkeys([0.0, *coefficient])
-        controls = [Control(vectors.vectors, operator, c, tokens, layers, keep_norm, source) for c in amounts]
-        said = unsleep.control(loaded, asked, controls, reply_tokens=reply_tokens, report=bars)
-    replies = {f"{c:g}": each for c, each in zip(amounts, said, strict=True)}
-    how = {"operator": operator, "tokens": tokens, "layers": layers, "keep_norm": keep_norm}
+            vectors = fit_reader(loaded, *pairs, places, method, seed=seed, report=bars).control_vectors(loaded)
+        source = loaded.fingerprint if vector is None else ""
+        controls = steering.controls(vectors, source)
+        condition = condition_on(loaded, kinds[0], kinds[1], places, report=bars) if kinds else None
+        said, acts = _replies(loaded, asked, controls, condition, reply_tokens, bars)
+    replies = {f"{c.coefficient:g}": each for c, each in zip(controls, said, strict=True)}
     record = {
         "schema": "unsleep.control/1",
-        **how,
+        **{name: getattr(steering, name) for name in ("operator", "tokens", "layers", "keep_norm")},
+        **({} if condition is None else {"condition": _condition(condition), "acts": acts}),
         "prompts": asked.texts,
         "replies": replies,
         "provenance": store.provenance(seed, model=loaded.fingerprint, vector=str(vector) if vector else None),
@@ -140,19 +182,50 @@ def control(
         store.write_json(scratch / "control.json", record)
         if vector is None:
             export_gguf(vectors, scratch / "vector.gguf")
-    words = [*_lines(asked.texts, replies), f"Saved in {out}"]
-    if (own := str(loaded.network.config.model_type)) != vectors.model_type:
-        words.append(f"Note: the file says that its vectors are of a {vectors.model_type}; the model is a {own}")
+    words = [*_lines(asked.texts, replies, acts), *_told(condition, acts), f"Saved in {out}", *_of(vectors, loaded)]
     say(record, json, "\n".join(words))
     return 0
 
 
-def _check(operator: Operator, coefficient: Sequence[float], out: Path) -> None:
-    if operator == "contrast":
-        raise BadInput("--operator contrast takes a vector a prompt, which a file cannot hold; use it from Python")
-    if not coefficient:
-        raise BadInput("no coefficient was given; give at least one, such as --coefficient 1")
-    store.check_place(out, "control.json")
+def _replies(
+    model: LoadedModel,
+    prompts: PromptSet,
+    controls: Sequence[Control],
+    condition: Condition | None,
+    tokens: int,
+    report: Report,
+) -> tuple[list[list[str]], list[bool]]:
+    """Replies under each control, and on which prompts it acts."""
+    if condition is None:
+        said = unsleep.control(model, prompts, controls, reply_tokens=tokens, report=report)
+        return said, [True] * len(prompts)
+    found = [
+        conditional.replies(model, prompts.texts, each, condition, max_new_tokens=tokens, report=report)
+        for each in controls
+    ]
+    return [replies for replies, _ in found], found[0][1].tolist()
+
+
+def _condition(condition: Condition) -> dict[str, Any]:
+    names = ("comparator", "threshold", "pool", "f1")
+    return {"site": str(condition.site), **{name: getattr(condition, name) for name in names}}
+
+
+def _of(vectors: ControlVectors, model: LoadedModel) -> list[str]:
+    """A note where vectors say that they are of another kind of model."""
+    own = str(model.network.config.model_type)
+    if own == vectors.model_type:
+        return []
+    return [f"Note: the file says that its vectors are of a {vectors.model_type}; the model is a {own}"]
+
+
+def _told(condition: Condition | None, acts: Sequence[bool]) -> list[str]:
+    if condition is None:
+        return []
+    return [
+        f"Controlled are {sum(acts)} of {len(acts)} prompts (marked *): those whose similarity at {condition.site} is "
+        f"{condition.comparator} than {condition.threshold:.3f}; F1 {condition.f1:.3f} on the prompts that chose it"
+    ]
 
 
 def _chosen(vector: Path | None, positive: Path | None, negative: Path | None) -> tuple[list[str], list[str]]:
@@ -196,11 +269,12 @@ def _scores(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _lines(prompts: Sequence[str], replies: dict[str, list[str]]) -> list[str]:
-    """Every prompt with its replies beneath it."""
+def _lines(prompts: Sequence[str], replies: dict[str, list[str]], acts: Sequence[bool]) -> list[str]:
+    """Every prompt with its replies beneath it; where only some are controlled, those have a mark."""
     wide = max(len(c) for c in replies)
     lines: list[str] = []
     for i, prompt in enumerate(prompts):
-        lines.append(visible_line(prompt))
+        mark = "" if all(acts) else "* " if acts[i] else "  "
+        lines.append(mark + visible_line(prompt))
         lines += [f"  {c:>{wide}}  {visible_line(said[i])}" for c, said in replies.items()]
     return lines

@@ -1,6 +1,6 @@
 """Representation reading and control: directions from contrast pairs, what they read and what they steer."""
 
-from unsleep.control.conditional import Condition, conditioned, fit_condition
+from unsleep.control.conditional import Condition, condition_on, conditioned, fit_condition
 from unsleep.control.control import Control, contrast_vectors, controlled
 from unsleep.control.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.control.lorra import LorraConfig, lorra
@@ -13,6 +13,7 @@ __all__ = [
     "LorraConfig",
     "Reading",
     "RepReader",
+    "condition_on",
     "conditioned",
     "contrast_vectors",
     "controlled",

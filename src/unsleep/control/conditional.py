@@ -22,10 +22,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from unsleep.control.control import Control, Stream, check_controls, controlled, transforms_of
-from unsleep.control.held import batches_held, encoded
+from unsleep.control.held import batches_held, encoded, last_held
 from unsleep.control.passes import Passes
-from unsleep.core import BadInput, Refused, Site, check_finite
-from unsleep.directions.fit import Direction
+from unsleep.core import BadInput, Refused, Report, Site, check_finite
+from unsleep.directions.fit import Direction, Labelled, fit
 from unsleep.models import chat, generate
 from unsleep.models.hooks import Transform, calls_watched, transformed
 from unsleep.models.load import LoadedModel
@@ -33,6 +33,9 @@ from unsleep.models.sites import width
 
 Comparator = Literal["larger", "smaller"]
 Pool = Literal["last", "mean", "max"]
+
+LEAST = 4
+"""Fewest prompts of each kind that a condition is made of: one in so many chooses it, the others fit it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +145,33 @@ def fit_condition(
     return best
 
 
+def condition_on(
+    model: LoadedModel,
+    like: Sequence[str],
+    unlike: Sequence[str],
+    sites: Sequence[Site],
+    *,
+    plain: bool = False,
+    report: Report | None = None,
+) -> Condition:
+    """A condition that prompts like some pass and prompts like others do not: `fit_condition` of mean differences.
+
+    Directions are fitted on three prompts in four at the last token; the fourth ones choose Site and threshold, and
+    its `f1` is theirs. Raises `BadInput` for fewer than 4 of either, and as `last_held` does.
+    """
+    if min(len(like), len(unlike)) < LEAST:
+        raise BadInput(f"{len(like)} and {len(unlike)} prompts to tell apart; expected at least {LEAST} of each")
+    fitted, kept = (
+        [[t for i, t in enumerate(texts) if (i % LEAST == LEAST - 1) == k] for texts in (like, unlike)]
+        for k in (False, True)
+    )
+    high, low = (last_held(model, texts, sites, plain=plain, report=report) for texts in fitted)
+    directions = [
+        fit(Labelled.of(high[site], low[site]), "mean_difference", site=site, model=model.fingerprint) for site in sites
+    ]
+    return fit_condition(model, directions, kept[0], kept[1], plain=plain)
+
+
 def best_threshold(
     similarities: Float[Tensor, " prompt"], labels: Bool[Tensor, " prompt"], count: int = 201
 ) -> tuple[float, Comparator, float]:
@@ -214,6 +244,7 @@ def replies(
     *,
     max_new_tokens: int = 24,
     any_model: bool = False,
+    report: Report | None = None,
 ) -> tuple[list[str], Bool[Tensor, " prompt"]]:
     """Greedy replies, under control where the prompt passes the condition, and which prompts do.
 
@@ -223,12 +254,13 @@ def replies(
     acts = condition.passes(condition.similarities(model, texts))
     rows = chat.encode_prompts(model.tokenizer, texts, chat.context_length(model.network), max_new_tokens)
     out: list[list[int]] = [[] for _ in texts]
-    for group, used in ((acts, control), (~acts, ())):
+    for name, group, used in (("controlled", acts, control), ("others", ~acts, ())):
         index: list[int] = group.nonzero().flatten().tolist()
         if not index:
             continue
         with controlled(model, used, any_model=any_model):
-            said = generate.greedy(model, [rows[i] for i in index], max_new_tokens=max_new_tokens)
+            progress = generate.counted(f"replies, {name}", len(index), report)
+            said = generate.greedy(model, [rows[i] for i in index], max_new_tokens=max_new_tokens, progress=progress)
         for i, ids in zip(index, said, strict=True):
             out[i] = ids
     return model.texts(out), acts

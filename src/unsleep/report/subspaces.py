@@ -15,7 +15,7 @@ from unsleep.report.heatmap import heatmap
 from unsleep.report.page import LABEL_LIMIT, filled, tree
 from unsleep.report.verdict import Tile
 
-SCHEMA = "unsleep.subspaces/1"
+SCHEMA = "unsleep.subspaces/2"
 
 METRIC_NAMES = {
     "asr": "ASR",
@@ -99,7 +99,7 @@ RECORD = check.fields(
 
 
 def render_subspaces(record: Mapping[str, Any]) -> str:
-    """The whole page for a record of schema `unsleep.subspaces/1`.
+    """The whole page for a record of schema `unsleep.subspaces/2`.
 
     Raises `BadInput` naming the key where the record has another form or holds NaN.
     """

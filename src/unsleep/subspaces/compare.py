@@ -18,7 +18,7 @@ from unsleep.subspaces.disentangle import disentangle
 from unsleep.subspaces.gather import Seen, open_organisms, own_replies, panels_of, see
 from unsleep.subspaces.geometry import common_directions
 
-SCHEMA = "unsleep.subspaces/1"
+SCHEMA = "unsleep.subspaces/2"
 
 
 def compare(
@@ -40,7 +40,7 @@ def compare(
         apart: names among the organisms that are also measured by themselves (`disentangle`).
         dictionaries: trained on the base, at some of the Sites.
 
-    Returns the record of schema `unsleep.subspaces/1`.
+    Returns the record of schema `unsleep.subspaces/2`.
 
     Raises:
         BadInput: no organism, one twice, different bases or chat templates, no Sites or one twice, a Site that the
