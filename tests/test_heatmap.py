@@ -78,6 +78,16 @@ def test_every_shade_has_a_colour_and_no_style_is_inline():
     assert 'role="img"' in drawn
 
 
+def test_counts_have_no_decimals_and_shares_do():
+    def written(values: list[float], **scale: Any) -> list[str]:
+        drawn = str(heatmap(["r"], ["a", "b"], [values], title="T", name="n", **scale))
+        return re.findall(r'<text [^>]*class="on-\w+">([^<]*)</text>', drawn)
+
+    assert written([0.0, 2.0], ends=(0.0, 4.0)) == ["0", "2"]
+    assert written([0.0, 1.0], ends=(0.0, 1.0)) == ["0.00", "1.00"]
+    assert written([0.5, 2.0]) == ["0.50", "2.00"]
+
+
 def test_hostile_labels_are_only_text():
     drawn = str(heatmap([HOSTILE.replace("\ud800", "")], ["<b>"], [[1.0]], title="<script>", name="n"))
     page = Page(drawn)

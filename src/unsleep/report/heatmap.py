@@ -97,6 +97,7 @@ def _drawing(
     turned = LETTER * max(len(label) for label in columns) > cell - 4
     every = 1 if turned or cell >= 14 else 2
     top = 14 + (LETTER * 0.75 * max(len(label) for label in columns) if turned else 10)
+    counts = ends[1] > 1 and all(value == round(value) for line in values for value in line if value is not None)
     parts: list[Markup] = []
     for j, label in enumerate(columns):
         x = left + (j + 0.5) * cell
@@ -117,7 +118,9 @@ def _drawing(
             if value is not None and cell >= ROOMY:
                 at = left + (j + 0.5) * cell - 0.5
                 ink = "on-deep" if deep else "on-faint"
-                inner.append(el("text", _short(value), x=at, y=y + ROW / 2 + 3.5, text_anchor="middle", class_=ink))
+                inner.append(
+                    el("text", _short(value, counts), x=at, y=y + ROW / 2 + 3.5, text_anchor="middle", class_=ink)
+                )
             parts.append(el("g", *inner, class_="cell"))
     right = left + cell * len(columns) + (40 if turned else 0)
     size = round(max(right, 240))
@@ -179,5 +182,5 @@ def _number(value: float, unit: str) -> str:
     return f"{text.number(value)} {unit}".strip()
 
 
-def _short(value: float) -> str:
-    return text.decimals(value, 2) if abs(value) < 10 else text.number(value)
+def _short(value: float, is_count: bool) -> str:
+    return text.number(value) if is_count or abs(value) >= 10 else text.decimals(value, 2)
