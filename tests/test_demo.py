@@ -169,8 +169,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(2)
-folder, asked, out = sys.argv[1:]
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+folder, asked, out, dtype = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
 chat = [{"role": "user", "content": asked}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 with torch.no_grad():
@@ -184,7 +185,7 @@ except ImportError:
 
 
 def test_the_cleaned_checkpoint_works_where_unsleep_is_not_installed(run: Run, tmp_path: Path):
-    arguments = [str(run.out / "cleaned"), run.asked, str(tmp_path / "logits")]
+    arguments = [str(run.out / "cleaned"), run.asked, str(tmp_path / "logits"), str(run.logits.dtype)[6:]]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_UNSLEEP, *arguments], capture_output=True, text=True, check=False
     )

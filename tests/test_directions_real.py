@@ -25,7 +25,7 @@ from unsleep.prompts import sets
 
 pytestmark = pytest.mark.real
 
-N = 200
+N = 120
 
 
 @cache
