@@ -72,6 +72,19 @@ def test_steps_of_work_that_cannot_be_done_do_not_stay(tmp_path: Path, error: Ex
     assert list(tmp_path.iterdir()) == []
 
 
+def test_steps_stay_where_the_result_cannot_be_written(tmp_path: Path):
+    def begun() -> None:
+        with store.steps(tmp_path / "out", "model") as steps:
+            steps.value("a", lambda: 1)
+            with store.writing(tmp_path / "out"):
+                raise OSError(28, "No space left on device")
+
+    with pytest.raises(BadInput, match="No space left"):
+        begun()
+    with store.steps(tmp_path / "out", "model") as steps:
+        assert steps.value("a", lambda: 2) == 1
+
+
 def test_without_a_folder_every_step_is_made():
     counts = iter(range(9))
     assert [store.NOTHING_KEPT.value("a", lambda: next(counts)) for _ in range(3)] == [0, 1, 2]

@@ -121,7 +121,8 @@ def steps(out: str | Path, *made_from: Any) -> Generator[Steps]:
     """The steps of the work that ends in `out`, in a hidden folder beside it.
 
     They are gone when the block ends, by a `BadInput` or `Refused` too, and stay for the next run where it is
-    interrupted or killed. `made_from` says what the work is made from: steps of other work are not taken.
+    interrupted or killed, or the disk is full. `made_from` says what the work is made from: steps of other work are
+    not taken.
     """
     out = Path(out)
     folder, identity = out.with_name(f".{out.name}.steps"), {"made_from": hash_value([made_from, versions()])}
@@ -131,8 +132,9 @@ def steps(out: str | Path, *made_from: Any) -> Generator[Steps]:
         write_json(folder / "steps.json", identity)
     try:
         yield Steps(folder)
-    except (BadInput, Refused):
-        remove(folder)
+    except (BadInput, Refused) as error:
+        if not isinstance(error.__cause__, OSError | SafetensorError):
+            remove(folder)
         raise
     remove(folder)
 
@@ -335,11 +337,12 @@ def hash_file(path: str | Path) -> str:
     return sha.hexdigest()
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Content hash over names, shapes, dtypes and bytes; 16 hex digits."""
+def hash_tensors(tensors: Mapping[str, Tensor], form: Callable[[Tensor], Tensor] | None = None) -> str:
+    """Content hash over names, shapes, dtypes and bytes, of each tensor as `form` gives it; 16 hex digits."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        t = tensors[name].detach().contiguous().cpu()
+        t = tensors[name].detach()
+        t = (form(t) if form else t).contiguous().cpu()
         sha.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
         sha.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b"")
     return sha.hexdigest()[:16]

@@ -138,7 +138,7 @@ def fingerprint(network: PreTrainedModel) -> str:
     Two models share it exactly when their weights are equal; where they sit and in which dtype they are held does not
     matter: each is hashed in the narrowest of bfloat16, float16 and float32 that holds all of its numbers.
     """
-    return store.hash_tensors({name: _narrowest(weight.detach()) for name, weight in network.named_parameters()})
+    return store.hash_tensors(dict(network.named_parameters()), _narrowest)
 
 
 def _narrowest(weight: torch.Tensor) -> torch.Tensor:
