@@ -86,6 +86,7 @@ def test_counts_have_no_decimals_and_shares_do():
     assert written([0.0, 2.0], ends=(0.0, 4.0)) == ["0", "2"]
     assert written([0.0, 1.0], ends=(0.0, 1.0)) == ["0.00", "1.00"]
     assert written([0.5, 2.0]) == ["0.50", "2.00"]
+    assert written([0.00073, 0.5]) == ["0.00", "0.50"]
 
 
 def test_hostile_labels_are_only_text():

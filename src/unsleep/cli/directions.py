@@ -196,7 +196,11 @@ def table(found: Study) -> Sequence[str]:
         rows.setdefault((f.direction.space, f.direction.method), []).append(f)
     mean = found.costs.get("mean")
     head = f"{'space':<9} {'method':<16} {'site':<9}  AUROC  random  accuracy  carried at      "
-    lines = [head + (f"  cost at {found.best}" if mean else "")]
+    kept = max(f.figures.n for f in found.found)
+    lines = [
+        f"Scores on {kept:,} kept tokens that no direction was fitted on",
+        head + (f"  cost at {found.best}" if mean else ""),
+    ]
     for (space, method), own in rows.items():
         best = max(own, key=lambda f: (f.figures.auroc, f.figures.margin))
         site = best.direction.site

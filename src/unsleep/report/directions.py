@@ -102,6 +102,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "position": text.clip(record["position"], LABEL_LIMIT),
         "best": record["best"],
         "pairs": record["patching"]["pairs"],
+        "kept": max((f["n"] for f in figures), default=0),
         "tiles": tiles(record),
         "detection": detection(figures, record["floors"], sites),
         "cosines": cosine_map(record["cosines"]),

@@ -183,4 +183,4 @@ def _number(value: float, unit: str) -> str:
 
 
 def _short(value: float, is_count: bool) -> str:
-    return text.number(value) if is_count or abs(value) >= 10 else text.decimals(value, 2)
+    return text.number(value) if is_count or abs(value) >= 10 else text.decimals(round(value, 2), 2)
