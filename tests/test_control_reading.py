@@ -24,10 +24,11 @@ from unsleep.control import (
     fit_reader,
     reading,
 )
-from unsleep.control.conditional import best_threshold, f1_score
+from unsleep.control.conditional import best_threshold, condition_on, f1_score
 from unsleep.control.reading import Method
 from unsleep.core import BadInput, Refused, Site
 from unsleep.directions.fit import Direction, fit
+from unsleep.directions.measure import margins
 from unsleep.models import chat, generate
 from unsleep.models.forward import pad_left
 from unsleep.models.hooks import capture
@@ -343,6 +344,27 @@ def test_conditions_that_cannot_be_kept_are_refused(small: LoadedModel, conditio
 def test_a_condition_that_means_nothing_is_refused(condition: Condition, change: dict[str, Any], told: str):
     with as_in_use(), pytest.raises(BadInput, match=told):
         dataclasses.replace(condition, **change)
+
+
+def test_of_layers_that_tell_all_prompts_apart_a_condition_takes_the_clearest(small: LoadedModel):
+    found = fit_reader(small, POSITIVE, NEGATIVE, [Site(0), Site(1), Site(2)], "mean")
+    each = [fit_condition(small, [d], POSITIVE, NEGATIVE) for d in found.directions.values()]
+    perfect = [c for c in each if c.f1 == 1.0]
+    assert len(perfect) > 1
+    labels = torch.arange(2 * len(POSITIVE)) < len(POSITIVE)
+    clear = [abs(float(margins(c.similarities(small, [*POSITIVE, *NEGATIVE])[None], labels)[0])) for c in perfect]
+    chosen = fit_condition(small, list(found.directions.values()), POSITIVE, NEGATIVE)
+    assert chosen.site == perfect[clear.index(max(clear))].site
+
+
+def test_a_condition_says_what_it_is_worth_on_prompts_that_chose_nothing(small: LoadedModel):
+    sites = [Site(0), Site(1), Site(2)]
+    found = condition_on(small, POSITIVE, NEGATIVE, sites)
+    kept = POSITIVE[3::4], NEGATIVE[3::4]
+    told = found.passes(found.similarities(small, [*kept[0], *kept[1]]))
+    assert found.f1 == f1_score(told, torch.arange(len(told)) < len(kept[0]))
+    with pytest.raises(BadInput, match="3 and 8 prompts to tell apart"):
+        condition_on(small, POSITIVE[:3], NEGATIVE, sites)
 
 
 def test_a_condition_needs_two_classes_and_a_direction_of_the_stream(small: LoadedModel, reader: RepReader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
@@ -23,7 +23,8 @@ from unsleep.control import (
     fit_reader,
     import_gguf,
 )
-from unsleep.control.control import Control, Operator
+from unsleep.control.conditional import LEAST
+from unsleep.control.control import Control
 from unsleep.control.passes import Named
 from unsleep.control.reading import Method, Reading
 from unsleep.core import BadInput, PromptSet, Report, Site
@@ -88,13 +89,17 @@ def read(
     return 0
 
 
+STRONG = 4.0
+"""Gaps between positive and negative prompts that are moved in all, over which a note is printed."""
+
+
 @dataclass(frozen=True)
 class Steering:
     """How a direction steers."""
 
     coefficient: tuple[float, ...] = (1.0,)
     """One or more; of a fitted direction, 1 is as far as positive prompts are from negative ones."""
-    operator: Operator = "add"
+    operator: Literal["add", "piecewise", "projection"] = "add"
     """What is done with the vector: see docs/control.md."""
     tokens: Named = "all"
     """Which tokens are controlled."""
@@ -104,10 +109,6 @@ class Steering:
     """Give each token the norm back that it had."""
 
     def __post_init__(self) -> None:
-        if self.operator == "contrast":
-            raise BadInput(
-                "operator is contrast, which takes a vector a prompt: no file holds that; use it from Python"
-            )
         if not self.coefficient:
             raise BadInput("coefficient is empty; expected at least one, such as 1")
 
@@ -182,7 +183,8 @@ def control(
         store.write_json(scratch / "control.json", record)
         if vector is None:
             export_gguf(vectors, scratch / "vector.gguf")
-    words = [*_lines(asked.texts, replies, acts), *_told(condition, acts), f"Saved in {out}", *_of(vectors, loaded)]
+    words = [*_lines(asked.texts, replies, acts), *_told(condition, acts, kinds), f"Saved in {out}"]
+    words += [*_of(vectors, loaded), *(_strong(controls) if vector is None else ())]
     say(record, json, "\n".join(words))
     return 0
 
@@ -219,12 +221,25 @@ def _of(vectors: ControlVectors, model: LoadedModel) -> list[str]:
     return [f"Note: the file says that its vectors are of a {vectors.model_type}; the model is a {own}"]
 
 
-def _told(condition: Condition | None, acts: Sequence[bool]) -> list[str]:
-    if condition is None:
+def _strong(controls: Sequence[Control]) -> list[str]:
+    """A note where fitted vectors, one a layer, add up to far more than the gap that they were fitted on."""
+    most = max(((abs(c.coefficient) * len(c.sites), len(c.sites)) for c in controls), key=lambda pair: pair[0])
+    if most[0] <= STRONG or controls[0].operator == "projection":
         return []
     return [
+        f"Note: added at {most[1]} layers, a coefficient so large moves the stream {most[0]:.0f} times as far as "
+        f"positive prompts are from negative ones; begin near {1 / most[1]:.2f}, or name fewer --layers"
+    ]
+
+
+def _told(condition: Condition | None, acts: Sequence[bool], kinds: Sequence[Sequence[str]]) -> list[str]:
+    if condition is None:
+        return []
+    kept = sum(len(texts) // LEAST for texts in kinds)
+    return [
         f"Controlled are {sum(acts)} of {len(acts)} prompts (marked *): those whose similarity at {condition.site} is "
-        f"{condition.comparator} than {condition.threshold:.3f}; F1 {condition.f1:.3f} on the prompts that chose it"
+        f"{condition.comparator} than {condition.threshold:.3f}; F1 {condition.f1:.3f} on {kept} prompts that did not "
+        "choose it"
     ]
 
 

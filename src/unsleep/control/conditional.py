@@ -26,6 +26,7 @@ from unsleep.control.held import batches_held, encoded, last_held
 from unsleep.control.passes import Passes
 from unsleep.core import BadInput, Refused, Report, Site, check_finite
 from unsleep.directions.fit import Direction, Labelled, fit
+from unsleep.directions.measure import margins
 from unsleep.models import chat, generate
 from unsleep.models.hooks import Transform, calls_watched, transformed
 from unsleep.models.load import LoadedModel
@@ -53,7 +54,7 @@ class Condition:
     pool: Pool = "last"
     """The token whose similarity counts, or how those of all tokens become one."""
     f1: float | None = None
-    """On the prompts that it was fitted on."""
+    """On the prompts that chose the threshold, or on others (`condition_on`)."""
 
     def __post_init__(self) -> None:
         if self.comparator not in get_args(Comparator):
@@ -109,8 +110,10 @@ def fit_condition(
 ) -> Condition:
     """The Site, pool, threshold and comparator of the best F1 at telling positive prompts from negative ones.
 
-    Thresholds form an even grid from the smallest to the largest similarity; of those that are equally good, the one
-    in the middle of the longest stretch is taken, for that leaves the most room on both sides.
+    Of Sites and pools that are equally good, the one with the largest margin is taken (`measure.margins`): a trigger's
+    string is told apart by early layers too, but hardly. Thresholds form an even grid from the smallest to the largest
+    similarity; of those that are equally good, the one in the middle of the longest stretch is taken, for that leaves
+    the most room on both sides.
 
     Args:
         directions: candidates of rank 1, one a Site.
@@ -127,7 +130,7 @@ def fit_condition(
     if thresholds < 2:
         raise BadInput(f"a grid of {thresholds} thresholds; expected at least 2")
     labels = torch.tensor([True] * len(positive) + [False] * len(negative))
-    best: Condition | None = None
+    best: tuple[tuple[float, float], Condition] | None = None
     for direction in directions:
         if direction.space != "residual" or len(direction.vector) != 1:
             raise BadInput(
@@ -139,10 +142,12 @@ def fit_condition(
             open_to = Condition(direction.site, direction.vector[0], direction.center, 0.0, pool=pool)
             found = open_to.similarities(model, [*positive, *negative], plain=plain)
             threshold, comparator, f1 = best_threshold(found, labels, thresholds)
-            if best is None or f1 > (best.f1 or 0.0):
-                best = replace(open_to, threshold=min(1.0, max(-1.0, threshold)), comparator=comparator, f1=f1)
+            worth = round(f1, 9), abs(float(margins(found[None], labels)[0]))
+            if best is None or worth > best[0]:
+                threshold = min(1.0, max(-1.0, threshold))
+                best = worth, replace(open_to, threshold=threshold, comparator=comparator, f1=f1)
     assert best is not None
-    return best
+    return best[1]
 
 
 def condition_on(
@@ -156,20 +161,22 @@ def condition_on(
 ) -> Condition:
     """A condition that prompts like some pass and prompts like others do not: `fit_condition` of mean differences.
 
-    Directions are fitted on three prompts in four at the last token; the fourth ones choose Site and threshold, and
-    its `f1` is theirs. Raises `BadInput` for fewer than 4 of either, and as `last_held` does.
+    Of four prompts two fit the directions at the last token, one chooses Site and threshold, and one is kept: its `f1`
+    is that of the kept ones. Raises `BadInput` for fewer than 4 of either, and as `last_held` does.
     """
     if min(len(like), len(unlike)) < LEAST:
         raise BadInput(f"{len(like)} and {len(unlike)} prompts to tell apart; expected at least {LEAST} of each")
-    fitted, kept = (
-        [[t for i, t in enumerate(texts) if (i % LEAST == LEAST - 1) == k] for texts in (like, unlike)]
-        for k in (False, True)
+    fitted, choosing, kept = (
+        [[text for i, text in enumerate(texts) if i % LEAST in places] for texts in (like, unlike)]
+        for places in ((0, 1), (2,), (3,))
     )
     high, low = (last_held(model, texts, sites, plain=plain, report=report) for texts in fitted)
     directions = [
         fit(Labelled.of(high[site], low[site]), "mean_difference", site=site, model=model.fingerprint) for site in sites
     ]
-    return fit_condition(model, directions, kept[0], kept[1], plain=plain)
+    found = fit_condition(model, directions, choosing[0], choosing[1], plain=plain)
+    told = found.passes(found.similarities(model, [*kept[0], *kept[1]], plain=plain))
+    return replace(found, f1=f1_score(told, torch.arange(len(told)) < len(kept[0])))
 
 
 def best_threshold(
