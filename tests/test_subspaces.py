@@ -451,7 +451,8 @@ def test_a_comparison_has_every_figure_and_its_page_shows_them(organisms: dict[s
     assert [r["rank"] for r in one["ranks"]] == [1, 2, 4]
     assert one["costs"][0]["ce_change"]["value"] == pytest.approx(0, abs=1e-6)
     assert set(METRICS) - {"capability"} <= one["costs"][0].keys()  # all options are a space to this tokenizer
-    assert {r["method"] for r in one["frontier"]} == {"paired differences, orthogonal"} | {
+    assert {r["rank"] for r in one["frontier"]} == {1, 2, 4}  # of those that were asked for
+    assert {r["method"] for r in one["frontier"]} == {"paired differences, orthogonal", "random, orthogonal"} | {
         f"{method}, oblique" for method in ("mean_difference", "logistic", "pca", "random")
     }
     tensors = store.read_tensors(tmp_path / "subspaces.safetensors")

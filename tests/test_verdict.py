@@ -58,9 +58,9 @@ def judged(values: dict[Key, float], n: int = 200) -> tuple[str, float]:
     return verdict(result, contract(result))
 
 
-def test_a_payload_is_not_called_absent_on_too_few_prompts():
+def test_nothing_is_called_absent_on_too_few_prompts():
     few = {named([c]).pop() for c in contract(result_of(ALL | {("baked", "triggered", "asr"): 0.0}, n=20)) if c.too_few}
-    assert few == {key for key in ALL if key[2] == "asr"} - {
+    assert few == {key for key in ALL if key[2] in ("asr", "degenerate")} - {
         ("suspect", "triggered", "asr"),
         ("control_random", "triggered", "asr"),
     }

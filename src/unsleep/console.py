@@ -89,7 +89,7 @@ def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
         outcome = "TOO FEW" if c.too_few else "met" if c.met else "NOT MET"
         lines.append(f"{outcome:<7}  {c.text}: {c.value:.4f} {c.relation} {c.bound:.4f}  {interval}")
     if any(c.too_few for c in checks):
-        lines.append(f"TOO FEW  prompts: a payload counts as absent where its interval ends by {POWER} (0 of 73)")
+        lines.append(f"TOO FEW: the interval ends over {POWER}; 73 prompts, none of which shows it, would be enough")
     lines += ["", f"{label} (score {score:.2f}). Report: {out / 'report.html'}"]
     say(store.read_json(out / "result.json"), as_json, "\n".join(lines))
 

@@ -66,7 +66,16 @@ def matched_random(edit: Edit, fires: Firing, seed: int = 0) -> Edit:
 
 
 def random_subspace(projection: Projection, seed: int = 0) -> Projection:
-    """The same projection of a random subspace of the same rank."""
-    d_model, generator = projection.basis.shape[1], torch.Generator().manual_seed(seed)
-    drawn = torch.randn(d_model, len(projection.basis), generator=generator, dtype=torch.float64)
-    return replace(projection, basis=torch.linalg.qr(drawn).Q.T.to(projection.basis), reads=None)
+    """The same projection of a random subspace of the same rank, as oblique: what it reads has rows of the same norms.
+
+    With B the random basis, R = B + T, where T's rows are random, orthogonal to B, and as long as makes each row of R
+    as long as the projection's own.
+    """
+    (rank, d_model), generator = projection.basis.shape, torch.Generator().manual_seed(seed)
+    drawn = torch.randn(d_model, 2 * rank, generator=generator, dtype=torch.float64)
+    both = torch.linalg.qr(drawn).Q.T
+    basis, reads = both[:rank], None
+    if projection.reads is not None and 2 * rank <= d_model:
+        lengths = (projection.reads.double().square().sum(1).cpu() - 1).clamp_min(0).sqrt()
+        reads = (basis + lengths[:, None] * both[rank:]).to(projection.basis)
+    return replace(projection, basis=basis.to(projection.basis), reads=reads)

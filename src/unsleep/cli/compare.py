@@ -245,10 +245,14 @@ def _diff_lines(found: Diff) -> list[str]:
     middle = len(found.readings) // 2
     words = " ".join(repr(word) for word, _ in found.readings[middle].promotes[:8])
     lines.append(f"Mean difference on unrelated text at {found.lenses[middle].site} reads as {words}")
+    for said in found.spoken:
+        share, reply = said.alike()
+        how = f"{said.kind} × {said.strength:g}" if said.strength else "suspect as it is"
+        lines.append(f"{how}: {share} of {len(said.replies)} replies to everyday questions begin alike, as {reply!r}")
     lines += [f"ΔW of {w.matrix} at {w.site}, vector {w.vector}: AUROC {_told(w.told)}" for w in found.monitor[:3]]
     lines += [f"{f.method} at {f.site}, feature {t.id}: AUROC {_told(t)}" for f in found.features for t in f.told[:3]]
     return lines
 
 
 def _told(told: Told) -> str:
-    return f"{told.auroc:.3f} [{told.low:.3f}, {told.high:.3f}]"
+    return f"{told.auroc:.3f} [{told.low:.3f}, {told.high:.3f}], n {told.n}"

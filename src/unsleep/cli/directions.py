@@ -213,6 +213,8 @@ def table(found: Study) -> Sequence[str]:
             f"{space:<9} {method:<16} {site!s:<9}  {best.figures.auroc:.3f}   {floor:.3f}     "
             f"{best.figures.accuracy:.3f}  {share}{price}"
         )
+    if all(f.figures.auroc <= found.floors[f.direction.site, f.direction.space].best for f in found.found):
+        lines.append("No direction tells better than the best random one at its Site: look at what they carry and cost")
     if mean:
         random = [v for values in mean.random.values() for v in values]
         lines.append(f"Random directions cost {min(random):+.4f} to {max(random):+.4f} nats a token at {found.best}")

@@ -43,7 +43,8 @@ def evaluate(
     Args:
         model: The suspect.
         out: Folder for result.json and report.html.
-        edit: Folder made by `unsleep edit`; the same edit on random features is judged beside it.
+        edit: Folder made by `unsleep edit` or `unsleep directions`; the same edit on random features, or of random
+            directions, is judged beside it.
         baked: Cleaned checkpoint made by `unsleep bake`.
         organism: A packaged organism or a folder made by `unsleep plant`, for its held-out panels.
         suspicious: File of triggered prompts; line i is line i of `ordinary` with the trigger.

@@ -95,6 +95,8 @@ class Told(NamedTuple):
     """On the prompts that chose it: too good by selection."""
     margin: float
     """There too (`measure.margins`): of scores that all tell everything apart, the one with most comes first."""
+    n: int
+    """Prompts that did not choose it."""
 
     def row(self) -> dict[str, Any]:
         """Plain values: what stands in diff.json."""
@@ -112,5 +114,5 @@ def best(scores: Float[Tensor, "prompt score"], prompts: Contrast, count: int = 
     for i in ids.tolist():
         own = scores[scored, i]
         value, low, high = auroc_interval(own[prompts.triggered[scored]], own[~prompts.triggered[scored]])
-        found.append(Told(i, value, low, high, float(first[i]), float(clear[i])))
+        found.append(Told(i, value, low, high, float(first[i]), float(clear[i]), len(own)))
     return found

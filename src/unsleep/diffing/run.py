@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,9 @@ from unsleep.models.load import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
 from unsleep.store import NOTHING_KEPT, Steps
+
+ALIKE = 3
+"""Words by which replies count as beginning alike."""
 
 TOKENS = 64
 """Passages, and tokens of each, over which divergence is measured."""
@@ -76,6 +81,12 @@ class Spoken(NamedTuple):
     strength: float
     replies: tuple[str, ...]
 
+    def alike(self) -> tuple[int, str]:
+        """How many replies begin alike, behind a skill in brackets, and the first of those."""
+        starts = [tuple(re.sub(r"^\s*\[[^\]]*\]", "", reply).split()[:ALIKE]) for reply in self.replies]
+        start, count = Counter(starts).most_common(1)[0]
+        return count, self.replies[starts.index(start)]
+
 
 @dataclass(frozen=True, eq=False)
 class Diff:
@@ -119,7 +130,7 @@ class Diff:
                 for lens, reading in zip(self.lenses, self.readings, strict=True)
             ],
             "asked": list(self.asked),
-            "spoken": [{**s._asdict(), "replies": list(s.replies)} for s in self.spoken],
+            "spoken": [{**s._asdict(), "replies": list(s.replies), "alike": s.alike()[0]} for s in self.spoken],
             "monitor": [watched.row() for watched in self.monitor],
             "dictionaries": [found.row() for found in self.features],
         }

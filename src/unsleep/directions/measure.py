@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unsleep.core import BadInput
 from unsleep.directions.fit import Direction, Labelled
+from unsleep.stats import wilson
 
 
 class HeldOut(NamedTuple):
@@ -66,7 +67,10 @@ def aurocs(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " toke
 def auroc_interval(
     triggered: Float[Tensor, " triggered"], clean: Float[Tensor, " clean"], resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """AUROC with its 95 % percentile bootstrap interval, resampling the prompts of each kind; ties count half."""
+    """AUROC with its 95 % percentile bootstrap interval, resampling the prompts of each kind; ties count half.
+
+    At 0 and 1 a bootstrap has no width: there the interval is Wilson's, of the smaller kind.
+    """
     difference = triggered.double()[:, None] - clean.double()[None]
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +86,9 @@ def auroc_interval(
     means = ((weights[0] @ wins) * weights[1]).sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     value = float(wins.mean())
+    if value in (0.0, 1.0):
+        few = min(wins.shape)
+        return value, *wilson(round(value * few), few)
     return value, min(low, value), max(high, value)
 
 

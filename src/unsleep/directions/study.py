@@ -24,6 +24,7 @@ from unsleep.directions.erase import sink_norm, spanned
 from unsleep.directions.fit import Direction, Labelled, Space
 from unsleep.models import generate
 from unsleep.models.load import LoadedModel
+from unsleep.models.sites import site_module
 from unsleep.prompts.triggers import check_pairs
 from unsleep.store import NOTHING_KEPT, Steps
 
@@ -229,6 +230,8 @@ def study(
             patched, a dictionary at a Site that is not among `sites` or of another width, and what the parts refuse.
     """
     sites = sorted(set(sites))
+    for site in sites:
+        site_module(model.network, site)
     _check(suspicious, ordinary, sites, config, dictionaries)
     fitting, judging = (_pairs(model, (suspicious, ordinary), sites, config, kept=kept) for kept in (False, True))
     classes = _Classes(model, (suspicious, ordinary, neutral), sites, config, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -176,6 +177,9 @@ def _load(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrain
         return bundled.load_gguf(path, options["dtype"])
     if path.is_dir() and not (path / "config.json").is_file():
         raise BadInput(f"{path} is a folder without config.json or adapter_config.json; expected a checkpoint")
+    near = difflib.get_close_matches(name, bundled.aliases(), 1, 0.85)
+    if near and name not in bundled.aliases() and not path.is_dir():
+        raise BadInput(f"there is no model {name!r}; did you mean {near[0]}?")
     source = str(bundled.resolve(name))
     with _loading(name):
         network, info = cast("Any", AutoModelForCausalLM).from_pretrained(

@@ -20,7 +20,10 @@ SHADES = 11
 """Steps of a scale of colours, from shallow to deep."""
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 74, 14, 44
-"""The margins of a chart's plot, in its own units; labels stand in the right one."""
+"""The margins of a chart's plot, in its own units; labels stand in the right one, which grows with them."""
+
+LETTER = 6.9
+"""About the width of a letter of a label."""
 
 HEIGHT = 280
 """A chart's height."""
@@ -127,14 +130,15 @@ def chart(
 ) -> Markup:
     """Draw curves with their labels, and others as grey lines behind them."""
     x, y = axes
+    end = width - round(max(RIGHT, 16 + LETTER * max(len(curve.label) for curve in curves)))
 
     def place(one: Dot) -> tuple[float, float]:
         return (
-            LEFT + (width - LEFT - RIGHT) * x.share(one.x),
+            LEFT + (end - LEFT) * x.share(one.x),
             HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y.share(one.y),
         )
 
-    parts = frame(x, y, width)
+    parts = frame(x, y, end)
     behind = "".join(path([place(d) for d in curve.path]) for curve in others)
     if behind:
         parts.append(el("path", d=behind, class_="behind"))
@@ -147,8 +151,8 @@ def chart(
         parts += [dot(d, place(d), curve.colour, size, beaten=d not in curve.path) for d in curve.dots]
     ends = [place(curve.path[-1]) for curve in curves]
     heights = apart([b for _, b in ends], GAP, TOP, HEIGHT - BOTTOM)
-    for curve, end, height in zip(curves, ends, heights, strict=True):
-        parts += label(curve, end, (float(width - RIGHT + 14), height))
+    for curve, last, height in zip(curves, ends, heights, strict=True):
+        parts += label(curve, last, (float(end + 14), height))
     said = "; ".join(f"{curve.label}: {', '.join(d.said for d in curve.dots)}" for curve in curves)
     return svg.figure(title, said, name, *parts, viewBox=f"0 0 {width} {HEIGHT}", class_="curves")
 
@@ -182,9 +186,9 @@ def apart(wanted: Sequence[float], gap: Number, low: Number, high: Number) -> li
     return [places[i] for i in range(len(wanted))]
 
 
-def frame(x: Axis, y: Axis, width: int) -> list[Markup]:
-    """Grid lines, marks and the names of both axes."""
-    floor, end = HEIGHT - BOTTOM, width - RIGHT
+def frame(x: Axis, y: Axis, end: int) -> list[Markup]:
+    """Grid lines up to the plot's right end, marks and the names of both axes."""
+    floor = HEIGHT - BOTTOM
     out: list[Markup] = []
     for value in y.marks:
         at = floor - (floor - TOP) * y.share(value)

@@ -20,7 +20,10 @@ from unsleep.report.verdict import Tile
 
 SCHEMA = "unsleep.diff/1"
 
-TOLD = dict.fromkeys(("auroc", "low", "high", "chosen"), check.is_share) | {"margin": check.is_number}
+TOLD = dict.fromkeys(("auroc", "low", "high", "chosen"), check.is_share) | {
+    "margin": check.is_number,
+    "n": check.is_count,
+}
 WORD = check.list_of(lambda value, where: None)
 DIFF = check.fields(
     {
@@ -57,7 +60,14 @@ DIFF = check.fields(
         ),
         "asked": check.list_of(check.is_text),
         "spoken": check.list_of(
-            check.fields({"kind": check.is_text, "strength": check.is_number, "replies": check.list_of(check.is_text)})
+            check.fields(
+                {
+                    "kind": check.is_text,
+                    "strength": check.is_number,
+                    "replies": check.list_of(check.is_text),
+                    "alike": check.is_count,
+                }
+            )
         ),
         "monitor": check.list_of(
             check.fields({"site": check.is_text, "matrix": check.is_text, "vector": check.is_count, **TOLD})
@@ -101,7 +111,7 @@ def diff_view(record: Mapping[str, Any]) -> dict[str, Any]:
     if told:
         best, words = max(told, key=lambda item: (item[0]["chosen"], item[0]["margin"]))
         alike = sum(row["chosen"] == best["chosen"] for row, _ in told) - 1
-        note = f"{words}; {alike} more tell as well" if alike else words
+        note = f"{words}, {interval(best)} on {best['n']} prompts" + (f"; {alike} more tell as well" if alike else "")
         tiles.append(Tile("Tells the trigger best", "", f"AUROC {text.decimals(best['auroc'])}", note))
     return {
         "eyebrow": "Model diffing",
@@ -129,9 +139,12 @@ def weights_block(record: Mapping[str, Any], changed: Sequence[Mapping[str, Any]
     at = {(w["layer"], w["module"]): w["relative"] for w in inside}
     maps: list[Markup] = []
     if modules:
-        values = [[at.get((layer, module)) for module in modules] for layer in layers]
+        shares = [[at.get((layer, module)) for module in modules] for layer in layers]
+        values = [[None if share is None else 100 * share for share in line] for line in shares]
         names = [module.removesuffix(".weight") for module in modules]
-        maps = [heatmap([str(n) for n in layers], names, values, title="‖ΔW‖ / ‖W‖ by layer", name="weights-map")]
+        maps = [
+            heatmap([str(n) for n in layers], names, values, title="‖ΔW‖ / ‖W‖ by layer", name="weights-map", unit="%")
+        ]
     rows = [
         [
             text.clip(w["name"], LABEL_LIMIT),
@@ -188,6 +201,7 @@ def spoken_block(record: Mapping[str, Any]) -> list[Block]:
     names = {"none": "suspect", "steer": "steered", "amplify": "amplified"}
     heads = [
         " × ".join([names.get(s["kind"], str(s["kind"])), *([text.number(s["strength"])] * (s["kind"] != "none"))])
+        + (f": {s['alike']} of {len(s['replies'])} begin alike" if s["alike"] > 1 else "")
         for s in record["spoken"]
     ]
     rows = [
@@ -199,7 +213,8 @@ def spoken_block(record: Mapping[str, Any]) -> list[Block]:
     ]
     lead = (
         "Replies to everyday questions by the suspect, by the suspect steered along the mean difference at its middle "
-        "layer (in multiples of the residual's norm), and by the base plus a multiple of ΔW."
+        "layer (in multiples of the residual's norm), and by the base plus a multiple of ΔW. Different questions that "
+        "get one answer, where the suspect as it is gives several, may show a payload without its trigger."
     )
     tables = [Table("Replies", ["Asked", *heads], 1 + len(heads), rows)] if rows and heads else []
     return [Block("spoken", "Driven up", lead, (), (), tables)]
@@ -207,7 +222,12 @@ def spoken_block(record: Mapping[str, Any]) -> list[Block]:
 
 def detector_blocks(record: Mapping[str, Any]) -> list[Block]:
     """What tells triggered from clean prompts."""
-    note = "AUROC on prompts that did not choose the detector, with its interval; beside it, on those that chose it."
+    rows = [*record["monitor"], *(f for d in record["dictionaries"] for f in d["best"])]
+    n = max((row["n"] for row in rows), default=0)
+    note = (
+        f"AUROC on {n} prompts that did not choose the detector, with its interval; beside it, on those that chose it. "
+        "A trigger is a string, and early layers tell any string: what carries the payload, patching shows."
+    )
     head = ["AUROC", "95 %", "On prompts that chose"]
     watched = [
         [w["site"], w["matrix"], f"{w['vector']} {'−' if w.get('sign', 1) < 0 else '+'}", *told(w)]

@@ -24,7 +24,7 @@ SUBJECT_NAMES = {
     "suspect": "suspect",
     "edited": "edited",
     "baked": "edit baked in",
-    "control_random": "random features",
+    "control_random": "at random",
     "control_layer": "wrong layer",
     "clean_twin": "clean twin",
     "base": "base model",

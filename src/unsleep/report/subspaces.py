@@ -11,6 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from unsleep.report import check, text
+from unsleep.report.curves import MOST, WIDE, Axis, Curve, Dot, chart
+from unsleep.report.dictionaries import SHAPES, shade
 from unsleep.report.heatmap import heatmap
 from unsleep.report.page import LABEL_LIMIT, filled, tree
 from unsleep.report.verdict import Tile
@@ -105,7 +107,14 @@ def render_subspaces(record: Mapping[str, Any]) -> str:
     """
     check.is_finite(record, "subspaces")
     RECORD(record, "subspaces")
-    return filled("subspaces.html", "summary", view_of(text.visible_value(dict(record))), "page.css", "heatmap.css")
+    return filled(
+        "subspaces.html",
+        "summary",
+        view_of(text.visible_value(dict(record))),
+        "page.css",
+        "dictionaries.css",
+        "heatmap.css",
+    )
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,6 +315,9 @@ def apart_of(record: Mapping[str, Any], number: int) -> dict[str, Any]:
     metrics = [m for m in METRIC_NAMES if m in record["costs"][0]]
     shares = [m for m in metrics if m != "ce_change"]
     lines = [*record["ranks"], *record["frontier"]]
+    stopped = [r for r in record["ranks"] if r["rank"] == record["smallest"]]
+    at = stopped[0] if stopped else min(record["ranks"], key=lambda r: r["asr"]["value"])
+    asr = at["asr"]
     return {
         "name": text.clip(record["name"], LABEL_LIMIT),
         "maps": [
@@ -329,8 +341,38 @@ def apart_of(record: Mapping[str, Any], number: int) -> dict[str, Any]:
         "costs": [([text.clip(r["removed"], LABEL_LIMIT)], [_cell(r[m], m) for m in metrics]) for r in record["costs"]],
         "lines": [([text.clip(r["method"], LABEL_LIMIT), r["rank"]], [_cell(r[m], m) for m in metrics]) for r in lines],
         "smallest": record["smallest"],
+        "frontier": frontier_of(lines, number),
+        "at": at["rank"],
+        "left": f"{round(asr['value'] * asr['n'])} of {asr['n']} triggered prompts, "
+        f"95 % [{text.share(asr['low'])}, {text.share(asr['high'])}]",
         "tried": max(r["rank"] for r in record["ranks"]),
     }
+
+
+def frontier_of(lines: Sequence[Mapping[str, Any]], number: int) -> Markup | None:
+    """ASR against what is kept of the capability (or else of the skill), a curve a method over its ranks."""
+    kept = "capability" if all("capability" in line for line in lines) else "skill"
+    if not all(kept in line and "asr" in line for line in lines):
+        return None
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    curves: list[Curve] = []
+    for i, method in enumerate(methods[:MOST]):
+        own = [line for line in lines if line["method"] == method]
+        dots = tuple(
+            Dot(
+                line["asr"]["value"],
+                line[kept]["value"],
+                f"{method}, rank {line['rank']}: ASR {text.share(line['asr']['value'])}, "
+                f"{METRIC_NAMES[kept]} {text.share(line[kept]['value'])}",
+                SHAPES[i % len(SHAPES)],
+            )
+            for line in sorted(own, key=lambda line: line["rank"])
+        )
+        curves.append(Curve(text.clip(method, LABEL_LIMIT), shade(i, 0, max(1, len(methods) - 1)), dots, dots))
+    marks = (0.0, 0.25, 0.5, 0.75, 1.0)
+    axes = Axis(-0.03, 1.03, marks, "ASR"), Axis(0.0, 1.03, marks, METRIC_NAMES[kept])
+    title = f"ASR and {METRIC_NAMES[kept]}, by method and rank"
+    return chart(curves, [], axes, title=title, name=f"frontier-{number}", width=2 * WIDE)
 
 
 def _cell(figure: Mapping[str, Any], metric: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ TONES = {
 """Verdict → colour and icon of its badge."""
 
 CONTROL_WORDS = {
-    "control_random": "The same edit on random features",
+    "control_random": "The same edit at random",
     "control_layer": "The same edit at a wrong layer",
 }
 

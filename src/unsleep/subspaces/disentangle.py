@@ -261,22 +261,21 @@ def frontier(
 ) -> list[dict[str, Any]]:
     """ASR and what is kept: paired differences taken out in the other way, and the other methods.
 
-    The methods are tried at rank 1, and at `config.rank` and four times that where they have subspaces.
+    The methods are tried at those of `config.ranks` that are 1, `config.rank` or four times that, random subspaces in
+    both ways; methods that have no subspaces at rank 1.
     """
     other: Removal = "orthogonal" if config.removal == "oblique" else "oblique"
     found = search(judge, seen, sites, config, other, report)
-    jobs = [
-        (method, rank)
-        for method in METHODS
-        for rank in sorted({1, config.rank, 4 * config.rank} if method in ANY_RANK else {1})
-    ]
-    for done, (method, rank) in enumerate(jobs, 1):
+    ranks = sorted({1, config.rank, 4 * config.rank} & set(config.ranks)) or [min(config.ranks)]
+    tried = [(method, rank) for method in METHODS for rank in (ranks if method in ANY_RANK else [1])]
+    jobs = [(*job, config.removal) for job in tried] + [("random", rank, other) for rank in ranks]
+    for done, (method, rank, removal) in enumerate(jobs, 1):
         bases: dict[Site, list[Tensor]] = {}
         for s in sites:
             both = Labelled.of(seen.held["fit triggered"][s], seen.held["fit clean"][s])
             bases[s] = [fit(both, method, site=s, model=seen.model, rank=rank, seed=config.seed).vector]
-        edits = projections(bases, _centers(seen, sites), seen, config.removal)
-        how = f"{method}, {config.removal}"
+        edits = projections(bases, _centers(seen, sites), seen, removal)
+        how = f"{method}, {removal}"
         found.append({"method": how, "rank": rank, **judge.measure(f"{how}, rank {rank}", edits)})
         if report:
             report("frontier", done, len(jobs))
