@@ -267,9 +267,10 @@ def frontier(
     other: Removal = "orthogonal" if config.removal == "oblique" else "oblique"
     found = search(judge, seen, sites, config, other, report)
     ranks = sorted({1, config.rank, 4 * config.rank} & set(config.ranks)) or [min(config.ranks)]
-    tried = [(method, rank) for method in METHODS for rank in (ranks if method in ANY_RANK else [1])]
-    jobs = [(*job, config.removal) for job in tried] + [("random", rank, other) for rank in ranks]
-    for done, (method, rank, removal) in enumerate(jobs, 1):
+    jobs = [(method, rank) for method in METHODS for rank in (ranks if method in ANY_RANK else [1])]
+    again = [("random", rank) for rank in ranks]
+    for done, (method, rank) in enumerate([*jobs, *again], 1):
+        removal: Removal = config.removal if done <= len(jobs) else other
         bases: dict[Site, list[Tensor]] = {}
         for s in sites:
             both = Labelled.of(seen.held["fit triggered"][s], seen.held["fit clean"][s])
@@ -278,5 +279,5 @@ def frontier(
         how = f"{method}, {removal}"
         found.append({"method": how, "rank": rank, **judge.measure(f"{how}, rank {rank}", edits)})
         if report:
-            report("frontier", done, len(jobs))
+            report("frontier", done, len(jobs) + len(again))
     return found
