@@ -172,7 +172,7 @@ def writing(path: str | Path) -> Generator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise BadInput(
-            f"cannot write {path}: {error}; nothing was left behind. Free some space or write elsewhere"
+            f"cannot write {path}: {error}; no half of it was left behind. Free some space or write elsewhere"
         ) from error
 
 
