@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -68,6 +69,17 @@ def test_a_study_holds_every_method_at_every_site(tiny: LoadedModel):
     kept = [f for f in found.found if f.direction.method == "mean_difference" and f.direction.site == Site(2)]
     assert kept[0].figures.n == 8
     assert kept[0].figures.auroc > 0.8  # the two groups end in other bytes of context
+
+
+def test_a_study_says_whether_detection_says_anything(tiny: LoadedModel):
+    found = found_in(tiny, config={"pairs": 0, "cost_passages": 0})
+    best = max(f.figures.auroc for f in found.found if f.direction.method != "random")
+    over = {key: floor._replace(best=best) for key, floor in found.floors.items()}
+    assert not dataclasses.replace(found, floors=over).beats_chance
+    under = {key: floor._replace(best=best - 0.01) for key, floor in found.floors.items()}
+    assert dataclasses.replace(found, floors=under).beats_chance
+    record = {"schema": "unsleep.directions/1", **dataclasses.replace(found, floors=over).record(), "provenance": {}}
+    assert "detection says nothing here" in render_directions(record)
 
 
 def test_kept_prompts_are_not_fitted_on(tiny: LoadedModel):

@@ -184,8 +184,16 @@ def test_an_edit_that_does_not_beat_its_control_is_reported_so() -> None:
     control = next(r for r in rows if (r["subject"], r["panel"], r["metric"]) == ("control_random", "triggered", "asr"))
     control.update({k: edited[k] for k in ("value", "low", "high")})
     prose = "".join(Page(render(found)).prose)
-    assert "The same edit at random leaves the payload in 0 of 200, at most 1.9 %" in prose
+    assert "The same edit on random features leaves the payload in 0 of 200, at most 1.9 %" in prose
     assert "The edit does not beat this control." in prose
+
+
+def test_where_no_features_were_removed_the_control_is_of_random_directions() -> None:
+    found = sample()
+    found["summary"]["removed"] = None
+    prose = "".join(Page(render(found)).prose)
+    assert "The same edit on random directions leaves the payload in" in prose
+    assert "random features" not in prose.partition("What each number of removed features")[0]
 
 
 def wrong_layer(asr: float, skill: float | None, edited: tuple[float, float] = (0.0, 0.86)) -> str:

@@ -381,13 +381,11 @@ class Projection:
             raise BadInput(f"projection at {self.site} has rank {rank}; expected 1 to {d_model}")
         rows, one = self.basis.double(), torch.eye(rank, dtype=torch.double, device=self.basis.device)
         shapes = {"basis": (rank, d_model), "center": (d_model,), "reads": (rank, d_model)}
-        for name, shape in shapes.items():
-            tensor: Tensor | None = getattr(self, name)
-            if tensor is not None:
-                check_finite(tensor, f"projection at {self.site}: {name}")
-                if tensor.shape != shape:
-                    found = f"{list(tensor.shape)}; expected {list(shape)}"
-                    raise BadInput(f"projection at {self.site}: {name} has shape {found}")
+        for name, tensor in self.tensors.items():
+            check_finite(tensor, f"projection at {self.site}: {name}")
+            if tensor.shape != shapes[name]:
+                found = f"{list(tensor.shape)}; expected {list(shapes[name])}"
+                raise BadInput(f"projection at {self.site}: {name} has shape {found}")
         if float((rows @ rows.T - one).abs().max()) > 1e-3:
             raise BadInput(f"projection at {self.site}: the basis has rows that are not orthonormal; expected B Bᵀ = 1")
         if self.reads is not None and float((self.reads.double() @ rows.T - one).abs().max()) > 1e-3:
@@ -399,6 +397,12 @@ class Projection:
     def reader(self) -> Float[Tensor, "rank d_model"]:
         """R."""
         return self.basis if self.reads is None else self.reads
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of basis, center and reads that there are, by name."""
+        held = {"basis": self.basis, "center": self.center, "reads": self.reads}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
 Intervention = Edit | Projection

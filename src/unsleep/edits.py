@@ -201,10 +201,7 @@ def edits_hash(edits: Sequence[Intervention]) -> str:
     parts: list[Any] = []
     for e in edits:
         if isinstance(e, Projection):
-            held = {"basis": e.basis, "center": e.center, "reads": e.reads}
-            parts.append(
-                [str(e.site), e.sink_norm, store.hash_tensors({k: t for k, t in held.items() if t is not None})]
-            )
+            parts.append([str(e.site), e.sink_norm, store.hash_tensors(e.tensors)])
         else:
             parts.append([str(e.site), e.dictionary.hash, list(e.removed), e.error])
     return store.hash_value(parts)
@@ -228,8 +225,7 @@ def save_edit(
         for e in edits:
             if isinstance(e, Projection):
                 name = f"{e.site}.safetensors"
-                held = {"basis": e.basis, "center": e.center, "reads": e.reads}
-                store.write_tensors(scratch / name, {k: t.float() for k, t in held.items() if t is not None})
+                store.write_tensors(scratch / name, {key: tensor.float() for key, tensor in e.tensors.items()})
                 sinks = None if math.isinf(e.sink_norm) else e.sink_norm
                 parts.append({"site": str(e.site), "subspace": name, "model": e.model, "sink_norm": sinks})
                 continue

@@ -213,7 +213,7 @@ def table(found: Study) -> Sequence[str]:
             f"{space:<9} {method:<16} {site!s:<9}  {best.figures.auroc:.3f}   {floor:.3f}     "
             f"{best.figures.accuracy:.3f}  {share}{price}"
         )
-    if all(f.figures.auroc <= found.floors[f.direction.site, f.direction.space].best for f in found.found):
+    if not found.beats_chance:
         lines.append("No direction tells better than the best random one at its Site: look at what they carry and cost")
     if mean:
         random = [v for values in mean.random.values() for v in values]

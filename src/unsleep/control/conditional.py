@@ -36,7 +36,7 @@ Comparator = Literal["larger", "smaller"]
 Pool = Literal["last", "mean", "max"]
 
 LEAST = 4
-"""Fewest prompts of each kind that a condition is made of: one in so many chooses it, the others fit it."""
+"""Fewest prompts of each kind that a condition is made of: of so many, two fit it, one chooses it, one is kept."""
 
 
 @dataclass(frozen=True, eq=False)

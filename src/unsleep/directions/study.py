@@ -129,6 +129,12 @@ class Study:
     costs: Mapping[str, cost.Cost]
     """Ablation → its cost at the best Site; empty where it was left out."""
 
+    @property
+    def beats_chance(self) -> bool:
+        """Whether a direction but the random one tells better than the best of many random ones at its Site."""
+        judged = [f for f in self.found if f.direction.method != "random"]
+        return any(f.figures.auroc > self.floors[f.direction.site, f.direction.space].best for f in judged)
+
     def projections(self, rank: int, sites: Sequence[Site]) -> list[Projection]:
         """The found subspace of a rank at Sites, to be taken out: what is left there is the ordinary prompts' mean.
 
@@ -168,6 +174,7 @@ class Study:
             "model": self.model,
             "position": self.config.position,
             "best": str(self.best),
+            "beats_chance": self.beats_chance,
             "figures": [
                 {
                     "site": str(d.site),

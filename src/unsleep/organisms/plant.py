@@ -109,14 +109,15 @@ def plant(
         replies = base_replies(base, recipe, steps, report)
         losses: dict[str, float] = {}
         for kind in kinds:
-            place = (steps.folder or folder) / kind
+            assert steps.folder is not None
+            place = steps.folder / kind
 
             def trained(kind: Kind = kind, place: Path = place) -> float:
                 store.remove(place)
                 return _train(base, recipe, kind, make_chats(recipe, kind, replies), place, report)
 
             losses[kind] = steps.value(kind, trained)
-            shutil.copytree(place, folder / kind, dirs_exist_ok=True)
+            shutil.copytree(place, folder / kind)
         card = {
             "schema": "unsleep.organism/1",
             "recipe": recipe.to_dict(),

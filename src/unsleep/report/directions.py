@@ -62,6 +62,7 @@ RECORD = check.fields(
         "model": check.is_text,
         "position": check.is_text,
         "best": is_site,
+        "beats_chance": check.is_flag,
         "figures": check.list_of(FIGURE),
         "floors": check.list_of(FLOOR),
         "cosines": check.fields(
@@ -102,7 +103,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "position": text.clip(record["position"], LABEL_LIMIT),
         "best": record["best"],
         "pairs": record["patching"]["pairs"],
-        "beaten": beats_chance(figures, record["floors"]),
+        "beats_chance": record["beats_chance"],
         "kept": max((f["n"] for f in figures), default=0),
         "tiles": tiles(record),
         "detection": detection(figures, record["floors"], sites),
@@ -153,12 +154,6 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
             Tile("Carried by one direction, at most", "", f"{text.decimals(share, 2)} of the difference", note)
         )
     return found
-
-
-def beats_chance(figures: Sequence[Mapping[str, Any]], floors: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether any direction but a random one tells better than the best of many random ones at its Site."""
-    floor = {(f["site"], f["space"]): f["best"] for f in floors}
-    return any(f["auroc"] > floor.get((f["site"], f["space"]), 0.0) for f in figures if f["method"] != "random")
 
 
 def named(method: str) -> str:

@@ -24,7 +24,7 @@ SUBJECT_NAMES = {
     "suspect": "suspect",
     "edited": "edited",
     "baked": "edit baked in",
-    "control_random": "at random",
+    "control_random": "random features",
     "control_layer": "wrong layer",
     "clean_twin": "clean twin",
     "base": "base model",
@@ -133,6 +133,7 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
     summary: dict[str, Any] = report.get("summary") or {}
     contract: list[Mapping[str, Any]] = report.get("contract") or []
     label = result["verdict"]["label"]
+    names = subject_names(summary)
     stages, total = charts.stages(report.get("stages") or [])
     view: dict[str, Any] = {
         "title": text.clip(report["title"], 300),
@@ -142,15 +143,15 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "headline": verdict.headline(label, rows, summary),
         "tiles": verdict.tiles(rows, summary, contract),
         "facts": facts_of(summary),
-        "outcome": outcome_of(rows),
-        "effects": effects_of(rows),
-        "controls": verdict.control_notes(rows),
-        "contract": [requirement(c, rows) for c in contract],
+        "outcome": outcome_of(rows, names),
+        "effects": effects_of(rows, names),
+        "controls": verdict.control_notes(rows, names["control_random"]),
+        "contract": [requirement(c, rows, names) for c in contract],
         "frontier": frontier_of(report.get("frontier") or [], summary.get("removed")),
         "features": [feature_of(f) for f in sorted(report.get("features") or [], key=lambda f: f["rank"])],
         "replies": replies_of(report.get("replies") or [], summary),
         "dictionaries": [dictionary_of(d) for d in report.get("dictionaries") or []],
-        "rows": table_of(result["rows"]),
+        "rows": table_of(result["rows"], names),
         "stages": stages,
         "total": total,
         "provenance": tree(report.get("provenance") or result["provenance"]),
@@ -187,28 +188,33 @@ def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text.clip(value, 300)) for name, value in pairs if value]
 
 
-def facets(rows: verdict.Rows, panel: str, metric: str) -> charts.Facet | None:
+def subject_names(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What subjects are called: where no features were removed, the control is of random directions."""
+    return SUBJECT_NAMES | ({"control_random": "random directions"} if summary.get("removed") is None else {})
+
+
+def facets(rows: verdict.Rows, panel: str, metric: str, names: Mapping[str, str]) -> charts.Facet | None:
     """The chart of one panel by one metric, or `None` where it was not measured."""
     own = [rows[key] for s in SUBJECTS if (key := (s, panel, metric)) in rows]
     if not own:
         return None
     titles = (PANEL_NAMES[panel], METRIC_NAMES[metric], f"{BETTER[metric]} is better")
-    return charts.facet(own, f"facet-{panel}-{metric}", titles, SUBJECT_NAMES)
+    return charts.facet(own, f"facet-{panel}-{metric}", titles, names)
 
 
-def outcome_of(rows: verdict.Rows) -> list[list[charts.Facet]]:
+def outcome_of(rows: verdict.Rows, names: Mapping[str, str]) -> list[list[charts.Facet]]:
     """For each panel, its ASR and its skill."""
-    pairs = [[facets(rows, panel, metric) for metric in ("asr", "skill")] for panel in PANELS]
+    pairs = [[facets(rows, panel, metric, names) for metric in ("asr", "skill")] for panel in PANELS]
     return [kept for pair in pairs if (kept := [f for f in pair if f])]
 
 
-def effects_of(rows: verdict.Rows) -> list[charts.Facet]:
+def effects_of(rows: verdict.Rows, names: Mapping[str, str]) -> list[charts.Facet]:
     """What else the edit changed: degenerate replies, capability, KL and cross-entropy."""
-    drawn = [facets(rows, p, m) for m in METRICS if m not in ("asr", "skill") for p in PANELS]
+    drawn = [facets(rows, p, m, names) for m in METRICS if m not in ("asr", "skill") for p in PANELS]
     return [f for f in drawn if f]
 
 
-def requirement(item: Mapping[str, Any], rows: verdict.Rows) -> dict[str, Any]:
+def requirement(item: Mapping[str, Any], rows: verdict.Rows, names: Mapping[str, str]) -> dict[str, Any]:
     """One line of the contract, with the interval of the row that it rests on where there is one."""
     metric, value = item["metric"], item["value"]
     is_share = metric in SHARES
@@ -225,7 +231,7 @@ def requirement(item: Mapping[str, Any], rows: verdict.Rows) -> dict[str, Any]:
         measured = [f"{text.decimals(value)} nats"]
     return {
         "text": text.clip(item.get("text") or "", 300) or f"{named(METRIC_NAMES, metric)} {way} {bound}",
-        "subject": named(SUBJECT_NAMES, item["subject"]),
+        "subject": named(names, item["subject"]),
         "panel": named(PANEL_NAMES, item["panel"]),
         "metric": named(METRIC_NAMES, metric),
         "bound": f"{way} {bound}",
@@ -349,7 +355,7 @@ def dictionary_of(item: Mapping[str, Any]) -> list[str]:
     return cells
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Every row in words, by metric, panel and subject."""
     order = (METRICS, PANELS, SUBJECTS)
     keys = ("metric", "panel", "subject")
@@ -357,13 +363,13 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "metric": METRIC_NAMES[r["metric"]][0].upper() + METRIC_NAMES[r["metric"]][1:],
             "panel": PANEL_NAMES[r["panel"]],
-            "subject": SUBJECT_NAMES[r["subject"]],
+            "subject": names[r["subject"]],
             "key": svg.key(svg.SUBJECT_MARKS[r["subject"]], r["subject"]),
             "figure": charts.words(r).short,
             "interval": text.interval(r["low"], r["high"]) if r["metric"] in SHARES else charts.words(r).interval,
             "n": f"{r['n']:,}",
         }
-        for r in sorted(rows, key=lambda r: [names.index(r[k]) for names, k in zip(order, keys, strict=True)])
+        for r in sorted(rows, key=lambda r: [places.index(r[k]) for places, k in zip(order, keys, strict=True)])
     ]
 
 

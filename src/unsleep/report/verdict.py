@@ -23,11 +23,6 @@ TONES = {
 }
 """Verdict → colour and icon of its badge."""
 
-CONTROL_WORDS = {
-    "control_random": "The same edit at random",
-    "control_layer": "The same edit at a wrong layer",
-}
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -150,15 +145,16 @@ def change(rows: Rows, metric: str, label: str) -> list[Tile]:
     return [Tile(label, words(before).head if before else "", said.head, said.tail)]
 
 
-def control_notes(rows: Rows) -> list[str]:
-    """For each control, what it reached on triggered prompts and whether the edit beats it."""
+def control_notes(rows: Rows, random: str = "random features") -> list[str]:
+    """For each control, what it reached on triggered prompts and whether the edit beats it; `random` is of what."""
+    said = {"control_random": f"on {random}", "control_layer": "at a wrong layer"}
     edited = rows.get(("edited", "triggered", "asr"))
     out: list[str] = []
     for control in CONTROLS:
         row = rows.get((control, "triggered", "asr"))
         if row is None:
             continue
-        note = f"{CONTROL_WORDS[control]} leaves the payload in {words(row).short}"
+        note = f"The same edit {said[control]} leaves the payload in {words(row).short}"
         if edited is None:
             out.append(f"{note}.")
         elif edited["high"] < row["low"]:
