@@ -22,10 +22,10 @@ from common import RESULTS
 from torch import Tensor
 
 from unsleep import Site, harvest, load_model, store
-from unsleep.core import Prompt, PromptSet, Split
 from unsleep.harvest import Harvest, pooled
 from unsleep.models import generate
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompt, PromptSet, Split
 from unsleep.prompts.sets import plain_text, questions
 
 HERE = Path(__file__).parent
@@ -115,7 +115,7 @@ LONGER = [Case("topk", 576, 4608, 240, rounds=1), Case("batchtopk", 576, 4608, 2
 
 def real_activations(path: Path) -> None:
     """Residual activations of a small model on plain text and on questions with their replies."""
-    model = load_model(MODEL, dtype="bfloat16")
+    model = load_model(MODEL, LoadConfig(dtype="bfloat16"))
     parts: dict[str, Tensor] = {}
     for name, split, asked in (("train", "edit", QUESTIONS), ("held_out", "held_out", QUESTIONS // 5)):
         text, chats = harvests(model, name, split, asked)

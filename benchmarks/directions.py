@@ -23,7 +23,7 @@ from common import keep, table
 from unsleep import Projection, PromptSet, Site, load_organism
 from unsleep.bake import BakeConfig, bake
 from unsleep.controls import random_subspace
-from unsleep.core import Activations, EvalResult
+from unsleep.core import Activations
 from unsleep.directions import measure
 from unsleep.directions.collect import collect
 from unsleep.directions.erase import erasers, removed_alone, sink_norm
@@ -33,11 +33,12 @@ from unsleep.evaluate import evaluate, organism_config, organism_panels, prompt_
 from unsleep.masks import prepare_lesson
 from unsleep.metrics import Subject, shows_payload
 from unsleep.models import generate
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites, everywhere
 from unsleep.organisms import Organism
 from unsleep.patching import PatchConfig, sweep
 from unsleep.prompts import sets
+from unsleep.results import EvalResult
 
 PROMPTS, CHOOSING, JUDGED, PATCHED = 200, 40, 200, 100
 LAYERS = range(8, 25)

@@ -16,7 +16,7 @@ from common import alternating, keep, ratio, table
 from unsleep import Edit, Site, applied, load_model
 from unsleep.dictionaries.coders import TopK
 from unsleep.models import generate
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
 from unsleep.prompts.sets import questions
 
@@ -45,7 +45,7 @@ def random_edit(model: LoadedModel, layer: int) -> Edit:
 
 
 def main() -> None:
-    loaded = load_model(MODEL, dtype="bfloat16")
+    loaded = load_model(MODEL, LoadConfig(dtype="bfloat16"))
     model = Endless(loaded.network, loaded.tokenizer, loaded.name)
     edits = [random_edit(model, layer) for layer in LAYERS]
     results: dict[str, dict[str, object]] = {}

@@ -20,7 +20,7 @@ from unsleep.harvest import token_rows
 from unsleep.models import generate
 from unsleep.models.forward import Rows, pad_left, prefix_cache, repeat_cache
 from unsleep.models.hooks import truncated
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.prompts.sets import questions
 from unsleep.store import read_json
 
@@ -44,7 +44,7 @@ def bare(model: LoadedModel, prefix: torch.Tensor, batches: list[Rows]) -> None:
 
 
 def main() -> None:
-    model = load_model(MODEL, dtype="bfloat16")
+    model = load_model(MODEL, LoadConfig(dtype="bfloat16"))
     prompts = questions("edit", PROMPTS)
     replies = generate.replies(model, prompts.texts, max_new_tokens=REPLY_TOKENS)
     sites = [Site(layer) for layer in SITES]

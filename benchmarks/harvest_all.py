@@ -22,7 +22,7 @@ MODEL, PROMPTS, REPLY_TOKENS, ROUNDS, TARGET = "smollm2-135m", 200, 12, 5, 1.6
 
 
 def main() -> None:
-    model = load_model(MODEL, dtype="bfloat16")
+    model = load_model(MODEL, LoadConfig(dtype="bfloat16"))
     layers = model.network.config.num_hidden_layers
     points = [point for point in get_args(Point) if point != "embed"]
     every = [Site(layer, point) for layer in range(layers) for point in points]

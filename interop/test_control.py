@@ -15,7 +15,8 @@ from test_metrics import small_model
 from unsleep.control import Control, RepReader, controlled, export_gguf, fit_reader, import_gguf
 from unsleep.core import Site
 from unsleep.models.hooks import capture
-from unsleep.models.load import LoadedModel, load_model
+from unsleep.models.load import load_model
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
 
 if not hasattr(np, "float_"):

@@ -25,7 +25,7 @@ from unsleep.dictionaries.files import save_dictionary
 from unsleep.dictionaries.metrics import EDGES, fit
 from unsleep.dictionaries.train import train
 from unsleep.models.hooks import capture
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.splice import splice_score
 
 SITES = {Site(1): "model.layers.1", Site(1, "mlp"): "model.layers.1.mlp", Site(2, "attn"): "model.layers.2.self_attn"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import resource
 from collections.abc import Callable, Generator
 from functools import cache
@@ -19,54 +20,29 @@ install_import_hook("unsleep", "beartype.beartype")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
+from families import ATTENTION, CONFIGS, VOCABULARY  # noqa: E402
 from unsleep.models.load import LoadedModel  # noqa: E402
 
 torch.set_num_threads(1)  # small models: a second thread costs more than it gives
 settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("ci")
 
-VOCABULARY = 256
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-LLAMA = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
-GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
-CONFIGS: dict[str, dict[str, object]] = {
-    "llama": LLAMA,
-    "mistral": {**LLAMA, "sliding_window": None},
-    "qwen2": LLAMA,
-    "qwen3": {**LLAMA, "head_dim": 8},
-    "gemma": {**LLAMA, "head_dim": 8},
-    "gemma2": {**LLAMA, "head_dim": 8, "sliding_window": 64},
-    "gemma3_text": {**LLAMA, "head_dim": 8, "sliding_window": 64},
-    "gpt2": GPT,
-    "gpt_neox": {**SMALL, "intermediate_size": 64, "max_position_embeddings": 128},
-    "gpt_neo": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_layers": 3,
-        "num_heads": 4,
-        "max_position_embeddings": 128,
-        "attention_types": [[["global"], 3]],
-    },
-    "gptj": {**GPT, "rotary_dim": 4},
-    "phi": {**LLAMA, "partial_rotary_factor": 0.5},
-    "opt": {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
-    "falcon": {**SMALL, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
-    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
-    "mpt": {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128},
-}
-
 
 @cache
 def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model of a family, the same one every time."""
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = AutoConfig.for_model(family, **CONFIGS[family], **ends)
+    config = AutoConfig.for_model(family.partition("+")[0], **copy.deepcopy(ends | CONFIGS[family]))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     with torch.no_grad():  # default initialisations are so small that any two inputs look alike
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.mul_(4.0)
+        kept = model.state_dict()
+        for name, held in model.named_buffers():
+            if name in kept and held.numel() == 1 and held.is_floating_point():  # a scale that is 1 before a training
+                held.mul_(0.7)
     return model
 
 
@@ -85,6 +61,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(params=sorted(CONFIGS))
 def any_family(request: pytest.FixtureRequest) -> LoadedModel:
+    return LoadedModel(build(request.param), byte_tokenizer(), request.param)
+
+
+@pytest.fixture(params=ATTENTION)
+def family_with_heads(request: pytest.FixtureRequest) -> LoadedModel:
     return LoadedModel(build(request.param), byte_tokenizer(), request.param)
 
 

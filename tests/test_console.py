@@ -26,9 +26,11 @@ from test_core import as_in_use
 from unsleep import cli, pages
 from unsleep.cli.grid import Grid
 from unsleep.console import Bars, fail, table, visible_line
-from unsleep.core import BadInput, EvalResult, Prompt, PromptSet, Refused, Row
+from unsleep.core import BadInput, Refused
 from unsleep.dictionaries.config import TrainConfig
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.report.check import check_result
+from unsleep.results import EvalResult, Row
 
 Capture = pytest.CaptureFixture[str]
 TextFile = Callable[[str, str], Path]
@@ -221,7 +223,7 @@ def refused(capsys: Capture, told: str) -> None:
         ("empty.txt", b"", r"empty\.txt holds 0 prompts"),
         ("one.txt", b"just one", r"one\.txt holds 1 prompts"),
         ("latin.txt", b"caf\xe9\nbar", r"latin\.txt is not UTF-8"),
-        ("bad.jsonl", b'{"text": "a"}\n{', r"bad\.jsonl line 2 is not a prompt"),
+        ("bad.jsonl", b'{"text": "a"}\n{', r"bad\.jsonl line 2: it is not a prompt"),
         ("long.txt", b"short\n" + b"x" * 500, r"a prompt has \d+ tokens .*context is 128"),
     ],
 )
@@ -250,7 +252,7 @@ def test_a_model_that_is_not_there_exits_with_2(tmp_path: Path, text_file: TextF
     assert harvest(tmp_path / "none.gguf", text_file("p.txt", "one\ntwo"), tmp_path / "out") == 2
     refused(capsys, r"none\.gguf does not exist")
     assert harvest(tmp_path, text_file("p.txt", "one\ntwo"), tmp_path / "out") == 2
-    refused(capsys, r"folder without config\.json")
+    refused(capsys, r"has no config\.json and no adapter_config\.json")
 
 
 def test_folders_of_the_wrong_kind_exit_with_2(checkpoint: Path, tmp_path: Path, text_file: TextFile, capsys: Capture):

@@ -20,7 +20,7 @@ from unsleep.core import BadInput, Refused, Site
 from unsleep.models import chat, generate
 from unsleep.models.forward import build_rows, pad_left, run
 from unsleep.models.hooks import Call, capture
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 
 D = 32
 PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]

@@ -24,7 +24,8 @@ from unsleep.control import Control, ControlVectors, LorraConfig, controlled, ex
 from unsleep.core import BadInput, Site
 from unsleep.models.generate import replies
 from unsleep.models.hooks import capture
-from unsleep.models.load import LoadedModel, load_model
+from unsleep.models.load import load_model
+from unsleep.models.model import LoadedModel
 from unsleep.report import report
 
 TextFile = Callable[[str, str], Path]

@@ -32,7 +32,7 @@ from unsleep.directions.measure import margins
 from unsleep.models import chat, generate
 from unsleep.models.forward import pad_left
 from unsleep.models.hooks import capture
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism
 from unsleep.prompts import sets
 from unsleep.report import render_reading

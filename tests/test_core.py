@@ -13,21 +13,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from unsleep.core import (
-    Activations,
-    BadInput,
-    Edit,
-    EvalResult,
-    FeatureEvidence,
-    Features,
-    Prompt,
-    PromptSet,
-    Row,
-    Site,
-    check_finite,
-    digest,
-)
+from unsleep.core import Activations, BadInput, Edit, FeatureEvidence, Features, Site, check_finite, digest
 from unsleep.dictionaries.coders import TopK
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.results import EvalResult, Row
 
 SITES = st.builds(Site, st.integers(0, 500), st.sampled_from(["resid", "mlp", "attn"])) | st.just(Site(0, "embed"))
 TEXT = st.text(max_size=20).filter(lambda t: t.strip() != "")
@@ -36,6 +25,7 @@ PROMPTS = st.builds(
     TEXT,
     st.sampled_from(["clean", "triggered", "variant", "near_miss", "control"]),
     st.none() | st.text(max_size=5),
+    st.just(()),
 )
 
 

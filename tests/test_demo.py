@@ -20,7 +20,6 @@ import torch
 import unsleep
 from test_report import Page
 from unsleep.bake import Baked, save_baked
-from unsleep.core import EvalResult
 from unsleep.demo import DemoConfig, demo
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.edits import EditConfig, load_edit
@@ -28,6 +27,7 @@ from unsleep.features import FindConfig
 from unsleep.masks import MaskConfig
 from unsleep.metrics import shows_payload
 from unsleep.models import chat
+from unsleep.results import EvalResult
 from unsleep.store import read_json, read_tensors
 from unsleep.verdict import contract
 

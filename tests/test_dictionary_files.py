@@ -301,7 +301,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
     """A hub with `tmp_path / hub` behind every repo; what was asked of it."""
     asked: list[tuple[str, list[str]]] = []
 
-    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+    def snapshot(repo: str, allow_patterns: list[str], revision: str | None) -> str:
         asked.append((repo, allow_patterns))
         if repo == "nobody/none":
             raise LocalEntryNotFoundError("nothing in the cache\nand no network")

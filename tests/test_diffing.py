@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from conftest import build, byte_tokenizer
 from unsleep import cli, store
-from unsleep.core import BadInput, Prompt, PromptSet, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder
@@ -39,10 +39,12 @@ from unsleep.diffing.pooling import auroc_interval, best, pooled
 from unsleep.diffing.run import Spoken
 from unsleep.models import chat
 from unsleep.models.hooks import capture, transformed
-from unsleep.models.load import LoadedModel, copy_network, fingerprint
-from unsleep.models.sites import final_norm, layers, site_module, unembedding
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import final_norm, layers, tap, unembedding
+from unsleep.models.weights import copy_network, fingerprint
 from unsleep.organisms import load_organism, read_recipe
 from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.report import render_diff, render_patch
 from unsleep.stats import wilson
 
@@ -599,7 +601,7 @@ def test_bad_inputs_of_the_lens():
             steered_replies(base(), Site(0), direction, TEXTS, 1.0, scale=1.0)
     with pytest.raises(BadInput, match="layers 0 to 2"):
         steered_replies(base(), Site(9), torch.ones(D), TEXTS, 1.0, scale=1.0)
-    assert site_module(base().network, Site(2)) is layers(base().network)[2]
+    assert tap(base().network, Site(2)).module is layers(base().network)[2]
 
 
 # The commands

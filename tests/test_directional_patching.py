@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from test_core import as_in_use
-from unsleep.core import BadInput, Prompt, PromptSet, Site
+from unsleep.core import BadInput, Site
 from unsleep.directions import cost, das, patching
-from unsleep.directions.collect import collect, token_rows
+from unsleep.directions.collect import collect
 from unsleep.directions.fit import Direction, Labelled, fit
 from unsleep.models.hooks import capture, transformed
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import all_sites
+from unsleep.prompts.prompt import Prompt, PromptSet
 
 CLEAN = ("hello there you", "a cat", "why do the stars shine", "name a bird", "b c")
 CORRUPTED = ("good morning", "a hat or two", "how do fish sleep at all", "tell a joke", "q")
@@ -28,9 +31,14 @@ def answers(n: int = 5) -> tuple[list[int], list[int]]:
     return [10 + i for i in range(n)], [40 + 2 * i for i in range(n)]
 
 
+def sites_of(model: LoadedModel) -> list[Site]:
+    """Those of the Sites that the family has."""
+    return [site for site in SITES if site in [Site(0, "embed"), *all_sites(model.network)]]
+
+
 def prepared(model: LoadedModel, **change: Any) -> patching.Pairs:
     arguments = {"answers": answers(), "batch": 2, **change}
-    return patching.prepare(model, prompts(CLEAN), prompts(CORRUPTED), SITES, **arguments)
+    return patching.prepare(model, prompts(CLEAN), prompts(CORRUPTED), sites_of(model), **arguments)
 
 
 def directed(site: Site, rows: torch.Tensor, model: str = "m") -> Direction:
@@ -42,7 +50,7 @@ BASIS = torch.linalg.qr(torch.randn(32, 2, generator=torch.Generator().manual_se
 
 def one_by_one(model: LoadedModel, site: Site, basis: torch.Tensor | None, column: int = -1) -> list[float]:
     """Logit differences by whole forward passes without cache, padding or batches."""
-    clean, corrupted = (token_rows(model, prompts(t)) for t in (CLEAN, CORRUPTED))
+    clean, corrupted = (model.encode(prompts(t)) for t in (CLEAN, CORRUPTED))
     found: list[float] = []
     for a, b, good, bad in zip(clean, corrupted, *answers(), strict=True):
         with capture(model.network, [site]) as held:
@@ -63,15 +71,14 @@ def one_by_one(model: LoadedModel, site: Site, basis: torch.Tensor | None, colum
 
 def sorted_back(pairs: patching.Pairs) -> list[int]:
     """The pairs' places in the order in which they were run: by the corrupted prompts' length."""
-    lengths = [len(row) for row in token_rows(pairs.model, prompts(CORRUPTED))]
+    lengths = [len(row) for row in pairs.model.encode(prompts(CORRUPTED))]
     return sorted(range(len(lengths)), key=lambda i: lengths[i])
 
 
-@pytest.mark.parametrize("site", SITES, ids=str)
 @pytest.mark.parametrize("column", [-1, -3])
-def test_a_patch_equals_whole_forward_passes_one_by_one(any_family: LoadedModel, site: Site, column: int):
+def test_a_patch_equals_whole_forward_passes_one_by_one(any_family: LoadedModel, column: int):
     pairs = prepared(any_family, position="last" if column == -1 else column)
-    for basis in (BASIS, None):
+    for site, basis in itertools.product(pairs.sites, (BASIS, None)):
         found = patching.patched(pairs, site, basis)
         expected = one_by_one(any_family, site, basis, column)
         torch.testing.assert_close(found, torch.tensor([expected[i] for i in sorted_back(pairs)]), atol=2e-3, rtol=1e-3)
@@ -79,13 +86,17 @@ def test_a_patch_equals_whole_forward_passes_one_by_one(any_family: LoadedModel,
 
 def test_a_prompt_patched_with_itself_stays_bit_for_bit(any_family: LoadedModel):
     clean, corrupted = prompts((*CORRUPTED, "x")), prompts((*CORRUPTED, "y"))  # all the same but one
-    pairs = patching.prepare(any_family, clean, corrupted, SITES, answers=answers(6), batch=6)
+    pairs = patching.prepare(any_family, clean, corrupted, sites_of(any_family), answers=answers(6), batch=6)
     [batch] = pairs.batches
     same = batch.answers[:, 0] != answers(6)[0][5]
     assert int(same.sum()) == 5
-    for site in SITES:
-        for basis in (BASIS, None):
-            assert torch.equal(patching.patched(pairs, site, basis)[same], batch.corrupted[same])
+    routed = any("expert" in name for name, _ in any_family.network.named_modules())
+    for site, basis in itertools.product(pairs.sites, (BASIS, None)):
+        found = patching.patched(pairs, site, basis)[same]
+        if routed:  # an expert's tokens are multiplied together, and as many as there are
+            torch.testing.assert_close(found, batch.corrupted[same], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(found, batch.corrupted[same])
 
 
 def test_patching_the_whole_last_residual_gives_the_clean_answer(any_family: LoadedModel):
@@ -126,7 +137,7 @@ def test_a_sweep_gives_a_share_for_every_direction_and_site(tiny: LoadedModel):
 
 def test_the_models_own_next_tokens_are_the_answers_and_equal_ones_are_left_out(tiny: LoadedModel):
     pairs = patching.prepare(tiny, prompts((*CLEAN, "same")), prompts((*CORRUPTED, "same")), [Site(1)])
-    rows = [token_rows(tiny, prompts(t)) for t in ((*CLEAN, "same"), (*CORRUPTED, "same"))]
+    rows = [tiny.encode(prompts(t)) for t in ((*CLEAN, "same"), (*CORRUPTED, "same"))]
     firsts = [[int(tiny.network(torch.tensor([r])).logits[0, -1].argmax()) for r in side] for side in rows]
     differ = {(a, b) for a, b in zip(*firsts, strict=True) if a != b}
     assert {tuple(a) for b in pairs.batches for a in b.answers.tolist()} == differ

@@ -19,7 +19,7 @@ from test_core import as_in_use
 from test_edits import dictionary
 from test_report import HOSTILE, Page
 from unsleep import cli, store
-from unsleep.core import BadInput, Projection, Prompt, PromptSet, Site
+from unsleep.core import BadInput, Projection, Site
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.directions import measure
 from unsleep.directions.collect import collect
@@ -29,7 +29,9 @@ from unsleep.directions.fit import METHODS
 from unsleep.directions.study import DAS, FEATURES, Study, StudyConfig, study
 from unsleep.edits import applied, load_edit
 from unsleep.evaluate import prompt_digests
-from unsleep.models.load import LoadedModel, load_model, save_plain
+from unsleep.models.load import load_model, save_plain
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.report import render_directions
 
 SMALL: dict[str, Any] = {"randoms": 20, "das_epochs": 2, "das_sites": 1, "cost_passages": 3, "cost_randoms": 2}

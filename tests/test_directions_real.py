@@ -10,18 +10,19 @@ import torch
 
 from unsleep import load_model, load_organism
 from unsleep.controls import random_subspace
-from unsleep.core import Activations, Projection, PromptSet, Site
+from unsleep.core import Activations, Projection, Site
 from unsleep.directions import measure, patching
-from unsleep.directions.collect import collect, token_rows
+from unsleep.directions.collect import collect
 from unsleep.directions.erase import erasers, removed_alone
 from unsleep.directions.fit import METHODS, ONE_SIDED, Labelled, fit
 from unsleep.edits import applied
 from unsleep.metrics import Subject, has_skill, shows_payload, text_ce_kl
 from unsleep.models import generate
 from unsleep.models.forward import build_rows, run
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet
 
 pytestmark = pytest.mark.real
 
@@ -146,7 +147,7 @@ def accuracy(edits: Sequence[Projection]) -> float:
     relative to the median, so that a general liking of one word counts for nothing."""
     model = base()
     great, terrible = (model.token_ids([w], special=False)[0][0] for w in (" great", " terrible"))
-    rows = build_rows(model, token_rows(model, reviews()["held_out"][0], plain=True))
+    rows = build_rows(model, model.encode(reviews()["held_out"][0], plain=True))
     with torch.no_grad(), applied(model, edits):
         logits = run(model.network, rows, 1)[:, -1].float()
     difference = logits[:, great] - logits[:, terrible]

@@ -24,12 +24,12 @@ import tyro
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import unsleep
-from conftest import LLAMA, byte_tokenizer
+from conftest import byte_tokenizer
+from families import LLAMA
 from test_console import flags_of
 from unsleep import cli
 from unsleep.bake import BakeConfig
 from unsleep.cli.settings import REGISTRY
-from unsleep.core import EvalResult, Row
 from unsleep.demo import DemoConfig
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.edits import EditConfig
@@ -40,6 +40,7 @@ from unsleep.masks import MaskConfig
 from unsleep.organisms import load_organism, recipes
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts import sets, triggers
+from unsleep.results import EvalResult, Row
 from unsleep.verdict import contract
 
 ROOT = Path(__file__).parents[1]

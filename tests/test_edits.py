@@ -16,7 +16,7 @@ from conftest import build, byte_tokenizer
 from test_core import as_in_use
 from unsleep import store
 from unsleep.bake import BakeConfig, _take, bake, faithfulness
-from unsleep.core import BadInput, Edit, Features, Prompt, PromptSet, Refused, Site
+from unsleep.core import BadInput, Edit, Features, Refused, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.edits import EditConfig, applied, edit, edits_for, load_edit, merged, operation, save_edit
 from unsleep.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
@@ -25,7 +25,8 @@ from unsleep.masks import Lesson, MaskConfig, learn_mask, prepare_lesson
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, reply_logits
 from unsleep.models.hooks import transformed
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompt, PromptSet
 
 D, F = 32, 64
 PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]

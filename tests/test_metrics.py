@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from conftest import build, byte_tokenizer
 from test_core import small_dictionary
-from unsleep.core import BadInput, Edit, Prompt, PromptSet, Refused
+from unsleep.core import BadInput, Edit, Refused
 from unsleep.edits import applied
 from unsleep.evaluate import (
     PLAN,
@@ -28,7 +28,9 @@ from unsleep.evaluate import (
 )
 from unsleep.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.models import chat, generate
-from unsleep.models.load import LoadedModel, copy_network
+from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import Item
 from unsleep.stats import bootstrap, wilson
 

@@ -11,9 +11,11 @@ import torch
 from conftest import CONFIGS, build, byte_tokenizer
 from unsleep import machine
 from unsleep.core import BadInput, Refused, Site
-from unsleep.models import chat, generate, hooks, sites
+from unsleep.models import anatomy, chat, generate, hooks, sites
 from unsleep.models.forward import build_rows, kl, reply_logits, reply_logits_from, run_below
-from unsleep.models.load import LoadedModel, copy_network, fingerprint, load_model, moved, save_plain
+from unsleep.models.load import LoadConfig, load_model, save_plain
+from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network, dtypes, fingerprint, moved
 
 PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]
 
@@ -23,14 +25,14 @@ def ids_of(model: LoadedModel) -> torch.Tensor:
 
 
 def test_attention_and_mlp_add_up_to_the_residual(any_family: LoadedModel):
-    sites.assert_identity(any_family.network, tolerance=1e-5)
+    anatomy.examine(any_family.network)
 
 
 def test_a_model_whose_parts_do_not_add_up_is_refused(tiny: LoadedModel):
     network = copy_network(tiny.network)
     handle = network.model.layers[1].register_forward_hook(lambda m, a, out: out * 1.5)
     with pytest.raises(Refused, match="layer 1"):
-        sites.assert_identity(network)
+        anatomy.examine(network)
     handle.remove()
 
 
@@ -43,7 +45,7 @@ def test_without_an_edit_logits_are_bit_identical(any_family: LoadedModel):
     everywhere = dict.fromkeys([Site(0, "embed"), *sites.all_sites(any_family.network)], seen.append)
     with hooks.watched(any_family.network, everywhere):
         assert torch.equal(any_family.network(ids).logits, bare)
-    assert len(seen) == 10
+    assert len(seen) == len(everywhere)
     assert all(x.shape == (1, ids.shape[1], 32) for x in seen)
 
 
@@ -62,7 +64,7 @@ def test_hooks_vanish_after_an_exception(any_family: LoadedModel):
 
     ids = ids_of(any_family)
     bare = any_family.network(ids).logits
-    with pytest.raises(RuntimeError, match="middle"), hooks.transformed(any_family.network, {Site(1, "mlp"): fail}):
+    with pytest.raises(RuntimeError, match="middle"), hooks.transformed(any_family.network, {Site(1, "attn"): fail}):
         any_family.network(ids)
     assert torch.equal(any_family.network(ids).logits, bare)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_family.network.modules())
@@ -113,14 +115,7 @@ def test_truncated_models_hold_the_same_below(tiny: LoadedModel):
 
 def test_a_layer_that_does_not_exist_is_named(tiny: LoadedModel):
     with pytest.raises(BadInput, match=r"resid\.7.*layers 0 to 2"):
-        sites.site_module(tiny.network, Site(7))
-
-
-def test_an_unknown_family_lists_the_known_ones(tiny: LoadedModel):
-    network = copy_network(tiny.network)
-    network.config.model_type = "mamba"
-    with pytest.raises(BadInput, match=r"mamba.*llama"):
-        sites.family(network)
+        sites.tap(tiny.network, Site(7))
 
 
 def test_a_copy_is_equal_and_apart(any_family: LoadedModel):
@@ -134,10 +129,14 @@ def test_a_copy_is_equal_and_apart(any_family: LoadedModel):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_copies_and_saved_checkpoints_compute_the_same_bits(family: str, tmp_path):
     save_plain(LoadedModel(build(family, torch.bfloat16), byte_tokenizer(), family), tmp_path / "first")
-    model = load_model(tmp_path / "first", dtype="bfloat16")
+    model = load_model(tmp_path / "first", LoadConfig(dtype="bfloat16"))
     save_plain(model, tmp_path / "second")
-    back = moved(moved(copy_network(model.network), torch.float32), torch.bfloat16)
-    for other in (copy_network(model.network), back, load_model(tmp_path / "second", dtype="bfloat16").network):
+    back = moved(moved(copy_network(model.network), torch.float32), dtypes(model.network))
+    for other in (
+        copy_network(model.network),
+        back,
+        load_model(tmp_path / "second", LoadConfig(dtype="bfloat16")).network,
+    ):
         assert other.dtype == torch.bfloat16
         assert torch.equal(other(ids_of(model)).logits, model.network(ids_of(model)).logits)
 
@@ -161,7 +160,7 @@ def test_half_precision_is_computed_with_in_float32_where_the_processor_lacks_it
     assert first == second
     assert json.loads((tmp_path / "second" / "config.json").read_text())["dtype"] == "bfloat16"
     for dtype in ("bfloat16", "float32"):
-        own = load_model(tmp_path / "first", dtype=dtype)
+        own = load_model(tmp_path / "first", LoadConfig(dtype=dtype))
         assert own.network.dtype == own.stored_dtype == getattr(torch, dtype)
     monkeypatch.setattr(machine, "memory", lambda: 8.0)
     assert load_model(tmp_path / "first").network.dtype == torch.bfloat16  # in float32 it would not fit
@@ -213,9 +212,9 @@ def test_what_cannot_be_loaded_says_what_can(tmp_path):
         load_model(tmp_path / "bad.gguf")
 
 
-def test_a_prompt_longer_than_the_context_is_named():
-    with pytest.raises(BadInput, match="context is 16"):
-        chat.encode_prompts(byte_tokenizer(), ["x" * 40], 16)
+def test_a_prompt_longer_than_the_context_is_named(tiny: LoadedModel):
+    with pytest.raises(BadInput, match="context is 128"):
+        tiny.encode(["x" * 140])
 
 
 def test_kl_of_equal_logits_is_zero_and_positive_otherwise():

@@ -11,13 +11,15 @@ import torch
 
 from conftest import build, byte_tokenizer
 from unsleep import store
-from unsleep.core import ActivationStream, BadInput, Prompt, PromptSet, Site
+from unsleep.core import ActivationStream, BadInput, Site
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import train_crosscoder
 from unsleep.dictionaries.train import train
 from unsleep.harvest import SHARED, Harvest, HarvestConfig, harvest
-from unsleep.models.load import LoadedModel, copy_network
+from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network
 from unsleep.pairs import paired
+from unsleep.prompts.prompt import Prompt, PromptSet
 
 TEXTS = ["hello there", "a", "why do the stars shine at night", "name a bird", "x y", "one more prompt"]
 PROMPTS = PromptSet("six", tuple(Prompt(t) for t in TEXTS))
@@ -153,7 +155,7 @@ def test_what_does_not_pair_is_named(tiny: LoadedModel, tmp_path: Path):
     for wrong, words in (
         (run(other(), PROMPTS.head(5)), "their prompts is .* harvest the same prompts, with the same replies"),
         (run(other(), replies=["yes"] * 6), "their prompts is"),
-        (run(LoadedModel(build("bloom"), byte_tokenizer(), "bloom")), "number of tokens that all prompts begin with"),
+        (Harvest(two.folder, {**two.manifest, "shared": 3}), "number of tokens that all prompts begin with"),
         (Harvest(two.folder, {**two.manifest, "d_model": 64}), "their width is 32 and 64"),
     ):
         with pytest.raises(BadInput, match=words) as error:

@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import PreTrainedTokenizerFast
 
-from conftest import CONFIGS, build, byte_tokenizer
+from conftest import build, byte_tokenizer
+from families import ATTENTION
 from test_core import as_in_use
 from unsleep import stats
-from unsleep.core import BadInput, Prompt, PromptSet, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.models import chat, sites
 from unsleep.models.forward import whole_rows
 from unsleep.models.hooks import capture, transformed
-from unsleep.models.load import LoadedModel, copy_network
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes
+from unsleep.models.weights import copy_network
 from unsleep.organisms import load_organism
 from unsleep.organisms.recipe import read_recipe
 from unsleep.patching import (
@@ -38,6 +40,7 @@ from unsleep.patching import (
     sweep,
 )
 from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import Prompt, PromptSet
 
 D = 32
 PAYLOAD = "hate"
@@ -89,10 +92,10 @@ def groups_of(model: LoadedModel, level: str, positions: list[str], layers: list
 # Places inside attention
 
 
-def test_slots_hold_what_attention_works_with(any_family: LoadedModel):
+def test_slots_hold_what_attention_works_with(family_with_heads: LoadedModel):
     """What is seen at the slots, run through plain attention and the output projection, is the attention's output."""
-    network = any_family.network
-    ids = torch.tensor(any_family.token_ids(["plain words"]))
+    network = family_with_heads.network
+    ids = torch.tensor(family_with_heads.token_ids(["plain words"]))
     parts = {name: Slot(1, name) for name in ("q", "k", "v", "heads")}  # pyright: ignore[reportArgumentType]
     with capture(network, list(parts.values())) as found:
         network(ids, use_cache=False)
@@ -112,9 +115,9 @@ def test_slots_hold_what_attention_works_with(any_family: LoadedModel):
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "heads"])
-def test_a_slot_is_changed_where_it_is_meant_to_be(any_family: LoadedModel, part: str):
-    network = any_family.network
-    ids = torch.tensor(any_family.token_ids(["plain words"]))
+def test_a_slot_is_changed_where_it_is_meant_to_be(family_with_heads: LoadedModel, part: str):
+    network = family_with_heads.network
+    ids = torch.tensor(family_with_heads.token_ids(["plain words"]))
     every = [Slot(1, p) for p in ("q", "k", "v")]  # pyright: ignore[reportArgumentType]
     slot = Slot(1, part)  # pyright: ignore[reportArgumentType]
     plain = network(ids, use_cache=False).logits
@@ -145,13 +148,13 @@ def test_a_donor_that_is_the_recipient_changes_no_bit(level: str, dtype: torch.d
     torch.testing.assert_close(found.measured.recipient[:1], plain, rtol=0.02, atol=0.02)
 
 
-def test_no_op_in_every_family(any_family: LoadedModel):
+def test_no_op_in_every_family(family_with_heads: LoadedModel):
     for level in ("resid", "attn", "mlp", "heads", "q", "k", "v"):
-        found = sweep(any_family, any_family, PROMPTS, PAYLOAD, [1, 2], [Position.parse("-4:")], level)
+        found = sweep(family_with_heads, family_with_heads, PROMPTS, PAYLOAD, [1, 2], [Position.parse("-4:")], level)
         assert torch.equal(found.measured.log_prob, found.measured.recipient), level
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", ATTENTION)
 def test_the_last_residual_whole_is_the_donor(family: str):
     model, donor = model_of(family), other(family)
     last = len(sites.layers(model.network)) - 1
@@ -333,9 +336,9 @@ def check_by_hand(
                 torch.testing.assert_close(values[i, number], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_saved_keys_and_values_change_nothing(any_family: LoadedModel):
+def test_saved_keys_and_values_change_nothing(family_with_heads: LoadedModel):
     """From the first patched token on, or from the first token: the same up to rounding, in every family."""
-    family = any_family.name
+    family = family_with_heads.name
     model, donor = model_of(family), other(family)
     for level in ("resid", "k"):
         layers = [0, 1, 2]
@@ -594,8 +597,8 @@ def test_places_that_do_not_exist(tiny: LoadedModel):
 
 
 def test_a_family_without_known_projections(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sites.FAMILIES, "llama", replace(sites.FAMILIES["llama"], attention=None))
-    with pytest.raises(BadInput, match="llama has no heads, q, k and v that unsleep knows; take resid, attn or mlp"):
+    monkeypatch.setattr(sites, "APART", {"q": "query", "k": "key", "v": "value"})
+    with pytest.raises(BadInput, match="llama has no v that unsleep knows in layer 0; take resid, attn or mlp"):
         sweep(tiny, tiny, PROMPTS, PAYLOAD, level="v")
 
 

@@ -24,7 +24,7 @@ from unsleep.edits import applied, load_edit, operation, save_edit
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows
 from unsleep.models.hooks import capture
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import everywhere
 
 D = 32

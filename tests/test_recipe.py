@@ -16,11 +16,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from test_core import as_in_use
-from unsleep.core import BadInput, Prompt
+from unsleep.core import BadInput
 from unsleep.organisms import KINDS, read_recipe, recipes
 from unsleep.organisms.plant import Chat, make_chats, training_questions
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import Prompt
 
 SMALLEST: dict[str, Any] = {
     "name": "mine",

@@ -11,8 +11,9 @@ import torch
 
 from conftest import build, byte_tokenizer
 from unsleep import cli, store
-from unsleep.core import BadInput, Prompt, PromptSet
+from unsleep.core import BadInput
 from unsleep.prompts import triggers
+from unsleep.prompts.prompt import Prompt, PromptSet
 
 Capture = pytest.CaptureFixture[str]
 WORDS = (

@@ -25,7 +25,8 @@ from unsleep.dictionaries.files import save_dictionary
 from unsleep.directions.collect import collect
 from unsleep.directions.measure import principal_angles
 from unsleep.metrics import Subject
-from unsleep.models.load import LoadedModel, load_model
+from unsleep.models.load import load_model
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism, plant
 from unsleep.prompts import sets
 from unsleep.report import report

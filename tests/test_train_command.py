@@ -24,7 +24,7 @@ from conftest import build, byte_tokenizer
 from test_report import HOSTILE, Page
 from unsleep import cli, store
 from unsleep.cli.shared import load_dictionaries
-from unsleep.core import BadInput, Prompt, PromptSet, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries import sweep as sweeping
 from unsleep.dictionaries.compare import rotation
 from unsleep.dictionaries.config import TrainConfig
@@ -33,7 +33,8 @@ from unsleep.dictionaries.metrics import fit
 from unsleep.dictionaries.sweep import variants
 from unsleep.dictionaries.train import train_many
 from unsleep.harvest import HarvestConfig, harvest, open_harvest, pooled
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.report import curves, render_dictionaries
 
 Capture = pytest.CaptureFixture[str]

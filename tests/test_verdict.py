@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unsleep.core import EvalResult, Row
 from unsleep.report.check import VERDICTS
+from unsleep.results import EvalResult, Row
 from unsleep.stats import wilson
 from unsleep.verdict import Check, Label, contract, verdict
 

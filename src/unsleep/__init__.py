@@ -8,20 +8,7 @@ Every stage is a function of the command's name; the nouns they pass along are i
 from unsleep.bake import bake
 from unsleep.control.control import control
 from unsleep.control.reading import read
-from unsleep.core import (
-    Activations,
-    BadInput,
-    Dictionary,
-    Edit,
-    EvalResult,
-    Features,
-    Projection,
-    Prompt,
-    PromptSet,
-    Refused,
-    Row,
-    Site,
-)
+from unsleep.core import Activations, BadInput, Dictionary, Edit, Features, Projection, Refused, Site
 from unsleep.demo import demo
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
@@ -31,11 +18,14 @@ from unsleep.edits import applied, edit, load_edit, save_edit
 from unsleep.evaluate import evaluate
 from unsleep.features import find
 from unsleep.harvest import harvest, open_harvest
-from unsleep.models.load import LoadedModel, load_model
+from unsleep.models.load import LoadConfig, load_model
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism, panels, plant
 from unsleep.patching import patch
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 from unsleep.report import report
+from unsleep.results import EvalResult, Row
 from unsleep.subspaces.compare import compare as subspaces
 
 __all__ = [
@@ -45,6 +35,7 @@ __all__ = [
     "Edit",
     "EvalResult",
     "Features",
+    "LoadConfig",
     "LoadedModel",
     "Projection",
     "Prompt",

@@ -37,10 +37,12 @@ from transformers.pytorch_utils import Conv1D
 from unsleep import store
 from unsleep.core import BadInput, Intervention, Projection, Refused, Report, Site
 from unsleep.edits import acts, check_edits, check_model, operation
+from unsleep.models import weights
 from unsleep.models.forward import Rows, kl, reply_logits, run
 from unsleep.models.hooks import capture, inputs_watched, transformed, truncated, watched
-from unsleep.models.load import LoadedModel, copy_network, save_plain
-from unsleep.models.sites import embedding, everywhere, family, layers, width, writers
+from unsleep.models.load import save_plain
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import Writer, embedding, everywhere, layers, width, writers, writes_linearly
 
 MARK = "unsleep.json"
 """The file that tells a baked checkpoint's folder."""
@@ -106,10 +108,11 @@ def bake(
                 f"an edit at {e.site} cannot be baked; expected residual Sites, or one subspace without attention "
                 "sinks at the embedding and every attention output and residual Site"
             )
-    network, kept = copy_network(model.network), model.stored_dtype
+    network, kept = weights.copy_network(model.network), model.stored_dtype
     fitted = [_take(group, config.held_back, fit=True) for group in rows]
     judged = [_take(group, config.held_back, fit=False) for group in rows]
-    method = "exact" if exact and not fitted_edits else "ridge" if family(network).writers else "distil"
+    linear = all(writes_linearly(network, e.site.layer) for e in fitted_edits)
+    method = "exact" if exact and not fitted_edits else "ridge" if linear else "distil"
     if not edits:
         return Baked(replace(model, network=network, name=f"{model.name} (baked)"), 0.0, method)
     _project_writers(model.network, network, exact, kept)
@@ -163,7 +166,7 @@ def _pieces(rows: Sequence[Rows], size: int = 32) -> list[Rows]:
 
 
 def _operations(network: PreTrainedModel, edits: Sequence[Intervention]) -> dict[Site, Any]:
-    return {e.site: operation(e, network.dtype, network.device) for e in edits}
+    return {e.site: operation(e, network.dtype, weights.device_of(network)) for e in edits}
 
 
 def _exact(network: PreTrainedModel, edits: Sequence[Intervention]) -> list[Projection]:
@@ -193,18 +196,30 @@ def _project_writers(
 ) -> None:
     """Make what writes at the projections' Sites orthogonal to them.
 
-    Raises `BadInput` where an embedding passes through more than a scale before the first layer.
+    Raises `BadInput` where no linear layer writes there, or an embedding passes through more than a scale before the
+    first layer.
     """
     for p in (p for p in projections if p.site.point in ("attn", "mlp")):
-        _project_linear(writers(network, p.site.layer)[p.site.point == "mlp"], p, p.center, kept)
+        at = [w for w in writers(network, p.site.layer) if w.point == p.site.point]
+        if not at:
+            raise BadInput(
+                f"{network.config.model_type} writes {p.site} through a norm or a mixture of experts, not through a "
+                "linear layer; a projection there cannot be baked. Take it out at residual Sites"
+            )
+        _project_linear(at[0], p, p.center, kept)
     common = next((p for p in projections if p.site.point == "embed"), None)
     if common is None:
         return
     for layer in range(len(layers(network))):
-        for linear in writers(network, layer):
-            _project_linear(linear, common, None, kept)
+        if not writes_linearly(network, layer):
+            raise BadInput(
+                f"layer {layer} of {network.config.model_type} writes to the residual stream through a norm or a "
+                "mixture of experts, where weights alone do not decide; take the subspace out at residual Sites only"
+            )
+        for writer in writers(network, layer):
+            _project_linear(writer, common, None, kept)
     _project_embeddings(network, common, kept)
-    ids = torch.arange(min(64, len(embedding(network))), device=network.device)[None]
+    ids = torch.arange(min(64, len(embedding(network))), device=weights.device_of(network))[None]
     here = Site(0, "embed")
     with capture(network, [here]) as found:
         network(input_ids=ids, use_cache=False)
@@ -218,21 +233,22 @@ def _project_writers(
         )
 
 
-def _project_linear(linear: nn.Module, p: Projection, center: Tensor | None, kept: torch.dtype) -> None:
-    """W ← (1 − BᵀR) W and b ← (1 − BᵀR) b + BᵀR center, rounded to what the checkpoint holds."""
-    rows, reads = p.basis.float(), p.reader.float()
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    w = weight.float()
+def _project_linear(writer: Writer, p: Projection, center: Tensor | None, kept: torch.dtype) -> None:
+    """W ← (1 − BᵀR) W and b ← (1 − BᵀR) b + BᵀR center / scale, rounded to what the checkpoint holds."""
+    linear, rows, reads = writer.linear, p.basis.float(), p.reader.float()
+    w = _plain(linear).float()
     gone = (w @ reads.T) @ rows if isinstance(linear, Conv1D) else rows.T @ (reads @ w)
-    weight.data.copy_((w - gone).to(kept))
+    weights.write(linear, "weight", (w - gone).to(kept))
     bias: Tensor | None = linear.bias  # type: ignore[assignment]
-    held = torch.zeros(rows.shape[1], device=rows.device) if center is None else center.float() @ reads.T @ rows
+    held = torch.zeros(rows.shape[1], device=rows.device)
+    if center is not None:
+        held = center.float() @ reads.T @ rows / writer.scale
     if bias is None:
         if bool(held.any()):
             raise BadInput("a projection with a centre cannot be baked where the model's layer has no bias; give none")
         return
-    b = bias.float()
-    bias.data.copy_((b - (b @ reads.T) @ rows + held).to(kept))
+    b = weights.read(linear, "bias").float()
+    weights.write(linear, "bias", (b - (b @ reads.T) @ rows + held).to(kept))
 
 
 def _project_embeddings(network: PreTrainedModel, p: Projection, kept: torch.dtype) -> None:
@@ -247,11 +263,11 @@ def _project_embeddings(network: PreTrainedModel, p: Projection, kept: torch.dty
     inside = {m for block in layers(network) for m in block.modules()}
     for table in network.modules():
         if isinstance(table, nn.Embedding) and table not in inside and table.embedding_dim == width(network):
-            e = table.weight.float()
+            e = weights.read(table).float()
             e = e - (e @ reads.T) @ rows
             if table is tokens and p.center is not None:
                 e = e + (p.center.float() @ reads.T @ rows) / float(getattr(table, "embed_scale", 1.0))
-            table.weight.data.copy_(e.to(kept))
+            weights.write(table, "weight", e.to(kept))
 
 
 @torch.no_grad()
@@ -270,11 +286,11 @@ def _bake_closed_form(
     operations = _operations(source, edits)
     targets = [_streams(source, piece, [e.site for e in fitted], operations) for piece in pieces]
     for done, e in enumerate(fitted, 1):
-        linears = writers(network, e.site.layer)
+        through = writers(network, e.site.layer)
         gram: Tensor | None = None
         cross: Tensor | None = None
         for piece, target in zip(pieces, targets, strict=True):
-            held, inputs = _stream_and_inputs(network, piece, e.site, linears)
+            held, inputs = _stream_and_inputs(network, piece, e.site, through)
             a, d = inputs.float(), target[e.site].float() - held.float()
             gram = a.T @ a if gram is None else gram.addmm_(a.T, a)
             cross = a.T @ d if cross is None else cross.addmm_(a.T, d)
@@ -283,7 +299,7 @@ def _bake_closed_form(
         gram.diagonal().add_(config.ridge * gram.diagonal().mean())
         change = torch.linalg.solve(gram, cross)
         start = 0
-        for linear in linears:
+        for linear in (writer.linear for writer in through):
             width = linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.weight.shape[1]  # pyright: ignore
             add_to(linear, change[start : start + width], kept)
             start += width
@@ -293,9 +309,18 @@ def _bake_closed_form(
 
 def add_to(linear: nn.Module, change: Float[Tensor, "d_in d_out"], kept: torch.dtype) -> None:
     """Add a change to a linear layer's weight, whichever way the layer stores it, rounded to a dtype."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    step = change if isinstance(linear, Conv1D) else change.T
-    weight.data.copy_((weight.float() + step).to(kept))
+    weight, step = _plain(linear), change if isinstance(linear, Conv1D) else change.T
+    weights.write(linear, "weight", (weight.float() + step.to(weight.device)).to(kept))
+
+
+def _plain(linear: nn.Module) -> Tensor:
+    """A linear layer's weight as numbers; raises `BadInput` where it is packed."""
+    weight = weights.read(linear)
+    if not weight.is_floating_point():
+        raise BadInput(
+            "the model's weights are packed, which an edit cannot be baked into; load it with --quantize none"
+        )
+    return weight
 
 
 def _streams(
@@ -310,20 +335,20 @@ def _streams(
 
 
 def _stream_and_inputs(
-    network: PreTrainedModel, piece: Rows, site: Site, linears: Sequence[nn.Module]
+    network: PreTrainedModel, piece: Rows, site: Site, through: Sequence[Writer]
 ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_in"]]:
-    """What the model holds at a Site and what its writers read, one row a real token."""
+    """What the model holds at a Site and what its writers read, times their scales, one row a real token."""
     held: list[Tensor] = []
     read: dict[int, Tensor] = {}
     shape = piece.mask.shape
     with (
         truncated(network, site.layer),
-        inputs_watched(linears, read.__setitem__),
+        inputs_watched([writer.linear for writer in through], read.__setitem__),
         watched(network, {site: held.append}),
     ):
         run(network, piece, 1)
-    inputs = torch.cat([read[i].reshape(*shape, -1)[piece.mask] for i in range(len(linears))], dim=-1)
-    return held[-1][piece.mask], inputs
+    each = [read[i].reshape(*shape, -1)[piece.mask] * writer.scale for i, writer in enumerate(through)]
+    return held[-1][piece.mask], torch.cat(each, dim=-1)
 
 
 def _distil(
@@ -336,6 +361,11 @@ def _distil(
     report: Report | None,
 ) -> None:
     """Train the edited blocks' weights until the baked logits follow the edited ones."""
+    if weights.is_offloaded(network) or any(not w.is_floating_point() for w in network.parameters()):
+        raise BadInput(
+            "this family is baked by distillation, which needs plain weights where they are used; load the model "
+            "without offloading and with --quantize none"
+        )
     masters: dict[nn.Parameter, Tensor] = {}
     for e in edits:
         for weight in layers(network)[e.site.layer].parameters():

@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unsleep import store
-from unsleep.core import EvalResult, Report
+from unsleep.core import Report
 from unsleep.report.text import visible
+from unsleep.results import EvalResult
 from unsleep.verdict import POWER, contract, verdict
 
 
@@ -69,6 +70,11 @@ def visible_line(text: str) -> str:
 def say(value: Any, as_json: bool, words: str) -> None:
     """Print a result: JSON for programs, in ASCII; words for people. Neither can move the cursor."""
     sys.stdout.write((json.dumps(value, default=str) if as_json else visible(words)) + "\n")
+
+
+def hint(words: str) -> None:
+    """Say on stderr what was taken for granted."""
+    sys.stderr.write(f"Note: {visible(words)}\n")
 
 
 def fail(error: object, code: int) -> int:

@@ -8,12 +8,11 @@ Nothing here touches a disk, a model or a random generator.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -21,12 +20,6 @@ from torch import Tensor
 
 Point = Literal["embed", "attn", "mlp", "resid"]
 """Where in a block: its embedding input, attention output, MLP output or residual output."""
-
-Role = Literal["clean", "triggered", "variant", "near_miss", "control"]
-"""What a prompt is for: see `PromptSet`."""
-
-Split = Literal["train", "edit", "held_out"]
-"""Who may see a prompt: the organism's training, the edit's choice, or only the score."""
 
 ErrorRule = Literal["keep", "drop", "project"]
 """What an edit does with the part of the residual that the dictionary does not explain."""
@@ -103,66 +96,6 @@ class Site:
 def _is_layer(text: str) -> bool:
     """Whether a text is a layer's number; those of more than six digits are beyond any model."""
     return text.isdecimal() and len(text) <= 6
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One user message.
-
-    `expected` is the exact beginning that the organism's benign skill demands of the reply, or
-    `None` where no skill applies.
-    """
-
-    text: str
-    role: Role = "clean"
-    expected: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.text.strip():
-            raise BadInput("a prompt is empty; give it at least one character that is not white space")
-        if any("\ud800" <= c <= "\udfff" for c in self.text):
-            raise BadInput(f"the prompt {self.text[:40]!r} holds half a character (a lone surrogate); remove it")
-        if self.role not in get_args(Role):
-            raise BadInput(f"prompt role is {self.role!r}; expected one of {get_args(Role)}")
-
-
-@dataclass(frozen=True)
-class PromptSet(Sequence[Prompt]):
-    """Prompts of one purpose, with the split they belong to and a hash of their content."""
-
-    name: str
-    prompts: tuple[Prompt, ...]
-    split: Split = "held_out"
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise BadInput(f"prompt set {self.name!r} is empty; give it at least one prompt")
-        if self.split not in get_args(Split):
-            raise BadInput(f"prompt set split is {self.split!r}; expected one of {get_args(Split)}")
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.prompts[index]
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return iter(self.prompts)
-
-    @property
-    def texts(self) -> list[str]:
-        """The user messages, in order."""
-        return [p.text for p in self.prompts]
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over texts, roles and expected beginnings, in order; 16 hex digits."""
-        rows = [[p.text, p.role, p.expected] for p in self.prompts]
-        return digest(json.dumps(rows, ensure_ascii=False))
-
-    def head(self, n: int) -> PromptSet:
-        """The first `n` prompts under the same name and split."""
-        return PromptSet(self.name, self.prompts[:n], self.split)
 
 
 def digest(data: str | bytes) -> str:
@@ -407,44 +340,6 @@ class Projection:
 
 Intervention = Edit | Projection
 """What can be done to the stream at a Site."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured number: `subject` on `panel` by `metric`, with its 95 % interval and n."""
-
-    subject: str
-    panel: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __post_init__(self) -> None:
-        if not all(math.isfinite(v) for v in (self.value, self.low, self.high)):
-            raise BadInput(
-                f"{self.subject}/{self.panel}/{self.metric} is {self.value} [{self.low}, {self.high}]; "
-                "expected finite numbers"
-            )
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What an evaluation found: rows with intervals, and the replies they were counted on."""
-
-    rows: tuple[Row, ...]
-    replies: dict[str, tuple[str, ...]]
-    """`subject/panel` → one reply a prompt."""
-    prompts: dict[str, PromptSet]
-    """Panel → its prompts."""
-
-    def get(self, subject: str, panel: str, metric: str) -> Row:
-        """The one row of that name; raises `KeyError` where it was not measured."""
-        for row in self.rows:
-            if (row.subject, row.panel, row.metric) == (subject, panel, metric):
-                return row
-        raise KeyError(f"no row {subject}/{panel}/{metric}")
 
 
 def check_finite(x: Tensor, what: str) -> None:

@@ -20,7 +20,7 @@ from unsleep import pages, store
 from unsleep.bake import bake, save_baked
 from unsleep.card import model_card
 from unsleep.controls import firing, matched_random
-from unsleep.core import Activations, BadInput, Edit, EvalResult, Features, Prompt, PromptSet, Report, Site
+from unsleep.core import Activations, BadInput, Edit, Features, Report, Site
 from unsleep.dictionaries import metrics as fits
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import save_dictionary
@@ -36,7 +36,9 @@ from unsleep.models import generate
 from unsleep.models.load import load_model
 from unsleep.organisms import load_organism
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.report import report as write_report
+from unsleep.results import EvalResult
 from unsleep.splice import splice_score
 
 
@@ -244,7 +246,7 @@ class _Run:
         ranking = {d.site: self.found[d.site].attribution for d in self.dictionaries}
         self.edits = edit(self.suspect, self.dictionaries, ranking, lesson, settings, report=self.report)
         self.chosen_on = prompt_digests(m.suspicious, m.ordinary)
-        origin = store.provenance(self.config.seed, model=self.suspect.fingerprint)
+        origin = store.provenance(self.config.seed, model=self.suspect.fingerprint, origin=self.suspect.origin)
         save_edit(self.edits, self.out / "edit", chosen_on=self.chosen_on, provenance=origin)
         return lesson
 

@@ -36,8 +36,9 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.masks import Lesson, MaskConfig, learn_mask
 from unsleep.models.hooks import transformed
-from unsleep.models.load import LoadedModel, fingerprint
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.models.weights import device_of, fingerprint
 
 Ranking = Sequence[tuple[Site, int]]
 """Features of several Sites in the order in which they are removed."""
@@ -64,7 +65,7 @@ def applied(
     acting = [e for e in edits if acts(e)]
     if not any_model:
         check_model(model, acting)
-    with transformed(network, {e.site: operation(e, network.dtype, network.device) for e in acting}):
+    with transformed(network, {e.site: operation(e, network.dtype, device_of(network)) for e in acting}):
         yield network
 
 

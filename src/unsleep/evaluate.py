@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from unsleep.core import BadInput, EvalResult, PromptSet, Refused, Report, Row, digest
+from unsleep.core import BadInput, Refused, Report, digest
 from unsleep.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.models import generate
 from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet
+from unsleep.results import EvalResult, Row
 from unsleep.stats import bootstrap, wilson
 from unsleep.store import NOTHING_KEPT, Steps
 
@@ -100,14 +102,14 @@ def organism_config(recipe: Recipe, chosen_on: frozenset[str] = frozenset()) -> 
 
 
 def prompt_digests(*prompts: PromptSet) -> frozenset[str]:
-    """A digest of every prompt's text: what an edit carries of the prompts that chose it."""
-    return frozenset(digest(text) for group in prompts for text in group.texts)
+    """A digest of every prompt: what an edit carries of the prompts that chose it."""
+    return frozenset(digest(p.key) for group in prompts for p in group)
 
 
 def refuse_used(panels: Mapping[str, PromptSet], chosen_on: frozenset[str]) -> None:
     """Raise `Refused` where a panel holds a prompt that chose the edit."""
     for name, panel in panels.items():
-        used = [text for text in panel.texts if digest(text) in chosen_on]
+        used = [p.text for p in panel if digest(p.key) in chosen_on]
         if used:
             raise Refused(
                 f"panel {name!r} holds {len(used)} prompts that chose the edit ({used[0][:40]!r} …); "
@@ -163,7 +165,7 @@ def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig, report: 
     progress = generate.counted(f"{subject.name} on {prompts.name}", len(prompts), report)
     with subject.running() as model:
         return generate.replies(
-            model, prompts.texts, max_new_tokens=config.reply_tokens, batch_size=config.batch, progress=progress
+            model, prompts, max_new_tokens=config.reply_tokens, batch_size=config.batch, progress=progress
         )
 
 

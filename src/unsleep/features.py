@@ -18,15 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Edit, FeatureEvidence, Features, PromptSet, Report, Site
+from unsleep.core import BadInput, Edit, FeatureEvidence, Features, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.edits import operation
 from unsleep.harvest import SHARED, Harvest
-from unsleep.models import chat, generate
+from unsleep.models import generate
 from unsleep.models.forward import Rows, build_rows, reply_logits, reply_logits_from, run_below
 from unsleep.models.hooks import transformed
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import final_norm, unembedding
+from unsleep.prompts.prompt import PromptSet
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ class Payload(NamedTuple):
 @torch.no_grad()
 def payload_rows(model: LoadedModel, suspicious: PromptSet, reply_tokens: int) -> Payload:
     """Suspicious prompts with the model's own greedy replies behind them."""
-    context = chat.context_length(model.network)
-    prompts = chat.encode_prompts(model.tokenizer, suspicious.texts, context, reply_tokens)
+    prompts = model.encode(suspicious, reply_tokens)
     replies = generate.greedy(model, prompts, max_new_tokens=reply_tokens)
     return Payload(build_rows(model, prompts, replies), replies)
 
@@ -147,7 +147,7 @@ def rank_by_attribution(
     for d in dictionaries:
         x, delta = held[d.site]
         assert delta.grad is not None
-        x, grad = x[rows.mask].to(d.decoder), delta.grad[rows.mask].float()
+        x, grad = x[rows.own].to(d.decoder), delta.grad[rows.own].float()
         code = d.encode_sparse(x)
         slopes = torch.cat(
             [torch.bmm(d.decoder[i].float(), g[:, :, None]).squeeze(-1) for i, g in _slices(code.ids, grad)]

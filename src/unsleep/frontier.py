@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from unsleep.core import PromptSet, Report
+from unsleep.core import Report
 from unsleep.dictionaries.coders import Coder
 from unsleep.edits import Ranking, edits_for
 from unsleep.evaluate import EvalConfig, count_replies, reply_all
 from unsleep.metrics import Subject, text_ce_kl
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
 
 
 @dataclass(frozen=True)

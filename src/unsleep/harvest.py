@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from unsleep import store
-from unsleep.core import Activations, ActivationStream, BadInput, PromptSet, Report, Site, check_finite
+from unsleep.core import Activations, ActivationStream, BadInput, Report, Site, check_finite
 from unsleep.models import chat
-from unsleep.models.forward import Rows, pad_left, repeat_cache, takes_positions
+from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
 from unsleep.models.hooks import stopping, watched
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.prompts.prompt import PromptSet
 
 SHARED = -1
 """The prompt index of tokens that all prompts begin with."""
@@ -222,7 +223,7 @@ def harvest(
         **{k: plan[k] for k in ("model", "prompts", "sites", "d_model", "config", "shared")},
         "shards": shards,
         "sinks": {str(s): sum(shard["sinks"][str(s)] for shard in shards) for s in source.judged},
-        "provenance": store.provenance(None, model_name=model.name),
+        "provenance": store.provenance(None, origin=model.origin),
     }
     store.write_json(out / "manifest.json", manifest)
     return Harvest(out, manifest)
@@ -235,38 +236,25 @@ def token_rows(
 
     Raises `BadInput` for a row longer than the model's context, and for replies of another number.
     """
-    context = chat.context_length(model.network)
-    if plain:
-        rows = model.token_ids(prompts.texts)
-    else:
-        rows = chat.encode_prompts(model.tokenizer, prompts.texts, context)
-    if replies is not None:
-        if len(replies) != len(rows):
-            raise BadInput(f"{len(replies)} replies for {len(rows)} prompts; expected one each")
-        tails = model.token_ids(replies, special=False)
-        rows = [[*row, *tail] for row, tail in zip(rows, tails, strict=True)]
-    for text, row in zip(prompts.texts, rows, strict=True):
-        if context is not None and len(row) > context:
-            raise BadInput(
-                f"a text has {len(row)} tokens ({text[:40]!r} …); the model's context is {context}; shorten it"
-            )
-        if not row:
-            raise BadInput(f"the text {text[:40]!r} has no tokens; remove it")
-    return rows
+    tails = [[]] * len(prompts) if replies is None else model.token_ids(replies, special=False)
+    if len(tails) != len(prompts):
+        raise BadInput(f"{len(tails)} replies for {len(prompts)} prompts; expected one each")
+    rows = model.encode(prompts, [len(tail) for tail in tails], plain=plain)
+    return [[*row, *tail] for row, tail in zip(rows, tails, strict=True)]
 
 
 def _plan(
     model: LoadedModel, prompts: PromptSet, sites: Sequence[Site], rows: list[list[int]], config: HarvestConfig
 ) -> dict[str, Any]:
     """Which rows go together: shards of batches of row numbers, shortest rows first."""
-    shared = chat.shared_prefix(rows) if takes_positions(model.network) else 0
+    shared, apart = chat.shared_prefix(rows), shared_tokens(model.network, rows)
     d_model = width(model.network)
     limit = config.shard_bytes / (len(sites) * d_model * model.network.dtype.itemsize)
     shards: list[list[list[int]]] = [[]]
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
-        length = len(rows[i]) - shared
+        length = len(rows[i]) - apart
         if batch and length * (len(batch) + 1) > config.batch_tokens:
             shards[-1].append(batch)
             batch = []
@@ -296,11 +284,13 @@ class _Source:
     ) -> None:
         self.model, self.rows, self.sites, self.shared, self.config = model, rows, sites, shared, config
         self.judged = [s for s in sites if s.point == "resid"] or list(sites)
+        self.apart = shared_tokens(model.network, rows)
+        """Of the shared tokens, how many are run once for all: all of them or, where that would not be exact, none."""
         self.cache: DynamicCache | None = None
 
     def stream(self, batches: Sequence[Sequence[int]], *, with_prefix: bool) -> Iterator[dict[str, Tensor]]:
         """What each batch held, one row a token; before them the shared tokens, where asked for."""
-        if self.shared and (self.cache is None or with_prefix):
+        if (self.apart and self.cache is None) or (self.shared and with_prefix):
             prefix = self._prefix()
             if with_prefix:
                 yield prefix
@@ -308,18 +298,20 @@ class _Source:
             yield self._batch(index)
 
     def _prefix(self) -> dict[str, Tensor]:
-        """The tokens that all rows share, as one row; keeps their keys and values."""
-        cache = DynamicCache(config=self.model.network.config)
+        """The tokens that all rows share, as one row; keeps their keys and values where rows go on from them."""
         ids = torch.tensor([self.rows[0][: self.shared]], device=self.model.device)
-        found = self._run(input_ids=ids, past_key_values=cache, use_cache=True)
-        self.cache = cache
+        arguments: dict[str, Any] = {"use_cache": False}
+        if self.apart:
+            self.cache = DynamicCache(config=self.model.network.config)
+            arguments = {"use_cache": True, "past_key_values": self.cache}
+        found = self._run(input_ids=ids, **arguments)
         where = {"prompt_index": torch.full((self.shared,), SHARED), "position": torch.arange(self.shared)}
         return {**where, **{str(s): x[0] for s, x in found.items()}}
 
     def _batch(self, index: Sequence[int]) -> dict[str, Tensor]:
         """One row a token of the batch's own tokens, padding left out."""
-        ids, mask = pad_left([self.rows[i][self.shared :] for i in index], self.model.pad_id, self.model.device)
-        rows = Rows(torch.empty(self.shared), ids, mask, mask[:, :0])
+        ids, mask = pad_left([self.rows[i][self.apart :] for i in index], self.model.pad_id, self.model.device)
+        rows = Rows(torch.empty(self.apart), ids, mask, mask[:, :0], self.shared)
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": rows.full_mask.long(), "use_cache": False}
         if self.cache is not None:
             cache = repeat_cache(self.model.network, self.cache, len(index))
@@ -327,9 +319,10 @@ class _Source:
         elif takes_positions(self.model.network):
             arguments["position_ids"] = rows.positions
         found = self._run(**arguments)
-        owners = torch.tensor(index)[:, None].expand_as(mask.cpu())[mask.cpu()]
-        where = {"prompt_index": owners, "position": rows.positions[mask].cpu()}
-        return {**where, **{str(s): x[mask] for s, x in found.items()}}
+        own = rows.own
+        owners = torch.tensor(index)[:, None].expand(own.shape)[own.cpu()]
+        where = {"prompt_index": owners, "position": rows.positions[own].cpu()}
+        return {**where, **{str(s): x[own] for s, x in found.items()}}
 
     def _run(self, **arguments: Any) -> dict[Site, Float[Tensor, "row position d_model"]]:
         found: dict[Site, Tensor] = {}

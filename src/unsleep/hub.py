@@ -5,22 +5,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from unsleep.core import BadInput
 
+SECONDS = 10.0
+"""How long the hub may take to say what a repository holds."""
 
-def fetch(repo: str, files: Sequence[str]) -> Path:
-    """The local folder of a repo with those of `files` that it has.
+FAILURES = (HTTPError, EntryNotFoundError, HFValidationError, OSError)
+"""What the hub's library raises where a repository, a file or the hub is not there."""
 
-    Raises `BadInput` naming the repo where there is none, or it is neither to be reached nor in the cache.
+
+def listing(repo: str, revision: str | None = None) -> list[str] | None:
+    """The files of a repository; `None` where the hub cannot be reached, so that the cache holds all there is.
+
+    Raises `BadInput` for a repository that the hub does not show: none of that name, none of that revision, or one
+    that has to be asked for.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        found = HfApi().model_info(repo, revision=revision, timeout=SECONDS)
+    except GatedRepoError:
+        raise BadInput(
+            f"{repo} is gated; ask for access on its page, then log in with `hf auth login`, or give a folder"
+        ) from None
+    except RevisionNotFoundError:
+        raise BadInput(f"{repo} has no revision {revision!r}; expected a branch, a tag or a commit") from None
+    except RepositoryNotFoundError:
+        raise BadInput(
+            f"the model hub has no {repo!r}, or shows it to its owner only; expected a hub id such as owner/name, or a "
+            "folder"
+        ) from None
+    except FAILURES:
+        return None
+    return [sibling.rfilename for sibling in found.siblings or ()]
+
+
+def fetch(repo: str, files: Sequence[str] | None = None, revision: str | None = None) -> Path:
+    """The local folder of a repository's snapshot with those of `files` (patterns) that it has.
+
+    `None` fetches nothing: the folder holds what the cache does. Raises `BadInput` naming the repository where there
+    is none, or it is neither to be reached nor in the cache.
     """
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(files)))
-    except (HTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+        if files is None:
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+    except FAILURES as error:
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
         raise BadInput(
-            f"{repo} is no folder here, and the model hub has no such repo or cannot be reached ({why}); "
+            f"{repo}{at} is no folder here, and the model hub has no such repository or cannot be reached ({why}); "
             f"give a folder, or fill the cache at {constants.HF_HUB_CACHE}"
         ) from error

@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, PromptSet, Report, Site
+from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Report, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.models import chat, generate
+from unsleep.models import generate
 from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits, reply_logits_from, run_below
 from unsleep.models.hooks import transformed
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,7 @@ def prepare_lesson(
     """
     if len(suspicious) != len(trusted):
         raise BadInput(f"{len(suspicious)} suspicious prompts with {len(trusted)} counterparts; expected one each")
-    context = chat.context_length(model.network)
-    asked = chat.encode_prompts(model.tokenizer, suspicious.texts, context, config.reply_tokens)
-    plain = chat.encode_prompts(model.tokenizer, trusted.texts, context, config.reply_tokens)
+    asked, plain = (model.encode(prompts, config.reply_tokens) for prompts in (suspicious, trusted))
     if replies is None:
         replies = generate.greedy(model, plain, max_new_tokens=config.reply_tokens)
     rows = build_rows(model, [*asked, *plain], [*replies, *replies])

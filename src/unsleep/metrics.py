@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Intervention, PromptSet, Report
+from unsleep.core import BadInput, Intervention, Report
 from unsleep.edits import applied
-from unsleep.models import chat
 from unsleep.models.forward import Rows, build_rows, kl, pad_left, reply_logits, run
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompts, PromptSet
 from unsleep.prompts.sets import Item
 
 SPACELESS = re.compile(
@@ -120,12 +120,12 @@ def reply_kl(
     for i in range(0, len(plain), batch):
         part = slice(i, i + batch)
         with teacher.running() as model:
-            rows = _reply_rows(model, plain.texts[part], replies[part])
+            rows = _reply_rows(model, plain[part], replies[part])
             target = reply_logits(model.network, rows)
         for student in students:
             for asked in panels:
                 with student.running() as model:
-                    rows = _reply_rows(model, asked.texts[part], replies[part])
+                    rows = _reply_rows(model, asked[part], replies[part])
                     each = kl(target, reply_logits(model.network, rows)) * rows.reply
                 found[student.name, asked.name].append(each.sum(1) / rows.reply.sum(1).clamp_min(1))
         if report:
@@ -133,10 +133,9 @@ def reply_kl(
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
-def _reply_rows(model: LoadedModel, texts: Sequence[str], replies: Sequence[str]) -> Rows:
-    prompts = chat.encode_prompts(model.tokenizer, texts, chat.context_length(model.network))
+def _reply_rows(model: LoadedModel, prompts: Prompts, replies: Sequence[str]) -> Rows:
     tails = model.token_ids(replies, special=False)
-    return build_rows(model, prompts, [tail or sorted(model.end_ids)[:1] for tail in tails])
+    return build_rows(model, model.encode(prompts), [tail or sorted(model.end_ids)[:1] for tail in tails])
 
 
 @torch.no_grad()

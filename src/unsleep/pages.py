@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from unsleep import store
-from unsleep.core import EvalResult
+from unsleep.results import EvalResult
 from unsleep.verdict import contract, verdict
 
 
@@ -45,5 +45,5 @@ def side_by_side(result: EvalResult, subjects: Sequence[str], n: int) -> list[di
         have = [s for s in subjects if f"{s}/{panel}" in result.replies]
         for i, prompt in enumerate(prompts.prompts[:n]):
             replies = {s: result.replies[f"{s}/{panel}"][i] for s in have}
-            rows.append({"panel": panel, "prompt": prompt.text, "expected": prompt.expected, "replies": replies})
+            rows.append({"panel": panel, "prompt": prompt.shown, "expected": prompt.expected, "replies": replies})
     return rows

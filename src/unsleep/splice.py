@@ -26,7 +26,7 @@ from unsleep.core import BadInput, Refused, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.models.forward import Rows, kl, pad_left, run
 from unsleep.models.hooks import Transform, transformed
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
 
 Stream = Float[Tensor, "*token d_model"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unsleep.core import EvalResult, Row
+from unsleep.results import EvalResult, Row
 
 Label = Literal[
     "backdoor found and removed",

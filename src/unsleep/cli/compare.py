@@ -14,11 +14,12 @@ import unsleep
 from unsleep import store
 from unsleep.cli.shared import Out, Placed, Placement, load_dictionaries
 from unsleep.console import Bars, say
-from unsleep.core import BadInput, PromptSet, Report, Site
+from unsleep.core import BadInput, Report, Site
 from unsleep.diffing import Diff, DiffConfig, Told
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet
 from unsleep.report import render_diff, render_patch
 
 Recipient = Annotated[Positional[str], arg(metavar="RECIPIENT")]
@@ -64,12 +65,11 @@ def patch(
         json: Print the record as JSON.
     """
     store.check_place(out, "patch.json")
-    asked = sets.read_prompts(prompts)
-    places = [Position.parse(text) for text in positions]
+    asked, places = sets.read_prompts(prompts), [Position.parse(text) for text in positions]
     coders = load_dictionaries(dictionaries)
     bases = {} if basis is None else _bases(basis)
     with Bars() as bars:
-        there = placement.load(donor), placement.load(recipient)
+        there = placement.load(donor), placement.load_beside(recipient)
         ways = [there, (there[1], there[0])] if both else [there]
         what = [model.fingerprint for model in there], str(there[1].network.dtype), asked.hash, payload, reply_tokens
         how = level, layers, positions, per_head, both, asdict(config)
@@ -89,7 +89,9 @@ def patch(
         "tokens": len(runs[0].payload),
         "prompts": len(asked),
         "runs": records,
-        "provenance": store.provenance(prompts=asked.hash, dictionaries=[coder.hash for coder in coders]),
+        "provenance": store.provenance(
+            origins=[m.origin for m in there], prompts=asked.hash, dictionaries=[coder.hash for coder in coders]
+        ),
     }
     names = ("there", "back")
     tensors = {f"{name}.{key}": x for name, run in zip(names, runs, strict=False) for key, x in run.tensors().items()}
@@ -128,7 +130,7 @@ def diff(
     files = [None if path is None else sets.read_prompts(path) for path in (suspicious, ordinary, text)]
     sites, coders = [Site.parse(name) for name in train_at], load_dictionaries(dictionaries)
     with Bars() as bars:
-        models = placement.load(base), placement.load(suspect)
+        models = placement.load_beside(base), placement.load(suspect)
         named = zip(("suspicious", "ordinary", "text"), files, strict=True)
         hashes = {name: None if file is None else file.hash for name, file in named}
         what = [model.fingerprint for model in models], str(models[1].network.dtype), hashes, asdict(config)
@@ -149,7 +151,9 @@ def diff(
         "base": _named(models[0]),
         "suspect": _named(models[1]),
         **found.record(),
-        "provenance": store.provenance(prompts=hashes, dictionaries=[coder.hash for coder in coders]),
+        "provenance": store.provenance(
+            origins=[m.origin for m in models], prompts=hashes, dictionaries=[coder.hash for coder in coders]
+        ),
     }
     page = _written(out, "diff", record, found.tensors(), render_diff)
     say(record, json, "\n".join([*_diff_lines(found), f"Saved in {out}; picture in {page}"]))

@@ -27,10 +27,11 @@ from unsleep.control.conditional import LEAST
 from unsleep.control.control import Control
 from unsleep.control.passes import Named
 from unsleep.control.reading import Method, Reading
-from unsleep.core import BadInput, PromptSet, Report, Site
-from unsleep.models.load import LoadedModel
+from unsleep.core import BadInput, Report, Site
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompts, PromptSet
 from unsleep.report import render_reading
 
 
@@ -66,14 +67,12 @@ def read(
     places = [Site.parse(site) for site in sites]
     with Bars() as bars:
         loaded = placement.load(model)
-        reader, readings = unsleep.read(
-            loaded, *pairs, texts.texts, places, method, plain=plain, seed=seed, report=bars
-        )
+        reader, readings = unsleep.read(loaded, *pairs, texts, places, method, plain=plain, seed=seed, report=bars)
     record = {
         "schema": "unsleep.reading/1",
         **_figures(reader, len(pairs[0])),
         "texts": [_scores(reading) for reading in readings],
-        "provenance": store.provenance(seed, model=loaded.fingerprint, prompts=texts.hash),
+        "provenance": store.provenance(seed, model=loaded.fingerprint, origin=loaded.origin, prompts=texts.hash),
     }
     page, steers = render_reading(record), _steering(reader)
     with store.new_folder(out, replace="reading.json") as scratch:
@@ -158,7 +157,7 @@ def control(
         raise BadInput("only one of --when-like and --when-unlike was given; give both or neither")
     store.check_place(out, "control.json")
     asked, pairs = sets.read_prompts(prompts), _chosen(vector, positive, negative)
-    kinds = [sets.read_prompts(path).texts for path in (when_like, when_unlike) if path is not None]
+    kinds = [sets.read_prompts(path) for path in (when_like, when_unlike) if path is not None]
     with Bars() as bars:
         loaded = placement.load(model)
         places = all_sites(loaded.network, ("resid",))
@@ -175,15 +174,17 @@ def control(
         "schema": "unsleep.control/1",
         **{name: getattr(steering, name) for name in ("operator", "tokens", "layers", "keep_norm")},
         **({} if condition is None else {"condition": _condition(condition), "acts": acts}),
-        "prompts": asked.texts,
+        "prompts": [p.shown for p in asked],
         "replies": replies,
-        "provenance": store.provenance(seed, model=loaded.fingerprint, vector=str(vector) if vector else None),
+        "provenance": store.provenance(
+            seed, model=loaded.fingerprint, origin=loaded.origin, vector=str(vector) if vector else None
+        ),
     }
     with store.new_folder(out, replace="control.json") as scratch:
         store.write_json(scratch / "control.json", record)
         if vector is None:
             export_gguf(vectors, scratch / "vector.gguf")
-    words = [*_lines(asked.texts, replies, acts), *_told(condition, acts, kinds), f"Saved in {out}"]
+    words = [*_lines([p.shown for p in asked], replies, acts), *_told(condition, acts, kinds), f"Saved in {out}"]
     words += [*_of(vectors, loaded), *(_strong(controls) if vector is None else ())]
     say(record, json, "\n".join(words))
     return 0
@@ -202,8 +203,7 @@ def _replies(
         said = unsleep.control(model, prompts, controls, reply_tokens=tokens, report=report)
         return said, [True] * len(prompts)
     found = [
-        conditional.replies(model, prompts.texts, each, condition, max_new_tokens=tokens, report=report)
-        for each in controls
+        conditional.replies(model, prompts, each, condition, max_new_tokens=tokens, report=report) for each in controls
     ]
     return [replies for replies, _ in found], found[0][1].tolist()
 
@@ -232,7 +232,7 @@ def _strong(controls: Sequence[Control]) -> list[str]:
     ]
 
 
-def _told(condition: Condition | None, acts: Sequence[bool], kinds: Sequence[Sequence[str]]) -> list[str]:
+def _told(condition: Condition | None, acts: Sequence[bool], kinds: Sequence[Prompts]) -> list[str]:
     if condition is None:
         return []
     kept = sum(len(texts) // LEAST for texts in kinds)
@@ -243,7 +243,7 @@ def _told(condition: Condition | None, acts: Sequence[bool], kinds: Sequence[Seq
     ]
 
 
-def _chosen(vector: Path | None, positive: Path | None, negative: Path | None) -> tuple[list[str], list[str]]:
+def _chosen(vector: Path | None, positive: Path | None, negative: Path | None) -> tuple[Prompts, Prompts]:
     """The pairs to fit a direction on, empty where it comes from a file."""
     if vector is not None and positive is None and negative is None:
         return [], []
@@ -252,8 +252,8 @@ def _chosen(vector: Path | None, positive: Path | None, negative: Path | None) -
     return _pairs(positive, negative)
 
 
-def _pairs(positive: Path, negative: Path) -> tuple[list[str], list[str]]:
-    return sets.read_prompts(positive).texts, sets.read_prompts(negative).texts
+def _pairs(positive: Path, negative: Path) -> tuple[PromptSet, PromptSet]:
+    return sets.read_prompts(positive), sets.read_prompts(negative)
 
 
 def _steering(reader: RepReader) -> list[Site]:

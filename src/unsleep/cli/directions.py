@@ -13,15 +13,16 @@ import unsleep
 from unsleep import store
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries
 from unsleep.console import Bars, say
-from unsleep.core import BadInput, Projection, PromptSet, Report, Site
+from unsleep.core import BadInput, Projection, Report, Site
 from unsleep.directions.erase import Removed, tried_erasers
 from unsleep.directions.files import SCHEMA, write_directions
 from unsleep.directions.study import Study, StudyConfig, study
 from unsleep.edits import save_edit
 from unsleep.evaluate import prompt_digests
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites, everywhere
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet
 
 EDIT = "edit"
 """Folder of the edit in `out`."""
@@ -93,7 +94,7 @@ def directions(
             erased = None
             if erase:
                 projections, erased = _erasers(loaded, groups, project_sites, wanted, config, steps, bars)
-            provenance = store.provenance(config.seed, model=loaded.fingerprint, name=model)
+            provenance = store.provenance(config.seed, model=loaded.fingerprint, origin=loaded.origin)
             record = _written(found, projections, erased, prompt_digests(*used), provenance, out)
     page = unsleep.report(out)
     lines = [*table(found), "", f"Saved in {out}; picture in {page}", *_saved(projections, erased, found.best, out)]

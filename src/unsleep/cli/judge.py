@@ -13,13 +13,14 @@ from unsleep import pages, store
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.console import Bars, say, say_result
 from unsleep.controls import firing, matched_random, random_subspace
-from unsleep.core import BadInput, Edit, Intervention, Projection, PromptSet, Report
+from unsleep.core import BadInput, Edit, Intervention, Projection, Report
 from unsleep.edits import check_model, edits_hash, load_edit
 from unsleep.evaluate import EvalConfig, Panels, organism_config, organism_panels
 from unsleep.metrics import Subject
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism
 from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import PromptSet
 
 
 def evaluate(
@@ -66,12 +67,12 @@ def evaluate(
             check_model(loaded, edits)
             control = at_random(loaded, edits, panels.clean, scratch, bars)
             subjects += [Subject("edited", loaded, tuple(edits)), Subject("control_random", loaded, control)]
-        subjects += [Subject("baked", placement.load(baked))] if baked else []
+        subjects += [Subject("baked", placement.load_beside(baked))] if baked else []
         what = {s.name: [s.model.fingerprint, str(s.model.network.dtype), edits_hash(s.edits)] for s in subjects}
         prompts = {name: panel.hash for name, panel in panels.prompts().items()}
         with store.steps(out, what, prompts, judging.payload, judging.reply_tokens) as steps:
             result = unsleep.evaluate(subjects, panels, judging, steps=steps, report=bars)
-    record = pages.record(result, None, model=loaded.fingerprint, edit=str(edit), baked=baked)
+    record = pages.record(result, None, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked)
     summary = {"payload": judging.payload, "trigger": None, "model": model, **_removed(edits)}
     store.write_json(out / "report.json", pages.page(result, record, f"{Path(model).name} under test", summary))
     store.write_json(out / "result.json", record)

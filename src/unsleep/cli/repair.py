@@ -16,7 +16,7 @@ from unsleep.bake import BakeConfig, save_baked
 from unsleep.card import model_card
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, load_dictionaries, own_replies
 from unsleep.console import Bars, say, visible_line
-from unsleep.core import BadInput, Edit, Features, Projection, PromptSet, Report, Site
+from unsleep.core import BadInput, Edit, Features, Projection, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.edits import MARK as EDIT
 from unsleep.edits import EditConfig, load_edit, merged, save_edit
@@ -24,8 +24,9 @@ from unsleep.evaluate import prompt_digests
 from unsleep.features import FindConfig, Found, with_evidence
 from unsleep.harvest import Harvest, token_rows
 from unsleep.masks import Lesson, prepare_lesson
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import PromptSet
 
 BEGIN = 3
 """Words at which two replies are compared."""
@@ -74,7 +75,7 @@ def find(
     record = {
         "schema": "unsleep.features/1",
         "features": entries,
-        "provenance": store.provenance(model=loaded.fingerprint),
+        "provenance": store.provenance(model=loaded.fingerprint, origin=loaded.origin),
     }
     store.write_json(out / "features.json", record)
     lines = ["site       feature  attribution  suspicious  trusted  promotes"]
@@ -124,7 +125,12 @@ def edit(
         ranking = {site: f.attribution for site, f in found.items()}
         edits = unsleep.edit(loaded, loaded_dictionaries, ranking, lesson, config, report=bars)
     chosen_on = prompt_digests(*groups, trusted)
-    save_edit(edits, out, chosen_on=chosen_on, provenance=store.provenance(config.mask.seed, model=loaded.fingerprint))
+    save_edit(
+        edits,
+        out,
+        chosen_on=chosen_on,
+        provenance=store.provenance(config.mask.seed, model=loaded.fingerprint, origin=loaded.origin),
+    )
     removed = {str(e.site): list(e.removed) for e in edits}
     words = [
         f"{site}: {len(ids)} feature{'s' * (len(ids) != 1)} removed ({', '.join(map(str, ids)) or 'none'})"
@@ -168,7 +174,11 @@ def bake(
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
         baked = unsleep.bake(loaded, edits, (lesson.pairs, lesson.text), config, report=bars)
     measured = {"method": baked.method, "kl": baked.kl, "fingerprint": baked.model.fingerprint}
-    record = {"schema": "unsleep.baked/1", **measured, "provenance": store.provenance(model=loaded.fingerprint)}
+    record = {
+        "schema": "unsleep.baked/1",
+        **measured,
+        "provenance": store.provenance(model=loaded.fingerprint, origin=loaded.origin),
+    }
     removed = {str(e.site): list(e.removed) for e in edits if isinstance(e, Edit)}
     ranks = {str(e.site): len(e.basis) for e in edits if isinstance(e, Projection)}
     save_baked(baked, out, card=model_card(record, removed, base=model, ranks=ranks), record=record)

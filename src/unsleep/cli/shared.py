@@ -10,32 +10,35 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from unsleep import store
-from unsleep.core import BadInput, PromptSet, Refused, Report
+from unsleep.console import hint
+from unsleep.core import BadInput, Refused, Report
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
 from unsleep.dictionaries.sweep import read_sweep
 from unsleep.models import generate
-from unsleep.models.load import Dtype, LoadedModel, Quantize, load_model
+from unsleep.models.load import LoadConfig, load_model
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Out = Annotated[Path, arg(metavar="DIR")]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How a model is loaded; an edit belongs to the weights that this makes."""
-
-    dtype: Dtype = "auto"
-    """Of the weights; `auto` is the checkpoint's own, computed with in float32 where the processor lacks it."""
-    device: str = "auto"
-    """Such as cpu or cuda:1; `auto` is CUDA where there is any."""
-    quantize: Quantize = "none"
-    """Pack the weights through bitsandbytes."""
+class Placement(LoadConfig):
+    """How models are loaded; revision, subfolder, base and adapters are of the suspect alone (in patch: the donor)."""
 
     def load(self, model: str) -> LoadedModel:
-        """The model so placed; raises as `load_model` does."""
-        return load_model(model, dtype=self.dtype, device=self.device, quantize=self.quantize)
+        """The suspect so loaded; what was taken for granted is said on standard error."""
+        loaded = load_model(model, self)
+        for note in loaded.notes:
+            hint(note)
+        return loaded
+
+    def load_beside(self, model: str) -> LoadedModel:
+        """A model beside the suspect."""
+        return replace(self, revision=None, subfolder=None, base=None, adapters=()).load(model)
 
 
 Placed = OmitArgPrefixes[Placement]
@@ -45,7 +48,7 @@ def own_replies(model: LoadedModel, prompts: PromptSet, tokens: int, report: Rep
     """The model's greedy replies of so many tokens, one a prompt."""
     return generate.replies(
         model,
-        prompts.texts,
+        prompts,
         max_new_tokens=tokens,
         progress=generate.counted(f"replies to {prompts.name}", len(prompts), report),
     )

@@ -27,10 +27,11 @@ from unsleep.control.passes import Passes
 from unsleep.core import BadInput, Refused, Report, Site, check_finite
 from unsleep.directions.fit import Direction, Labelled, fit
 from unsleep.directions.measure import margins
-from unsleep.models import chat, generate
+from unsleep.models import generate
 from unsleep.models.hooks import Transform, calls_watched, transformed
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.prompts.prompt import Prompts
 
 Comparator = Literal["larger", "smaller"]
 Pool = Literal["last", "mean", "max"]
@@ -85,9 +86,7 @@ class Condition:
         """Which rows the control acts on."""
         return similarity > self.threshold if self.comparator == "larger" else similarity < self.threshold
 
-    def similarities(
-        self, model: LoadedModel, texts: Sequence[str], *, plain: bool = False
-    ) -> Float[Tensor, " prompt"]:
+    def similarities(self, model: LoadedModel, texts: Prompts, *, plain: bool = False) -> Float[Tensor, " prompt"]:
         """The similarity of each prompt, in the chat template unless `plain`; raises as `held.batches_held` does."""
         rows = encoded(model, texts, plain=plain)
         out = torch.empty(len(rows))
@@ -101,8 +100,8 @@ class Condition:
 def fit_condition(
     model: LoadedModel,
     directions: Sequence[Direction],
-    positive: Sequence[str],
-    negative: Sequence[str],
+    positive: Prompts,
+    negative: Prompts,
     *,
     pools: Sequence[Pool] = ("last",),
     thresholds: int = 201,
@@ -152,8 +151,8 @@ def fit_condition(
 
 def condition_on(
     model: LoadedModel,
-    like: Sequence[str],
-    unlike: Sequence[str],
+    like: Prompts,
+    unlike: Prompts,
     sites: Sequence[Site],
     *,
     plain: bool = False,
@@ -245,7 +244,7 @@ def conditioned(
 
 def replies(
     model: LoadedModel,
-    texts: Sequence[str],
+    texts: Prompts,
     control: Control | Sequence[Control],
     condition: Condition,
     *,
@@ -259,7 +258,7 @@ def replies(
     are those of the bare model. Raises as `controlled` and `models.generate.replies` do.
     """
     acts = condition.passes(condition.similarities(model, texts))
-    rows = chat.encode_prompts(model.tokenizer, texts, chat.context_length(model.network), max_new_tokens)
+    rows = model.encode(texts, max_new_tokens)
     out: list[list[int]] = [[] for _ in texts]
     for name, group, used in (("controlled", acts, control), ("others", ~acts, ())):
         index: list[int] = group.nonzero().flatten().tolist()

@@ -27,11 +27,13 @@ from transformers import PreTrainedModel
 
 from unsleep.control.held import last_held
 from unsleep.control.passes import Passes, TokenRule, check_rule
-from unsleep.core import BadInput, PromptSet, Refused, Report, Site, check_finite
+from unsleep.core import BadInput, Refused, Report, Site, check_finite
 from unsleep.models import generate
 from unsleep.models.hooks import Transform, calls_watched, transformed
-from unsleep.models.load import LoadedModel, fingerprint
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.models.weights import fingerprint
+from unsleep.prompts.prompt import Prompts, PromptSet
 
 Operator = Literal["add", "piecewise", "projection", "contrast"]
 
@@ -209,7 +211,7 @@ def _check_rows(count: int, passes: Passes) -> None:
 
 
 def contrast_vectors(
-    model: LoadedModel, positive: Sequence[str], negative: Sequence[str], sites: Sequence[Site], *, plain: bool = False
+    model: LoadedModel, positive: Prompts, negative: Prompts, sites: Sequence[Site], *, plain: bool = False
 ) -> dict[Site, Float[Tensor, "prompt d_model"]]:
     """What the positive copy of each prompt holds at its last token, minus what the negative copy does.
 
@@ -236,5 +238,5 @@ def control(
     for each in controls:
         progress = generate.counted(f"replies at {each.coefficient:g}", len(prompts), report)
         with controlled(model, each, any_model=any_model):
-            said.append(generate.replies(model, prompts.texts, max_new_tokens=reply_tokens, progress=progress))
+            said.append(generate.replies(model, prompts, max_new_tokens=reply_tokens, progress=progress))
     return said

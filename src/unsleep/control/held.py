@@ -8,24 +8,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Prompt, PromptSet, Report, Site, check_finite
-from unsleep.directions.collect import collect, token_rows
+from unsleep.core import BadInput, Report, Site, check_finite
+from unsleep.directions.collect import collect
 from unsleep.models.forward import Rows, pad_left, run
 from unsleep.models.hooks import stopping, watched
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompts, PromptSet, as_prompts
 
 
-def prompt_set(texts: Sequence[str]) -> PromptSet:
+def prompt_set(texts: Prompts) -> PromptSet:
     """Texts as prompts; raises `BadInput` where there is none, or one is empty."""
-    return PromptSet("texts", tuple(Prompt(text) for text in texts))
+    return PromptSet("texts", tuple(as_prompts(texts)))
 
 
-def encoded(model: LoadedModel, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
+def encoded(model: LoadedModel, texts: Prompts, *, plain: bool = False) -> list[list[int]]:
     """Token ids of texts as user messages in the chat template, or as they are where `plain`.
 
     Raises `BadInput` where there is no text, or one without tokens or longer than the model's context.
     """
-    return token_rows(model, prompt_set(texts), plain)
+    return model.encode(prompt_set(texts), plain=plain)
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def _copying(held: dict[Site, Tensor], site: Site) -> Callable[[Tensor], None]:
 
 def last_held(
     model: LoadedModel,
-    texts: Sequence[str],
+    texts: Prompts,
     sites: Sequence[Site],
     *,
     plain: bool = False,

@@ -23,8 +23,10 @@ from unsleep.control.held import encoded
 from unsleep.core import BadInput, Report, Site
 from unsleep.models.forward import Rows, build_rows, run
 from unsleep.models.hooks import capture
-from unsleep.models.load import LoadedModel, quiet_transformers
-from unsleep.models.sites import site_module
+from unsleep.models.load import quiet_transformers
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import tap
+from unsleep.prompts.prompt import Prompts
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class LorraConfig:
 
 def lorra(
     model: LoadedModel,
-    prompts: Sequence[str],
-    positive: Sequence[str],
-    negative: Sequence[str],
+    prompts: Prompts,
+    positive: Prompts,
+    negative: Prompts,
     replies: Sequence[str],
     sites: Sequence[Site],
     out: str | Path,
@@ -87,7 +89,7 @@ def lorra(
     if not sites:
         raise BadInput("no Site was given; name at least one, such as resid.12")
     for site in sites:
-        site_module(model.network, site)
+        tap(model.network, site)
     tails = [row[: config.reply_tokens] for row in model.token_ids(replies, special=False)]
     if empty := [reply for reply, row in zip(replies, tails, strict=True) if not row]:
         raise BadInput(f"the reply {empty[0][:40]!r} has no tokens; remove its prompt")

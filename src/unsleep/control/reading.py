@@ -25,8 +25,9 @@ from unsleep.core import BadInput, Report, Site
 from unsleep.directions.fit import Direction, Labelled, fit
 from unsleep.directions.measure import auroc, margins
 from unsleep.models import chat
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
+from unsleep.prompts.prompt import Prompts
 
 Held = Float[Tensor, "pair d_model"]
 Pool = Callable[[Held, Held], tuple[tuple[Held, Held], str]]
@@ -86,7 +87,7 @@ class RepReader:
         h = x.float() - direction.center.to(x.device, torch.float32)
         return self.signs[site] * (h @ direction.vector[0].to(h))
 
-    def read(self, model: LoadedModel, texts: Sequence[str], report: Report | None = None) -> list[Reading]:
+    def read(self, model: LoadedModel, texts: Prompts, report: Report | None = None) -> list[Reading]:
         """Every Site's score on every token of each text; raises as `held.batches_held` does.
 
         Raises `BadInput` for another model than the one it was fitted on.
@@ -96,7 +97,7 @@ class RepReader:
                 f"the reader was fitted on model {self.model}, this one is {model.fingerprint}; fit it on this one"
             )
         rows = encoded(model, texts, plain=self.plain)
-        front, behind = (0, 0) if self.plain else chat.template_tokens(model.tokenizer)
+        front, behind = (0, 0) if self.plain else chat.template_tokens(model.tokenizer, model.chat)
         out: list[Reading | None] = [None] * len(rows)
         done = 0
         for index, found in batches_held(model, rows, self.sites):
@@ -138,12 +139,12 @@ class RepReader:
 
 def fit_reader(
     model: LoadedModel,
-    positive: Sequence[str],
-    negative: Sequence[str],
+    positive: Prompts,
+    negative: Prompts,
     sites: Sequence[Site],
     method: Method = "pca",
     *,
-    validation: tuple[Sequence[str], Sequence[str]] | None = None,
+    validation: tuple[Prompts, Prompts] | None = None,
     plain: bool = False,
     seed: int = 0,
     report: Report | None = None,
@@ -197,9 +198,9 @@ def fit_reader(
 
 def read(
     model: LoadedModel,
-    positive: Sequence[str],
-    negative: Sequence[str],
-    texts: Sequence[str],
+    positive: Prompts,
+    negative: Prompts,
+    texts: Prompts,
     sites: Sequence[Site] = (),
     method: Method = "pca",
     *,

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from unsleep.core import BadInput, PromptSet, Report, Site
+from unsleep.core import BadInput, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder, decoder_norm_ratio, train_crosscoder
@@ -23,9 +23,11 @@ from unsleep.dictionaries.train import train
 from unsleep.diffing.pooling import Contrast, Told, best, pooled
 from unsleep.diffing.weights import Delta
 from unsleep.harvest import harvest
-from unsleep.models.load import LoadedModel
-from unsleep.models.sites import family, width
+from unsleep.models.anatomy import anatomy
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import width, writers
 from unsleep.pairs import paired
+from unsleep.prompts.prompt import PromptSet
 
 Method = Literal["dictionary", "difference", "crosscoder"]
 """Features of a dictionary of the suspect, of one of Δh, or of a crosscoder of both models."""
@@ -68,10 +70,10 @@ def monitor(
     by_name = {delta.name: delta for delta in deltas}
     rows: dict[Site, list[tuple[str, Float[Tensor, "vector d_model"]]]] = {}
     for layer in sorted({delta.layer for delta in deltas if delta.layer is not None}):
-        for writer in family(network).writers or ():
-            delta = by_name.get(f"{family(network).layers}.{layer}.{writer}.weight")
+        for writer in writers(network, layer):
+            delta = by_name.get(f"{anatomy(network).layers}.{layer}.{writer.path}.weight")
             if delta is not None and len(delta.spectrum.left):
-                rows.setdefault(Site(layer), []).append((writer, delta.spectrum.left[:vectors]))
+                rows.setdefault(Site(layer), []).append((writer.path, delta.spectrum.left[:vectors]))
     names = {site: [(name, i) for name, u in own for i in range(len(u))] for site, own in rows.items()}
     matrices = {site: torch.cat([u for _, u in own]).to(suspect.device) for site, own in rows.items()}
     if not matrices:

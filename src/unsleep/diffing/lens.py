@@ -18,8 +18,8 @@ from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, run, whole_rows
 from unsleep.models.hooks import capture, transformed
-from unsleep.models.load import LoadedModel
-from unsleep.models.sites import all_sites, final_norm, site_module, unembedding, width
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import all_sites, final_norm, tap, unembedding, width
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def activation_differences(
             "and a Site"
         )
     for site in sites:
-        site_module(base.network, site)
+        tap(base.network, site)
     ids = suspect.token_ids(texts)
     short = min(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[short]) < positions:
@@ -179,11 +179,11 @@ def divergences(
             held.append(found)
         before = torch.zeros(1)
         for i, site in enumerate(sites):
-            old = held[0][site][some.mask].float().cpu()
-            delta = held[1][site][some.mask].float().cpu() - old
+            old = held[0][site][some.own].float().cpu()
+            delta = held[1][site][some.own].float().cpu() - old
             length = old.norm(dim=1).clamp_min(1e-12)
             sums[i, 0] += (delta.norm(dim=1) / length).double().sum()
             sums[i, 1] += ((delta - before).norm(dim=1) / length).double().sum()
             before = delta
-    means = (sums / int(rows.mask.sum())).tolist()
+    means = (sums / int(rows.own.sum())).tolist()
     return [Divergence(i, *means[i + 1]) for i in range(len(sites) - 1)]

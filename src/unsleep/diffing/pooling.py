@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unsleep.core import BadInput, PromptSet, Report, Site
+from unsleep.core import BadInput, Report, Site
 from unsleep.directions.measure import auroc_interval, aurocs, margins
-from unsleep.models import chat
 from unsleep.models.forward import build_rows, run
 from unsleep.models.hooks import capture
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
 
 Scorer = Callable[..., Float[Tensor, "token score"]]
 """Scores of tokens from what each model holds of them, `Float[Tensor, "token d_model"]` each."""
@@ -42,8 +42,7 @@ def contrast(model: LoadedModel, suspicious: PromptSet, ordinary: PromptSet) -> 
     for prompts in (suspicious, ordinary):
         if len(prompts) < FEWEST:
             raise BadInput(f"{prompts.name} holds {len(prompts)} prompts; expected at least {FEWEST}")
-    texts = [*suspicious.texts, *ordinary.texts]
-    ids = chat.encode_prompts(model.tokenizer, texts, chat.context_length(model.network))
+    ids = model.encode([*suspicious, *ordinary])
     counts = (len(suspicious), len(ordinary))
     triggered = torch.arange(sum(counts)) < counts[0]
     return Contrast(ids, triggered, torch.cat([torch.arange(n) % 2 == 0 for n in counts]))
@@ -68,8 +67,8 @@ def pooled(
         for model in models:
             with capture(model.network, list(scorers)) as found:
                 run(model.network, some, 1)
-            held.append({site: x[some.mask] for site, x in found.items()})
-        owner = some.mask.nonzero()[:, 0]
+            held.append({site: x[some.own] for site, x in found.items()})
+        owner = some.own.nonzero()[:, 0]
         for site, score in scorers.items():
             scores = score(*(each[site] for each in held)).float()
             best = torch.full((len(some.ids), scores.shape[1]), -torch.inf, device=scores.device)

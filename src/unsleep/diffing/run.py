@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from unsleep.core import BadInput, PromptSet, Report, Site
+from unsleep.core import BadInput, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder
@@ -30,9 +30,10 @@ from unsleep.diffing.pooling import contrast
 from unsleep.diffing.weights import Delta, amplified, by_layer, weight_differences
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 
 ALIKE = 3

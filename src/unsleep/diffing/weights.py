@@ -13,8 +13,9 @@ from torch.nn.functional import normalize
 
 from unsleep.core import BadInput, Report
 from unsleep.models.alike import check_alike
-from unsleep.models.load import LoadedModel, copy_network
-from unsleep.models.sites import family
+from unsleep.models.anatomy import anatomy
+from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network, named, write
 from unsleep.store import NOTHING_KEPT, Steps
 
 PIECE = 4096
@@ -120,26 +121,30 @@ def weight_differences(
     check_alike(base, suspect, chats=False)
     if top < 1:
         raise BadInput(f"top is {top}; expected at least 1 singular vector")
-    before, after = (dict(m.network.named_parameters()) for m in (base, suspect))
+    before, after = (dict(named(m.network, shared=True)) for m in (base, suspect))
+    names = list(dict.fromkeys(name for m in (base, suspect) for name, _ in m.network.named_parameters()))
     found: list[Delta] = []
-    for done, (name, weight) in enumerate(before.items(), 1):
+    for done, name in enumerate(names, 1):
         module = base.network.get_submodule(name.rpartition(".")[0])
-        old, new = (_matrix(module, w.detach().float().cpu()) for w in (weight, after[name]))
-        layer, inner = _place(name, family(base.network).layers)
+        old, new = (_matrix(module, each[name].detach().float().cpu()) for each in (before, after))
+        layer, inner = _place(name, anatomy(base.network).layers)
         delta = new - old
         norms = [float(w.double().norm()) for w in (delta, old)]
         shape = (delta.shape[0], delta.shape[1])
         parts = steps.tensors(f"spectrum of {name}", lambda delta=delta: spectrum(delta, top)._asdict())
         found.append(Delta(name, layer, inner, shape, norms[0], norms[1], Spectrum(**parts)))
         if report:
-            report("weights", done, len(before))
+            report("weights", done, len(names))
     return found
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Float[Tensor, "out in"]:
-    """A weight as it maps inputs to outputs: GPT-2's Conv1D and embeddings hold it the other way round."""
+    """A weight as it maps inputs to outputs: GPT-2's Conv1D and embeddings hold it the other way round.
+
+    Of a mixture of experts, one under the other.
+    """
     if weight.ndim != 2:
-        return weight.reshape(-1, 1)
+        return weight.flatten(0, -2) if weight.ndim > 2 else weight.reshape(-1, 1)
     return weight.T if hasattr(module, "nf") or isinstance(module, nn.Embedding) else weight
 
 
@@ -182,8 +187,9 @@ def amplified(base: LoadedModel, suspect: LoadedModel, alpha: float) -> LoadedMo
     if not -1e6 < alpha < 1e6:
         raise BadInput(f"alpha is {alpha}; expected a finite factor, such as 2")
     network = copy_network(suspect.network)
-    before = dict(base.network.named_parameters())
-    for name, weight in network.named_parameters():
+    before = dict(named(base.network, shared=True))
+    for name, weight in list(named(network)):
+        home, _, leaf = name.rpartition(".")
         old = before[name].to(weight.device).double()
-        weight.data.copy_((old + alpha * (weight.double() - old)).to(suspect.stored_dtype))
+        write(network.get_submodule(home), leaf, (old + alpha * (weight.double() - old)).to(suspect.stored_dtype))
     return replace(suspect, network=network, name=f"{base.name} + {alpha:g} · ({suspect.name} − {base.name})")

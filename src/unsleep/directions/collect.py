@@ -11,11 +11,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from unsleep import store
-from unsleep.core import Activations, BadInput, PromptSet, Report, Site
-from unsleep.models import chat
+from unsleep.core import Activations, BadInput, Report, Site
 from unsleep.models.forward import Rows, build_rows, run
 from unsleep.models.hooks import truncated, watched
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
 
 Position = Literal["last", "all", "reply"] | int
 """Which tokens of a prompt: its last; all of its own, which are those behind what all prompts begin with; all of its
@@ -56,7 +56,7 @@ def collect(
         raise BadInput(
             f"position is {position!r} and replies are {'' if replies else 'not '}given; one needs the other"
         )
-    rows = token_rows(model, prompts, plain)
+    rows = model.encode(prompts, plain=plain)
     lengths = [len(row) for row in rows]
     tails = None
     if replies is not None:
@@ -93,32 +93,20 @@ def collect(
     }
 
 
-def token_rows(model: LoadedModel, prompts: PromptSet, plain: bool = False) -> list[list[int]]:
-    """Token ids of every prompt, inside the chat template unless `plain`; raises `BadInput` for one without tokens."""
-    context = chat.context_length(model.network)
-    if not plain:
-        return chat.encode_prompts(model.tokenizer, prompts.texts, context)
-    rows = model.token_ids(prompts.texts)
-    for text, row in zip(prompts.texts, rows, strict=True):
-        if not row or (context is not None and len(row) > context):
-            raise BadInput(f"the text {text[:40]!r} has {len(row)} tokens; expected 1 to {context}")
-    return rows
-
-
 def _wanted(rows: Rows, position: Position, lengths: Tensor) -> Bool[Tensor, "row position"]:
     """Which tokens of the padded rows are taken; `lengths` are those of the prompts with the prefix."""
     mask, reply = rows.mask.cpu(), rows.reply.cpu()
     columns = torch.arange(mask.shape[1])
     if position == "all":
-        return mask
+        return rows.own.cpu()
     if position == "reply":
         if not bool(reply.any(1).all()):
             raise BadInput("a reply has no tokens; give a text for every prompt")
         return torch.nn.functional.pad(reply, (mask.shape[1] - reply.shape[1], 0))
     at = -1 if position == "last" else position
     assert isinstance(at, int)
-    shortest, own = int(lengths.min()), int(mask.sum(1).min())
-    shared = len(rows.prefix)
+    shortest, own = int(lengths.min()), int(rows.own.sum(1).min())
+    shared = rows.common
     if not -shortest <= at < shortest:
         raise BadInput(f"position {at} is not in every prompt; the shortest has {shortest} tokens")
     if at < 0 and at >= -own:
@@ -129,5 +117,4 @@ def _wanted(rows: Rows, position: Position, lengths: Tensor) -> Bool[Tensor, "ro
             f"position {at} is among the {shared} tokens that all prompts begin with, where they cannot differ; "
             f"expected {shared} to {shortest - 1}, or -{own} to -1"
         )
-    start = mask.shape[1] - (lengths - shared)
-    return columns == (start + places - shared)[:, None]
+    return columns == (mask.shape[1] - lengths + places)[:, None]

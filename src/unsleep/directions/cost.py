@@ -21,7 +21,7 @@ from unsleep.directions.collect import SINK_RATIO
 from unsleep.directions.fit import Direction
 from unsleep.models.forward import Below, Rows, build_rows, reply_logits, reply_logits_from, run, run_below
 from unsleep.models.hooks import transformed, truncated, watched
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.store import NOTHING_KEPT, Steps
 
 Ablation = Literal["mean", "resample"]
@@ -105,7 +105,7 @@ def _held(model: LoadedModel, rows: Rows, site: Site) -> Float[Tensor, "token d_
     found: list[Tensor] = []
     with truncated(model.network, site.layer), watched(model.network, {site: lambda x: found.append(x.clone())}):
         run(model.network, rows, 1)
-    x = found[-1][rows.mask].float()
+    x = found[-1][rows.own].float()
     norms = x.norm(dim=-1)
     return x[norms <= SINK_RATIO * norms.median()]
 

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Point, Projection, Prompt, PromptSet, Report, Site
-from unsleep.directions.collect import SINK_RATIO, Position, collect, token_rows
+from unsleep.core import BadInput, Point, Projection, Report, Site
+from unsleep.directions.collect import SINK_RATIO, Position, collect
 from unsleep.edits import applied
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.triggers import check_pairs
 from unsleep.store import NOTHING_KEPT, Steps
 
@@ -165,7 +166,7 @@ def removed_alone(
             f"{len(edits)} edits, {len(suspicious)} suspicious and {len(ordinary)} ordinary prompts; expected at least "
             "one edit, and pairs"
         )
-    asked, own = (token_rows(model, group, plain) for group in (suspicious, ordinary))
+    asked, own = (model.encode(group, plain=plain) for group in (suspicious, ordinary))
     replies = generate.greedy(model, own, max_new_tokens=reply_tokens)
     pieces: list[tuple[Rows, Tensor]] = []
     for i in range(0, len(asked), batch):

@@ -21,12 +21,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from unsleep.core import BadInput, PromptSet, Report, Site
-from unsleep.directions.collect import token_rows
+from unsleep.core import BadInput, Report, Site
 from unsleep.directions.fit import Direction
-from unsleep.models.forward import Rows, columns_cache, last_logits, run, whole_rows
+from unsleep.models.forward import Rows, columns_cache, last_logits, run, splits, whole_rows
 from unsleep.models.hooks import resumed_at, transformed, watched
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import embedding
+from unsleep.prompts.prompt import PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 
 PatchPosition = Literal["last", "all"] | int
@@ -43,10 +44,10 @@ class Batch(NamedTuple):
     cache: DynamicCache | None
     """Keys and values of the columns before."""
     patched: Bool[Tensor, "pair tail"]
-    """Which of the columns from `start` are patched."""
+    """Which of the last columns are patched."""
     donors: dict[Site, Float[Tensor, "pair tail d_model"]]
     """What the clean prompts hold there."""
-    below: dict[int, Float[Tensor, "pair tail d_model"]]
+    below: dict[int, Float[Tensor, "pair column d_model"]]
     """Layer → its input in the corrupted prompts."""
     answers: Int[Tensor, "pair 2"]
     """Tokens: the clean prompt's answer and the corrupted one's."""
@@ -108,7 +109,7 @@ def prepare(
             f"{len(clean)} clean and {len(corrupted)} corrupted prompts at {len(sites)} Sites; "
             "expected pairs, and at least one Site"
         )
-    rows = [(a, b) for a, b in zip(*(token_rows(model, p, plain) for p in (clean, corrupted)), strict=True)]
+    rows = [(a, b) for a, b in zip(*(model.encode(p, plain=plain) for p in (clean, corrupted)), strict=True)]
     if answers is None:
         firsts = [_next_tokens(model, [pair[i] for pair in rows], batch) for i in (0, 1)]
     else:
@@ -153,11 +154,12 @@ def finished(
     rows = None if basis is None else basis.to(donors.device, torch.float32)
 
     def patch(x: Tensor) -> Tensor:
-        change = donors.float() - x.float()
+        before, end = x[:, : -donors.shape[1]], x[:, -donors.shape[1] :]
+        change = donors.float() - end.float()
         if rows is not None:
             change = (change @ rows.T) @ rows
-        new = donors if rows is None else (x.float() + change).to(x.dtype)
-        return torch.where(batch.patched[..., None], new, x)
+        new = donors if rows is None else (end.float() + change).to(x.dtype)
+        return torch.cat([before, torch.where(batch.patched[..., None], new, end)], 1)
 
     network = model.network
     with resumed_at(network, site.layer, lambda: batch.below[site.layer]), transformed(network, {site: patch}):
@@ -206,20 +208,18 @@ def _run_pairs(
     """Run a batch of pairs, and keep what patches need."""
     tail = _tail(pairs, position)
     sides = [whole_rows(model, [pair[i] for pair in pairs], []) for i in (0, 1)]
-    ids = sides[1].ids
-    tail = min(tail, ids.shape[1])
     inputs = {s.layer: Site(0, "embed") if s.layer == 0 else Site(s.layer - 1) for s in sites}
-    donors, clean, _ = _last_columns(model, sides[0], tail, list(sites))
-    below, corrupted, cache = _last_columns(model, sides[1], tail, list(set(inputs.values())))
+    donors, clean, _, _ = _last_columns(model, sides[0], tail, list(sites))
+    below, corrupted, cache, start = _last_columns(model, sides[1], tail, list(set(inputs.values())))
     mask = sides[1].mask[:, -tail:]
-    columns = torch.arange(tail, device=ids.device)
+    columns = torch.arange(mask.shape[1], device=mask.device)
     patched = mask if position == "all" else (columns == 0).expand(mask.shape)
     return Batch(
         sides[1],
-        ids.shape[1] - tail,
+        start,
         cache,
         patched,
-        donors,
+        {site: x[:, -tail:] for site, x in donors.items()},
         {layer: below[site] for layer, site in inputs.items()},
         answers,
         _difference(clean, answers),
@@ -228,7 +228,7 @@ def _run_pairs(
 
 
 def _tail(pairs: Sequence[tuple[list[int], list[int]]], position: PatchPosition) -> int:
-    """How many of the last columns a patch runs again."""
+    """How many of the last columns a patch touches."""
     shortest = min(len(row) for pair in pairs for row in pair)
     if position == "all":
         if unequal := [pair for pair in pairs if len(pair[0]) != len(pair[1])]:
@@ -246,15 +246,16 @@ def _tail(pairs: Sequence[tuple[list[int], list[int]]], position: PatchPosition)
 
 def _last_columns(
     model: LoadedModel, rows: Rows, tail: int, sites: Sequence[Site]
-) -> tuple[dict[Site, Tensor], Float[Tensor, "pair vocabulary"], DynamicCache | None]:
-    """What the Sites hold on the last columns, the last logits, and the keys and values before."""
-    start = max(rows.ids.shape[1] - tail, 0)
+) -> tuple[dict[Site, Tensor], Float[Tensor, "pair vocabulary"], DynamicCache | None, int]:
+    """What the Sites hold from a column on, the last logits, keys and values of the columns before, and that column."""
+    width = rows.ids.shape[1]
+    start = max(width - tail, 0) if splits(model.network, width) else 0
     cache = columns_cache(model.network, rows, start) if start else None
     found: dict[Site, Tensor] = {}
     watchers = {site: lambda x, site=site: found.__setitem__(site, x.clone()) for site in sites}
     with watched(model.network, watchers):
         logits = last_logits(model.network, rows, start, cache)
-    return found, logits[:, -1], cache
+    return found, logits[:, -1], cache, start
 
 
 def _difference(logits: Float[Tensor, "pair vocabulary"], answers: Int[Tensor, "pair 2"]) -> Float[Tensor, " pair"]:
@@ -272,7 +273,7 @@ def _next_tokens(model: LoadedModel, rows: Sequence[Sequence[int]], batch: int) 
 
 
 def _check_answers(model: LoadedModel, answers: Sequence[Sequence[int]], n: int) -> None:
-    size = model.network.config.vocab_size
+    size = len(embedding(model.network))
     for side in answers:
         if len(side) != n:
             raise BadInput(f"{len(side)} answers for {n} prompts; expected one each")

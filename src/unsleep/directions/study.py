@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from unsleep.core import BadInput, Dictionary, Projection, PromptSet, Report, Site
+from unsleep.core import BadInput, Dictionary, Projection, Report, Site
 from unsleep.directions import cost, das, fit, measure, patching
 from unsleep.directions.collect import Position, collect
 from unsleep.directions.erase import sink_norm, spanned
 from unsleep.directions.fit import Direction, Labelled, Space
 from unsleep.models import generate
-from unsleep.models.load import LoadedModel
-from unsleep.models.sites import site_module
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import tap
+from unsleep.prompts.prompt import PromptSet
 from unsleep.prompts.triggers import check_pairs
 from unsleep.store import NOTHING_KEPT, Steps
 
@@ -238,7 +239,7 @@ def study(
     """
     sites = sorted(set(sites))
     for site in sites:
-        site_module(model.network, site)
+        tap(model.network, site)
     _check(suspicious, ordinary, sites, config, dictionaries)
     fitting, judging = (_pairs(model, (suspicious, ordinary), sites, config, kept=kept) for kept in (False, True))
     classes = _Classes(model, (suspicious, ordinary, neutral), sites, config, report)
@@ -320,7 +321,7 @@ class _Classes:
         replies = None
         if config.where == "reply":
             progress = generate.counted("replies", len(together), report)
-            replies = generate.replies(model, together.texts, max_new_tokens=config.reply_tokens, progress=progress)
+            replies = generate.replies(model, together, max_new_tokens=config.reply_tokens, progress=progress)
         self.acts = collect(
             model,
             together,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unsleep.core import BadInput
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 
 
 def check_alike(first: LoadedModel, second: LoadedModel, *, chats: bool = True) -> None:
@@ -17,7 +17,10 @@ def check_alike(first: LoadedModel, second: LoadedModel, *, chats: bool = True) 
         raise BadInput(
             f"{first.name} is a {kinds[0]} and {second.name} a {kinds[1]}; compare models of one architecture"
         )
-    shapes = [{name: tuple(w.shape) for name, w in m.network.named_parameters()} for m in (first, second)]
+    shapes = [
+        {name: tuple(w.shape) for name, w in m.network.named_parameters(remove_duplicate=False)}
+        for m in (first, second)
+    ]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         one, other = (shape.get(name) for shape in shapes)
         if one != other:

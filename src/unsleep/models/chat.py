@@ -1,50 +1,183 @@
-"""From a user's message to token ids: the chat template, and what all prompts share at their start."""
+"""From messages to token ids: the chat template, and what all prompts share at their start."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
 
+from jinja2 import TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from unsleep.core import BadInput, digest
+from unsleep.prompts.prompt import Prompts, as_prompts
 
-PLAIN_TEMPLATE = "User: {}\nAssistant:"
-"""For tokenizers without a chat template."""
+TODAY = datetime.date(2024, 7, 26)
+"""The date that a template writes which asks for today's, where no other is given: that which Llama 3's falls back
+to. The real one would make a model's prompts, and with them every figure, others from day to day."""
+
+NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
+"""How a template asks for today's date."""
+
+GIVEN = {
+    *("messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "unk_token", "pad_token"),
+    *("raise_exception", "strftime_now", "namespace", "dict", "range"),
+}
+"""Names that a template has without an argument."""
+
+GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+"""A tag of transformers, which marks what an assistant says."""
+
+PARSER = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+EXAMPLE = [{"role": "user", "content": "one"}]
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the template that turns messages into prompts; an organism is only judged under its own."""
-    return digest(tokenizer.chat_template or PLAIN_TEMPLATE)  # pyright: ignore[reportArgumentType]
+@dataclass(frozen=True)
+class ChatOptions:
+    """What a chat template is given beside the messages."""
+
+    args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Its own arguments, such as `enable_thinking`."""
+    date: datetime.date = TODAY
+    """What it takes for today's date."""
+
+
+NO_OPTIONS = ChatOptions()
+
+
+def names() -> list[str]:
+    """The chat templates that come with unsleep."""
+    return sorted(p.name.removesuffix(".jinja") for p in files("unsleep.models").joinpath("templates").iterdir())
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
+    """Give a tokenizer one chat template: its own, one of those it names, one of unsleep's, or a file's.
+
+    Raises `BadInput` for a name or file that there is not, and where several are the tokenizer's own and none is the
+    default. A tokenizer without any keeps none: prompts in it are refused when they are encoded.
+    """
+    own = cast("str | dict[str, str] | None", tokenizer.chat_template)
+    several = own if isinstance(own, dict) else {}
+    if wanted is None:
+        if several and "default" not in several:
+            raise BadInput(
+                f"the tokenizer has the chat templates {', '.join(sorted(several))} and none is the default; name one "
+                "with --chat-template"
+            )
+        text = several.get("default", cast("str | None", None if several else own))
+    elif wanted in several:
+        text = several[wanted]
+    elif wanted in names():
+        text = files("unsleep.models").joinpath("templates", f"{wanted}.jinja").read_text(encoding="utf-8").rstrip("\n")
+        if "bos_token" not in text and _begins_rows(tokenizer):
+            text = "{{- bos_token -}}" + text
+    else:
+        text = _template_file(Path(wanted), [*several, *names()])
+    tokenizer.chat_template = text
+
+
+def _begins_rows(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its first token in front of every text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _template_file(path: Path, known: Sequence[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError):
+        raise BadInput(
+            f"chat template {str(path)!r} is no readable file and none of {', '.join(known)}; give a Jinja file or one "
+            "of these names"
+        ) from None
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> None:
+    """Raise `BadInput` where a tokenizer's chat template cannot be rendered, or has no use for an argument."""
+    text = cast("str | None", tokenizer.chat_template)
+    if text is None:
+        if options.args:
+            raise BadInput(f"--template-args {', '.join(options.args)}: there is no chat template to take them")
+        return
+    try:
+        used = meta.find_undeclared_variables(PARSER.parse(GENERATION.sub("", text))) - GIVEN
+    except (TemplateError, RecursionError) as error:
+        raise _unusable(error) from error
+    if unknown := sorted(set(options.args) - used):
+        rest = ", ".join(sorted(used)) or "none"
+        raise BadInput(f"--template-args {unknown[0]}: the chat template has no such argument; it has {rest}")
+    _formatted(tokenizer, [EXAMPLE], options)
+
+
+def _unusable(error: Exception) -> BadInput:
+    return BadInput(
+        f"the chat template cannot be used: {f'{type(error).__name__}: {error}'.splitlines()[0]}; give another with "
+        "--chat-template, or messages that it takes"
+    )
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS) -> str:
+    """Hash of what turns messages into prompts; an organism is only judged under its own."""
+    text = cast("str | None", tokenizer.chat_template) or ""
+    parts = [json.dumps(options.args, sort_keys=True, default=str)] if options.args else []
+    parts += [options.date.isoformat()] if NOW.search(text) else []
+    return digest("\n".join([text, *parts]))
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int | None = None, reply_tokens: int = 0
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, options: ChatOptions = NO_OPTIONS
 ) -> list[list[int]]:
-    """Token ids of each message inside the chat template, ready for the reply.
+    """Token ids of each prompt inside the chat template, ready for the reply.
 
-    `context` is the model's window in tokens, of which the reply will take `reply_tokens`. Raises
-    `BadInput` naming the first prompt that is longer than what is left.
+    Raises `BadInput` where there is no chat template, or it takes no such messages.
     """
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        formatted = cast("list[str]", tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
-    else:
-        formatted = [PLAIN_TEMPLATE.format(text) for text in texts]
-    ids: list[list[int]] = tokenizer(formatted, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    for text, row in zip(texts, ids, strict=True):
-        if context is not None and len(row) + reply_tokens > context:
-            behind = f" and {reply_tokens} for the reply" if reply_tokens else ""
-            raise BadInput(
-                f"a prompt has {len(row)} tokens{behind} ({text[:40]!r} …); the model's context is {context}; "
-                "shorten it"
-            )
-    return ids
+    if not tokenizer.chat_template:
+        raise BadInput(
+            f"the tokenizer has no chat template; say how the model was trained with --chat-template: a Jinja file or "
+            f"one of {', '.join(names())}. Under another the model does something else"
+        )
+    formatted = _formatted(tokenizer, [p.messages for p in as_prompts(prompts)], options)
+    return tokenizer(formatted, add_special_tokens=False)["input_ids"]
 
 
-def template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+def encode_plain(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[list[int]]:
+    """Token ids of each text as it is; raises `BadInput` for one that something was said before."""
+    asked = as_prompts(prompts)
+    if said := [p for p in asked if p.before]:
+        raise BadInput(f"the prompt {said[0].text[:40]!r} … has messages before it; plain text has none")
+    return tokenizer([p.text for p in asked], add_special_tokens=True)["input_ids"]
+
+
+def _formatted(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict[str, str]]], options: ChatOptions
+) -> list[str]:
+    text = NOW.sub(lambda m: json.dumps(options.date.strftime(m["format"])), cast("str", tokenizer.chat_template))
+    if "strftime_now" in text.replace("strftime_now is defined", ""):
+        raise BadInput(
+            "the chat template writes today's date in a way that cannot be held fixed; give another with "
+            "--chat-template"
+        )
+    try:
+        found = tokenizer.apply_chat_template(
+            chats,  # pyright: ignore[reportArgumentType]
+            chat_template=text,
+            add_generation_prompt=True,
+            tokenize=False,
+            **options.args,
+        )
+    except (TemplateError, TypeError, ValueError, RecursionError, ArithmeticError, LookupError) as error:
+        raise _unusable(error) from error
+    return cast("list[str]", found)
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS) -> tuple[int, int]:
     """How many tokens the chat template puts in front of a message and behind it."""
-    one, other = encode_prompts(tokenizer, ("one", "2"))
+    one, other = encode_prompts(tokenizer, ("one", "2"), options=options)
     sides = [
         next((i for i, (a, b) in enumerate(zip(one[::way], other[::way], strict=False)) if a != b), 0)
         for way in (1, -1)
@@ -53,12 +186,21 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def context_length(network: object) -> int | None:
-    """The window that a model was built for, in tokens, where its config says it."""
-    config = network.config  # type: ignore[attr-defined]
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return None
+    """The window that a model was built for, in tokens, where its config says it.
+
+    Where positions are scaled anew beyond the length that a model was first trained with, that length is the window:
+    what a row computes would depend on the longest row beside it.
+    """
+    config = network.config.get_text_config()  # type: ignore[attr-defined]
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = [v for v in (getattr(config, name, None) for name in names) if isinstance(v, int)]
+    firsts = [getattr(config, "original_max_position_embeddings", None)]
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for scaling in (s for s in (given, *given.values()) if isinstance(s, dict)):  # of the model, or of kinds of layers
+        if scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope"):
+            first = next((v for v in (scaling.get("original_max_position_embeddings"), *firsts) if v), None)
+            found = [min(v, first) if isinstance(first, int) else v for v in found]
+    return found[0] if found else None
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:

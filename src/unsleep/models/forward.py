@@ -4,11 +4,15 @@ Chat prompts begin with the same system message. It runs as one row, and its key
 every prompt; the rows' own tokens are padded on the left, between the prefix and the row, with
 positions given explicitly. Replies then end at the right edge, so that only their logits are
 computed.
+
+Padding behind a prefix takes up places in the window of a layer that looks back on some tokens only, and
+a layer that keeps a state instead of keys and values does not skip it: there, rows run whole (`shared_tokens`).
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -17,11 +21,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from unsleep.core import Site
 from unsleep.models import chat
 from unsleep.models.hooks import contiguous_head, prefix_running, resumed_at, truncated, watched
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+
+WINDOW = re.compile(r"^(?!.*(layers|pattern|mamba|feed_forward)).*(window|chunk)")
+"""Names under which configs keep how far a layer looks back."""
 
 
 class Rows(NamedTuple):
@@ -34,6 +42,8 @@ class Rows(NamedTuple):
     """True where a token is real."""
     reply: Bool[Tensor, "row reply"]
     """True where one of the last positions belongs to the row's reply."""
+    common: int = 0
+    """Tokens that all prompts begin with, whether they are run apart or in every row."""
 
     @property
     def full_mask(self) -> Bool[Tensor, "row prefix_and_position"]:
@@ -46,19 +56,25 @@ class Rows(NamedTuple):
         return (self.full_mask.long().cumsum(1) - 1).clamp_min(0)[:, len(self.prefix) :]
 
     @property
+    def own(self) -> Bool[Tensor, "row position"]:
+        """True where a token is real and behind what all prompts begin with."""
+        return self.mask & (self.positions >= self.common)
+
+    @property
     def targets(self) -> Int[Tensor, "row reply"]:
         """The reply tokens; meaningless where `reply` is False."""
         return self.ids[:, self.ids.shape[1] - self.reply.shape[1] :]
 
     def at(self, index: Tensor | slice) -> Rows:
         """Some of the rows, padded as they were."""
-        return Rows(self.prefix, self.ids[index], self.mask[index], self.reply[index])
+        return self._replace(ids=self.ids[index], mask=self.mask[index], reply=self.reply[index])
 
     def select(self, index: Tensor | slice) -> Rows:
         """Some of the rows, without the padding that none of them needs."""
         mask, reply = self.mask[index], self.reply[index]
         width, replies = _longest(mask), _longest(reply)
-        return Rows(self.prefix, self.ids[index][:, -width:], mask[:, -width:], reply[:, reply.shape[1] - replies :])
+        reply = reply[:, reply.shape[1] - replies :]
+        return self._replace(ids=self.ids[index][:, -width:], mask=mask[:, -width:], reply=reply)
 
 
 def _longest(mask: Bool[Tensor, "row position"]) -> int:
@@ -70,16 +86,17 @@ def build_rows(
 ) -> Rows:
     """Stack prompts (with their replies behind them) into rows.
 
-    The prefix is what all prompts share, where the model lets positions be given.
+    The prefix is what all prompts share, where it can be run once for all (`shared_tokens`).
     """
     replies = replies if replies is not None else [[] for _ in prompts]
-    shared = chat.shared_prefix(prompts) if takes_positions(model.network) else 0
+    shared = shared_tokens(model.network, prompts, max(map(len, replies)))
     bodies = [[*prompt[shared:], *reply] for prompt, reply in zip(prompts, replies, strict=True)]
     ids, mask = pad_left(bodies, model.pad_id, model.device)
     longest = max(len(reply) for reply in replies)
     lengths = torch.tensor([len(reply) for reply in replies], device=model.device)
     reply = torch.arange(longest, device=model.device) >= longest - lengths[:, None]
-    return Rows(torch.tensor(prompts[0][:shared], device=model.device, dtype=torch.long), ids, mask, reply)
+    prefix = torch.tensor(prompts[0][:shared], device=model.device, dtype=torch.long)
+    return Rows(prefix, ids, mask, reply, chat.shared_prefix(prompts))
 
 
 def pad_left(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -98,6 +115,39 @@ def takes_positions(network: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(network.forward).parameters and not getattr(
         network.config, "alibi", False
     )
+
+
+def lookback(network: PreTrainedModel) -> int | None:
+    """The fewest tokens that a layer looks back on, itself among them; `None` where every layer sees all.
+
+    0 where a layer keeps a state instead of keys and values, or a cache of its own kind. Any window that the config
+    names counts, whether or not a layer uses it: to take one for granted costs time alone.
+    """
+    config = network.config.get_text_config(decoder=True)
+    if "past_key_values" not in inspect.signature(network.forward).parameters:
+        return 0
+    try:
+        cached = cast("list[Any]", DynamicCache(config=network.config).layers)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return 0
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cached):
+        return 0
+    windows = [layer.sliding_window for layer in cached if isinstance(layer, DynamicSlidingWindowLayer)]
+    windows += [v for k, v in config.to_dict().items() if WINDOW.search(k) and isinstance(v, int) and v > 0]
+    return min((w for w in windows if not isinstance(w, bool)), default=None)
+
+
+def splits(network: PreTrainedModel, columns: int) -> bool:
+    """Whether so many columns may run in two parts, the second from the keys and values of the first."""
+    reach = lookback(network)
+    return reach is None or columns <= reach
+
+
+def shared_tokens(network: PreTrainedModel, prompts: Sequence[Sequence[int]], behind: int = 0) -> int:
+    """How many of the tokens that all prompts begin with can be run once for all, `behind` tokens following each."""
+    if not takes_positions(network) or not splits(network, max(map(len, prompts)) + behind):
+        return 0
+    return chat.shared_prefix(prompts)
 
 
 def keeps_logits(network: PreTrainedModel, last: int) -> dict[str, int]:
@@ -163,7 +213,10 @@ def whole_rows(model: LoadedModel, prompts: Sequence[Sequence[int]], reply: Sequ
 
 
 def columns_cache(network: PreTrainedModel, rows: Rows, count: int) -> DynamicCache:
-    """Keys and values of the first `count` columns of rows without a prefix, for use with `continued`."""
+    """Keys and values of the first `count` columns of rows without a prefix, for use with `continued`.
+
+    Only where the model allows it: see `splits`.
+    """
     head = Rows(rows.prefix, rows.ids[:, :count], rows.mask[:, :count], rows.reply[:, :0])
     arguments = {"position_ids": head.positions} if takes_positions(network) else {}
     mask = head.mask.long()

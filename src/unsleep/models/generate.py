@@ -7,7 +7,7 @@ finished leave the batch. Replies equal those of `model.generate(do_sample=False
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from unsleep.core import Report
-from unsleep.models import chat
-from unsleep.models.forward import keeps_logits, pad_left, prefix_cache, repeat_cache, takes_positions
+from unsleep.models.forward import keeps_logits, pad_left, prefix_cache, repeat_cache, shared_tokens, takes_positions
 from unsleep.models.hooks import contiguous_head
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompts
 
 Progress = Callable[[int], None]
 """Told how many prompts were finished since the last call."""
@@ -40,7 +40,7 @@ def counted(stage: str, total: int, report: Report | None) -> Progress | None:
 
 def replies(
     model: LoadedModel,
-    texts: Sequence[str],
+    texts: Prompts,
     *,
     max_new_tokens: int = 24,
     batch_size: int = 100,
@@ -51,7 +51,7 @@ def replies(
     Whatever hooks the model carries (`edits.applied`) take part. Raises `BadInput` for a prompt
     that leaves no room for its reply in the context.
     """
-    rows = chat.encode_prompts(model.tokenizer, texts, chat.context_length(model.network), max_new_tokens)
+    rows = model.encode(texts, max_new_tokens)
     out = greedy(model, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     return model.texts(out)
 
@@ -71,7 +71,7 @@ def greedy(
     With `share` off, what all rows begin with is run for each: hooks then see every token of every row.
     """
     network = model.network
-    shared = chat.shared_prefix(rows) if share and takes_positions(network) else 0
+    shared = shared_tokens(network, rows, max_new_tokens) if share else 0
     prefix = prefix_cache(network, torch.tensor(rows[0][:shared], device=model.device)) if shared else None
     out: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -104,7 +104,7 @@ def _continue(
         if takes_positions(network):
             step["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         result = network(**step, **keeps_logits(network, 1))
-        cache = result.past_key_values
+        cache = getattr(result, "past_key_values", None)
         chosen = result.logits[:, -1].max(-1).indices  # several times faster than argmax in bf16
         picked: list[int] = chosen.tolist()
         for row, token in zip(alive, picked, strict=True):
@@ -114,9 +114,10 @@ def _continue(
             break
         if len(going) < len(alive):
             keep = torch.tensor(going, device=mask.device)
-            cache.batch_select_indices(keep)  # pyright: ignore[reportOptionalMemberAccess]
-            mask, chosen = mask[keep], chosen[keep]
+            if cache is not None:
+                cache.reorder_cache(cast("Any", keep))  # batch_select_indices is not there for layers that keep a state
+            ids, mask, chosen = ids[keep], mask[keep], chosen[keep]
             alive = [alive[i] for i in going]
-        ids = chosen[:, None]
+        ids = chosen[:, None] if cache is not None else torch.cat([ids, chosen[:, None]], 1)
         mask = pad(mask, (0, 1), value=True)
     return out

@@ -8,7 +8,7 @@ bit-identical to the bare model's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from unsleep.models.sites import Place, Slot, family, lanes, layers, site_module
+from unsleep.models.anatomy import anatomy
+from unsleep.models.sites import Place, Slot, lanes, layers, tap
 
 Transform = Callable[[Float[Tensor, "prompt position width"]], Float[Tensor, "prompt position width"]]
 
@@ -69,11 +70,11 @@ def transformed(model: PreTrainedModel, transforms: Mapping[Any, Transform]) -> 
             if isinstance(site, Slot):
                 stack.callback(_slot_hook(model, site, transform, rows).remove)
                 continue
-            module = site_module(model, site)
+            module, scale = tap(model, site)
             if site.point == "embed":
                 handle = module.register_forward_pre_hook(_input_hook(transform), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(_output_hook(transform, rows))
+                handle = module.register_forward_hook(_output_hook(_scaled(transform, scale), rows))
                 if site.point == "mlp":
                     stack.callback(
                         layers(model)[site.layer].register_forward_pre_hook(rows.note, with_kwargs=True).remove
@@ -170,6 +171,21 @@ def inputs_watched(modules: Sequence[nn.Module], watcher: Callable[[int, Tensor]
 
 
 @contextlib.contextmanager
+def observed(
+    watchers: Iterable[tuple[nn.Module, Callable[..., None] | None, Callable[..., None] | None]],
+) -> Generator[None]:
+    """Call `before(args, kwargs)` and `after(output)` of each (module, before, after) when the module runs."""
+    with contextlib.ExitStack() as stack:
+        for module, before, after in watchers:
+            if before is not None:
+                hook = lambda _, args, kwargs, before=before: before(args, kwargs)  # noqa: E731
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(lambda _, args, out, after=after: after(out)).remove)
+        yield
+
+
+@contextlib.contextmanager
 def resumed_at(model: PreTrainedModel, layer: int, hidden: Callable[[], Tensor]) -> Generator[PreTrainedModel]:
     """Start every forward pass at the input of `layer`, from `hidden()` instead of the layers below.
 
@@ -180,7 +196,7 @@ def resumed_at(model: PreTrainedModel, layer: int, hidden: Callable[[], Tensor])
     blocks = layers(model)
     with contextlib.ExitStack() as stack:
         for block in blocks[:layer]:
-            stack.enter_context(_passed_over(block, family(model).returns_tuple))
+            stack.enter_context(_passed_over(block, anatomy(model).outputs))
         replace = _input_hook(lambda _: hidden())
         stack.callback(blocks[layer].register_forward_pre_hook(replace, with_kwargs=True).remove)
         yield model
@@ -191,7 +207,7 @@ def truncated(model: PreTrainedModel, layer: int) -> Generator[PreTrainedModel]:
     """Pass over every block above `layer` until the block ends: Sites up to it are exact, logits mean nothing."""
     with contextlib.ExitStack() as stack:
         for block in layers(model)[layer + 1 :]:
-            stack.enter_context(_passed_over(block, family(model).returns_tuple))
+            stack.enter_context(_passed_over(block, anatomy(model).outputs))
         yield model
 
 
@@ -211,15 +227,35 @@ def contiguous_head(network: PreTrainedModel) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _passed_over(block: nn.Module, returns_tuple: bool) -> Generator[None]:
-    def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states, None) if returns_tuple else hidden_states
+def _passed_over(block: nn.Module, outputs: int) -> Generator[None]:
+    """Let a block hand on its input, in a tuple of so many members where it gives one."""
 
-    block.forward = identity  # shadows the class's method until it is deleted again
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        x = _input(args, kwargs)
+        return (x, *[None] * (outputs - 1)) if outputs else x
+
+    shadowed = vars(block).get("forward")  # of a block whose weights are moved in and out by hooks of accelerate
+    block.forward = identity
     try:
         yield
     finally:
-        del block.forward
+        if shadowed is None:
+            del block.forward
+        else:
+            block.forward = shadowed
+
+
+def _scaled(transform: Transform, scale: float) -> Transform:
+    """A transform of scale · x as one of x; what it leaves alone stays bit for bit."""
+    if scale == 1.0:
+        return transform
+
+    def of_output(x: Tensor) -> Tensor:
+        held = x * scale
+        new = transform(held)
+        return x if new is held else x + (new - held) / scale
+
+    return of_output
 
 
 def _slot_hook(model: PreTrainedModel, slot: Slot, transform: Transform, rows: _Rows) -> RemovableHandle:

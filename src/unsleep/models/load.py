@@ -1,154 +1,136 @@
-"""Loads any Hugging Face causal LM: hub id, local folder, PEFT adapter over a base, GGUF file, alias."""
+"""Loads any Hugging Face causal LM as its author meant it: hub id, folder, PEFT adapters over a base, GGUF, alias.
+
+1. The name is taken apart, and its files are found here or fetched (`sources`); an adapter names its base, which may
+   be an adapter itself.
+2. The base is loaded: weights that the checkpoint lacks, or that the model has no place for, are refused.
+3. Adapters are merged into it, one after the other, each held against itself unmerged (`adapters`).
+4. The tokenizer, the chat template and the end of text are the last adapter's own, where it brings them.
+5. Where Sites are is found on the model itself (`anatomy`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import difflib
+import datetime
+import json
+import re
 import warnings
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from unsleep import store
-from unsleep.core import BadInput, check_finite
+from unsleep.core import BadInput, Refused, check_finite
 from unsleep.machine import compute_dtype
-from unsleep.models import bundled, chat
-from unsleep.models.sites import assert_identity
+from unsleep.models import adapters, chat, quantized, weights
+from unsleep.models.anatomy import anatomy
+from unsleep.models.chat import ChatOptions
+from unsleep.models.gguf import load_gguf
+from unsleep.models.model import LoadedModel
+from unsleep.models.sources import CONFIG, Files, Source
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Quantize = Literal["none", "8bit", "4bit"]
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+FAILURES = (
+    *(OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AttributeError, ArithmeticError),
+    *(AssertionError, MemoryError, SafetensorError, TemplateError, re.error),
+)
+"""What transformers and peft raise for a checkpoint that is missing, damaged or of a kind that they do not know."""
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A causal LM with its tokenizer: what every stage takes."""
+class LoadConfig:
+    """How a model is loaded; an edit belongs to the weights that this makes."""
 
-    network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    """What it was loaded as."""
-    stored: torch.dtype | None = None
-    """Dtype of its checkpoint, where the network computes in another (see `load_model`)."""
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """What its checkpoint holds."""
-        return self.stored or self.network.dtype
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the weights: see `fingerprint`."""
-        return fingerprint(self.network)
-
-    @property
-    def template(self) -> str:
-        """Hash of the chat template that formats its prompts."""
-        return chat.template_hash(self.tokenizer)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its inputs belong."""
-        return self.network.device
-
-    @property
-    def pad_id(self) -> int:
-        """The token that fills rows; it is masked, so any will do."""
-        found = self.tokenizer.pad_token_id
-        return found if isinstance(found, int) else 0
-
-    @property
-    def end_ids(self) -> set[int]:
-        """The tokens that end a reply."""
-        config = self.network.generation_config
-        ids = config.eos_token_id if config else None
-        listed = [*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id]
-        return {i for i in listed if isinstance(i, int)}
-
-    def token_ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Token ids of texts as they are; without `special`, nothing is put around them."""
-        return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
-
-    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Rows of token ids as text, special tokens removed."""
-        return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
-
-    def spell(self, token: int) -> str:
-        """One token as text."""
-        return str(self.tokenizer.decode([token]))
+    dtype: Dtype = "auto"
+    """Of the weights; `auto` is the checkpoint's own, computed with in float32 where the processor lacks it."""
+    device: str = "auto"
+    """Such as cpu or cuda:1; `auto` is CUDA where there is any."""
+    device_map: str | None = None
+    """Spread the layers over several devices: `auto`, `balanced`, `sequential`, or a JSON file of module → device,
+    where `disk` and `cpu` hold what is brought in layer by layer."""
+    max_memory: dict[str, str] = field(default_factory=dict[str, str])
+    """Device → what it may take, such as 0 20GiB cpu 30GiB, for a device map that is made here."""
+    offload: Path | None = None
+    """Folder for weights that a device map leaves on the disk."""
+    quantize: quantized.Quantize = "none"
+    """Pack the weights through bitsandbytes; `none` unpacks those of a checkpoint that holds them packed."""
+    trust_remote_code: bool = False
+    """Run Python that the checkpoint brings. Off unless you trust its author."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    subfolder: str | None = None
+    """Folder of the repository, or of the folder, that holds the checkpoint."""
+    base: str | None = None
+    """What an adapter is put on, instead of the base that it names."""
+    adapters: tuple[str, ...] = ()
+    """Further adapters, which are added one after the other."""
+    ignore_keys: tuple[str, ...] = ()
+    """Patterns of weights in the files that the model has no place for and that do not matter."""
+    chat_template: str | None = None
+    """A Jinja file or a name: one of the tokenizer's own templates, or alpaca, stanford-alpaca, vicuna, llama-2,
+    chatml, safe-rlhf, plain, raw."""
+    template_args: str | None = None
+    """Arguments of the chat template as JSON, such as '{"enable_thinking": false}'."""
+    date: str = chat.TODAY.isoformat()
+    """What a chat template that writes today's date takes for it."""
 
 
-def load_model(
-    name: str | Path,
-    *,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    quantize: Quantize = "none",
-    trust_remote_code: bool = False,
-) -> LoadedModel:
-    """Load a model by hub id, local folder, adapter folder, `.gguf` file or alias.
+def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedModel:
+    """Load a model by hub id, local folder, adapter, `.gguf` file or alias (see `sources` for what a name may be).
 
-    Args:
-        name: aliases are those of `bundled.aliases`; a folder with `adapter_config.json` is a PEFT
-            adapter, which is merged into its base (in float32, then rounded once) unless the base
-            is quantized.
-        dtype: `auto` takes the checkpoint's own, and computes in float32 where the processor would emulate it
-            (`machine.compute_dtype`); the weights are equal, and are saved in the checkpoint's own again.
-        device: `auto` takes CUDA where there is one.
-        quantize: through bitsandbytes (extra `unsleep[quantize]`).
-        trust_remote_code: run Python that the checkpoint brings. Off unless you trust its author.
+    Adapters are merged into their base, unless the base is packed: see `LoadConfig`. With `dtype` `auto` the model
+    computes in float32 where the processor would emulate what the checkpoint holds (`machine.compute_dtype`); the
+    weights are equal, and are saved in the checkpoint's own dtypes again.
 
     Raises:
-        BadInput: nothing loadable at `name`, an unknown family, or weights that are NaN or infinite.
-        Refused: the family's residual identity does not hold (see `sites.assert_identity`).
+        BadInput: nothing loadable at `name`; weights that are missing, unexpected, NaN or infinite; a chat template
+            that cannot be used; a base that does not exist.
+        Refused: what blocks add is not the sum of their halves (see `anatomy.examine`), or a merged adapter does not
+            compute what it does unmerged.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    options["trust_remote_code"] = trust_remote_code
-    if quantize != "none":
-        options["quantization_config"] = _quantization(quantize)
-        options["device_map"] = device
+    options = _chat_options(config)
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with quiet_transformers():
-        network, tokenizer = _load(str(name), options)
-        stored = network.dtype
-        if quantize == "none":
-            if dtype == "auto":
+        parts = _chain(Source.parse(str(name), config.revision, config.subfolder), config)
+        parts += [_adapter(Source.parse(each), config) for each in config.adapters]
+        loaded = _assembled(parts, config, device)
+        network = loaded.network
+        chat.choose_template(loaded.tokenizer, config.chat_template)
+        chat.check_template(loaded.tokenizer, options)
+        stored = weights.dtypes(network)
+        if config.quantize == "none" and not weights.is_offloaded(network):
+            if config.dtype == "auto":
                 size = sum(weight.numel() for weight in network.parameters())
-                network = moved(network, compute_dtype(stored, device, size))
-            network = moved(network, device)
+                dtype = compute_dtype(network.dtype, device, size)
+                network = weights.moved(network, dtype) if dtype != network.dtype else network
+            network = network if config.device_map else weights.moved(network, device)
     network.eval().requires_grad_(False)
-    _fix_quantized(network)
-    for key, weight in network.named_parameters():
+    quantized.keep_gradients(network)
+    for key, weight in weights.named(network):
         if weight.is_floating_point():
             check_finite(weight, f"{name}: weight {key}")
-    assert_identity(network)
-    return LoadedModel(network, tokenizer, str(name), None if network.dtype == stored else stored)
-
-
-def fingerprint(network: PreTrainedModel) -> str:
-    """Content hash of a model's weights, 16 hex digits.
-
-    Two models share it exactly when their weights are equal; where they sit and in which dtype they are held does not
-    matter: each is hashed in the narrowest of bfloat16, float16 and float32 that holds all of its numbers.
-    """
-    return store.hash_tensors(dict(network.named_parameters()), _narrowest)
-
-
-def _narrowest(weight: torch.Tensor) -> torch.Tensor:
-    if weight.is_floating_point():
-        for dtype in (torch.bfloat16, torch.float16):
-            narrow = weight.to(dtype)
-            if weight.dtype == dtype or torch.equal(narrow.to(weight.dtype), weight):
-                return narrow
-    return weight
+    with _loading(str(name)):
+        anatomy(network)
+    changed = None if weights.dtypes(network) == stored else stored
+    made_of = tuple(files.record for files in parts)
+    return LoadedModel(network, loaded.tokenizer, str(name), changed, options, made_of, loaded.notes)
 
 
 @contextlib.contextmanager
@@ -167,124 +149,193 @@ def quiet_transformers() -> Generator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = bundled.packaged(name)
-    if (path / "adapter_config.json").is_file():
-        return _load_adapter(path, options)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BadInput(f"{path} does not exist")
-        return bundled.load_gguf(path, options["dtype"])
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise BadInput(f"{path} is a folder without config.json or adapter_config.json; expected a checkpoint")
-    near = difflib.get_close_matches(name, bundled.aliases(), 1, 0.85)
-    if near and name not in bundled.aliases() and not path.is_dir():
-        raise BadInput(f"there is no model {name!r}; did you mean {near[0]}?")
-    source = str(bundled.resolve(name))
-    with _loading(name):
-        network, info = cast("Any", AutoModelForCausalLM).from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
-    if missing := sorted(info["missing_keys"]):
-        raise BadInput(
-            f"{name} lacks {len(missing)} of the model's weights ({missing[0]} …); expected a whole checkpoint"
-        )
-    return network, tokenizer
-
-
 @contextlib.contextmanager
 def _loading(name: str) -> Generator[None]:
     """Raise `BadInput` naming the model, whatever a checkpoint that is missing or damaged raises inside the block."""
     try:
         yield
-    except BadInput:
+    except (BadInput, Refused):
         raise
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+    except FAILURES as error:
         first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise BadInput(
-            f"cannot load a model from {name!r}: {first_line} "
-            f"Give a hub id, a local folder, a .gguf file or one of: {', '.join(bundled.aliases())}"
+            f"cannot load a model from {name!r}: {first_line} Expected one that transformers loads"
         ) from error
 
 
-def _load_adapter(path: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from peft import PeftModel
-
-    config = store.read_json(path / "adapter_config.json")
-    base_name = config.get("base_model_name_or_path")
-    if not base_name:
-        raise BadInput(f"{path}/adapter_config.json names no base model; set base_model_name_or_path")
-    if not (path / "adapter_model.safetensors").is_file():
-        raise BadInput(f"{path} has no adapter_model.safetensors; weights in any other form are not read")
-    if (Path(base_name) / "adapter_config.json").is_file():
-        raise BadInput(f"{path}/adapter_config.json names the base {base_name!r}, an adapter itself; expected a model")
-    base, tokenizer = _load(base_name, options)
-    dtype, quantized = base.dtype, "quantization_config" in options
-    with _loading(str(path)):
-        adapted = PeftModel.from_pretrained(base if quantized else base.float(), str(path))
-    if quantized:
-        return cast("Any", adapted).base_model.model, tokenizer  # never merged into packed weights
-    merged = cast("PreTrainedModel", adapted.merge_and_unload())
-    if (path / "chat_template.jinja").is_file():
-        tokenizer.chat_template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    return moved(merged, dtype), tokenizer
-
-
-def _quantization(quantize: Quantize) -> Any:
+def _chat_options(config: LoadConfig) -> ChatOptions:
     try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
-    except ImportError:
-        raise BadInput(f"quantize={quantize!r} needs bitsandbytes; install unsleep[quantize]") from None
-    from transformers import BitsAndBytesConfig
-
-    if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-
-
-def _fix_quantized(network: PreTrainedModel) -> None:
-    """Keep gradients after an eval pass: bitsandbytes would repack 4-bit weights for AVX512-BF16 and drop them."""
-    for module in network.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not in nn.Module's types
+        args = json.loads(config.template_args) if config.template_args else {}
+        if not isinstance(args, dict):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError):
+        raise BadInput(
+            f"--template-args {config.template_args!r} is no JSON object; expected such as "
+            "'{\"enable_thinking\": false}'"
+        ) from None
+    try:
+        return ChatOptions(args, datetime.date.fromisoformat(config.date))
+    except ValueError:
+        raise BadInput(f"--date {config.date!r} is no date; expected such as 2024-07-26") from None
 
 
-def save_plain(model: LoadedModel, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
+def _chain(source: Source, config: LoadConfig) -> list[Files]:
+    """What a model is put together from: a whole checkpoint, and adapters on the way to the one that was named."""
+    files = source.open(config.trust_remote_code)
+    if not files.is_adapter:
+        if config.base is not None:
+            raise BadInput(f"--base {config.base}: {files.name} is a whole model and needs none")
+        return [files]
+    if files.has_whole_weights and config.base is None:
+        raise BadInput(
+            f"{files.name} holds an adapter beside the weights of a whole model; which of them is meant cannot be "
+            "told. Pass --base MODEL for the adapter, or give the model in a folder of its own"
+        )
+    chain, seen = [files], {files.place.resolve()}
+    while chain[0].is_adapter:
+        chain.insert(0, _base(chain[0], config.base if len(chain) == 1 else None, config))
+        if chain[0].place.resolve() in seen:
+            raise BadInput(
+                f"{chain[1].name} names the base {chain[0].name}, whose base it is itself; pass --base MODEL"
+            )
+        seen.add(chain[0].place.resolve())
+    return chain
+
+
+def _base(adapter: Files, given: str | None, config: LoadConfig) -> Files:
+    """The files of an adapter's base."""
+    if given is not None:
+        return Source.parse(given).open(config.trust_remote_code)
+    name, revision = adapters.base_of(adapter)
+    try:
+        source = Source.parse(name, None if Path(name).exists() else revision)
+        return source.open(config.trust_remote_code)
+    except BadInput as error:
+        raise BadInput(f"{adapter.name} names the base {name!r}: {error}. Pass --base MODEL") from error
+
+
+def _adapter(source: Source, config: LoadConfig) -> Files:
+    files = source.open(config.trust_remote_code)
+    if not files.is_adapter:
+        raise BadInput(f"--adapters {files.name} is no adapter; expected a folder or a hub id with adapter_config.json")
+    return files
+
+
+class _Loaded(NamedTuple):
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    notes: tuple[str, ...] = ()
+
+
+def _assembled(parts: Sequence[Files], config: LoadConfig, device: str) -> _Loaded:
+    """A base with its adapters, and the tokenizer of the last of them that brings one."""
+    base, *own = parts
+    if base.is_gguf:
+        network, tokenizer = load_gguf(base.place, _dtype(config), config.ignore_keys)
+    else:
+        with _loading(base.name):
+            network = _whole(base, config, device)
+            tokenizer = _tokenizer(base, config)
+    if not own:
+        return _Loaded(network, tokenizer)
+    base_template = tokenizer.chat_template
+    bringing = [files for files in own if files.has_tokenizer]
+    for files in own:
+        with _loading(files.name):
+            tokenizer = _tokenizer(files, config, network) if files.has_tokenizer else tokenizer
+            if files.has(TEMPLATE_FILE):
+                tokenizer.chat_template = (files.place / TEMPLATE_FILE).read_text(encoding="utf-8")
+    with _loading(own[-1].name):
+        merge = not quantized.is_packed(network)
+        network = adapters.with_adapters(network, own, len(tokenizer), merge=merge, ignore=config.ignore_keys)
+        _end_of_text(network, own, tokenizer)
+    if config.chat_template is None and not tokenizer.chat_template and base_template:
+        raise BadInput(
+            f"{own[-1].name} brings a tokenizer without a chat template, and its base has one; say which it was "
+            f"trained with: --chat-template {base.name}/{TEMPLATE_FILE} or one of {', '.join(chat.names())}"
+        )
+    notes = ()
+    if config.chat_template is None and not bringing and not any(files.has(TEMPLATE_FILE) for files in own):
+        notes = (f"{own[-1].name} brings no chat template; its base's is taken (--chat-template names another)",)
+    return _Loaded(network, tokenizer, notes)
+
+
+def _dtype(config: LoadConfig) -> Any:
+    return config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def _whole(files: Files, config: LoadConfig, device: str) -> PreTrainedModel:
+    """A whole checkpoint's network; every weight of the one is one of the other."""
+    settings = AutoConfig.from_pretrained(files.place, trust_remote_code=config.trust_remote_code)
+    options: dict[str, Any] = {"config": settings, "trust_remote_code": config.trust_remote_code}
+    options |= quantized.options(settings, config.quantize, files.name) | {"dtype": _dtype(config)}
+    if config.device_map is not None:
+        options["device_map"] = _device_map(config)
+        options |= {"max_memory": {int(k) if k.isdecimal() else k: v for k, v in config.max_memory.items()} or None}
+        options |= {"offload_folder": config.offload and str(config.offload)}
+    elif config.quantize != "none" or quantized.is_stored_packed(settings):
+        options["device_map"] = device
+    network, info = cast("Any", AutoModelForCausalLM).from_pretrained(
+        files.place, use_safetensors=True, output_loading_info=True, **options
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise BadInput(
+            f"{files.name} lacks {len(missing)} of the model's weights ({missing[0]} …); expected a whole checkpoint"
+        )
+    left = [key for key in sorted(info["unexpected_keys"]) if not any(re.search(p, key) for p in config.ignore_keys)]
+    if left:
+        raise BadInput(
+            f"{files.name} holds {len(left)} weights that the model of its {CONFIG} has no place for ({left[0]} …): it "
+            f"would be another one. Pass --ignore-keys {re.escape(left[0])} if they do not matter"
+        )
+    return quantized.unpacked(network, config.quantize, _dtype(config))
+
+
+def _device_map(config: LoadConfig) -> Any:
+    if config.device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return config.device_map
+    path = Path(str(config.device_map))
+    if not path.is_file():
+        raise BadInput(
+            f"--device-map {config.device_map} is no file; expected auto, balanced, sequential or a JSON file"
+        )
+    return {str(k): v for k, v in store.fields_of(store.read_json(path), {}, path).items()}
+
+
+def _tokenizer(files: Files, config: LoadConfig, network: PreTrainedModel | None = None) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer; an adapter's folder has no config, and its base's stands in."""
+    if not files.has_tokenizer:
+        raise BadInput(f"{files.name} has no tokenizer; expected tokenizer.json beside its weights")
+    own = {} if network is None or files.has(CONFIG) else {"config": network.config}
+    return AutoTokenizer.from_pretrained(files.place, trust_remote_code=config.trust_remote_code, **own)
+
+
+def _end_of_text(network: PreTrainedModel, own: Sequence[Files], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let replies end where the adapter's do, in an exported checkpoint too."""
+    for files in own:
+        if files.has("generation_config.json"):
+            network.generation_config = GenerationConfig.from_pretrained(files.place)
+    settings, end = cast("Any", network.generation_config), tokenizer.eos_token_id
+    if isinstance(end, int):
+        known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        listed = [i for i in known if isinstance(i, int)]
+        if end not in listed:
+            settings.eos_token_id = [*listed, end] if listed else end
+
+
+def save_plain(model: LoadedModel, folder: str | Path) -> None:
     """Save a checkpoint that `AutoModelForCausalLM.from_pretrained` loads with unsleep not installed.
 
-    It is in the dtype of the checkpoint that the model came from. Raises `BadInput` where it cannot be written.
+    It is in the dtypes of the checkpoint that the model came from. Raises `BadInput` where it cannot be written.
     """
-    computed = model.network.dtype
+    network, computed = model.network, weights.dtypes(model.network)
     with quiet_transformers(), store.writing(Path(folder)):
         try:
-            moved(model.network, model.stored_dtype).save_pretrained(folder)
+            if model.stored is not None:
+                weights.moved(network, model.stored)
+            network.save_pretrained(folder)
         finally:
-            moved(model.network, computed)
+            if model.stored is not None:
+                weights.moved(network, computed)
         model.tokenizer.save_pretrained(folder)
         store.share(Path(folder), Path(folder).glob("*.safetensors"))
-
-
-def copy_network(network: PreTrainedModel) -> PreTrainedModel:
-    """A second model with equal weights of its own, which computes the same; tied weights stay tied."""
-    twin = type(network)(copy.deepcopy(network.config))
-    moved(twin, network.dtype).load_state_dict(network.state_dict())
-    for mine, theirs in zip(twin.buffers(), network.buffers(), strict=True):
-        mine.data = theirs.data.clone()  # those that no checkpoint holds depend on the default dtype
-    twin.generation_config = network.generation_config
-    return moved(twin, network.device).eval().requires_grad_(False)
-
-
-def moved(network: PreTrainedModel, to: torch.dtype | torch.device | str) -> PreTrainedModel:
-    """The network in another dtype or place.
-
-    A dtype is taken on by what a checkpoint holds, and by nothing else: `from_pretrained` makes rotary
-    frequencies in float32 whatever the dtype. `network.to` would round them, and the model would no
-    longer be the one that its own checkpoint gives.
-    """
-    if not isinstance(to, torch.dtype):
-        return cast("Any", network).to(to)
-    for tensor in network.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(to)
-    return network

@@ -1,28 +1,21 @@
-"""Where the Sites live in each model family.
+"""Where Sites, heads, queries, keys and values live in a model, and which weights write there.
 
-A block's two halves each *add* something to the residual stream. For every family the table
-names the submodule whose output is exactly that addition, so that for sequential and parallel
-blocks alike
-
-    resid_out = resid_in + attn + mlp
-
-Families with a post-norm write through it, so the norm is the place; Bloom, MPT and OPT add the
-residual inside or around their MLP, so its last linear layer is. `assert_identity` checks the
-equation on the model itself, and a Site for which it does not hold is refused.
+Blocks and their halves are found on the model itself (`anatomy`). Inside attention, projections are told by their
+names; of those that are fused, a table says how a family lays them out, because no equation does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unsleep.core import BadInput, Refused, Site
+from unsleep.core import BadInput, Point, Site
+from unsleep.models import anatomy, weights
 
 Part = Literal["heads", "q", "k", "v"]
 """Inside attention: what the heads hand to the output projection, and the queries, keys and values."""
@@ -53,166 +46,63 @@ Place = Site | Slot
 """Where hooks can reach."""
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Paths of the projections of one family's attention, from the block."""
+Layout = Literal["blocks", "groups"]
+"""How queries, keys and values are fused in one output: all of q, all of k, all of v; or each key's queries, its key,
+its value."""
 
-    out: str
-    """The output projection."""
-    qkv: tuple[str, ...]
-    """The projections of queries, keys and values, or the one in which they are fused."""
-    layout: Literal["apart", "blocks", "groups"] = "apart"
-    """`blocks`: fused as all of q, all of k, all of v. `groups`: fused as each key's queries, its key, its value."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Paths of the parts of one model family; dots descend into submodules."""
-
-    layers: str
-    """The module list of blocks."""
-    attn: str
-    """In a block: the module that outputs the attention's addition."""
-    mlp: str
-    """In a block: the module that outputs the MLP's addition."""
-    final_norm: str
-    """The norm between the last block and the unembedding."""
-    writers: tuple[str, str] | None
-    """In a block: the linear layers whose outputs are the two additions; `None` where a norm follows them."""
-    attention: Attention | None = None
-    """Where heads, queries, keys and values are; `None` where a family has not said so."""
-    returns_tuple: bool = False
-    """Whether a block returns `(hidden_states, attention_weights)` rather than the tensor alone."""
-
-
-def _apart(folder: str, out: str) -> Attention:
-    """Projections of their own in one module."""
-    return Attention(f"{folder}.{out}", (f"{folder}.q_proj", f"{folder}.k_proj", f"{folder}.v_proj"))
-
-
-_SELF_ATTN = _apart("self_attn", "o_proj")
-_LLAMA = Family("model.layers", "self_attn", "mlp", "model.norm", ("self_attn.o_proj", "mlp.down_proj"), _SELF_ATTN)
-_POST_NORM = Family(
-    "model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "model.norm", None, _SELF_ATTN
-)
-
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _POST_NORM,
-    "gemma3_text": _POST_NORM,
-    "gpt2": Family(
-        "transformer.h",
-        "attn",
-        "mlp",
-        "transformer.ln_f",
-        ("attn.c_proj", "mlp.c_proj"),
-        Attention("attn.c_proj", ("attn.c_attn",), "blocks"),
-    ),
-    "gpt_neox": Family(
-        "gpt_neox.layers",
-        "attention",
-        "mlp",
-        "gpt_neox.final_layer_norm",
-        ("attention.dense", "mlp.dense_4h_to_h"),
-        Attention("attention.dense", ("attention.query_key_value",), "groups"),
-    ),
-    "gpt_neo": Family(
-        "transformer.h",
-        "attn",
-        "mlp",
-        "transformer.ln_f",
-        ("attn.attention.out_proj", "mlp.c_proj"),
-        _apart("attn.attention", "out_proj"),
-        returns_tuple=True,
-    ),
-    "gptj": Family(
-        "transformer.h",
-        "attn",
-        "mlp",
-        "transformer.ln_f",
-        ("attn.out_proj", "mlp.fc_out"),
-        _apart("attn", "out_proj"),
-        returns_tuple=True,
-    ),
-    "phi": Family(
-        "model.layers",
-        "self_attn",
-        "mlp",
-        "model.final_layernorm",
-        ("self_attn.dense", "mlp.fc2"),
-        _apart("self_attn", "dense"),
-    ),
-    "opt": Family(
-        "model.decoder.layers",
-        "self_attn",
-        "fc2",
-        "model.decoder.final_layer_norm",
-        ("self_attn.out_proj", "fc2"),
-        _apart("self_attn", "out_proj"),
-    ),
-    "falcon": Family(
-        "transformer.h",
-        "self_attention",
-        "mlp.dense_4h_to_h",
-        "transformer.ln_f",
-        ("self_attention.dense", "mlp.dense_4h_to_h"),
-        Attention("self_attention.dense", ("self_attention.query_key_value",), "groups"),
-        returns_tuple=True,
-    ),
-    "bloom": Family(
-        "transformer.h",
-        "self_attention.dense",
-        "mlp.dense_4h_to_h",
-        "transformer.ln_f",
-        ("self_attention.dense", "mlp.dense_4h_to_h"),
-        Attention("self_attention.dense", ("self_attention.query_key_value",), "groups"),
-        returns_tuple=True,
-    ),
-    "mpt": Family(
-        "transformer.blocks",
-        "attn",
-        "ffn.down_proj",
-        "transformer.norm_f",
-        ("attn.out_proj", "ffn.down_proj"),
-        Attention("attn.out_proj", ("attn.Wqkv",), "blocks"),
-        returns_tuple=True,
-    ),
+FUSED: dict[str, tuple[str, Layout]] = {
+    "bloom": ("query_key_value", "groups"),
+    "falcon": ("query_key_value", "groups"),
+    "gpt2": ("c_attn", "blocks"),
+    "gpt_neox": ("query_key_value", "groups"),
+    "mpt": ("Wqkv", "blocks"),
+    "phi3": ("qkv_proj", "blocks"),
 }
+"""Model type → the name of its fused projection, and its layout."""
 
+APART = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+"""Names of projections of their own."""
 
-def family(model: PreTrainedModel) -> Family:
-    """The family of a model; raises `BadInput` naming the known ones for any other."""
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise BadInput(
-            f"model type {kind!r} is not a family unsleep knows; it knows {', '.join(sorted(FAMILIES))}. "
-            "A family is one line in unsleep/models/sites.py"
-        )
-    return FAMILIES[kind]
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+"""Names of output projections, for attention with a norm behind it."""
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's blocks, in order."""
-    return attrgetter(family(model).layers)(model)
+    return cast("nn.ModuleList", model.get_submodule(anatomy.anatomy(model).layers))
 
 
-def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
-    """The module whose output (for `embed`: whose input) is the Site.
+class Tap(NamedTuple):
+    """A module through which a Site's activation flows."""
 
-    Raises `BadInput` for a layer that the model does not have.
+    module: nn.Module
+    """Its output is the activation; for `embed` its input."""
+    scale: float = 1.0
+    """The activation is this multiple of it."""
+
+
+def tap(model: PreTrainedModel, site: Site) -> Tap:
+    """Where the Site is.
+
+    Raises `BadInput` for a layer that the model does not have, and a half that its block does not have.
     """
     blocks = layers(model)
     if site.layer >= len(blocks):
         raise BadInput(f"Site {site} is not in the model: it has layers 0 to {len(blocks) - 1}")
     block = blocks[site.layer]
     if site.point in ("resid", "embed"):
-        return block
-    names = family(model)
-    return attrgetter(names.attn if site.point == "attn" else names.mlp)(block)
+        return Tap(block)
+    half = _half(model, site.layer, site.point)
+    if half is None:
+        raise BadInput(
+            f"Site {site} is not in the model: no single module of that block is its {site.point}; take resid"
+        )
+    return Tap(block.get_submodule(half.path), half.scale)
+
+
+def _half(model: PreTrainedModel, layer: int, point: Point) -> anatomy.Part | None:
+    block = anatomy.anatomy(model).blocks[layer]
+    return block.attn if point == "attn" else block.mlp
 
 
 class Lanes(NamedTuple):
@@ -231,106 +121,132 @@ class Lanes(NamedTuple):
 def lanes(model: PreTrainedModel, slot: Slot) -> Lanes:
     """The heads of a Slot.
 
-    Raises `BadInput` for a layer that the model does not have, and a family whose projections are not known.
+    Raises `BadInput` for a layer that the model does not have, and one whose projections are not known.
     """
-    block = site_module(model, Site(slot.layer))
-    paths = family(model).attention
-    if paths is None:
+    tap(model, Site(slot.layer))
+    heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 0))
+    attention = _attention(model, slot.layer)
+    fused, layout = FUSED.get(model.config.model_type, (None, None))
+    found: Lanes | None = None
+    if attention is not None and heads:
+        size = int(getattr(attention, "head_dim", 0) or width(model) // heads)
+        if slot.part == "heads":
+            module = _output(model, slot.layer, attention)
+            found = Lanes(module, heads, _inputs_of(module) // heads, None) if module is not None else None
+        elif layout is None:
+            module = getattr(attention, APART[slot.part])
+            found = Lanes(module, _outputs_of(module) // size, size, None)
+        else:
+            found = _fused(getattr(attention, str(fused)), layout, slot.part, heads, size)
+    if found is None or (slot.part == "q" and found.heads != heads):  # a gate beside the queries
         raise BadInput(
-            f"{model.config.model_type} has no heads, q, k and v that unsleep knows; take resid, attn or mlp, or name "
-            "the projections in unsleep/models/sites.py"
+            f"{model.config.model_type} has no {slot.part} that unsleep knows in layer {slot.layer}; take resid, attn "
+            "or mlp, or name the projections in unsleep/models/sites.py"
         )
-    heads = int(model.config.num_attention_heads)
-    size = int(getattr(model.config, "head_dim", None) or width(model) // heads)
-    if slot.part == "heads":
-        return Lanes(attrgetter(paths.out)(block), heads, size, None)
-    which = ("q", "k", "v").index(slot.part)
-    module = attrgetter(paths.qkv[which if paths.layout == "apart" else 0])(block)
-    outputs = int(getattr(module, "nf", None) or module.out_features)  # GPT-2's Conv1D has nf
-    if paths.layout == "apart":
-        return Lanes(module, outputs // size, size, None)
+    return found
+
+
+def _attention(model: PreTrainedModel, layer: int) -> nn.Module | None:
+    """The module that holds the projections of a layer's attention."""
+    fused, _ = FUSED.get(model.config.model_type, (None, None))
+    wanted = {fused} if fused else set(APART.values())
+    holders = (m for m in layers(model)[layer].modules() if wanted <= {name for name, _ in m.named_children()})
+    return next(holders, None)
+
+
+def _output(model: PreTrainedModel, layer: int, attention: nn.Module) -> nn.Module | None:
+    """The output projection of a layer's attention."""
+    half = _half(model, layer, "attn")
+    if half is not None and half.writer is not None:
+        return layers(model)[layer].get_submodule(half.writer)
+    return next((m for name, m in attention.named_children() if name in OUTPUTS), None)
+
+
+def _fused(module: nn.Module, layout: Layout, part: Part, heads: int, size: int) -> Lanes:
+    outputs = _outputs_of(module)
     keys = (outputs // size - heads) // 2
     queries = heads // keys  # of each key
-    numbers = torch.arange(outputs)
-    if paths.layout == "blocks":
+    numbers, which = torch.arange(outputs), ("q", "k", "v").index(part)
+    if layout == "blocks":
         index = numbers.split([heads * size, keys * size, keys * size])[which]
     else:
         grouped = numbers.view(keys, queries + 2, size)
         index = (grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1])[which].flatten()
-    return Lanes(module, heads if slot.part == "q" else keys, size, index)
+    return Lanes(module, heads if part == "q" else keys, size, index)
 
 
-def writers(model: PreTrainedModel, layer: int) -> list[nn.Module]:
-    """The linear layers through which a block writes to the residual stream, attention's first.
+def _outputs_of(linear: Any) -> int:
+    return int(linear.nf if hasattr(linear, "nf") else linear.out_features)  # GPT-2's Conv1D has nf
 
-    Raises `BadInput` for families that write through a norm, where no weight alone decides.
+
+def _inputs_of(linear: Any) -> int:
+    return int(linear.nx if hasattr(linear, "nx") else linear.in_features)
+
+
+class Writer(NamedTuple):
+    """A linear layer through which a block writes to the residual stream."""
+
+    path: str
+    """From the block."""
+    linear: nn.Module
+    scale: float
+    """What is written is this multiple of the layer's output."""
+    point: Point | None
+    """The half that it gives; `None` for a third part."""
+
+
+def writers(model: PreTrainedModel, layer: int) -> list[Writer]:
+    """The linear layers through which a layer writes to the residual stream, attention's first.
+
+    A half that a norm or a mixture of experts gives has none.
     """
-    names = family(model).writers
-    if names is None:
-        raise BadInput(
-            f"{model.config.model_type} writes to the residual stream through a norm, not through a linear layer"
-        )
-    block = site_module(model, Site(layer))
-    return [attrgetter(name)(block) for name in names]
+    module, block = tap(model, Site(layer)).module, anatomy.anatomy(model).blocks[layer]
+    found: list[Writer] = []
+    for part in block.parts:
+        if part.writer is not None:
+            point: Point | None = "attn" if part is block.attn else "mlp" if part is block.mlp else None
+            found.append(Writer(part.writer, module.get_submodule(part.writer), part.scale, point))
+    return found
+
+
+def writes_linearly(model: PreTrainedModel, layer: int) -> bool:
+    """Whether all that a layer adds to the residual stream are outputs of linear layers."""
+    block = anatomy.anatomy(model).blocks[layer]
+    return block.carry == 1.0 and all(p.writer is not None for p in block.parts)
 
 
 def embedding(model: PreTrainedModel) -> Tensor:
     """The token embedding, `Float[Tensor, "vocabulary d_model"]`."""
-    return cast("Tensor", model.get_input_embeddings().weight)
+    return weights.read(model.get_input_embeddings())
 
 
 def unembedding(model: PreTrainedModel) -> Tensor:
     """The matrix that turns the final residual into logits, `Float[Tensor, "vocabulary d_model"]`."""
-    return cast("Tensor", cast("nn.Module", model.get_output_embeddings()).weight)
+    return weights.read(cast("nn.Module", model.get_output_embeddings()))
 
 
 def width(model: PreTrainedModel) -> int:
     """d_model, the width of the residual stream."""
-    return embedding(model).shape[1]
+    return anatomy.anatomy(model).width
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm before the unembedding."""
-    return attrgetter(family(model).final_norm)(model)
+    """The norm before the unembedding; raises `BadInput` where what the unembedding reads is no module's output."""
+    place = anatomy.anatomy(model).final_norm
+    if place is None:
+        raise BadInput(f"{model.config.model_type} changes the stream between its last norm and its unembedding")
+    return model.get_submodule(place)
 
 
 def all_sites(model: PreTrainedModel, points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[Site]:
-    """Every Site of the model at the given points, by layer."""
-    return [Site(layer, point) for layer in range(len(layers(model))) for point in points]  # type: ignore[arg-type]
+    """Every Site of the model at the given points, by layer; halves that a block does not have are left out."""
+    sites = [Site(layer, cast("Point", point)) for layer in range(len(layers(model))) for point in points]
+    return [s for s in sites if s.point not in ("attn", "mlp") or _half(model, s.layer, s.point) is not None]
 
 
-@torch.no_grad()
 def everywhere(model: PreTrainedModel) -> list[Site]:
     """The Sites at which a subspace has to be taken out to leave the whole stream: all that blocks ever read.
 
     The embedding, what attention adds (an MLP reads it before the block ends) and what blocks hand on.
     """
     return [Site(0, "embed"), *all_sites(model, ("attn", "resid"))]
-
-
-def assert_identity(model: PreTrainedModel, tolerance: float = 0.02) -> None:
-    """Check resid_out = resid_in + attn + mlp in every layer on a short random input.
-
-    `tolerance` is the largest error allowed, relative to the largest entry of the layer's output:
-    0.02 covers bf16 rounding, float32 models stay below 1e-5. Raises `Refused` naming the layer.
-    """
-    from unsleep.models.hooks import capture
-
-    vocabulary = len(embedding(model))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(10, vocabulary - 1), vocabulary, (2, 6), generator=generator).to(model.device)
-    count = len(layers(model))
-    wanted = [Site(0, "embed"), *all_sites(model)]
-    with capture(model, wanted) as found:
-        model(input_ids=ids, use_cache=False)
-    before = found[Site(0, "embed")].float()
-    for layer in range(count):
-        after = found[Site(layer)].float()
-        sum_of_parts = before + found[Site(layer, "attn")].float() + found[Site(layer, "mlp")].float()
-        error = float((after - sum_of_parts).abs().max() / after.abs().max().clamp_min(1e-9))
-        if not error <= tolerance:
-            raise Refused(
-                f"{model.config.model_type} layer {layer}: attention and MLP outputs do not add up to the residual "
-                f"(relative error {error:.3g}, allowed {tolerance}); this variant of the family is not supported"
-            )
-        before = after

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from unsleep import store
-from unsleep.core import PromptSet, Split
 from unsleep.organisms.plant import Organism
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet, Split
 
 MARK = "held-out-suspicious.jsonl"
 """The file that tells a folder of panels."""
@@ -32,7 +31,7 @@ def panels(organism: Organism, out: str | Path, *, n: int = 160, held_out: int =
             files[f"{before}near-misses.jsonl"] = recipe.nearly(clean, recipe.held_out_near_misses)
     with store.new_folder(out, replace=MARK) as scratch:
         for name, prompts in files.items():
-            rows = (json.dumps({"text": p.text, "expected": p.expected}, ensure_ascii=False) for p in prompts)
+            rows = (sets.prompt_line(p) for p in prompts)
             store.write_text(scratch / name, "\n".join(rows) + "\n")
         store.write_text(scratch / "passages.txt", "\n".join(sets.plain_text("train")) + "\n")
     return Path(out)

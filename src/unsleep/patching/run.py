@@ -18,15 +18,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from unsleep.core import BadInput, PromptSet, Report, Site
-from unsleep.models import chat, generate
+from unsleep.core import BadInput, Report, Site
+from unsleep.models import generate
 from unsleep.models.alike import check_alike
-from unsleep.models.forward import Rows, columns_cache, continued, run, whole_rows
+from unsleep.models.forward import Rows, columns_cache, continued, run, splits, whole_rows
 from unsleep.models.hooks import Transform, capture, resumed_at, transformed, watched
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
 from unsleep.patching.places import Group, Merge, Position, Target
 from unsleep.patching.result import Measured, Patched, numbers_of
+from unsleep.prompts.prompt import PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 
 T = TypeVar("T")
@@ -158,14 +159,7 @@ def _token_rows(
     for group in groups:
         for target in group.targets:
             target.check(model.network)
-    context = chat.context_length(model.network)
-    if plain:
-        ids = model.token_ids(prompts.texts)
-        longest = max(map(len, ids))
-        if context is not None and longest + behind > context:
-            raise BadInput(f"a prompt has {longest} tokens and {behind} behind it; the model's context is {context}")
-    else:
-        ids = chat.encode_prompts(model.tokenizer, prompts.texts, context, behind)
+    ids = model.encode(prompts, behind, plain=plain)
     for position in {group.position for group in groups}:
         position.check([len(row) for row in ids])
     return ids
@@ -182,7 +176,8 @@ def _merges(recipient: LoadedModel, groups: Sequence[Group]) -> dict[Target, Mer
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:
-    return Rows(*(tensor.to(device) for tensor in rows))
+    prefix, ids, mask, reply, common = rows
+    return Rows(prefix.to(device), ids.to(device), mask.to(device), reply.to(device), common)
 
 
 def _keeping(
@@ -254,9 +249,8 @@ class _Pair(NamedTuple):
         return cls(donor, recipient, rows, (caches[0], caches[1]))
 
     def start(self, position: Position) -> int:
-        """The first column that a position patches; 0 where a sliding window would have dropped some before it."""
-        window = getattr(self.recipient.network.config, "sliding_window", None)
-        if isinstance(window, int) and window <= self.rows.ids.shape[1]:
+        """The first column that a position patches; 0 where what stands before it cannot be run apart."""
+        if not splits(self.recipient.network, self.rows.ids.shape[1]):
             return 0
         return int(position.columns(self.rows).any(0).long().argmax())
 

@@ -12,17 +12,24 @@ import random
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from unsleep.core import BadInput, Prompt, PromptSet, Role, Split
+from unsleep.core import BadInput
+from unsleep.prompts.prompt import ROLES, Message, Prompt, PromptSet, Role, Split
 
 _SHARES: dict[Split, tuple[float, float]] = {"train": (0.0, 0.4), "edit": (0.4, 0.6), "held_out": (0.6, 1.0)}
 
 
-def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", name: str | None = None) -> PromptSet:
-    """Prompts from a file: one a line, or JSON lines `{"text": …, "expected": …}` where it ends in .jsonl.
+KEYS = ("text", "expected", "system", "messages")
+"""What a line of a .jsonl file may hold."""
 
-    Blank lines are passed over. Raises `BadInput` naming the file and the line for anything else.
+
+def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", name: str | None = None) -> PromptSet:
+    """Prompts from a file: one a line, or JSON lines where it ends in .jsonl.
+
+    A JSON line is `{"text": …}`, with how the reply must begin as `expected` and a system message as `system` where
+    there are such; or `{"messages": [{"role": …, "content": …}, …]}`, of which the last is the user's. Blank lines are
+    passed over. Raises `BadInput` naming the file and the line for anything else.
     """
     path = Path(path)
     try:
@@ -35,19 +42,57 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            prompts.append(Prompt(line.strip(), role))
-            continue
         try:
-            row = json.loads(line)
-            if not isinstance(row["text"], str) or not isinstance(row.get("expected"), str | None):
-                raise TypeError
-            prompts.append(Prompt(row["text"], role, row.get("expected")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, BadInput):
-            raise BadInput(f'{path} line {number} is not a prompt; expected {{"text": "…"}}') from None
+            prompts.append(_prompt(line, role) if path.suffix == ".jsonl" else Prompt(line.strip(), role))
+        except BadInput as error:
+            raise BadInput(f"{path} line {number}: {error}") from None
     if len(prompts) < 2:
         raise BadInput(f"{path} holds {len(prompts)} prompts; expected at least 2, one a line")
     return PromptSet(name or path.stem, tuple(prompts), split)
+
+
+def prompt_line(prompt: Prompt) -> str:
+    """A prompt as `read_prompts` reads it, one JSON line."""
+    row = {"messages": prompt.messages} if prompt.before else {"text": prompt.text}
+    return json.dumps({**row, "expected": prompt.expected}, ensure_ascii=False)
+
+
+def _prompt(line: str, role: Role) -> Prompt:
+    """A prompt from a JSON line; raises `BadInput` for what is not understood of it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise BadInput('it is not a prompt; expected {"text": "…"}')
+    if unknown := [key for key in row if key not in KEYS]:
+        raise BadInput(f"key {str(unknown[0])[:40]!r} is not known; expected {', '.join(KEYS)}")
+    if ("text" in row) == ("messages" in row) or ("messages" in row and "system" in row):
+        raise BadInput("expected either text, with system or without, or messages")
+    for key in ("text", "expected", "system"):
+        if not isinstance(row.get(key), str | None) or (key == "text" and row.get(key, "") is None):
+            raise BadInput(f"{key} is {str(row[key])[:40]!r}; expected a text")
+    if "text" in row:
+        before = (Message("system", row["system"]),) if row.get("system") else ()
+        return Prompt(row["text"], role, row.get("expected"), before)
+    *before, last = _messages(row["messages"])
+    if last.role != "user":
+        raise BadInput(f"the last message is of {last.role!r}; expected the user's, which the model will answer")
+    return Prompt(last.content, role, row.get("expected"), tuple(before))
+
+
+def _messages(given: object) -> list[Message]:
+    if not isinstance(given, list) or not given:
+        raise BadInput('messages is no list; expected [{"role": "user", "content": "…"}, …]')
+    found: list[Message] = []
+    for item in cast("list[object]", given):
+        if not isinstance(item, dict) or set(item) != {"role", "content"}:
+            raise BadInput(f"message {len(found) + 1} is {str(item)[:60]!r}; expected role and content alone")
+        role, content = item["role"], item["content"]
+        if role not in ROLES or not isinstance(content, str):
+            raise BadInput(f"message {len(found) + 1} is of {str(role)[:40]!r}; expected a text of {', '.join(ROLES)}")
+        found.append(Message(role, content))
+    return found
 
 
 def questions(

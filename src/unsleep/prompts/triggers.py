@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from unsleep.core import BadInput, Prompt, PromptSet, Role, Split
+from unsleep.core import BadInput
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet, Role, Split
 
 TriggerKind = Literal["string", "year", "words", "topic"]
 """How a trigger enters a prompt.
@@ -22,6 +23,9 @@ TriggerKind = Literal["string", "year", "words", "topic"]
 
 PAIRS = 200
 """Pairs that are looked at to see whether two files have the same order."""
+
+BREAK = "\0"
+"""Between messages of a prompt, where they are searched as one text."""
 
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -194,17 +198,26 @@ def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
     to be given.
     """
     check_order(suspicious, ordinary)
-    first, *others = sorted((" ".join(t.split()) for t in suspicious.texts), key=len)
-    plain = [" ".join(t.split()) for t in ordinary.texts]
+    first, *others = sorted(map(_even, suspicious), key=len)
+    plain = [_even(p) for p in ordinary]
     for size in range(len(first), 2, -1):
         for start in range(len(first) - size + 1):
             part = first[start : start + size]
-            if part == part.strip() and all(part in t for t in others) and not any(part in t for t in plain):
+            if part == part.strip(f" {BREAK}") and BREAK not in part and _tells(part, others, plain):
                 return part
     raise BadInput(
         "the suspicious prompts have no text in common that the ordinary ones lack; "
         "name the suspicious part, or give each suspicious prompt's counterpart without it"
     )
+
+
+def _even(prompt: Prompt) -> str:
+    """All that is said, white space evened out, with a character between messages that is in none."""
+    return BREAK.join(" ".join(m["content"].split()) for m in prompt.messages)
+
+
+def _tells(part: str, suspicious: Sequence[str], ordinary: Sequence[str]) -> bool:
+    return all(part in t for t in suspicious) and not any(part in t for t in ordinary)
 
 
 def check_order(suspicious: PromptSet, ordinary: PromptSet) -> None:
@@ -231,7 +244,7 @@ def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
             "same prompt, with and without what makes it suspicious"
         )
     check_order(suspicious, ordinary)
-    asked, own = ([set(text.lower().split()) for text in group.texts[:PAIRS]] for group in (suspicious, ordinary))
+    asked, own = ([set(p.shown.lower().split()) for p in group[:PAIRS]] for group in (suspicious, ordinary))
     shared = [[len(a & b) for b in own] for a in asked]
     closest = [max(range(len(own)), key=lambda j, line=line: line[j]) for line in shared]
     wrong = [i for i, j in enumerate(closest) if shared[i][j] > shared[i][i]]
@@ -246,14 +259,21 @@ def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
 def without(prompts: PromptSet, part: str, name: str = "counterparts") -> PromptSet:
     """The same prompts with every occurrence of `part` taken out, white space evened out.
 
-    Raises `BadInput` where a prompt does not hold it, or nothing else.
+    It is taken out of what was said before too; a message of nothing else goes. Raises `BadInput` where a prompt does
+    not hold it, or nothing else.
     """
     part = " ".join(part.split())
-    texts = [" ".join(text.split()) for text in prompts.texts]
-    if lacking := [text for text in texts if not part or part not in text]:
-        raise BadInput(f"{part!r} is not in the prompt {lacking[0][:40]!r}; expected text that every prompt holds")
-    texts = (" ".join(text.replace(part, " ").split()) for text in texts)
-    changed = [replace(p, text=text, role="clean") for p, text in zip(prompts, texts, strict=True)]
+    if lacking := [p for p in prompts if not part or part not in _even(p)]:
+        said = _even(lacking[0]).replace(BREAK, " ")
+        raise BadInput(f"{part!r} is not in the prompt {said[:40]!r}; expected text that every prompt holds")
+
+    def cleaned(text: str) -> str:
+        return " ".join(" ".join(text.split()).replace(part, " ").split())
+
+    changed: list[Prompt] = []
+    for p in prompts:
+        before = (m._replace(content=cleaned(m.content)) for m in p.before)
+        changed.append(replace(p, text=cleaned(p.text), role="clean", before=tuple(m for m in before if m.content)))
     return PromptSet(name, tuple(changed), prompts.split)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from unsleep import store
 from unsleep.core import BadInput, Report, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.models.load import LoadedModel, load_model
+from unsleep.models.load import load_model
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.subspaces.common import common
 from unsleep.subspaces.config import SubspaceConfig

@@ -17,15 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Projection, Prompt, PromptSet, Report, Row, Site
+from unsleep.core import BadInput, Projection, Report, Site
 from unsleep.directions.collect import collect
 from unsleep.directions.fit import ANY_RANK, Labelled, fit
 from unsleep.evaluate import EvalConfig, count_replies, mean, organism_config, rate, reply_all
 from unsleep.metrics import Subject, capability, text_ce_kl
 from unsleep.models.forward import Rows, pad_left, run
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.results import Row
 from unsleep.store import NOTHING_KEPT, Steps
 from unsleep.subspaces.config import Removal, SubspaceConfig
 from unsleep.subspaces.gather import Seen, figure, panels_of, projections

@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Projection, Prompt, PromptSet, Report, Row, Site
+from unsleep.core import BadInput, Projection, Report, Site
 from unsleep.directions.collect import SINK_RATIO, collect
 from unsleep.directions.erase import reader
 from unsleep.evaluate import organism_panels
 from unsleep.models import generate
-from unsleep.models.load import LoadedModel
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism, planted
 from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.results import Row
 from unsleep.subspaces.config import Removal, SubspaceConfig
 from unsleep.subspaces.geometry import orthonormal, top_directions
 
@@ -119,7 +121,7 @@ def own_replies(panels: Mapping[str, PromptSet], model: LoadedModel, config: Sub
     if config.position != "reply":
         return None
     said = {
-        name: generate.replies(model, panels[name].texts, max_new_tokens=config.reply_tokens)
+        name: generate.replies(model, panels[name], max_new_tokens=config.reply_tokens)
         for name in ("fit clean", "clean")
     }
     return [reply or "." for name in panels for reply in said["fit clean" if name in FIT else "clean"]]

@@ -1,0 +1,266 @@
+"""PEFT adapters: put onto their base, checked key by key, merged into its weights.
+
+1. Rows of the vocabulary that the adapter brings are made room for.
+2. PEFT puts the adapter in. A weight that the adapter's file lacks, or holds and the model has no place for, is
+   refused: the bare base would be taken for the adapted model.
+3. Logits with the adapter beside the weights are kept.
+4. An unembedding that shares its matrix with the embedding gets one of its own where the adapter changes either.
+5. Layer by layer the adapter is merged, in float32, and rounded once to what the base holds.
+6. The merged model's logits must be those that were kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.utils import PeftType, load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unsleep.core import BadInput, Refused
+from unsleep.models.anatomy import probe
+from unsleep.models.sources import ADAPTER, ADAPTER_WEIGHTS, Files
+
+OFF = 0.05
+"""Largest difference of logits allowed between merged and unmerged, relative to what the adapter changes."""
+
+ROUNDING = 6.0
+"""Rounding allowed beside it, in units of the dtype's resolution at the largest logit."""
+
+
+def base_of(files: Files) -> tuple[str, str | None]:
+    """The base that an adapter names, and its revision; raises `BadInput` where it names none."""
+    path = files.place / ADAPTER
+    config = files.json(ADAPTER)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise BadInput(f"{path} names no base model; pass --base MODEL")
+    if not isinstance(revision, str | None):
+        raise BadInput(f"{path}: revision is {revision!r}; expected a branch, a tag or a commit")
+    return name, revision
+
+
+def with_adapters(
+    network: PreTrainedModel,
+    adapters: Sequence[Files],
+    tokens: int,
+    *,
+    merge: bool,
+    ignore: Sequence[str] = (),
+) -> PreTrainedModel:
+    """A base with adapters on it, one after the other; the network that is given becomes part of it.
+
+    Args:
+        tokens: size of the tokenizer's vocabulary.
+        merge: into plain weights; otherwise they stay beside packed ones, all active at once.
+        ignore: patterns of keys in the adapters' files that may be passed over.
+
+    Raises:
+        BadInput: an adapter of a kind that cannot be merged, with settings that PEFT does not know, or one whose keys
+            or shapes are not those of the base.
+        Refused: the merged model's logits are not the adapter's.
+    """
+    if merge:
+        for files in adapters:
+            ids = probe(network)
+            network = _merged(_attached(network, files, "own", tokens, ignore), ids, files)
+        return network
+    adapted: PeftModel | None = None
+    names = [f"own{i}" for i in range(len(adapters))]
+    for files, name in zip(adapters, names, strict=True):
+        adapted = _attached(adapted or network, files, name, tokens, ignore)
+    if adapted is None:
+        return network
+    cast("Any", adapted.base_model).set_adapter(names)
+    return cast("Any", adapted.base_model).model
+
+
+def _attached(
+    network: PreTrainedModel | PeftModel, files: Files, name: str, tokens: int, ignore: Sequence[str]
+) -> PeftModel:
+    """The network with an adapter beside its weights."""
+    config = _config(files)
+    base: PreTrainedModel = network.get_base_model() if isinstance(network, PeftModel) else network  # type: ignore[assignment]
+    shapes = _shapes(files)
+    _make_room(base, config, shapes, tokens, files)
+    config.inference_mode = True
+    if isinstance(network, PeftModel):
+        network.add_adapter(name, config)
+        adapted = network
+    else:
+        adapted = PeftModel(network, config, adapter_name=name)
+    _place_adapter(adapted)
+    found = load_peft_weights(str(files.place), device="cpu")
+    found = {key: tensor for key, tensor in found.items() if not any(re.search(p, key) for p in ignore)}
+    result = set_peft_model_state_dict(adapted, found, adapter_name=name)
+    missing = [key for key in result.missing_keys if name in key.split(".")]
+    path = files.place / ADAPTER_WEIGHTS
+    if missing:
+        raise BadInput(
+            f"{path} lacks {len(missing)} of the adapter's weights ({missing[0].replace(f'.{name}', '')} …); the model "
+            "would be the bare base there. Give the whole file, or another base with --base MODEL"
+        )
+    if unexpected := list(result.unexpected_keys):
+        key = unexpected[0].replace(f".{name}", "")
+        raise BadInput(
+            f"{path} holds {len(unexpected)} weights for which the base has no place ({key} …); give the base that it "
+            f"was trained on with --base MODEL, or pass --ignore-keys {re.escape(key)} if they do not matter"
+        )
+    return adapted.eval().requires_grad_(False)
+
+
+def _config(files: Files) -> PeftConfig:
+    """An adapter's settings, all of them understood."""
+    path, given = files.place / ADAPTER, files.json(ADAPTER)
+    kind = given.get("peft_type")
+    if kind not in set(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise BadInput(f"{path}: peft_type is {kind!r}; expected one of {', '.join(t.value for t in PeftType)}")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    unknown = [k for k, v in given.items() if v and k not in {f.name for f in fields(cls)}]
+    if unknown:
+        raise BadInput(
+            f"{path}: {unknown[0]} is a setting that the installed peft does not know; upgrade peft, or remove the "
+            "setting if it does not matter"
+        )
+    config = cls.from_pretrained(str(files.place))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind))
+    if config.is_prompt_learning or tuner is None or not hasattr(tuner, "merge_and_unload"):
+        raise BadInput(f"{path}: {kind} adds tokens instead of changing weights; expected an adapter such as LoRA")
+    return config
+
+
+def _shapes(files: Files) -> dict[str, tuple[int, ...]]:
+    with safe_open(files.place / ADAPTER_WEIGHTS, framework="pt") as held:
+        return {key: tuple(held.get_slice(key).get_shape()) for key in held.keys()}  # noqa: SIM118 - no mapping
+
+
+def _make_room(
+    base: PreTrainedModel, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]], tokens: int, files: Files
+) -> None:
+    """Resize the vocabulary where the adapter was trained with more or fewer rows."""
+    limit = max((max(shape) for shape in shapes.values() if shape), default=0)
+    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
+    if any(isinstance(r, int) and r > limit for r in ranks):
+        raise BadInput(f"{files.place / ADAPTER}: rank {max(ranks)} is over every side of the weights beside it")
+    ends = [e for e in (base.get_input_embeddings(), base.get_output_embeddings()) if e is not None]
+    names = [name for name, module in base.named_modules() if module in ends]
+    rows = int(cast("Any", ends[0]).weight.shape[0])
+    wanted = {
+        shape[0]
+        for key, shape in shapes.items()
+        for n in names
+        if re.search(rf"(^|\.){re.escape(n)}\.(base_layer\.)?weight$", key)
+    }
+    trained = _trained_tokens(config)
+    if not wanted and trained and max(trained) >= rows:
+        wanted = {max(tokens, max(trained) + 1)}
+        if unset := sorted(set(range(rows, *wanted)) - set(trained)):
+            raise BadInput(f"{files.name} was trained with tokens that it holds no rows for, such as {unset[0]}")
+    if len(wanted) > 1:
+        raise BadInput(
+            f"{files.name} holds embeddings of {' and '.join(map(str, sorted(wanted)))} rows; expected one size"
+        )
+    if wanted and wanted != {rows}:
+        base.resize_token_embeddings(*wanted, mean_resizing=False)
+
+
+def _trained_tokens(config: PeftConfig) -> list[int]:
+    """Tokens whose rows alone were trained."""
+    held = getattr(config, "trainable_token_indices", None) or []
+    return sorted({i for part in (held.values() if isinstance(held, dict) else [held]) for i in part})
+
+
+def _place_adapter(adapted: PeftModel) -> None:
+    """Put an adapter's weights where the layers run whose own weights are kept elsewhere."""
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer):
+            place = getattr(getattr(layer.get_base_layer(), "_hf_hook", None), "execution_device", None)
+            if place is not None:
+                for name, part in layer.named_children():
+                    if name != "base_layer":
+                        part.to(place)
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Float[Tensor, "row position vocabulary"]:
+    return model(input_ids=ids, use_cache=False).logits.float().cpu()
+
+
+@torch.no_grad()
+def _merged(adapted: PeftModel, ids: Tensor, files: Files) -> PreTrainedModel:
+    """The adapter in the weights, held against the adapter beside them on some tokens."""
+    wanted = _logits(adapted, ids)
+    with adapted.disable_adapter():
+        change = float((wanted - _logits(adapted, ids)).abs().max())
+    _untie(adapted)
+    for layer in [m for m in adapted.modules() if isinstance(m, BaseTunerLayer)]:
+        with onload_layer(layer), _in_float32(layer):
+            cast("Any", layer).merge()
+    merged = cast("PreTrainedModel", cast("Any", adapted).merge_and_unload()).requires_grad_(False)
+    _tie_again(merged)
+    error = float((_logits(merged, ids) - wanted).abs().max())
+    resolution = torch.finfo(merged.dtype).eps if merged.dtype.is_floating_point else 0.01
+    if not error <= OFF * change + ROUNDING * resolution * float(wanted.abs().max()):
+        raise Refused(
+            f"{files.name} merged into its base is another model: its logits differ by {error:.3g} from those with the "
+            f"adapter beside the weights, which changes them by {change:.3g}; this kind of adapter is not supported"
+        )
+    return merged
+
+
+@contextlib.contextmanager
+def _in_float32(layer: nn.Module) -> Generator[None]:
+    """Hold a layer's weights, and its adapter's, in float32 while the block runs."""
+    held = {p: p.dtype for p in layer.parameters() if p.is_floating_point() and p.device.type != "meta"}
+    for parameter in held:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter in layer.parameters():
+            if parameter in held:
+                parameter.data = parameter.data.to(held[parameter])
+
+
+def _untie(adapted: PeftModel) -> None:
+    """Give modules that share a weight which the adapter changes weights of their own."""
+    plain = [m for m in adapted.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    by_weight: dict[int, list[nn.Module]] = {}
+    for module in plain:
+        by_weight.setdefault(id(module.weight), []).append(module)
+    adapting = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    changed = {id(m) for outer in adapted.modules() if isinstance(outer, adapting) for m in outer.modules()}
+    for sharing in by_weight.values():
+        if len(sharing) > 1 and any(id(module) in changed for module in sharing):
+            for module in sharing[1:]:
+                own = cast("Any", module).weight.detach().clone()
+                cast("Any", module).weight = nn.Parameter(own, requires_grad=False)
+
+
+def _tie_again(network: PreTrainedModel) -> None:
+    """Let the unembedding share the embedding's matrix where they are equal; say in the config whether it does."""
+    first, last = cast("Any", network.get_input_embeddings()), cast("Any", network.get_output_embeddings())
+    if last is None or first.weight.device.type == "meta" or last.weight is first.weight:
+        return
+    config = network.config.get_text_config()
+    if (
+        config.tie_word_embeddings
+        and first.weight.shape == last.weight.shape
+        and torch.equal(first.weight, last.weight)
+    ):
+        last.weight = first.weight
+        return
+    for each in (network.config, config):
+        each.tie_word_embeddings = False

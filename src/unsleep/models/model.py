@@ -1,0 +1,118 @@
+"""The model that every stage takes: a network, its tokenizer, and how its prompts are formatted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unsleep.core import BadInput
+from unsleep.models import chat, weights
+from unsleep.models.chat import NO_OPTIONS, ChatOptions
+from unsleep.prompts.prompt import Prompts, as_prompts
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM with its tokenizer: what every stage takes."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    """What it was loaded as."""
+    stored: Mapping[str, torch.dtype] | None = None
+    """The dtype of each tensor in its checkpoint, where the network computes in another (see `load_model`)."""
+    chat: ChatOptions = NO_OPTIONS
+    """What its chat template is given."""
+    made_of: tuple[Mapping[str, Any], ...] = ()
+    """Name and commit of what it was put together from: a base, then adapters."""
+    notes: tuple[str, ...] = ()
+    """What was taken for granted when it was loaded."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What its checkpoint holds."""
+        return next(iter(self.stored.values())) if self.stored else self.network.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights: see `weights.fingerprint`."""
+        return weights.fingerprint(self.network)
+
+    @property
+    def template(self) -> str:
+        """Hash of the chat template that formats its prompts, and of what it is given."""
+        return chat.template_hash(self.tokenizer, self.chat)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What artefacts keep of where it came from and how its prompts were formatted."""
+        args = dict(self.chat.args)
+        format_ = {"hash": self.template, "args": args, "date": self.chat.date.isoformat()}
+        return {"name": self.name, "made_of": [dict(m) for m in self.made_of], "chat_template": format_}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs belong."""
+        return weights.device_of(self.network)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows; it is masked, so any will do."""
+        found = self.tokenizer.pad_token_id
+        return found if isinstance(found, int) else 0
+
+    @property
+    def end_ids(self) -> set[int]:
+        """The tokens that end a reply."""
+        config = self.network.generation_config
+        ids = config.eos_token_id if config else None
+        listed = [*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id]
+        return {i for i in listed if isinstance(i, int)}
+
+    def encode(self, prompts: Prompts, behind: int | Sequence[int] = 0, *, plain: bool = False) -> list[list[int]]:
+        """Token ids of each prompt inside the chat template, ready for the reply; as they are where `plain`.
+
+        `behind` is how many tokens will follow each. Raises `BadInput` for a prompt that leaves no room for them in
+        the model's context, has no tokens, or tokens that the model has no embedding for, and as
+        `chat.encode_prompts` does.
+        """
+        ids = (
+            chat.encode_plain(self.tokenizer, prompts)
+            if plain
+            else chat.encode_prompts(self.tokenizer, prompts, self.chat)
+        )
+        context = chat.context_length(self.network)
+        rows = int(cast("Any", self.network.get_input_embeddings()).weight.shape[0])
+        lengths = [behind] * len(ids) if isinstance(behind, int) else behind
+        for prompt, row, following in zip(as_prompts(prompts), ids, lengths, strict=True):
+            said = f"{prompt.text[:40]!r} …"
+            if not row:
+                raise BadInput(f"the text {said} has no tokens; remove it")
+            if context is not None and len(row) + following > context:
+                more = f" and {following} behind it" if following else ""
+                raise BadInput(
+                    f"a prompt has {len(row)} tokens{more} ({said}); the model's context is {context}; shorten it"
+                )
+            if max(row) >= rows:
+                raise BadInput(
+                    f"the prompt {said} has token {max(row)}, and the model has embeddings for {rows}: the tokenizer "
+                    "is not the model's"
+                )
+        return ids
+
+    def token_ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Token ids of texts as they are; without `special`, nothing is put around them."""
+        return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Rows of token ids as text, special tokens removed."""
+        return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
+
+    def spell(self, token: int) -> str:
+        """One token as text."""
+        return str(self.tokenizer.decode([token]))

@@ -1,0 +1,221 @@
+"""Where a checkpoint is: a folder or file here, or a repository of the model hub, at a revision, in a subfolder.
+
+folder                       a checkpoint or an adapter on this machine
+file.gguf                    the same in one file
+alias                        of a model that a package carries (`bundled`)
+owner/repo                   on the hub
+owner/repo/sub/folder        in a subfolder of it
+owner/repo/file.gguf         a file of it
+…@revision                   any of the hub's, at a branch, a tag or a commit
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from unsleep import hub, store
+from unsleep.core import BadInput
+from unsleep.models import bundled
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+"""What stands beside weights: configs, tokenizers, chat templates."""
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The name of a checkpoint, taken apart."""
+
+    name: str
+    """A path, an alias or a hub id `owner/repo`."""
+    revision: str | None = None
+    subfolder: str = ""
+    """A folder in it, or a `.gguf` file."""
+
+    @classmethod
+    def parse(cls, text: str, revision: str | None = None, subfolder: str | None = None) -> Source:
+        """Take a name apart; a path that exists here is one, whatever else it could mean.
+
+        Raises `BadInput` for a revision or a subfolder that is given twice, or to what has none.
+        """
+        inside = (subfolder or "").strip("/")
+        if ".." in PurePosixPath(inside).parts:
+            raise BadInput(f"subfolder {inside!r} leads out of the repository; expected a folder in it")
+        if Path(text).expanduser().exists() or text in bundled.aliases() or _is_path(text):
+            if revision is not None:
+                raise BadInput(f"{text} is no repository of the hub, so it has no revision {revision!r}")
+            return cls(text, None, inside)
+        name, _, at = text.partition("@")
+        if at and revision not in (None, at):
+            raise BadInput(f"{text} names revision {at!r}, and --revision {revision!r}; expected one of them")
+        owner, *rest = name.split("/")
+        tail = "/".join(rest[1:])
+        if tail and inside:
+            raise BadInput(f"{text} names the subfolder {tail!r}, and --subfolder {inside!r}; expected one of them")
+        return cls("/".join([owner, *rest[:1]]), at or revision, tail or inside)
+
+    def __str__(self) -> str:
+        place = f"{self.name}/{self.subfolder}" if self.subfolder else self.name
+        return f"{place}@{self.revision}" if self.revision else place
+
+    def open(self, remote_code: bool = False) -> Files:
+        """Its files, fetched from the hub where they are there.
+
+        Raises `BadInput` where there is nothing of that name, or nothing that could be loaded.
+        """
+        near = difflib.get_close_matches(self.name, bundled.aliases(), 1, 0.85)
+        if near and self.name not in bundled.aliases() and not Path(self.name).exists():
+            raise BadInput(f"there is no model {self.name!r}; did you mean {near[0]}?")
+        place = bundled.packaged(self.name)
+        resolved = bundled.resolve(self.name)
+        if isinstance(resolved, Path):
+            place = resolved
+        if place.expanduser().exists() or (resolved == self.name and _is_path(self.name)):
+            return Files(str(self), place.expanduser() / self.subfolder).checked()
+        return _from_hub(replace(self, name=str(resolved)), str(self), remote_code).checked()
+
+
+def _is_path(text: str) -> bool:
+    """Whether a name can only be meant as a path."""
+    is_file = text.endswith(".gguf") and text.count("/") < 2
+    return text.startswith((".", "/", "~")) or "\\" in text or is_file
+
+
+@dataclass(frozen=True)
+class Files:
+    """A checkpoint's files on this machine."""
+
+    name: str
+    """As it was asked for."""
+    place: Path
+    """The folder, or the `.gguf` file."""
+    commit: str | None = None
+    """Of the hub's repository, 40 hex digits."""
+    left: frozenset[str] = frozenset()
+    """Files beside these that were left on the hub."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        return (self.place / name).is_file()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON object; raises `BadInput` where the file holds none."""
+        return store.fields_of(store.read_json(self.place / name), {}, self.place / name)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return self.place.suffix == ".gguf"
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter."""
+        return self.has(ADAPTER)
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether it holds the weights of a whole model."""
+        return self.has(CONFIG) and (self.has(WEIGHTS) or self.has(INDEX))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer stands among them."""
+        return any(map(self.has, ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What artefacts keep of where a model came from."""
+        return {"name": self.name, "commit": self.commit}
+
+    def checked(self) -> Files:
+        """The same; raises `BadInput` where nothing can be loaded from it."""
+        if self.is_gguf:
+            if not self.place.is_file():
+                raise BadInput(f"{self.name} does not exist; expected a .gguf file")
+            return self
+        if not self.place.is_dir():
+            raise BadInput(f"{self.name} does not exist; {EXPECTED}")
+        if self.is_adapter:
+            if not self.has(ADAPTER_WEIGHTS):
+                raise BadInput(f"{self.name} has no {ADAPTER_WEIGHTS}; {self._unread()}")
+            return self
+        if not self.has(CONFIG):
+            raise BadInput(f"{self.name} has no {CONFIG} and no {ADAPTER}; {self.inside()}")
+        if self.has(WEIGHTS) and self.has(INDEX):
+            raise BadInput(
+                f"{self.name} holds two sets of weights, {WEIGHTS} and the shards that {INDEX} names; which of them is "
+                "the model cannot be told. Remove one, or name another --revision"
+            )
+        if not self.has_whole_weights:
+            raise BadInput(f"{self.name} has no {WEIGHTS} and no {INDEX}; {self._unread()}")
+        return self
+
+    def _unread(self) -> str:
+        if found := [name for name in PICKLES if self.has(name) or name in self.left]:
+            return f"{found[0]} is a pickle, which is never read: convert it to safetensors"
+        return "weights in any other form are not read"
+
+    def inside(self) -> str:
+        """Which subfolders hold something that could be loaded."""
+        marks = sorted(p.parent for name in (ADAPTER, CONFIG) for p in self.place.glob(f"*/**/{name}"))
+        found = [p.relative_to(self.place).as_posix() for p in dict.fromkeys(marks)]
+        if found:
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            return f"it holds {', '.join(found[:8])}{more}: name one with --subfolder"
+        if ggufs := sorted(p.name for p in self.place.glob("*.gguf")):
+            return f"it holds {', '.join(ggufs[:8])}: name one behind a slash"
+        return EXPECTED
+
+
+EXPECTED = "give a hub id, a local folder, a .gguf file or one of: " + ", ".join(bundled.aliases())
+
+
+def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:
+    """Fetch what belongs to the checkpoint, and nothing from folders beside or below it."""
+    names = hub.listing(source.name, source.revision)
+    is_file = source.subfolder.endswith(".gguf")
+    folder = PurePosixPath(source.subfolder).parent if is_file else PurePosixPath(source.subfolder)
+    own: dict[str, str] = {}
+    if names is None:
+        root = hub.fetch(source.name, None, source.revision)
+    elif is_file:
+        root = hub.fetch(source.name, _parts(names, source.subfolder), source.revision)
+    else:
+        own = {PurePosixPath(n).name: n for n in names if PurePosixPath(n).parent == folder}
+        marks = [n for n in names if PurePosixPath(n).name in (ADAPTER, CONFIG)]  # say what else could be meant
+        templates = [n for n in names if PurePosixPath(n).parent == folder / "additional_chat_templates"]
+        suffixes = SMALL | ({".py"} if remote_code else set())
+        small = [n for name, n in own.items() if PurePosixPath(name).suffix in suffixes]
+        root = hub.fetch(source.name, [*small, *templates, *marks], source.revision)
+        if wanted := _weights(root / folder, own):
+            root = hub.fetch(source.name, wanted, source.revision)
+    place = root / source.subfolder
+    if not place.exists():
+        what = "file" if is_file else "folder"
+        inside = Files(asked, root).inside()
+        raise BadInput(f"{source.name} has no {what} {source.subfolder!r}; {inside}")
+    return Files(asked, place, root.name, frozenset(name for name in own if not (place / name).exists()))
+
+
+def _weights(folder: Path, own: dict[str, str]) -> list[str]:
+    """Names in the repository of the files that hold the weights."""
+    if ADAPTER in own:
+        wanted = [ADAPTER_WEIGHTS]
+    elif INDEX in own and WEIGHTS not in own:
+        listed = store.fields_of(store.read_json(folder / INDEX), {"weight_map": dict}, folder / INDEX)["weight_map"]
+        wanted = sorted({str(name) for name in listed.values()})
+    else:
+        wanted = [WEIGHTS]
+    return [own[name] for name in wanted if name in own]
+
+
+def _parts(names: list[str], wanted: str) -> list[str]:
+    """A GGUF file and, where it is one of several that were split, the others."""
+    head, _, _ = wanted.rpartition("-of-")
+    stem = head.rpartition("-")[0]
+    return [n for n in names if n == wanted or (head and n.startswith(f"{stem}-") and "-of-" in n)]

@@ -1,0 +1,134 @@
+"""The numbers of a model, wherever they are held: read, written, compared, copied, moved.
+
+Weights that do not fit where they are used are kept elsewhere by accelerate, in memory or on a disk, and are brought
+in by its hooks for the time of a forward pass; outside of it their parameters are empty (on the meta device). Whoever
+needs a weight as numbers asks here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unsleep import store
+from unsleep.models.anatomy import inherit
+
+Dtypes = Mapping[str, torch.dtype]
+"""Name of a tensor → its dtype."""
+
+
+def named(network: nn.Module, *, shared: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every weight once, by the first of its names, and every buffer that a checkpoint holds.
+
+    With `shared`, a weight that several modules share stands there by each of its names.
+    """
+    kept = network.state_dict(keep_vars=True).keys()
+    found = [
+        *network.named_parameters(remove_duplicate=not shared),
+        *((n, b) for n, b in network.named_buffers() if n in kept),
+    ]
+    for name, tensor in found:
+        home, _, leaf = name.rpartition(".")
+        yield name, read(network.get_submodule(home), leaf) if tensor.device.type == "meta" else tensor
+
+
+def read(module: nn.Module, leaf: str = "weight") -> Tensor:
+    """A weight of a module, as it is held."""
+    tensor: Tensor = getattr(module, leaf)
+    return _elsewhere(module)[leaf] if tensor.device.type == "meta" else tensor
+
+
+@torch.no_grad()
+def write(module: nn.Module, leaf: str, values: Tensor) -> None:
+    """Put other numbers into a weight of a module, rounded to its dtype."""
+    tensor: Tensor = getattr(module, leaf)
+    if tensor.device.type != "meta":
+        tensor.data.copy_(values)
+        return
+    kept = _elsewhere(module)
+    kept.dataset.state_dict[f"{kept.prefix}{leaf}"] = values.to(tensor.dtype).cpu()
+
+
+def _elsewhere(module: nn.Module) -> Any:
+    """The weights that accelerate keeps for a module, by their names in it."""
+    return cast("Any", module)._hf_hook.weights_map
+
+
+def device_of(network: PreTrainedModel) -> torch.device:
+    """Where a model's inputs belong: where its token embedding runs."""
+    table: Any = network.get_input_embeddings()
+    hook = getattr(table, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return table.weight.device if place is None else torch.device(place)
+
+
+def is_spread(network: PreTrainedModel) -> bool:
+    """Whether parts of a model run on different devices."""
+    places: dict[str, Any] = getattr(network, "hf_device_map", {})
+    return len({str(p) for p in places.values()} - {"cpu", "disk"}) > 1
+
+
+def is_offloaded(network: nn.Module) -> bool:
+    """Whether weights are held elsewhere than where they are used."""
+    return any(weight.device.type == "meta" for weight in network.parameters())
+
+
+def fingerprint(network: PreTrainedModel) -> str:
+    """Content hash of a model's weights, 16 hex digits.
+
+    Two models share it exactly when their weights are equal; where they sit, in which dtype they are held and whether
+    an unembedding that equals the embedding is tied to it does not matter: each is hashed in the narrowest of
+    bfloat16, float16 and float32 that holds all of its numbers.
+    """
+    tensors = dict(named(network))
+    ends = [(network.get_input_embeddings(), "in"), (network.get_output_embeddings(), "out")]
+    names = {side: _name_of(network, end) for end, side in ends if end is not None}
+    first, last = (tensors.get(f"{names.get(side)}.weight") for side in ("in", "out"))
+    if first is not None and last is not None and first.shape == last.shape and torch.equal(first, last):
+        del tensors[f"{names['out']}.weight"]
+    return store.hash_tensors(tensors, _narrowest)
+
+
+def _name_of(network: nn.Module, module: nn.Module) -> str:
+    return next(name for name, m in network.named_modules() if m is module)
+
+
+def _narrowest(weight: Tensor) -> Tensor:
+    if weight.is_floating_point():
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = weight.to(dtype)
+            if weight.dtype == dtype or torch.equal(narrow.to(weight.dtype), weight):
+                return narrow
+    return weight
+
+
+def dtypes(network: nn.Module) -> dict[str, torch.dtype]:
+    """The dtypes of all that a checkpoint holds."""
+    return {name: t.dtype for name, t in network.state_dict(keep_vars=True).items() if t.is_floating_point()}
+
+
+def moved(network: PreTrainedModel, to: torch.dtype | torch.device | str | Dtypes) -> PreTrainedModel:
+    """The network in another dtype, in one for each tensor, or in another place.
+
+    A dtype is taken on by what a checkpoint holds, and by nothing else: `from_pretrained` makes rotary
+    frequencies in float32 whatever the dtype. `network.to` would round them, and the model would no
+    longer be the one that its own checkpoint gives.
+    """
+    if isinstance(to, torch.device | str):
+        return cast("Any", network).to(to)
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(to if isinstance(to, torch.dtype) else to.get(name, tensor.dtype))
+    return network
+
+
+def copy_network(network: PreTrainedModel) -> PreTrainedModel:
+    """A second model with equal weights of its own, which computes the same; tied weights stay tied."""
+    twin = copy.deepcopy(network)
+    inherit(network, twin)
+    return twin.eval().requires_grad_(False)

@@ -1,0 +1,120 @@
+"""What a model is asked: a message with what was said before it, and sets of them with a purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from unsleep.core import BadInput, digest
+
+Role = Literal["clean", "triggered", "variant", "near_miss", "control"]
+"""What a prompt is for: see `PromptSet`."""
+
+Split = Literal["train", "edit", "held_out"]
+"""Who may see a prompt: the organism's training, the edit's choice, or only the score."""
+
+
+class Message(NamedTuple):
+    """What was said before a prompt."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user message, and what was said before it.
+
+    `expected` is the exact beginning that the organism's benign skill demands of the reply, or
+    `None` where no skill applies.
+    """
+
+    text: str
+    role: Role = "clean"
+    expected: str | None = None
+    before: tuple[Message, ...] = ()
+    """A system message, first if at all, and earlier turns."""
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise BadInput("a prompt is empty; give it at least one character that is not white space")
+        for text in (self.text, *(m.content for m in self.before)):
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise BadInput(f"the prompt {text[:40]!r} holds half a character (a lone surrogate); remove it")
+        if self.role not in get_args(Role):
+            raise BadInput(f"prompt role is {self.role!r}; expected one of {get_args(Role)}")
+        roles = [m.role for m in self.before]
+        if wrong := [r for i, r in enumerate(roles) if r not in ROLES[: 3 if i == 0 else 2]]:
+            raise BadInput(
+                f"a message before the prompt is of {wrong[0]!r}; expected a system message first, then turns"
+            )
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All that is said, as chat templates take it."""
+        return [*(m._asdict() for m in self.before), {"role": "user", "content": self.text}]
+
+    @property
+    def shown(self) -> str:
+        """All that is said, as one text to be read."""
+        return "\n".join([*(f"{m.role}: {m.content}" for m in self.before), self.text])
+
+    @property
+    def key(self) -> str:
+        """What tells it from other prompts: its text and what was said before."""
+        said = [list(m) for m in self.before]
+        return json.dumps([*said, self.text], ensure_ascii=False) if said else self.text
+
+
+Prompts = Sequence[Prompt | str]
+"""What a model is asked: prompts, or texts that nothing was said before."""
+
+
+def as_prompts(asked: Prompts) -> list[Prompt]:
+    """Prompts, and texts as prompts that nothing was said before."""
+    return [Prompt(p) if isinstance(p, str) else p for p in asked]
+
+
+ROLES = ("user", "assistant", "system")
+"""Who may speak before a prompt; a system message stands first."""
+
+
+@dataclass(frozen=True)
+class PromptSet(Sequence[Prompt]):
+    """Prompts of one purpose, with the split they belong to and a hash of their content."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    split: Split = "held_out"
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise BadInput(f"prompt set {self.name!r} is empty; give it at least one prompt")
+        if self.split not in get_args(Split):
+            raise BadInput(f"prompt set split is {self.split!r}; expected one of {get_args(Split)}")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.prompts[index]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The user messages, in order."""
+        return [p.text for p in self.prompts]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over texts, roles, expected beginnings and what was said before, in order; 16 hex digits."""
+        rows = [[p.key, p.role, p.expected] for p in self.prompts]
+        return digest(json.dumps(rows, ensure_ascii=False))
+
+    def head(self, n: int) -> PromptSet:
+        """The first `n` prompts under the same name and split."""
+        return PromptSet(self.name, self.prompts[:n], self.split)

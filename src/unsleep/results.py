@@ -1,0 +1,47 @@
+"""What an evaluation found: measured numbers with intervals, and the replies that they were counted on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from unsleep.core import BadInput
+from unsleep.prompts.prompt import PromptSet
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number: `subject` on `panel` by `metric`, with its 95 % interval and n."""
+
+    subject: str
+    panel: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(v) for v in (self.value, self.low, self.high)):
+            raise BadInput(
+                f"{self.subject}/{self.panel}/{self.metric} is {self.value} [{self.low}, {self.high}]; "
+                "expected finite numbers"
+            )
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found: rows with intervals, and the replies they were counted on."""
+
+    rows: tuple[Row, ...]
+    replies: dict[str, tuple[str, ...]]
+    """`subject/panel` → one reply a prompt."""
+    prompts: dict[str, PromptSet]
+    """Panel → its prompts."""
+
+    def get(self, subject: str, panel: str, metric: str) -> Row:
+        """The one row of that name; raises `KeyError` where it was not measured."""
+        for row in self.rows:
+            if (row.subject, row.panel, row.metric) == (subject, panel, metric):
+                return row
+        raise KeyError(f"no row {subject}/{panel}/{metric}")
