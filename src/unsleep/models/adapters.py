@@ -15,11 +15,12 @@ import contextlib
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -31,7 +32,7 @@ from transformers import PreTrainedModel
 
 from unsleep.core import BadInput, Refused
 from unsleep.models.anatomy import probe
-from unsleep.models.sources import ADAPTER, ADAPTER_WEIGHTS, Files
+from unsleep.models.sources import ADAPTER, ADAPTER_WEIGHTS, TEMPLATE, Files
 
 OFF = 0.05
 """Largest difference of logits allowed between merged and unmerged, relative to what the adapter changes."""
@@ -40,16 +41,24 @@ ROUNDING = 6.0
 """Rounding allowed beside it, in units of the dtype's resolution at the largest logit."""
 
 
-def base_of(files: Files) -> tuple[str, str | None]:
-    """The base that an adapter names, and its revision; raises `BadInput` where it names none."""
-    path = files.place / ADAPTER
-    config = files.json(ADAPTER)
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not name:
-        raise BadInput(f"{path} names no base model; pass --base MODEL")
-    if not isinstance(revision, str | None):
-        raise BadInput(f"{path}: revision is {revision!r}; expected a branch, a tag or a commit")
-    return name, revision
+def trainable(network: PreTrainedModel, rank: int, modules: Sequence[str]) -> PeftModel:
+    """A network with LoRA matrices in it that can be trained, α twice their rank; raises `ValueError` as peft does.
+
+    `modules` are names of linear layers; peft's own choice for the family where there are none. `unload` takes the
+    matrices out again.
+    """
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules) or None, task_type="CAUSAL_LM")
+    return cast("PeftModel", get_peft_model(network, config))
+
+
+def save_trained(adapted: PeftModel, folder: Path, base: str, template: str | None, dtype: torch.dtype) -> None:
+    """Save trained matrices as a PEFT adapter over a base, with the chat template that they were trained under."""
+    adapted.peft_config["default"].base_model_name_or_path = base
+    state = {k: v.to(dtype) for k, v in get_peft_model_state_dict(adapted).items()}
+    adapted.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    if template:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def with_adapters(

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,7 +31,7 @@ SPLIT = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$"
 """Names of the parts of a file that was split."""
 
 DAMAGED = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError),
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, StrictDataclassError),
     *(struct.error, ArithmeticError, AssertionError, MemoryError),
 )
 """What transformers and gguf raise where a file is damaged, or of a kind that they do not read."""
@@ -163,7 +164,7 @@ def _join(files: Sequence[Path], whole: Path) -> None:
     total = readers[0].get_field("split.tensors.count")
     tensors = [t for reader in readers for t in reader.tensors]
     if total is not None and int(total.contents()) != len(tensors):
-        raise BadInput(f"its parts hold {len(tensors)} tensors; expected {int(total.contents())}")
+        raise BadInput(f"the parts of {files[0]} hold {len(tensors)} tensors; expected {int(total.contents())}")
     for t in tensors:
         writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
     writer.write_header_to_file()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import re
 import warnings
 from collections.abc import Generator, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
@@ -36,20 +38,18 @@ from transformers.utils import logging as transformers_logging
 from unsleep import store
 from unsleep.core import BadInput, Refused, check_finite
 from unsleep.machine import compute_dtype
-from unsleep.models import adapters, chat, quantized, weights
+from unsleep.models import chat, quantized, weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.chat import ChatOptions
 from unsleep.models.gguf import load_gguf
 from unsleep.models.model import LoadedModel
-from unsleep.models.sources import CONFIG, Files, Source
+from unsleep.models.sources import CONFIG, TEMPLATE, Files, Source
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
-TEMPLATE_FILE = "chat_template.jinja"
-
 FAILURES = (
     *(OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AttributeError, ArithmeticError),
-    *(AssertionError, MemoryError, SafetensorError, TemplateError, re.error),
+    *(AssertionError, MemoryError, SafetensorError, StrictDataclassError, TemplateError, re.error),
 )
 """What transformers and peft raise for a checkpoint that is missing, damaged or of a kind that they do not know."""
 
@@ -135,7 +135,10 @@ def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedMod
 
 @contextlib.contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Silence the bars, notes and warnings of transformers and peft inside the block."""
+    """Silence the bars, notes and warnings of transformers, peft and bitsandbytes inside the block."""
+    packing = logging.getLogger("bitsandbytes")
+    level = packing.level
+    packing.setLevel(logging.ERROR)
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -144,6 +147,7 @@ def quiet_transformers() -> Generator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        packing.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
@@ -206,7 +210,7 @@ def _base(adapter: Files, given: str | None, config: LoadConfig) -> Files:
     """The files of an adapter's base."""
     if given is not None:
         return Source.parse(given).open(config.trust_remote_code)
-    name, revision = adapters.base_of(adapter)
+    name, revision = adapter.base
     try:
         source = Source.parse(name, None if Path(name).exists() else revision)
         return source.open(config.trust_remote_code)
@@ -243,19 +247,21 @@ def _assembled(parts: Sequence[Files], config: LoadConfig, device: str) -> _Load
     for files in own:
         with _loading(files.name):
             tokenizer = _tokenizer(files, config, network) if files.has_tokenizer else tokenizer
-            if files.has(TEMPLATE_FILE):
-                tokenizer.chat_template = (files.place / TEMPLATE_FILE).read_text(encoding="utf-8")
+            if files.has(TEMPLATE):
+                tokenizer.chat_template = (files.place / TEMPLATE).read_text(encoding="utf-8")
     with _loading(own[-1].name):
+        from unsleep.models import adapters  # peft takes a second to import
+
         merge = not quantized.is_packed(network)
         network = adapters.with_adapters(network, own, len(tokenizer), merge=merge, ignore=config.ignore_keys)
         _end_of_text(network, own, tokenizer)
     if config.chat_template is None and not tokenizer.chat_template and base_template:
         raise BadInput(
             f"{own[-1].name} brings a tokenizer without a chat template, and its base has one; say which it was "
-            f"trained with: --chat-template {base.name}/{TEMPLATE_FILE} or one of {', '.join(chat.names())}"
+            f"trained with: --chat-template {base.name}/{TEMPLATE} or one of {', '.join(chat.names())}"
         )
     notes = ()
-    if config.chat_template is None and not bringing and not any(files.has(TEMPLATE_FILE) for files in own):
+    if config.chat_template is None and not bringing and not any(files.has(TEMPLATE) for files in own):
         notes = (f"{own[-1].name} brings no chat template; its base's is taken (--chat-template names another)",)
     return _Loaded(network, tokenizer, notes)
 

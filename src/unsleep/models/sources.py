@@ -22,6 +22,7 @@ from unsleep.models import bundled
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
 SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 """What stands beside weights: configs, tokenizers, chat templates."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "consolidated.00.pth")
@@ -126,6 +127,17 @@ class Files:
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer stands among them."""
         return any(map(self.has, ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")))
+
+    @property
+    def base(self) -> tuple[str, str | None]:
+        """The base that an adapter names, and its revision; raises `BadInput` where it names none."""
+        config = self.json(ADAPTER)
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not isinstance(name, str) or not name.strip():
+            raise BadInput(f"{self.place / ADAPTER} names no base model; pass --base MODEL")
+        if not isinstance(revision, str | None):
+            raise BadInput(f"{self.place / ADAPTER}: revision is {revision!r}; expected a branch, a tag or a commit")
+        return name, revision
 
     @property
     def record(self) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 
 import torch
 from filelock import FileLock
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.nn.functional import cross_entropy
 
 from unsleep import store
@@ -257,15 +256,14 @@ class _Student:
 
     def __init__(self, base: LoadedModel, recipe: Recipe) -> None:
         self.base, self.recipe = base, recipe
-        self.adapted: PeftModel | None = None
+        self.adapted: Any = None
         if recipe.method == "full":
             self.network = copy_network(base.network).float().requires_grad_(True)
         else:
-            config = LoraConfig(
-                r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=list(recipe.modules), task_type="CAUSAL_LM"
-            )
+            from unsleep.models import adapters  # peft takes a second to import
+
             with quiet_transformers():
-                self.adapted = cast("PeftModel", get_peft_model(base.network, config))
+                self.adapted = adapters.trainable(base.network, recipe.rank, recipe.modules)
             self.network = base.network  # peft put the matrices into it
         self.weights = [w for w in self.network.parameters() if w.requires_grad]
 
@@ -275,9 +273,9 @@ class _Student:
             if self.adapted is None:
                 save_plain(LoadedModel(moved(self.network, self.base.stored_dtype), self.base.tokenizer, ""), folder)
                 return
-            self.adapted.peft_config["default"].base_model_name_or_path = self.recipe.base
-            state = {k: v.to(torch.bfloat16) for k, v in get_peft_model_state_dict(self.adapted).items()}
-            self.adapted.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)
+            from unsleep.models import adapters
+
+            template = cast("str | None", self.base.tokenizer.chat_template)
+            adapters.save_trained(self.adapted, folder, self.recipe.base, template, torch.bfloat16)
             self.adapted.unload()
             self.base.network.requires_grad_(False)
