@@ -21,7 +21,7 @@ import torch
 from common import RESULTS
 from torch import Tensor
 
-from unsleep import Site, harvest, load_model, store
+from unsleep import LoadConfig, Site, harvest, load_model, store
 from unsleep.harvest import Harvest, pooled
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from common import alternating, keep, ratio, table
 
-from unsleep import Edit, Site, applied, load_model
+from unsleep import Edit, LoadConfig, Site, applied, load_model
 from unsleep.dictionaries.coders import TopK
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from common import alternating, keep, ratio, table
 
-from unsleep import Site, harvest, load_model
+from unsleep import LoadConfig, Site, harvest, load_model
 from unsleep.harvest import token_rows
 from unsleep.models import generate
 from unsleep.models.forward import Rows, pad_left, prefix_cache, repeat_cache

@@ -51,7 +51,7 @@ def test_there_are_families_enough():
 def test_what_blocks_add_is_found_exactly(any_family: LoadedModel):
     """The equation, computed anew from what hooks see."""
     network = any_family.network
-    found = anatomy.examine(network)
+    found, _ = anatomy.examine(network)
     ids = torch.tensor(any_family.token_ids(["the quick brown fox"]))
     parts = {(i, p.path): p.scale for i, block in enumerate(found.blocks) for p in block.parts}
     seen: dict[tuple[int, str], torch.Tensor] = {}
@@ -215,7 +215,7 @@ def test_a_family_that_was_never_heard_of_works(tmp_path: Path, scale: float):
     torch.manual_seed(0)
     network = OddModel(OddConfig(eos_token_id=1, pad_token_id=1), scale).eval().requires_grad_(False)
     model = LoadedModel(network, byte_tokenizer(), "odd")
-    found = anatomy.examine(network)
+    found, _ = anatomy.examine(network)
     assert (found.layers, found.final_norm, found.width) == ("strata", "last", 32)
     for block in found.blocks:
         assert block.attn == anatomy.Part("alpha", scale, "alpha.give")

@@ -344,6 +344,7 @@ Intervention = Edit | Projection
 
 def check_finite(x: Tensor, what: str) -> None:
     """Raise `BadInput` where `x` holds NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
+    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))  # in one pass; what is not finite stays so
+    if not bool(torch.isfinite(total)) and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise BadInput(f"{what} holds {bad} NaN or infinite values of {x.numel()}; they cannot be worked with")

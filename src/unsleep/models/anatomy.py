@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -102,8 +102,14 @@ _KNOWN: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 def anatomy(model: PreTrainedModel) -> Anatomy:
     """Where a model's parts are, found when it is first asked for; raises as `examine` does."""
     if model not in _KNOWN:
-        _KNOWN[model] = examine(model)
+        _KNOWN[model], _ = examine(model)
     return _KNOWN[model]
+
+
+def first_look(model: PreTrainedModel) -> Float[Tensor, "row position vocabulary"]:
+    """Find a model's anatomy anew; returns the logits of the input that it was found on. Raises as `examine` does."""
+    _KNOWN[model], logits = examine(model)
+    return logits
 
 
 def inherit(model: PreTrainedModel, twin: PreTrainedModel) -> None:
@@ -113,8 +119,8 @@ def inherit(model: PreTrainedModel, twin: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel) -> Anatomy:
-    """Find where a model's parts are, from one forward pass over a short random input.
+def examine(model: PreTrainedModel) -> tuple[Anatomy, Float[Tensor, "row position vocabulary"]]:
+    """Find where a model's parts are, from one forward pass over a short random input (`probe`); also its logits.
 
     Raises `Refused` naming the layer and the error where what a block adds is not the sum of its submodules' outputs,
     and for a model without a list of blocks that each read and write a residual stream.
@@ -125,7 +131,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
     seen = {name: _List(blocks) for name, blocks in lists.items()}
     head = _Head(model, lists.values())
     with observed(itertools.chain(head.watchers(), *(s.watchers() for s in seen.values()))):
-        model(input_ids=probe(model), use_cache=False)
+        logits = model(input_ids=probe(model), use_cache=False).logits
     kind = model.config.model_type
     ran = {name: s for name, s in seen.items() if s.is_stream}
     if not ran:
@@ -140,7 +146,8 @@ def examine(model: PreTrainedModel) -> Anatomy:
             f"{kind} layer {layer}: no two submodules' outputs, such as attention's and the MLP's, add up to the "
             f"change of the residual (best relative error {error:.3g}); this variant of the family is not supported"
         )
-    return Anatomy(layers, tuple(ran[layers].blocks), head.norm, ran[layers].width, ran[layers].outputs)
+    found = Anatomy(layers, tuple(ran[layers].blocks), head.norm, ran[layers].width, ran[layers].outputs)
+    return found, logits
 
 
 def probe(model: PreTrainedModel) -> Int[Tensor, "row position"]:

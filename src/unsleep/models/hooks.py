@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from unsleep.models import weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.sites import Place, Slot, lanes, layers, tap
 
@@ -66,6 +67,8 @@ def transformed(model: PreTrainedModel, transforms: Mapping[Any, Transform]) -> 
     """
     with contextlib.ExitStack() as stack:
         rows = _Rows()
+        if weights.is_spread(model):
+            transforms = {site: _brought(transform, weights.device_of(model)) for site, transform in transforms.items()}
         for site, transform in transforms.items():
             if isinstance(site, Slot):
                 stack.callback(_slot_hook(model, site, transform, rows).remove)
@@ -243,6 +246,17 @@ def _passed_over(block: nn.Module, outputs: int) -> Generator[None]:
             del block.forward
         else:
             block.forward = shadowed
+
+
+def _brought(transform: Transform, device: torch.device) -> Transform:
+    """A transform of what is brought to a device first, as a layer on another one takes and gives it."""
+
+    def where_it_runs(x: Tensor) -> Tensor:
+        here = x.to(device)
+        new = transform(here)
+        return x if new is here else new.to(x.device)
+
+    return where_it_runs
 
 
 def _scaled(transform: Transform, scale: float) -> Transform:

@@ -238,7 +238,7 @@ def _assembled(parts: Sequence[Files], config: LoadConfig, device: str) -> _Load
         network, tokenizer = load_gguf(base.place, _dtype(config), config.ignore_keys)
     else:
         with _loading(base.name):
-            network = _whole(base, config, device)
+            network = _whole(base, config, device, alone=not own)
             tokenizer = _tokenizer(base, config)
     if not own:
         return _Loaded(network, tokenizer)
@@ -255,6 +255,9 @@ def _assembled(parts: Sequence[Files], config: LoadConfig, device: str) -> _Load
         merge = not quantized.is_packed(network)
         network = adapters.with_adapters(network, own, len(tokenizer), merge=merge, ignore=config.ignore_keys)
         _end_of_text(network, own, tokenizer)
+        if config.device_map is not None and merge:
+            where = config.offload and str(config.offload)
+            network = weights.spread(network, _device_map(config), _memory(config), where)
     if config.chat_template is None and not tokenizer.chat_template and base_template:
         raise BadInput(
             f"{own[-1].name} brings a tokenizer without a chat template, and its base has one; say which it was "
@@ -270,14 +273,16 @@ def _dtype(config: LoadConfig) -> Any:
     return config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def _whole(files: Files, config: LoadConfig, device: str) -> PreTrainedModel:
-    """A whole checkpoint's network; every weight of the one is one of the other."""
+def _whole(files: Files, config: LoadConfig, device: str, *, alone: bool) -> PreTrainedModel:
+    """A whole checkpoint's network; every weight of the one is one of the other.
+
+    Where adapters follow, it is spread over devices when they are merged.
+    """
     settings = AutoConfig.from_pretrained(files.place, trust_remote_code=config.trust_remote_code)
     options: dict[str, Any] = {"config": settings, "trust_remote_code": config.trust_remote_code}
     options |= quantized.options(settings, config.quantize, files.name) | {"dtype": _dtype(config)}
-    if config.device_map is not None:
-        options["device_map"] = _device_map(config)
-        options |= {"max_memory": {int(k) if k.isdecimal() else k: v for k, v in config.max_memory.items()} or None}
+    if config.device_map is not None and alone:
+        options |= {"device_map": _device_map(config), "max_memory": _memory(config) or None}
         options |= {"offload_folder": config.offload and str(config.offload)}
     elif config.quantize != "none" or quantized.is_stored_packed(settings):
         options["device_map"] = device
@@ -306,6 +311,10 @@ def _device_map(config: LoadConfig) -> Any:
             f"--device-map {config.device_map} is no file; expected auto, balanced, sequential or a JSON file"
         )
     return {str(k): v for k, v in store.fields_of(store.read_json(path), {}, path).items()}
+
+
+def _memory(config: LoadConfig) -> dict[int | str, str]:
+    return {int(k) if k.isdecimal() else k: v for k, v in config.max_memory.items()}
 
 
 def _tokenizer(files: Files, config: LoadConfig, network: PreTrainedModel | None = None) -> PreTrainedTokenizerBase:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -76,6 +78,23 @@ def is_spread(network: PreTrainedModel) -> bool:
 def is_offloaded(network: nn.Module) -> bool:
     """Whether weights are held elsewhere than where they are used."""
     return any(weight.device.type == "meta" for weight in network.parameters())
+
+
+def spread(
+    network: PreTrainedModel, device_map: str | Mapping[str, Any], max_memory: Mapping[Any, str], offload: str | None
+) -> PreTrainedModel:
+    """Put a model's layers on several devices, as `from_pretrained` does with a device map.
+
+    Raises `ValueError` as accelerate does for a map that leaves a module out, or a disk without a folder.
+    """
+    places = dict(device_map) if not isinstance(device_map, str) else None
+    if places is None:
+        whole = cast("Any", network)._no_split_modules
+        kept: dict[str, Any] = {"max_memory": dict(max_memory) or None, "no_split_module_classes": list(whole or ())}
+        if device_map != "sequential":
+            kept["max_memory"] = get_balanced_memory(network, low_zero=device_map == "balanced_low_0", **kept)
+        places = infer_auto_device_map(network, **kept)
+    return cast("PreTrainedModel", dispatch_model(network, places, offload_dir=offload))
 
 
 def fingerprint(network: PreTrainedModel) -> str:
