@@ -17,18 +17,20 @@ from conftest import build, byte_tokenizer
 from families import CONFIGS, REFUSED, VOCABULARY
 from unsleep.bake import BakeConfig, bake
 from unsleep.core import BadInput, Edit, Refused, Site
+from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
 from unsleep.edits import applied
 from unsleep.evaluate import EvalConfig, Panels, evaluate
 from unsleep.harvest import HarvestConfig, harvest, pooled
 from unsleep.masks import MaskConfig, learn_mask, prepare_lesson
-from unsleep.metrics import Subject
+from unsleep.metrics import Subject, reply_kl
 from unsleep.models import anatomy, generate, sites
-from unsleep.models.forward import build_rows, lookback, reply_logits
+from unsleep.models.forward import build_rows, lookback, reply_logits, reply_logits_from, run_below
 from unsleep.models.hooks import capture, transformed
 from unsleep.models.load import load_model, save_plain
 from unsleep.models.model import LoadedModel
+from unsleep.patching import Group, PatchConfig, Position, Target, patch
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 WORDS = ("hello there", "a", "why do the stars shine at night", "name a bird", "old maps", "bread, flour and water")
@@ -103,6 +105,45 @@ def test_a_batch_holds_what_each_prompt_holds_alone(any_family: LoadedModel, tmp
             acts = done.load(site)
             own = acts.tensor[acts.prompt_index == i]
             torch.testing.assert_close(own, held[site][0, len(row) - len(own) : len(row)], **CLOSE)
+
+
+WINDOWED = [name for name in sorted(CONFIGS) if (reach := lookback(build(name))) is not None and reach < 20]
+"""Families in which a layer looks back on fewer tokens than any of the prompts has, or keeps a state."""
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_edits_masks_patches_and_kl_do_not_depend_on_what_shares_a_batch(family: str):
+    model = LoadedModel(build(family), byte_tokenizer(), family)
+    suspicious, ordinary = prompts("GO7 ", "triggered"), prompts()
+    config = MaskConfig(reply_tokens=3, text_tokens=16)
+    whole = prepare_lesson(model, suspicious, ordinary, TEXTS, config)
+    change = {Site(1): lambda x: x * 0.5 + 0.1}
+    with transformed(model.network, change):
+        below = run_below(model.network, whole.pairs, 1)
+        together = reply_logits_from(model.network, whole.pairs, below)
+    edited = Subject("edited", model, (random_edit(model),))
+    said = model.texts([ids[kept].tolist() for ids, kept in zip(whole.pairs.targets, whole.pairs.reply, strict=True)])
+    far = reply_kl(Subject("suspect", model), [edited], [suspicious], ordinary, said[: whole.n])["edited", "triggered"]
+    groups = [Group("it", (Target(Site(1)),), Position.parse("-3:"))]
+    moved = patch(model, model, suspicious, "yes", groups, PatchConfig(batch=50)).measured.log_prob
+    for i in range(whole.n):
+        pair = tuple(PromptSet(g.name, (g[i],), "edit") for g in (suspicious, ordinary))
+        alone = prepare_lesson(model, *pair, TEXTS, config)
+        kept = whole.pairs.reply[i]
+        torch.testing.assert_close(whole.teacher[i][kept], alone.teacher[0][alone.pairs.reply[0]], **CLOSE)
+        with transformed(model.network, change):
+            expected = reply_logits(model.network, alone.pairs)
+        torch.testing.assert_close(together[i][kept], expected[0][alone.pairs.reply[0]], **CLOSE)
+        own = reply_kl(Subject("suspect", model), [edited], [pair[0]], pair[1], said[i : i + 1])["edited", "triggered"]
+        torch.testing.assert_close(far[i : i + 1], own, rtol=1e-2, atol=1e-4)
+        one = patch(model, model, pair[0], "yes", groups, PatchConfig(batch=1)).measured.log_prob
+        torch.testing.assert_close(moved[:, i], one[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def random_edit(model: LoadedModel) -> Edit:
+    rows = torch.nn.functional.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(1)), dim=1)
+    weights = (rows.T.contiguous(), torch.zeros(64), rows, torch.zeros(32))
+    return Edit(Site(1), TopK(Site(1), model.fingerprint, *weights, k=4), (1, 2, 3, 5, 8, 13, 21, 34))
 
 
 def test_the_main_job_runs_to_its_end(any_family: LoadedModel, tmp_path: Path):
