@@ -82,8 +82,7 @@ def with_adapters(
     """
     if merge:
         for files in adapters:
-            ids = probe(network)
-            network = _merged(_attached(network, files, "own", tokens, ignore), ids, files)
+            network = _merged(_attached(network, files, "own", tokens, ignore), files)
         return network
     adapted: PeftModel | None = None
     names = [f"own{i}" for i in range(len(adapters))]
@@ -190,8 +189,9 @@ def _trained_tokens(config: PeftConfig) -> list[int]:
 
 
 @torch.no_grad()
-def _merged(adapted: PeftModel, ids: Tensor, files: Files) -> PreTrainedModel:
-    """The adapter in the weights, held against the adapter beside them on some tokens."""
+def _merged(adapted: PeftModel, files: Files) -> PreTrainedModel:
+    """The adapter in the weights, held against the adapter beside them."""
+    ids = probe(cast("PreTrainedModel", adapted.get_base_model()))
     wanted: Tensor = cast("Any", adapted)(input_ids=ids, use_cache=False).logits.float()
     _untie(adapted)
     for layer in [m for m in adapted.modules() if isinstance(m, BaseTunerLayer)]:

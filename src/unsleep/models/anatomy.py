@@ -155,7 +155,8 @@ def probe(model: PreTrainedModel) -> Int[Tensor, "row position"]:
     table: Any = model.get_input_embeddings()
     configs = [model.config, model.config.get_text_config()]
     special = {v for c in configs for k, v in c.to_dict().items() if re.search("_token_(id|index)$", k)}
-    size = min(int(table.num_embeddings), int(getattr(configs[1], "vocab_size", table.num_embeddings)))
+    rows = int(table.weight.shape[0])
+    size = min(rows, int(getattr(configs[1], "vocab_size", rows)))
     usable = torch.tensor([i for i in range(min(10, size - 2), min(size, 2000)) if i not in special])
     picked = usable[torch.randint(len(usable), (POSITIONS + 1,), generator=torch.Generator().manual_seed(0))]
     ids = picked[:POSITIONS].repeat(ROWS, 1)
