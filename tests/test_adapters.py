@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from checkpoints import TARGETS, beside, logits, randomise, save_adapter, save_base
@@ -368,3 +368,81 @@ class Context:
 
 def test_lora_config_names_are_those_of_peft():
     assert {"r", "target_modules", "modules_to_save"} <= set(LoraConfig.__dataclass_fields__)
+
+
+# What a file may lack, and what it may not hold
+
+
+def test_tensors_that_are_held_once_and_shared_are_whole(base: Path, tied: Path, tmp_path: Path):
+    vera = VeraConfig(r=4, target_modules=["q_proj", "o_proj"], save_projection=True)
+    network = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(network, vera)
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "vera")
+    edit_config(tmp_path / "vera", base_model_name_or_path=str(base))
+    torch.testing.assert_close(logits(load_model(tmp_path / "vera").network), logits(adapted), **CLOSE)
+    some = save_adapter(tmp_path / "rows", tied, trainable_token_indices=[5, 9])
+    torch.testing.assert_close(logits(load_model(some).network), logits(beside(tied, some)), **CLOSE)
+
+
+def test_rows_that_were_added_and_saved_whole_are_made_room_for(base: Path, tmp_path: Path):
+    def add_rows(network: Any) -> None:
+        network.resize_token_embeddings(260, mean_resizing=False)
+
+    kept = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": TARGETS}
+    adapter = save_adapter(tmp_path / "a", base, change=add_rows, **kept)
+    model = load_model(adapter)
+    network = AutoModelForCausalLM.from_pretrained(base)
+    add_rows(network)
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(network, str(adapter))
+    torch.testing.assert_close(logits(model.network), logits(wanted), **CLOSE)
+    assert model.network.get_input_embeddings().weight.shape[0] == 260
+
+
+def test_shapes_of_another_base_are_named(base: Path, tmp_path: Path):
+    adapter = save_adapter(tmp_path / "a", base)
+    edit_weights(adapter, lambda ts: {k: torch.cat([t, t], -1) if "lora_A" in k else t for k, t in ts.items()})
+    with pytest.raises(BadInput, match=r"lora_A.weight has shape \[4, \d+\]; on this base it would be .*--base MODEL"):
+        load_model(adapter)
+
+
+def test_what_is_no_number_in_an_adapter_is_named(base: Path, tmp_path: Path):
+    adapter = save_adapter(tmp_path / "a", base)
+    edit_weights(adapter, lambda ts: {k: t * float("nan") if "layers.1.mlp.up" in k else t for k, t in ts.items()})
+    with pytest.raises(BadInput, match=r"layers.1.mlp.up_proj.lora_\w.weight holds \d+ NaN"):
+        load_model(adapter)
+
+
+def test_an_adapter_that_was_cut_short_is_named(base: Path, tmp_path: Path):
+    adapter = save_adapter(tmp_path / "a", base)
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(BadInput, match=r"adapter_model.safetensors is cut short or no safetensors file"):
+        load_model(adapter)
+
+
+def test_one_adapter_twice_is_refused(base: Path, tmp_path: Path):
+    adapter = save_adapter(tmp_path / "a", base)
+    with pytest.raises(BadInput, match="is given twice"):
+        load_model(adapter, LoadConfig(adapters=(str(adapter),)))
+
+
+def test_an_adapter_of_another_base_is_said(base: Path, tmp_path: Path):
+    one, other = save_adapter(tmp_path / "a", base), save_adapter(tmp_path / "b", base, named="org/other")
+    model = load_model(one, LoadConfig(adapters=(str(other),)))
+    assert any("names the base org/other" in note for note in model.notes)
+
+
+def test_what_is_passed_over_is_said_and_recorded(base: Path, tmp_path: Path):
+    adapter = save_adapter(tmp_path / "a", base)
+    edit_weights(adapter, lambda ts: ts | {"strange.one": torch.ones(2), "strange.two": torch.ones(2)})
+    with pytest.raises(BadInput, match=r"pass --ignore-keys '\^strange' if they do not matter"):
+        load_model(adapter)
+    model = load_model(adapter, LoadConfig(ignore_keys=("^strange", "^nothing")))
+    assert model.origin["ignored_keys"] == ["strange.one", "strange.two"]
+    assert [note.rpartition(": ")[2] for note in model.notes if "strange" in note] == [
+        "strange.one is passed over",
+        "strange.two is passed over",
+    ]
+    assert "--ignore-keys '^nothing' matches nothing" in model.notes

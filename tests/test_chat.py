@@ -271,3 +271,41 @@ def test_positions_that_are_scaled_anew_end_where_the_model_was_first_trained_to
     assert chat.context_length(model.network) == 128
     with pytest.raises(BadInput, match="the model's context is 128"):
         model.encode(["x" * 120])
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("{{ messages[-1]['content'] }}", "system"),
+        ("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}", "system"),
+        ("always the same", "system"),
+        ('{"model_type": "llama"}', "system"),
+    ],
+)
+def test_a_template_that_leaves_a_message_out_is_refused(template: str, role: str):
+    with pytest.raises(BadInput, match=f"the chat template leaves out the {role} message"):
+        text_of(tokenizer_with(template), SYSTEM)
+
+
+def test_thoughts_of_an_assistant_may_be_left_out():
+    said = Prompt("Q", before=(Message("user", "P"), Message("assistant", "<think>hm</think> A")))
+    template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}|{% endfor %}"
+    assert text_of(tokenizer_with(template), said) == "P| A|Q|"
+
+
+WRITTEN = "{%- if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}|x" + (
+    "{{ messages[-1]['content'] }}"
+)
+
+
+def test_a_date_reaches_templates_that_take_it_as_written_and_is_refused_by_those_without():
+    on = ChatOptions(date=datetime.date(2023, 2, 1))
+    tokenizer = tokenizer_with(WRITTEN)
+    assert text_of(tokenizer, "y") == "26 Jul 2024|xy"
+    assert text_of(tokenizer, "y", on) == "01 Feb 2023|xy"
+    assert chat.template_hash(tokenizer, on) != chat.template_hash(tokenizer)
+    chat.check_template(tokenizer, on)
+    with pytest.raises(BadInput, match="--date 2023-02-01: the chat template writes no date"):
+        chat.check_template(tokenizer_with("{{ messages[-1]['content'] }}"), on)
+    with pytest.raises(BadInput, match="--date 2023-02-01: there is no chat template to write it"):
+        chat.check_template(tokenizer_with(None), on)

@@ -358,12 +358,13 @@ def test_what_is_not_utf_8_is_named_with_its_byte(tmp_path: Path):
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        ('{"text": "b"', "it is not a prompt"),
+        ('{"text": "b"', "it is not valid JSON at column 13"),
+        ('{"text": "b", "text": "c"}', "key 'text' stands in it twice"),
         ('"b"', "it is not a prompt"),
         ("[1]", "it is not a prompt"),
         ("null", "it is not a prompt"),
         ("5", "it is not a prompt"),
-        ("[" * 100_000, "it is not a prompt"),
+        ("[" * 100_000, "it is not valid JSON"),
         ('{"prompt": "b"}', r"key 'prompt' is not known; expected text, expected, system, messages"),
         ('{"text": "b", "repsonse": "c"}', "key 'repsonse' is not known"),
         ('{"text": 5}', "text is '5'; expected a text"),
@@ -375,11 +376,11 @@ def test_what_is_not_utf_8_is_named_with_its_byte(tmp_path: Path):
         ('{"text": "b", "messages": []}', "expected either text"),
         ('{"system": "s", "messages": [{"role": "user", "content": "b"}]}', "expected either text"),
         ('{"messages": "b"}', "messages is no list"),
-        ('{"messages": []}', "messages is no list"),
+        ('{"messages": []}', "messages is an empty list"),
         ('{"messages": ["b"]}', "message 1 is 'b'; expected role and content alone"),
         ('{"messages": [{"role": "user", "content": "b", "name": "x"}]}', "message 1 is .*; expected role and content"),
         ('{"messages": [{"role": "tool", "content": "b"}]}', "message 1 is of 'tool'"),
-        ('{"messages": [{"role": "user", "content": ["b"]}]}', "message 1 is of 'user'; expected a text"),
+        ('{"messages": [{"role": "user", "content": ["b"]}]}', r"message 1 says .*; expected a text"),
         ('{"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}', "of 'assistant'"),
         (
             '{"messages": [{"role": "user", "content": "b"}, {"role": "system", "content": "s"}, '
@@ -392,6 +393,18 @@ def test_a_bad_line_of_json_is_named_with_its_number(text_file: TextFile, bad: s
     path = text_file("bad.jsonl", f'{{"text": "a"}}\n\n{bad}\n{{"text": "c"}}\n')
     with pytest.raises(BadInput, match=rf"bad\.jsonl line 3: .*{told}"):
         sets.read_prompts(path)
+
+
+def test_json_is_never_read_as_plain_text(text_file: TextFile):
+    line = '{"text": "a"}\n{"text": "b", "system": ""}\n'
+    for name in ("x.JSONL", "x.ndjson"):
+        asked = sets.read_prompts(text_file(name, line))
+        assert asked.texts == ["a", "b"]
+        assert [p.before for p in asked] == [(), (Message("system", ""),)]
+    with pytest.raises(BadInput, match=r"x\.json is one JSON value; expected one prompt a line"):
+        sets.read_prompts(text_file("x.json", line))
+    with pytest.raises(BadInput, match=r"x\.txt line 1: it is a JSON object; name the file x\.jsonl"):
+        sets.read_prompts(text_file("x.txt", line))
 
 
 def test_what_was_said_before_a_prompt_is_read_and_written(text_file: TextFile):

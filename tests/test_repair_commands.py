@@ -71,7 +71,7 @@ def tree(at: Path) -> dict[str, bytes]:
     return {str(p.relative_to(at)): p.read_bytes() for p in sorted(at.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("place", ["acts", "suspect", "ordinary.txt"])
+@pytest.mark.parametrize("place", ["acts", "suspect"])
 def test_an_edit_and_a_bake_replace_nothing_that_is_not_their_like(folder: Path, place: str, capsys: Capture):
     before = tree(folder)
     assert run(folder, "edit", "suspect", "--dictionaries", "d", *GROUPS, *EDIT, "--out", place) == 2
@@ -220,6 +220,32 @@ def test_a_harvest_takes_the_replies_that_other_prompts_get(folder: Path, tmp_pa
     bare = ("suspect", "--prompts", "suspicious.txt", "--sites", "resid.1", "--replies-of", "ordinary.txt")
     assert run(folder, "harvest", *bare, "--out", str(tmp_path / "bare")) == 2
     refused(capsys, "--replies-of was given without --reply-tokens")
+
+
+def test_what_would_be_passed_over_is_refused(folder: Path, tmp_path: Path, capsys: Capture):
+    harvest = ("harvest", "suspect", "--prompts", "ordinary.txt", "--site", "resid.1", "--out", str(tmp_path / "h"))
+    (folder / "short.txt").write_text("a\nb\n")
+    for given, told in (
+        ((*harvest, "--plain", "--chat-template", "alpaca"), "--plain takes texts as they are"),
+        ((*harvest, "--reply-tokens", "-1"), "--reply-tokens is -1; expected at least 0"),
+        ((*harvest, "--reply-tokens", "2", "--replies-of", "short.txt"), "--replies-of holds 2 prompts, and .* 6"),
+        ((*harvest[:6], "resid.9", *harvest[6:]), "Site resid.9 is not in the model"),
+        ((*harvest[:-1], "ordinary.txt"), "--out .*ordinary.txt is a file; expected a folder"),
+        ((*harvest, "--max-memory", "cpu", "1GiB"), "max_memory and offload are of a device map"),
+        (("evaluate", "suspect", *HELD_OUT, "--organism", "deployment", "--out", "out"), "leave out --suspicious"),
+    ):
+        assert run(folder, *given) == 2
+        refused(capsys, told)
+    assert not (tmp_path / "h").exists()
+    (folder / "short.txt").unlink()
+
+
+def test_another_format_than_an_edit_was_made_under_is_told(folder: Path, tmp_path: Path, capsys: Capture):
+    given = ("evaluate", "suspect", "--edit", "edit", *HELD_OUT, "--payload", "x")
+    assert run(folder, *given, "--out", str(tmp_path / "same")) == 0
+    assert "another chat template" not in capsys.readouterr().err
+    assert run(folder, *given, "--chat-template", "plain", "--out", str(tmp_path / "other")) == 0
+    assert re.search(r"edit was made under another chat template \(\w{16}\) than", capsys.readouterr().err)
 
 
 def test_the_version_is_told(capsys: Capture):

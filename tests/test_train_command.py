@@ -377,7 +377,7 @@ def test_other_activations_and_other_folders_are_refused(
         assert train(harvests, tmp_path / "mine", "--site", *sites) == 2
         refused(capsys, "mine exists already")
     assert train(harvests, tmp_path / "mine" / "notes.txt", "--site", "resid.0", "resid.1") == 2
-    refused(capsys, r"notes\.txt exists already")
+    refused(capsys, r"notes\.txt is a file; expected a folder")
     (tmp_path / "mine" / "dictionaries.json").write_text('{"schema": "unsleep.dictionaries/1", "model": 3}')
     assert train(harvests, tmp_path / "mine", "--site", "resid.0", "resid.1") == 2
     refused(capsys, "model is 3")

@@ -83,7 +83,7 @@ def check_model(model: LoadedModel | PreTrainedModel, edits: Sequence[Interventi
     if found_in != {print_of}:
         raise Refused(
             f"the edit belongs to model {', '.join(sorted(found_in))}, this one is {print_of}; features and "
-            "directions of one model mean nothing in another. Pass any_model=True if that is what you want"
+            "directions of one model mean nothing in another. In Python, any_model=True takes it anyway"
         )
 
 
@@ -160,6 +160,11 @@ class EditConfig:
     ablate: int = 32
     """Features that plain ablation removes, over all Sites."""
     mask: MaskConfig = MaskConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "ablate"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}; expected at least 1")
 
 
 def edit(

@@ -26,7 +26,7 @@ from unsleep.models import chat
 from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
 from unsleep.models.hooks import stopping, watched
 from unsleep.models.model import LoadedModel
-from unsleep.models.sites import width
+from unsleep.models.sites import tap, width
 from unsleep.prompts.prompt import PromptSet
 
 SHARED = -1
@@ -198,6 +198,8 @@ def harvest(
     sites = sorted(set(sites))
     if not sites:
         raise BadInput("no Site was given; name at least one, such as resid.12")
+    for site in sites:
+        tap(model.network, site)
     rows = token_rows(model, prompts, replies, plain)
     plan = _plan(model, prompts, sites, rows, config)
     out.mkdir(parents=True, exist_ok=True)

@@ -61,9 +61,9 @@ def fetch(repo: str, files: Sequence[str] | None = None, revision: str | None = 
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except FAILURES as error:
-        why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         at = f" at revision {revision!r}" if revision else ""
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}"
         raise BadInput(
-            f"{repo}{at} is no folder here, and the model hub has no such repository or cannot be reached ({why}); "
-            f"give a folder, or fill the cache at {constants.HF_HUB_CACHE}"
+            f"{repo}{at} is no folder here and not in the cache at {constants.HF_HUB_CACHE}, and the model hub has no "
+            f"such repository or cannot be reached ({why}); give a folder, or fetch it where there is a network"
         ) from error

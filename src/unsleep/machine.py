@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from unsleep.core import BadInput
+
 NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
@@ -30,6 +32,20 @@ def is_native(dtype: torch.dtype) -> bool:
     """Whether the processor multiplies in a dtype by itself; where it does not, half precision is emulated."""
     features = {*_cpuinfo("flags").split(), *_cpuinfo("Features").split()}
     return dtype not in NATIVE or bool(NATIVE[dtype] & features)
+
+
+def device_of(name: str) -> torch.device:
+    """A device by its name; `auto` is CUDA where there is any. Raises `BadInput` for one that cannot be used here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # an accelerator that is not there, or one without values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); expected such as cpu or cuda:0"
+        ) from None
+    return device
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device | str = "cpu", weights: int = 0) -> torch.dtype:

@@ -19,6 +19,7 @@ from unsleep.dictionaries.files.folders import Format
 from unsleep.dictionaries.sweep import Job, Setup, sweep, train_alone
 from unsleep.dictionaries.tracking import Tracker
 from unsleep.harvest import Harvest, HarvestConfig, open_harvest, streamed
+from unsleep.models.sites import tap
 from unsleep.prompts import sets
 
 
@@ -48,10 +49,16 @@ def harvest(
     """
     wanted, places = sets.read_prompts(prompts), [Site.parse(s) for s in sites]
     asked = wanted if replies_of is None else sets.read_prompts(replies_of)
+    if reply_tokens < 0:
+        raise BadInput(f"--reply-tokens is {reply_tokens}; expected at least 0")
+    if len(asked) != len(wanted):
+        raise BadInput(f"--replies-of holds {len(asked)} prompts, and {prompts} {len(wanted)}; expected one each")
     if replies_of is not None and not reply_tokens:
         raise BadInput("--replies-of was given without --reply-tokens; say how many tokens of the replies to collect")
     with Bars() as bars:
-        loaded = placement.load(model)
+        loaded = placement.load(model, plain=plain)
+        for site in places:
+            tap(loaded.network, site)  # those that the model lacks are refused before any work
         replies = own_replies(loaded, asked, reply_tokens, bars) if reply_tokens else None
         done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config, report=bars)
     sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())

@@ -10,10 +10,11 @@ from tyro.conf import Positional, arg
 
 import unsleep
 from unsleep import pages, store
-from unsleep.cli.shared import Model, Out, Placed, Placement
+from unsleep.cli.shared import Model, Out, Placed, Placement, check_format, check_format_of
 from unsleep.console import Bars, say, say_result
 from unsleep.controls import firing, matched_random, random_subspace
 from unsleep.core import BadInput, Edit, Intervention, Projection, Report
+from unsleep.edits import MARK as EDIT
 from unsleep.edits import check_model, edits_hash, load_edit
 from unsleep.evaluate import EvalConfig, Panels, organism_config, organism_panels
 from unsleep.metrics import Subject
@@ -55,6 +56,10 @@ def evaluate(
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
         json: Print the result as JSON.
     """
+    if organism is not None and (suspicious or ordinary or payload is not None):
+        raise BadInput(
+            "--organism brings its own prompts and payload; leave out --suspicious, --ordinary and --payload"
+        )
     judged = load_organism(organism) if organism is not None else None
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
     panels, judging = _panels(judged, (suspicious, ordinary), payload, n, chosen_on)
@@ -62,12 +67,17 @@ def evaluate(
         loaded = placement.load(model)
         if judged is not None:
             judged.check_template(loaded)
+        cleaned = [Subject("baked", placement.load_beside(baked))] if baked else []
+        for subject in cleaned:
+            subject.model.encode(panels.clean.head(1))  # one that cannot be asked is refused before any work
+            check_format_of(loaded, subject.model)
         subjects = [Subject("suspect", loaded)]
-        if edits:
+        if edit is not None and edits:
+            check_format(edit / EDIT, loaded)
             check_model(loaded, edits)
             control = at_random(loaded, edits, panels.clean, scratch, bars)
             subjects += [Subject("edited", loaded, tuple(edits)), Subject("control_random", loaded, control)]
-        subjects += [Subject("baked", placement.load_beside(baked))] if baked else []
+        subjects += cleaned
         what = {s.name: [s.model.fingerprint, str(s.model.network.dtype), edits_hash(s.edits)] for s in subjects}
         prompts = {name: panel.hash for name, panel in panels.prompts().items()}
         with store.steps(out, what, prompts, judging.payload, judging.reply_tokens) as steps:

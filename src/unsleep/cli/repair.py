@@ -14,7 +14,7 @@ from unsleep import store
 from unsleep.bake import MARK as CHECKPOINT
 from unsleep.bake import BakeConfig, save_baked
 from unsleep.card import model_card
-from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, load_dictionaries, own_replies
+from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, check_format, load_dictionaries, own_replies
 from unsleep.console import Bars, say, visible_line
 from unsleep.core import BadInput, Edit, Features, Projection, Report, Site
 from unsleep.dictionaries.coders import Coder
@@ -171,6 +171,7 @@ def bake(
     trusted = _counterparts(groups, counterparts, part)
     with Bars() as bars:
         (edits, _), loaded = load_edit(edit), placement.load(model)
+        check_format(edit / EDIT, loaded)
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
         baked = unsleep.bake(loaded, edits, (lesson.pairs, lesson.text), config, report=bars)
     measured = {"method": baked.method, "kl": baked.kl, "fingerprint": baked.model.fingerprint}

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from unsleep import store
+from unsleep.cli.settings import Rejected
 from unsleep.console import hint
 from unsleep.core import BadInput, Refused, Report
 from unsleep.dictionaries.coders import Coder
@@ -22,15 +24,35 @@ from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import PromptSet
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
-Out = Annotated[Path, arg(metavar="DIR")]
+
+
+def _out(texts: list[str]) -> Path:
+    place = Path(texts[0])
+    if place.exists() and not place.is_dir():
+        raise Rejected(f"--out {place} is a file; expected a folder, new or old")
+    return place
+
+
+Out = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="DIR",
+        instance_from_str=_out,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 @dataclass(frozen=True)
 class Placement(LoadConfig):
     """How models are loaded; revision, subfolder, base and adapters are of the suspect alone (in patch: the donor)."""
 
-    def load(self, model: str) -> LoadedModel:
-        """The suspect so loaded; what was taken for granted is said on standard error."""
+    def load(self, model: str, *, plain: bool = False) -> LoadedModel:
+        """The suspect so loaded, to be asked in `plain` text or not; what was taken for granted is said on stderr."""
+        if plain and (self.chat_template or self.template_args or self.date):
+            raise BadInput("--plain takes texts as they are; --chat-template, --template-args and --date do not apply")
         loaded = load_model(model, self)
         for note in loaded.notes:
             hint(note)
@@ -81,6 +103,23 @@ def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool
                 "features may mean nothing here. Train one on this model, or pass --any-model"
             )
     return [replace(d, model=model.fingerprint) for d in dictionaries]
+
+
+def check_format(record: Path, model: LoadedModel) -> None:
+    """Say on stderr where an artefact was made under another chat template than the model is asked with."""
+    made = store.read_json(record).get("provenance") or {}
+    hash_ = ((made.get("origin") or {}).get("chat_template") or {}).get("hash")
+    if hash_ not in (None, model.template):
+        hint(
+            f"{record.parent} was made under another chat template ({hash_}) than {model.name} has now "
+            f"({model.template}): give the same --chat-template, --template-args and --date"
+        )
+
+
+def check_format_of(one: LoadedModel, other: LoadedModel) -> None:
+    """Say on stderr where two models that are held against each other are asked under different chat templates."""
+    if one.template != other.template:
+        hint(f"{one.name} and {other.name} have different chat templates: they are asked different prompts")
 
 
 def _one_each(folder: Path) -> list[Path]:

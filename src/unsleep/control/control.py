@@ -157,7 +157,7 @@ def check_controls(
         if made_on != {print_of}:
             raise Refused(
                 f"the control's vectors belong to model {', '.join(sorted(made_on))}, this one is {print_of}; a "
-                "direction of one model need not mean anything in another. Pass any_model=True if that is what you want"
+                "direction of one model need not mean anything in another. In Python, any_model=True takes it anyway"
             )
 
 

@@ -33,6 +33,7 @@ from unsleep.dictionaries.metrics import EDGES, Fit, fit
 from unsleep.dictionaries.tracking import Tracker, check_tracker, tracked
 from unsleep.dictionaries.train import train_many
 from unsleep.dictionaries.trainer import Trainer, config_for
+from unsleep.machine import device_of
 
 SCHEMA = "unsleep.dictionaries/1"
 
@@ -162,10 +163,7 @@ class Setup:
     """Layout in which dictionaries are saved."""
 
     def __post_init__(self) -> None:
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise BadInput(f"device {self.device!r} cannot be used ({str(error).splitlines()[0]})") from None
+        device_of(self.device)
         if self.tracker is not None:
             check_tracker(self.tracker)
 

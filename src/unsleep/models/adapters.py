@@ -29,8 +29,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unsleep.core import BadInput, Refused
+from unsleep.core import BadInput, Refused, check_finite
 from unsleep.models.anatomy import first_look, probe
+from unsleep.models.ignored import IgnoredKeys
 from unsleep.models.sources import ADAPTER, ADAPTER_WEIGHTS, TEMPLATE, Files
 
 ROUNDING = 6.0
@@ -66,28 +67,29 @@ def with_adapters(
     tokens: int,
     *,
     merge: bool,
-    ignore: Sequence[str] = (),
+    ignored: IgnoredKeys | None = None,
 ) -> PreTrainedModel:
     """A base with adapters on it, one after the other; the network that is given becomes part of it.
 
     Args:
         tokens: size of the tokenizer's vocabulary.
         merge: into plain weights; otherwise they stay beside packed ones, all active at once.
-        ignore: patterns of keys in the adapters' files that may be passed over.
+        ignored: keys in the adapters' files that may be passed over.
 
     Raises:
         BadInput: an adapter of a kind that cannot be merged, with settings that PEFT does not know, or one whose keys
             or shapes are not those of the base.
         Refused: the merged model's logits are not the adapter's.
     """
+    ignored = ignored or IgnoredKeys()
     if merge:
         for files in adapters:
-            network = _merged(_attached(network, files, "own", tokens, ignore), files)
+            network = _merged(_attached(network, files, "own", tokens, ignored), files)
         return network
     adapted: PeftModel | None = None
     names = [f"own{i}" for i in range(len(adapters))]
     for files, name in zip(adapters, names, strict=True):
-        adapted = _attached(adapted or network, files, name, tokens, ignore)
+        adapted = _attached(adapted or network, files, name, tokens, ignored)
     if adapted is None:
         return network
     cast("Any", adapted.base_model).set_adapter(names)
@@ -95,7 +97,7 @@ def with_adapters(
 
 
 def _attached(
-    network: PreTrainedModel | PeftModel, files: Files, name: str, tokens: int, ignore: Sequence[str]
+    network: PreTrainedModel | PeftModel, files: Files, name: str, tokens: int, ignored: IgnoredKeys
 ) -> PeftModel:
     """The network with an adapter beside its weights."""
     config = _config(files)
@@ -108,23 +110,50 @@ def _attached(
         adapted = network
     else:
         adapted = PeftModel(network, config, adapter_name=name)
-    found = load_peft_weights(str(files.place), device="cpu")
-    found = {key: tensor for key, tensor in found.items() if not any(re.search(p, key) for p in ignore)}
-    result = set_peft_model_state_dict(adapted, found, adapter_name=name)
-    missing = [key for key in result.missing_keys if name in key.split(".")]
+    found = _without_copies(load_peft_weights(str(files.place), device="cpu"))
+    kept = ignored.left(found, files.name)
+    found = {key: found[key] for key in kept}
+    for key, tensor in found.items():
+        check_finite(tensor, f"{files.place / ADAPTER_WEIGHTS}: {key}")
     path = files.place / ADAPTER_WEIGHTS
-    if missing:
+    for key, held in get_peft_model_state_dict(adapted, adapter_name=name).items():
+        if key in found and found[key].shape != held.shape:
+            raise BadInput(
+                f"{path}: {key} has shape {list(found[key].shape)}; on this base it would be {list(held.shape)}. Give "
+                "the base that it was trained on with --base MODEL"
+            )
+    result = set_peft_model_state_dict(adapted, found, adapter_name=name)
+    if missing := _without_value(adapted, result.missing_keys, name):
         raise BadInput(
             f"{path} lacks {len(missing)} of the adapter's weights ({missing[0].replace(f'.{name}', '')} …); the model "
             "would be the bare base there. Give the whole file, or another base with --base MODEL"
         )
     if unexpected := list(result.unexpected_keys):
-        key = unexpected[0].replace(f".{name}", "")
+        keys = sorted(key.replace(f".{name}", "") for key in unexpected)
         raise BadInput(
-            f"{path} holds {len(unexpected)} weights for which the base has no place ({key} …); give the base that it "
-            f"was trained on with --base MODEL, or pass --ignore-keys {re.escape(key)} if they do not matter"
+            f"{path} holds {len(keys)} weights for which the base has no place ({keys[0]} …); give the base that it "
+            f"was trained on with --base MODEL, or pass {ignored.flag(keys, set(found) - set(keys))} if they do "
+            "not matter"
         )
     return adapted.eval().requires_grad_(False)
+
+
+def _without_copies(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what peft keeps beside the weights of modules that were trained whole: a copy, and what was before."""
+    left = dict(found)
+    for key, tensor in found.items():
+        for inner in (".modules_to_save", ".original_module"):
+            plain = found.get(key.replace(inner, "", 1)) if inner in key else None
+            if plain is not None and (inner == ".original_module" or torch.equal(plain, tensor)):
+                left.pop(key)
+    return left
+
+
+def _without_value(adapted: PeftModel, missing: Sequence[str], name: str) -> list[str]:
+    """Those of the keys that an adapter's file lacks whose tensors were not read under another key."""
+    own = {k: t.data_ptr() for k, t in adapted.state_dict().items() if name in k.split(".")}
+    read = {place for key, place in own.items() if key not in missing}
+    return [key for key in missing if name in key.split(".") and own.get(key) not in read]
 
 
 def _config(files: Files) -> PeftConfig:
@@ -167,7 +196,7 @@ def _make_room(
         shape[0]
         for key, shape in shapes.items()
         for n in names
-        if re.search(rf"(^|\.){re.escape(n)}\.(base_layer\.)?weight$", key)
+        if re.search(rf"(^|\.){re.escape(n)}\.(base_layer\.|modules_to_save\.)?weight$", key)
     }
     trained = _trained_tokens(config)
     if not wanted and trained and max(trained) >= rows:

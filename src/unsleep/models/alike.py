@@ -31,9 +31,10 @@ def check_alike(first: LoadedModel, second: LoadedModel, *, chats: bool = True) 
     if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
         raise BadInput(f"{first.name} and {second.name} have different tokenizers; compare models that share one")
     if chats and first.template != second.template:
+        one, other = (m.template if m.tokenizer.chat_template else "none" for m in (first, second))
         raise BadInput(
-            f"{first.name} and {second.name} have different chat templates ({first.template} and {second.template}): "
-            "the same prompt would be other tokens. Give both the same template, or compare them on plain text"
+            f"{first.name} and {second.name} have different chat templates ({one} and {other}): the same prompt would "
+            "be other tokens. Give both the same one with --chat-template, or compare them on plain text"
         )
 
 

@@ -31,11 +31,14 @@ GIVEN = {
 }
 """Names that a template has without an argument."""
 
+WRITTEN_DATE = "date_string"
+"""Argument of Llama 3's templates for the date as it stands in the prompt, such as 26 Jul 2024."""
+
 GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 """A tag of transformers, which marks what an assistant says."""
 
 PARSER = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-EXAMPLE = [{"role": "user", "content": "one"}]
+EXAMPLE = [{"role": "user", "content": "Is 1009 a prime?"}]
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,13 @@ class ChatOptions:
 
     args: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Its own arguments, such as `enable_thinking`."""
-    date: datetime.date = TODAY
-    """What it takes for today's date."""
+    date: datetime.date | None = None
+    """What it takes for today's date; `TODAY` where none is given."""
+
+    @property
+    def today(self) -> datetime.date:
+        """What a template takes for today's date."""
+        return self.date or TODAY
 
 
 NO_OPTIONS = ChatOptions()
@@ -100,18 +108,27 @@ def _template_file(path: Path, known: Sequence[str]) -> str:
 def check_template(tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> None:
     """Raise `BadInput` where a tokenizer's chat template cannot be rendered, or has no use for an argument."""
     text = cast("str | None", tokenizer.chat_template)
-    if text is None:
+    if not text:
         if options.args:
             raise BadInput(f"--template-args {', '.join(options.args)}: there is no chat template to take them")
+        if options.date:
+            raise BadInput(f"--date {options.date}: there is no chat template to write it")
         return
     try:
-        used = meta.find_undeclared_variables(PARSER.parse(GENERATION.sub("", text))) - GIVEN
+        used = _arguments(text)
     except (TemplateError, RecursionError) as error:
         raise _unusable(error) from error
     if unknown := sorted(set(options.args) - used):
         rest = ", ".join(sorted(used)) or "none"
         raise BadInput(f"--template-args {unknown[0]}: the chat template has no such argument; it has {rest}")
+    if options.date and not NOW.search(text) and WRITTEN_DATE not in used:
+        raise BadInput(f"--date {options.date}: the chat template writes no date")
     _formatted(tokenizer, [EXAMPLE], options)
+
+
+def _arguments(text: str) -> set[str]:
+    """What a chat template takes beside the messages."""
+    return meta.find_undeclared_variables(PARSER.parse(GENERATION.sub("", text))) - GIVEN
 
 
 def _unusable(error: Exception) -> BadInput:
@@ -125,7 +142,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_
     """Hash of what turns messages into prompts; an organism is only judged under its own."""
     text = cast("str | None", tokenizer.chat_template) or ""
     parts = [json.dumps(options.args, sort_keys=True, default=str)] if options.args else []
-    parts += [options.date.isoformat()] if NOW.search(text) else []
+    parts += [options.today.isoformat()] if NOW.search(text) or (options.date and WRITTEN_DATE in text) else []
     return digest("\n".join([text, *parts]))
 
 
@@ -156,7 +173,8 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[l
 def _formatted(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict[str, str]]], options: ChatOptions
 ) -> list[str]:
-    text = NOW.sub(lambda m: json.dumps(options.date.strftime(m["format"])), cast("str", tokenizer.chat_template))
+    text = NOW.sub(lambda m: json.dumps(options.today.strftime(m["format"])), cast("str", tokenizer.chat_template))
+    written = {WRITTEN_DATE: options.date.strftime("%d %b %Y")} if options.date else {}
     if "strftime_now" in text.replace("strftime_now is defined", ""):
         raise BadInput(
             "the chat template writes today's date in a way that cannot be held fixed; give another with "
@@ -168,11 +186,25 @@ def _formatted(
             chat_template=text,
             add_generation_prompt=True,
             tokenize=False,
-            **options.args,
+            **cast("dict[str, Any]", written | dict(options.args)),
         )
     except (TemplateError, TypeError, ValueError, RecursionError, ArithmeticError, LookupError) as error:
         raise _unusable(error) from error
+    for chat, formatted in zip(chats, cast("list[str]", found), strict=True):
+        _check_said(chat, formatted)
     return cast("list[str]", found)
+
+
+def _check_said(chat: list[dict[str, str]], formatted: str) -> None:
+    """Raise `BadInput` where a template leaves a message out; an assistant's thoughts it may."""
+    dense = "".join(formatted.split())
+    for message in chat:
+        said = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+        if "".join(said.split()) not in dense:
+            raise BadInput(
+                f"the chat template leaves out the {message['role']} message {said.strip()[:40]!r} …; give another "
+                "with --chat-template, or a prompt without it"
+            )
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS) -> tuple[int, int]:

@@ -7,6 +7,7 @@ the file that it does not read, weights of the model that the file lacks. A file
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import tempfile
 from collections.abc import Generator, Sequence
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from unsleep.core import BadInput
+from unsleep.models.ignored import IgnoredKeys
 
 SPLIT = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 """Names of the parts of a file that was split."""
@@ -33,18 +35,18 @@ HARMLESS = ("vocab_size", "attention.key_length", "attention.value_length", "rop
 
 
 def load_gguf(
-    path: Path, dtype: torch.dtype | str = "auto", ignore: Sequence[str] = ()
+    path: Path, dtype: torch.dtype | str = "auto", ignored: IgnoredKeys | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a GGUF file, dequantised; `auto` is bfloat16.
 
     Args:
-        ignore: patterns of tensors and settings that may be passed over.
+        ignored: tensors and settings that may be passed over.
 
     Raises:
         BadInput: it is damaged, of an architecture that transformers does not read, lacks parts or weights, or
             holds what is not read.
     """
-    with _joined(path) as whole, _reading(path):
+    with _joined(path) as whole, _reading(path), contextlib.redirect_stderr(io.StringIO()):  # a bar for each tensor
         reader = GGUFReader(whole)
         where = {"gguf_file": whole.name}
         network, info = cast("Any", AutoModelForCausalLM).from_pretrained(
@@ -58,10 +60,11 @@ def load_gguf(
     if missing := sorted(info["missing_keys"]):
         raise BadInput(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} …); expected a whole file")
     unread = [*_unread_tensors(reader, network), *_unread_settings(reader, network.config)]
-    if unread := [name for name in unread if not any(re.search(pattern, name) for pattern in ignore)]:
+    ignored = ignored or IgnoredKeys()
+    if unread := ignored.left(unread, path.name):
         raise BadInput(
             f"{path} holds {unread[0]}{f' and {len(unread) - 1} more' if unread[1:] else ''}, which transformers does "
-            f"not read: the model would be another one. Pass --ignore-keys {re.escape(unread[0])} if it does not matter"
+            f"not read: the model would be another one. Pass {ignored.flag(unread)} if it does not matter"
         )
     # save_pretrained refuses while the quantizer that read the file is still attached
     network.hf_quantizer = None

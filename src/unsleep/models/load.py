@@ -14,12 +14,13 @@ import contextlib
 import datetime
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from transformers import (
@@ -34,15 +35,19 @@ from transformers.utils import logging as transformers_logging
 
 from unsleep import store
 from unsleep.core import BadInput, Refused, check_finite
-from unsleep.machine import compute_dtype
+from unsleep.machine import compute_dtype, device_of
 from unsleep.models import chat, quantized, weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.chat import ChatOptions
 from unsleep.models.gguf import load_gguf
+from unsleep.models.ignored import IgnoredKeys
 from unsleep.models.model import LoadedModel
 from unsleep.models.sources import CONFIG, TEMPLATE, Files, Source
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways of accelerate to make a device map."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,35 @@ class LoadConfig:
     adapters: tuple[str, ...] = ()
     """Further adapters, which are added one after the other."""
     ignore_keys: tuple[str, ...] = ()
-    """Patterns of weights in the files that the model has no place for and that do not matter."""
+    """Regular expressions for weights in the files that the model has no place for and that do not matter."""
     chat_template: str | None = None
     """A Jinja file or a name: one of the tokenizer's own templates, or alpaca, stanford-alpaca, vicuna, llama-2,
     chatml, safe-rlhf, plain, raw."""
     template_args: str | None = None
     """Arguments of the chat template as JSON, such as '{"enable_thinking": false}'."""
-    date: str = chat.TODAY.isoformat()
-    """What a chat template that writes today's date takes for it."""
+    date: str | None = None
+    """What a chat template that writes today's date takes for it, such as 2024-07-26, which is the default."""
+
+    def __post_init__(self) -> None:
+        if self.base is not None:
+            object.__setattr__(self, "base", os.fspath(self.base))
+        for name, kind in (("dtype", Dtype), ("quantize", quantized.Quantize)):
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
+        for name in ("adapters", "ignore_keys"):
+            if isinstance(getattr(self, name), str):
+                raise BadInput(f"{name} is {getattr(self, name)!r}; expected a tuple of texts")
+        for pattern in self.ignore_keys:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError) as error:
+                raise BadInput(f"--ignore-keys {pattern!r} is no regular expression: {error}") from None
+        if self.device_map is None and (self.max_memory or self.offload):
+            raise BadInput("max_memory and offload are of a device map; pass --device-map auto with them")
+        if self.device_map is not None and self.device != "auto":
+            raise BadInput(f"device is {self.device!r}, and a device map is given; expected one of them")
+        if self.max_memory and self.device_map not in MAPS:
+            raise BadInput(f"max_memory is for a device map that is made here: {', '.join(MAPS)}")
 
 
 def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedModel:
@@ -97,14 +123,18 @@ def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedMod
             compute what it does unmerged.
     """
     options = _chat_options(config)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(config.device)
+    ignored = IgnoredKeys(config.ignore_keys)
     with quiet_transformers():
         parts = _chain(Source.parse(str(name), config.revision, config.subfolder), config)
-        parts += [_adapter(Source.parse(each), config) for each in config.adapters]
-        loaded = _assembled(parts, config, device)
+        further = [_adapter(Source.parse(each), config) for each in config.adapters]
+        notes = _other_bases(further, parts)
+        parts += further
+        loaded = _assembled(parts, config, device, ignored)
         network = loaded.network
         chat.choose_template(loaded.tokenizer, config.chat_template)
-        chat.check_template(loaded.tokenizer, options)
+        with store.reading(config.chat_template or str(name)):
+            chat.check_template(loaded.tokenizer, options)
         stored = weights.dtypes(network)
         if config.quantize == "none" and not weights.is_offloaded(network):
             if config.dtype == "auto":
@@ -112,6 +142,7 @@ def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedMod
                 dtype = compute_dtype(network.dtype, device, size)
                 network = weights.moved(network, dtype) if dtype != network.dtype else network
             network = network if config.device_map else weights.moved(network, device)
+    _check_map(network, config)
     network.eval().requires_grad_(False)
     quantized.keep_gradients(network)
     for key, weight in weights.named(network):
@@ -121,15 +152,19 @@ def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedMod
         anatomy(network)
     changed = None if weights.dtypes(network) == stored else stored
     made_of = tuple(files.record for files in parts)
-    return LoadedModel(network, loaded.tokenizer, str(name), changed, options, made_of, loaded.notes)
+    notes = (*loaded.notes, *notes, *ignored.notes())
+    beside = {"quantize": config.quantize} if config.quantize != "none" else {}
+    beside |= {"ignored_keys": sorted(ignored.taken)} if ignored.taken else {}
+    return LoadedModel(network, loaded.tokenizer, str(name), changed, options, made_of, notes, beside)
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Generator[None]:
     """Silence the bars, notes and warnings of transformers, peft and bitsandbytes inside the block."""
-    packing = logging.getLogger("bitsandbytes")
-    level = packing.level
-    packing.setLevel(logging.ERROR)
+    loud = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate")]
+    levels = [logger.level for logger in loud]
+    for logger in loud:
+        logger.setLevel(logging.ERROR)
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -138,7 +173,8 @@ def quiet_transformers() -> Generator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        packing.setLevel(level)
+        for logger, level in zip(loud, levels, strict=True):
+            logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
@@ -152,10 +188,8 @@ def _loading(name: str) -> Generator[None]:
     except (BadInput, Refused):
         raise
     except Exception as error:  # tokenizers raises nothing more special, and transformers and peft almost anything
-        first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise BadInput(
-            f"cannot load a model from {name!r}: {first_line} Expected one that transformers loads"
-        ) from error
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"cannot load a model from {name!r}: {said[:300]}{' …' if len(said) > 300 else ''}") from error
 
 
 def _chat_options(config: LoadConfig) -> ChatOptions:
@@ -169,7 +203,7 @@ def _chat_options(config: LoadConfig) -> ChatOptions:
             "'{\"enable_thinking\": false}'"
         ) from None
     try:
-        return ChatOptions(args, datetime.date.fromisoformat(config.date))
+        return ChatOptions(args, datetime.date.fromisoformat(config.date) if config.date is not None else None)
     except ValueError:
         raise BadInput(f"--date {config.date!r} is no date; expected such as 2024-07-26") from None
 
@@ -216,20 +250,32 @@ def _adapter(source: Source, config: LoadConfig) -> Files:
     return files
 
 
+def _other_bases(further: Sequence[Files], parts: Sequence[Files]) -> list[str]:
+    """What to say of adapters that name another base; raises `BadInput` for one that is put on twice."""
+    known = {name for files in parts for name in (files.name, *(files.base[:1] if files.is_adapter else ()))}
+    places = [files.place.resolve() for files in parts]
+    for files in further:
+        if files.place.resolve() in places:
+            raise BadInput(f"the adapter {files.name} is given twice; it would act with twice its strength")
+        places.append(files.place.resolve())
+    others = [files for files in further if files.base[0] not in known]
+    return [f"{files.name} names the base {files.base[0]}; it is put on {parts[0].name}" for files in others]
+
+
 class _Loaded(NamedTuple):
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     notes: tuple[str, ...] = ()
 
 
-def _assembled(parts: Sequence[Files], config: LoadConfig, device: str) -> _Loaded:
+def _assembled(parts: Sequence[Files], config: LoadConfig, device: torch.device, ignored: IgnoredKeys) -> _Loaded:
     """A base with its adapters, and the tokenizer of the last of them that brings one."""
     base, *own = parts
     if base.is_gguf:
-        network, tokenizer = load_gguf(base.place, _dtype(config), config.ignore_keys)
+        network, tokenizer = load_gguf(base.place, _dtype(config), ignored)
     else:
         with _loading(base.name):
-            network = _whole(base, config, device, alone=not own)
+            network = _whole(base, config, device, ignored, alone=not own)
             tokenizer = _tokenizer(base, config)
     if not own:
         return _Loaded(network, tokenizer)
@@ -244,7 +290,7 @@ def _assembled(parts: Sequence[Files], config: LoadConfig, device: str) -> _Load
         from unsleep.models import adapters  # peft takes a second to import
 
         merge = not quantized.is_packed(network)
-        network = adapters.with_adapters(network, own, len(tokenizer), merge=merge, ignore=config.ignore_keys)
+        network = adapters.with_adapters(network, own, len(tokenizer), merge=merge, ignored=ignored)
         _end_of_text(network, own, tokenizer)
         if config.device_map is not None and merge:
             where = config.offload and str(config.offload)
@@ -264,7 +310,9 @@ def _dtype(config: LoadConfig) -> Any:
     return config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def _whole(files: Files, config: LoadConfig, device: str, *, alone: bool) -> PreTrainedModel:
+def _whole(
+    files: Files, config: LoadConfig, device: torch.device, ignored: IgnoredKeys, *, alone: bool
+) -> PreTrainedModel:
     """A whole checkpoint's network; every weight of the one is one of the other.
 
     Where adapters follow, it is spread over devices when they are merged.
@@ -278,30 +326,49 @@ def _whole(files: Files, config: LoadConfig, device: str, *, alone: bool) -> Pre
     elif config.quantize != "none" or quantized.is_stored_packed(settings):
         options["device_map"] = device
     network, info = cast("Any", AutoModelForCausalLM).from_pretrained(
-        files.place, use_safetensors=True, output_loading_info=True, **options
+        files.place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    for key, have, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise BadInput(
+            f"{files.name}: {key} has shape {list(have)}; its {CONFIG} makes it {list(wanted)}. Give the {CONFIG} that "
+            "belongs to the weights"
+        )
     if missing := sorted(info["missing_keys"]):
         raise BadInput(
             f"{files.name} lacks {len(missing)} of the model's weights ({missing[0]} …); expected a whole checkpoint"
         )
-    left = [key for key in sorted(info["unexpected_keys"]) if not any(re.search(p, key) for p in config.ignore_keys)]
-    if left:
+    if left := ignored.left(info["unexpected_keys"], files.name):
         raise BadInput(
             f"{files.name} holds {len(left)} weights that the model of its {CONFIG} has no place for ({left[0]} …): it "
-            f"would be another one. Pass --ignore-keys {re.escape(left[0])} if they do not matter"
+            f"would be another one. Pass {ignored.flag(left)} if they do not matter"
         )
     return quantized.unpacked(network, config.quantize, _dtype(config))
 
 
 def _device_map(config: LoadConfig) -> Any:
-    if config.device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if config.device_map in MAPS:
         return config.device_map
     path = Path(str(config.device_map))
     if not path.is_file():
         raise BadInput(
             f"--device-map {config.device_map} is no file; expected auto, balanced, sequential or a JSON file"
         )
-    return {str(k): v for k, v in store.fields_of(store.read_json(path), {}, path).items()}
+    places = store.fields_of(store.read_json(path), {}, path)
+    for module, place in places.items():
+        if isinstance(place, bool) or not isinstance(place, int | str):
+            raise BadInput(f"{path}: {module!r} is on {str(place)[:40]!r}; expected disk, cpu or a device such as 0")
+        if place != "disk":
+            with store.reading(f"--device-map {path}: {module!r}"):
+                device_of(f"cuda:{place}" if isinstance(place, int) else place)
+    return places
+
+
+def _check_map(network: PreTrainedModel, config: LoadConfig) -> None:
+    """Raise `BadInput` where a device map names what the model has not."""
+    if config.device_map is not None and config.device_map not in MAPS:
+        names = {name for name, _ in network.named_modules()} | {name for name, _ in network.named_parameters()}
+        if absent := [name for name in _device_map(config) if name not in names]:
+            raise BadInput(f"--device-map {config.device_map}: the model has no module {absent[0]!r}")
 
 
 def _memory(config: LoadConfig) -> dict[int | str, str]:

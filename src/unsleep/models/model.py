@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -32,6 +32,8 @@ class LoadedModel:
     """Name and commit of what it was put together from: a base, then adapters."""
     notes: tuple[str, ...] = ()
     """What was taken for granted when it was loaded."""
+    beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What it is beside its files: how its weights were packed, and which were passed over."""
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -52,8 +54,9 @@ class LoadedModel:
     def origin(self) -> dict[str, Any]:
         """What artefacts keep of where it came from and how its prompts were formatted."""
         args = dict(self.chat.args)
-        format_ = {"hash": self.template, "args": args, "date": self.chat.date.isoformat()}
-        return {"name": self.name, "made_of": [dict(m) for m in self.made_of], "chat_template": format_}
+        format_ = {"hash": self.template, "args": args, "date": self.chat.today.isoformat()}
+        made_of = [dict(m) for m in self.made_of]
+        return {"name": self.name, "made_of": made_of, **self.beside, "chat_template": format_}
 
     @property
     def device(self) -> torch.device:
@@ -81,11 +84,7 @@ class LoadedModel:
         the model's context, has no tokens, or tokens that the model has no embedding for, and as
         `chat.encode_prompts` does.
         """
-        ids = (
-            chat.encode_plain(self.tokenizer, prompts)
-            if plain
-            else chat.encode_prompts(self.tokenizer, prompts, self.chat)
-        )
+        ids = chat.encode_plain(self.tokenizer, prompts) if plain else self._formatted(prompts)
         context = chat.context_length(self.network)
         rows = int(cast("Any", self.network.get_input_embeddings()).weight.shape[0])
         lengths = [behind] * len(ids) if isinstance(behind, int) else behind
@@ -104,6 +103,12 @@ class LoadedModel:
                     "is not the model's"
                 )
         return ids
+
+    def _formatted(self, prompts: Prompts) -> list[list[int]]:
+        try:
+            return chat.encode_prompts(self.tokenizer, prompts, self.chat)
+        except BadInput as error:
+            raise BadInput(f"{self.name}: {error}") from None
 
     def token_ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Token ids of texts as they are; without `special`, nothing is put around them."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from unsleep import hub, store
 from unsleep.core import BadInput
 from unsleep.models import bundled
@@ -45,13 +47,16 @@ class Source:
         Raises `BadInput` for a revision or a subfolder that is given twice, or to what has none.
         """
         inside = (subfolder or "").strip("/")
+        if text.endswith("@"):
+            raise BadInput(f"{text} names no revision behind the @; expected a branch, a tag or a commit")
         if ".." in PurePosixPath(inside).parts:
             raise BadInput(f"subfolder {inside!r} leads out of the repository; expected a folder in it")
-        if Path(text).expanduser().exists() or text in bundled.aliases() or _is_path(text):
-            if revision is not None:
-                raise BadInput(f"{text} is no repository of the hub, so it has no revision {revision!r}")
-            return cls(text, None, inside)
         name, _, at = text.partition("@")
+        is_here = Path(text).expanduser().exists()
+        if is_here or not _is_on_hub(text) or not _is_on_hub(name):
+            if wrong := revision or ("" if is_here else at):
+                raise BadInput(f"{name} is no repository of the hub, so it has no revision {wrong!r}")
+            return cls(text, None, inside)
         if at and revision not in (None, at):
             raise BadInput(f"{text} names revision {at!r}, and --revision {revision!r}; expected one of them")
         owner, *rest = name.split("/")
@@ -79,6 +84,11 @@ class Source:
         if place.expanduser().exists() or (resolved == self.name and _is_path(self.name)):
             return Files(str(self), place.expanduser() / self.subfolder).checked()
         return _from_hub(replace(self, name=str(resolved)), str(self), remote_code).checked()
+
+
+def _is_on_hub(text: str) -> bool:
+    """Whether a name stands for nothing on this machine."""
+    return not (Path(text).expanduser().exists() or text in bundled.aliases() or _is_path(text))
 
 
 def _is_path(text: str) -> bool:
@@ -150,11 +160,14 @@ class Files:
             if not self.place.is_file():
                 raise BadInput(f"{self.name} does not exist; expected a .gguf file")
             return self
+        if self.place.is_file():
+            raise BadInput(f"{self.name} is a file; give its folder, or a .gguf file")
         if not self.place.is_dir():
             raise BadInput(f"{self.name} does not exist; {EXPECTED}")
         if self.is_adapter:
             if not self.has(ADAPTER_WEIGHTS):
                 raise BadInput(f"{self.name} has no {ADAPTER_WEIGHTS}; {self._unread()}")
+            check_whole(self.place / ADAPTER_WEIGHTS)
             return self
         if not self.has(CONFIG):
             raise BadInput(f"{self.name} has no {CONFIG} and no {ADAPTER}; {self.inside()}")
@@ -165,6 +178,8 @@ class Files:
             )
         if not self.has_whole_weights:
             raise BadInput(f"{self.name} has no {WEIGHTS} and no {INDEX}; {self._unread()}")
+        for name in [WEIGHTS] if self.has(WEIGHTS) else shards(self.place):
+            check_whole(self.place / name)
         return self
 
     def _unread(self) -> str:
@@ -178,13 +193,32 @@ class Files:
         found = [p.relative_to(self.place).as_posix() for p in dict.fromkeys(marks)]
         if found:
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-            return f"it holds {', '.join(found[:8])}{more}: name one with --subfolder"
+            return f"it holds {', '.join(found[:8])}{more}: name one, such as {self.name.partition('@')[0]}/{found[0]}"
         if ggufs := sorted(p.name for p in self.place.glob("*.gguf")):
             return f"it holds {', '.join(ggufs[:8])}: name one behind a slash"
         return EXPECTED
 
 
 EXPECTED = "give a hub id, a local folder, a .gguf file or one of: " + ", ".join(bundled.aliases())
+
+
+def shards(folder: Path) -> list[str]:
+    """The files of a folder whose index names several; raises `BadInput` where it cannot be read."""
+    index = store.fields_of(store.read_json(folder / INDEX), {"weight_map": dict}, folder / INDEX)
+    names = sorted({str(name) for name in index["weight_map"].values()})
+    with store.reading(folder / INDEX):
+        return [store.inside(folder, name, "shard").name for name in names]
+
+
+def check_whole(path: Path) -> None:
+    """Raise `BadInput` where a safetensors file is missing, cut short or damaged."""
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; expected all files of the weights beside each other") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is cut short or no safetensors file ({error}); fetch it again") from None
 
 
 def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:
@@ -219,8 +253,7 @@ def _weights(folder: Path, own: dict[str, str]) -> list[str]:
     if ADAPTER in own:
         wanted = [ADAPTER_WEIGHTS]
     elif INDEX in own and WEIGHTS not in own:
-        listed = store.fields_of(store.read_json(folder / INDEX), {"weight_map": dict}, folder / INDEX)["weight_map"]
-        wanted = sorted({str(name) for name in listed.values()})
+        wanted = shards(folder)
     else:
         wanted = [WEIGHTS]
     return [own[name] for name in wanted if name in own]

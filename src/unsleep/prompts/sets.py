@@ -12,7 +12,7 @@ import random
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from unsleep.core import BadInput
 from unsleep.prompts.prompt import ROLES, Message, Prompt, PromptSet, Role, Split
@@ -20,18 +20,24 @@ from unsleep.prompts.prompt import ROLES, Message, Prompt, PromptSet, Role, Spli
 _SHARES: dict[Split, tuple[float, float]] = {"train": (0.0, 0.4), "edit": (0.4, 0.6), "held_out": (0.6, 1.0)}
 
 
+JSON_LINES = (".jsonl", ".ndjson")
+"""How files end whose lines are JSON objects."""
+
 KEYS = ("text", "expected", "system", "messages")
 """What a line of a .jsonl file may hold."""
 
 
 def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", name: str | None = None) -> PromptSet:
-    """Prompts from a file: one a line, or JSON lines where it ends in .jsonl.
+    """Prompts from a file: one a line, or JSON lines where it ends in .jsonl or .ndjson.
 
     A JSON line is `{"text": …}`, with how the reply must begin as `expected` and a system message as `system` where
     there are such; or `{"messages": [{"role": …, "content": …}, …]}`, of which the last is the user's. Blank lines are
     passed over. Raises `BadInput` naming the file and the line for anything else.
     """
     path = Path(path)
+    as_json = path.suffix.lower() in JSON_LINES
+    if path.suffix.lower() == ".json":
+        raise BadInput(f"{path} is one JSON value; expected one prompt a line, or an object a line in a .jsonl file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line breaks
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -43,7 +49,9 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
         if not line.strip():
             continue
         try:
-            prompts.append(_prompt(line, role) if path.suffix == ".jsonl" else Prompt(line.strip(), role))
+            if not as_json and _is_object(line):
+                raise BadInput(f"it is a JSON object; name the file {path.stem}.jsonl, so that it is read as one")
+            prompts.append(_prompt(line, role) if as_json else Prompt(line.strip(), role))
         except BadInput as error:
             raise BadInput(f"{path} line {number}: {error}") from None
     if len(prompts) < 2:
@@ -60,9 +68,10 @@ def prompt_line(prompt: Prompt) -> str:
 def _prompt(line: str, role: Role) -> Prompt:
     """A prompt from a JSON line; raises `BadInput` for what is not understood of it."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
+        row = json.loads(line, object_pairs_hook=_each_once)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BadInput(f'it is not valid JSON{where}; expected {{"text": "…"}}') from None
     if not isinstance(row, dict):
         raise BadInput('it is not a prompt; expected {"text": "…"}')
     if unknown := [key for key in row if key not in KEYS]:
@@ -73,7 +82,7 @@ def _prompt(line: str, role: Role) -> Prompt:
         if not isinstance(row.get(key), str | None) or (key == "text" and row.get(key, "") is None):
             raise BadInput(f"{key} is {str(row[key])[:40]!r}; expected a text")
     if "text" in row:
-        before = (Message("system", row["system"]),) if row.get("system") else ()
+        before = (Message("system", row["system"]),) if row.get("system") is not None else ()
         return Prompt(row["text"], role, row.get("expected"), before)
     *before, last = _messages(row["messages"])
     if last.role != "user":
@@ -81,16 +90,36 @@ def _prompt(line: str, role: Role) -> Prompt:
     return Prompt(last.content, role, row.get("expected"), tuple(before))
 
 
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object."""
+    try:
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises `BadInput` for a key that it has twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise BadInput(f"key {next(k for k in keys if keys.count(k) > 1)[:40]!r} stands in it twice")
+    return found
+
+
 def _messages(given: object) -> list[Message]:
     if not isinstance(given, list) or not given:
-        raise BadInput('messages is no list; expected [{"role": "user", "content": "…"}, …]')
+        what = "an empty list" if isinstance(given, list) else "no list"
+        raise BadInput(f'messages is {what}; expected [{{"role": "user", "content": "…"}}, …]')
     found: list[Message] = []
     for item in cast("list[object]", given):
         if not isinstance(item, dict) or set(item) != {"role", "content"}:
             raise BadInput(f"message {len(found) + 1} is {str(item)[:60]!r}; expected role and content alone")
         role, content = item["role"], item["content"]
-        if role not in ROLES or not isinstance(content, str):
-            raise BadInput(f"message {len(found) + 1} is of {str(role)[:40]!r}; expected a text of {', '.join(ROLES)}")
+        if role not in ROLES:
+            raise BadInput(f"message {len(found) + 1} is of {str(role)[:40]!r}; expected {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise BadInput(f"message {len(found) + 1} says {str(content)[:40]!r}; expected a text")
         found.append(Message(role, content))
     return found
 
