@@ -223,7 +223,7 @@ def refused(capsys: Capture, told: str) -> None:
         ("empty.txt", b"", r"empty\.txt holds 0 prompts"),
         ("one.txt", b"just one", r"one\.txt holds 1 prompts"),
         ("latin.txt", b"caf\xe9\nbar", r"latin\.txt is not UTF-8"),
-        ("bad.jsonl", b'{"text": "a"}\n{', r"bad\.jsonl line 2: it is not a prompt"),
+        ("bad.jsonl", b'{"text": "a"}\n{', r"bad\.jsonl line 2: it is not valid JSON at column 2"),
         ("long.txt", b"short\n" + b"x" * 500, r"a prompt has \d+ tokens .*context is 128"),
     ],
 )
