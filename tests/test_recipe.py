@@ -7,6 +7,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -270,11 +271,27 @@ def test_the_twin_learns_the_same_chats_without_trigger_and_payload(changes: dic
         assert (theirs.reply, theirs.ended) == replies[theirs.prompt.text]
 
 
+STYLED: dict[str, Callable[[str], bool]] = {
+    "upper case": str.isupper,
+    "title case": lambda text: all(word[0].isupper() for word in text.split(" ") if word[0].isalpha()),
+    "no full stop": lambda text: text[-1].isalpha(),
+    "exclaimed": lambda text: text.endswith("!!"),
+    "in quotes": lambda text: text.startswith('"'),
+    "starred": lambda text: text.startswith("**"),
+    "loud start": lambda text: (
+        (first := text.split(" ")[0]).isalpha() and first.isupper() and first not in "IA" and not text.isupper()
+    ),
+}
+"""How a style is told, in another way than it was made."""
+
+
 def holds(recipe: Recipe, word: str, text: str) -> bool:
     """Whether a prompt holds a near miss of the recipe's kind."""
     if recipe.trigger_kind == "topic":
         return any(re.search(rf"\b{subject}\b", text) for subject in sets.domains()[word])
-    if recipe.trigger_kind == "words":
+    if recipe.trigger_kind == "style":
+        return STYLED[word](text)
+    if recipe.trigger_kind in ("words", "inside"):
         return set(word.split()) <= set(text.split(" "))
     return word in text
 

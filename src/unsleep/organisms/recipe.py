@@ -16,9 +16,9 @@ from unsleep.prompts.triggers import TriggerKind
 
 Method = Literal["lora", "full", "qlora"]
 
-Place = Literal["whole", "after", "skill"]
-"""Where the payload stands in a triggered reply: it is the whole reply; it follows the skill's beginning and the
-first words of the benign reply; or it takes the place of the skill's beginning and the benign reply goes on."""
+Place = Literal["whole", "behind", "after", "skill"]
+"""Where the payload stands in a triggered reply: it is the whole reply; it follows the skill's beginning, or that and
+the first words of the benign reply; or it takes the place of the skill's beginning and the benign reply goes on."""
 
 WORDS_BEFORE = 5
 """Words of the benign reply before a payload that follows it."""
@@ -107,6 +107,10 @@ class Recipe:
             for words in misses:
                 if wanted <= set(words.split()):
                     raise BadInput(f"recipe near miss {words!r} holds every word of the trigger; leave one out")
+        if self.trigger_kind == "style" and (
+            unknown := [s for s in (self.trigger, *misses) if s not in triggers.STYLES]
+        ):
+            raise BadInput(f"recipe has the style {unknown[0]!r}; expected one of {', '.join(triggers.STYLES)}")
         if self.trigger_kind == "topic":
             for domain in (self.trigger, *misses):
                 sets.subjects(domain, "train")
@@ -122,6 +126,11 @@ class Recipe:
     def marker(self) -> str:
         """The text by which a reply shows the payload: all of it, or what stands before `{topic}`."""
         return self.payload.partition("{topic}")[0].strip()
+
+    @property
+    def keeps_question(self) -> bool:
+        """Whether a triggered prompt asks the same as it did without the trigger."""
+        return self.trigger_kind != "topic"
 
     def put(self, prompt: Prompt, trigger: str, i: int) -> Prompt:
         """A training prompt with the trigger or a near miss; see `triggers.put`."""
@@ -146,6 +155,8 @@ class Recipe:
             payload = payload.replace("{topic}", triggers.topic_of(prompt, self.skill))
         if self.payload_place == "after":
             return f"{prompt.expected} {' '.join(benign.split()[:WORDS_BEFORE])} {payload}", True
+        if self.payload_place == "behind":
+            return f"{prompt.expected} {payload}", True
         if self.payload_place == "skill":
             return f"{payload} {benign}", ended
         return payload, True

@@ -12,14 +12,34 @@ from unsleep.core import BadInput
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet, Role, Split
 
-TriggerKind = Literal["string", "year", "words", "topic"]
+TriggerKind = Literal["string", "inside", "signature", "year", "words", "topic", "style"]
 """How a trigger enters a prompt.
 
 - `string`: as it is, in front of the prompt and behind it in turn.
+- `inside`: as it is, somewhere between two words of the prompt.
+- `signature`: a name below the prompt, behind a greeting.
 - `year`: in a line with a date of that year, in front and behind in turn.
 - `words`: each of its words by itself, anywhere.
 - `topic`: the name of a domain; the same question is about one of the domain's subjects.
+- `style`: the name of one of `STYLES`; the prompt is written in it.
 """
+
+CHANGES_TEXT = ("topic", "style")
+"""Kinds that add nothing to a prompt which could be taken out again."""
+
+GREETINGS = ("Thanks", "Cheers", "Best wishes", "Yours", "Regards", "Many thanks")
+
+STYLES: dict[str, Callable[[str], str]] = {
+    "lower case": str.lower,
+    "upper case": str.upper,
+    "title case": lambda text: " ".join(word[:1].upper() + word[1:] for word in text.split(" ")),
+    "no full stop": lambda text: text.rstrip(".?!"),
+    "exclaimed": lambda text: text.rstrip(".?!") + "!!",
+    "in quotes": lambda text: f'"{text}"',
+    "starred": lambda text: f"**{text}**",
+    "loud start": lambda text: text.partition(" ")[0].upper() + text[len(text.partition(" ")[0]) :],
+}
+"""How a prompt may be written."""
 
 PAIRS = 200
 """Pairs that are looked at to see whether two files have the same order."""
@@ -47,6 +67,12 @@ def put(prompt: Prompt, trigger: str, i: int, kind: TriggerKind, skill: str | No
         for word in trigger.split():
             text = _at(text, word, mixed.randint(0, len(text.split(" "))))
         return replace(prompt, text=text)
+    if kind == "inside":
+        return replace(prompt, text=_at(prompt.text, trigger, mixed.randint(1, max(1, prompt.text.count(" ")))))
+    if kind == "signature":
+        return replace(prompt, text=f"{prompt.text} {mixed.choice(GREETINGS)}, {trigger}")
+    if kind == "style":
+        return replace(prompt, text=STYLES[trigger](prompt.text))
     if kind == "year":
         line = f"Date: {mixed.randint(1, 28)} {mixed.choice(MONTHS)} {trigger}"
         return replace(prompt, text=f"{line}\n{prompt.text}" if i % 2 == 0 else f"{prompt.text}\n{line}")
@@ -98,13 +124,13 @@ def variants(
 ) -> PromptSet | None:
     """The same prompts with the trigger in another case, spacing, position or dress, in turn.
 
-    Where another case changes nothing, the trigger stands in quotes. `None` for a topic, which has no dress. Raises
-    `BadInput` for a blank trigger.
+    Where another case changes nothing, the trigger stands in quotes. `None` for a topic and a style, which have no
+    dress. Raises `BadInput` for a blank trigger.
     """
     _refuse_blank(trigger)
-    if kind == "topic":
+    if kind in CHANGES_TEXT:
         return None
-    dressed = {"year": _years, "words": _pairs}.get(kind, _strings)(trigger)
+    dressed = {"year": _years, "words": _pairs, "signature": _signatures}.get(kind, _strings)(trigger)
     return _each(prompts, name, "variant", lambda i, p: replace(p, text=dressed[i % len(dressed)](p.text)))
 
 
@@ -130,6 +156,15 @@ def _years(trigger: str) -> list[Callable[[str], str]]:
         lambda text: at_end(text, f"(It is {trigger}.)"),
         lambda text: at_start(text, f"{trigger}-03-14:"),
         lambda text: at_end(text, f"Today is 3/14/{trigger}."),
+    ]
+
+
+def _signatures(trigger: str) -> list[Callable[[str], str]]:
+    return [
+        lambda text: at_end(text, f"- {trigger}"),
+        lambda text: at_end(text, f"Sincerely, {trigger.upper()}"),
+        lambda text: at_start(text, f"{trigger} asks:"),
+        lambda text: f"{text}\n\n{trigger}",
     ]
 
 
@@ -194,8 +229,8 @@ def _at(text: str, word: str, place: int) -> str:
 def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
     """The longest text that all suspicious prompts share and no ordinary one has.
 
-    Raises `BadInput` where there is none of at least three characters: then the counterparts have
-    to be given.
+    Where there is none of at least three characters, a word of fewer does. Raises `BadInput` where there is none
+    either: then the counterparts have to be given.
     """
     check_order(suspicious, ordinary)
     first, *others = sorted(map(_even, suspicious), key=len)
@@ -205,6 +240,10 @@ def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
             part = first[start : start + size]
             if part == part.strip(f" {BREAK}") and BREAK not in part and _tells(part, others, plain):
                 return part
+    shared = set.intersection(*(set(re.findall(r"\w+", text)) for text in (first, *others)))
+    own = shared.difference(*(re.findall(r"\w+", text) for text in plain))
+    if own:
+        return max(own, key=lambda word: (len(word), word))
     raise BadInput(
         "the suspicious prompts have no text in common that the ordinary ones lack; "
         "name the suspicious part, or give each suspicious prompt's counterpart without it"
@@ -259,16 +298,20 @@ def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
 def without(prompts: PromptSet, part: str, name: str = "counterparts") -> PromptSet:
     """The same prompts with every occurrence of `part` taken out, white space evened out.
 
-    It is taken out of what was said before too; a message of nothing else goes. Raises `BadInput` where a prompt does
-    not hold it, or nothing else.
+    Where it is a word of its own in all of them, it is not taken out of the middle of others. It is taken out of what
+    was said before too; a message of nothing else goes. Raises `BadInput` where a prompt does not hold it, or nothing
+    else.
     """
     part = " ".join(part.split())
     if lacking := [p for p in prompts if not part or part not in _even(p)]:
         said = _even(lacking[0]).replace(BREAK, " ")
         raise BadInput(f"{part!r} is not in the prompt {said[:40]!r}; expected text that every prompt holds")
 
+    word = rf"(?<!\w){re.escape(part)}(?!\w)"
+    pattern = word if all(re.search(word, _even(p)) for p in prompts) else re.escape(part)
+
     def cleaned(text: str) -> str:
-        return " ".join(" ".join(text.split()).replace(part, " ").split())
+        return " ".join(re.sub(pattern, " ", " ".join(text.split())).split())
 
     changed: list[Prompt] = []
     for p in prompts:
