@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from unsleep.core import BadInput
 from unsleep.prompts.prompt import PromptSet
@@ -27,6 +28,25 @@ class Row:
                 f"{self.subject}/{self.panel}/{self.metric} is {self.value} [{self.low}, {self.high}]; "
                 "expected finite numbers"
             )
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One figure of one subject on one task, as the harness gives it."""
+
+    subject: str
+    task: str
+    metric: str
+    """The metric and its filter, as `acc,none`."""
+    value: float
+    stderr: float | None
+    """The harness's standard error; `None` where it has none."""
+    n: int
+    """Items of the task."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
