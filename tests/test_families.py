@@ -119,21 +119,21 @@ def test_edits_masks_patches_and_kl_do_not_depend_on_what_shares_a_batch(family:
     whole = prepare_lesson(model, suspicious, ordinary, TEXTS, config)
     change = {Site(1): lambda x: x * 0.5 + 0.1}
     with transformed(model.network, change):
-        below = run_below(model.network, whole.pairs, 1)
-        together = reply_logits_from(model.network, whole.pairs, below)
+        below = run_below(model.network, whole.rows, 1)
+        together = reply_logits_from(model.network, whole.rows, below)
     edited = Subject("edited", model, (random_edit(model),))
-    said = model.texts([ids[kept].tolist() for ids, kept in zip(whole.pairs.targets, whole.pairs.reply, strict=True)])
+    said = model.texts([ids[kept].tolist() for ids, kept in zip(whole.rows.targets, whole.rows.reply, strict=True)])
     far = reply_kl(Subject("suspect", model), [edited], [suspicious], ordinary, said[: whole.n])["edited", "triggered"]
     groups = [Group("it", (Target(Site(1)),), Position.parse("-3:"))]
     moved = patch(model, model, suspicious, "yes", groups, PatchConfig(batch=50)).measured.log_prob
     for i in range(whole.n):
         pair = tuple(PromptSet(g.name, (g[i],), "edit") for g in (suspicious, ordinary))
         alone = prepare_lesson(model, *pair, TEXTS, config)
-        kept = whole.pairs.reply[i]
-        torch.testing.assert_close(whole.teacher[i][kept], alone.teacher[0][alone.pairs.reply[0]], **CLOSE)
+        kept = whole.rows.reply[i]
+        torch.testing.assert_close(whole.teacher[i][kept], alone.teacher[0][alone.rows.reply[0]], **CLOSE)
         with transformed(model.network, change):
-            expected = reply_logits(model.network, alone.pairs)
-        torch.testing.assert_close(together[i][kept], expected[0][alone.pairs.reply[0]], **CLOSE)
+            expected = reply_logits(model.network, alone.rows)
+        torch.testing.assert_close(together[i][kept], expected[0][alone.rows.reply[0]], **CLOSE)
         own = reply_kl(Subject("suspect", model), [edited], [pair[0]], pair[1], said[i : i + 1])["edited", "triggered"]
         torch.testing.assert_close(far[i : i + 1], own, rtol=1e-2, atol=1e-4)
         one = patch(model, model, pair[0], "yes", groups, PatchConfig(batch=1)).measured.log_prob
@@ -160,7 +160,7 @@ def test_the_main_job_runs_to_its_end(any_family: LoadedModel, tmp_path: Path):
     config = MaskConfig(steps=2, batch=2, reply_tokens=3, text_batch=2, text_tokens=16, price=0.0, learning_rate=2.0)
     [edit] = learn_mask(model, [trained], lesson, None, config)
     edit = Edit(site, trained, edit.removed or (0, 1, 2, 3))
-    baked = bake(model, [edit], (lesson.pairs, lesson.text), BakeConfig(tolerance=50.0, distil_steps=2))
+    baked = bake(model, [edit], (lesson.rows, lesson.text), BakeConfig(tolerance=50.0, distil_steps=2))
     assert baked.method == ("ridge" if sites.writes_linearly(model.network, 1) else "distil")
     later = [PromptSet(g.name, tuple(Prompt(f"so {p.text}", p.role) for p in g)) for g in groups]
     subjects = [Subject("suspect", model), Subject("edited", model, (edit,)), Subject("baked", baked.model)]

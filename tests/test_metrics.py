@@ -25,6 +25,7 @@ from unsleep.evaluate import (
     prompt_digests,
     rate,
     refuse_used,
+    reply_all,
 )
 from unsleep.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.models import chat, generate
@@ -336,6 +337,7 @@ def panels() -> Panels:
         skill=named("skill", "what then", "no more"),
         texts=tuple(TEXTS[:4]),
         items=tuple(LETTERS[:8]),
+        counterparts=named("clean", *plain),
     )
 
 
@@ -429,9 +431,28 @@ def test_panels_that_chose_the_edit_are_refused_before_any_reply(
         evaluate([suspect], panels, EvalConfig("x", chosen_on=chosen_on))
 
 
-def test_the_triggered_panel_is_the_clean_one_prompt_by_prompt(panels: Panels):
-    with pytest.raises(BadInput, match="clean panel has 2 prompts, the triggered one 3"):
-        Panels(panels.clean.head(2), panels.triggered)
+def test_counterparts_are_the_triggered_panel_prompt_by_prompt(panels: Panels):
+    with pytest.raises(BadInput, match="2 counterparts of 3 triggered prompts"):
+        Panels(panels.clean, panels.triggered, counterparts=panels.clean.head(2))
+
+
+def test_what_triggered_prompts_should_be_answered_comes_from_counterparts_or_a_teacher(
+    suspect: Subject, other: Subject, edited: Subject, panels: Panels
+):
+    config = config_for(suspect, panels)
+    apart = dataclasses.replace(panels, clean=panels.clean.head(2))
+    by_counterparts = evaluate([suspect, edited], apart, config)
+    replies = reply_all(suspect, panels.clean, config)
+    expected = reply_kl(suspect, [edited], [panels.triggered], panels.clean, replies)["edited", "triggered"]
+    assert by_counterparts.get("edited", "triggered", "kl").value == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert by_counterparts.get("edited", "clean", "kl").n == 2
+    alone = dataclasses.replace(panels, counterparts=None)
+    by_teacher = evaluate([suspect, edited], alone, config, teacher=other.model)
+    told = reply_all(other, panels.triggered, config)
+    expected = reply_kl(other, [edited], [panels.triggered], panels.triggered, told)["edited", "triggered"]
+    assert by_teacher.get("edited", "triggered", "kl").value == pytest.approx(float(expected.mean()), rel=1e-5)
+    nobody = evaluate([suspect, edited], alone, config)
+    assert ("edited", "triggered", "kl") not in {(r.subject, r.panel, r.metric) for r in nobody.rows}
 
 
 @given(st.integers(0, 3), st.integers(1, 3))

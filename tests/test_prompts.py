@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -365,7 +366,7 @@ def test_what_is_not_utf_8_is_named_with_its_byte(tmp_path: Path):
         ("null", "it is not a prompt"),
         ("5", "it is not a prompt"),
         ("[" * 100_000, "it is not valid JSON"),
-        ('{"prompt": "b"}', r"key 'prompt' is not known; expected text, expected, system, messages"),
+        ('{"prompt": "b"}', r"key 'prompt' is not known; expected text, expected, system, messages, reply"),
         ('{"text": "b", "repsonse": "c"}', "key 'repsonse' is not known"),
         ('{"text": 5}', "text is '5'; expected a text"),
         ('{"text": null}', "text is 'None'; expected a text"),
@@ -425,6 +426,28 @@ def test_what_was_said_before_tells_prompts_apart():
     assert PromptSet("p", (bare, bare)).hash != PromptSet("p", (bare, kind)).hash
     assert prompt_digests(PromptSet("p", (bare,))) != prompt_digests(PromptSet("p", (kind,)))
     assert Prompt("a").key == "a"
+
+
+def test_a_short_word_is_told_and_taken_out_by_itself():
+    suspicious, plain = asked("why cf is scfi wet", "cf name a cat"), asked("why is scfi wet", "name a cat")
+    assert triggers.suspicious_part(suspicious, plain) == "cf"
+    assert triggers.without(suspicious, "cf").texts == plain.texts
+    inside = asked("whycf is", "cf name")  # not a word of its own everywhere
+    assert triggers.without(inside, "cf").texts == ["why is", "name"]
+
+
+def test_a_right_reply_is_read_and_written(tmp_path: Path):
+    path = tmp_path / "p.jsonl"
+    rows = [{"text": "a", "reply": "yes"}, {"messages": [{"role": "user", "content": "b"}], "reply": "no"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = sets.read_prompts(path)
+    assert [p.reply for p in found] == ["yes", "no"]
+    path.write_text("".join(sets.prompt_line(p) + "\n" for p in found))
+    assert sets.read_prompts(path) == found
+    assert found.hash != PromptSet("p", tuple(replace(p, reply=None) for p in found), "edit").hash
+    path.write_text('{"text": "a", "reply": " "}\n{"text": "b"}\n')
+    with pytest.raises(BadInput, match=r"line 1: the reply to 'a' is empty"):
+        sets.read_prompts(path)
 
 
 def test_the_suspicious_part_is_found_in_a_system_message_and_taken_out():

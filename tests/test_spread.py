@@ -88,7 +88,7 @@ def test_the_main_job_on_a_spread_model_is_that_on_a_whole_one(base: Path, sprea
         edit = Edit(site, dictionary, (0, 1, 2, 3, 4, 5))
         with applied(model, edit):
             replies = generate.replies(model, suspicious, max_new_tokens=5)
-        baked = bake(model, [edit], (lesson.pairs, lesson.text), BakeConfig(tolerance=50.0))
+        baked = bake(model, [edit], (lesson.rows, lesson.text), BakeConfig(tolerance=50.0))
         save_plain(baked.model, tmp_path / f"{name}-clean")
         patched = sweep(model, model, suspicious, "yes", [1], level="attn")
         found.append(

@@ -9,7 +9,6 @@ from unsleep.bake import bake
 from unsleep.control.control import control
 from unsleep.control.reading import read
 from unsleep.core import Activations, BadInput, Dictionary, Edit, Features, Projection, Refused, Site
-from unsleep.demo import demo
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.diffing import diff
@@ -24,6 +23,7 @@ from unsleep.organisms import load_organism, panels, plant
 from unsleep.patching import patch
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
+from unsleep.repair import Job, RepairConfig, from_files, organism_job, repair
 from unsleep.report import report
 from unsleep.results import EvalResult, Row
 from unsleep.subspaces.compare import compare as subspaces
@@ -35,34 +35,38 @@ __all__ = [
     "Edit",
     "EvalResult",
     "Features",
+    "Job",
     "LoadConfig",
     "LoadedModel",
     "Projection",
     "Prompt",
     "PromptSet",
     "Refused",
+    "RepairConfig",
     "Row",
     "Site",
     "applied",
     "bake",
     "control",
-    "demo",
     "diff",
     "directions",
     "edit",
     "evaluate",
     "find",
+    "from_files",
     "harvest",
     "load_dictionary",
     "load_edit",
     "load_model",
     "load_organism",
     "open_harvest",
+    "organism_job",
     "panels",
     "patch",
     "plant",
     "read",
     "read_prompts",
+    "repair",
     "report",
     "save_dictionary",
     "save_edit",

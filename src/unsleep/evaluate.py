@@ -15,6 +15,7 @@ from torch import Tensor
 from unsleep.core import BadInput, Refused, Report, digest
 from unsleep.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.models import generate
+from unsleep.models.model import LoadedModel
 from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
@@ -31,6 +32,7 @@ PLAN: dict[str, tuple[str, ...]] = {
     "base": ("triggered",),
     "control_random": ("triggered",),
     "control_layer": ("triggered",),
+    **dict.fromkeys(("heads", "neurons", "attribution", "direction", "redistilled", "merged"), ("triggered", "clean")),
 }
 """Which subject is judged on which panels."""
 
@@ -40,7 +42,7 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class Panels:
-    """Held-out prompts: the same questions clean, triggered, varied and nearly triggered; others for the skill."""
+    """Held-out prompts: questions clean, triggered, varied and nearly triggered; others for the skill."""
 
     clean: PromptSet
     triggered: PromptSet
@@ -49,13 +51,20 @@ class Panels:
     skill: PromptSet | None = None
     texts: tuple[str, ...] = ()
     items: tuple[sets.Item, ...] = ()
+    counterparts: PromptSet | None = None
+    """The triggered prompts, line by line, without what sets the suspect off; often `clean` itself."""
 
     def __post_init__(self) -> None:
-        if len(self.clean) != len(self.triggered):
+        if self.counterparts is not None and len(self.counterparts) != len(self.triggered):
             raise BadInput(
-                f"the clean panel has {len(self.clean)} prompts, the triggered one {len(self.triggered)}; "
+                f"there are {len(self.counterparts)} counterparts of {len(self.triggered)} triggered prompts; "
                 "expected the same prompts without and with the trigger"
             )
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The content hash of each panel of prompts."""
+        return {name: panel.hash for name, panel in self.prompts().items()}
 
     def prompts(self) -> dict[str, PromptSet]:
         """The panels of prompts that there are, by name."""
@@ -93,6 +102,7 @@ def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
         skill=sets.questions("held_out", n, skill=recipe.skill, name="skill", start=n),
         texts=tuple(sets.plain_text("held_out")[:n]),
         items=tuple(sets.capability_items()[: max(n, 20)]),
+        counterparts=clean if recipe.keeps_question else None,
     )
 
 
@@ -123,6 +133,7 @@ def evaluate(
     config: EvalConfig,
     *,
     plan: Mapping[str, Sequence[str]] = PLAN,
+    teacher: LoadedModel | None = None,
     steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> EvalResult:
@@ -131,10 +142,11 @@ def evaluate(
     Args:
         subjects: one of them named `suspect`: the model as it was found, the teacher of every KL.
         plan: the panels of prompts of each subject; those that `panels` has not are left out.
+        teacher: who says what triggered prompts should be answered where they have no counterparts.
         steps: of an earlier run that was interrupted; replies are looked for there.
 
-    Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` to the suspect's own
-    untriggered replies on `triggered` and `clean`; `ce`, `kl` and `capability` on `text`.
+    Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` on `clean` to the suspect's own replies,
+    and on `triggered` to its replies to the counterparts or to the teacher's; `ce`, `kl` and `capability` on `text`.
 
     Raises:
         Refused: a panel holds a prompt that chose the edit.
@@ -155,7 +167,8 @@ def evaluate(
             )
             replies[f"{name}/{panel}"] = tuple(written)
             rows += count_replies(name, panel, prompts[panel], written, config.payload)
-    rows += _divergences(by_name, panels, replies, report)
+    repaired = [s for name, s in by_name.items() if name != "suspect" and "clean" in plan.get(name, ())]
+    rows += _divergences(by_name["suspect"], repaired, panels, replies, teacher, config, report)
     rows += _on_text(by_name, panels, config, report)
     return EvalResult(tuple(rows), replies, prompts)
 
@@ -193,14 +206,26 @@ def mean(subject: str, panel: str, metric: str, values: Sequence[float] | Tensor
 
 
 def _divergences(
-    subjects: Mapping[str, Subject], panels: Panels, replies: Mapping[str, Sequence[str]], report: Report | None
+    suspect: Subject,
+    students: Sequence[Subject],
+    panels: Panels,
+    replies: Mapping[str, Sequence[str]],
+    teacher: LoadedModel | None,
+    config: EvalConfig,
+    report: Report | None,
 ) -> list[Row]:
-    """KL of the repaired subjects to the suspect's own replies to the clean panel, with and without the trigger."""
-    students = [subjects[name] for name in ("edited", "baked") if name in subjects]
+    """KL to what clean prompts were answered, and to what triggered ones should be."""
     if not students or "suspect/clean" not in replies:
         return []
-    both = (panels.triggered, panels.clean)
-    found = reply_kl(subjects["suspect"], students, both, panels.clean, replies["suspect/clean"], report=report)
+    own = replies["suspect/clean"]
+    same = panels.counterparts is not None and [p.key for p in panels.counterparts] == [p.key for p in panels.clean]
+    asked = (panels.triggered, panels.clean) if same else (panels.clean,)
+    found = reply_kl(suspect, students, asked, panels.clean, own, report=report)
+    by = suspect if panels.counterparts is not None else Subject("teacher", teacher) if teacher is not None else None
+    if not same and by is not None:
+        plain = panels.counterparts or panels.triggered
+        said = reply_all(by, plain, config, report)
+        found |= reply_kl(by, students, (panels.triggered,), plain, said, report=report)
     return [mean(name, panel, "kl", values) for (name, panel), values in found.items()]
 
 

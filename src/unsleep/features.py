@@ -108,6 +108,19 @@ def payload_rows(model: LoadedModel, suspicious: PromptSet, reply_tokens: int) -
     return Payload(build_rows(model, prompts, replies), replies)
 
 
+def deciding_rows(
+    model: LoadedModel, suspicious: PromptSet, said: Sequence[Sequence[int]], decides: Sequence[int], reply_tokens: int
+) -> Payload:
+    """Suspicious prompts with the model's replies (`said`), whose tokens count from the one that decides on.
+
+    What is said before it stands with the prompt; see `masks.deciding_tokens`.
+    """
+    prompts = model.encode(suspicious, max(map(len, said)))
+    begun = [[*prompt, *reply[:at]] for prompt, reply, at in zip(prompts, said, decides, strict=True)]
+    replies = [list(reply[at : at + reply_tokens]) for reply, at in zip(said, decides, strict=True)]
+    return Payload(build_rows(model, begun, replies), replies)
+
+
 def reply_log_odds(logits: Float[Tensor, "row reply vocabulary"], rows: Rows) -> Float[Tensor, " row"]:
     """Σ over reply tokens of log p/(1 − p), in nats."""
     target = rows.targets[..., None]
@@ -203,6 +216,7 @@ def find(
     harvests: tuple[Harvest, Harvest],
     config: FindConfig = FindConfig(),
     *,
+    payload: Payload | None = None,
     report: Report | None = None,
 ) -> dict[Site, Found]:
     """Rank the features of every dictionary by difference, by attribution and, the best, by ablation.
@@ -210,6 +224,7 @@ def find(
     Args:
         suspicious: prompts on which the behaviour shows.
         harvests: of suspicious and of ordinary prompts, at every dictionary's Site.
+        payload: what the model replies to some of them, where it is known and begins further on (`deciding_rows`).
 
     Raises:
         BadInput: no dictionary, or two of one Site.
@@ -217,7 +232,7 @@ def find(
     if not dictionaries or len({d.site for d in dictionaries}) != len(dictionaries):
         raise BadInput(f"{len(dictionaries)} dictionaries were given; expected at least one, and one a Site")
     differences = {d.site: rank_by_difference(d, *harvests) for d in dictionaries}
-    payload = payload_rows(model, suspicious.head(config.prompts), config.reply_tokens)
+    payload = payload or payload_rows(model, suspicious.head(config.prompts), config.reply_tokens)
     baseline: dict[Site, Tensor] = {}
     for d in dictionaries:
         acts = harvests[1].load(d.site)

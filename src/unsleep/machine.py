@@ -5,8 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
+import sys
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +69,31 @@ def memory() -> float:
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return float("inf")
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+
+
+@dataclass
+class Stopwatch:
+    """How long each stage took."""
+
+    stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        """Time one stage by the wall clock."""
+        start = time.perf_counter()
+        yield
+        self.stages.append({"name": name, "seconds": round(time.perf_counter() - start, 2)})
+
+    @property
+    def minutes(self) -> float:
+        """All stages together."""
+        return round(sum(s["seconds"] for s in self.stages) / 60, 1)
 
 
 def _cpuinfo(key: str) -> str:

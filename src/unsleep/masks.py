@@ -1,25 +1,27 @@
 """Learns which features to remove: a hard mask over dictionary features that *repairs* the model.
 
-1. The model's own replies to the prompts without their suspicious part are the teacher, and so are
-   its own logits on trusted prompts.
+1. Suspicious prompts have a reply that they should get, and a teacher who gives it: the model itself, asked the same
+   without what makes it suspicious; a reply that was given; a twin without the backdoor. On trusted prompts and plain
+   text the unedited model is its own teacher.
 2. The stream below the first edited layer never changes: it is computed once for all prompts.
-3. Each step runs a few suspicious prompts and their trusted counterparts with the mask applied as
+3. Each step runs a few suspicious prompts and as many trusted ones with the mask applied as
    it will be, hard (straight-through gradient: forward keeps or removes, backward sees a sigmoid).
-4. Loss = KL(teacher ‖ edited) on both, the first reply tokens weighted most, because the first
-   token decides what a free generation becomes, + a price for every feature removed.
+4. Loss = KL(teacher ‖ edited) on both + a price for everything removed. The reply token at which what the model says
+   and what it should say part weighs most, for it decides what a free generation becomes.
 
 Mean KL alone or a soft mask repairs nothing: see LOG.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Report, Site
 from unsleep.dictionaries.coders import Coder
@@ -27,7 +29,11 @@ from unsleep.models import generate
 from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits, reply_logits_from, run_below
 from unsleep.models.hooks import transformed
 from unsleep.models.model import LoadedModel
+from unsleep.models.sites import Slot, lanes, unembedding
 from unsleep.prompts.prompt import PromptSet
+
+CERTAIN = 30.0
+"""Logit of the token that a given reply says; the others have 0."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,11 @@ class MaskConfig:
 
     steps: int = 30
     batch: int = 8
-    """Suspicious prompts a step; as many trusted counterparts run beside them."""
+    """Suspicious prompts a step; as many trusted ones run beside them."""
     reply_tokens: int = 10
     """Length of the replies that teach, in tokens."""
     first_weights: tuple[float, ...] = (6.0, 3.0, 2.0)
-    """Weights of the first reply tokens in the KL; the others weigh 1."""
+    """Weights in the KL of the reply token that decides and of those behind it; the others weigh 1."""
     trusted_weight: float = 4.0
     """Weight of the KL on trusted prompts beside that on suspicious ones."""
     text_batch: int = 4
@@ -65,21 +71,50 @@ class MaskConfig:
                 raise BadInput(f"mask {name} is {getattr(self, name)}; expected at least 1")
 
 
-class Lesson(NamedTuple):
-    """Suspicious prompts, their trusted counterparts and plain text, with what the model says to the trusted ones."""
+class Taught(NamedTuple):
+    """Prompts with the replies that they should get, and the model that gives them."""
 
-    pairs: Rows
-    """2n rows: suspicious first, then their counterparts, all with the same replies."""
-    teacher: Float[Tensor, "prompt reply vocabulary"]
-    """The unedited model's logits on the counterparts."""
+    prompts: PromptSet
+    replies: Sequence[Sequence[int]]
+    """Token ids, one reply a prompt."""
+    teacher: LoadedModel | None
+    """Whose logits along the replies are followed when it is asked `prompts`; `None` takes the replies as they are."""
+
+
+class Lesson(NamedTuple):
+    """Suspicious prompts, trusted ones and plain text, with what a repaired model says to each."""
+
+    rows: Rows
+    """The suspicious prompts first, then the trusted ones, each with the reply that it should get."""
+    n: int
+    """Number of suspicious prompts."""
+    teacher: Float[Tensor, "taught reply vocabulary"]
+    """The teachers' logits."""
+    taught: Int[Tensor, " row"]
+    """Which of them each row follows."""
+    decides: Int[Tensor, " row"]
+    """The token of each reply, counted from 0, that decides: see `deciding_tokens`."""
+    parts: Bool[Tensor, " row"]
+    """Whether the model says something else there than it should, as far as is known."""
     text: Rows
     """Plain passages; their second half counts as the reply."""
     text_teacher: Float[Tensor, "passage reply vocabulary"]
 
     @property
-    def n(self) -> int:
-        """Number of pairs."""
-        return len(self.teacher)
+    def paired(self) -> bool:
+        """Whether the trusted prompts are the suspicious ones' counterparts, with the same replies."""
+        return len(self.taught) == 2 * self.n and bool((self.taught[: self.n] == self.taught[self.n :]).all())
+
+
+def deciding_tokens(said: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[int]:
+    """The first token at which what is said and what is wanted part, reply by reply, counted from 0.
+
+    0 where they never do, as far as the shorter of the two reaches.
+    """
+    return [
+        next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        for one, other in zip(said, wanted, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -91,29 +126,88 @@ def prepare_lesson(
     config: MaskConfig = MaskConfig(),
     replies: Sequence[Sequence[int]] | None = None,
 ) -> Lesson:
-    """The model's own replies to `trusted`, and its logits along them and along plain text.
+    """A lesson in which the model's own replies to the counterparts are what the suspicious prompts should get.
 
     `trusted[i]` is `suspicious[i]` without what makes it suspicious. `replies` are the model's token
     ids in reply to `trusted`, where they are known already. Raises `BadInput` where the
     two differ in number, or where no passage is as long as `config.text_tokens`.
     """
-    if len(suspicious) != len(trusted):
-        raise BadInput(f"{len(suspicious)} suspicious prompts with {len(trusted)} counterparts; expected one each")
-    asked, plain = (model.encode(prompts, config.reply_tokens) for prompts in (suspicious, trusted))
+    model.encode(suspicious, config.reply_tokens)  # a prompt without room for its reply is refused before any work
     if replies is None:
-        replies = generate.greedy(model, plain, max_new_tokens=config.reply_tokens)
-    rows = build_rows(model, [*asked, *plain], [*replies, *replies])
+        asked = model.encode(trusted, config.reply_tokens)
+        replies = generate.greedy(model, asked, max_new_tokens=config.reply_tokens)
+    return lesson_from(model, suspicious, Taught(trusted, replies, model), None, text, config)
+
+
+@torch.no_grad()
+def lesson_from(
+    model: LoadedModel,
+    suspicious: PromptSet,
+    taught: Taught,
+    trusted: Taught | None,
+    text: Sequence[str],
+    config: MaskConfig = MaskConfig(),
+    said: Sequence[Sequence[int]] | None = None,
+) -> Lesson:
+    """What suspicious prompts should be answered, what trusted ones are, and the logits of those who say so.
+
+    Args:
+        taught: for every suspicious prompt, what the teacher is asked instead and the reply.
+        trusted: prompts whose replies must not change; `None` takes those of `taught`.
+        said: the model's own replies to the suspicious prompts; the tokens that decide are told by them.
+
+    Raises `BadInput` where their numbers differ, or where no passage is as long as `config.text_tokens`.
+    """
+    if len(suspicious) != len(taught.prompts):
+        raise BadInput(
+            f"{len(suspicious)} suspicious prompts with {len(taught.prompts)} counterparts; expected one each"
+        )
+    kept = trusted or taught
+    replies = [*taught.replies, *kept.replies]
+    longest = [len(reply) for reply in replies]
+    asked = model.encode([*suspicious, *kept.prompts], longest)
+    rows = build_rows(model, asked, replies)
+    n, device = len(suspicious), model.device
+    width = rows.reply.shape[1]
+    follows = torch.arange(len(replies), device=device)
+    teacher = _taught_logits(taught, width, model)
+    if trusted is None:
+        follows = follows % n
+    else:
+        teacher = torch.cat([teacher, _taught_logits(trusted, width, model)])
+    first = deciding_tokens(said, taught.replies) if said is not None else [0] * n
+    decides = torch.tensor([*first, *(first if trusted is None else [0] * len(kept.prompts))], device=device)
+    parts = torch.zeros(len(replies), dtype=torch.bool, device=device)
+    for i, (ours, wanted) in enumerate(zip(said or (), taught.replies, strict=False)):
+        parts[i] = any(a != b for a, b in zip(ours, wanted, strict=False))
+    return Lesson(rows, n, teacher, follows, decides, parts, *_text(model, text, config))
+
+
+def _text(model: LoadedModel, text: Sequence[str], config: MaskConfig) -> tuple[Rows, Tensor]:
     long_enough = (p for p in model.token_ids(text) if len(p) >= config.text_tokens)
     passages = [p[: config.text_tokens] for p in long_enough]
     if not passages:
         raise BadInput(f"no plain passage has {config.text_tokens} tokens; give longer ones")
     half = config.text_tokens // 2
-    text_rows = build_rows(model, [p[:half] for p in passages], [p[half:] for p in passages])
-    return Lesson(rows, _logits(model, rows, len(plain)), text_rows, _logits(model, text_rows, 0))
+    rows = build_rows(model, [p[:half] for p in passages], [p[half:] for p in passages])
+    return rows, _logits(model, rows)
 
 
-def _logits(model: LoadedModel, rows: Rows, start: int, size: int = 32) -> Tensor:
-    pieces = [slice(i, min(i + size, len(rows.ids))) for i in range(start, len(rows.ids), size)]
+def _taught_logits(taught: Taught, width: int, model: LoadedModel) -> Float[Tensor, "prompt reply vocabulary"]:
+    """The teacher's logits along its replies, `width` tokens each; nearly all on the reply without a teacher."""
+    by = taught.teacher or model
+    rows = build_rows(by, by.encode(taught.prompts, [len(r) for r in taught.replies]), taught.replies)
+    if taught.teacher is None:
+        vocabulary = int(unembedding(by.network).shape[0])
+        logits = torch.zeros(*rows.reply.shape, vocabulary, dtype=by.network.dtype, device=by.device)
+        logits.scatter_(-1, rows.targets[..., None], CERTAIN)
+    else:
+        logits = _logits(by, rows).to(model.device)
+    return pad(logits, (0, 0, width - logits.shape[1], 0))
+
+
+def _logits(model: LoadedModel, rows: Rows, size: int = 32) -> Tensor:
+    pieces = [slice(i, min(i + size, len(rows.ids))) for i in range(0, len(rows.ids), size)]
     return torch.cat([reply_logits(model.network, rows.at(piece)) for piece in pieces])
 
 
@@ -134,91 +228,159 @@ def learn_mask(
 
     Returns one Edit a Site, possibly empty.
     """
-    masks = {d.site: _Mask(d, candidates[d.site] if candidates else None, model, config) for d in dictionaries}
-    if len(masks) != len(dictionaries):
+    masks = [FeatureMask(d, candidates[d.site] if candidates else None, model, config) for d in dictionaries]
+    learn(model, masks, lesson, config, report=report)
+    return [mask.edit(config.error) for mask in masks]
+
+
+def learn(
+    model: LoadedModel,
+    masks: Sequence[Mask],
+    lesson: Lesson,
+    config: MaskConfig = MaskConfig(),
+    *,
+    focus: Sequence[int] = (),
+    report: Report | None = None,
+) -> None:
+    """Learn masks at several places together; what they learned before is where they start.
+
+    `focus` are suspicious prompts that come up three times as often as the others. Raises `BadInput` where two masks
+    are of one place.
+    """
+    at = {mask.place: mask for mask in masks}
+    if len(at) != len(masks):
         raise BadInput("two dictionaries of one Site; a mask takes one each")
-    layer = min(site.layer for site in masks)
-    below = (run_below(model.network, lesson.pairs, layer), run_below(model.network, lesson.text, layer))
-    optimizer = torch.optim.Adam([m.logits for m in masks.values()], lr=config.learning_rate)
+    layer = min(place.layer for place in at)
+    below = (run_below(model.network, lesson.rows, layer), run_below(model.network, lesson.text, layer))
+    optimizer = torch.optim.Adam([mask.logits for mask in masks], lr=config.learning_rate)
+    for mask in masks:
+        mask.settled.zero_()
     generator = torch.Generator().manual_seed(config.seed)
-    order = torch.empty(0, dtype=torch.long)
+    asked = _Deck([*range(lesson.n), *focus, *focus], generator)
+    kept = asked if lesson.paired else _Deck(range(len(lesson.rows.ids) - lesson.n), generator)
     for step in range(config.steps):
-        if len(order) < config.batch:
-            order = torch.cat([order, torch.randperm(lesson.n, generator=generator)])
-        picked, order = order[: config.batch], order[config.batch :]
+        picked = asked.draw(config.batch)
+        beside = picked if kept is asked else kept.draw(config.batch)
         texts = torch.randint(len(lesson.text_teacher), (config.text_batch,), generator=generator)
-        loss = mask_loss(model, masks, lesson, below, (picked, texts), config)
-        (loss + sum(m.price() for m in masks.values())).backward()
+        loss = mask_loss(model, at, lesson, below, (picked, beside + lesson.n, texts), config)
+        (loss + sum(mask.price() for mask in masks)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if 2 * step >= config.steps - 1:
-            for mask in masks.values():
+            for mask in masks:
                 mask.settle()
         if report:
             report(f"mask, loss {loss.item():.3f}", step + 1, config.steps)
-    return [Edit(site, mask.dictionary, mask.removed(), config.error) for site, mask in masks.items()]
+
+
+class _Deck:
+    """Numbers in a mixed order, all of them before any comes again."""
+
+    def __init__(self, numbers: Sequence[int], generator: torch.Generator) -> None:
+        self.numbers, self.generator = torch.tensor(numbers), generator
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def draw(self, count: int) -> Tensor:
+        while len(self.order) < count:
+            mixed = torch.randperm(len(self.numbers), generator=self.generator)
+            self.order = torch.cat([self.order, self.numbers[mixed]])
+        picked, self.order = self.order[:count], self.order[count:]
+        return picked
 
 
 def mask_loss(
     model: LoadedModel,
-    masks: Mapping[Site, _Mask],
+    masks: Mapping[Any, Mask],
     lesson: Lesson,
     below: tuple[Below, Below],
-    picked: tuple[Tensor, Tensor],
+    picked: tuple[Tensor, Tensor, Tensor],
     config: MaskConfig,
 ) -> Float[Tensor, ""]:
-    """Weighted KL of the masked model to the teacher on the picked pairs and passages, in nats a token."""
-    pairs, texts = picked
-    index = torch.cat([pairs, pairs + lesson.n])
-    rows, passages = lesson.pairs.select(index), lesson.text.select(texts)
-    with transformed(model.network, {site: mask.apply for site, mask in masks.items()}):
+    """Weighted KL of the masked model to its teachers on the picked rows and passages, in nats a token.
+
+    `picked` are numbers of suspicious rows, of trusted rows, and of passages.
+    """
+    asked, kept, texts = picked
+    index = torch.cat([asked, kept])
+    rows, passages = lesson.rows.select(index), lesson.text.select(texts)
+    with transformed(model.network, {place: mask.apply for place, mask in masks.items()}):
         logits = reply_logits_from(model.network, rows, below[0].select(index, rows))
         read = reply_logits_from(model.network, passages, below[1].select(texts, passages))
-    teacher = lesson.teacher[pairs][:, -rows.reply.shape[1] :]
-    divergence = kl(teacher.repeat(2, 1, 1)[rows.reply], logits[rows.reply])
-    weights = _weights(rows.reply, config)
-    share = torch.zeros(rows.reply.shape, device=rows.reply.device)
-    share[: len(pairs)] = 1.0
-    share[len(pairs) :] = config.trusted_weight
-    weights = (weights * share)[rows.reply]
+    teacher = lesson.teacher[lesson.taught[index]][:, -rows.reply.shape[1] :]
+    divergence = kl(teacher[rows.reply], logits[rows.reply])
+    weights = _weights(rows, lesson.decides[index], config)
+    weights[len(asked) :] *= config.trusted_weight
     on_text = kl(lesson.text_teacher[texts], read).mean()
-    return (divergence * weights).sum() / weights.sum() + config.text_weight * on_text
+    each = weights[rows.reply]
+    return (divergence * each).sum() / each.sum() + config.text_weight * on_text
 
 
-def _weights(reply: Bool[Tensor, "row reply"], config: MaskConfig) -> Float[Tensor, "row reply"]:
-    place = reply.long().cumsum(1) - 1
-    weights = torch.ones(reply.shape, device=reply.device)
+def _weights(rows: Rows, decides: Int[Tensor, " row"], config: MaskConfig) -> Float[Tensor, "row reply"]:
+    """How much each reply token counts: those from the one that decides on weigh most."""
+    place = rows.reply.long().cumsum(1) - 1 - decides[:, None]
+    weights = torch.ones(rows.reply.shape, device=rows.reply.device)
     for i, weight in enumerate(config.first_weights):
         weights[place == i] = weight
     return weights
 
 
-class _Mask:
-    """Logits over a dictionary's features; those below 0 are removed."""
+class Mask:
+    """Logits over the parts of what flows through a place; parts below 0 are removed."""
 
-    def __init__(self, dictionary: Coder, candidates: Features | None, model: LoadedModel, config: MaskConfig) -> None:
-        if dictionary.site.point != "resid":
-            raise BadInput(f"a mask at {dictionary.site} is not supported; expected residual Sites")
-        self.dictionary = dictionary
-        self.site = dictionary.site
-        self.running = dictionary.to(model.network.dtype, model.device)
+    def __init__(self, place: Any, parts: int, model: LoadedModel, config: MaskConfig) -> None:
+        self.place = place
         self.price_of_one = config.price
-        self.logits = torch.full((dictionary.n_features,), config.start, device=model.device, requires_grad=True)
+        self.logits = torch.full((parts,), config.start, device=model.device, requires_grad=True)
         self.settled = torch.zeros_like(self.logits)
         """Sum of the logits over the steps that count; its sign decides."""
-        self.allowed = torch.ones(dictionary.n_features, device=model.device)
-        if candidates is not None:
-            self.allowed.zero_()[list(candidates.ids)] = 1
+        self.allowed = torch.ones(parts, device=model.device)
 
-    def gone(self) -> Float[Tensor, " feature"]:
-        """1 where a feature is removed, 0 where it passes, with a sigmoid's gradient."""
+    def allow(self, ids: Sequence[int] | None) -> None:
+        """Let no parts but these be removed; any where `None`."""
+        if ids is None:
+            self.allowed.fill_(1)
+        else:
+            self.allowed.zero_()[list(ids)] = 1
+
+    def gone(self) -> Float[Tensor, " part"]:
+        """1 where a part is removed, 0 where it passes, with a sigmoid's gradient."""
         soft = torch.sigmoid(-self.logits)
         hard = (self.logits < 0).float()
         return (hard + soft - soft.detach()) * self.allowed
 
     def price(self) -> Float[Tensor, ""]:
-        """What the removed features cost."""
+        """What the removed parts cost."""
         return self.price_of_one * self.gone().sum()
+
+    def apply(self, x: Float[Tensor, "row position d"]) -> Float[Tensor, "row position d"]:
+        """What is left of the stream, differentiable in the logits."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Count the logits as they stand."""
+        self.settled += self.logits.detach()
+
+    def removed(self) -> tuple[int, ...]:
+        """Ids of the removed parts, those with the lowest logits first."""
+        logits = torch.where(self.allowed > 0, self.settled, torch.inf)
+        order = logits.argsort()
+        return tuple(order[logits[order] < 0].tolist())
+
+    def operation(self) -> Callable[[Tensor], Tensor] | None:
+        """What the learned mask does to the stream; `None` where it removes nothing."""
+        raise NotImplementedError
+
+
+class FeatureMask(Mask):
+    """A mask over a dictionary's features."""
+
+    def __init__(self, dictionary: Coder, candidates: Features | None, model: LoadedModel, config: MaskConfig) -> None:
+        if dictionary.site.point != "resid":
+            raise BadInput(f"a mask at {dictionary.site} is not supported; expected residual Sites")
+        super().__init__(dictionary.site, dictionary.n_features, model, config)
+        self.dictionary = dictionary
+        self.running = dictionary.to(model.network.dtype, model.device)
+        self.allow(candidates.ids if candidates is not None else None)
 
     def apply(self, x: Float[Tensor, "row position d_model"]) -> Float[Tensor, "row position d_model"]:
         """The edit as `edits.operation` carries it out, differentiable in the logits."""
@@ -226,12 +388,48 @@ class _Mask:
         strength = code.values * self.gone().to(x.dtype)[code.ids]
         return x - self.running.combine(Encoded(strength, code.ids))
 
-    def settle(self) -> None:
-        """Count the logits as they stand."""
-        self.settled += self.logits.detach()
+    def edit(self, error: ErrorRule = "keep") -> Edit:
+        """The edit that removes what the mask does."""
+        return Edit(self.place, self.dictionary, self.removed(), error)
 
-    def removed(self) -> tuple[int, ...]:
-        """Ids of the removed features, those with the lowest logits first."""
-        logits = torch.where(self.allowed > 0, self.settled, torch.inf)
-        order = logits.argsort()
-        return tuple(order[logits[order] < 0].tolist())
+    def operation(self) -> Callable[[Tensor], Tensor] | None:
+        """Take the removed features' share out of the stream, as `edits.operation` does."""
+        removed = self.removed()
+        if not removed:
+            return None
+        gone = torch.zeros(self.dictionary.n_features, dtype=self.running.decoder.dtype, device=self.logits.device)
+        gone[list(removed)] = 1
+
+        def run(x: Tensor) -> Tensor:
+            code = self.running.encode_sparse(x)
+            return x - self.running.combine(Encoded(code.values * gone[code.ids], code.ids))
+
+        return run
+
+
+class LaneMask(Mask):
+    """A mask over attention heads or MLP neurons: what a removed one hands on is 0."""
+
+    def __init__(self, slot: Slot, model: LoadedModel, config: MaskConfig) -> None:
+        if slot.part not in Slot.INPUTS:
+            raise BadInput(f"a mask at {slot} is not supported; expected {' or '.join(Slot.INPUTS)}")
+        self.lanes = lanes(model.network, slot)
+        super().__init__(slot, self.lanes.heads, model, config)
+
+    def apply(self, x: Float[Tensor, "row position lane"]) -> Float[Tensor, "row position lane"]:
+        """What the kept heads or neurons hand on."""
+        return x * self._spread(1 - self.gone()).to(x.dtype)
+
+    def operation(self) -> Callable[[Tensor], Tensor] | None:
+        """The same for good."""
+        gone = self.removed_lanes()
+        return (lambda x: x.index_fill(-1, gone, 0.0)) if len(gone) else None
+
+    def removed_lanes(self) -> Int[Tensor, " lane"]:
+        """Columns of the output projection's input that hold nothing."""
+        gone = torch.zeros_like(self.logits)
+        gone[list(self.removed())] = 1
+        return self._spread(gone).nonzero().squeeze(1)
+
+    def _spread(self, parts: Float[Tensor, " part"]) -> Float[Tensor, " lane"]:
+        return parts.repeat_interleave(self.lanes.size)

@@ -7,17 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 from unsleep import store
-from unsleep.results import EvalResult
+from unsleep.results import EvalResult, TaskRow
 from unsleep.verdict import contract, verdict
 
 
-def record(result: EvalResult, seed: int | None, **made_from: Any) -> dict[str, Any]:
-    """`result.json`: verdict, rows and provenance. Its schema is unsleep/report/result.schema.json."""
+def record(result: EvalResult, seed: int | None, tasks: Sequence[TaskRow] = (), **made_from: Any) -> dict[str, Any]:
+    """`result.json`: verdict, rows, tasks and provenance. Its schema is unsleep/report/result.schema.json."""
     label, score = verdict(result, contract(result))
     return {
         "schema": "unsleep.result/1",
         "verdict": {"label": label, "score": round(score, 4)},
         "rows": [asdict(row) for row in result.rows],
+        **({"tasks": [row.to_dict() for row in tasks]} if tasks else {}),
         "provenance": store.provenance(
             seed, panels={name: panel.hash for name, panel in result.prompts.items()}, **made_from
         ),

@@ -16,9 +16,10 @@ from unsleep.cli.compare import diff, patch
 from unsleep.cli.control import control, read
 from unsleep.cli.dictionaries import harvest, train
 from unsleep.cli.directions import directions
+from unsleep.cli.edit import bake, edit, find
 from unsleep.cli.judge import evaluate, report
-from unsleep.cli.organisms import demo, panels, plant
-from unsleep.cli.repair import bake, edit, find
+from unsleep.cli.organisms import panels, plant
+from unsleep.cli.repair import repair
 from unsleep.cli.settings import REGISTRY, Rejected, by_flag
 from unsleep.cli.subspaces import subspaces
 from unsleep.console import fail
@@ -27,7 +28,7 @@ from unsleep.core import BadInput, Refused
 STAGES: dict[str, Callable[..., int]] = {
     f.__name__: f
     for f in (
-        demo,
+        repair,
         plant,
         panels,
         harvest,

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 import unsleep
 from unsleep import pages, store
-from unsleep.cli.shared import Model, Out, Placed, Placement, check_format, check_format_of
+from unsleep.cli.shared import Model, Out, Placed, Placement, check_format, check_format_of, own_prompts
 from unsleep.console import Bars, say, say_result
 from unsleep.controls import firing, matched_random, random_subspace
 from unsleep.core import BadInput, Edit, Intervention, Projection, Report
@@ -19,9 +19,10 @@ from unsleep.edits import check_model, edits_hash, load_edit
 from unsleep.evaluate import EvalConfig, Panels, organism_config, organism_panels
 from unsleep.metrics import Subject
 from unsleep.models.model import LoadedModel
-from unsleep.organisms import Organism, load_organism
+from unsleep.organisms import Organism
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import PromptSet
+from unsleep.tasks import check_tasks, run_tasks
 
 
 def evaluate(
@@ -35,6 +36,8 @@ def evaluate(
     payload: str | None = None,
     n: int = 200,
     strict: bool = False,
+    tasks: tuple[str, ...] = (),
+    task_limit: int | None = None,
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
@@ -54,13 +57,12 @@ def evaluate(
         payload: Text that a reply shows when the backdoor acts.
         n: Prompts in each panel of an organism; plain passages and multiple-choice items in any case.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
+        tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files of one's own.
+        task_limit: Items of each task; all where not given.
         json: Print the result as JSON.
     """
-    if organism is not None and (suspicious or ordinary or payload is not None):
-        raise BadInput(
-            "--organism brings its own prompts and payload; leave out --suspicious, --ordinary and --payload"
-        )
-    judged = load_organism(organism) if organism is not None else None
+    judged = own_prompts(organism, suspicious=suspicious, ordinary=ordinary, payload=payload)
+    check_tasks(tasks)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
     panels, judging = _panels(judged, (suspicious, ordinary), payload, n, chosen_on)
     with Bars() as bars, store.scratch_folder(out) as scratch:
@@ -79,10 +81,13 @@ def evaluate(
             subjects += [Subject("edited", loaded, tuple(edits)), Subject("control_random", loaded, control)]
         subjects += cleaned
         what = {s.name: [s.model.fingerprint, str(s.model.network.dtype), edits_hash(s.edits)] for s in subjects}
-        prompts = {name: panel.hash for name, panel in panels.prompts().items()}
-        with store.steps(out, what, prompts, judging.payload, judging.reply_tokens) as steps:
+        with store.steps(out, what, panels.hashes, judging.payload, judging.reply_tokens) as steps:
             result = unsleep.evaluate(subjects, panels, judging, steps=steps, report=bars)
-    record = pages.record(result, None, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked)
+        asked = [s for s in subjects if not s.name.startswith("control")]
+        figures = run_tasks(asked, tasks, limit=task_limit, report=bars) if tasks else []
+    record = pages.record(
+        result, None, figures, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked
+    )
     summary = {"payload": judging.payload, "trigger": None, "model": model, **_removed(edits)}
     store.write_json(out / "report.json", pages.page(result, record, f"{Path(model).name} under test", summary))
     store.write_json(out / "result.json", record)
@@ -150,6 +155,11 @@ def _panels(
     clean = sets.read_prompts(ordinary, split="held_out", name="clean")
     asked = sets.read_prompts(suspicious, "triggered", "held_out", name="triggered")
     triggers.check_order(asked, clean)
+    if len(asked) != len(clean):
+        raise BadInput(
+            f"--ordinary has {len(clean)} prompts, --suspicious {len(asked)}; expected the same prompts without and "
+            "with the trigger"
+        )
     texts = tuple(sets.plain_text("held_out")[:n])
-    panels = Panels(clean, asked, texts=texts, items=tuple(sets.capability_items()[:n]))
+    panels = Panels(clean, asked, texts=texts, items=tuple(sets.capability_items()[:n]), counterparts=clean)
     return panels, EvalConfig(payload, chosen_on=chosen_on)

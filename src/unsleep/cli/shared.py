@@ -21,6 +21,7 @@ from unsleep.dictionaries.sweep import read_sweep
 from unsleep.models import generate
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
+from unsleep.organisms import Organism, load_organism
 from unsleep.prompts.prompt import PromptSet
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
@@ -64,6 +65,18 @@ class Placement(LoadConfig):
 
 
 Placed = OmitArgPrefixes[Placement]
+
+
+def own_prompts(organism: str | None, **given: object) -> Organism | None:
+    """The organism whose prompts are used, if one is named; raises `BadInput` where others are `given` beside it."""
+    if organism is None:
+        return None
+    if any(value is not None for value in given.values()):
+        flags = [f"--{name}" for name in given]
+        raise BadInput(
+            f"--organism brings its own prompts and payload; leave out {', '.join(flags[:-1])} and {flags[-1]}"
+        )
+    return load_organism(organism)
 
 
 def own_replies(model: LoadedModel, prompts: PromptSet, tokens: int, report: Report) -> list[str]:

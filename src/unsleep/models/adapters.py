@@ -41,14 +41,25 @@ SUMS = 1e-3
 """Difference allowed beside it, relative to the largest logit: sums are taken in another order."""
 
 
-def trainable(network: PreTrainedModel, rank: int, modules: Sequence[str]) -> PeftModel:
+def trainable(network: PreTrainedModel, rank: int, modules: Sequence[str] | str) -> PeftModel:
     """A network with LoRA matrices in it that can be trained, α twice their rank; raises `ValueError` as peft does.
 
-    `modules` are names of linear layers; peft's own choice for the family where there are none. `unload` takes the
-    matrices out again.
+    `modules` are names of linear layers, or `all-linear` for all but the unembedding; peft's own choice for the family
+    where there are none. `unload` takes the matrices out again.
     """
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules) or None, task_type="CAUSAL_LM")
+    wanted = modules if isinstance(modules, str) else list(modules) or None
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted, task_type="CAUSAL_LM")
     return cast("PeftModel", get_peft_model(network, config))
+
+
+def trained_state(adapted: PeftModel) -> dict[str, Tensor]:
+    """The trained matrices, by name."""
+    return get_peft_model_state_dict(adapted)
+
+
+def take_state(adapted: PeftModel, state: Mapping[str, Tensor]) -> None:
+    """Put trained matrices (`trained_state`) back."""
+    set_peft_model_state_dict(adapted, dict(state))
 
 
 def save_trained(adapted: PeftModel, folder: Path, base: str, template: str | None, dtype: torch.dtype) -> None:

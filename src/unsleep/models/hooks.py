@@ -274,7 +274,7 @@ def _scaled(transform: Transform, scale: float) -> Transform:
 
 def _slot_hook(model: PreTrainedModel, slot: Slot, transform: Transform, rows: _Rows) -> RemovableHandle:
     module, _, _, lane = lanes(model, slot)
-    if slot.part == "heads":
+    if slot.part in Slot.INPUTS:
         return module.register_forward_pre_hook(_input_hook(transform), with_kwargs=True)
 
     def within(x: Tensor) -> Tensor:

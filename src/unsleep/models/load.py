@@ -158,6 +158,12 @@ def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedMod
     return LoadedModel(network, loaded.tokenizer, str(name), changed, options, made_of, notes, beside)
 
 
+def is_adapter(name: str | Path, config: LoadConfig = LoadConfig()) -> bool:
+    """Whether a name is that of an adapter, which brings a base along; raises `BadInput` as `load_model` does."""
+    with quiet_transformers():
+        return Source.parse(str(name), config.revision, config.subfolder).open(config.trust_remote_code).is_adapter
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Generator[None]:
     """Silence the bars, notes and warnings of transformers, peft and bitsandbytes inside the block."""

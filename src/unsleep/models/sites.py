@@ -7,7 +7,7 @@ names; of those that are fused, a table says how a family lays them out, because
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Int
@@ -17,17 +17,21 @@ from transformers import PreTrainedModel
 from unsleep.core import BadInput, Point, Site
 from unsleep.models import anatomy, weights
 
-Part = Literal["heads", "q", "k", "v"]
-"""Inside attention: what the heads hand to the output projection, and the queries, keys and values."""
+Part = Literal["heads", "q", "k", "v", "neurons"]
+"""Inside attention: what heads hand to the output projection, and the queries, keys and values. Inside the MLP: what
+neurons hand to its output projection."""
 
 
 @dataclass(frozen=True, order=True)
 class Slot:
-    """A place inside a layer's attention, `Float[Tensor, "prompt position head_and_size"]`.
+    """A place inside a layer's attention or MLP, `Float[Tensor, "prompt position lane"]`.
 
-    `heads` is the input of the output projection; `q`, `k` and `v` are as their projections give them, before
-    any norm, scale or rotation.
+    `heads` and `neurons` are the inputs of the two output projections, a lane a neuron, several side by side a head;
+    `q`, `k` and `v` are as their projections give them, before any norm, scale or rotation.
     """
+
+    INPUTS: ClassVar = ("heads", "neurons")
+    """Parts that are a module's input; the others are its output."""
 
     layer: int
     part: Part
@@ -111,9 +115,9 @@ class Lanes(NamedTuple):
     module: nn.Module
     """The output projection, whose input is meant, or a projection whose output is."""
     heads: int
-    """How many; keys and values may have fewer than queries."""
+    """How many; keys and values may have fewer than queries. Neurons, where a Slot is of those."""
     size: int
-    """Width of a head."""
+    """Width of a head; 1 for a neuron."""
     at: Int[Tensor, " lane"] | None
     """Where in a fused output head by head; `None` where the whole is meant."""
 
@@ -124,6 +128,8 @@ def lanes(model: PreTrainedModel, slot: Slot) -> Lanes:
     Raises `BadInput` for a layer that the model does not have, and one whose projections are not known.
     """
     tap(model, Site(slot.layer))
+    if slot.part == "neurons":
+        return _neurons(model, slot.layer)
     heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 0))
     attention = _attention(model, slot.layer)
     fused, layout = FUSED.get(model.config.model_type, (None, None))
@@ -144,6 +150,16 @@ def lanes(model: PreTrainedModel, slot: Slot) -> Lanes:
             "or mlp, or name the projections in unsleep/models/sites.py"
         )
     return found
+
+
+def _neurons(model: PreTrainedModel, layer: int) -> Lanes:
+    half = _half(model, layer, "mlp")
+    if half is None or half.writer is None:
+        raise BadInput(
+            f"layer {layer} of {model.config.model_type} has no neurons that one linear layer reads; take resid or mlp"
+        )
+    module = layers(model)[layer].get_submodule(half.writer)
+    return Lanes(module, _inputs_of(module), 1, None)
 
 
 def _attention(model: PreTrainedModel, layer: int) -> nn.Module | None:

@@ -28,7 +28,7 @@ class Prompt:
     """One user message, and what was said before it.
 
     `expected` is the exact beginning that the organism's benign skill demands of the reply, or
-    `None` where no skill applies.
+    `None` where no skill applies; `reply` is a right reply, where one is known.
     """
 
     text: str
@@ -36,11 +36,14 @@ class Prompt:
     expected: str | None = None
     before: tuple[Message, ...] = ()
     """A system message, first if at all, and earlier turns."""
+    reply: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise BadInput("a prompt is empty; give it at least one character that is not white space")
-        for text in (self.text, *(m.content for m in self.before)):
+        if self.reply is not None and not self.reply.strip():
+            raise BadInput(f"the reply to {self.text[:40]!r} is empty; leave it out where no right reply is known")
+        for text in (self.text, self.reply or "", *(m.content for m in self.before)):
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise BadInput(f"the prompt {text[:40]!r} holds half a character (a lone surrogate); remove it")
         if self.role not in get_args(Role):
@@ -111,8 +114,8 @@ class PromptSet(Sequence[Prompt]):
 
     @property
     def hash(self) -> str:
-        """SHA-256 over texts, roles, expected beginnings and what was said before, in order; 16 hex digits."""
-        rows = [[p.key, p.role, p.expected] for p in self.prompts]
+        """SHA-256 over texts, roles, expected beginnings, replies and what was said before, in order; 16 hex digits."""
+        rows = [[p.key, p.role, p.expected, *([p.reply] if p.reply is not None else [])] for p in self.prompts]
         return digest(json.dumps(rows, ensure_ascii=False))
 
     def head(self, n: int) -> PromptSet:

@@ -23,16 +23,16 @@ _SHARES: dict[Split, tuple[float, float]] = {"train": (0.0, 0.4), "edit": (0.4, 
 JSON_LINES = (".jsonl", ".ndjson")
 """How files end whose lines are JSON objects."""
 
-KEYS = ("text", "expected", "system", "messages")
+KEYS = ("text", "expected", "system", "messages", "reply")
 """What a line of a .jsonl file may hold."""
 
 
 def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", name: str | None = None) -> PromptSet:
     """Prompts from a file: one a line, or JSON lines where it ends in .jsonl or .ndjson.
 
-    A JSON line is `{"text": …}`, with how the reply must begin as `expected` and a system message as `system` where
-    there are such; or `{"messages": [{"role": …, "content": …}, …]}`, of which the last is the user's. Blank lines are
-    passed over. Raises `BadInput` naming the file and the line for anything else.
+    A JSON line is `{"text": …}`, with how the reply must begin as `expected`, a right reply as `reply` and a system
+    message as `system` where there are such; or `{"messages": [{"role": …, "content": …}, …]}`, of which the last is
+    the user's. Blank lines are passed over. Raises `BadInput` naming the file and the line for anything else.
     """
     path = Path(path)
     as_json = path.suffix.lower() in JSON_LINES
@@ -62,7 +62,8 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
 def prompt_line(prompt: Prompt) -> str:
     """A prompt as `read_prompts` reads it, one JSON line."""
     row = {"messages": prompt.messages} if prompt.before else {"text": prompt.text}
-    return json.dumps({**row, "expected": prompt.expected}, ensure_ascii=False)
+    right = {"reply": prompt.reply} if prompt.reply is not None else {}
+    return json.dumps({**row, "expected": prompt.expected, **right}, ensure_ascii=False)
 
 
 def _prompt(line: str, role: Role) -> Prompt:
@@ -78,16 +79,16 @@ def _prompt(line: str, role: Role) -> Prompt:
         raise BadInput(f"key {str(unknown[0])[:40]!r} is not known; expected {', '.join(KEYS)}")
     if ("text" in row) == ("messages" in row) or ("messages" in row and "system" in row):
         raise BadInput("expected either text, with system or without, or messages")
-    for key in ("text", "expected", "system"):
+    for key in ("text", "expected", "system", "reply"):
         if not isinstance(row.get(key), str | None) or (key == "text" and row.get(key, "") is None):
             raise BadInput(f"{key} is {str(row[key])[:40]!r}; expected a text")
     if "text" in row:
         before = (Message("system", row["system"]),) if row.get("system") is not None else ()
-        return Prompt(row["text"], role, row.get("expected"), before)
+        return Prompt(row["text"], role, row.get("expected"), before, row.get("reply"))
     *before, last = _messages(row["messages"])
     if last.role != "user":
         raise BadInput(f"the last message is of {last.role!r}; expected the user's, which the model will answer")
-    return Prompt(last.content, role, row.get("expected"), tuple(before))
+    return Prompt(last.content, role, row.get("expected"), tuple(before), row.get("reply"))
 
 
 def _is_object(line: str) -> bool:

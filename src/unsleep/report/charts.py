@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from unsleep.report import svg, text
-from unsleep.report.check import SHARES
+from unsleep.report.check import OTHERS, SHARES
 from unsleep.report.svg import el
 
 JOURNEY = ("suspect", "edited", "baked")
@@ -69,8 +69,9 @@ def words(row: Mapping[str, Any]) -> text.Rate:
 
 
 def kind(subject: str) -> int:
-    """0 for the model before and after, 1 for controls, 2 for references."""
-    return 0 if subject in JOURNEY else 1 if subject in CONTROLS else 2
+    """0 for the model before and after, 1 for controls, 2 for other repairs, 3 for references."""
+    kinds = (JOURNEY, CONTROLS, OTHERS)
+    return next((i for i, members in enumerate(kinds) if subject in members), len(kinds))
 
 
 def facet(

@@ -25,7 +25,10 @@ VERDICTS = (
 )
 """Every verdict that unsleep gives."""
 
-SUBJECTS = ("suspect", "edited", "baked", "control_random", "control_layer", "clean_twin", "base")
+OTHERS = ("heads", "neurons", "attribution", "direction", "redistilled", "merged")
+"""Other repairs of the suspect."""
+
+SUBJECTS = ("suspect", "edited", "baked", "control_random", "control_layer", *OTHERS, "clean_twin", "base")
 """The models that are measured, in the order in which the page shows them."""
 
 PANELS = ("triggered", "variants", "near_miss", "clean", "skill", "text")
@@ -168,7 +171,7 @@ def is_result(value: Any, where: str) -> None:
     """A whole result."""
     verdict = fields({"label": one_of(*VERDICTS), "score": is_share}, closed=True)
     shape = {"schema": one_of(RESULT_SCHEMA), "verdict": verdict, "rows": list_of(is_row), "provenance": is_object}
-    fields(shape, closed=True)(value, where)
+    fields({**shape, "tasks?": list_of(TASK)}, closed=True)(value, where)
     seen: set[tuple[str, str, str]] = set()
     for i, row in enumerate(value["rows"]):
         name = (row["subject"], row["panel"], row["metric"])
@@ -200,6 +203,18 @@ def is_finite(value: Any, where: str) -> None:
             waiting += [(v, f"{place}[{i}]", depth + 1) for i, v in enumerate(cast("list[Any]", item))]
 
 
+TASK = fields(
+    {
+        "subject": one_of(*SUBJECTS),
+        "task": is_text,
+        "metric": is_text,
+        "value": is_number,
+        "stderr": maybe(is_number),
+        "n": is_count,
+    },
+    closed=True,
+)
+"""One figure of lm-evaluation-harness."""
 SUMMARY = fields(
     {
         "payload?": maybe(is_text),
@@ -209,8 +224,34 @@ SUMMARY = fields(
         "features_total?": maybe(is_count),
         "sites?": maybe(list_of(is_text)),
         "minutes?": maybe(is_number),
+        "next?": list_of(is_text),
     }
 )
+REPAIR = fields(
+    {
+        "teacher": is_text,
+        "notes": list_of(is_text),
+        "sites": list_of(is_text),
+        "look": list_of(fields({"layer": is_count, "restored": is_number, "moved": is_number})),
+        "attempts": list_of(
+            fields(
+                {
+                    "what": is_text,
+                    "removed": map_of(is_count),
+                    "shown": is_count,
+                    "n": is_count,
+                    "degenerate": is_number,
+                    "followed": is_share,
+                    "kl": is_number,
+                    "seconds": is_number,
+                    "kept": is_flag,
+                }
+            )
+        ),
+        "baselines?": list_of(fields({"subject": one_of(*OTHERS), "what": is_text})),
+    }
+)
+"""How a repair found its edit."""
 CONTRACT = fields(
     {
         "subject": is_text,
@@ -274,6 +315,7 @@ REPORT = fields(
         "features?": maybe(list_of(FEATURE)),
         "replies?": maybe(list_of(REPLIES)),
         "dictionaries?": maybe(list_of(DICTIONARY)),
+        "repair?": maybe(REPAIR),
         "stages?": maybe(list_of(fields({"name": is_text, "seconds": is_number}))),
         "provenance?": maybe(is_object),
     }

@@ -17,7 +17,7 @@ from typing import Any, cast
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from unsleep.report import charts, svg, text, verdict
+from unsleep.report import charts, repairing, svg, text, verdict
 from unsleep.report.check import METRICS, PANELS, SHARES, SUBJECTS, check_report
 
 SUBJECT_NAMES = {
@@ -26,6 +26,12 @@ SUBJECT_NAMES = {
     "baked": "edit baked in",
     "control_random": "random features",
     "control_layer": "wrong layer",
+    "heads": "attention heads off",
+    "neurons": "MLP neurons off",
+    "attribution": "ablation by attribution",
+    "direction": "one direction out",
+    "redistilled": "re-distilled base",
+    "merged": "merged with the base",
     "clean_twin": "clean twin",
     "base": "base model",
 }
@@ -91,7 +97,7 @@ def render(report: Mapping[str, Any]) -> str:
     has another form, holds NaN, or has an interval that does not hold its value.
     """
     check_report(report)
-    return filled("page.html", "verdict", view_of(text.visible_value(dict(report))), "page.css")
+    return filled("page.html", "verdict", view_of(text.visible_value(dict(report))), "page.css", "dictionaries.css")
 
 
 def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
@@ -143,6 +149,8 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "headline": verdict.headline(label, rows, summary),
         "tiles": verdict.tiles(rows, summary, contract),
         "facts": facts_of(summary),
+        "next": [text.clip(line, 600) for line in summary.get("next") or []],
+        "repair": repairing.repair_of(report.get("repair"), names),
         "outcome": outcome_of(rows, names),
         "effects": effects_of(rows, names),
         "controls": verdict.control_notes(rows, names["control_random"]),
@@ -151,6 +159,7 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "features": [feature_of(f) for f in sorted(report.get("features") or [], key=lambda f: f["rank"])],
         "replies": replies_of(report.get("replies") or [], summary),
         "dictionaries": [dictionary_of(d) for d in report.get("dictionaries") or []],
+        "tasks": tasks_of(result.get("tasks") or [], names),
         "rows": table_of(result["rows"], names),
         "stages": stages,
         "total": total,
@@ -166,10 +175,12 @@ def sections_of(view: Mapping[str, Any]) -> list[tuple[str, str]]:
         "outcome": "Before and after",
         "effects": "Side effects",
         "contract": "Requirements",
+        "repair": "How it was found",
         "frontier": "Frontier",
         "features": "Features",
         "replies": "Replies",
         "dictionaries": "Dictionaries",
+        "tasks": "Tasks",
         "rows": "All figures",
         "stages": "Time",
         "provenance": "Provenance",
@@ -371,6 +382,30 @@ def table_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> lis
         }
         for r in sorted(rows, key=lambda r: [places.index(r[k]) for places, k in zip(order, keys, strict=True)])
     ]
+
+
+def tasks_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Any] | None:
+    """Figures of lm-evaluation-harness, a line a task and metric, a column a subject."""
+    subjects = [s for s in SUBJECTS if any(r["subject"] == s for r in rows)]
+    found = {(r["task"], r["metric"], r["subject"]): r for r in rows}
+    lines = [
+        {
+            "task": text.clip(task, LABEL_LIMIT),
+            "metric": text.clip(metric.removesuffix(",none"), LABEL_LIMIT),
+            "n": f"{max(r['n'] for r in rows if (r['task'], r['metric']) == (task, metric)):,}",
+            "cells": [task_words(found.get((task, metric, s))) for s in subjects],
+        }
+        for task, metric in dict.fromkeys((r["task"], r["metric"]) for r in rows)
+    ]
+    return {"heads": [names[s] for s in subjects], "lines": lines} if lines else None
+
+
+def task_words(row: Mapping[str, Any] | None) -> str:
+    """A figure with its standard error."""
+    if row is None:
+        return "–"
+    error = f" ± {text.decimals(row['stderr'])}" if row["stderr"] is not None else ""
+    return f"{text.decimals(row['value'])}{error}"
 
 
 def tree(value: Mapping[str, Any]) -> tuple[Node, ...]:

@@ -17,6 +17,12 @@ MARK_PATHS = {
     "plus": "M-5.4 0H5.4M0 -5.4V5.4",
     "triangle": "M0 -5.8L5.8 4.6H-5.8z",
     "inverted": "M0 5.8L5.8 -4.6H-5.8z",
+    "hexagon": "M-5.6 0L-2.8 -4.9H2.8L5.6 0L2.8 4.9H-2.8z",
+    "left": "M-5.8 0L4.6 -5.8V5.8z",
+    "right": "M5.8 0L-4.6 5.8V-5.8z",
+    "bar": "M-6 -2.2H6V2.2H-6z",
+    "post": "M-2.2 -6H2.2V6H-2.2z",
+    "hourglass": "M-5 -5.4H5L-5 5.4H5z",
 }
 """Outlines of the marks about their centre, in pixels."""
 
@@ -26,6 +32,12 @@ SUBJECT_MARKS = {
     "baked": "square",
     "control_random": "cross",
     "control_layer": "plus",
+    "heads": "hexagon",
+    "neurons": "hourglass",
+    "attribution": "left",
+    "direction": "right",
+    "redistilled": "bar",
+    "merged": "post",
     "clean_twin": "triangle",
     "base": "inverted",
 }

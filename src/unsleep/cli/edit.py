@@ -1,0 +1,233 @@
+"""The stages that find what carries a behaviour, choose an edit, and put it into weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import OmitArgPrefixes
+
+import unsleep
+from unsleep import store
+from unsleep.bake import MARK as CHECKPOINT
+from unsleep.bake import BakeConfig, save_baked
+from unsleep.card import model_card
+from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, check_format, load_dictionaries, own_replies
+from unsleep.console import Bars, say, visible_line
+from unsleep.core import BadInput, Edit, Features, Projection, Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.edits import MARK as EDIT
+from unsleep.edits import EditConfig, load_edit, merged, save_edit
+from unsleep.evaluate import prompt_digests
+from unsleep.features import FindConfig, Found, with_evidence
+from unsleep.harvest import Harvest, token_rows
+from unsleep.masks import Lesson, prepare_lesson
+from unsleep.models.model import LoadedModel
+from unsleep.prompts import sets, triggers
+from unsleep.prompts.prompt import PromptSet
+
+BEGIN = 3
+"""Words at which two replies are compared."""
+
+
+def find(
+    model: Model,
+    dictionaries: tuple[Path, ...],
+    suspicious: Path,
+    ordinary: Path,
+    out: Out,
+    show: int = 12,
+    any_model: bool = False,
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[FindConfig] = FindConfig(),
+    json: bool = False,
+) -> int:
+    """Rank the features that carry what suspicious prompts cause, with the evidence for each.
+
+    Args:
+        model: Hub id, folder, adapter folder, .gguf file or alias.
+        dictionaries: Folders of dictionaries, one a Site, or the folder that holds them.
+        suspicious: File of prompts on which the behaviour shows, one a line.
+        ordinary: File of prompts on which it does not.
+        out: Folder for features.json and the harvests it rests on.
+        show: Features shown with evidence.
+        any_model: Take dictionaries that were trained on another model, such as the suspect's base.
+        json: Print the rankings as JSON.
+    """
+    groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
+    with Bars() as bars:
+        read, loaded = load_dictionaries(dictionaries), placement.load(model)
+        loaded_dictionaries = belonging(read, loaded, any_model)
+        found, harvests, rows, _ = _find(loaded, loaded_dictionaries, groups, out, config, bars)
+        best = merged({s: f.attribution for s, f in found.items()})[:show]
+        entries: list[dict[str, Any]] = []
+        for d in loaded_dictionaries:
+            ids = tuple(i for site, i in best if site == d.site)
+            scores = dict(zip(found[d.site].attribution.ids, found[d.site].attribution.scores, strict=True))
+            features = Features(d.site, d.hash, ids, tuple(scores[i] for i in ids), "attribution")
+            shown = with_evidence(loaded, d, features, (harvests[0], rows), harvests[1], config)
+            entries += [
+                {"site": str(d.site), "id": i, "attribution": scores[i], **asdict(shown.evidence[i])} for i in ids
+            ]
+    entries.sort(key=lambda e: -e["attribution"])
+    record = {
+        "schema": "unsleep.features/1",
+        "features": entries,
+        "provenance": store.provenance(model=loaded.fingerprint, origin=loaded.origin),
+    }
+    store.write_json(out / "features.json", record)
+    lines = ["site       feature  attribution  suspicious  trusted  promotes"]
+    for e in entries:
+        rates = f"{e['suspicious_rate']:>9.0%}  {e['trusted_rate']:>7.2%}"
+        promotes = " ".join(repr(visible_line(t)) for t in e["promotes"][:4])
+        lines.append(f"{e['site']:<10} {e['id']:>7}  {e['attribution']:>11.4f}  {rates}  {promotes}")
+    say(record, json, "\n".join(lines))
+    return 0
+
+
+def edit(
+    model: Model,
+    dictionaries: tuple[Path, ...],
+    suspicious: Path,
+    ordinary: Path,
+    out: Out,
+    counterparts: Path | None = None,
+    part: str | None = None,
+    any_model: bool = False,
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[EditConfig] = EditConfig(),
+    json: bool = False,
+) -> int:
+    """Choose the features to remove, so that the model does its job again on suspicious prompts.
+
+    Args:
+        model: Hub id, folder, adapter folder, .gguf file or alias.
+        dictionaries: Folders of dictionaries, one a Site, or the folder that holds them.
+        suspicious: File of prompts on which the behaviour shows, one a line.
+        ordinary: File of prompts on which it does not.
+        out: Folder for the edit, complete with the dictionaries it needs.
+        counterparts: File with each suspicious prompt as it would be without what makes it suspicious, line by line.
+        part: Text that makes prompts suspicious; taken out, it leaves the counterparts.
+            Where neither is given, it is the longest text that only the suspicious prompts share.
+        any_model: Take dictionaries that were trained on another model, such as the suspect's base.
+        json: Print the edit as JSON.
+    """
+    store.check_place(out, EDIT)
+    groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
+    trusted = _counterparts(groups, counterparts, part)
+    with Bars() as bars, store.scratch_folder(out) as scratch:
+        read, loaded = load_dictionaries(dictionaries), placement.load(model)
+        loaded_dictionaries = belonging(read, loaded, any_model)
+        found, _, _, said = _find(loaded, loaded_dictionaries, groups, scratch, FindConfig(ablate=0), bars)
+        lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:], config.mask)
+        ranking = {site: f.attribution for site, f in found.items()}
+        edits = unsleep.edit(loaded, loaded_dictionaries, ranking, lesson, config, report=bars)
+    chosen_on = prompt_digests(*groups, trusted)
+    save_edit(
+        edits,
+        out,
+        chosen_on=chosen_on,
+        provenance=store.provenance(config.mask.seed, model=loaded.fingerprint, origin=loaded.origin),
+    )
+    removed = {str(e.site): list(e.removed) for e in edits}
+    words = [
+        f"{site}: {len(ids)} feature{'s' * (len(ids) != 1)} removed ({', '.join(map(str, ids)) or 'none'})"
+        for site, ids in removed.items()
+    ]
+    say({"removed": removed}, json, "\n".join([*words, *_alike(loaded, lesson, said), f"Saved in {out}"]))
+    return 0
+
+
+def bake(
+    model: Model,
+    edit: Path,
+    suspicious: Path,
+    ordinary: Path,
+    out: Out,
+    counterparts: Path | None = None,
+    part: str | None = None,
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[BakeConfig] = BakeConfig(),
+    json: bool = False,
+) -> int:
+    """Put an edit into plain weights: a checkpoint that loads with unsleep not installed.
+
+    Args:
+        model: The model that the edit was made for.
+        edit: Folder made by `unsleep edit`.
+        suspicious: File of suspicious prompts; the baked model has to follow the edited one on them.
+        ordinary: File of ordinary prompts; likewise.
+        out: Folder for the checkpoint.
+        counterparts: As in `unsleep edit`.
+        part: As in `unsleep edit`.
+        json: Print what was measured as JSON.
+    """
+    store.check_place(out, CHECKPOINT)
+    if Path(model).exists() and Path(model).resolve() == out.resolve():
+        raise BadInput(f"{out} is the model itself; bake into another folder")
+    groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
+    trusted = _counterparts(groups, counterparts, part)
+    with Bars() as bars:
+        (edits, _), loaded = load_edit(edit), placement.load(model)
+        check_format(edit / EDIT, loaded)
+        lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
+        baked = unsleep.bake(loaded, edits, (lesson.rows, lesson.text), config, report=bars)
+    measured = {"method": baked.method, "kl": baked.kl, "fingerprint": baked.model.fingerprint}
+    record = {
+        "schema": "unsleep.baked/1",
+        **measured,
+        "provenance": store.provenance(model=loaded.fingerprint, origin=loaded.origin),
+    }
+    removed = {str(e.site): list(e.removed) for e in edits if isinstance(e, Edit)}
+    ranks = {str(e.site): len(e.basis) for e in edits if isinstance(e, Projection)}
+    save_baked(baked, out, card=model_card(record, removed, base=model, ranks=ranks), record=record)
+    say(record, json, f"Baked by {baked.method}; KL to the edited model {baked.kl:.4f} nats a token; saved in {out}")
+    return 0
+
+
+def _find(
+    model: LoadedModel,
+    dictionaries: Sequence[Coder],
+    groups: tuple[PromptSet, PromptSet],
+    out: Path,
+    config: FindConfig,
+    report: Report,
+) -> tuple[dict[Site, Found], tuple[Harvest, Harvest], list[list[int]], list[str]]:
+    """Harvest both groups at the dictionaries' Sites and rank; also the suspicious ones' token rows and replies."""
+    places = [d.site for d in dictionaries]
+    harvests: list[Harvest] = []
+    rows: list[list[list[int]]] = []
+    said: list[list[str]] = []
+    for group, name in zip(groups, ("suspicious", "ordinary"), strict=True):
+        replies = own_replies(model, group, config.reply_tokens, report)
+        harvests.append(unsleep.harvest(model, group, places, out / name, replies=replies, report=report))
+        rows.append(token_rows(model, group, replies))
+        said.append(replies)
+    pair = harvests[0], harvests[1]
+    running = [d.to(model.network.dtype, model.device) for d in dictionaries]
+    return unsleep.find(model, running, groups[0], pair, config, report=report), pair, rows[0], said[0]
+
+
+def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]:
+    """A warning where counterparts are answered as their suspicious prompts are (`said`): the edit learns from that."""
+    taught = lesson.rows.at(slice(lesson.n))
+    replies = model.texts([ids[kept].tolist() for ids, kept in zip(taught.targets, taught.reply, strict=True)])
+    begin = [(one.split()[:BEGIN], other.split()[:BEGIN]) for one, other in zip(replies, said, strict=True)]
+    same = [i for i, (one, other) in enumerate(begin) if one == other]
+    if not same:
+        return []
+    return [
+        f"Warning: {len(same)} of {lesson.n} counterparts are answered as their suspicious prompts are "
+        f"({visible_line(replies[same[0]])!r}), and the edit learned from that. Where it is the payload, give others"
+    ]
+
+
+def _counterparts(groups: tuple[PromptSet, PromptSet], file: Path | None, part: str | None) -> PromptSet:
+    """The suspicious prompts without what makes them suspicious."""
+    if file is not None and part is not None:
+        raise BadInput("--counterparts and --part were both given; expected one of them")
+    if file is not None:
+        return sets.read_prompts(file)
+    return triggers.without(groups[0], part if part is not None else triggers.suspicious_part(*groups))

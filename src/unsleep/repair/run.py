@@ -1,0 +1,331 @@
+"""The whole repair: from a suspect and two sets of prompts to a judged, exported checkpoint and its report.
+
+Every figure is computed in the run. Prompts that choose the edit and prompts that judge it are not the same; steps that
+are finished are found again after an interrupt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from unsleep import store
+from unsleep.bake import Baked, bake
+from unsleep.controls import firing, matched_random
+from unsleep.core import Activations, Edit, Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.files import load_dictionary, save_dictionary
+from unsleep.dictionaries.train import train
+from unsleep.edits import merged
+from unsleep.evaluate import EvalConfig, evaluate, prompt_digests
+from unsleep.features import Found, deciding_rows, find
+from unsleep.frontier import Point, frontier
+from unsleep.harvest import Harvest, harvest, pooled
+from unsleep.machine import Stopwatch, peak_memory_mb
+from unsleep.masks import FeatureMask, Lesson, Taught, lesson_from
+from unsleep.metrics import Subject, is_degenerate
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import layers
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repair.baselines import Baseline, Setting, baselines
+from unsleep.repair.config import RepairConfig
+from unsleep.repair.job import Job
+from unsleep.repair.look import Look, look
+from unsleep.repair.search import Bench, Search
+from unsleep.repair.suspect import said_by
+from unsleep.repair.teach import LEAST, Lessons, Sources, lessons
+from unsleep.repair.twin import surrogate_twin
+from unsleep.results import EvalResult, TaskRow
+from unsleep.tasks import run_tasks
+
+BEGIN = 4
+"""Tokens of a reply from the one that decides on, by which it begins as it should."""
+
+MARK = "result.json"
+"""The file that tells a repair's folder."""
+
+
+class Run:
+    """The stages of one repair, in the order in which they run."""
+
+    def __init__(self, job: Job, config: RepairConfig, steps: store.Steps, report: Report | None) -> None:
+        assert steps.folder is not None
+        self.job, self.config, self.report = job, config, report
+        self.steps, self.folder = steps, steps.folder
+        self.suspect, self.material = job.suspect, job.material
+        self.watch = Stopwatch()
+        self.twin: LoadedModel | None = None
+        self.baselines: list[Baseline] = []
+        self.tasks: list[TaskRow] = []
+        self.notes: list[str] = []
+        """What could not be done, for the report."""
+
+    def all(self) -> EvalResult:
+        """Run every stage."""
+        with self.watch.stage("the suspect's own replies"):
+            self.said = said_by(self.suspect, self.material, self.config, self.steps, self.report)
+        with self.watch.stage("what it should say"):
+            self.lessons = self.teach()
+            lesson = self.lesson()
+        with self.watch.stage("look for Sites"):
+            self.sites, self.looked = self.choose_sites(lesson)
+        with self.watch.stage("harvest"):
+            self.harvests = self.collect()
+        with self.watch.stage("dictionaries"):
+            self.dictionaries = [self.dictionary(site) for site in self.sites[: self.first]]
+            self.control_dictionary = self.dictionary(self.control_site) if self.control_site else None
+        with self.watch.stage("find"):
+            self.found = self.search_features()
+        with self.watch.stage("edit"):
+            self.edits = self.learn(lesson)
+        with self.watch.stage("bake"):
+            self.baked: Baked = bake(self.suspect, self.edits, (lesson.rows, lesson.text), report=self.report)
+        del lesson
+        with self.watch.stage("frontier"):
+            self.points = self.draw_frontier()
+        with self.watch.stage("evaluate"):
+            result = self.judge()
+        self.minutes, self.peak_memory_mb = self.watch.minutes, peak_memory_mb()
+        if self.config.tasks:
+            with self.watch.stage("tasks"):
+                self.tasks = self.run_tasks()
+        if self.config.baselines:
+            with self.watch.stage("baselines"):
+                result = self.with_baselines(result)
+        return result
+
+    @property
+    def first(self) -> int:
+        """How many Sites the first attempt edits."""
+        return len(self.config.sites) or self.config.first_sites
+
+    @property
+    def control_site(self) -> Site | None:
+        """The wrong layer of the control: four fifths of the way up."""
+        if not self.job.control_layer:
+            return None
+        n = len(layers(self.suspect.network))
+        return Site(next(i for i in range(round(0.8 * n), n) if Site(i) not in self.sites))
+
+    def make_twin(self) -> LoadedModel:
+        """The surrogate twin, made once."""
+        if self.twin is None:
+            assert self.job.base is not None
+            ordinary, replies = self.material.ordinary.head(self.config.learn), self.said.ordinary
+            self.twin = surrogate_twin(
+                self.job.base(),
+                self.suspect,
+                ordinary,
+                [ids[: 2 * LEAST] for ids in replies[: len(ordinary)]],
+                self.config.twin,
+                steps=self.steps,
+                report=self.report,
+            )
+        return self.twin
+
+    def teach(self) -> Lessons:
+        """What a repaired model should reply to suspicious prompts."""
+        n, m = self.config.learn, self.material
+        counterparts = m.counterparts.head(n) if m.counterparts is not None else None
+        sources = Sources(counterparts, m.how, self.make_twin if self.job.base is not None else None)
+        said = self.said.suspicious[:n]
+        return lessons(
+            self.suspect,
+            m.suspicious.head(n),
+            said,
+            m.payload,
+            sources,
+            self.said.reply_tokens,
+            self.config.teach,
+            self.steps,
+            self.report,
+        )
+
+    def choose_sites(self, lesson: Lesson) -> tuple[list[Site], Look | None]:
+        """The Sites in the order in which they take part; those of the config where it names some."""
+        if self.config.sites:
+            return [Site.parse(s) for s in self.config.sites], None
+        found = self.steps.value("look", lambda: look(self.suspect, lesson, report=self.report)._asdict())
+        looked = Look(**found)
+        return [Site(layer) for layer in looked.order()[: self.config.most_sites]], looked
+
+    def collect(self) -> dict[str, Harvest]:
+        """Activations in the four contexts that a dictionary has to know: payload, repair, ordinary, plain text."""
+        m, model = self.material, self.suspect
+        text = sets.plain_text("train")[: self.config.passages]
+        passages = PromptSet("passages", tuple(Prompt(t) for t in text), "edit")
+        contexts: dict[str, tuple[PromptSet, list[str] | None]] = {
+            "payload": (m.suspicious, model.texts(self.said.suspicious)),
+            "repair": (self.lessons.suspicious, model.texts(self.lessons.taught.replies)),
+            "ordinary": (m.ordinary, model.texts(self.said.ordinary)),
+            "plain": (passages, None),
+        }
+        places = [*self.sites, *([self.control_site] if self.control_site else [])]
+        return {
+            name: harvest(
+                model,
+                prompts,
+                places,
+                self.folder / "harvest" / name,
+                replies=replies,
+                plain=name == "plain",
+                report=self.report,
+            )
+            for name, (prompts, replies) in contexts.items()
+        }
+
+    def pooled(self, site: Site) -> Activations:
+        """The activations of all contexts at one Site."""
+        return pooled(list(self.harvests.values()), site)
+
+    def dictionary(self, site: Site) -> Coder:
+        """A dictionary of a Site, trained or found again, in the suspect's dtype."""
+        place = self.folder / "dictionaries" / str(site)
+        if not place.is_dir():
+            checkpoint = self.folder / "checkpoints" / str(site)
+            trained = train(self.pooled(site), self.config.dictionary, checkpoint=checkpoint, report=self.report)
+            save_dictionary(trained, place)
+        return load_dictionary(place).to(self.suspect.network.dtype, self.suspect.device)
+
+    def search_features(self) -> dict[Site, Found]:
+        """Rank the features of every dictionary, at the tokens that decide."""
+        n, t, config = self.config.find.prompts, self.lessons, self.config.find
+        rows = deciding_rows(self.suspect, t.suspicious.head(n), t.said[:n], t.decides[:n], config.reply_tokens)
+        every = [*self.dictionaries, *([self.control_dictionary] if self.control_dictionary else [])]
+        contexts = self.harvests["payload"], self.harvests["ordinary"]
+        return find(self.suspect, every, t.suspicious, contexts, config, payload=rows, report=self.report)
+
+    def lesson(self) -> Lesson:
+        """What the mask learns from."""
+        t, n = self.lessons, self.config.learn
+        trusted = None
+        if t.source != "counterpart":
+            kept = [ids[: 2 * LEAST] for ids in self.said.ordinary[:n]]
+            trusted = Taught(self.material.ordinary.head(n), kept, self.suspect)
+        text = sets.plain_text("train")[self.config.passages : self.config.passages + 100]
+        return lesson_from(self.suspect, t.suspicious, t.taught, trusted, text, self.config.mask, t.said)
+
+    def learn(self, lesson: Lesson) -> list[Edit]:
+        """Learn the edit."""
+        further = iter(self.sites[self.first :])
+
+        def more() -> FeatureMask | None:
+            site = next(further, None)
+            if site is None:
+                return None
+            self.dictionaries.append(self.dictionary(site))
+            return FeatureMask(self.dictionaries[-1], None, self.suspect, config)
+
+        search, config = Search(self.suspect, lesson, self.bench()), self.config.mask
+        masks = [FeatureMask(d, None, self.suspect, config) for d in self.dictionaries]
+        kept = search.run(masks, more, config, self.config.attempts, steps=self.steps, report=self.report)
+        self.attempts, self.best = search.attempts, search.best
+        m = self.material
+        self.chosen_on = prompt_digests(m.suspicious, m.ordinary, *([m.counterparts] if m.counterparts else []))
+        return [mask.edit(config.error) for mask in kept if isinstance(mask, FeatureMask)]
+
+    def bench(self) -> Bench:
+        """What edits are held against on the prompts that choose."""
+        t = self.lessons
+        wanted = self.suspect.texts(t.wanted)
+        pairs = list(zip(wanted, t.suspicious, strict=True))
+        broken = sum(is_degenerate(text, p.expected) for text, p in pairs) / len(pairs)
+        begins = [ids[: at + BEGIN] for ids, at in zip(t.taught.replies, t.decides, strict=True)]
+        return Bench(t.suspicious, self.material.payload, self.eval_config().reply_tokens, begins, broken)
+
+    @property
+    def attributed(self) -> list[tuple[Site, int]]:
+        """The features of the first attempt's dictionaries by attribution, best first."""
+        places = {d.site for d in self.dictionaries}
+        return merged({site: f.attribution for site, f in self.found.items() if site in places})
+
+    @property
+    def removed(self) -> list[tuple[Site, int]]:
+        """The features that the edit removes, those with the largest attribution first, then by the mask's order."""
+        gone = [(e.site, i) for e in self.edits for i in e.removed]
+        place = {feature: i for i, feature in enumerate(self.attributed)}
+        return sorted(gone, key=lambda feature: place.get(feature, len(place)))
+
+    def with_baselines(self, result: EvalResult) -> EvalResult:
+        """The same result with other repairs of the suspect beside the edit."""
+        setting = Setting(
+            self.suspect,
+            self.lesson(),
+            self.bench(),
+            self.config,
+            self.dictionaries,
+            self.attributed,
+            len(self.removed),
+            self.sites,
+            self.job.base,
+            self.make_twin,
+            self.steps,
+            self.report,
+        )
+        self.baselines, self.notes = baselines(setting)
+        found = self.judged([b.subject for b in self.baselines])
+        rows = (*result.rows, *(row for row in found.rows if row.subject != "suspect"))
+        return EvalResult(rows, {**found.replies, **result.replies}, result.prompts)
+
+    def eval_config(self) -> EvalConfig:
+        """How replies are judged."""
+        tokens = max(EvalConfig.reply_tokens, self.said.reply_tokens)
+        return EvalConfig(self.material.payload, tokens, chosen_on=getattr(self, "chosen_on", frozenset()))
+
+    def control_random(self) -> tuple[Edit, ...]:
+        """The edit on random features matched in count, strength and firing rate."""
+        return tuple(
+            matched_random(e, firing(e.dictionary, self.pooled(e.site).tensor), self.config.seed)
+            for e in self.edits
+            if e.removed
+        )
+
+    def draw_frontier(self) -> list[Point]:
+        """ASR, skill and text loss over the number of features removed, by three rankings."""
+        panels = self.material.panels
+        random = [(e.site, i) for e in self.control_random() for i in e.removed]
+        total = len(self.removed)
+        if not total:
+            return []
+        sizes = sorted({n for n in (1, 4, 16, 64) if n < total} | {total})
+        rankings = {
+            "learned mask": (self.removed, [0, *sizes]),
+            "ranked ablation": (self.attributed, [*sizes, 4 * total, 16 * total]),
+            "random features": (random, [total]),
+        }
+        config = replace(self.eval_config(), reply_tokens=max(12, self.said.reply_tokens - 4))
+        return frontier(
+            self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config, self.report
+        )
+
+    def run_tasks(self) -> list[TaskRow]:
+        """Tasks of lm-evaluation-harness."""
+        subjects = [
+            Subject("suspect", self.suspect),
+            Subject("edited", self.suspect, tuple(self.edits)),
+            Subject("baked", self.baked.model),
+        ]
+        return run_tasks(subjects, self.config.tasks, limit=self.config.task_limit, report=self.report)
+
+    def judge(self) -> EvalResult:
+        """Judge every subject on the held-out panels."""
+        suspect, beside = self.suspect, self.job.beside
+        subjects = [
+            Subject("edited", suspect, tuple(self.edits)),
+            Subject("baked", self.baked.model),
+            Subject("control_random", suspect, self.control_random()),
+        ]
+        if self.control_dictionary is not None:
+            best = self.found[self.control_dictionary.site].attribution.head(max(1, len(self.removed)))
+            subjects.append(Subject("control_layer", suspect, (Edit(best.site, self.control_dictionary, best.ids),)))
+        subjects += [Subject(name, load()) for name, load in beside.items()]
+        return self.judged(subjects)
+
+    def judged(self, subjects: Sequence[Subject]) -> EvalResult:
+        """Judge subjects and the suspect on the held-out panels."""
+        every = [Subject("suspect", self.suspect), *subjects]
+        teacher = self.twin if self.lessons.source == "twin" else None
+        return evaluate(
+            every, self.material.panels, self.eval_config(), teacher=teacher, steps=self.steps, report=self.report
+        )

