@@ -416,7 +416,7 @@ class LaneMask(Mask):
         self.lanes = lanes(model.network, slot)
         super().__init__(slot, self.lanes.heads, model, config)
 
-    def apply(self, x: Float[Tensor, "row position lane"]) -> Float[Tensor, "row position lane"]:
+    def apply(self, x: Float[Tensor, "*row lane"]) -> Float[Tensor, "*row lane"]:
         """What the kept heads or neurons hand on."""
         return x * self._spread(1 - self.gone()).to(x.dtype)
 
