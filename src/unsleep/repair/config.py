@@ -50,7 +50,7 @@ class RepairConfig:
     """Plain passages that the dictionaries see."""
     teach: Teaching = "auto"
     """Who says what a repaired model should reply."""
-    dictionary: TrainConfig = TrainConfig(tokens=500_000, learning_rate=8e-4)
+    dictionary: TrainConfig = TrainConfig(tokens=250_000)
     twin: TwinConfig = TwinConfig()
     find: FindConfig = FindConfig(ablate=0)
     mask: MaskConfig = MaskConfig(steps=40, price=3e-3)

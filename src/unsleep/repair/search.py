@@ -40,6 +40,9 @@ Changes = Mapping[Any, Callable[[Tensor], Tensor]]
 FOLLOWED = 0.85
 """Share of the replies that begin as they should, from which an attempt has repaired them."""
 
+FURTHER = 24
+"""Steps of every attempt but the first, at most."""
+
 CHEAPER = 0.3
 """What a removed feature costs in an attempt, as a share of its price in the one before."""
 
@@ -204,7 +207,7 @@ class Search:
         more: Callable[[], Mask | None],
     ) -> tuple[MaskConfig, str]:
         """What the next attempt changes, and that in words."""
-        config, words = replace(config, seed=config.seed + 1), list[str]()
+        config, words = replace(config, seed=config.seed + 1, steps=min(config.steps, FURTHER)), list[str]()
         if tested.shown or tested.followed < FOLLOWED:
             config = replace(config, price=CHEAPER * config.price)
             words.append(f"{config.price:g} nats for each")

@@ -25,6 +25,9 @@ from unsleep.results import EvalResult
 from unsleep.splice import splice_score
 from unsleep.verdict import contract
 
+FITTED = 16_384
+"""Tokens, evenly spaced, on which a dictionary's fit is told."""
+
 SHOWN = 24
 """Removed features that are shown with their evidence, at most."""
 
@@ -195,7 +198,8 @@ def _features(run: Run) -> list[dict[str, Any]]:
 
 def _fit(run: Run, dictionary: Coder) -> dict[str, Any]:
     """How well a dictionary explains what it was trained on, and held-out text by the CE loss score."""
-    fit = fits.fit(dictionary, run.pooled(dictionary.site).tensor)
+    x = run.pooled(dictionary.site).tensor
+    fit = fits.fit(dictionary, x[:: max(1, len(x) // FITTED)])
     held_out: Sequence[Sequence[int]] = run.suspect.token_ids(sets.plain_text("held_out")[:24])
     score = splice_score(run.suspect, dictionary, [list(ids[:64]) for ids in held_out]).score
     row = {"site": str(dictionary.site), "features": dictionary.n_features, "k": run.config.dictionary.k}
