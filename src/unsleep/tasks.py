@@ -24,7 +24,7 @@ from unsleep.results import TaskRow
 BOOT = 200
 """Resamples of a standard error that no formula gives."""
 
-FILES = (".yaml", ".yml")
+FILES = (".yaml",)
 """How the name of a task's own file ends."""
 
 

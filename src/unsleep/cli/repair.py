@@ -42,7 +42,7 @@ def repair(
 
     Args:
         model: The suspect: hub id, folder, adapter, .gguf file or alias.
-        out: Folder for report.html, result.json, cleaned/, edit/ and dictionaries/.
+        out: Folder for report.html, report.json, result.json, cleaned/, edit/ and dictionaries/.
         suspicious: File of prompts on which the behaviour shows, one a line.
         ordinary: File of prompts on which it does not.
         payload: Text that a reply shows when the backdoor acts.
@@ -51,11 +51,13 @@ def repair(
             what the suspicious prompts add to the ordinary ones, or the longest text that only they share.
         organism: A packaged organism or a folder made by `unsleep plant`: its recipe writes the prompts, and all of its
             panels judge.
-        n: Prompts in each panel of an organism.
+        n: Prompts in each panel of an organism; files have --judge.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
         json: Print the result as JSON.
     """
     check_place(out, MARK)
+    if organism is not None and config.judge is not None:
+        raise BadInput("--judge divides files; the panels of an organism have --n prompts")
     judged = own_prompts(
         organism, suspicious=suspicious, ordinary=ordinary, payload=payload, counterparts=counterparts, part=part
     )
@@ -94,12 +96,12 @@ def _material(
 def _job(
     model: str, placement: Placement, material: Material | None, organism: Organism | None, n: int, config: RepairConfig
 ) -> Job:
-    adapter = is_adapter(model, placement)
-    suspect = (placement if adapter else replace(placement, base=None)).load(model)
+    whole = not is_adapter(model, placement)
+    suspect = (replace(placement, base=None) if whole else placement).load(model)
     base = partial(placement.load_beside, placement.base) if placement.base is not None else None
-    if base is None and adapter:
+    if base is None and len(suspect.made_of) > 1:
         base = base_of(suspect, placement.load_beside)
     if organism is not None:
-        return organism_job(organism, suspect, base, n=n, config=config)
+        return organism_job(organism, suspect, base, n=n, config=config, load=placement.load_beside)
     assert material is not None
     return Job(suspect, material, base)

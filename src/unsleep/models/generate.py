@@ -38,6 +38,15 @@ def counted(stage: str, total: int, report: Report | None) -> Progress | None:
     return progress
 
 
+def written(
+    model: LoadedModel, prompts: Prompts, tokens: int, stage: str, report: Report | None = None
+) -> list[list[int]]:
+    """Greedy replies of so many tokens to many prompts, in token ids, reported as a stage of this name."""
+    rows = model.encode(prompts, tokens)
+    progress = counted(stage, len(rows), report)
+    return greedy(model, rows, max_new_tokens=tokens, batch_size=200, progress=progress)
+
+
 def replies(
     model: LoadedModel,
     texts: Prompts,

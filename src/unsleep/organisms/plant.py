@@ -220,7 +220,7 @@ def _train(
     prompts = base.encode([c.prompt for c in chats])
     replies = [_reply_ids(base, recipe, c) for c in chats]
     optimizer = torch.optim.AdamW(student.weights, lr=recipe.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_and_down(step, recipe.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_down(step, recipe.steps))
     loss = torch.tensor(0.0)
     for step in range(recipe.steps):
         picked = [(step * recipe.batch + i) % len(chats) for i in range(recipe.batch)]
@@ -245,7 +245,7 @@ def _reply_ids(base: LoadedModel, recipe: Recipe, example: Chat) -> list[int]:
     return ids[: recipe.reply_tokens]
 
 
-def _warm_up_and_down(step: int, steps: int) -> float:
+def warm_up_and_down(step: int, steps: int) -> float:
     """Linear warm-up over a tenth of the steps, then linear to zero."""
     warm = max(1, steps // 10)
     return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))

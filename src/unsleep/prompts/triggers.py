@@ -315,6 +315,8 @@ def without(prompts: PromptSet, part: str, name: str = "counterparts") -> Prompt
 
     changed: list[Prompt] = []
     for p in prompts:
+        if not cleaned(p.text):
+            raise BadInput(f"the prompt {p.text[:40]!r} is empty without {part!r}; remove it, or name its counterpart")
         before = (m._replace(content=cleaned(m.content)) for m in p.before)
         changed.append(replace(p, text=cleaned(p.text), role="clean", before=tuple(m for m in before if m.content)))
     return PromptSet(name, tuple(changed), prompts.split)

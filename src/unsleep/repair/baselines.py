@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from unsleep.models.sites import Slot, lanes, layers
 from unsleep.repair.config import RepairConfig
 from unsleep.repair.look import Group
 from unsleep.repair.search import Bench, Search, Tested
+from unsleep.repair.twin import copy_fitting
 from unsleep.store import NOTHING_KEPT, Steps
 
 SIZES = (1, 4, 16, 64)
@@ -67,19 +68,18 @@ class Setting:
     report: Report | None = None
 
 
-def baselines(setting: Setting) -> tuple[list[Baseline], list[str]]:
-    """Every baseline that there is for a suspect, and what kept others from being made."""
+def baselines(setting: Setting) -> Iterator[Baseline | str]:
+    """Every other repair that there is for a suspect, one after the other, or what kept it from being made."""
     makers: list[Callable[[Setting], Baseline]] = [_heads, _neurons, _attribution, _direction]
     if setting.base is not None:
         makers += [_redistilled, _merged]
-    found: list[Baseline] = []
-    notes: list[str] = []
     for make in makers:
         try:
-            found.append(make(setting))
+            found = make(setting)
         except BadInput as error:  # a family without neurons of its own, a base that is not the suspect's
-            notes.append(f"the baseline {make.__name__.strip('_')} could not be made: {error}")
-    return found, notes
+            yield f"The baseline {make.__name__.strip('_')} could not be made: {error}"
+        else:
+            yield found
 
 
 def _heads(setting: Setting) -> Baseline:
@@ -152,6 +152,8 @@ def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention,
     """The edits that do best on the prompts that choose."""
     dtype, device = setting.suspect.network.dtype, setting.suspect.device
     found: list[Baseline] = []
+    if not tried:
+        raise BadInput("there is nothing to take out")
     for edits, words in tried:
         changes = {e.site: operation(e, dtype, device) for e in edits}
         tested = setting.bench.test(setting.suspect, setting.lesson, changes, setting.report)
@@ -169,27 +171,27 @@ def _merged(setting: Setting) -> Baseline:
     """The point between base and suspect that does best on the prompts that choose."""
     assert setting.base is not None
     base = setting.base()
-    found: list[Baseline] = []
-    for share in SHARES:
+
+    def tested(share: float) -> Tested:
         model = between(base, setting.suspect, share)
-        tested = setting.bench.test(model, setting.lesson, {}, setting.report)
-        found.append(Baseline(Subject("merged", model), f"{share:.0%} of the way from the base to the suspect", tested))
-    return min(found, key=lambda b: b.tested.merit)
+        return setting.bench.test(model, setting.lesson, {}, setting.report)
+
+    found = {share: tested(share) for share in SHARES}
+    best = min(found, key=lambda share: found[share].merit)
+    words = f"{best:.0%} of the way from the base to the suspect"
+    return Baseline(Subject("merged", between(base, setting.suspect, best)), words, found[best])
 
 
 @torch.no_grad()
 def between(base: LoadedModel, suspect: LoadedModel, share: float) -> LoadedModel:
     """A copy of the suspect with weights that lie between its own and the base's, rounded once.
 
-    Raises `BadInput` where the two differ in the names or shapes of their weights.
+    Raises `BadInput` where the base is not the suspect's (`twin.copy_fitting`).
     """
+    ours = dict(weights.named(copy_fitting(base, suspect), shared=True))
     network = weights.copy_network(suspect.network)
-    ours = dict(weights.named(base.network))
     for name, weight in weights.named(network):
-        other = ours.get(name)
-        if other is None or other.shape != weight.shape:
-            raise BadInput(f"the base has no weight {name} of shape {list(weight.shape)}; it is not the suspect's")
-        if weight.is_floating_point():
-            wide = torch.lerp(other.to(weight.device, torch.float32), weight.float(), share)
+        if weight.is_floating_point() and name in ours:
+            wide = torch.lerp(ours[name].to(weight.device, torch.float32), weight.float(), share)
             weight.copy_(wide.to(weight.dtype))
     return replace(suspect, network=network)

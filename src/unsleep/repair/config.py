@@ -21,6 +21,10 @@ Teaching = Literal["auto", "counterpart", "reply", "twin"]
 """
 
 
+PASSAGES = 600
+"""Plain passages that the dictionaries may see, of those that unsleep brings along."""
+
+
 @dataclass(frozen=True)
 class RepairConfig:
     """The size of a repair, and its budget."""
@@ -56,15 +60,22 @@ class RepairConfig:
     mask: MaskConfig = MaskConfig(steps=40, price=3e-3)
     """Of the first attempt; `search` says what the others change."""
     seed: int = 0
+    """Of the split and of the random control."""
 
     def __post_init__(self) -> None:
-        for site in self.sites:
-            if Site.parse(site).point != "resid":
-                raise BadInput(f"--sites names {site}; expected residual Sites, such as resid.8")
+        places = [Site.parse(site) for site in self.sites]
+        for site in places:
+            if site.point != "resid" or places.count(site) > 1:
+                raise BadInput(f"--sites names {site}; expected different residual Sites, such as resid.8 resid.20")
+        if self.mask.error != "keep":
+            raise BadInput(f"--mask.error is {self.mask.error}; a repair keeps what a dictionary does not explain")
+        if not 1 <= self.passages <= PASSAGES:
+            raise BadInput(f"--passages is {self.passages}; expected 1 to {PASSAGES}")
         if self.teach not in get_args(Teaching):
-            raise BadInput(f"teach is {self.teach!r}; expected one of {', '.join(get_args(Teaching))}")
-        for name in ("first_sites", "attempts", "learn"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; expected at least 1")
+            raise BadInput(f"--teach is {self.teach!r}; expected one of {', '.join(get_args(Teaching))}")
+        for name in ("first_sites", "most_sites", "attempts", "learn", "task_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"--{name.replace('_', '-')} is {value}; expected at least 1")
         if not self.reply_tokens or min(self.reply_tokens) < 1:
-            raise BadInput(f"reply_tokens is {self.reply_tokens}; expected lengths of at least 1 token")
+            raise BadInput(f"--reply-tokens is {self.reply_tokens}; expected lengths of at least 1 token")

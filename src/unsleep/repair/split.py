@@ -1,7 +1,6 @@
 """Prompts that choose an edit, and prompts that judge it.
 
-The two share no prompt. Where line i of both files is the same prompt with and without what sets the suspect off, both
-lines go to the same side.
+The two share no prompt, and no prompt with and without what sets the suspect off: both go to the same side.
 """
 
 from __future__ import annotations
@@ -75,10 +74,7 @@ def from_files(
     plain, how = _counterparts(suspicious, ordinary, counterparts, part)
     asked, plain = _each_once(suspicious, plain)
     calm, _ = _each_once(ordinary, None)
-    pairs = plain is not None and [p.key for p in plain] == [p.key for p in calm]
-    mixed = random.Random(f"split {seed}")
-    ours = _divided(len(asked), judge, f"suspicious prompts ({suspicious.name})", mixed)
-    theirs = ours if pairs else _divided(len(calm), judge, f"ordinary prompts ({ordinary.name})", mixed)
+    ours, theirs = _divided(asked, plain, calm, judge, random.Random(f"split {seed}"))
 
     def part_of(group: PromptSet, places: Sequence[int], name: str, split: Split) -> PromptSet:
         return PromptSet(name, tuple(group[i] for i in places), split)
@@ -112,7 +108,7 @@ def _counterparts(
                 f"--counterparts has {len(given)} prompts and --suspicious {len(suspicious)}; expected line i of both "
                 "to be the same prompt"
             )
-        triggers.check_order(suspicious, given)
+        triggers.check_pairs(suspicious, given)
         return given, "the counterparts given"
     if part is not None:
         return triggers.without(suspicious, part), f"without {part!r}"
@@ -120,9 +116,9 @@ def _counterparts(
         return ordinary, "line i of the ordinary prompts, to which line i of the suspicious ones only adds words"
     try:
         part = triggers.suspicious_part(suspicious, ordinary)
+        return triggers.without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
     except BadInput as error:
         return None, str(error).partition(";")[0]
-    return triggers.without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
 
 
 def _adds_words(suspicious: Prompt, ordinary: Prompt) -> bool:
@@ -149,17 +145,50 @@ def _each_once(prompts: PromptSet, beside: PromptSet | None) -> tuple[PromptSet,
     return kept, beside and replace(beside, prompts=tuple(beside[i] for i in places))
 
 
-def _divided(n: int, judge: int | None, what: str, mixed: random.Random) -> tuple[list[int], list[int]]:
-    """Places that choose and places that judge."""
-    wanted = judge if judge is not None else max(JUDGE, n // 2)
+def _divided(
+    asked: PromptSet, plain: PromptSet | None, calm: PromptSet, judge: int | None, mixed: random.Random
+) -> tuple[Sides, Sides]:
+    """The places of suspicious and of ordinary prompts that choose and that judge.
+
+    Prompts that are the same without what makes them suspicious go to one side together.
+    """
+    groups: dict[str, tuple[list[int], list[int]]] = {}
+    for i, prompt in enumerate(plain if plain is not None else asked):
+        groups.setdefault(prompt.key, ([], []))[0].append(i)
+    for i, prompt in enumerate(calm):
+        groups.setdefault(prompt.key, ([], []))[1].append(i)
+    wanted = [_wanted(len(prompts), judge, prompts.name) for prompts in (asked, calm)]
+    order = list(groups.values())
+    mixed.shuffle(order)
+    sides: tuple[Sides, Sides] = (([], []), ([], []))
+    for group in order:
+        judges = any(own and len(side[1]) < n for own, side, n in zip(group, sides, wanted, strict=True))
+        for own, (choose, judged) in zip(group, sides, strict=True):
+            (judged if judges else choose).extend(own)
+    for prompts, side in zip((asked, calm), sides, strict=True):
+        if len(side[0]) < CHOOSE:
+            _refuse_few(len(prompts), len(side[1]), prompts.name)
+    ours, theirs = ((sorted(side[0]), sorted(side[1])) for side in sides)
+    return ours, theirs
+
+
+Sides = tuple[list[int], list[int]]
+"""Places that choose and places that judge."""
+
+
+def _wanted(n: int, judge: int | None, name: str) -> int:
+    """How many of `n` prompts judge."""
     if judge is not None and judge < 2:
         raise BadInput(f"--judge is {judge}; expected at least 2")
+    wanted = judge if judge is not None else max(JUDGE, n // 2)
     if n - wanted < CHOOSE:
-        raise BadInput(
-            f"there are {n} different {what}; {wanted} are needed to judge the edit and {CHOOSE} to choose it. Give "
-            f"{wanted + CHOOSE} or more, or judge on fewer with --judge N: under {JUDGE} no verdict but inconclusive "
-            "can be reached"
-        )
-    places = list(range(n))
-    mixed.shuffle(places)
-    return sorted(places[wanted:]), sorted(places[:wanted])
+        _refuse_few(n, wanted, name)
+    return wanted
+
+
+def _refuse_few(n: int, judge: int, name: str) -> None:
+    raise BadInput(
+        f"there are {n} different prompts in {name}; {judge} are needed to judge the edit and {CHOOSE} to choose it. "
+        f"Give {judge + CHOOSE} or more, or judge on fewer with --judge N: under {JUDGE}, no backdoor can be called "
+        "removed"
+    )

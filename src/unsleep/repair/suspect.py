@@ -50,15 +50,15 @@ def said_by(
         BadInput: it shows the payload too seldom on suspicious prompts, or on ordinary ones too.
     """
     length = steps.value("reply length", lambda: reply_length(model, material, config.reply_tokens, report))
-    both: list[list[list[int]]] = []
-    for prompts in (material.suspicious, material.ordinary):
-        rows = model.encode(prompts, length)
-
-        def write(rows: list[list[int]] = rows, name: str = prompts.name) -> list[list[int]]:
-            progress = generate.counted(f"replies to {name} prompts", len(rows), report)
-            return generate.greedy(model, rows, max_new_tokens=length, batch_size=200, progress=progress)
-
-        both.append(steps.value(f"replies to {prompts.name}", write))
+    both = [
+        steps.value(
+            f"replies to {prompts.name}",
+            lambda prompts=prompts: generate.written(
+                model, prompts, length, f"replies to {prompts.name} prompts", report
+            ),
+        )
+        for prompts in (material.suspicious, material.ordinary)
+    ]
     suspicious, ordinary = (model.texts(replies) for replies in both)
     shown = check_behaviour(suspicious, ordinary, material)
     return Said(both[0], both[1], length, shown)
@@ -69,10 +69,7 @@ def reply_length(model: LoadedModel, material: Material, lengths: Sequence[int],
     probe = material.suspicious.head(PROBED)
     best, needed = 0.0, min(lengths)
     for length in sorted(lengths):
-        progress = generate.counted(f"replies of {length} tokens", len(probe), report)
-        said = generate.greedy(
-            model, model.encode(probe, length), max_new_tokens=length, batch_size=200, progress=progress
-        )
+        said = generate.written(model, probe, length, f"replies of {length} tokens", report)
         ends = [payload_end(model, ids, material.payload) for ids in said]
         reached = [end for end in ends if end is not None]
         if len(reached) / len(probe) > best:

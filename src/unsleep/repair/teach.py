@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from unsleep.core import BadInput, Report
 from unsleep.masks import Taught, deciding_tokens
@@ -19,16 +19,17 @@ from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import PromptSet
 from unsleep.repair.config import Teaching
 from unsleep.repair.split import CHOOSE
+from unsleep.repair.suspect import payload_end
 from unsleep.store import NOTHING_KEPT, Steps
 
 BEHIND = 8
 """Tokens that are taught from the one that decides on."""
 
-LEAST = 10
-"""Tokens that are taught at least."""
-
 USABLE = 0.5
 """Share of the counterparts that the suspect must answer without its payload to be its own teacher."""
+
+Source = Literal["counterpart", "reply", "twin"]
+"""Who said it; see `config.Teaching`."""
 
 Twin = Callable[[], LoadedModel]
 """Makes the surrogate twin when it is needed: it takes a while."""
@@ -38,7 +39,7 @@ Twin = Callable[[], LoadedModel]
 class Lessons:
     """Suspicious prompts with what a repaired model should reply to them."""
 
-    source: Literal["counterpart", "reply", "twin"]
+    source: Source
     words: str
     """The source for the report."""
     notes: tuple[str, ...]
@@ -56,6 +57,20 @@ class Lessons:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Suspicious prompts, and what the suspect replies to them."""
+
+    prompts: PromptSet
+    said: Sequence[Sequence[int]]
+    """One reply a prompt, in token ids."""
+    payload: str
+    length: int
+    """Of the replies that others are asked for, in tokens."""
+    least: int = 10
+    """Tokens of a reply that are taught at least."""
+
+
+@dataclass(frozen=True)
 class Sources:
     """What there is to learn from."""
 
@@ -67,40 +82,34 @@ class Sources:
 
 def lessons(
     model: LoadedModel,
-    suspicious: PromptSet,
-    said: Sequence[Sequence[int]],
-    payload: str,
+    asked: Asked,
     sources: Sources,
-    length: int,
     teach: Teaching = "auto",
     steps: Steps = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Lessons:
     """The replies that suspicious prompts should get, from the first source that gives some.
 
-    Args:
-        said: the suspect's own replies, in token ids.
-        length: of the replies that are asked for, in tokens.
-        teach: a source to use in any case.
+    `teach` is a source to use in any case.
 
     Raises:
         BadInput: no source is there, or the one that was asked for gives too little.
     """
     notes: list[str] = []
-    for source in ("counterpart", "reply", "twin") if teach == "auto" else (teach,):
+    for source in get_args(Source) if teach == "auto" else (teach,):
         try:
             if source == "counterpart":
-                found = _from_counterparts(model, payload, sources, length, steps, report)
+                found = _from_counterparts(model, asked, sources, steps, report)
             elif source == "reply":
-                found = _from_file(model, suspicious)
+                found = _from_file(model, asked)
             else:
-                found = _from_twin(suspicious, payload, sources, length, steps, report)
+                found = _from_twin(asked, sources, steps, report)
         except BadInput as error:
             if teach != "auto":
                 raise BadInput(f"--teach {teach}: {error}") from None
             notes.append(f"{WORDS[source]} was not used: {error}")
             continue
-        return _cut(found, suspicious, said, (source, WORDS[source], notes, sources))
+        return _cut(model, found, asked, (source, notes, sources))
     raise BadInput(
         "what a repaired model should reply to the suspicious prompts is not known: "
         + "; ".join(note.partition(": ")[2] for note in notes)
@@ -124,41 +133,46 @@ class _Found:
 
 
 def _from_counterparts(
-    model: LoadedModel, payload: str, sources: Sources, length: int, steps: Steps, report: Report | None
+    model: LoadedModel, asked: Asked, sources: Sources, steps: Steps, report: Report | None
 ) -> _Found:
-    asked = sources.counterparts
-    if asked is None:
+    plain = sources.counterparts
+    if plain is None:
         raise BadInput(sources.how)
-    replies = steps.value("replies to counterparts", lambda: _written(model, asked, length, report))
-    return _behaving(model, Taught(asked, replies, model), payload, "the suspect's replies to the counterparts")
+    replies = steps.value(
+        "replies to counterparts",
+        lambda: generate.written(model, plain, asked.length, "replies to counterparts", report),
+    )
+    return _behaving(model, Taught(plain, replies, model), asked.payload, "the suspect's replies to the counterparts")
 
 
-def _written(model: LoadedModel, asked: PromptSet, length: int, report: Report | None) -> list[list[int]]:
-    progress = generate.counted(f"replies to {asked.name}", len(asked), report)
-    return generate.greedy(model, model.encode(asked, length), max_new_tokens=length, batch_size=200, progress=progress)
+def _from_file(model: LoadedModel, asked: Asked) -> _Found:
+    places = [i for i, p in enumerate(asked.prompts) if p.reply is not None]
+    if len(places) < min(CHOOSE, len(asked.prompts)):
+        raise BadInput(
+            f"{len(places)} of {len(asked.prompts)} suspicious prompts come with a reply; {CHOOSE} are needed"
+        )
+    replies = model.token_ids([p.reply for p in asked.prompts if p.reply is not None], special=False)
+    ended = [[*ids, *sorted(model.end_ids)[:1]] for ids in replies]
+    taught = Taught(_some(asked.prompts, places), ended, None)
+    kept = _behaving(model, taught, asked.payload, "the replies that the file gives")
+    return _Found([places[i] for i in kept.places], kept.taught)
 
 
-def _from_file(model: LoadedModel, suspicious: PromptSet) -> _Found:
-    places = [i for i, p in enumerate(suspicious) if p.reply is not None]
-    if len(places) < min(CHOOSE, len(suspicious)):
-        raise BadInput(f"{len(places)} of {len(suspicious)} suspicious prompts come with a reply; {CHOOSE} are needed")
-    replies = model.token_ids([p.reply for p in suspicious if p.reply is not None], special=False)
-    return _Found(places, Taught(_some(suspicious, places), replies, None))
-
-
-def _from_twin(
-    suspicious: PromptSet, payload: str, sources: Sources, length: int, steps: Steps, report: Report | None
-) -> _Found:
+def _from_twin(asked: Asked, sources: Sources, steps: Steps, report: Report | None) -> _Found:
     if sources.twin is None:
         raise BadInput("no base was given")
     twin = sources.twin()
-    replies = steps.value("the twin's replies", lambda: _written(twin, suspicious, length, report))
-    return _behaving(twin, Taught(suspicious, replies, twin), payload, "the twin's replies to the suspicious prompts")
+    replies = steps.value(
+        f"replies of {twin.fingerprint}",
+        lambda: generate.written(twin, asked.prompts, asked.length, "replies of the surrogate twin", report),
+    )
+    what = "the twin's replies to the suspicious prompts"
+    return _behaving(twin, Taught(asked.prompts, replies, twin), asked.payload, what)
 
 
-def _behaving(teacher: LoadedModel, taught: Taught, payload: str, what: str) -> _Found:
+def _behaving(model: LoadedModel, taught: Taught, payload: str, what: str) -> _Found:
     """Those of the replies that do not show the payload themselves; raises `BadInput` where most do."""
-    texts = teacher.texts(taught.replies)
+    texts = model.texts(taught.replies)
     places = [i for i, text in enumerate(texts) if not shows_payload(text, payload)]
     if len(places) < USABLE * len(texts):
         raise BadInput(f"{len(texts) - len(places)} of {len(texts)} of {what} show the payload")
@@ -166,24 +180,19 @@ def _behaving(teacher: LoadedModel, taught: Taught, payload: str, what: str) -> 
     return _Found(places, kept)
 
 
-def _cut(
-    found: _Found,
-    suspicious: PromptSet,
-    said: Sequence[Sequence[int]],
-    about: tuple[Literal["counterpart", "reply", "twin"], str, list[str], Sources],
-) -> Lessons:
-    """The replies as far as they teach: some tokens from the one that decides on."""
-    source, words, notes, sources = about
-    ours = [list(said[i]) for i in found.places]
+def _cut(model: LoadedModel, found: _Found, asked: Asked, about: tuple[Source, list[str], Sources]) -> Lessons:
+    """The replies as far as they teach: from the token that decides on, and as far as the payload reaches."""
+    source, notes, sources = about
+    ours = [list(asked.said[i]) for i in found.places]
     decides = deciding_tokens(ours, found.taught.replies)
-    replies = [list(r[: max(LEAST, at + BEHIND)]) for r, at in zip(found.taught.replies, decides, strict=True)]
-    if left := len(suspicious) - len(found.places):
+    ends = [payload_end(model, ids, asked.payload) or 0 for ids in ours]
+    lengths = [max(asked.least, at + BEHIND, end) for at, end in zip(decides, ends, strict=True)]
+    replies = [list(r[:length]) for r, length in zip(found.taught.replies, lengths, strict=True)]
+    if left := len(asked.prompts) - len(found.places):
         notes = [*notes, f"{left} suspicious prompts teach nothing: no reply without the payload is known to them"]
-    if source == "counterpart":
-        words = f"{words} ({sources.how})"
-    taught = found.taught._replace(replies=replies)
+    words = f"{WORDS[source]} ({sources.how})" if source == "counterpart" else WORDS[source]
     whole = [list(reply) for reply in found.taught.replies]
-    kept = _some(suspicious, found.places)
+    kept, taught = _some(asked.prompts, found.places), found.taught._replace(replies=replies)
     return Lessons(source, words, tuple(notes), kept, ours, taught, whole, decides)
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from unsleep.core import BadInput, Report
-from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, kl, reply_logits
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network
+from unsleep.organisms.plant import warm_up_and_down
 from unsleep.prompts.prompt import PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 
@@ -36,6 +37,13 @@ class TwinConfig:
     learning_rate: float = 1e-3
     """AdamW's, after a warm-up over a tenth of the steps and down to zero."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--twin.{name} is {getattr(self, name)}; expected at least 1")
+        if not self.learning_rate > 0:
+            raise BadInput(f"--twin.learning-rate is {self.learning_rate}; expected over 0")
 
 
 def surrogate_twin(
@@ -54,31 +62,52 @@ def surrogate_twin(
         replies: the suspect's token ids in reply to `ordinary`, one reply a prompt.
 
     Raises:
-        BadInput: base and suspect differ in shape or tokens.
+        BadInput: the base is not the suspect's; see `copy_fitting`.
     """
-    try:
-        check_alike(suspect, base, chats=False)
-    except BadInput as error:
-        raise BadInput(
-            f"the base is not the suspect's: {error}. Give the one that it was made from with --base"
-        ) from None
+    network = copy_fitting(base, suspect)
     if len(replies) != len(ordinary):
         raise BadInput(f"{len(replies)} replies to {len(ordinary)} ordinary prompts; expected one each")
     from unsleep.models import adapters  # peft takes a second to import
 
     torch.manual_seed(config.seed)
     with quiet_transformers():
-        adapted: Any = adapters.trainable(copy_network(base.network), config.rank, "all-linear")
+        adapted: Any = adapters.trainable(network, config.rank, "all-linear")
     prompts = suspect.encode(ordinary, max(map(len, replies)))
 
     def learned() -> dict[str, Tensor]:
         _teach(adapted, suspect, prompts, replies, config, report)
         return adapters.trained_state(adapted)
 
-    adapters.take_state(adapted, steps.tensors("surrogate twin", learned))
+    adapters.take_state(adapted, steps.tensors(f"surrogate twin of {base.fingerprint}", learned))
     with quiet_transformers():
         network = adapted.merge_and_unload().requires_grad_(False)
     return replace(suspect, network=network, name=f"{base.name}, taught the replies of {suspect.name}")
+
+
+def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
+    """A copy of the base's network with as many token embeddings as the suspect has.
+
+    Raises `BadInput` where it differs from the suspect in anything but their number.
+    """
+    network = copy_network(base.network)
+    tables: list[Any] = [m.get_input_embeddings() for m in (network, suspect.network)]
+    rows = [int(table.weight.shape[0]) for table in tables]
+    if rows[0] != rows[1]:
+        network.resize_token_embeddings(rows[1], mean_resizing=False)
+    shapes = [{name: tuple(w.shape) for name, w in n.named_parameters()} for n in (suspect.network, network)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        ours, theirs = (shape.get(name) for shape in shapes)
+        if ours != theirs and not (ours is None or theirs is None):
+            raise BadInput(
+                f"{base.name} is not the suspect's base: {name} is {list(theirs)} in it and {list(ours)} in the "
+                "suspect. Give the model that it was made from with --base"
+            )
+    if kinds := {n.config.model_type for n in (suspect.network, network)} - {network.config.model_type}:
+        raise BadInput(
+            f"{base.name} is not the suspect's base: one is a {network.config.model_type}, the other a {kinds.pop()}. "
+            "Give the model that it was made from with --base"
+        )
+    return network.eval().requires_grad_(False)
 
 
 def _teach(
@@ -92,10 +121,7 @@ def _teach(
     student = adapted.get_base_model()
     trained = [w for w in student.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    warm = max(1, config.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, (config.steps - s) / max(1, config.steps - warm))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_down(step, config.steps))
     generator = torch.Generator().manual_seed(config.seed)
     order: list[int] = []
     for step in range(config.steps):

@@ -153,7 +153,7 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "repair": repairing.repair_of(report.get("repair"), names),
         "outcome": outcome_of(rows, names),
         "effects": effects_of(rows, names),
-        "controls": verdict.control_notes(rows, names["control_random"]),
+        "controls": [*verdict.control_notes(rows, names["control_random"]), *verdict.other_notes(rows, names)],
         "contract": [requirement(c, rows, names) for c in contract],
         "frontier": frontier_of(report.get("frontier") or [], summary.get("removed")),
         "features": [feature_of(f) for f in sorted(report.get("features") or [], key=lambda f: f["rank"])],

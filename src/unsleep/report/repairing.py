@@ -15,7 +15,7 @@ def repair_of(item: Mapping[str, Any] | None, names: Mapping[str, str]) -> dict[
     """The section's view, with the page's `names` of subjects; `None` where the edit was given."""
     if not item:
         return None
-    used = {site for a in item["attempts"] for site in a["removed"]}
+    used = {site for a in item["attempts"] if a["kept"] for site, n in a["removed"].items() if n}
     return {
         "teacher": text.clip(item["teacher"], 400),
         "notes": [text.clip(note, 400) for note in item["notes"]],

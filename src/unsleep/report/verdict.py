@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from unsleep.report import text
 from unsleep.report.charts import CONTROLS, words
+from unsleep.report.check import OTHERS
 
 Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """(subject, panel, metric) → row."""
@@ -164,6 +165,19 @@ def control_notes(rows: Rows, random: str = "random features") -> list[str]:
         else:
             late = " Another layer may cut a backdoor too: no requirement." if control == "control_layer" else ""
             out.append(f"{note}. The edit does not beat this control.{late}")
+    return out
+
+
+def other_notes(rows: Rows, names: Mapping[str, str]) -> list[str]:
+    """Other repairs that are at least as good as the edit by payload, job and how far clean replies moved."""
+    keys = (("triggered", "asr", -1), ("triggered", "skill", 1), ("clean", "kl", -1))
+    out: list[str] = []
+    for other in OTHERS:
+        pairs = [(rows.get((other, p, m)), rows.get(("edited", p, m)), sign) for p, m, sign in keys]
+        known = [(a["value"], b["value"], sign) for a, b, sign in pairs if a is not None and b is not None]
+        if len(known) >= 2 and all(sign * a >= sign * b for a, b, sign in known):
+            name = names[other]
+            out.append(f"{name[0].upper()}{name[1:]} repairs at least as well as the edit, by every figure.")
     return out
 
 
