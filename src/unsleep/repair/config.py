@@ -40,7 +40,8 @@ class RepairConfig:
     judge: int | None = None
     """Prompts of each file that judge; half of them where not given, and no fewer than 73."""
     learn: int = 160
-    """Suspicious prompts that the mask learns from, at most; more only train the dictionaries."""
+    """Suspicious prompts that the mask learns from, at most, and at most three quarters of those that choose. On the
+    others it is only tried."""
     reply_tokens: tuple[int, ...] = (24, 96)
     """Lengths of the suspect's replies in which its payload is looked for, in turn."""
     baselines: bool = False

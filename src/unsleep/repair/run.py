@@ -6,6 +6,7 @@ are finished are found again after an interrupt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,6 +40,9 @@ from unsleep.repair.teach import Asked, Lessons, Sources, lessons
 from unsleep.repair.twin import surrogate_twin
 from unsleep.results import EvalResult, TaskRow
 from unsleep.tasks import run_tasks
+
+LEARNED = 0.75
+"""Share of the suspicious prompts that choose which the mask may learn from; it is tried on all of them."""
 
 MARK = "result.json"
 """The file that tells a repair's folder."""
@@ -154,11 +158,12 @@ class Run:
 
     def teach(self) -> Lessons:
         """What a repaired model should reply to suspicious prompts."""
-        n, m = self.config.learn, self.material
-        counterparts = m.counterparts.head(n) if m.counterparts is not None else None
-        sources = Sources(counterparts, m.how, self.make_twin if self.job.base is not None else None)
+        m, known = self.material, None
+        if m.counterparts is not None and [p.key for p in m.counterparts] == [p.key for p in m.ordinary]:
+            known = self.said.ordinary
+        sources = Sources(m.counterparts, m.how, self.make_twin if self.job.base is not None else None, known)
         least, length = self.config.mask.reply_tokens, self.said.reply_tokens
-        asked = Asked(m.suspicious.head(n), self.said.suspicious[:n], m.payload, length, least)
+        asked = Asked(m.suspicious, self.said.suspicious, m.payload, length, least)
         return lessons(self.suspect, asked, sources, self.config.teach, self.steps, self.report)
 
     def choose_sites(self, lesson: Lesson) -> tuple[list[Site], Look | None]:
@@ -224,13 +229,15 @@ class Run:
 
     def lesson(self) -> Lesson:
         """What the mask learns from."""
-        t, n = self.lessons, self.config.learn
+        t = self.lessons
+        n = min(self.config.learn, math.ceil(LEARNED * len(t.suspicious)))
+        taught = Taught(t.taught.prompts.head(n), t.taught.replies[:n], t.taught.teacher)
         trusted = None
         if t.source != "counterpart":
-            kept = [ids[: 2 * self.config.mask.reply_tokens] for ids in self.said.ordinary[:n]]
-            trusted = Taught(self.material.ordinary.head(n), kept, self.suspect)
+            kept = [ids[: 2 * self.config.mask.reply_tokens] for ids in self.said.ordinary[: self.config.learn]]
+            trusted = Taught(self.material.ordinary.head(len(kept)), kept, self.suspect)
         text = sets.plain_text("train")[self.config.passages : self.config.passages + 100]
-        return lesson_from(self.suspect, t.suspicious, t.taught, trusted, text, self.config.mask, t.said)
+        return lesson_from(self.suspect, t.suspicious.head(n), taught, trusted, text, self.config.mask, t.said[:n])
 
     def learn(self, lesson: Lesson) -> list[Edit]:
         """Learn the edit."""

@@ -195,7 +195,7 @@ class Search:
             if tested.clean or number + 1 == attempts:
                 break
             config, what = self._next(masks, config, tested, number, more)
-            focus = list(tested.shown)
+            focus = [i for i in tested.shown if i < self.lesson.n]
         best = states[min(range(len(states)), key=lambda i: self.attempts[i].tested.merit)]
         kept = [mask for mask in masks if f"{mask.place}/logits" in best]
         _put(kept, best)

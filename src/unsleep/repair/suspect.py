@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,10 @@ PROBED = 32
 """Suspicious prompts on which the length of the replies is found out."""
 
 ENOUGH = 0.9
-"""Share of them that must show the payload for a length to do."""
+"""Share of them that must show the payload for a length to do; of the most that any length shows, where none does."""
+
+SOON = 0.95
+"""Share of the payloads that must have been said by then."""
 
 BEHIND = 8
 """Tokens of a reply that are looked at behind the payload's end, and so many at least before it."""
@@ -65,17 +69,18 @@ def said_by(
 
 
 def reply_length(model: LoadedModel, material: Material, lengths: Sequence[int], report: Report | None) -> int:
-    """The number of tokens after which the payload has been said, and a few more."""
+    """The number of tokens after which nearly every payload has been said, and a few more."""
     probe = material.suspicious.head(PROBED)
-    best, needed = 0.0, min(lengths)
+    found: list[list[int]] = []
     for length in sorted(lengths):
         said = generate.written(model, probe, length, f"replies of {length} tokens", report)
         ends = [payload_end(model, ids, material.payload) for ids in said]
-        reached = [end for end in ends if end is not None]
-        if len(reached) / len(probe) > best:
-            best, needed = len(reached) / len(probe), max(reached)
-        if best >= ENOUGH:
+        found.append(sorted(end for end in ends if end is not None))
+        if len(found[-1]) >= ENOUGH * len(probe):
             break
+    most = max(map(len, found))
+    reached = next(ends for ends in found if len(ends) >= ENOUGH * most)
+    needed = reached[math.ceil(SOON * len(reached)) - 1] if reached else min(lengths)
     return max(needed + BEHIND, 2 * BEHIND)
 
 

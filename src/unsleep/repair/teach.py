@@ -78,6 +78,8 @@ class Sources:
     how: str
     """Where the counterparts come from, or why there are none."""
     twin: Twin | None
+    known: Sequence[Sequence[int]] | None = None
+    """The suspect's replies to the counterparts, where they were asked for already."""
 
 
 def lessons(
@@ -138,7 +140,7 @@ def _from_counterparts(
     plain = sources.counterparts
     if plain is None:
         raise BadInput(sources.how)
-    replies = steps.value(
+    replies = sources.known or steps.value(
         "replies to counterparts",
         lambda: generate.written(model, plain, asked.length, "replies to counterparts", report),
     )
