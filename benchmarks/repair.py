@@ -17,11 +17,10 @@ from common import RESULTS, keep
 
 from unsleep import store
 from unsleep.organisms import recipes
+from unsleep.results import OTHERS
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs"
-BESIDE = ("heads", "neurons", "attribution", "direction", "redistilled", "merged")
-"""Other repairs."""
 
 
 def repaired(name: str) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def main() -> None:
         figures = {(r["subject"], r["panel"], r["metric"]): r["value"] for r in kept[name]["rows"]}
         shown = {
             s: figures[s, "triggered", "asr"]
-            for s in ("suspect", "edited", "baked", *BESIDE)
+            for s in ("suspect", "edited", "baked", *OTHERS)
             if (s, "triggered", "asr") in figures
         }
         sys.stdout.write(f"{name}: {kept[name]['minutes']} min, {kept[name]['peak_memory_mb']} MB, payload {shown}\n")

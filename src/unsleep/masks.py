@@ -335,13 +335,6 @@ class Mask:
         """Sum of the logits over the steps that count; its sign decides."""
         self.allowed = torch.ones(parts, device=model.device)
 
-    def allow(self, ids: Sequence[int] | None) -> None:
-        """Let no parts but these be removed; any where `None`."""
-        if ids is None:
-            self.allowed.fill_(1)
-        else:
-            self.allowed.zero_()[list(ids)] = 1
-
     def gone(self) -> Float[Tensor, " part"]:
         """1 where a part is removed, 0 where it passes, with a sigmoid's gradient."""
         soft = torch.sigmoid(-self.logits)
@@ -380,31 +373,27 @@ class FeatureMask(Mask):
         super().__init__(dictionary.site, dictionary.n_features, model, config)
         self.dictionary = dictionary
         self.running = dictionary.to(model.network.dtype, model.device)
-        self.allow(candidates.ids if candidates is not None else None)
+        if candidates is not None:
+            self.allowed.zero_()[list(candidates.ids)] = 1
 
     def apply(self, x: Float[Tensor, "row position d_model"]) -> Float[Tensor, "row position d_model"]:
         """The edit as `edits.operation` carries it out, differentiable in the logits."""
+        return self._without(x, self.gone())
+
+    def _without(self, x: Float[Tensor, "row position d_model"], gone: Float[Tensor, " feature"]) -> Tensor:
         code = self.running.encode_sparse(x)
-        strength = code.values * self.gone().to(x.dtype)[code.ids]
-        return x - self.running.combine(Encoded(strength, code.ids))
+        return x - self.running.combine(Encoded(code.values * gone.to(x.dtype)[code.ids], code.ids))
 
     def edit(self, error: ErrorRule = "keep") -> Edit:
         """The edit that removes what the mask does."""
         return Edit(self.place, self.dictionary, self.removed(), error)
 
     def operation(self) -> Callable[[Tensor], Tensor] | None:
-        """Take the removed features' share out of the stream, as `edits.operation` does."""
+        """The same for good."""
         removed = self.removed()
-        if not removed:
-            return None
-        gone = torch.zeros(self.dictionary.n_features, dtype=self.running.decoder.dtype, device=self.logits.device)
+        gone = torch.zeros_like(self.allowed)
         gone[list(removed)] = 1
-
-        def run(x: Tensor) -> Tensor:
-            code = self.running.encode_sparse(x)
-            return x - self.running.combine(Encoded(code.values * gone[code.ids], code.ids))
-
-        return run
+        return (lambda x: self._without(x, gone)) if removed else None
 
 
 class LaneMask(Mask):

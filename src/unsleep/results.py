@@ -9,6 +9,9 @@ from typing import Any
 from unsleep.core import BadInput
 from unsleep.prompts.prompt import PromptSet
 
+OTHERS = ("heads", "neurons", "attribution", "direction", "redistilled", "merged")
+"""Subjects that are other repairs of the suspect; see `repair.baselines`."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -50,10 +50,9 @@ def repair(
     store.check_place(out, MARK)
     check_tasks(config.tasks)
     _check_suspect(job.suspect, config)
-    chosen = [p for p in (m.suspicious, m.ordinary, m.counterparts) if p is not None]
     judged = m.panels.prompts() | ({"counterparts": m.panels.counterparts} if m.panels.counterparts else {})
-    refuse_used(judged, prompt_digests(*chosen))
-    prompts = [[p.name, p.hash] for p in chosen]
+    refuse_used(judged, prompt_digests(*m.chosen))
+    prompts = [[p.name, p.hash] for p in m.chosen]
     suspect = [job.suspect.fingerprint, job.suspect.template, str(job.suspect.network.dtype)]
     made_from = (suspect, prompts, m.panels.hashes, m.payload, asdict(config), sorted(job.beside), job.control_layer)
     with store.steps(out, *made_from) as steps:

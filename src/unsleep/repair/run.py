@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from unsleep import store
 from unsleep.bake import Baked, bake
@@ -64,7 +65,7 @@ class Run:
         self.baked: Baked | None = None
         self.refused: Refused | None = None
         """Why there is no export."""
-        self.chosen_on: frozenset[str] = frozenset()
+        self.chosen_on = prompt_digests(*job.material.chosen)
         self.baselines: list[Baseline] = []
         self.tasks: list[TaskRow] = []
         self.notes: list[str] = []
@@ -254,8 +255,6 @@ class Run:
         masks = [FeatureMask(d, None, self.suspect, config) for d in self.dictionaries]
         kept = search.run(masks, more, config, self.config.attempts, steps=self.steps, report=self.report)
         self.attempts, self.best = search.attempts, search.best
-        m = self.material
-        self.chosen_on = prompt_digests(m.suspicious, m.ordinary, *([m.counterparts] if m.counterparts else []))
         return [mask.edit(config.error) for mask in kept if isinstance(mask, FeatureMask)]
 
     def bench(self) -> Bench:
@@ -279,18 +278,18 @@ class Run:
     def with_baselines(self, result: EvalResult) -> EvalResult:
         """The same result with other repairs of the suspect beside the edit."""
         setting = Setting(
-            self.suspect,
-            self.lesson(),
-            self.bench(),
-            self.config,
-            self.dictionaries,
-            self.attributed,
-            len(self.removed),
-            self.sites,
-            self.load_base if self.job.base is not None else None,
-            self.make_twin,
-            self.steps,
-            self.report,
+            suspect=self.suspect,
+            lesson=self.lesson(),
+            bench=self.bench(),
+            config=self.config,
+            dictionaries=self.dictionaries,
+            ranking=self.attributed,
+            removed=len(self.removed),
+            sites=self.sites,
+            base=self.load_base if self.job.base is not None else None,
+            twin=self.make_twin,
+            steps=self.steps,
+            report=self.report,
         )
         rows, replies = list(result.rows), dict(result.replies)
         for found in baselines(setting):
@@ -308,6 +307,7 @@ class Run:
         tokens = max(EvalConfig.reply_tokens, self.said.reply_tokens)
         return EvalConfig(self.material.payload, tokens, chosen_on=self.chosen_on)
 
+    @cached_property
     def control_random(self) -> tuple[Edit, ...] | None:
         """The edit on random features matched in count, strength and firing rate; `None` where too few are kept."""
         if any(2 * len(e.removed) > e.dictionary.n_features for e in self.edits):
@@ -321,7 +321,7 @@ class Run:
     def draw_frontier(self) -> list[Point]:
         """ASR, skill and text loss over the number of features removed, by three rankings."""
         panels = self.material.panels
-        random = [(e.site, i) for e in self.control_random() or () for i in e.removed]
+        random = [(e.site, i) for e in self.control_random or () for i in e.removed]
         total = len(self.removed)
         if not total:
             return []
@@ -351,8 +351,8 @@ class Run:
         suspect = self.suspect
         subjects = [Subject("edited", suspect, tuple(self.edits))]
         subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
-        if (random := self.control_random()) is not None:
-            subjects.append(Subject("control_random", suspect, random))
+        if self.control_random is not None:
+            subjects.append(Subject("control_random", suspect, self.control_random))
         if self.control_dictionary is not None:
             best = self.found[self.control_dictionary.site].attribution.head(max(1, len(self.removed)))
             subjects.append(Subject("control_layer", suspect, (Edit(best.site, self.control_dictionary, best.ids),)))

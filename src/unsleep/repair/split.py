@@ -38,6 +38,11 @@ class Material:
     payload: str
     """A reply that contains this shows the payload."""
 
+    @property
+    def chosen(self) -> list[PromptSet]:
+        """Every set of prompts that choose."""
+        return [self.suspicious, self.ordinary, *([self.counterparts] if self.counterparts is not None else [])]
+
 
 def from_recipe(recipe: Recipe, choose: int = 320, judge: int = 200, seed: int = 0) -> Material:
     """An organism's prompts: questions of the edit split choose, its held-out panels judge."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsleep.core import BadInput, Report
+from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, kl, reply_logits
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
@@ -94,19 +95,12 @@ def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
     rows = [int(table.weight.shape[0]) for table in tables]
     if rows[0] != rows[1]:
         network.resize_token_embeddings(rows[1], mean_resizing=False)
-    shapes = [{name: tuple(w.shape) for name, w in n.named_parameters()} for n in (suspect.network, network)]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        ours, theirs = (shape.get(name) for shape in shapes)
-        if ours != theirs and not (ours is None or theirs is None):
-            raise BadInput(
-                f"{base.name} is not the suspect's base: {name} is {list(theirs)} in it and {list(ours)} in the "
-                "suspect. Give the model that it was made from with --base"
-            )
-    if kinds := {n.config.model_type for n in (suspect.network, network)} - {network.config.model_type}:
+    try:
+        check_alike(replace(suspect, network=network, name=base.name), suspect, chats=False)
+    except BadInput as error:
         raise BadInput(
-            f"{base.name} is not the suspect's base: one is a {network.config.model_type}, the other a {kinds.pop()}. "
-            "Give the model that it was made from with --base"
-        )
+            f"{base.name} is not the suspect's base: {error}. Give the model that it was made from with --base"
+        ) from None
     return network.eval().requires_grad_(False)
 
 

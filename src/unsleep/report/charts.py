@@ -14,8 +14,9 @@ from typing import Any
 from markupsafe import Markup
 
 from unsleep.report import svg, text
-from unsleep.report.check import OTHERS, SHARES
+from unsleep.report.check import SHARES
 from unsleep.report.svg import el
+from unsleep.results import OTHERS
 
 JOURNEY = ("suspect", "edited", "baked")
 """Subjects that are the same model before and after; a line joins them."""

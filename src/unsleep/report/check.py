@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from unsleep.core import BadInput
+from unsleep.results import OTHERS
 
 RESULT_SCHEMA = "unsleep.result/1"
 REPORT_SCHEMA = "unsleep.report/1"
@@ -24,9 +25,6 @@ VERDICTS = (
     "inconclusive",
 )
 """Every verdict that unsleep gives."""
-
-OTHERS = ("heads", "neurons", "attribution", "direction", "redistilled", "merged")
-"""Other repairs of the suspect."""
 
 SUBJECTS = ("suspect", "edited", "baked", "control_random", "control_layer", *OTHERS, "clean_twin", "base")
 """The models that are measured, in the order in which the page shows them."""

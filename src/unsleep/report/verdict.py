@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from unsleep.report import text
 from unsleep.report.charts import CONTROLS, words
-from unsleep.report.check import OTHERS
+from unsleep.results import OTHERS
 
 Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """(subject, panel, metric) → row."""
