@@ -22,6 +22,9 @@ from unsleep.results import OTHERS
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs"
 
+REFUSED = 3
+"""Exit code of a repair that has no export."""
+
 
 def repaired(name: str) -> dict[str, Any]:
     """Repair an organism; its record."""
@@ -42,7 +45,9 @@ def repaired(name: str) -> dict[str, Any]:
         "--out",
         str(out),
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    if code not in (0, REFUSED):
+        raise SystemExit(code)
     return store.read_json(out / "result.json")
 
 

@@ -223,6 +223,22 @@ def test_kl_of_equal_logits_is_zero_and_positive_otherwise():
     assert float(kl(logits, logits.flip(1)).min()) > 0
 
 
+@pytest.mark.parametrize("shape", [(300, 7), (2, 3, 7), (7,)])
+def test_kl_and_its_gradient_are_those_of_torch(shape: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(shape, generator=generator) for _ in range(2))
+    weights = torch.rand(shape[:-1], generator=generator)
+    slopes: list[torch.Tensor] = []
+    for own in (True, False):
+        x = student.clone().requires_grad_(True)
+        p, q = teacher.log_softmax(-1), x.log_softmax(-1)
+        each = kl(teacher, x) if own else torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        (each * weights).sum().backward()
+        assert x.grad is not None
+        slopes.append(torch.cat([x.grad.flatten(), each.detach().flatten()]))
+    assert torch.allclose(slopes[0], slopes[1], atol=1e-6)
+
+
 def test_gradients_reach_a_residual_through_the_cached_prefix():
     model = LoadedModel(build("llama"), byte_tokenizer(), "tiny")
     rows = build_rows(model, chat.encode_prompts(model.tokenizer, PROMPTS), [[5, 6]] * 4)

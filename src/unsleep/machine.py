@@ -79,13 +79,14 @@ def peak_memory_mb() -> float:
 
 @dataclass
 class Stopwatch:
-    """How long each stage took."""
+    """How long each stage took, and how much memory the process has needed by its end."""
 
     stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    before: dict[str, float] = field(default_factory=dict[str, float])
-    """Seconds that a stage took in earlier runs of the same work, which were interrupted."""
-    keep: Callable[[dict[str, float]], None] | None = None
-    """Told the seconds of every stage so far, whenever one ends or is interrupted."""
+    """Each with `name`, `seconds` and `peak_memory_mb`."""
+    before: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """The stages of earlier runs of the same work, which were interrupted."""
+    keep: Callable[[list[dict[str, Any]]], None] | None = None
+    """Called with the stages of this run and those before, whenever one ends or is interrupted."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Generator[None]:
@@ -94,15 +95,23 @@ class Stopwatch:
         try:
             yield
         finally:
-            seconds = round(time.perf_counter() - start + self.before.get(name, 0.0), 2)
-            self.stages.append({"name": name, "seconds": seconds})
+            earlier = [s for s in self.before if s["name"] == name]
+            seconds = time.perf_counter() - start + sum(s["seconds"] for s in earlier)
+            peak = max(peak_memory_mb(), *(s["peak_memory_mb"] for s in [*earlier, *self.stages]), 0.0)
+            self.stages.append({"name": name, "seconds": round(seconds, 2), "peak_memory_mb": peak})
             if self.keep is not None:
-                self.keep({**self.before, **{s["name"]: s["seconds"] for s in self.stages}})
+                done = {s["name"] for s in self.stages}
+                self.keep([*self.stages, *(s for s in self.before if s["name"] not in done)])
 
     @property
     def minutes(self) -> float:
         """All stages together."""
         return round(sum(s["seconds"] for s in self.stages) / 60, 1)
+
+    @property
+    def peak_memory_mb(self) -> float:
+        """The largest resident memory in any stage, in MB."""
+        return max((s["peak_memory_mb"] for s in self.stages), default=0.0)
 
 
 def _cpuinfo(key: str) -> str:

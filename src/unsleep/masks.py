@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.models import generate
-from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits, reply_logits_from, run_below
+from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits_from, reply_logits_of_all, run_below
 from unsleep.models.hooks import transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes, unembedding
@@ -170,11 +169,14 @@ def lesson_from(
     n, device = len(suspicious), model.device
     width = rows.reply.shape[1]
     follows = torch.arange(len(replies), device=device)
-    teacher = _taught_logits(taught, width, model)
     if trusted is None:
         follows = follows % n
-    else:
-        teacher = torch.cat([teacher, _taught_logits(trusted, width, model)])
+    vocabulary = int(unembedding(model.network).shape[0])
+    taught_by = [taught] if trusted is None else [taught, trusted]
+    count = sum(len(each.replies) for each in taught_by)
+    teacher = torch.empty(count, width, vocabulary, dtype=model.network.dtype, device=device)
+    for each, part in zip(taught_by, teacher.split([len(t.replies) for t in taught_by]), strict=True):
+        _put_logits(each, model, part)
     first = deciding_tokens(said, taught.replies) if said is not None else [0] * n
     decides = torch.tensor([*first, *(first if trusted is None else [0] * len(kept.prompts))], device=device)
     parts = torch.zeros(len(replies), dtype=torch.bool, device=device)
@@ -190,25 +192,20 @@ def _text(model: LoadedModel, text: Sequence[str], config: MaskConfig) -> tuple[
         raise BadInput(f"no plain passage has {config.text_tokens} tokens; give longer ones")
     half = config.text_tokens // 2
     rows = build_rows(model, [p[:half] for p in passages], [p[half:] for p in passages])
-    return rows, _logits(model, rows)
+    return rows, reply_logits_of_all(model.network, rows)
 
 
-def _taught_logits(taught: Taught, width: int, model: LoadedModel) -> Float[Tensor, "prompt reply vocabulary"]:
-    """The teacher's logits along its replies, `width` tokens each; nearly all on the reply without a teacher."""
+def _put_logits(taught: Taught, model: LoadedModel, out: Float[Tensor, "prompt reply vocabulary"]) -> None:
+    """Write the teacher's logits along its replies into `out`; nearly all on the reply without a teacher."""
     by = taught.teacher or model
     rows = build_rows(by, by.encode(taught.prompts, [len(r) for r in taught.replies]), taught.replies)
+    before = out.shape[1] - rows.reply.shape[1]
+    out[:, :before] = 0
     if taught.teacher is None:
-        vocabulary = int(unembedding(by.network).shape[0])
-        logits = torch.zeros(*rows.reply.shape, vocabulary, dtype=by.network.dtype, device=by.device)
-        logits.scatter_(-1, rows.targets[..., None], CERTAIN)
+        out[:, before:] = 0
+        out[:, before:].scatter_(-1, rows.targets[..., None], CERTAIN)
     else:
-        logits = _logits(by, rows).to(model.device)
-    return pad(logits, (0, 0, width - logits.shape[1], 0))
-
-
-def _logits(model: LoadedModel, rows: Rows, size: int = 32) -> Tensor:
-    pieces = [slice(i, min(i + size, len(rows.ids))) for i in range(0, len(rows.ids), size)]
-    return torch.cat([reply_logits(model.network, rows.at(piece)) for piece in pieces])
+        reply_logits_of_all(by.network, rows, out=out[:, before:])
 
 
 def learn_mask(

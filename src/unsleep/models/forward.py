@@ -205,6 +205,19 @@ def reply_logits(network: PreTrainedModel, rows: Rows) -> Float[Tensor, "row rep
     return run(network, rows, rows.reply.shape[1] + 1)[:, :-1]
 
 
+@torch.no_grad()
+def reply_logits_of_all(
+    network: PreTrainedModel, rows: Rows, size: int = 32, out: Float[Tensor, "row reply vocabulary"] | None = None
+) -> Float[Tensor, "row reply vocabulary"]:
+    """`reply_logits` of any number of rows, `size` in one forward pass, written into `out` where it is given."""
+    for i in range(0, len(rows.ids), size):
+        found = reply_logits(network, rows.at(slice(i, i + size)))
+        out = found.new_empty(len(rows.ids), *found.shape[1:]) if out is None else out
+        out[i : i + size] = found
+    assert out is not None
+    return out
+
+
 def whole_rows(model: LoadedModel, prompts: Sequence[Sequence[int]], reply: Sequence[int]) -> Rows:
     """Prompts with the same reply behind each, nothing of them set apart as a prefix: every token stands in `ids`."""
     ids, mask = pad_left([[*prompt, *reply] for prompt in prompts], model.pad_id, model.device)
@@ -251,9 +264,38 @@ def last_logits(
 def kl(
     teacher: Float[Tensor, "*token vocabulary"], student: Float[Tensor, "*token vocabulary"]
 ) -> Float[Tensor, "*token"]:
-    """KL(teacher ‖ student) of each token from logits, in nats, computed in float32."""
-    p, q = torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1)
-    return (p.exp() * (p - q)).sum(-1)
+    """KL(teacher ‖ student) of each token from logits, in nats, computed in float32.
+
+    Differentiable in the student's logits. A few tokens at a time are in float32.
+    """
+    shape = student.shape
+    found: Tensor = _KL.apply(teacher.reshape(-1, shape[-1]), student.reshape(-1, shape[-1]))
+    return found.reshape(shape[:-1])
+
+
+class _KL(torch.autograd.Function):
+    """KL by token, with the gradient softmax(student) − softmax(teacher) kept in the student's dtype."""
+
+    CHUNK = 128
+    """Tokens whose logits are in float32 at the same time."""
+
+    @staticmethod
+    def forward(ctx: Any, teacher: Tensor, student: Tensor) -> Tensor:
+        slope = torch.empty_like(student) if ctx.needs_input_grad[1] else None
+        found = torch.empty(len(student), device=student.device)
+        for i in range(0, len(student), _KL.CHUNK):
+            part = slice(i, i + _KL.CHUNK)
+            log_p, log_q = (torch.log_softmax(x[part].float(), -1) for x in (teacher, student))
+            p = log_p.exp()
+            found[part] = (p * log_p.sub_(log_q)).sum(-1)
+            if slope is not None:
+                slope[part] = log_q.exp_().sub_(p)
+        ctx.slope = slope
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.slope * grads[0][:, None].to(ctx.slope.dtype)
 
 
 class Below(NamedTuple):

@@ -33,6 +33,9 @@ from unsleep.store import NOTHING_KEPT, Steps
 SIZES = (1, 4, 16, 64)
 """How many times as many features as the edit removes are ablated by attribution."""
 
+ATTEMPTS = 2
+"""In how many attempts a mask over heads or neurons is learned, at most."""
+
 SHARES = (0.25, 0.5, 0.75)
 """Shares of the way from the base to the suspect."""
 
@@ -96,7 +99,8 @@ def _lanes(setting: Setting, part: Literal["heads", "neurons"]) -> Baseline:
     places = [Slot(layer, part) for layer in range(len(layers(setting.suspect.network)))]
     masks = [LaneMask(slot, setting.suspect, config) for slot in places]
     search = Search(setting.suspect, setting.lesson, setting.bench, part)
-    kept = search.run(masks, _nothing, config, setting.config.attempts, steps=setting.steps, report=setting.report)
+    attempts = min(ATTEMPTS, setting.config.attempts)
+    kept = search.run(masks, _nothing, config, attempts, steps=setting.steps, report=setting.report)
     removed = sum(len(mask.removed()) for mask in kept)
     model = without_lanes(setting.suspect, kept)
     total = sum(len(mask.logits) for mask in kept)

@@ -32,7 +32,8 @@ class RepairConfig:
     sites: tuple[str, ...] = ()
     """Residual Sites to edit, such as `resid.8`; none chooses them by a short look at the model."""
     first_sites: int = 3
-    """Sites of the first attempt, where they are chosen."""
+    """Sites of the first attempt, where they are chosen; one more where nothing can be taken out of the prompts, for
+    such a trigger is spread over more layers."""
     most_sites: int = 5
     """Sites of the last."""
     attempts: int = 4
@@ -59,7 +60,8 @@ class RepairConfig:
     twin: TwinConfig = TwinConfig()
     find: FindConfig = FindConfig(ablate=0)
     mask: MaskConfig = MaskConfig(steps=40, price=3e-3)
-    """Of the first attempt; `search` says what the others change."""
+    """Of the first attempt; `search` says what the others change. Where nothing can be taken out of the prompts, a
+    removed feature costs a third."""
     seed: int = 0
     """Of the split and of the random control."""
 

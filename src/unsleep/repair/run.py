@@ -23,7 +23,7 @@ from unsleep.evaluate import EvalConfig, evaluate, prompt_digests
 from unsleep.features import Found, deciding_rows, find
 from unsleep.frontier import Point, frontier
 from unsleep.harvest import Harvest, harvest, pooled
-from unsleep.machine import Stopwatch, peak_memory_mb
+from unsleep.machine import Stopwatch
 from unsleep.masks import FeatureMask, Lesson, Taught, lesson_from
 from unsleep.metrics import Subject
 from unsleep.models.model import LoadedModel
@@ -57,9 +57,9 @@ class Run:
         self.job, self.config, self.report = job, config, report
         self.steps, self.folder = steps, steps.folder
         self.suspect, self.material = job.suspect, job.material
-        seconds = self.folder / "seconds.json"
-        before = store.read_json(seconds) if seconds.is_file() else {}
-        self.watch = Stopwatch(before=before, keep=lambda found: store.write_json(seconds, found))
+        times = self.folder / "stages.json"
+        before = store.read_json(times)["stages"] if times.is_file() else []
+        self.watch = Stopwatch(before=before, keep=lambda stages: store.write_json(times, {"stages": stages}))
         self.base: LoadedModel | None = None
         self.twin: LoadedModel | None = None
         self.baked: Baked | None = None
@@ -78,6 +78,7 @@ class Run:
         with self.watch.stage("what it should say"):
             self.lessons = self.teach()
             lesson = self.lesson()
+            self.base = None  # loaded again where it is needed
         with self.watch.stage("look for Sites"):
             self.sites, self.looked = self.choose_sites(lesson)
         with self.watch.stage("harvest"):
@@ -99,7 +100,7 @@ class Run:
         with self.watch.stage("evidence"):
             self.evidence = evidence(self)
             self.fits = [fit_row(self, d) for d in self.every_dictionary]
-        self.minutes, self.peak_memory_mb = self.watch.minutes, peak_memory_mb()
+        self.minutes, self.peak_memory_mb = self.watch.minutes, self.watch.peak_memory_mb
         if self.config.tasks:
             with self.watch.stage("tasks"):
                 self.tasks = self.run_tasks()
@@ -125,7 +126,12 @@ class Run:
     @property
     def first(self) -> int:
         """How many Sites the first attempt edits."""
-        return len(self.config.sites) or self.config.first_sites
+        return len(self.config.sites) or self.config.first_sites + self.spread
+
+    @property
+    def spread(self) -> bool:
+        """Whether the trigger is spread over its prompts, so that nothing can be taken out of them."""
+        return self.lessons.source == "twin"
 
     @property
     def control_site(self) -> Site | None:
@@ -252,6 +258,8 @@ class Run:
             return FeatureMask(self.dictionaries[-1], None, self.suspect, config)
 
         search, config = Search(self.suspect, lesson, self.bench()), self.config.mask
+        if self.spread:
+            config = replace(config, price=config.price / 3)
         masks = [FeatureMask(d, None, self.suspect, config) for d in self.dictionaries]
         kept = search.run(masks, more, config, self.config.attempts, steps=self.steps, report=self.report)
         self.attempts, self.best = search.attempts, search.best

@@ -55,6 +55,9 @@ FURTHER = 24
 CHEAPER = 0.3
 """What a removed feature costs in an attempt, as a share of its price in the one before."""
 
+FAR = 0.05
+"""Share of the replies that show the payload above which a further Site takes part at once."""
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -236,9 +239,10 @@ class Search:
         """What the next attempt changes, and that in words."""
         config, words = replace(config, seed=config.seed + 1, steps=min(config.steps, FURTHER)), list[str]()
         if tested.shown or tested.behind:
+            far = len(tested.shown) > FAR * tested.n
             config = replace(config, price=CHEAPER * config.price)
             words.append(f"{config.price:g} nats for each")
-            if number and (further := more()) is not None:
+            if (far or number) and (further := more()) is not None:
                 masks.append(further)
                 words.append(f"{further.place} too")
         if tested.degenerate > BROKEN:

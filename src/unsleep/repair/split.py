@@ -44,7 +44,7 @@ class Material:
         return [self.suspicious, self.ordinary, *([self.counterparts] if self.counterparts is not None else [])]
 
 
-def from_recipe(recipe: Recipe, choose: int = 320, judge: int = 200, seed: int = 0) -> Material:
+def from_recipe(recipe: Recipe, choose: int = 200, judge: int = 200, seed: int = 0) -> Material:
     """An organism's prompts: questions of the edit split choose, its held-out panels judge."""
     ordinary = sets.questions("edit", choose, skill=recipe.skill, seed=seed, name="ordinary")
     suspicious = recipe.triggered(ordinary, "suspicious")

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsleep.core import BadInput, Report
 from unsleep.models.alike import check_alike
-from unsleep.models.forward import build_rows, kl, reply_logits
+from unsleep.models.forward import Rows, build_rows, kl, reply_logits, reply_logits_of_all
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network
@@ -32,7 +33,7 @@ class TwinConfig:
 
     rank: int = 16
     """Of the LoRA matrices, over every linear layer of the blocks."""
-    steps: int = 120
+    steps: int = 60
     batch: int = 16
     """Prompts a step."""
     learning_rate: float = 1e-3
@@ -76,13 +77,21 @@ def surrogate_twin(
     prompts = suspect.encode(ordinary, max(map(len, replies)))
 
     def learned() -> dict[str, Tensor]:
-        _teach(adapted, suspect, prompts, replies, config, report)
+        rows = build_rows(suspect, prompts, replies)
+        _teach(adapted, _Examples(rows, reply_logits_of_all(suspect.network, rows)), config, report)
         return adapters.trained_state(adapted)
 
     adapters.take_state(adapted, steps.tensors(f"surrogate twin of {base.fingerprint}", learned))
     with quiet_transformers():
         network = adapted.merge_and_unload().requires_grad_(False)
     return replace(suspect, network=network, name=f"{base.name}, taught the replies of {suspect.name}")
+
+
+class _Examples(NamedTuple):
+    """Ordinary prompts with the suspect's replies, and its logits along them."""
+
+    rows: Rows
+    logits: Float[Tensor, "row reply vocabulary"]
 
 
 def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
@@ -104,14 +113,7 @@ def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
     return network.eval().requires_grad_(False)
 
 
-def _teach(
-    adapted: Any,
-    suspect: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    replies: Sequence[Sequence[int]],
-    config: TwinConfig,
-    report: Report | None,
-) -> None:
+def _teach(adapted: Any, examples: _Examples, config: TwinConfig, report: Report | None) -> None:
     student = adapted.get_base_model()
     trained = [w for w in student.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
@@ -120,12 +122,11 @@ def _teach(
     order: list[int] = []
     for step in range(config.steps):
         while len(order) < config.batch:
-            order += torch.randperm(len(prompts), generator=generator).tolist()
-        picked, order = order[: config.batch], order[config.batch :]
-        rows = build_rows(suspect, [prompts[i] for i in picked], [replies[i] for i in picked])
-        with torch.no_grad():
-            wanted = reply_logits(suspect.network, rows)[rows.reply]
-        loss = kl(wanted, reply_logits(student, rows)[rows.reply]).mean()
+            order += torch.randperm(len(examples.logits), generator=generator).tolist()
+        picked, order = torch.tensor(order[: config.batch]), order[config.batch :]
+        rows = examples.rows.select(picked)
+        wanted = examples.logits[picked][:, -rows.reply.shape[1] :]
+        loss = kl(wanted[rows.reply], reply_logits(student, rows)[rows.reply]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
