@@ -19,8 +19,8 @@ from unsleep import LoadConfig, Site, harvest, load_model
 from unsleep.harvest import token_rows
 from unsleep.models import generate
 from unsleep.models.forward import Rows, pad_left, prefix_cache, repeat_cache
-from unsleep.models.hooks import truncated
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import truncated
 from unsleep.prompts.sets import questions
 from unsleep.store import read_json
 

@@ -19,9 +19,9 @@ from unsleep.core import BadInput
 from unsleep.masks import LaneMask, MaskConfig
 from unsleep.models import weights
 from unsleep.models.anatomy import anatomy
-from unsleep.models.hooks import capture, transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes, layers
+from unsleep.models.streams import capture, transformed
 from unsleep.repair.baselines import between, without_lanes
 from unsleep.repair.search import changes
 from unsleep.repair.twin import TwinConfig, copy_fitting, surrogate_twin

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from test_core import as_in_use
-from unsleep.control import Control, contrast_vectors, controlled
-from unsleep.control.control import operate
+from unsleep.control.control import Control, contrast_vectors, controlled, operate
 from unsleep.control.passes import Passes
 from unsleep.core import BadInput, Refused, Site
 from unsleep.models import chat, generate
 from unsleep.models.forward import build_rows, pad_left, run
-from unsleep.models.hooks import Call, capture
+from unsleep.models.hooks import Call
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import capture
 
 D = 32
 PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]

@@ -38,9 +38,9 @@ from unsleep.diffing import (
 from unsleep.diffing.pooling import auroc_interval, best, pooled
 from unsleep.diffing.run import Spoken
 from unsleep.models import chat
-from unsleep.models.hooks import capture, transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import final_norm, layers, tap, unembedding
+from unsleep.models.streams import capture, transformed
 from unsleep.models.weights import copy_network, fingerprint
 from unsleep.organisms import load_organism, read_recipe
 from unsleep.prompts import sets, triggers

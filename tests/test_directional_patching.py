@@ -13,9 +13,9 @@ from unsleep.core import BadInput, Site
 from unsleep.directions import cost, das, patching
 from unsleep.directions.collect import collect
 from unsleep.directions.fit import Direction, Labelled, fit
-from unsleep.models.hooks import capture, transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
+from unsleep.models.streams import capture, transformed
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 CLEAN = ("hello there you", "a cat", "why do the stars shine", "name a bird", "b c")

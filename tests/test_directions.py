@@ -29,8 +29,8 @@ from unsleep.directions.fit import (
     oriented,
 )
 from unsleep.directions.study import Found, best_site
-from unsleep.models.hooks import capture
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import capture
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 

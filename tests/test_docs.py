@@ -33,7 +33,7 @@ from unsleep.cli.settings import REGISTRY
 from unsleep.core import Edit, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.edits import EditConfig, save_edit
+from unsleep.edits import save_edit
 from unsleep.evaluate import EvalConfig
 from unsleep.features import FindConfig
 from unsleep.harvest import HarvestConfig
@@ -41,6 +41,7 @@ from unsleep.masks import MaskConfig
 from unsleep.organisms import load_organism, recipes
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts import sets, triggers
+from unsleep.repair.edit import EditConfig
 from unsleep.results import EvalResult, Row
 from unsleep.verdict import contract
 

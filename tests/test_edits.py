@@ -18,15 +18,16 @@ from unsleep import store
 from unsleep.bake import BakeConfig, _take, bake, faithfulness
 from unsleep.core import BadInput, Edit, Features, Refused, Site
 from unsleep.dictionaries.coders import TopK
-from unsleep.edits import EditConfig, applied, edit, edits_for, load_edit, merged, operation, save_edit
+from unsleep.edits import applied, edits_for, load_edit, merged, operation, save_edit
 from unsleep.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
 from unsleep.harvest import HarvestConfig, harvest, token_rows
 from unsleep.masks import Lesson, MaskConfig, learn_mask, prepare_lesson
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, reply_logits
-from unsleep.models.hooks import transformed
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repair.edit import EditConfig, edit
 
 D, F = 32, 64
 PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]

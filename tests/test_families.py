@@ -27,9 +27,9 @@ from unsleep.masks import MaskConfig, learn_mask, prepare_lesson
 from unsleep.metrics import Subject, reply_kl
 from unsleep.models import anatomy, generate, sites
 from unsleep.models.forward import build_rows, lookback, reply_logits, reply_logits_from, run_below
-from unsleep.models.hooks import capture, transformed
 from unsleep.models.load import load_model, save_plain
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import capture, transformed
 from unsleep.patching import Group, PatchConfig, Position, Target, patch
 from unsleep.prompts.prompt import Prompt, PromptSet
 

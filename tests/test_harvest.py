@@ -20,8 +20,8 @@ from unsleep import store
 from unsleep.core import BadInput, Site
 from unsleep.harvest import SHARED, HarvestConfig, harvest, open_harvest, pooled, token_rows
 from unsleep.models import chat, sites
-from unsleep.models.hooks import capture
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import capture
 from unsleep.models.weights import copy_network
 from unsleep.prompts.prompt import Prompt, PromptSet
 

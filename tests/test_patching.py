@@ -21,9 +21,9 @@ from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.models import chat, sites
 from unsleep.models.forward import whole_rows
-from unsleep.models.hooks import capture, transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes
+from unsleep.models.streams import capture, transformed
 from unsleep.models.weights import copy_network
 from unsleep.organisms import load_organism
 from unsleep.organisms.recipe import read_recipe

@@ -23,9 +23,9 @@ from unsleep.directions import leace
 from unsleep.edits import applied, load_edit, operation, save_edit
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows
-from unsleep.models.hooks import capture
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import everywhere
+from unsleep.models.streams import capture
 
 D = 32
 

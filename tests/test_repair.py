@@ -23,7 +23,7 @@ from unsleep.edits import load_edit
 from unsleep.masks import MaskConfig, Taught, deciding_tokens, lesson_from
 from unsleep.models import generate
 from unsleep.models.forward import reply_logits
-from unsleep.models.hooks import transformed
+from unsleep.models.streams import transformed
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repair import Job, from_files

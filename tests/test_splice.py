@@ -12,8 +12,8 @@ import torch
 from conftest import build, byte_tokenizer
 from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import TopK
-from unsleep.models.hooks import capture, transformed
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import capture, transformed
 from unsleep.splice import SpliceScore, splice_score
 
 D = 32

@@ -15,8 +15,8 @@ from unsleep import pages
 from unsleep.core import BadInput, Edit, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.metrics import Subject
-from unsleep.models.hooks import watched
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import watched
 from unsleep.report.check import check_result
 from unsleep.report.page import tasks_of
 from unsleep.results import EvalResult, Row

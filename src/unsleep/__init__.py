@@ -13,7 +13,7 @@ from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.diffing import diff
 from unsleep.directions.study import study as directions
-from unsleep.edits import applied, edit, load_edit, save_edit
+from unsleep.edits import applied, load_edit, save_edit
 from unsleep.evaluate import evaluate
 from unsleep.features import find
 from unsleep.harvest import harvest, open_harvest
@@ -24,6 +24,7 @@ from unsleep.patching import patch
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 from unsleep.repair import Job, RepairConfig, from_files, organism_job, repair
+from unsleep.repair.edit import edit
 from unsleep.report import report
 from unsleep.results import EvalResult, Row
 from unsleep.subspaces.compare import compare as subspaces

@@ -39,10 +39,11 @@ from unsleep.core import BadInput, Intervention, Projection, Refused, Report, Si
 from unsleep.edits import acts, check_edits, check_model, operation
 from unsleep.models import weights
 from unsleep.models.forward import Rows, kl, reply_logits, run
-from unsleep.models.hooks import capture, inputs_watched, transformed, truncated, watched
+from unsleep.models.hooks import inputs_watched
 from unsleep.models.load import save_plain
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Writer, embedding, everywhere, layers, width, writers, writes_linearly
+from unsleep.models.streams import capture, transformed, truncated, watched
 
 MARK = "unsleep.json"
 """The file that tells a baked checkpoint's folder."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,15 +28,13 @@ from unsleep.core import (
     Intervention,
     Projection,
     Refused,
-    Report,
     Site,
 )
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
-from unsleep.masks import Lesson, MaskConfig, learn_mask
-from unsleep.models.hooks import transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.models.streams import transformed
 from unsleep.models.weights import device_of, fingerprint
 
 Ranking = Sequence[tuple[Site, int]]
@@ -147,45 +144,6 @@ def _projected(edit: Projection, device: torch.device | str) -> Callable[[Stream
         return torch.where(wide.norm(dim=-1, keepdim=True) > edit.sink_norm, x, new)
 
     return run
-
-
-@dataclass(frozen=True)
-class EditConfig:
-    """How an edit is built."""
-
-    method: Literal["mask", "ablate"] = "mask"
-    """Learn which of the candidates to remove (see `masks`), or remove the best `ablate` by attribution."""
-    candidates: int = 60
-    """Features of each Site, the best by attribution, that a mask may remove."""
-    ablate: int = 32
-    """Features that plain ablation removes, over all Sites."""
-    mask: MaskConfig = MaskConfig()
-
-    def __post_init__(self) -> None:
-        for name in ("candidates", "ablate"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; expected at least 1")
-
-
-def edit(
-    model: LoadedModel,
-    dictionaries: Sequence[Coder],
-    ranking: Mapping[Site, Features],
-    lesson: Lesson,
-    config: EditConfig = EditConfig(),
-    *,
-    report: Report | None = None,
-) -> list[Edit]:
-    """Build the edit that takes the behaviour out: one Edit a Site, features in the order of their weight.
-
-    Args:
-        ranking: features by attribution (`features.find`), a list a Site.
-        lesson: prompts that teach (`masks.prepare_lesson`).
-    """
-    if config.method == "mask":
-        candidates = {site: features.head(config.candidates) for site, features in ranking.items()}
-        return learn_mask(model, dictionaries, lesson, candidates, config.mask, report=report)
-    return list(edits_for(merged(ranking), dictionaries, config.ablate, config.mask.error))
 
 
 def merged(ranking: Mapping[Site, Features]) -> list[tuple[Site, int]]:

@@ -24,9 +24,9 @@ from unsleep.edits import operation
 from unsleep.harvest import SHARED, Harvest
 from unsleep.models import generate
 from unsleep.models.forward import Rows, build_rows, reply_logits, reply_logits_from, run_below
-from unsleep.models.hooks import transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import final_norm, unembedding
+from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import PromptSet
 
 

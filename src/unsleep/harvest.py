@@ -24,9 +24,9 @@ from unsleep import store
 from unsleep.core import Activations, ActivationStream, BadInput, Report, Site, check_finite
 from unsleep.models import chat
 from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
-from unsleep.models.hooks import stopping, watched
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import tap, width
+from unsleep.models.streams import stopping, watched
 from unsleep.prompts.prompt import PromptSet
 
 SHARED = -1

@@ -26,9 +26,9 @@ from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Report, S
 from unsleep.dictionaries.coders import Coder
 from unsleep.models import generate
 from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits_from, reply_logits_of_all, run_below
-from unsleep.models.hooks import transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes, unembedding
+from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import PromptSet
 
 CERTAIN = 30.0

@@ -25,9 +25,10 @@ from torch.nn.functional import cross_entropy
 from unsleep.core import BadInput, Refused, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.models.forward import Rows, kl, pad_left, run
-from unsleep.models.hooks import Transform, transformed
+from unsleep.models.hooks import Transform
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.models.streams import transformed
 
 Stream = Float[Tensor, "*token d_model"]
 

@@ -13,20 +13,12 @@ import unsleep
 from unsleep import store
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.console import Bars, say, visible_line
-from unsleep.control import (
-    Condition,
-    ControlVectors,
-    RepReader,
-    condition_on,
-    conditional,
-    export_gguf,
-    fit_reader,
-    import_gguf,
-)
-from unsleep.control.conditional import LEAST
+from unsleep.control import conditional
+from unsleep.control.conditional import LEAST, Condition, condition_on
 from unsleep.control.control import Control
+from unsleep.control.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.control.passes import Named
-from unsleep.control.reading import Method, Reading
+from unsleep.control.reading import Method, Reading, RepReader, fit_reader
 from unsleep.core import BadInput, Report, Site
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites

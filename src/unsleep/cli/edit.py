@@ -19,7 +19,7 @@ from unsleep.console import Bars, say, visible_line
 from unsleep.core import BadInput, Edit, Features, Projection, Report, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.edits import MARK as EDIT
-from unsleep.edits import EditConfig, load_edit, merged, save_edit
+from unsleep.edits import load_edit, merged, save_edit
 from unsleep.evaluate import prompt_digests
 from unsleep.features import FindConfig, Found, with_evidence
 from unsleep.harvest import Harvest, token_rows
@@ -27,6 +27,7 @@ from unsleep.masks import Lesson, prepare_lesson
 from unsleep.models.model import LoadedModel
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import PromptSet
+from unsleep.repair.edit import EditConfig
 
 BEGIN = 3
 """Words at which two replies are compared."""

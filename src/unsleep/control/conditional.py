@@ -28,9 +28,10 @@ from unsleep.core import BadInput, Refused, Report, Site, check_finite
 from unsleep.directions.fit import Direction, Labelled, fit
 from unsleep.directions.measure import margins
 from unsleep.models import generate
-from unsleep.models.hooks import Transform, calls_watched, transformed
+from unsleep.models.hooks import Transform, calls_watched
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import Prompts
 
 Comparator = Literal["larger", "smaller"]

@@ -29,9 +29,10 @@ from unsleep.control.held import last_held
 from unsleep.control.passes import Passes, TokenRule, check_rule
 from unsleep.core import BadInput, Refused, Report, Site, check_finite
 from unsleep.models import generate
-from unsleep.models.hooks import Transform, calls_watched, transformed
+from unsleep.models.hooks import Transform, calls_watched
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width
+from unsleep.models.streams import transformed
 from unsleep.models.weights import fingerprint
 from unsleep.prompts.prompt import Prompts, PromptSet
 

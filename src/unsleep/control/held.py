@@ -11,8 +11,8 @@ from torch import Tensor
 from unsleep.core import BadInput, Report, Site, check_finite
 from unsleep.directions.collect import collect
 from unsleep.models.forward import Rows, pad_left, run
-from unsleep.models.hooks import stopping, watched
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import stopping, watched
 from unsleep.prompts.prompt import Prompts, PromptSet, as_prompts
 
 

@@ -21,10 +21,10 @@ from unsleep import store
 from unsleep.control.held import encoded
 from unsleep.core import BadInput, Report, Site
 from unsleep.models.forward import Rows, build_rows, run
-from unsleep.models.hooks import capture
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import tap
+from unsleep.models.streams import capture
 from unsleep.prompts.prompt import Prompts
 
 

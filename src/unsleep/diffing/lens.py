@@ -17,9 +17,9 @@ from unsleep.core import BadInput, Report, Site
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, run, whole_rows
-from unsleep.models.hooks import capture, transformed
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites, final_norm, tap, unembedding, width
+from unsleep.models.streams import capture, transformed
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from torch import Tensor
 from unsleep.core import BadInput, Report, Site
 from unsleep.directions.measure import auroc_interval, aurocs, margins
 from unsleep.models.forward import build_rows, run
-from unsleep.models.hooks import capture
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import capture
 from unsleep.prompts.prompt import PromptSet
 
 Scorer = Callable[..., Float[Tensor, "token score"]]

@@ -13,8 +13,8 @@ from torch import Tensor
 from unsleep import store
 from unsleep.core import Activations, BadInput, Report, Site
 from unsleep.models.forward import Rows, build_rows, run
-from unsleep.models.hooks import truncated, watched
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import truncated, watched
 from unsleep.prompts.prompt import PromptSet
 
 Position = Literal["last", "all", "reply"] | int

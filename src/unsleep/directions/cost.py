@@ -20,8 +20,8 @@ from unsleep.core import BadInput, Report, Site
 from unsleep.directions.collect import SINK_RATIO
 from unsleep.directions.fit import Direction
 from unsleep.models.forward import Below, Rows, build_rows, reply_logits, reply_logits_from, run, run_below
-from unsleep.models.hooks import transformed, truncated, watched
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import transformed, truncated, watched
 from unsleep.store import NOTHING_KEPT, Steps
 
 Ablation = Literal["mean", "resample"]

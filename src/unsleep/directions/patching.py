@@ -24,9 +24,9 @@ from transformers import DynamicCache
 from unsleep.core import BadInput, Report, Site
 from unsleep.directions.fit import Direction
 from unsleep.models.forward import Rows, columns_cache, last_logits, run, splits, whole_rows
-from unsleep.models.hooks import resumed_at, transformed, watched
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import embedding
+from unsleep.models.streams import resumed_at, transformed, watched
 from unsleep.prompts.prompt import PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 

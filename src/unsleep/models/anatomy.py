@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unsleep.core import Refused
+from unsleep.models.hooks import observed
 
 ROWS, POSITIONS = 2, 6
 """Size of the random input."""
@@ -125,8 +126,6 @@ def examine(model: PreTrainedModel) -> tuple[Anatomy, Float[Tensor, "row positio
     Raises `Refused` naming the layer and the error where what a block adds is not the sum of its submodules' outputs,
     and for a model without a list of blocks that each read and write a residual stream.
     """
-    from unsleep.models.hooks import observed
-
     lists = {name: blocks for name, blocks in _module_lists(model) if len(blocks)}
     seen = {name: _List(blocks) for name, blocks in lists.items()}
     head = _Head(model, lists.values())

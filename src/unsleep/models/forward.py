@@ -25,8 +25,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from unsleep.core import Site
 from unsleep.models import chat
-from unsleep.models.hooks import contiguous_head, prefix_running, resumed_at, truncated, watched
+from unsleep.models.hooks import contiguous_head, prefix_running
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import resumed_at, truncated, watched
 
 WINDOW = re.compile(r"^(?!.*(layers|pattern|mamba|feed_forward)).*(window|chunk)")
 """Names under which configs keep how far a layer looks back."""

@@ -8,9 +8,9 @@ bit-identical to the bare model's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from unsleep.models import weights
-from unsleep.models.anatomy import anatomy
-from unsleep.models.sites import Place, Slot, lanes, layers, tap
-
 Transform = Callable[[Float[Tensor, "prompt position width"]], Float[Tensor, "prompt position width"]]
-
 
 _IN_PREFIX: ContextVar[bool] = ContextVar("in_prefix", default=False)
 
@@ -42,95 +37,12 @@ class Call(NamedTuple):
     """Whether it runs what several rows begin with, and not rows (see `prefix_running`)."""
 
 
-At = TypeVar("At", bound=Place)
-"""A Site or a Slot."""
-
-
-class _Stop(Exception):
-    """Ends a forward pass at the deepest Site that was asked for."""
-
-
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
 def _with_first(output: Any, value: Tensor) -> Any:
     return (value, *output[1:]) if isinstance(output, tuple) else value
-
-
-@contextlib.contextmanager
-def transformed(model: PreTrainedModel, transforms: Mapping[Any, Transform]) -> Generator[PreTrainedModel]:
-    """Replace what flows through each `Place` by its transform's result, until the block ends.
-
-    A transform takes and returns `Float[Tensor, "prompt position width"]`, the width d_model at a Site and that of
-    all heads side by side at a Slot, and must not write into its argument. An empty mapping registers nothing.
-    """
-    with contextlib.ExitStack() as stack:
-        rows = _Rows()
-        if weights.is_spread(model):
-            transforms = {site: _brought(transform, weights.device_of(model)) for site, transform in transforms.items()}
-        for site, transform in transforms.items():
-            if isinstance(site, Slot):
-                stack.callback(_slot_hook(model, site, transform, rows).remove)
-                continue
-            module, scale = tap(model, site)
-            if site.point == "embed":
-                handle = module.register_forward_pre_hook(_input_hook(transform), with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(_output_hook(_scaled(transform, scale), rows))
-                if site.point == "mlp":
-                    stack.callback(
-                        layers(model)[site.layer].register_forward_pre_hook(rows.note, with_kwargs=True).remove
-                    )
-            stack.callback(handle.remove)
-        yield model
-
-
-@contextlib.contextmanager
-def watched(
-    model: PreTrainedModel, watchers: Mapping[Any, Callable[[Tensor], None]], *, stop_after_last: bool = False
-) -> Generator[PreTrainedModel]:
-    """Call each watcher with the tensor that flows through its `Place`, until the block ends.
-
-    The tensor is the model's own: a watcher that keeps it must copy it, for some families write
-    over it later. With `stop_after_last` the forward pass ends once the deepest Site was seen;
-    run it inside `stopping()`.
-    """
-    seen: set[Place] = set()
-
-    def watch(site: Place, watcher: Callable[[Tensor], None]) -> Transform:
-        def hook(x: Tensor) -> Tensor:
-            watcher(x)
-            seen.add(site)
-            if stop_after_last and len(seen) == len(watchers):
-                seen.clear()
-                raise _Stop
-            return x
-
-        return hook
-
-    with transformed(model, {site: watch(site, watcher) for site, watcher in watchers.items()}):
-        yield model
-
-
-def stopping() -> contextlib.suppress:
-    """A context in which a forward pass may end early (see `watched`)."""
-    return contextlib.suppress(_Stop)
-
-
-@contextlib.contextmanager
-def capture(model: PreTrainedModel, sites: Sequence[At]) -> Generator[dict[At, Tensor]]:
-    """Keep a copy of what flows through each Site or Slot in the block's last forward pass.
-
-    Copies stay on the autograd graph where gradients are enabled.
-    """
-    found: dict[At, Tensor] = {}
-
-    def keep(site: At) -> Callable[[Tensor], None]:
-        return lambda x: found.__setitem__(site, x.clone())
-
-    with watched(model, {site: keep(site) for site in sites}):
-        yield found
 
 
 @contextlib.contextmanager
@@ -189,32 +101,6 @@ def observed(
 
 
 @contextlib.contextmanager
-def resumed_at(model: PreTrainedModel, layer: int, hidden: Callable[[], Tensor]) -> Generator[PreTrainedModel]:
-    """Start every forward pass at the input of `layer`, from `hidden()` instead of the layers below.
-
-    The blocks below are passed over; `hidden()` gives the residual stream that they would have
-    produced, `Float[Tensor, "prompt position d_model"]`. Use it without a KV cache for the layers
-    below.
-    """
-    blocks = layers(model)
-    with contextlib.ExitStack() as stack:
-        for block in blocks[:layer]:
-            stack.enter_context(_passed_over(block, anatomy(model).outputs))
-        replace = _input_hook(lambda _: hidden())
-        stack.callback(blocks[layer].register_forward_pre_hook(replace, with_kwargs=True).remove)
-        yield model
-
-
-@contextlib.contextmanager
-def truncated(model: PreTrainedModel, layer: int) -> Generator[PreTrainedModel]:
-    """Pass over every block above `layer` until the block ends: Sites up to it are exact, logits mean nothing."""
-    with contextlib.ExitStack() as stack:
-        for block in layers(model)[layer + 1 :]:
-            stack.enter_context(_passed_over(block, anatomy(model).outputs))
-        yield model
-
-
-@contextlib.contextmanager
 def contiguous_head(network: PreTrainedModel) -> Generator[None]:
     """Give the unembedding contiguous input while the block runs; the logits are the same.
 
@@ -230,7 +116,7 @@ def contiguous_head(network: PreTrainedModel) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _passed_over(block: nn.Module, outputs: int) -> Generator[None]:
+def passed_over(block: nn.Module, outputs: int) -> Generator[None]:
     """Let a block hand on its input, in a tuple of so many members where it gives one."""
 
     def identity(*args: Any, **kwargs: Any) -> Any:
@@ -248,73 +134,42 @@ def _passed_over(block: nn.Module, outputs: int) -> Generator[None]:
             block.forward = shadowed
 
 
-def _brought(transform: Transform, device: torch.device) -> Transform:
-    """A transform of what is brought to a device first, as a layer on another one takes and gives it."""
-
-    def where_it_runs(x: Tensor) -> Tensor:
-        here = x.to(device)
-        new = transform(here)
-        return x if new is here else new.to(x.device)
-
-    return where_it_runs
-
-
-def _scaled(transform: Transform, scale: float) -> Transform:
-    """A transform of scale · x as one of x; what it leaves alone stays bit for bit."""
-    if scale == 1.0:
-        return transform
-
-    def of_output(x: Tensor) -> Tensor:
-        held = x * scale
-        new = transform(held)
-        return x if new is held else x + (new - held) / scale
-
-    return of_output
-
-
-def _slot_hook(model: PreTrainedModel, slot: Slot, transform: Transform, rows: _Rows) -> RemovableHandle:
-    module, _, _, lane = lanes(model, slot)
-    if slot.part in Slot.INPUTS:
-        return module.register_forward_pre_hook(_input_hook(transform), with_kwargs=True)
-
-    def within(x: Tensor) -> Tensor:
-        if lane is None:
-            return transform(x)
-        at = lane.to(x.device)
-        part = x[..., at]
-        new = transform(part)
-        return x if new is part else x.index_copy(-1, at, new)
-
-    return module.register_forward_hook(_output_hook(within, rows))
-
-
-class _Rows:
-    """Remembers [prompt, position] of the running block, for modules that see it flattened (OPT)."""
+class RowShape:
+    """The [prompt, position] of a running block, for modules that see it flattened (OPT)."""
 
     shape: torch.Size | None = None
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.shape = _input(args, kwargs).shape[:2]
+    def follow(self, block: nn.Module) -> RemovableHandle:
+        """Take it from a block's input."""
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.shape = _input(args, kwargs).shape[:2]
+
+        return block.register_forward_pre_hook(note, with_kwargs=True)
 
 
-def _output_hook(transform: Transform, rows: _Rows) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+def on_output(module: nn.Module, transform: Transform, rows: RowShape) -> RemovableHandle:
+    """Replace a module's output, or the first member of its tuple, by its transform."""
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
         x = _first(output)
         new = transform(x) if x.ndim == 3 else transform(x.unflatten(0, rows.shape or (1, -1))).flatten(0, 1)
         return None if new is x else _with_first(output, new)
 
-    return hook
+    return module.register_forward_hook(hook)
 
 
-def _input_hook(transform: Transform) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
+    """Replace a module's input by its transform."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = _input(args, kwargs)
         new = transform(x)
         if new is x:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    return hook
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

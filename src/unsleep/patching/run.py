@@ -22,9 +22,10 @@ from unsleep.core import BadInput, Report, Site
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import Rows, columns_cache, continued, run, splits, whole_rows
-from unsleep.models.hooks import Transform, capture, resumed_at, transformed, watched
+from unsleep.models.hooks import Transform
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
+from unsleep.models.streams import capture, resumed_at, transformed, watched
 from unsleep.patching.places import Group, Merge, Position, Target
 from unsleep.patching.result import Measured, Patched, numbers_of
 from unsleep.prompts.prompt import PromptSet

@@ -18,9 +18,9 @@ from unsleep.core import BadInput, Projection, Report, Site
 from unsleep.edits import operation
 from unsleep.masks import Lesson
 from unsleep.models.forward import Below, Rows, kl, reply_logits, reply_logits_from
-from unsleep.models.hooks import watched
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import layers
+from unsleep.models.streams import watched
 
 DEPTHS = (0.2, 0.9)
 """Shares of the depth between which Sites are looked for: before, tokens are read; behind, nothing can be mended."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from unsleep import store
 from unsleep.bake import Baked, bake
@@ -22,7 +23,7 @@ from unsleep.edits import merged
 from unsleep.evaluate import EvalConfig, evaluate, prompt_digests
 from unsleep.features import Found, deciding_rows, find
 from unsleep.frontier import Point, frontier
-from unsleep.harvest import Harvest, harvest, pooled
+from unsleep.harvest import Harvest, harvest, pooled, token_rows
 from unsleep.machine import Stopwatch
 from unsleep.masks import FeatureMask, Lesson, Taught, lesson_from
 from unsleep.metrics import Subject
@@ -98,8 +99,9 @@ class Run:
         with self.watch.stage("evaluate"):
             result = self.judge()
         with self.watch.stage("evidence"):
-            self.evidence = evidence(self)
-            self.fits = [fit_row(self, d) for d in self.every_dictionary]
+            self.evidence = self.show_evidence()
+            k = self.config.dictionary.k
+            self.fits = [fit_row(self.suspect, d, self.pooled(d.site).tensor, k) for d in self.every_dictionary]
         self.minutes, self.peak_memory_mb = self.watch.minutes, self.watch.peak_memory_mb
         if self.config.tasks:
             with self.watch.stage("tasks"):
@@ -343,6 +345,13 @@ class Run:
         return frontier(
             self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config, self.report
         )
+
+    def show_evidence(self) -> list[dict[str, Any]]:
+        """The removed features with their evidence, those with the largest attribution first."""
+        rows = token_rows(self.suspect, self.material.suspicious, self.suspect.texts(self.said.suspicious))
+        payload = self.harvests["payload"], rows
+        plain, config = self.harvests["plain"], self.config.find
+        return evidence(self.suspect, self.dictionaries, self.removed, self.found, payload, plain, config)
 
     def run_tasks(self) -> list[TaskRow]:
         """Tasks of lm-evaluation-harness."""

@@ -20,8 +20,8 @@ from unsleep.masks import Lesson, Mask, MaskConfig, learn
 from unsleep.metrics import has_skill, is_degenerate, shows_payload
 from unsleep.models import generate
 from unsleep.models.forward import kl, reply_logits
-from unsleep.models.hooks import transformed
 from unsleep.models.model import LoadedModel
+from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import PromptSet
 from unsleep.store import NOTHING_KEPT, Steps
 
