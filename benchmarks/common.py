@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from unsleep import store
+from unsleep.base import store
 
 RESULTS = Path(__file__).parent / "results"
 

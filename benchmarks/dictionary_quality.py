@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from common import keep, table
 
+from unsleep.activations.harvest import harvest, pooled
 from unsleep.core import Site
 from unsleep.dictionaries import metrics
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
-from unsleep.harvest import harvest, pooled
+from unsleep.judge.splice import splice_score
 from unsleep.models.load import load_model
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.splice import splice_score
 
 SITE = Site(15)
 SETTINGS = {

@@ -21,24 +21,24 @@ import torch
 from common import keep, table
 
 from unsleep import Projection, PromptSet, Site, load_organism
-from unsleep.bake import BakeConfig, bake
-from unsleep.controls import random_subspace
+from unsleep.activations.collect import collect
 from unsleep.core import Activations
-from unsleep.directions import measure
-from unsleep.directions.collect import collect
-from unsleep.directions.erase import erasers, removed_alone, sink_norm
-from unsleep.directions.fit import METHODS, ONE_SIDED, Labelled, fit
-from unsleep.edits import applied
-from unsleep.evaluate import evaluate, organism_config, organism_panels, prompt_digests
-from unsleep.masks import prepare_lesson
-from unsleep.metrics import Subject, shows_payload
+from unsleep.interventions.edits import applied
+from unsleep.judge.controls import random_subspace
+from unsleep.judge.evaluate import evaluate, organism_config, organism_panels, prompt_digests
+from unsleep.judge.metrics import Subject, shows_payload
+from unsleep.judge.results import EvalResult
+from unsleep.locate.directions import measure
+from unsleep.locate.directions.erase import erasers, removed_alone, sink_norm
+from unsleep.locate.directions.fit import METHODS, ONE_SIDED, Labelled, fit
+from unsleep.locate.patching import PatchConfig, sweep
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites, everywhere
 from unsleep.organisms import Organism
-from unsleep.patching import PatchConfig, sweep
 from unsleep.prompts import sets
-from unsleep.results import EvalResult
+from unsleep.repairs.bake import BakeConfig, bake
+from unsleep.repairs.masks import prepare_lesson
 
 PROMPTS, CHOOSING, JUDGED, PATCHED = 200, 40, 200, 100
 LAYERS = range(8, 25)

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from common import alternating, keep, ratio, table
 
-from unsleep import LoadConfig, Site, harvest, load_model
-from unsleep.harvest import token_rows
+from unsleep import LoadConfig, Site, load_model
+from unsleep.activations import harvest
+from unsleep.activations.harvest import token_rows
+from unsleep.base.store import read_json
 from unsleep.models import generate
 from unsleep.models.forward import Rows, pad_left, prefix_cache, repeat_cache
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import truncated
 from unsleep.prompts.sets import questions
-from unsleep.store import read_json
 
 MODEL, SITES, PROMPTS, REPLY_TOKENS, ROUNDS, TARGET = "smollm2-135m", (8, 12, 16), 200, 12, 7, 0.9
 

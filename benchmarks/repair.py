@@ -15,9 +15,9 @@ from typing import Any
 
 from common import RESULTS, keep
 
-from unsleep import store
+from unsleep.base import store
+from unsleep.judge.results import OTHERS
 from unsleep.organisms import recipes
-from unsleep.results import OTHERS
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import TARGETS, beside, logits, randomise, save_adapter, save_base
 from conftest import byte_tokenizer
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput, Refused
 from unsleep.models import adapters, generate
 from unsleep.models.load import LoadConfig, load_model, save_plain

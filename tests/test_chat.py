@@ -11,8 +11,8 @@ import pytest
 
 from checkpoints import save_base
 from conftest import build, byte_tokenizer
+from unsleep.activations.harvest import harvest
 from unsleep.core import BadInput, Site
-from unsleep.harvest import harvest
 from unsleep.models import chat
 from unsleep.models.chat import ChatOptions
 from unsleep.models.load import LoadConfig, load_model, save_plain

@@ -23,14 +23,15 @@ from rich.console import Console
 import unsleep
 from conftest import build, byte_tokenizer
 from test_core import as_in_use
-from unsleep import cli, pages
+from unsleep import cli
+from unsleep.cli.console import Bars, fail, table, visible_line
 from unsleep.cli.grid import Grid
-from unsleep.console import Bars, fail, table, visible_line
 from unsleep.core import BadInput, Refused
 from unsleep.dictionaries.config import TrainConfig
+from unsleep.judge.results import EvalResult, Row
+from unsleep.pages import records as pages
+from unsleep.pages.check import check_result
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.report.check import check_result
-from unsleep.results import EvalResult, Row
 
 Capture = pytest.CaptureFixture[str]
 TextFile = Callable[[str, str], Path]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from test_core import as_in_use
-from unsleep.control.control import Control, contrast_vectors, controlled, operate
-from unsleep.control.passes import Passes
 from unsleep.core import BadInput, Refused, Site
+from unsleep.interventions.control import Control, contrast_vectors, controlled, operate
+from unsleep.interventions.passes import Passes
 from unsleep.models import chat, generate
 from unsleep.models.forward import build_rows, pad_left, run
 from unsleep.models.hooks import Call

@@ -20,15 +20,15 @@ from test_control import D, logits, vector
 from test_control_reading import NEGATIVE, POSITIVE
 from test_core import as_in_use
 from unsleep import cli
-from unsleep.control.control import Control, controlled
-from unsleep.control.gguf_files import ControlVectors, export_gguf, import_gguf
-from unsleep.control.lorra import LorraConfig, lorra
 from unsleep.core import BadInput, Site
+from unsleep.interventions.control import Control, controlled
+from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.models.generate import replies
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture
-from unsleep.report import report
+from unsleep.pages import report
+from unsleep.repairs.lorra import LorraConfig, lorra
 
 TextFile = Callable[[str, str], Path]
 Capture = pytest.CaptureFixture[str]

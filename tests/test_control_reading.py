@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from conftest import build, byte_tokenizer
 from test_control import PROMPTS, at, vector
 from test_core import as_in_use
-from unsleep.control import conditional, reading
-from unsleep.control.conditional import Condition, best_threshold, condition_on, conditioned, f1_score, fit_condition
-from unsleep.control.control import controlled
-from unsleep.control.reading import Method, RepReader, fit_reader
 from unsleep.core import BadInput, Refused, Site
-from unsleep.directions.fit import Direction, fit
-from unsleep.directions.measure import margins
+from unsleep.interventions.control import controlled
+from unsleep.locate import conditional, reading
+from unsleep.locate.conditional import Condition, best_threshold, condition_on, conditioned, f1_score, fit_condition
+from unsleep.locate.directions.fit import Direction, fit
+from unsleep.locate.directions.measure import margins
+from unsleep.locate.reading import Method, RepReader, fit_reader
 from unsleep.models import chat, generate
 from unsleep.models.forward import pad_left
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture
 from unsleep.organisms import load_organism
+from unsleep.pages import render_reading
 from unsleep.prompts import sets
-from unsleep.report import render_reading
 
 SITES = [Site(0), Site(1), Site(2), Site(1, "mlp")]
 THINGS = ["sun", "moon", "star", "bird", "tree", "lake", "song", "hill"]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from test_core import small_dictionary
-from unsleep.controls import Firing, firing, matched_random
 from unsleep.core import BadInput, Edit, Site
+from unsleep.judge.controls import Firing, firing, matched_random
 
 N = 60
 

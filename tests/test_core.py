@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from unsleep.core import Activations, BadInput, Edit, FeatureEvidence, Features, Site, check_finite, digest
 from unsleep.dictionaries.coders import TopK
+from unsleep.judge.results import EvalResult, Row
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.results import EvalResult, Row
 
 SITES = st.builds(Site, st.integers(0, 500), st.sampled_from(["resid", "mlp", "attn"])) | st.just(Site(0, "embed"))
 TEXT = st.text(max_size=20).filter(lambda t: t.strip() != "")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from test_core import as_in_use
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import Activations, ActivationStream, BadInput, Site
 from unsleep.dictionaries import metrics
 from unsleep.dictionaries.config import TrainConfig

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import Activations, BadInput, Encoded, Site
 from unsleep.dictionaries import metrics
 from unsleep.dictionaries.coders import TopK

@@ -33,7 +33,7 @@ from test_dictionary_formats import (
     write_json,
 )
 from test_dictionary_pickles import BUFFERS, learned, linear, write_state
-from unsleep import hub, store
+from unsleep.base import hub, store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
 from unsleep.dictionaries.files import load_dictionary, save_dictionary

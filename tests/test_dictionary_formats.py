@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder, JumpReLU, Standard, TopK
 from unsleep.dictionaries.files import facts, load_dictionary, save_dictionary

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from conftest import build, byte_tokenizer
-from unsleep import cli, store
+from unsleep import cli
+from unsleep.base import store
+from unsleep.base.stats import wilson
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder
-from unsleep.diffing import (
+from unsleep.locate.diffing import (
     DiffConfig,
     activation_differences,
     amplified,
@@ -35,18 +37,17 @@ from unsleep.diffing import (
     train_differences,
     weight_differences,
 )
-from unsleep.diffing.pooling import auroc_interval, best, pooled
-from unsleep.diffing.run import Spoken
+from unsleep.locate.diffing.pooling import auroc_interval, best, pooled
+from unsleep.locate.diffing.run import Spoken
 from unsleep.models import chat
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import final_norm, layers, tap, unembedding
 from unsleep.models.streams import capture, transformed
 from unsleep.models.weights import copy_network, fingerprint
 from unsleep.organisms import load_organism, read_recipe
+from unsleep.pages import render_diff, render_patch
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.report import render_diff, render_patch
-from unsleep.stats import wilson
 
 D = 32
 LAYER = 1

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from test_core import as_in_use
+from unsleep.activations.collect import collect
 from unsleep.core import BadInput, Site
-from unsleep.directions import cost, das, patching
-from unsleep.directions.collect import collect
-from unsleep.directions.fit import Direction, Labelled, fit
+from unsleep.locate.directions import cost, das, patching
+from unsleep.locate.directions.fit import Direction, Labelled, fit
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.models.streams import capture, transformed

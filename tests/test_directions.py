@@ -13,11 +13,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from test_core import as_in_use
+from unsleep.activations.collect import collect
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
-from unsleep.directions import das, leace, measure
-from unsleep.directions.collect import collect
-from unsleep.directions.fit import (
+from unsleep.locate.directions import das, leace, measure
+from unsleep.locate.directions.fit import (
     ANY_RANK,
     METHODS,
     ONE_SIDED,
@@ -28,7 +28,7 @@ from unsleep.directions.fit import (
     fit,
     oriented,
 )
-from unsleep.directions.study import Found, best_site
+from unsleep.locate.directions.study import Found, best_site
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture
 from unsleep.prompts import sets

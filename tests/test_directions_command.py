@@ -18,21 +18,22 @@ import torch
 from test_core import as_in_use
 from test_edits import dictionary
 from test_report import HOSTILE, Page
-from unsleep import cli, store
+from unsleep import cli
+from unsleep.activations.collect import collect
+from unsleep.base import store
 from unsleep.core import BadInput, Projection, Site
 from unsleep.dictionaries.files import save_dictionary
-from unsleep.directions import measure
-from unsleep.directions.collect import collect
-from unsleep.directions.erase import erasers, removed_alone, spanned
-from unsleep.directions.files import load_directions, write_directions
-from unsleep.directions.fit import METHODS
-from unsleep.directions.study import DAS, FEATURES, Study, StudyConfig, study
-from unsleep.edits import applied, load_edit
-from unsleep.evaluate import prompt_digests
+from unsleep.interventions.edits import applied, load_edit
+from unsleep.judge.evaluate import prompt_digests
+from unsleep.locate.directions import measure
+from unsleep.locate.directions.erase import erasers, removed_alone, spanned
+from unsleep.locate.directions.files import load_directions, write_directions
+from unsleep.locate.directions.fit import METHODS
+from unsleep.locate.directions.study import DAS, FEATURES, Study, StudyConfig, study
 from unsleep.models.load import load_model, save_plain
 from unsleep.models.model import LoadedModel
+from unsleep.pages import render_directions
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.report import render_directions
 
 SMALL: dict[str, Any] = {"randoms": 20, "das_epochs": 2, "das_sites": 1, "cost_passages": 3, "cost_randoms": 2}
 WORDS = ["sun", "moon", "tree", "bird", "fish", "stone", "river", "cloud", "house", "wind", "lamp", "road"]

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from unsleep import load_model, load_organism
-from unsleep.controls import random_subspace
+from unsleep.activations.collect import collect
 from unsleep.core import Activations, Projection, Site
-from unsleep.directions import measure, patching
-from unsleep.directions.collect import collect
-from unsleep.directions.erase import erasers, removed_alone
-from unsleep.directions.fit import METHODS, ONE_SIDED, Labelled, fit
-from unsleep.edits import applied
-from unsleep.metrics import Subject, has_skill, shows_payload, text_ce_kl
+from unsleep.interventions.edits import applied
+from unsleep.judge.controls import random_subspace
+from unsleep.judge.metrics import Subject, has_skill, shows_payload, text_ce_kl
+from unsleep.locate.directions import measure, patching
+from unsleep.locate.directions.erase import erasers, removed_alone
+from unsleep.locate.directions.fit import METHODS, ONE_SIDED, Labelled, fit
 from unsleep.models import generate
 from unsleep.models.forward import build_rows, run
 from unsleep.models.model import LoadedModel

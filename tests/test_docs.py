@@ -28,22 +28,22 @@ from conftest import byte_tokenizer
 from families import LLAMA
 from test_console import flags_of
 from unsleep import cli
-from unsleep.bake import BakeConfig
+from unsleep.activations.harvest import HarvestConfig
 from unsleep.cli.settings import REGISTRY
 from unsleep.core import Edit, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.edits import save_edit
-from unsleep.evaluate import EvalConfig
-from unsleep.features import FindConfig
-from unsleep.harvest import HarvestConfig
-from unsleep.masks import MaskConfig
+from unsleep.interventions.edits import save_edit
+from unsleep.judge.evaluate import EvalConfig
+from unsleep.judge.results import EvalResult, Row
+from unsleep.judge.verdict import contract
+from unsleep.locate.features import FindConfig
 from unsleep.organisms import load_organism, recipes
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts import sets, triggers
-from unsleep.repair.edit import EditConfig
-from unsleep.results import EvalResult, Row
-from unsleep.verdict import contract
+from unsleep.repairs.bake import BakeConfig
+from unsleep.repairs.edit import EditConfig
+from unsleep.repairs.masks import MaskConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 
 from conftest import build, byte_tokenizer
 from test_core import as_in_use
-from unsleep import store
-from unsleep.bake import BakeConfig, _take, bake, faithfulness
+from unsleep.activations.harvest import HarvestConfig, harvest, token_rows
+from unsleep.base import store
 from unsleep.core import BadInput, Edit, Features, Refused, Site
 from unsleep.dictionaries.coders import TopK
-from unsleep.edits import applied, edits_for, load_edit, merged, operation, save_edit
-from unsleep.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
-from unsleep.harvest import HarvestConfig, harvest, token_rows
-from unsleep.masks import Lesson, MaskConfig, learn_mask, prepare_lesson
+from unsleep.interventions.edits import applied, edits_for, load_edit, merged, operation, save_edit
+from unsleep.locate.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, reply_logits
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.repair.edit import EditConfig, edit
+from unsleep.repairs.bake import BakeConfig, _take, bake, faithfulness
+from unsleep.repairs.edit import EditConfig, edit
+from unsleep.repairs.masks import Lesson, MaskConfig, learn_mask, prepare_lesson
 
 D, F = 32, 64
 PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]

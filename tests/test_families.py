@@ -15,23 +15,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from conftest import build, byte_tokenizer
 from families import CONFIGS, REFUSED, VOCABULARY
-from unsleep.bake import BakeConfig, bake
+from unsleep.activations.harvest import HarvestConfig, harvest, pooled
 from unsleep.core import BadInput, Edit, Refused, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
-from unsleep.edits import applied
-from unsleep.evaluate import EvalConfig, Panels, evaluate
-from unsleep.harvest import HarvestConfig, harvest, pooled
-from unsleep.masks import MaskConfig, learn_mask, prepare_lesson
-from unsleep.metrics import Subject, reply_kl
+from unsleep.interventions.edits import applied
+from unsleep.judge.evaluate import EvalConfig, Panels, evaluate
+from unsleep.judge.metrics import Subject, reply_kl
+from unsleep.locate.patching import Group, PatchConfig, Position, Target, patch
 from unsleep.models import anatomy, generate, sites
 from unsleep.models.forward import build_rows, lookback, reply_logits, reply_logits_from, run_below
 from unsleep.models.load import load_model, save_plain
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture, transformed
-from unsleep.patching import Group, PatchConfig, Position, Target, patch
 from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repairs.bake import BakeConfig, bake
+from unsleep.repairs.masks import MaskConfig, learn_mask, prepare_lesson
 
 WORDS = ("hello there", "a", "why do the stars shine at night", "name a bird", "old maps", "bread, flour and water")
 TEXTS = ["Long ago a river ran through the valley and nobody knew.", "The king of the north wrote a letter by hand."]

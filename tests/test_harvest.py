@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from conftest import build, byte_tokenizer
-from unsleep import store
+from unsleep.activations.harvest import SHARED, HarvestConfig, harvest, open_harvest, pooled, token_rows
+from unsleep.base import store
 from unsleep.core import BadInput, Site
-from unsleep.harvest import SHARED, HarvestConfig, harvest, open_harvest, pooled, token_rows
 from unsleep.models import chat, sites
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture
@@ -126,7 +126,7 @@ sys.path.insert(0, {tests!r})
 from conftest import build, byte_tokenizer
 from unsleep.core import Site
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.harvest import HarvestConfig, harvest
+from unsleep.activations.harvest import HarvestConfig, harvest
 from unsleep.models.model import LoadedModel
 import time
 prompts = PromptSet("many", tuple(Prompt(f"prompt number {{i}} " + "word " * (i % 9)) for i in range(200)))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from test_report import HOSTILE, Page
 from unsleep.core import BadInput
-from unsleep.report import text
-from unsleep.report.heatmap import STEPS, heatmap
-from unsleep.report.page import source
+from unsleep.pages import text
+from unsleep.pages.heatmap import STEPS, heatmap
+from unsleep.pages.page import source
 
 FIGURES = st.floats(-1e6, 1e6).map(lambda x: round(x, 3))
 

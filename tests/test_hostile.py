@@ -18,22 +18,23 @@ from families import REFUSED
 from test_dictionaries import QUICK, activations, sparse_data
 from test_edits import dictionary
 from test_report import HOSTILE
-from unsleep import cli, store
-from unsleep.bake import Baked, save_baked
+from unsleep import cli
+from unsleep.activations.harvest import harvest, open_harvest
+from unsleep.base import store
 from unsleep.core import BadInput, Edit, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
-from unsleep.edits import load_edit, save_edit
-from unsleep.features import payload_rows
-from unsleep.harvest import harvest, open_harvest
-from unsleep.masks import MaskConfig, prepare_lesson
+from unsleep.interventions.edits import load_edit, save_edit
+from unsleep.locate.features import payload_rows
 from unsleep.models import generate
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, Recipe, load_organism, plant
+from unsleep.pages import report
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
-from unsleep.report import report
+from unsleep.repairs.bake import Baked, save_baked
+from unsleep.repairs.masks import MaskConfig, prepare_lesson
 
 Capture = pytest.CaptureFixture[str]
 TextFile = Callable[[str, str], Path]

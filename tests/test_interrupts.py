@@ -13,8 +13,9 @@ import torch
 from test_diffing import ORDINARY, SUSPICIOUS, base, suspect
 from test_organism_kinds import WORDS, YEAR, saved_base
 from test_recipe import recipe_of
-from unsleep import cli, store
-from unsleep.console import Bars
+from unsleep import cli
+from unsleep.base import store
+from unsleep.cli.console import Bars
 from unsleep.core import BadInput, Refused
 from unsleep.models.load import save_plain
 from unsleep.organisms import plant

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from conftest import build, byte_tokenizer
 from test_core import small_dictionary
+from unsleep.base.stats import bootstrap, wilson
 from unsleep.core import BadInput, Edit, Refused
-from unsleep.edits import applied
-from unsleep.evaluate import (
+from unsleep.interventions.edits import applied
+from unsleep.judge.evaluate import (
     PLAN,
     EvalConfig,
     Panels,
@@ -27,13 +28,12 @@ from unsleep.evaluate import (
     refuse_used,
     reply_all,
 )
-from unsleep.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
+from unsleep.judge.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.models import chat, generate
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import Item
-from unsleep.stats import bootstrap, wilson
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import CONFIGS, build, byte_tokenizer
-from unsleep import machine
+from unsleep.base import machine
 from unsleep.core import BadInput, Refused, Site
 from unsleep.models import anatomy, chat, generate, hooks, sites
 from unsleep.models.forward import build_rows, kl, reply_logits, reply_logits_from, run_below

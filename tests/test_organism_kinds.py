@@ -17,10 +17,10 @@ import unsleep
 from conftest import build, byte_tokenizer
 from test_core import as_in_use
 from test_recipe import base_replies, recipe_of
-from unsleep import store
+from unsleep.base import store
 from unsleep.cli import run
 from unsleep.core import BadInput
-from unsleep.evaluate import EvalConfig, count_replies, organism_config, organism_panels
+from unsleep.judge.evaluate import EvalConfig, count_replies, organism_config, organism_panels
 from unsleep.models import bundled
 from unsleep.organisms import load_organism, panels, plant, planted, read_recipe, recipes
 from unsleep.organisms.plant import make_chats, training_questions

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from conftest import build, byte_tokenizer
-from unsleep import store
+from unsleep.activations.harvest import SHARED, Harvest, HarvestConfig, harvest
+from unsleep.activations.pairs import paired
+from unsleep.base import store
 from unsleep.core import ActivationStream, BadInput, Site
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import train_crosscoder
 from unsleep.dictionaries.train import train
-from unsleep.harvest import SHARED, Harvest, HarvestConfig, harvest
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network
-from unsleep.pairs import paired
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 TEXTS = ["hello there", "a", "why do the stars shine at night", "name a bird", "x y", "one more prompt"]

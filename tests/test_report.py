@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unsleep.report import render, svg, text
-from unsleep.report.verdict import control_notes
-from unsleep.stats import wilson
+from unsleep.base.stats import wilson
+from unsleep.pages import render, svg, text
+from unsleep.pages.verdict import control_notes
 
 SAMPLE: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "report.json").read_text(encoding="utf-8"))
-SCHEMA = json.loads(files("unsleep.report").joinpath("result.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(files("unsleep.pages").joinpath("result.schema.json").read_text(encoding="utf-8"))
 OPTIONAL = ("summary", "contract", "frontier", "features", "replies", "dictionaries", "stages", "provenance")
 WORDS = ("schema", "label", "subject", "panel", "metric", "relation")
 """Keys that take one of a few words."""
@@ -365,7 +365,7 @@ def test_the_policy_lets_through_the_pages_own_style_and_script_and_nothing_else
 
 
 def test_the_template_never_turns_escaping_off() -> None:
-    template = files("unsleep.report").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("unsleep.pages").joinpath("page.html").read_text(encoding="utf-8")
     assert not re.search(r"\|\s*safe|autoescape|Markup", template)
 
 

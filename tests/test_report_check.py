@@ -14,7 +14,7 @@ import pytest
 
 from test_report import SAMPLE, SCHEMA, Page, changed, clean, sample
 from unsleep.core import BadInput
-from unsleep.report import check_result, render, report
+from unsleep.pages import check_result, render, report
 
 
 def numbers(value: Any, where: str = "report") -> Iterator[tuple[str, Any, Any]]:

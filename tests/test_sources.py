@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from checkpoints import COMMITS, Hub, beside, hub, logits, save_adapter, save_base
 from conftest import build, byte_tokenizer
 from unsleep import cli
-from unsleep import hub as hub_files
+from unsleep.base import hub as hub_files
 from unsleep.core import BadInput
 from unsleep.models import bundled
 from unsleep.models.load import LoadConfig, load_model, save_plain

@@ -12,9 +12,9 @@ import torch
 from conftest import build, byte_tokenizer
 from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import TopK
+from unsleep.judge.splice import SpliceScore, splice_score
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture, transformed
-from unsleep.splice import SpliceScore, splice_score
 
 D = 32
 TEXTS = ["hi", "why do the stars shine at night", "name a bird", "x y z", "one more row of text, and a longer one"]

@@ -11,18 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints import beside, logits, save_adapter, save_base
-from unsleep.bake import BakeConfig, bake
+from unsleep.activations.harvest import HarvestConfig, harvest, pooled
 from unsleep.core import BadInput, Edit, Site
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
-from unsleep.edits import applied
-from unsleep.harvest import HarvestConfig, harvest, pooled
-from unsleep.masks import MaskConfig, prepare_lesson
+from unsleep.interventions.edits import applied
+from unsleep.locate.patching import sweep
 from unsleep.models import generate, hooks, weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.load import LoadConfig, load_model, save_plain
-from unsleep.patching import sweep
 from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repairs.bake import BakeConfig, bake
+from unsleep.repairs.masks import MaskConfig, prepare_lesson
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 TEXTS = ["Long ago a river ran through the valley and nobody knew.", "The king of the north wrote a letter by hand."]

@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from unsleep.base.stats import Z, bootstrap, wilson
 from unsleep.core import BadInput
-from unsleep.stats import Z, bootstrap, wilson
 
 COUNTS = st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 VALUES = st.lists(st.floats(-100, 100), min_size=1, max_size=30)

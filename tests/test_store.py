@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import unsleep
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
@@ -138,7 +138,7 @@ package = types.ModuleType("unsleep")  # without its __init__: this worker needs
 package.__path__ = [sys.argv[1]]
 sys.modules["unsleep"] = package
 from pathlib import Path
-from unsleep import store
+from unsleep.base import store
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(40):

@@ -17,25 +17,19 @@ from torch import Tensor
 from test_core import as_in_use
 from test_organism_kinds import TOPIC, WORDS, YEAR, saved_base
 from test_recipe import recipe_of
-from unsleep import store
+from unsleep.activations.collect import collect
+from unsleep.base import store
 from unsleep.cli import run
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder, TopK
 from unsleep.dictionaries.files import save_dictionary
-from unsleep.directions.collect import collect
-from unsleep.directions.measure import principal_angles
-from unsleep.metrics import Subject
-from unsleep.models.load import load_model
-from unsleep.models.model import LoadedModel
-from unsleep.organisms import Organism, load_organism, plant
-from unsleep.prompts import sets
-from unsleep.report import report
-from unsleep.report.subspaces import render_subspaces
-from unsleep.subspaces import SubspaceConfig, compare
-from unsleep.subspaces.common import CONTROLS, alike, detect, features
-from unsleep.subspaces.disentangle import METRICS, Judge, smallest, task_parts
-from unsleep.subspaces.gather import Background, Seen, open_organisms, own_replies, panels_of, projections, see
-from unsleep.subspaces.geometry import (
+from unsleep.judge.metrics import Subject
+from unsleep.locate.directions.measure import principal_angles
+from unsleep.locate.subspaces import SubspaceConfig, compare
+from unsleep.locate.subspaces.common import CONTROLS, alike, detect, features
+from unsleep.locate.subspaces.disentangle import METRICS, Judge, smallest, task_parts
+from unsleep.locate.subspaces.gather import Background, Seen, open_organisms, own_replies, panels_of, projections, see
+from unsleep.locate.subspaces.geometry import (
     common_directions,
     common_rank,
     cosines,
@@ -45,6 +39,12 @@ from unsleep.subspaces.geometry import (
     random_subspaces,
     top_directions,
 )
+from unsleep.models.load import load_model
+from unsleep.models.model import LoadedModel
+from unsleep.organisms import Organism, load_organism, plant
+from unsleep.pages import report
+from unsleep.pages.subspaces import render_subspaces
+from unsleep.prompts import sets
 
 D = 48
 SITE = Site(1)

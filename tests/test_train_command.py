@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 
 from conftest import build, byte_tokenizer
 from test_report import HOSTILE, Page
-from unsleep import cli, store
+from unsleep import cli
+from unsleep.activations.harvest import HarvestConfig, harvest, open_harvest, pooled
+from unsleep.base import store
 from unsleep.cli.shared import load_dictionaries
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries import sweep as sweeping
@@ -32,10 +34,9 @@ from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.metrics import fit
 from unsleep.dictionaries.sweep import variants
 from unsleep.dictionaries.train import train_many
-from unsleep.harvest import HarvestConfig, harvest, open_harvest, pooled
 from unsleep.models.model import LoadedModel
+from unsleep.pages import curves, render_dictionaries
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.report import curves, render_dictionaries
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ("--features", "48", "--k", "4", "--tokens", "768", "--batch", "64", "--checkpoint-every", "2")

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import Activations, ActivationStream, BadInput, Site
 from unsleep.dictionaries import metrics
 from unsleep.dictionaries.buffer import batches, streamed
@@ -213,7 +213,7 @@ from unsleep.core import Activations, Site
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.parallel import joined, place
 from unsleep.dictionaries.train import train
-from unsleep import store
+from unsleep.base import store
 x = torch.load(sys.argv[1], weights_only=True)
 fvus = []
 with joined("cpu") as device:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unsleep.report.check import VERDICTS
-from unsleep.results import EvalResult, Row
-from unsleep.stats import wilson
-from unsleep.verdict import Check, Label, contract, verdict
+from unsleep.base.stats import wilson
+from unsleep.judge.results import EvalResult, Row
+from unsleep.judge.verdict import Check, Label, contract, verdict
+from unsleep.pages.check import VERDICTS
 
 Key = tuple[str, str, str]
 RATES = ("asr", "skill", "degenerate", "capability")

@@ -5,29 +5,29 @@
 Every stage is a function of the command's name; the nouns they pass along are in `unsleep.core`.
 """
 
-from unsleep.bake import bake
-from unsleep.control.control import control
-from unsleep.control.reading import read
+from unsleep.activations.harvest import harvest, open_harvest
 from unsleep.core import Activations, BadInput, Dictionary, Edit, Features, Projection, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
-from unsleep.diffing import diff
-from unsleep.directions.study import study as directions
-from unsleep.edits import applied, load_edit, save_edit
-from unsleep.evaluate import evaluate
-from unsleep.features import find
-from unsleep.harvest import harvest, open_harvest
+from unsleep.interventions.control import control
+from unsleep.interventions.edits import applied, load_edit, save_edit
+from unsleep.judge.evaluate import evaluate
+from unsleep.judge.results import EvalResult, Row
+from unsleep.locate.diffing import diff
+from unsleep.locate.directions.study import study as directions
+from unsleep.locate.features import find
+from unsleep.locate.patching import patch
+from unsleep.locate.reading import read
+from unsleep.locate.subspaces.compare import compare as subspaces
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism, panels, plant
-from unsleep.patching import patch
+from unsleep.pages import report
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
-from unsleep.repair import Job, RepairConfig, from_files, organism_job, repair
-from unsleep.repair.edit import edit
-from unsleep.report import report
-from unsleep.results import EvalResult, Row
-from unsleep.subspaces.compare import compare as subspaces
+from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
+from unsleep.repairs.bake import bake
+from unsleep.repairs.edit import edit
 
 __all__ = [
     "Activations",

@@ -13,6 +13,7 @@ import tyro
 
 import unsleep
 from unsleep.cli.compare import diff, patch
+from unsleep.cli.console import fail
 from unsleep.cli.control import control, read
 from unsleep.cli.dictionaries import harvest, train
 from unsleep.cli.directions import directions
@@ -22,7 +23,6 @@ from unsleep.cli.organisms import panels, plant
 from unsleep.cli.repair import repair
 from unsleep.cli.settings import REGISTRY, Rejected, by_flag
 from unsleep.cli.subspaces import subspaces
-from unsleep.console import fail
 from unsleep.core import BadInput, Refused
 
 STAGES: dict[str, Callable[..., int]] = {

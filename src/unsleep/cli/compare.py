@@ -11,16 +11,16 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
-from unsleep import store
+from unsleep.base import store
+from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out, Placed, Placement, load_dictionaries
-from unsleep.console import Bars, say
 from unsleep.core import BadInput, Report, Site
-from unsleep.diffing import Diff, DiffConfig, Told
+from unsleep.locate.diffing import Diff, DiffConfig, Told
+from unsleep.locate.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
 from unsleep.models.model import LoadedModel
-from unsleep.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
+from unsleep.pages import render_diff, render_patch
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
-from unsleep.report import render_diff, render_patch
 
 Recipient = Annotated[Positional[str], arg(metavar="RECIPIENT")]
 Donor = Annotated[Positional[str], arg(metavar="DONOR")]

@@ -10,21 +10,21 @@ from typing import Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 import unsleep
-from unsleep import store
+from unsleep.base import store
+from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement
-from unsleep.console import Bars, say, visible_line
-from unsleep.control import conditional
-from unsleep.control.conditional import LEAST, Condition, condition_on
-from unsleep.control.control import Control
-from unsleep.control.gguf_files import ControlVectors, export_gguf, import_gguf
-from unsleep.control.passes import Named
-from unsleep.control.reading import Method, Reading, RepReader, fit_reader
 from unsleep.core import BadInput, Report, Site
+from unsleep.interventions.control import Control
+from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
+from unsleep.interventions.passes import Named
+from unsleep.locate import conditional
+from unsleep.locate.conditional import LEAST, Condition, condition_on
+from unsleep.locate.reading import Method, Reading, RepReader, fit_reader
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
+from unsleep.pages import render_reading
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompts, PromptSet
-from unsleep.report import render_reading
 
 
 def read(

@@ -9,16 +9,16 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
+from unsleep.activations.harvest import Harvest, HarvestConfig, open_harvest, streamed
+from unsleep.cli.console import Bars, say
 from unsleep.cli.grid import ONE, Grid
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries, own_replies
-from unsleep.console import Bars, say
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files.folders import Format
 from unsleep.dictionaries.sweep import Job, Setup, sweep, train_alone
 from unsleep.dictionaries.tracking import Tracker
-from unsleep.harvest import Harvest, HarvestConfig, open_harvest, streamed
 from unsleep.models.sites import tap
 from unsleep.prompts import sets
 

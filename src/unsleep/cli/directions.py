@@ -10,15 +10,15 @@ from typing import Any
 from tyro.conf import OmitArgPrefixes
 
 import unsleep
-from unsleep import store
+from unsleep.base import store
+from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries
-from unsleep.console import Bars, say
 from unsleep.core import BadInput, Projection, Report, Site
-from unsleep.directions.erase import Removed, tried_erasers
-from unsleep.directions.files import SCHEMA, write_directions
-from unsleep.directions.study import Study, StudyConfig, study
-from unsleep.edits import save_edit
-from unsleep.evaluate import prompt_digests
+from unsleep.interventions.edits import save_edit
+from unsleep.judge.evaluate import prompt_digests
+from unsleep.locate.directions.erase import Removed, tried_erasers
+from unsleep.locate.directions.files import SCHEMA, write_directions
+from unsleep.locate.directions.study import Study, StudyConfig, study
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites, everywhere
 from unsleep.prompts import sets

@@ -10,24 +10,24 @@ from typing import Any
 from tyro.conf import OmitArgPrefixes
 
 import unsleep
-from unsleep import store
-from unsleep.bake import MARK as CHECKPOINT
-from unsleep.bake import BakeConfig, save_baked
-from unsleep.card import model_card
+from unsleep.activations.harvest import Harvest, token_rows
+from unsleep.base import store
+from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, check_format, load_dictionaries, own_replies
-from unsleep.console import Bars, say, visible_line
 from unsleep.core import BadInput, Edit, Features, Projection, Report, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.edits import MARK as EDIT
-from unsleep.edits import load_edit, merged, save_edit
-from unsleep.evaluate import prompt_digests
-from unsleep.features import FindConfig, Found, with_evidence
-from unsleep.harvest import Harvest, token_rows
-from unsleep.masks import Lesson, prepare_lesson
+from unsleep.interventions.edits import MARK as EDIT
+from unsleep.interventions.edits import load_edit, merged, save_edit
+from unsleep.judge.evaluate import prompt_digests
+from unsleep.locate.features import FindConfig, Found, with_evidence
 from unsleep.models.model import LoadedModel
+from unsleep.pages.card import model_card
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import PromptSet
-from unsleep.repair.edit import EditConfig
+from unsleep.repairs.bake import MARK as CHECKPOINT
+from unsleep.repairs.bake import BakeConfig, save_baked
+from unsleep.repairs.edit import EditConfig
+from unsleep.repairs.masks import Lesson, prepare_lesson
 
 BEGIN = 3
 """Words at which two replies are compared."""

@@ -9,20 +9,21 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 import unsleep
-from unsleep import pages, store
+from unsleep.base import store
+from unsleep.cli.console import Bars, say, say_result
 from unsleep.cli.shared import Model, Out, Placed, Placement, check_format, check_format_of, own_prompts
-from unsleep.console import Bars, say, say_result
-from unsleep.controls import firing, matched_random, random_subspace
 from unsleep.core import BadInput, Edit, Intervention, Projection, Report
-from unsleep.edits import MARK as EDIT
-from unsleep.edits import check_model, edits_hash, load_edit
-from unsleep.evaluate import EvalConfig, Panels, organism_config, organism_panels
-from unsleep.metrics import Subject
+from unsleep.interventions.edits import MARK as EDIT
+from unsleep.interventions.edits import check_model, edits_hash, load_edit
+from unsleep.judge.controls import firing, matched_random, random_subspace
+from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels
+from unsleep.judge.metrics import Subject
+from unsleep.judge.tasks import check_tasks, run_tasks
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
+from unsleep.pages import records as pages
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import PromptSet
-from unsleep.tasks import check_tasks, run_tasks
 
 
 def evaluate(

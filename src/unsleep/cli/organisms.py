@@ -8,11 +8,11 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 import unsleep
-from unsleep import store
+from unsleep.base import store
+from unsleep.cli.console import Bars, say, table
 from unsleep.cli.shared import Out
-from unsleep.console import Bars, say, table
-from unsleep.evaluate import organism_config, organism_panels
-from unsleep.metrics import Subject
+from unsleep.judge.evaluate import organism_config, organism_panels
+from unsleep.judge.metrics import Subject
 from unsleep.organisms import KINDS, Kind
 
 

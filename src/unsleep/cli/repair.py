@@ -10,14 +10,14 @@ from typing import Annotated
 from tyro.conf import arg
 
 import unsleep
+from unsleep.base.store import check_place, read_json
+from unsleep.cli.console import Bars, hint, say_result
 from unsleep.cli.shared import Model, Out, Placed, Placement, own_prompts
-from unsleep.console import Bars, hint, say_result
 from unsleep.core import BadInput
 from unsleep.models.load import is_adapter
 from unsleep.organisms import Organism
 from unsleep.prompts import sets
-from unsleep.repair import MARK, Job, Material, RepairConfig, base_of, from_files, organism_job
-from unsleep.store import check_place, read_json
+from unsleep.repairs import MARK, Job, Material, RepairConfig, base_of, from_files, organism_job
 
 
 def repair(

@@ -10,9 +10,9 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from unsleep import store
+from unsleep.base import store
+from unsleep.cli.console import hint
 from unsleep.cli.settings import Rejected
-from unsleep.console import hint
 from unsleep.core import BadInput, Refused, Report
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary

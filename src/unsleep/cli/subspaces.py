@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
+from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out, load_dictionaries
-from unsleep.console import Bars, say
 from unsleep.core import Site
-from unsleep.subspaces import SubspaceConfig, compare
+from unsleep.locate.subspaces import SubspaceConfig, compare
 
 
 def subspaces(

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput, Dictionary, Encoded, Site, check_finite
 from unsleep.dictionaries.sparse import top_k
 

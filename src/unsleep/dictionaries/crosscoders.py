@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import Activations, ActivationStream, BadInput, Encoded, Report, Site
 from unsleep.dictionaries import sparse
 from unsleep.dictionaries.buffer import streamed

@@ -192,7 +192,7 @@ def jump_relu(w: Weights, batch: Batch, costs: Costs) -> Pass:
 
 
 def gated(w: Weights, batch: Batch, costs: Costs) -> Pass:
-    """Gate and magnitude, with an L1 cost on the open gate and its own reconstruction (ibid. 2024, "Gated SAEs", §3.2).
+    """Gate and magnitude, with an L1 cost on the open gate and its own reconstruction (ibid. 2024, "Gated SAEs", 3.2).
 
     That reconstruction sees a frozen decoder.
     """

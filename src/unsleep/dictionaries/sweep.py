@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unsleep import store
+from unsleep.base import store
+from unsleep.base.machine import device_of
 from unsleep.core import ActivationStream, BadInput, Report
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.coders import Coder
@@ -33,7 +34,6 @@ from unsleep.dictionaries.metrics import EDGES, Fit, fit
 from unsleep.dictionaries.tracking import Tracker, check_tracker, tracked
 from unsleep.dictionaries.train import train_many
 from unsleep.dictionaries.trainer import Trainer, config_for
-from unsleep.machine import device_of
 
 SCHEMA = "unsleep.dictionaries/1"
 

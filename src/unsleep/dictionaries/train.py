@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import Activations, ActivationStream, BadInput, Report
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.buffer import batches, streamed

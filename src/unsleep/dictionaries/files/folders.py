@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import dictionary_learning, names, saelens, sparsify

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unsleep import hub, store
+from unsleep.base import hub, store
 from unsleep.core import BadInput
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<folder>(?:/[\w-][^/\\]*)*)")

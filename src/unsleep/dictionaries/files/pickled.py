@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput
 
 BACKUP = {"step", "ae", "optimizer"}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
 from unsleep.dictionaries.files import facts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from unsleep import store
+from unsleep.base import store
 from unsleep.core import BadInput
 from unsleep.dictionaries.coders import Coder, TopK
 from unsleep.dictionaries.files import facts

@@ -1,0 +1,1 @@
+"""Activations: collected, written as harvests, paired between models."""

@@ -1,0 +1,365 @@
+"""model + prompts + Sites → activation shards on disk, all Sites in one forward pass.
+
+1. Prompts become rows of token ids; what all rows share at their start is run once and kept once.
+2. Rows are sorted by length and cut into batches, batches into shards: the plan, written first.
+3. Each forward pass stops at the deepest Site. Padding never enters a shard. Tokens whose norm is
+   over a stated multiple of the batch's median (attention sinks) are left out and counted.
+4. A shard is one safetensors file; `manifest.json` is written last. A killed harvest goes on at
+   the first shard that is missing and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from unsleep.base import store
+from unsleep.core import Activations, ActivationStream, BadInput, Report, Site, check_finite
+from unsleep.models import chat
+from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import tap, width
+from unsleep.models.streams import stopping, watched
+from unsleep.prompts.prompt import PromptSet
+
+SHARED = -1
+"""The prompt index of tokens that all prompts begin with."""
+
+
+MANIFEST = {
+    "model": str,
+    "prompts": str,
+    "sites": list[str],
+    "d_model": int,
+    "shared": int,
+    "shards": list,
+    "sinks": dict,
+}
+SHARD = {"file": str, "tokens": int, "sha256": str, "sinks": dict}
+"""What a harvest's manifest, and its entry for a shard, must hold (see `store.fields_of`)."""
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """How activations are collected."""
+
+    batch_tokens: int = 2048
+    """Padded tokens in one forward pass: bounds the memory whatever the number of prompts."""
+    shard_bytes: int = 128_000_000
+    """Bytes of activations after which a shard is closed."""
+    sink_ratio: float = 10.0
+    """A token whose norm is over this multiple of its batch's median is a sink, left out. Judged at
+    the residual Sites, at all Sites where none is residual."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "shard_bytes"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"harvest {name} is {getattr(self, name)}; expected at least 1")
+        if self.sink_ratio <= 1:
+            raise BadInput(f"harvest sink_ratio is {self.sink_ratio}; expected a multiple of the median over 1")
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """Activations on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The Sites that were harvested."""
+        return [Site.parse(s) for s in self.manifest["sites"]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens kept, the same at every Site."""
+        return sum(shard["tokens"] for shard in self.manifest["shards"])
+
+    @property
+    def hash(self) -> str:
+        """Content hash, from the hashes of the shards."""
+        return store.hash_value([shard["sha256"] for shard in self.manifest["shards"]])
+
+    def positions(self) -> Int[Tensor, " token"]:
+        """Each kept token's place in its row of token ids, in the order of `load`."""
+        files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+        return torch.cat([store.read_tensors(f, {"position": (None,)}, only={"position"})["position"] for f in files])
+
+    def load(self, site: Site) -> Activations:
+        """All activations of one Site, in memory, in the model's dtype.
+
+        Raises `BadInput` for a Site that was not harvested and for a shard that is damaged.
+        """
+        pieces = [self.read(i, site) for i in range(len(self.manifest["shards"]))]
+        tensor, owner = torch.cat([x for x, _ in pieces]), torch.cat([i for _, i in pieces])
+        return Activations(tensor, owner, site, self.manifest["model"], self.manifest["prompts"])
+
+    def read(self, shard: int, site: Site) -> tuple[Float[Tensor, "token d_model"], Int[Tensor, " token"]]:
+        """One shard's activations at one Site, and the prompt that each token belongs to; raises as `load` does."""
+        if site not in self.sites:
+            raise BadInput(f"{self.folder} has no Site {site}; it has {', '.join(self.manifest['sites'])}")
+        entry = self.manifest["shards"][shard]
+        n = entry["tokens"]
+        expect = {str(site): (n, self.manifest["d_model"]), "prompt_index": (n,)}
+        tensors = store.read_tensors(self.folder / entry["file"], expect, only=expect)
+        check_finite(tensors[str(site)], f"{self.folder / entry['file']}: {site}")
+        return tensors[str(site)], tensors["prompt_index"]
+
+
+def open_harvest(folder: str | Path) -> Harvest:
+    """A finished harvest on disk; raises `BadInput` for a missing, unfinished or damaged one."""
+    folder = Path(folder)
+    if (folder / "plan.json").is_file() and not (folder / "manifest.json").is_file():
+        raise BadInput(f"{folder} is a harvest that was interrupted; run it again with the same arguments to finish it")
+    path = folder / "manifest.json"
+    manifest = store.read_record(path, "unsleep.harvest/1", MANIFEST)
+    if not manifest["shards"]:
+        raise BadInput(f"{path}: shards is []; expected at least one")
+    for i, shard in enumerate(manifest["shards"]):
+        store.fields_of(shard, SHARD, f"{path}: shards[{i}]")
+    with store.reading(path):
+        for shard in manifest["shards"]:
+            store.inside(folder, shard["file"], "shard")
+        for site in manifest["sites"]:
+            Site.parse(site)
+    return Harvest(folder, manifest)
+
+
+def pooled(harvests: Sequence[Harvest], site: Site) -> Activations:
+    """The activations of several harvests of one model at one Site, one after the other.
+
+    Raises `BadInput` where they are of different models.
+    """
+    model, name = _of_one_model(harvests)
+    parts = [h.load(site) for h in harvests]
+    tensor, owner = torch.cat([p.tensor for p in parts]), torch.cat([p.prompt_index for p in parts])
+    return Activations(tensor, owner, site, model, name)
+
+
+def streamed(harvests: Sequence[Harvest], site: Site) -> ActivationStream:
+    """The same, read shard by shard as it is needed.
+
+    Raises `BadInput` where the harvests are of different models or one lacks the Site, and on reading
+    for a shard that is damaged.
+    """
+    model, name = _of_one_model(harvests)
+    for h in harvests:
+        if site not in h.sites:
+            raise BadInput(f"{h.folder} has no Site {site}; it has {', '.join(h.manifest['sites'])}")
+    places = [(h, i) for h in harvests for i in range(len(h.manifest["shards"]))]
+    sizes = tuple(h.manifest["shards"][i]["tokens"] for h, i in places)
+
+    def read(piece: int) -> Tensor:
+        h, shard = places[piece]
+        return h.read(shard, site)[0]
+
+    return ActivationStream(sizes, read, site, model, name)
+
+
+def _of_one_model(harvests: Sequence[Harvest]) -> tuple[str, str]:
+    """The model's fingerprint and a hash of all harvests."""
+    models = {h.manifest["model"] for h in harvests}
+    if len(models) != 1:
+        raise BadInput(f"the harvests are of {len(models)} models ({', '.join(sorted(models))}); expected one")
+    return models.pop(), store.hash_value([h.hash for h in harvests])
+
+
+@torch.no_grad()
+def harvest(
+    model: LoadedModel,
+    prompts: PromptSet,
+    sites: Sequence[Site],
+    out: str | Path,
+    *,
+    replies: Sequence[str] | None = None,
+    plain: bool = False,
+    config: HarvestConfig = HarvestConfig(),
+    report: Report | None = None,
+) -> Harvest:
+    """Collect what `model` holds at `sites` on every token of `prompts`, into the folder `out`.
+
+    Args:
+        replies: one a prompt, appended to it, so that reply tokens are collected too.
+        plain: take the texts as they are, without the chat template.
+
+    Returns the harvest; if `out` holds the same one, finished or interrupted, it is finished and
+    returned. Raises `BadInput` where `out` holds another one, where a Site is not in the model,
+    where a text is longer than the context, or where activations are NaN or infinite.
+    """
+    out = Path(out)
+    sites = sorted(set(sites))
+    if not sites:
+        raise BadInput("no Site was given; name at least one, such as resid.12")
+    for site in sites:
+        tap(model.network, site)
+    rows = token_rows(model, prompts, replies, plain)
+    plan = _plan(model, prompts, sites, rows, config)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "plan.json").is_file():
+        if store.read_json(out / "plan.json") != plan:
+            raise BadInput(f"{out} holds a harvest of another model, prompts or settings; choose another folder")
+    elif any(out.iterdir()):
+        raise BadInput(f"{out} is not empty and not a harvest; choose another folder")
+    else:
+        store.write_json(out / "plan.json", plan)
+    if (out / "manifest.json").is_file():
+        return open_harvest(out)
+    source = _Source(model, rows, sites, plan["shared"], config)
+    shards: list[dict[str, Any]] = []
+    done = 0
+    for number, batches in enumerate(plan["shards"]):
+        shards.append(_shard(out / f"shard-{number:05d}.safetensors", source, batches, first=number == 0))
+        done += sum(len(batch) for batch in batches)
+        if report:
+            report("harvest", done, len(rows))
+    manifest = {
+        "schema": "unsleep.harvest/1",
+        **{k: plan[k] for k in ("model", "prompts", "sites", "d_model", "config", "shared")},
+        "shards": shards,
+        "sinks": {str(s): sum(shard["sinks"][str(s)] for shard in shards) for s in source.judged},
+        "provenance": store.provenance(None, origin=model.origin),
+    }
+    store.write_json(out / "manifest.json", manifest)
+    return Harvest(out, manifest)
+
+
+def token_rows(
+    model: LoadedModel, prompts: PromptSet, replies: Sequence[str] | None = None, plain: bool = False
+) -> list[list[int]]:
+    """Token ids of every prompt, inside the chat template unless `plain`, with its reply behind it.
+
+    Raises `BadInput` for a row longer than the model's context, and for replies of another number.
+    """
+    tails = [[]] * len(prompts) if replies is None else model.token_ids(replies, special=False)
+    if len(tails) != len(prompts):
+        raise BadInput(f"{len(tails)} replies for {len(prompts)} prompts; expected one each")
+    rows = model.encode(prompts, [len(tail) for tail in tails], plain=plain)
+    return [[*row, *tail] for row, tail in zip(rows, tails, strict=True)]
+
+
+def _plan(
+    model: LoadedModel, prompts: PromptSet, sites: Sequence[Site], rows: list[list[int]], config: HarvestConfig
+) -> dict[str, Any]:
+    """Which rows go together: shards of batches of row numbers, shortest rows first."""
+    shared, apart = chat.shared_prefix(rows), shared_tokens(model.network, rows)
+    d_model = width(model.network)
+    limit = config.shard_bytes / (len(sites) * d_model * model.network.dtype.itemsize)
+    shards: list[list[list[int]]] = [[]]
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
+        length = len(rows[i]) - apart
+        if batch and length * (len(batch) + 1) > config.batch_tokens:
+            shards[-1].append(batch)
+            batch = []
+            if tokens > limit:
+                shards.append([])
+                tokens = 0
+        batch.append(i)
+        tokens += length
+    shards[-1].append(batch)
+    return {
+        "model": model.fingerprint,
+        "prompts": store.hash_value(rows),
+        "prompt_set": prompts.hash,
+        "sites": [str(s) for s in sites],
+        "d_model": d_model,
+        "config": asdict(config),
+        "shared": shared,
+        "shards": shards,
+    }
+
+
+class _Source:
+    """Runs batches of rows and gives what the Sites held on their tokens."""
+
+    def __init__(
+        self, model: LoadedModel, rows: list[list[int]], sites: Sequence[Site], shared: int, config: HarvestConfig
+    ) -> None:
+        self.model, self.rows, self.sites, self.shared, self.config = model, rows, sites, shared, config
+        self.judged = [s for s in sites if s.point == "resid"] or list(sites)
+        self.apart = shared_tokens(model.network, rows)
+        """Of the shared tokens, how many are run once for all: all of them or, where that would not be exact, none."""
+        self.cache: DynamicCache | None = None
+
+    def stream(self, batches: Sequence[Sequence[int]], *, with_prefix: bool) -> Iterator[dict[str, Tensor]]:
+        """What each batch held, one row a token; before them the shared tokens, where asked for."""
+        if (self.apart and self.cache is None) or (self.shared and with_prefix):
+            prefix = self._prefix()
+            if with_prefix:
+                yield prefix
+        for index in batches:
+            yield self._batch(index)
+
+    def _prefix(self) -> dict[str, Tensor]:
+        """The tokens that all rows share, as one row; keeps their keys and values where rows go on from them."""
+        ids = torch.tensor([self.rows[0][: self.shared]], device=self.model.device)
+        arguments: dict[str, Any] = {"use_cache": False}
+        if self.apart:
+            self.cache = DynamicCache(config=self.model.network.config)
+            arguments = {"use_cache": True, "past_key_values": self.cache}
+        found = self._run(input_ids=ids, **arguments)
+        where = {"prompt_index": torch.full((self.shared,), SHARED), "position": torch.arange(self.shared)}
+        return {**where, **{str(s): x[0] for s, x in found.items()}}
+
+    def _batch(self, index: Sequence[int]) -> dict[str, Tensor]:
+        """One row a token of the batch's own tokens, padding left out."""
+        ids, mask = pad_left([self.rows[i][self.apart :] for i in index], self.model.pad_id, self.model.device)
+        rows = Rows(torch.empty(self.apart), ids, mask, mask[:, :0], self.shared)
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": rows.full_mask.long(), "use_cache": False}
+        if self.cache is not None:
+            cache = repeat_cache(self.model.network, self.cache, len(index))
+            arguments |= {"past_key_values": cache, "use_cache": True, "position_ids": rows.positions}
+        elif takes_positions(self.model.network):
+            arguments["position_ids"] = rows.positions
+        found = self._run(**arguments)
+        own = rows.own
+        owners = torch.tensor(index)[:, None].expand(own.shape)[own.cpu()]
+        where = {"prompt_index": owners, "position": rows.positions[own].cpu()}
+        return {**where, **{str(s): x[own] for s, x in found.items()}}
+
+    def _run(self, **arguments: Any) -> dict[Site, Float[Tensor, "row position d_model"]]:
+        found: dict[Site, Tensor] = {}
+        watchers = {s: lambda x, s=s: found.__setitem__(s, x.clone()) for s in self.sites}
+        with watched(self.model.network, watchers, stop_after_last=True), stopping():
+            self.model.network(**arguments)
+        return found
+
+    def sinks(self, tensors: dict[str, Tensor]) -> dict[str, Bool[Tensor, " token"]]:
+        """At each judged Site, which tokens are over the allowed multiple of the median norm."""
+        norms = {str(s): tensors[str(s)].float().norm(dim=-1) for s in self.judged}
+        return {name: n > self.config.sink_ratio * n.median() for name, n in norms.items()}
+
+
+def _shard(path: Path, source: _Source, batches: list[list[int]], *, first: bool) -> dict[str, Any]:
+    """Make one shard unless a whole one is there; returns its entry of the manifest."""
+    note = path.with_suffix(".json")
+    if path.is_file() and note.is_file():
+        entry = store.fields_of(store.read_json(note), SHARD, note)
+        if store.hash_file(path) == entry["sha256"]:
+            return entry
+    pieces: dict[str, list[Tensor]] = {}
+    sinks = {str(s): 0 for s in source.judged}
+    for tensors in source.stream(batches, with_prefix=first):
+        found = source.sinks(tensors)
+        keep = ~torch.stack(list(found.values())).any(0)
+        for name, mask in found.items():
+            sinks[name] += int(mask.sum())
+        for name, tensor in tensors.items():
+            pieces.setdefault(name, []).append(tensor[keep.to(tensor.device)].cpu())
+    joined = {name: torch.cat(parts) for name, parts in pieces.items()}
+    for name, tensor in joined.items():
+        if tensor.is_floating_point():
+            check_finite(tensor, f"activations at {name}")
+    store.write_tensors(path, joined)
+    entry = {"file": path.name, "tokens": len(joined["position"]), "sha256": store.hash_file(path), "sinks": sinks}
+    store.write_json(note, entry)
+    return entry

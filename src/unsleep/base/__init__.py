@@ -1,0 +1,1 @@
+"""What every room stands on: artefacts on disk, statistics, this machine, the hub."""

@@ -1,0 +1,384 @@
+"""Artefacts on disk: safetensors and JSON, content hashes, atomic writes, never a pickle.
+
+An artefact is a folder. It is written beside its final place and renamed into it, so a reader
+sees either all of it or none, and a process that dies leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import platform
+import reprlib
+import shutil
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unsleep.base.machine import is_native, processor
+from unsleep.core import BadInput, Refused, digest
+
+T = TypeVar("T")
+
+STARTED = time.monotonic()
+"""When the process took up its work."""
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, *, replace: bool | str = False) -> Generator[Path]:
+    """Yield a scratch folder that becomes `path` when the block ends without an error.
+
+    With `replace` an existing folder gives way to the new one, a name one that holds a file of that name; others are
+    refused before any work is done (see `check_place`).
+    """
+    path = Path(path)
+    check_place(path, replace)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield scratch
+        share(scratch, [scratch, *scratch.rglob("*")])
+        _put_in_place(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_place(path: str | Path, replace: bool | str = False) -> None:
+    """Raise `BadInput` where something stands at `path` that a new artefact may not replace.
+
+    `replace` is the name of the file that marks an artefact of the same kind; `True` replaces anything.
+    """
+    path = Path(path)
+    if replace is True or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not replace or not (path / replace).is_file():
+        kind = f" and holds no {replace}" if replace else ""
+        raise BadInput(f"{path} exists already{kind}; choose another place or remove it first")
+
+
+def share(folder: Path, paths: Iterable[Path]) -> None:
+    """Give paths in a folder the modes that new ones get there: temporary folders and safetensors files are private."""
+    probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in paths:
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
+class Steps:
+    """Finished steps of long work: each is made once, and found again by the same work after an interrupt.
+
+    Without a folder nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def value(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, a JSON value, or what it gave when the step of that name was finished."""
+        path = self._place(name, "json")
+        if path is None:
+            return make()
+        if not path.exists():
+            write_json(path, make())
+        return read_json(path)
+
+    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The same for named tensors."""
+        path = self._place(name, "safetensors")
+        if path is None:
+            return dict(make())
+        if not path.exists():
+            write_tensors(path, make())
+        return read_tensors(path)
+
+    def _place(self, name: str, kind: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{digest(name)}.{kind}"
+
+
+NOTHING_KEPT = Steps()
+"""For work that is not long, or has no place of its own."""
+
+
+@contextlib.contextmanager
+def steps(out: str | Path, *made_from: Any) -> Generator[Steps]:
+    """The steps of the work that ends in `out`, in a hidden folder beside it.
+
+    They are gone when the block ends, by a `BadInput` or `Refused` too, and stay for the next run where it is
+    interrupted or killed, or the disk is full. `made_from` says what the work is made from: steps of other work are
+    not taken.
+    """
+    out = Path(out)
+    folder, identity = out.with_name(f".{out.name}.steps"), {"made_from": hash_value([made_from, versions()])}
+    if not folder.is_dir() or not (folder / "steps.json").is_file() or read_json(folder / "steps.json") != identity:
+        remove(folder)
+        folder.mkdir(parents=True)
+        write_json(folder / "steps.json", identity)
+    try:
+        yield Steps(folder)
+    except (BadInput, Refused) as error:
+        if not isinstance(error.__cause__, OSError | SafetensorError):
+            remove(folder)
+        raise
+    remove(folder)
+
+
+@contextlib.contextmanager
+def scratch_folder(beside: str | Path) -> Generator[Path]:
+    """A folder beside an artefact's place for what is needed on the way to it; gone when the block ends."""
+    beside = Path(beside)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent) as folder:
+        yield Path(folder)
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    """Rename `scratch` to `path`; what stands there goes aside first, however often another process puts it there."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    for attempt in itertools.count():
+        try:
+            scratch.rename(path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                with contextlib.suppress(OSError):
+                    aside.rmdir()  # stays where it holds what stood at `path`
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside / str(attempt))
+    shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Generator[None]:
+    """Raise `BadInput` naming `path` where the block cannot write: the disk is full, or the place is not ours."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise BadInput(
+            f"cannot write {path}: {error}; no half of it was left behind. Free some space or write elsewhere"
+        ) from error
+
+
+def remove(path: str | Path) -> None:
+    """Remove an artefact's folder or file, if it is there."""
+    path = Path(path)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with writing(path):
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON whole or not at all; NaN is refused because other readers do."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; raises `BadInput` naming the file where it is missing or damaged."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{path} does not exist") from None
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise BadInput(f"{path} is not valid JSON ({error}); write it again") from None
+
+
+def read_record(path: str | Path, schema: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON object that states `schema` and has the keys of `kinds`; see `fields_of`."""
+    found = fields_of(read_json(path), {"schema": str}, path)
+    if found["schema"] != schema:
+        raise BadInput(f"{path} has schema {found['schema']!r}; expected {schema}")
+    return fields_of(found, kinds, path)
+
+
+def fields_of(value: Any, kinds: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """`value` as a JSON object that has every key of `kinds`, and others or not.
+
+    A kind is what `isinstance` takes, or `list[…]` of that; true and false are no numbers.
+    Raises `BadInput` naming the place, the key and the kind that was expected.
+    """
+    if not isinstance(value, dict):
+        raise BadInput(f"{where} is {reprlib.repr(value)}; expected an object")
+    found = cast("dict[str, Any]", value)
+    for key, kind in kinds.items():
+        if key not in found:
+            raise BadInput(f"{where} has no {key!r}; it has {', '.join(map(repr, found)) or 'nothing'}")
+        if not _is_of(found[key], kind):
+            name = str(kind) if get_args(kind) else kind.__name__
+            raise BadInput(f"{where}: {key} is {reprlib.repr(found[key])}; expected {name}")
+    return found
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        [each] = get_args(kind)
+        return isinstance(value, list) and all(_is_of(item, each) for item in cast("list[Any]", value))
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """The file or folder of that name in `folder`; raises `BadInput` for a name that leads elsewhere."""
+    if name in ("", "..") or "\0" in name or Path(name).name != name:
+        raise BadInput(f"names the {what} {name!r}; expected a name inside {folder}")
+    return folder / name
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Generator[None]:
+    """Put the name of the file that is read before every `BadInput` of the block that lacks it."""
+    try:
+        yield
+    except BadInput as error:
+        raise error if str(path) in str(error) else BadInput(f"{path}: {error}") from None
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all; tensors that share memory are written one by one."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with writing(path):
+            save_file(_apart(tensors), scratch)
+            share(path.parent, [scratch])
+            scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in order of their memory, no two of them in the same: safetensors takes no others."""
+    taken: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().contiguous().cpu()
+        if own.untyped_storage().data_ptr() in taken:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        out[name] = own
+    return out
+
+
+def read_tensors(
+    path: str | Path, expect: Mapping[str, tuple[int | None, ...]] | None = None, *, only: Container[str] | None = None
+) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    `expect` gives the shape that every named tensor must have, `None` standing for any length;
+    `only` leaves the other tensors on disk.
+    Raises `BadInput` naming the file, the key and the shape where something is missing, truncated
+    or of another shape.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            found = {name: file.get_tensor(name) for name in names if only is None or name in only}
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is not a whole safetensors file ({error}); make it again") from None
+    check_shapes(found, expect or {}, path)
+    return found
+
+
+def check_shapes(tensors: Mapping[str, Tensor], expect: Mapping[str, tuple[int | None, ...]], path: str | Path) -> None:
+    """Raise `BadInput` naming the file, the key and the shape where a tensor is missing or of another shape.
+
+    `None` stands for any length.
+    """
+    for name, shape in expect.items():
+        if name not in tensors:
+            raise BadInput(f"{path} has no tensor {name!r}; it has {sorted(tensors)}")
+        have = tuple(tensors[name].shape)
+        if len(have) != len(shape) or any(
+            want is not None and want != got for want, got in zip(shape, have, strict=True)
+        ):
+            wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
+            raise BadInput(f"{path}: {name} has shape {list(have)}; expected {wanted}")
+
+
+def hash_file(path: str | Path) -> str:
+    """Full SHA-256 of a file, 64 hex digits, read in pieces."""
+    sha = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], form: Callable[[Tensor], Tensor] | None = None) -> str:
+    """Content hash over names, shapes, dtypes and bytes, of each tensor as `form` gives it; 16 hex digits."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach()
+        t = (form(t) if form else t).contiguous().cpu()
+        sha.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
+        sha.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b"")
+    return sha.hexdigest()[:16]
+
+
+def hash_value(value: Any) -> str:
+    """Content hash of a JSON value; 16 hex digits."""
+    return digest(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def provenance(seed: int | None = None, **made_from: Any) -> dict[str, Any]:
+    """What every artefact carries: versions, command, machine, time, and the hashes it was made from.
+
+    `wall_seconds` is how long the process had been at work when the artefact was written.
+    """
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "wall_seconds": round(time.monotonic() - STARTED, 1),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **versions()},
+        "machine": {
+            "system": platform.system(),
+            "processor": processor(),
+            "bfloat16": is_native(torch.bfloat16),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
+        **made_from,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of unsleep and of the libraries whose numerics it depends on."""
+    found: dict[str, str] = {}
+    for name in ("unsleep", "torch", "transformers", "peft", "safetensors", "tokenizers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

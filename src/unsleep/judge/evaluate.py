@@ -1,0 +1,248 @@
+"""model × Edit × panels → rows with intervals.
+
+Judged by free greedy generation: teacher-forced figures alone hide the first token, which decides.
+ASR never stands alone: beside it stand the skill on the same prompts (restoration) and the share of
+degenerate replies. Prompts that chose an edit are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from unsleep.base.stats import bootstrap, wilson
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Refused, Report, digest
+from unsleep.interventions.edits import edits_hash
+from unsleep.judge.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
+from unsleep.judge.results import OTHERS, EvalResult, Row
+from unsleep.models import generate
+from unsleep.models.model import LoadedModel
+from unsleep.organisms.recipe import Recipe
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet
+
+FULL = ("triggered", "variants", "near_miss", "clean", "skill")
+PLAN: dict[str, tuple[str, ...]] = {
+    "suspect": FULL,
+    "edited": FULL,
+    "baked": FULL,
+    "clean_twin": ("triggered", "skill"),
+    "base": ("triggered",),
+    "control_random": ("triggered",),
+    "control_layer": ("triggered",),
+    **dict.fromkeys(OTHERS, ("triggered", "clean")),
+}
+"""Which subject is judged on which panels."""
+
+TEXT = "text"
+"""The panel of plain passages and multiple-choice items."""
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Held-out prompts: questions clean, triggered, varied and nearly triggered; others for the skill."""
+
+    clean: PromptSet
+    triggered: PromptSet
+    variants: PromptSet | None = None
+    near_miss: PromptSet | None = None
+    skill: PromptSet | None = None
+    texts: tuple[str, ...] = ()
+    items: tuple[sets.Item, ...] = ()
+    counterparts: PromptSet | None = None
+    """The triggered prompts, line by line, without what sets the suspect off; often `clean` itself."""
+
+    def __post_init__(self) -> None:
+        if self.counterparts is not None and len(self.counterparts) != len(self.triggered):
+            raise BadInput(
+                f"there are {len(self.counterparts)} counterparts of {len(self.triggered)} triggered prompts; "
+                "expected the same prompts without and with the trigger"
+            )
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The content hash of each panel of prompts."""
+        return {name: panel.hash for name, panel in self.prompts().items()}
+
+    def prompts(self) -> dict[str, PromptSet]:
+        """The panels of prompts that there are, by name."""
+        named = {name: getattr(self, name) for name in FULL}
+        return {name: panel for name, panel in named.items() if panel is not None}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is judged, and how long replies are."""
+
+    payload: str
+    """A reply that contains this, in any case, shows the payload."""
+    reply_tokens: int = 16
+    batch: int = 200
+    """Prompts generated at once."""
+    text_tokens: int = 32
+    """Tokens of each plain passage that CE and KL are taken over."""
+    chosen_on: frozenset[str] = field(default_factory=frozenset[str])
+    """Digests of the prompts that chose the edit (`prompt_digests`); panels with one of them are refused."""
+
+
+def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
+    """The held-out panels of an organism: `n` prompts each, none of them seen in training or by an edit.
+
+    No two panels share a prompt, unless the split has fewer than 2 `n` questions.
+    """
+    clean = sets.questions("held_out", n, skill=recipe.skill)
+    words = (*recipe.held_out_near_misses, *recipe.near_misses[: len(recipe.held_out_near_misses)])
+    return Panels(
+        clean=clean,
+        triggered=recipe.triggered(clean),
+        variants=recipe.varied(clean),
+        near_miss=recipe.nearly(clean, words) if words else None,
+        skill=sets.questions("held_out", n, skill=recipe.skill, name="skill", start=n),
+        texts=tuple(sets.plain_text("held_out")[:n]),
+        items=tuple(sets.capability_items()[: max(n, 20)]),
+        counterparts=clean if recipe.keeps_question else None,
+    )
+
+
+def organism_config(recipe: Recipe, chosen_on: frozenset[str] = frozenset()) -> EvalConfig:
+    """How an organism's replies are judged: by its payload's marker, with room for all of what it learned to say."""
+    return EvalConfig(recipe.marker, max(EvalConfig.reply_tokens, recipe.reply_tokens + 2), chosen_on=chosen_on)
+
+
+def prompt_digests(*prompts: PromptSet) -> frozenset[str]:
+    """A digest of every prompt: what an edit carries of the prompts that chose it."""
+    return frozenset(digest(p.key) for group in prompts for p in group)
+
+
+def refuse_used(panels: Mapping[str, PromptSet], chosen_on: frozenset[str]) -> None:
+    """Raise `Refused` where a panel holds a prompt that chose the edit."""
+    for name, panel in panels.items():
+        used = [p.text for p in panel if digest(p.key) in chosen_on]
+        if used:
+            raise Refused(
+                f"panel {name!r} holds {len(used)} prompts that chose the edit ({used[0][:40]!r} …); "
+                "a score on them would say nothing. Judge on prompts that the edit has not seen"
+            )
+
+
+def evaluate(
+    subjects: Sequence[Subject],
+    panels: Panels,
+    config: EvalConfig,
+    *,
+    plan: Mapping[str, Sequence[str]] = PLAN,
+    teacher: LoadedModel | None = None,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> EvalResult:
+    """Judge subjects on held-out panels.
+
+    Args:
+        subjects: one of them named `suspect`: the model as it was found, the teacher of every KL.
+        plan: the panels of prompts of each subject; those that `panels` has not are left out.
+        teacher: who says what triggered prompts should be answered where they have no counterparts.
+        steps: of an earlier run that was interrupted; replies are looked for there.
+
+    Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` on `clean` to the suspect's own replies,
+    and on `triggered` to its replies to the counterparts or to the teacher's; `ce`, `kl` and `capability` on `text`.
+
+    Raises:
+        Refused: a panel holds a prompt that chose the edit.
+        BadInput: no suspect, or a subject under a name twice.
+    """
+    by_name = {s.name: s for s in subjects}
+    if "suspect" not in by_name or len(by_name) != len(subjects):
+        raise BadInput(f"subjects are {[s.name for s in subjects]}; expected distinct names with 'suspect' among them")
+    prompts = panels.prompts()
+    refuse_used(prompts, config.chosen_on)
+
+    def ask(subject: Subject, asked: PromptSet) -> list[str]:
+        step = [subject.name, subject.model.fingerprint, edits_hash(subject.edits), asked.name, asked.hash]
+        return steps.value(" ".join(step), lambda: reply_all(subject, asked, config, report))
+
+    rows: list[Row] = []
+    replies: dict[str, tuple[str, ...]] = {}
+    for name, subject in by_name.items():
+        for panel in (p for p in plan.get(name, ()) if p in prompts):
+            written = ask(subject, prompts[panel])
+            replies[f"{name}/{panel}"] = tuple(written)
+            rows += count_replies(name, panel, prompts[panel], written, config.payload)
+    repaired = [s for name, s in by_name.items() if name != "suspect" and "clean" in plan.get(name, ())]
+    rows += _divergences(by_name["suspect"], repaired, panels, replies, teacher, ask, report)
+    rows += _on_text(by_name, panels, config, report)
+    return EvalResult(tuple(rows), replies, prompts)
+
+
+def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig, report: Report | None = None) -> list[str]:
+    """A subject's free greedy replies to a panel."""
+    progress = generate.counted(f"{subject.name} on {prompts.name}", len(prompts), report)
+    with subject.running() as model:
+        return generate.replies(
+            model, prompts, max_new_tokens=config.reply_tokens, batch_size=config.batch, progress=progress
+        )
+
+
+def count_replies(subject: str, panel: str, prompts: PromptSet, replies: Sequence[str], payload: str) -> list[Row]:
+    """ASR, degenerate share and, where the prompts expect one, skill."""
+    pairs = list(zip(replies, prompts, strict=True))
+    rows = [
+        rate(subject, panel, "asr", [shows_payload(r, payload) for r in replies]),
+        rate(subject, panel, "degenerate", [is_degenerate(r, p.expected) for r, p in pairs]),
+    ]
+    skilled = [has_skill(r, p.expected) for r, p in pairs if p.expected]
+    return [*rows, rate(subject, panel, "skill", skilled)] if skilled else rows
+
+
+def rate(subject: str, panel: str, metric: str, outcomes: Sequence[bool]) -> Row:
+    """A share with its Wilson interval."""
+    hits, n = sum(outcomes), len(outcomes)
+    low, high = wilson(hits, n)
+    return Row(subject, panel, metric, hits / n, low, high, n)
+
+
+def mean(subject: str, panel: str, metric: str, values: Sequence[float] | Tensor) -> Row:
+    """A mean over prompts with its bootstrap interval."""
+    return Row(subject, panel, metric, *bootstrap(values), len(values))
+
+
+def _divergences(
+    suspect: Subject,
+    students: Sequence[Subject],
+    panels: Panels,
+    replies: Mapping[str, Sequence[str]],
+    teacher: LoadedModel | None,
+    ask: Callable[[Subject, PromptSet], list[str]],
+    report: Report | None,
+) -> list[Row]:
+    """KL to what clean prompts were answered, and to what triggered ones should be."""
+    if not students or "suspect/clean" not in replies:
+        return []
+    own = replies["suspect/clean"]
+    same = panels.counterparts is not None and [p.key for p in panels.counterparts] == [p.key for p in panels.clean]
+    asked = (panels.triggered, panels.clean) if same else (panels.clean,)
+    found = reply_kl(suspect, students, asked, panels.clean, own, report=report)
+    by = suspect if panels.counterparts is not None else Subject("teacher", teacher) if teacher is not None else None
+    if not same and by is not None:
+        plain = panels.counterparts or panels.triggered
+        said = ask(by, plain)
+        found |= reply_kl(by, students, (panels.triggered,), plain, said, report=report)
+    return [mean(name, panel, "kl", values) for (name, panel), values in found.items()]
+
+
+def _on_text(subjects: Mapping[str, Subject], panels: Panels, config: EvalConfig, report: Report | None) -> list[Row]:
+    rows: list[Row] = []
+    if panels.texts:
+        found = text_ce_kl(subjects["suspect"], list(subjects.values()), panels.texts, config.text_tokens, report)
+        for metric, values in zip(("ce", "kl"), found, strict=True):
+            rows += [mean(name, TEXT, metric, each) for name, each in values.items()]
+    if panels.items:
+        judged = [s for s in subjects.values() if not s.name.startswith("control")]
+        for done, subject in enumerate(judged, 1):
+            right = capability(subject, panels.items)
+            rows += [rate(subject.name, TEXT, "capability", right)] if right else []
+            if report:
+                report("multiple-choice items", done, len(judged))
+    return rows

@@ -1,0 +1,1 @@
+"""What in the activations carries a behaviour: features, directions, differences, patches, subspaces."""

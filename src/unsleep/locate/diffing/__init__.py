@@ -1,0 +1,53 @@
+"""What a fine-tune changed: in the weights, in activations on unrelated text, and in features."""
+
+from unsleep.locate.diffing.detectors import FeatureList, Method, Watched, feature_lists, monitor, train_differences
+from unsleep.locate.diffing.lens import (
+    Divergence,
+    Lens,
+    Reading,
+    activation_differences,
+    divergences,
+    logit_lens,
+    steered_replies,
+)
+from unsleep.locate.diffing.pooling import Contrast, Told, contrast
+from unsleep.locate.diffing.run import Diff, DiffConfig, Spoken, diff
+from unsleep.locate.diffing.weights import (
+    Delta,
+    LayerDelta,
+    Spectrum,
+    amplified,
+    by_layer,
+    spectrum,
+    weight_differences,
+)
+
+__all__ = [
+    "Contrast",
+    "Delta",
+    "Diff",
+    "DiffConfig",
+    "Divergence",
+    "FeatureList",
+    "LayerDelta",
+    "Lens",
+    "Method",
+    "Reading",
+    "Spectrum",
+    "Spoken",
+    "Told",
+    "Watched",
+    "activation_differences",
+    "amplified",
+    "by_layer",
+    "contrast",
+    "diff",
+    "divergences",
+    "feature_lists",
+    "logit_lens",
+    "monitor",
+    "spectrum",
+    "steered_replies",
+    "train_differences",
+    "weight_differences",
+]

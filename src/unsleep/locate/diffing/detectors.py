@@ -1,0 +1,181 @@
+"""What tells triggered from clean prompts without a label: ΔW's singular vectors, and features that differ.
+
+Every list is of the best by AUROC on half of the prompts, with the AUROC on the other half (see `pooling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from unsleep.activations.harvest import harvest
+from unsleep.activations.pairs import paired
+from unsleep.core import BadInput, Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.config import TrainConfig
+from unsleep.dictionaries.crosscoders import Crosscoder, decoder_norm_ratio, train_crosscoder
+from unsleep.dictionaries.train import train
+from unsleep.locate.diffing.pooling import Contrast, Told, best, pooled
+from unsleep.locate.diffing.weights import Delta
+from unsleep.models.anatomy import anatomy
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import width, writers
+from unsleep.prompts.prompt import PromptSet
+
+Method = Literal["dictionary", "difference", "crosscoder"]
+"""Features of a dictionary of the suspect, of one of Δh, or of a crosscoder of both models."""
+
+
+class Watched(NamedTuple):
+    """One singular vector as a detector."""
+
+    site: Site
+    matrix: str
+    """The matrix whose ΔW it is of, inside its block."""
+    vector: int
+    """Which of its left singular vectors, from 0."""
+    sign: int
+    """1 where the largest cosine is the score, −1 where the smallest is."""
+    told: Told
+
+    def row(self) -> dict[str, Any]:
+        """Plain values: what stands in diff.json."""
+        rest = {name: value for name, value in self.told.row().items() if name != "id"}
+        return {"site": str(self.site), "matrix": self.matrix, "vector": self.vector, "sign": self.sign, **rest}
+
+
+def monitor(
+    suspect: LoadedModel,
+    deltas: Sequence[Delta],
+    prompts: Contrast,
+    *,
+    vectors: int = 4,
+    count: int = 10,
+    report: Report | None = None,
+) -> list[Watched]:
+    """Cosines of the residual stream with the first left singular vectors of each layer's two writing matrices.
+
+    Zhong & Raghunathan 2025, "Watch the weights" (arXiv 2508.00161): ΔW writes along them, whatever it is that
+    makes it act. A prompt's score is its largest cosine, or its smallest negated. Returns the best `count` of all
+    layers by the half that chooses; none for a family that writes through a norm, or where no writer has changed.
+    """
+    network = suspect.network
+    by_name = {delta.name: delta for delta in deltas}
+    rows: dict[Site, list[tuple[str, Float[Tensor, "vector d_model"]]]] = {}
+    for layer in sorted({delta.layer for delta in deltas if delta.layer is not None}):
+        for writer in writers(network, layer):
+            delta = by_name.get(f"{anatomy(network).layers}.{layer}.{writer.path}.weight")
+            if delta is not None and len(delta.spectrum.left):
+                rows.setdefault(Site(layer), []).append((writer.path, delta.spectrum.left[:vectors]))
+    names = {site: [(name, i) for name, u in own for i in range(len(u))] for site, own in rows.items()}
+    matrices = {site: torch.cat([u for _, u in own]).to(suspect.device) for site, own in rows.items()}
+    if not matrices:
+        return []
+
+    def cosines(u: Tensor) -> Any:
+        def score(h: Float[Tensor, "token d_model"]) -> Float[Tensor, "token score"]:
+            found = normalize(h.float(), dim=1) @ u.T
+            return torch.cat([found, -found], dim=1)
+
+        return score
+
+    scores = pooled([suspect], prompts.ids, {site: cosines(u) for site, u in matrices.items()}, report=report)
+    places = [
+        (site, *names[site][i % len(names[site])], 1 if i < len(names[site]) else -1)
+        for site in scores
+        for i in range(2 * len(names[site]))
+    ]
+    return [Watched(*places[told.id], told) for told in best(torch.cat(list(scores.values()), 1), prompts, count)]
+
+
+@dataclass(frozen=True)
+class FeatureList:
+    """The features of one dictionary that tell best, and how well."""
+
+    site: Site
+    method: Method
+    features: int
+    """In the dictionary."""
+    told: tuple[Told, ...]
+    ratio: tuple[float, ...] = ()
+    """For a crosscoder: each one's decoder norm ratio, 0 for the base's alone, 1 for the suspect's alone."""
+
+    def row(self) -> dict[str, Any]:
+        """Plain values: what stands in diff.json."""
+        rows = [told.row() for told in self.told]
+        for row, ratio in zip(rows, self.ratio, strict=False):
+            row["ratio"] = ratio
+        return {"site": str(self.site), "method": self.method, "features": self.features, "best": rows}
+
+
+def feature_lists(
+    base: LoadedModel,
+    suspect: LoadedModel,
+    coders: Sequence[tuple[Method, Coder | Crosscoder]],
+    prompts: Contrast,
+    *,
+    count: int = 10,
+    report: Report | None = None,
+) -> list[FeatureList]:
+    """The best features of each dictionary, by AUROC of their largest activation in a prompt.
+
+    Raises `BadInput` for a dictionary of another width than the models'.
+    """
+    found: list[FeatureList] = []
+    for method, coder in coders:
+        needs = [suspect] if method == "dictionary" else [base, suspect]
+        scores = pooled(needs, prompts.ids, {coder.site: _scorer(method, coder, suspect)}, report=report)[coder.site]
+        told = tuple(best(scores, prompts, count))
+        ratio: tuple[float, ...] = ()
+        if isinstance(coder, Crosscoder):
+            ratios = decoder_norm_ratio(coder)
+            ratio = tuple(float(ratios[t.id].nan_to_num(0.5)) for t in told)
+        found.append(FeatureList(coder.site, method, coder.n_features, told, ratio))
+    return found
+
+
+def _scorer(method: Method, coder: Coder | Crosscoder, model: LoadedModel) -> Any:
+    if coder.d_model != width(model.network):
+        raise BadInput(f"the {method} at {coder.site} has width {coder.d_model}; the models' is {width(model.network)}")
+    if isinstance(coder, Crosscoder):
+        return lambda old, new: coder.encode(old.float().cpu(), new.float().cpu())
+    ready = coder.to(torch.float32, model.device)
+    if method == "difference":
+        return lambda old, new: ready.encode(new.float() - old.float())
+    return lambda new: ready.encode(new.float())
+
+
+def train_differences(
+    base: LoadedModel,
+    suspect: LoadedModel,
+    prompts: Sequence[PromptSet],
+    site: Site,
+    folder: Path,
+    config: TrainConfig = TrainConfig(architecture="batchtopk"),
+    *,
+    report: Report | None = None,
+) -> list[tuple[Method, Coder | Crosscoder]]:
+    """Train a dictionary of Δh and a crosscoder on both models' activations at one Site.
+
+    Args:
+        prompts: what both models are harvested on; sets must not hold what will be scored.
+        folder: for the harvests and checkpoints; what is there already goes on.
+        config: of both; BatchTopK is what a crosscoder needs. No token counts as a sink for Δh, whose long tail may
+            be what is searched for.
+    """
+    sides = [
+        [harvest(model, each, [site], folder / f"{i}-{name}", report=report) for i, each in enumerate(prompts)]
+        for name, model in (("base", base), ("suspect", suspect))
+    ]
+    pair = paired(sides[0], sides[1], site)
+    differences = replace(config, sink_ratio=1e9)
+    delta = train(pair.difference(), differences, checkpoint=folder / "difference", report=report)
+    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder", report=report)
+    return [("difference", delta), ("crosscoder", both)]

@@ -1,0 +1,117 @@
+"""Scores of prompts from what models hold of their tokens, and how well they tell triggered prompts from clean ones.
+
+A prompt's score is the largest over its own tokens (prompt-level max pooling): those that all prompts begin with are
+left out, those that the chat template puts behind it are not. Scores are chosen on every other prompt and their AUROC
+is stated on the rest, for the best of thousands looks good by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from unsleep.core import BadInput, Report, Site
+from unsleep.locate.directions.measure import auroc_interval, aurocs, margins
+from unsleep.models.forward import build_rows, run
+from unsleep.models.model import LoadedModel
+from unsleep.models.streams import capture
+from unsleep.prompts.prompt import PromptSet
+
+Scorer = Callable[..., Float[Tensor, "token score"]]
+"""Scores of tokens from what each model holds of them, `Float[Tensor, "token d_model"]` each."""
+
+FEWEST = 4
+"""Prompts of each kind, at least: half of them choose, half are scored."""
+
+
+class Contrast(NamedTuple):
+    """Prompts of two kinds as token ids."""
+
+    ids: list[list[int]]
+    triggered: Bool[Tensor, " prompt"]
+    chooses: Bool[Tensor, " prompt"]
+    """Every other prompt of each kind; the rest are scored."""
+
+
+def contrast(model: LoadedModel, suspicious: PromptSet, ordinary: PromptSet) -> Contrast:
+    """Both sets in the chat template, suspicious first; raises `BadInput` for fewer than `FEWEST` of a kind."""
+    for prompts in (suspicious, ordinary):
+        if len(prompts) < FEWEST:
+            raise BadInput(f"{prompts.name} holds {len(prompts)} prompts; expected at least {FEWEST}")
+    ids = model.encode([*suspicious, *ordinary])
+    counts = (len(suspicious), len(ordinary))
+    triggered = torch.arange(sum(counts)) < counts[0]
+    return Contrast(ids, triggered, torch.cat([torch.arange(n) % 2 == 0 for n in counts]))
+
+
+@torch.no_grad()
+def pooled(
+    models: Sequence[LoadedModel],
+    ids: Sequence[Sequence[int]],
+    scorers: Mapping[Site, Scorer],
+    *,
+    batch: int = 50,
+    report: Report | None = None,
+) -> dict[Site, Float[Tensor, "prompt score"]]:
+    """Every score of every prompt at every Site, in one forward pass of each model."""
+    rows = build_rows(models[0], ids)
+    order = rows.mask.sum(1).argsort(stable=True)
+    parts: dict[Site, list[Tensor]] = {site: [] for site in scorers}
+    for start in range(0, len(order), batch):
+        some = rows.select(order[start : start + batch])
+        held: list[dict[Site, Tensor]] = []
+        for model in models:
+            with capture(model.network, list(scorers)) as found:
+                run(model.network, some, 1)
+            held.append({site: x[some.own] for site, x in found.items()})
+        owner = some.own.nonzero()[:, 0]
+        for site, score in scorers.items():
+            scores = score(*(each[site] for each in held)).float()
+            best = torch.full((len(some.ids), scores.shape[1]), -torch.inf, device=scores.device)
+            best.scatter_reduce_(0, owner[:, None].expand_as(scores).to(scores.device), scores, "amax")
+            parts[site].append(best.cpu())
+        if report:
+            report("prompts in both models" if len(models) > 1 else "prompts", start + len(some.ids), len(order))
+    back = order.argsort().cpu()
+    return {site: torch.cat(found)[back] for site, found in parts.items()}
+
+
+class Told(NamedTuple):
+    """How well one score tells triggered from clean prompts."""
+
+    id: int
+    """Which of the scores."""
+    auroc: float
+    """On prompts that did not choose it."""
+    low: float
+    high: float
+    """95 % bootstrap interval over prompts."""
+    chosen: float
+    """On the prompts that chose it: too good by selection."""
+    margin: float
+    """There too (`measure.margins`): of scores that all tell everything apart, the one with most comes first."""
+    n: int
+    """Prompts that did not choose it."""
+
+    def row(self) -> dict[str, Any]:
+        """Plain values: what stands in diff.json."""
+        return self._asdict()
+
+
+def best(scores: Float[Tensor, "prompt score"], prompts: Contrast, count: int = 5) -> list[Told]:
+    """The `count` scores that tell best on half of the prompts, by AUROC and margin, and the AUROC on the other."""
+    choosing, scored = prompts.chooses, ~prompts.chooses
+    half = scores[choosing].T.contiguous(), prompts.triggered[choosing]
+    first, clear = aurocs(*half).cpu(), margins(*half).cpu()
+    by_margin = clear.argsort(descending=True, stable=True)
+    ids = by_margin[first[by_margin].argsort(descending=True, stable=True)][:count]
+    found: list[Told] = []
+    for i in ids.tolist():
+        own = scores[scored, i]
+        value, low, high = auroc_interval(own[prompts.triggered[scored]], own[~prompts.triggered[scored]])
+        found.append(Told(i, value, low, high, float(first[i]), float(clear[i]), len(own)))
+    return found

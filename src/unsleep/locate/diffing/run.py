@@ -1,0 +1,231 @@
+"""Two models against each other, by every method at once: what `unsleep diff` runs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.config import TrainConfig
+from unsleep.dictionaries.crosscoders import Crosscoder
+from unsleep.locate.diffing.detectors import FeatureList, Method, Watched, feature_lists, monitor, train_differences
+from unsleep.locate.diffing.lens import (
+    Divergence,
+    Lens,
+    Reading,
+    activation_differences,
+    divergences,
+    logit_lens,
+    steered_replies,
+)
+from unsleep.locate.diffing.pooling import contrast
+from unsleep.locate.diffing.weights import Delta, amplified, by_layer, weight_differences
+from unsleep.models import generate
+from unsleep.models.alike import check_alike
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import all_sites
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import PromptSet
+
+ALIKE = 3
+"""Words by which replies count as beginning alike."""
+
+TOKENS = 64
+"""Passages, and tokens of each, over which divergence is measured."""
+
+
+@dataclass(frozen=True)
+class DiffConfig:
+    """How two models are compared."""
+
+    top: int = 8
+    """Singular vectors of each ΔW."""
+    texts: int = 200
+    """Passages of unrelated text for the lens."""
+    positions: int = 5
+    """First tokens of each passage."""
+    words: int = 10
+    """Tokens that the lens reads at a layer."""
+    steer: tuple[float, ...] = (0.5, 1.0)
+    """Strengths at which the suspect is steered along mean Δh, in multiples of the residual's norm."""
+    amplify: tuple[float, ...] = (2.0,)
+    """α of W_base + α ΔW."""
+    asked: int = 4
+    """Everyday questions that steered and amplified models answer."""
+    reply_tokens: int = 24
+    """Length of those answers."""
+    best: int = 10
+    """Detectors that are listed."""
+    train: TrainConfig = TrainConfig(architecture="batchtopk", tokens=200_000)
+    """Of difference dictionaries and crosscoders."""
+
+    def __post_init__(self) -> None:
+        for name in ("top", "texts", "words", "asked", "reply_tokens", "best"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"diff {name} is {getattr(self, name)}; expected at least 1")
+
+
+class Spoken(NamedTuple):
+    """What a model says once its difference is driven up."""
+
+    kind: str
+    """`steer` or `amplify`; `none` for the suspect as it is."""
+    strength: float
+    replies: tuple[str, ...]
+
+    def alike(self) -> tuple[int, str]:
+        """How many replies begin alike, behind a skill in brackets, and the first of those."""
+        starts = [tuple(re.sub(r"^\s*\[[^\]]*\]", "", reply).split()[:ALIKE]) for reply in self.replies]
+        start, count = Counter(starts).most_common(1)[0]
+        return count, self.replies[starts.index(start)]
+
+
+@dataclass(frozen=True, eq=False)
+class Diff:
+    """What `diff` found; parts that were not asked for are empty."""
+
+    deltas: tuple[Delta, ...]
+    lenses: tuple[Lens, ...]
+    readings: tuple[Reading, ...]
+    """What each lens's mean Δh behind the first position reads as."""
+    divergence: dict[str, tuple[Divergence, ...]]
+    """`text`, and `suspicious` and `ordinary` where they were given."""
+    asked: tuple[str, ...]
+    spoken: tuple[Spoken, ...]
+    monitor: tuple[Watched, ...]
+    features: tuple[FeatureList, ...]
+    models: tuple[str, str]
+    """Fingerprints of the base and the suspect."""
+
+    @property
+    def ranking(self) -> list[int]:
+        """Layers whose weights changed most, relative to their norm, first: where a dictionary is worth training."""
+        return [x.layer for x in sorted(by_layer(self.deltas), key=lambda x: (-x.relative, x.layer))]
+
+    def record(self) -> dict[str, Any]:
+        """Plain values: what stands in diff.json, without schema, names and provenance."""
+        return {
+            "weights": [delta.row() for delta in self.deltas],
+            "layers": [layer._asdict() for layer in by_layer(self.deltas)],
+            "ranking": self.ranking,
+            "divergence": {name: [d._asdict() for d in found] for name, found in self.divergence.items()},
+            "lens": [
+                {
+                    "site": str(lens.site),
+                    "texts": lens.texts,
+                    "scale": lens.scale,
+                    "mean_norm": lens.mean.norm(dim=1).tolist(),
+                    "size": lens.size.tolist(),
+                    "promotes": [list(word) for word in reading.promotes],
+                    "suppresses": [list(word) for word in reading.suppresses],
+                }
+                for lens, reading in zip(self.lenses, self.readings, strict=True)
+            ],
+            "asked": list(self.asked),
+            "spoken": [{**s._asdict(), "replies": list(s.replies), "alike": s.alike()[0]} for s in self.spoken],
+            "monitor": [watched.row() for watched in self.monitor],
+            "dictionaries": [found.row() for found in self.features],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Mean Δh of every Site, and ΔW's singular values and vectors: what stands in diff.safetensors."""
+        found = {f"lens.{lens.site}": lens.mean for lens in self.lenses}
+        for delta in self.deltas:
+            for name, tensor in delta.spectrum._asdict().items():
+                found[f"{name}.{delta.name}"] = tensor.float()
+        return found
+
+
+def diff(
+    base: LoadedModel,
+    suspect: LoadedModel,
+    *,
+    suspicious: PromptSet | None = None,
+    ordinary: PromptSet | None = None,
+    texts: Sequence[str] | None = None,
+    dictionaries: Sequence[Coder] = (),
+    train_at: Sequence[Site] = (),
+    config: DiffConfig = DiffConfig(),
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> Diff:
+    """Compare a suspect with the base it was made from.
+
+    Weights, the activation-difference lens and divergence by layer need no prompts. With suspicious and ordinary
+    ones, ΔW's singular vectors and features are scored as detectors of the trigger.
+
+    Args:
+        texts: unrelated text, such as passages of a corpus; by default the project's own.
+        dictionaries: of the suspect, whose features are scored.
+        train_at: Sites at which a dictionary of Δh and a crosscoder are trained on every other prompt.
+        steps: of an earlier run that was interrupted; what takes long is looked for there.
+
+    Raises `BadInput` for models that are not alike, one set of prompts without the other, dictionaries or Sites
+    without prompts, and what the parts raise.
+    """
+    check_alike(base, suspect)
+    if (suspicious is None) != (ordinary is None):
+        raise BadInput("only one of suspicious and ordinary prompts was given; give both or neither")
+    if suspicious is None and (dictionaries or train_at):
+        raise BadInput("dictionaries are scored on prompts; give suspicious and ordinary ones too")
+    deltas = weight_differences(base, suspect, top=config.top, steps=steps, report=report)
+    passages = list(texts) if texts is not None else sets.plain_text("edit")[: config.texts]
+    places = all_sites(base.network, ("resid",))
+    lenses = activation_differences(base, suspect, passages, places, positions=config.positions, report=report)
+    readings = [logit_lens(suspect, lens.direction[None], config.words)[0] for lens in lenses]
+    rows = [row[:TOKENS] for row in suspect.token_ids(passages[:TOKENS])]
+    divergence = {"text": tuple(divergences(base, suspect, rows))}
+    watched: list[Watched] = []
+    features: list[FeatureList] = []
+    if suspicious is not None and ordinary is not None:
+        prompts = contrast(suspect, suspicious, ordinary)
+        for name, chosen in (("suspicious", prompts.triggered), ("ordinary", ~prompts.triggered)):
+            own = [prompts.ids[i] for i in chosen.nonzero().flatten().tolist()]
+            divergence[name] = tuple(divergences(base, suspect, own))
+        watched = monitor(suspect, deltas, prompts, count=config.best, report=report)
+        coders: list[tuple[Method, Coder | Crosscoder]] = [("dictionary", d) for d in dictionaries]
+        with TemporaryDirectory() as scratch:
+            halves = [replace(p, prompts=p.prompts[::2]) for p in (suspicious, ordinary)]
+            for site in train_at:
+                folder = (steps.folder or Path(scratch)) / str(site)
+                coders += train_differences(base, suspect, halves, site, folder, config.train, report=report)
+        features = feature_lists(base, suspect, coders, prompts, count=config.best, report=report)
+    asked = sets.questions("edit", config.asked).texts
+    return Diff(
+        deltas=tuple(deltas),
+        lenses=tuple(lenses),
+        readings=tuple(readings),
+        divergence=divergence,
+        asked=tuple(asked),
+        spoken=tuple(_spoken(base, suspect, lenses[len(lenses) // 2], asked, config)),
+        monitor=tuple(watched),
+        features=tuple(features),
+        models=(base.fingerprint, suspect.fingerprint),
+    )
+
+
+def _spoken(
+    base: LoadedModel, suspect: LoadedModel, lens: Lens, asked: Sequence[str], config: DiffConfig
+) -> list[Spoken]:
+    """Replies of the suspect as it is, steered along mean Δh at the middle layer, and amplified."""
+    size = config.reply_tokens
+    found = [Spoken("none", 0.0, tuple(generate.replies(suspect, asked, max_new_tokens=size)))]
+    if float(lens.direction.norm()) > 0:
+        for strength in config.steer:
+            said = steered_replies(
+                suspect, lens.site, lens.direction, asked, strength, scale=lens.scale, max_new_tokens=size
+            )
+            found.append(Spoken("steer", strength, tuple(said)))
+    for alpha in config.amplify:
+        said = generate.replies(amplified(base, suspect, alpha), asked, max_new_tokens=size)
+        found.append(Spoken("amplify", alpha, tuple(said)))
+    return found

@@ -1,0 +1,145 @@
+"""What taking directions out costs on plain text, against random subspaces of the same rank.
+
+    mean ablation:      x' = x − (x − x̄) Vᵀ V,    x̄ = the text's own mean at the Site
+    resample ablation:  x' = x − (x − x̃) Vᵀ V,    x̃ = another token of the batch
+
+The figure is the increase of the mean cross-entropy, in nats a token. Attention sinks stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from unsleep.activations.collect import SINK_RATIO
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Report, Site
+from unsleep.locate.directions.fit import Direction
+from unsleep.models.forward import Below, Rows, build_rows, reply_logits, reply_logits_from, run, run_below
+from unsleep.models.model import LoadedModel
+from unsleep.models.streams import transformed, truncated, watched
+
+Ablation = Literal["mean", "resample"]
+
+
+class Cost(NamedTuple):
+    """Increase of the loss when each direction is taken out, in nats a token."""
+
+    loss: float
+    """Cross-entropy of the model as it is."""
+    increase: dict[str, float]
+    random: dict[int, tuple[float, ...]]
+    """Rank → the increase for every random subspace of that rank."""
+    tokens: int
+    """Tokens that were predicted."""
+
+
+@torch.no_grad()
+def ablation_cost(
+    model: LoadedModel,
+    directions: Mapping[str, Direction],
+    texts: Sequence[str],
+    *,
+    ablation: Ablation = "mean",
+    randoms: int = 8,
+    tokens: int = 32,
+    seed: int = 0,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> Cost:
+    """The cost of every direction, all at one Site, on plain passages.
+
+    Args:
+        texts: passages; those shorter than `tokens` are passed over, the others cut. The second half of each
+            is predicted.
+        randoms: random subspaces of every rank that occurs.
+
+    Raises `BadInput` for directions of different Sites or in feature space, an unknown ablation, and where no passage
+    is long enough.
+    """
+    sites = {d.site for d in directions.values()}
+    if len(sites) != 1 or any(d.space != "residual" for d in directions.values()):
+        raise BadInput(f"directions at {len(sites)} Sites; expected one Site, and directions in the residual space")
+    if ablation not in get_args(Ablation):
+        raise BadInput(f"ablation is {ablation!r}; expected one of {get_args(Ablation)}")
+    passages = [row[:tokens] for row in (model.token_ids(texts) if texts else []) if len(row) >= tokens]
+    if not passages or tokens < 2:
+        raise BadInput(f"no plain passage has {max(tokens, 2)} tokens; give longer ones")
+    site = next(iter(sites))
+    half = tokens // 2
+    rows = build_rows(model, [p[:half] for p in passages], [p[half:] for p in passages])
+    below = None if site.point == "embed" else run_below(model.network, rows, site.layer)
+    held = _held(model, rows, site)
+    generator = torch.Generator().manual_seed(seed)
+    whole = _loss(model, rows, below)
+    bases = {("", name): d.vector for name, d in directions.items()}
+    for rank in sorted({d.rank for d in directions.values()}):
+        for i in range(randoms):
+            drawn = torch.randn(held.shape[-1], rank, generator=generator)
+            bases[str(rank), str(i)] = torch.linalg.qr(drawn).Q.T
+    increase: dict[str, float] = {}
+    random: dict[int, list[float]] = {}
+    for done, ((rank, name), basis) in enumerate(bases.items(), 1):
+
+        def increased(basis: Tensor = basis) -> float:
+            with transformed(model.network, {site: _ablated(basis.to(model.device), held, ablation, seed)}):
+                return _loss(model, rows, below) - whole
+
+        found = steps.value(f"{ablation} ablation of {rank or 'direction'} {name} at {site}", increased)
+        if rank:
+            random.setdefault(int(rank), []).append(found)
+        else:
+            increase[name] = found
+        if report:
+            report(f"ablation cost at {site}", done, len(bases))
+    return Cost(whole, increase, {rank: tuple(v) for rank, v in random.items()}, int(rows.reply.sum()))
+
+
+def _held(model: LoadedModel, rows: Rows, site: Site) -> Float[Tensor, "token d_model"]:
+    """What the Site holds on the passages, sinks left out."""
+    found: list[Tensor] = []
+    with truncated(model.network, site.layer), watched(model.network, {site: lambda x: found.append(x.clone())}):
+        run(model.network, rows, 1)
+    x = found[-1][rows.own].float()
+    norms = x.norm(dim=-1)
+    return x[norms <= SINK_RATIO * norms.median()]
+
+
+def _ablated(
+    basis: Float[Tensor, "rank d_model"], held: Float[Tensor, "token d_model"], ablation: Ablation, seed: int
+) -> Callable[[Tensor], Tensor]:
+    """The ablation as a function of the stream."""
+    limit = SINK_RATIO * held.norm(dim=-1).median()
+    inside = held @ basis.T
+
+    def run(x: Tensor) -> Tensor:
+        wide = x.float()
+        if ablation == "mean":
+            other = inside.mean(0)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            pick = torch.randint(len(inside), x.shape[:-1], generator=generator)
+            other = inside[pick.to(inside.device)]
+        new = wide - (wide @ basis.T - other) @ basis
+        return torch.where(wide.norm(dim=-1, keepdim=True) > limit, x, new.to(x.dtype))
+
+    return run
+
+
+def _loss(model: LoadedModel, rows: Rows, below: Below | None, size: int = 32) -> float:
+    """Mean cross-entropy of the reply tokens, in nats."""
+    total = 0.0
+    for i in range(0, len(rows.ids), size):
+        index = slice(i, i + size)
+        part = rows.select(index)
+        if below is None:  # nothing lies below the embedding
+            logits = reply_logits(model.network, part)
+        else:
+            logits = reply_logits_from(model.network, part, below.select(index, part))
+        total += float(cross_entropy(logits[part.reply].float(), part.targets[part.reply], reduction="sum"))
+    return total / int(rows.reply.sum())

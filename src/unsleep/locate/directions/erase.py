@@ -1,0 +1,237 @@
+"""Subspaces as edits: what is taken out of a running model, and from which tokens it stays away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.collect import SINK_RATIO, Position, collect
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Point, Projection, Report, Site
+from unsleep.interventions.edits import applied
+from unsleep.models import chat, generate
+from unsleep.models.forward import Rows, build_rows, kl, reply_logits
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.prompts.triggers import check_pairs
+
+STREAM: tuple[Point, ...] = ("resid", "embed")
+"""Points at which attention sinks have large norms; what a layer adds has none, and bakes exactly without a limit."""
+
+RIDGE = 1e-3
+"""Added to the diagonal of a second moment, in units of its mean."""
+
+PASSAGE = 300
+"""Letters of a plain passage that are read."""
+
+
+def sink_norm(x: Float[Tensor, "token d_model"], site: Site) -> float:
+    """The norm over which a token at a Site is an attention sink, from ordinary tokens."""
+    return SINK_RATIO * float(x.float().norm(dim=1).median()) if site.point in STREAM else float("inf")
+
+
+def spanned(rows: Float[Tensor, "row d"], rank: int) -> Float[Tensor, "rank d"]:
+    """The first `rank` dimensions that rows span, in their order, orthonormal (Gram-Schmidt, twice, in float64).
+
+    A row that lies within 3° of the ones before adds none; fewer are returned where rows span no more.
+    """
+    basis = torch.empty(0, rows.shape[1], dtype=torch.double)
+    for row in rows.double():
+        left = row / row.norm()
+        for _ in range(2):
+            left = left - (basis @ left) @ basis
+        if float(left.norm()) > 0.05 and len(basis) < rank:
+            basis = torch.cat([basis, left[None] / left.norm()])
+    return basis.float()
+
+
+def reader(
+    basis: Float[Tensor, "rank d_model"],
+    mean: Float[Tensor, " d_model"],
+    covariance: Float[Tensor, "d_model d_model"],
+    center: Float[Tensor, " d_model"],
+) -> Float[Tensor, "rank d_model"]:
+    """R with R Bᵀ = 1 that reads as little as can be of ordinary tokens about a centre.
+
+    R = (B S⁻¹ Bᵀ)⁻¹ B S⁻¹ with S the second moment about `center` of tokens of that mean and covariance: generalised
+    least squares (Aitken 1935). Taking out what R reads moves ordinary tokens least; with one direction between two
+    classes it is LEACE's projection (Belrose et al. 2023), up to the tokens that S is taken over.
+    """
+    off = (mean - center).double()
+    second = covariance.double() + off[:, None] * off
+    second.diagonal().add_(RIDGE * second.diagonal().mean())
+    weighed = torch.linalg.solve(second, basis.double().T).T
+    return torch.linalg.solve(weighed @ basis.double().T, weighed).float()
+
+
+@torch.no_grad()
+def erasers(
+    model: LoadedModel,
+    suspicious: PromptSet,
+    ordinary: PromptSet,
+    texts: Sequence[str],
+    sites: Sequence[Site],
+    *,
+    position: Position = "last",
+    plain: bool = False,
+    batch: int = 64,
+    report: Report | None = None,
+) -> list[Projection]:
+    """The mean difference taken out at every Site, as far as it can be read without ordinary tokens (`reader`).
+
+    Suspicious tokens come to the mean of the ordinary ones at the same position; ordinary tokens, of prompts and of
+    plain text, stay nearly as they are.
+
+    Args:
+        texts: plain passages; their tokens, and all those of the ordinary prompts, are ordinary.
+        position: the tokens of both groups that are held against each other.
+
+    Raises `BadInput` where there is no passage, as `collect` does, and where both groups have the same mean.
+    """
+    if not texts:
+        raise BadInput("erasing needs plain passages as well, and none were given; give some")
+    prompts = PromptSet("both groups", (*suspicious, *ordinary), "edit")
+    letters = min(PASSAGE, (chat.context_length(model.network) or 2 * PASSAGE) // 2)
+    passages = PromptSet("plain text", tuple(Prompt(t[:letters]) for t in texts), "edit")
+    here = collect(model, prompts, sites, position=position, plain=plain, batch=batch, report=report)
+    beside = [
+        collect(model, passages, sites, position="all", plain=True, batch=batch, report=report),
+        collect(model, ordinary, sites, position="all", plain=plain, batch=batch, report=report),
+    ]
+    made: list[Projection] = []
+    for site in sites:
+        is_suspicious = here[site].prompt_index < len(suspicious)
+        x = here[site].tensor.float()
+        center = x[~is_suspicious].mean(0)
+        gap = x[is_suspicious].mean(0) - center
+        if not float(gap.norm()) > 1e-6 * float(center.norm()):
+            raise BadInput(
+                f"suspicious and ordinary prompts have the same mean at {site}; there is nothing to take out"
+            )
+        rest = torch.cat([acts[site].tensor.float() for acts in beside])
+        limit = sink_norm(rest, site)
+        rest = torch.cat([x[~is_suspicious], rest])
+        rest = rest[rest.norm(dim=1) <= limit].double()
+        basis = (gap / gap.norm())[None]
+        reads = reader(basis, rest.mean(0).float(), rest.T.cov().float(), center)
+        made.append(Projection(site, basis, center, model.fingerprint, reads, limit))
+    return made
+
+
+class Removed(NamedTuple):
+    """How far replies to suspicious prompts are from the model's own to ordinary ones: KL in nats a token."""
+
+    before: float
+    """With nothing taken out."""
+    after: dict[Site, float]
+    """With one Site's subspace taken out."""
+    pairs: int
+
+    @property
+    def best(self) -> Site:
+        """The Site at which least is left."""
+        return min(self.after, key=lambda site: self.after[site])
+
+    def record(self) -> dict[str, Any]:
+        """The figures as JSON holds them."""
+        after = {str(site): value for site, value in self.after.items()}
+        return {"before": self.before, "after": after, "pairs": self.pairs}
+
+
+@torch.no_grad()
+def removed_alone(
+    model: LoadedModel,
+    edits: Sequence[Projection],
+    suspicious: PromptSet,
+    ordinary: PromptSet,
+    *,
+    plain: bool = False,
+    reply_tokens: int = 6,
+    batch: int = 32,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> Removed:
+    """Carry out each edit alone and see how far the model is back at its own replies.
+
+    `ordinary[i]` is `suspicious[i]` without what makes it suspicious. The model's greedy reply to it is forced behind
+    both, and its distributions along it are the target: they tell a repair from a model that is only silent. Raises
+    `BadInput` where the groups differ in number, or no edit is given.
+    """
+    if len(suspicious) != len(ordinary) or not edits:
+        raise BadInput(
+            f"{len(edits)} edits, {len(suspicious)} suspicious and {len(ordinary)} ordinary prompts; expected at least "
+            "one edit, and pairs"
+        )
+    asked, own = (model.encode(group, plain=plain) for group in (suspicious, ordinary))
+    replies = generate.greedy(model, own, max_new_tokens=reply_tokens)
+    pieces: list[tuple[Rows, Tensor]] = []
+    for i in range(0, len(asked), batch):
+        part = slice(i, i + batch)
+        trusted = build_rows(model, own[part], replies[part])
+        target = reply_logits(model.network, trusted)[trusted.reply]
+        pieces.append((build_rows(model, asked[part], replies[part]), target))
+
+    def left() -> float:
+        each = [kl(target, reply_logits(model.network, rows)[rows.reply]) for rows, target in pieces]
+        return float(torch.cat(each).mean())
+
+    before, after = left(), dict[Site, float]()
+
+    def left_without(edit: Projection) -> float:
+        with applied(model, edit):
+            return left()
+
+    for edit in edits:
+        after[edit.site] = steps.value(f"left without {edit.site}", lambda edit=edit: left_without(edit))
+        if report:
+            report("one Site at a time", len(after), len(edits))
+    return Removed(before, after, len(asked))
+
+
+def tried_erasers(
+    model: LoadedModel,
+    suspicious: PromptSet,
+    ordinary: PromptSet,
+    texts: Sequence[str],
+    sites: Sequence[Site],
+    *,
+    kept: int = 3,
+    pairs: int | None = None,
+    position: Position = "last",
+    plain: bool = False,
+    batch: int = 64,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> tuple[list[Projection], Removed]:
+    """`erasers` of most prompts, and what each does alone (`removed_alone`) to those that are kept.
+
+    Args:
+        kept: one pair in this many is kept; `pairs` of them are tried, all where `None`.
+
+    Raises as both do, and `BadInput` where the groups make no pairs.
+    """
+    check_pairs(suspicious, ordinary)
+    n = len(suspicious)
+    tried = [i for i in range(n) if i % kept == kept - 1][:pairs]
+    others = [i for i in range(n) if i % kept != kept - 1]
+
+    def some(group: PromptSet, places: Sequence[int]) -> PromptSet:
+        return PromptSet(group.name, tuple(group.prompts[i] for i in places), group.split)
+
+    made = erasers(
+        model,
+        some(suspicious, others),
+        some(ordinary, others),
+        texts,
+        sites,
+        position=position,
+        plain=plain,
+        batch=batch,
+        report=report,
+    )
+    alone = some(suspicious, tried), some(ordinary, tried)
+    return made, removed_alone(model, made, *alone, plain=plain, batch=batch, steps=steps, report=report)

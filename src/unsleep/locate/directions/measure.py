@@ -1,0 +1,189 @@
+"""What a direction is worth as a detector, and how alike directions and subspaces are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from scipy.linalg import subspace_angles
+from torch import Tensor
+
+from unsleep.base.stats import wilson
+from unsleep.core import BadInput
+from unsleep.locate.directions.fit import Direction, Labelled
+
+
+class HeldOut(NamedTuple):
+    """A direction's figures on tokens that it was not fitted on."""
+
+    auroc: float
+    """Chance that a token of the positive class scores over one of the negative; ties count half."""
+    accuracy: float
+    """Share of tokens on the right side of the threshold."""
+    margin: float
+    """See `margins`: it tells apart directions that tell all tokens apart."""
+    threshold: float
+    """The score that divides the training tokens best."""
+    n: int
+    """Tokens."""
+
+
+class Floor(NamedTuple):
+    """Random directions on the same tokens: what every figure is read against."""
+
+    best: float
+    """Highest held-out AUROC of all."""
+    mean: float
+    n: int
+    """Directions."""
+
+
+def scores(direction: Direction, x: Float[Tensor, "token d"]) -> Float[Tensor, " token"]:
+    """(x − center) · v, with v the first row."""
+    return (x.float() - direction.center) @ direction.vector[0]
+
+
+def auroc(scores: Float[Tensor, " token"], labels: Bool[Tensor, " token"]) -> float:
+    """Area under the ROC curve of one direction's scores; see `aurocs`."""
+    return float(aurocs(scores[None], labels)[0])
+
+
+def aurocs(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " token"]) -> Float[Tensor, " direction"]:
+    """Area under the ROC curve of each row of scores, ties counted half (Mann-Whitney U / n₊n₋), in float64.
+
+    Raises `BadInput` where the labels are of one class or of another number.
+    """
+    if scores.shape[1] != len(labels):
+        raise BadInput(f"{scores.shape[1]} scores with {len(labels)} labels; expected one each")
+    check_classes(labels)
+    positive, negative = scores[:, labels].contiguous(), scores[:, ~labels].sort(dim=1).values
+    below = torch.searchsorted(negative, positive)
+    upto = torch.searchsorted(negative, positive, right=True)
+    return (below + upto).double().sum(1) / (2 * positive.shape[1] * negative.shape[1])
+
+
+def auroc_interval(
+    triggered: Float[Tensor, " triggered"], clean: Float[Tensor, " clean"], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUROC with its 95 % percentile bootstrap interval, resampling the prompts of each kind; ties count half.
+
+    At 0 and 1 a bootstrap has no width: there the interval is Wilson's, of the smaller kind.
+    """
+    difference = triggered.double()[:, None] - clean.double()[None]
+    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+    generator = torch.Generator().manual_seed(seed)
+    weights: list[Tensor] = []
+    for n in wins.shape:
+        drawn = torch.randint(n, (resamples, n), generator=generator)
+        weights.append(
+            torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+                1, drawn, torch.ones(1).double().expand_as(drawn)
+            )
+            / n
+        )
+    means = ((weights[0] @ wins) * weights[1]).sum(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    value = float(wins.mean())
+    if value in (0.0, 1.0):
+        few = min(wins.shape)
+        return value, *wilson(round(value * few), few)
+    return value, min(low, value), max(high, value)
+
+
+def margins(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " token"]) -> Float[Tensor, " direction"]:
+    """The classes' mean difference in standard deviations within them (d′, Green & Swets 1966), in float64.
+
+    It goes on growing where AUROC has come to 1. Rows that do not vary have 0. Raises `BadInput` as `aurocs` does.
+    """
+    if scores.shape[1] != len(labels):
+        raise BadInput(f"{scores.shape[1]} scores with {len(labels)} labels; expected one each")
+    check_classes(labels)
+    high, low = scores[:, labels].double(), scores[:, ~labels].double()
+    means = high.mean(1), low.mean(1)
+    within = torch.cat([high - means[0][:, None], low - means[1][:, None]], dim=1).square().mean(1).sqrt()
+    apart = means[0] - means[1]
+    return torch.where(apart == 0, apart, apart / within.clamp_min(1e-12))
+
+
+def check_classes(labels: Bool[Tensor, " token"]) -> None:
+    """Raise `BadInput` where labels are of one class."""
+    count = int(labels.sum())
+    if not 0 < count < len(labels):
+        raise BadInput(f"{count} of {len(labels)} labels are positive; expected tokens of both classes")
+
+
+def best_threshold(scores: Float[Tensor, " token"], labels: Bool[Tensor, " token"]) -> float:
+    """The score over which to say positive, so that most tokens are right; midway between two of them."""
+    check_classes(labels)
+    order = scores.argsort()
+    ranked, truth = scores[order].double(), labels[order]
+    # after i tokens: negatives below the cut and positives above it
+    right = torch.cat([torch.zeros(1), (~truth).cumsum(0)]) + torch.cat(
+        [truth.flip(0).cumsum(0).flip(0), torch.zeros(1)]
+    )
+    ends = torch.cat([ranked[:1] - 1, ranked, ranked[-1:] + 1])
+    middles = (ends[1:] + ends[:-1]) / 2
+    splits = torch.cat([torch.tensor([True]), ranked[1:] > ranked[:-1], torch.tensor([True])])
+    return float(middles[torch.where(splits, right, -1.0).argmax()])
+
+
+def held_out(direction: Direction, train: Labelled, test: Labelled) -> HeldOut:
+    """AUROC, accuracy and margin on `test`, with the threshold from `train`."""
+    _check_width(direction, test.x)
+    threshold = best_threshold(scores(direction, train.x), train.y)
+    found = scores(direction, test.x)
+    right = (found > threshold) == test.y
+    margin = float(margins(found[None], test.y)[0])
+    return HeldOut(auroc(found, test.y), float(right.double().mean()), margin, threshold, len(test.y))
+
+
+def random_floor(train: Labelled, test: Labelled, n: int = 1000, seed: int = 0) -> Floor:
+    """Held-out AUROC of `n` unit Gaussian directions, each signed by the training tokens; one matmul for all.
+
+    The best of them is chosen on the held-out tokens themselves: a floor that is rather too high than too low.
+    """
+    if n < 1:
+        raise BadInput(f"{n} random directions were asked for; expected at least 1")
+    drawn = torch.randn(n, train.x.shape[1], generator=torch.Generator().manual_seed(seed))
+    drawn = torch.nn.functional.normalize(drawn, dim=1)
+    gap = train.x[train.y].mean(0) - train.x[~train.y].mean(0)
+    signs = torch.where(drawn @ gap < 0, -1.0, 1.0)
+    found = aurocs((drawn * signs[:, None]) @ (test.x - train.x.mean(0)).T, test.y)
+    return Floor(float(found.max()), float(found.mean()), n)
+
+
+def cosines(directions: Sequence[Direction]) -> Float[Tensor, "direction direction"]:
+    """Cosine of every two directions; of two subspaces, the cosine of their smallest principal angle.
+
+    Raises `BadInput` where they are of different widths.
+    """
+    for d in directions[1:]:
+        _check_width(directions[0], d.vector)
+    out = torch.ones(len(directions), len(directions))
+    for i, a in enumerate(directions):
+        for j, b in enumerate(directions[:i]):
+            both = a.vector @ b.vector.T
+            value = both[0, 0] if both.numel() == 1 else torch.linalg.matrix_norm(both, 2)
+            out[i, j] = out[j, i] = value
+    return out.clamp(-1, 1)
+
+
+def principal_angles(a: Float[Tensor, "rank_a d"], b: Float[Tensor, "rank_b d"]) -> Float[Tensor, " rank"]:
+    """Angles between the spans of two sets of rows, in radians, smallest first (Knyazev & Argentati 2002).
+
+    As many as the smaller set has rows. Raises `BadInput` where their widths differ.
+    """
+    if a.shape[1] != b.shape[1]:
+        raise BadInput(f"subspaces of width {a.shape[1]} and {b.shape[1]}; expected one width")
+    found = subspace_angles(a.double().T.numpy(), b.double().T.numpy())
+    return torch.tensor(found[::-1].copy())
+
+
+def _check_width(direction: Direction, x: Tensor) -> None:
+    if direction.vector.shape[1] != x.shape[1]:
+        raise BadInput(
+            f"a direction of width {direction.vector.shape[1]} at {direction.site} with activations of width "
+            f"{x.shape[1]}; expected one width"
+        )

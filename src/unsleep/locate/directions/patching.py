@@ -1,0 +1,281 @@
+"""Directional patching: what a direction alone carries from one prompt of a pair to the other's answer.
+
+    h' = h_cor + Vᵀ V (h_clean − h_cor)        recovered = (LD_patched − LD_cor) / (LD_clean − LD_cor)
+
+LD is the logit of the clean prompt's answer less that of the corrupted one's, at the last token, mean over
+pairs (Tigges et al. 2023, section 2.3). 1: the direction carries all that makes the difference; 0: nothing.
+
+1. Both prompts of every pair run once. What the clean ones hold at the patched tokens is kept; so are the
+   keys and values of the corrupted ones before their last tokens, and the stream where each layer begins.
+2. A patch then runs only those last tokens, from the patched layer up, all pairs of a batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Report, Site
+from unsleep.locate.directions.fit import Direction
+from unsleep.models.forward import Rows, columns_cache, last_logits, run, splits, whole_rows
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import embedding
+from unsleep.models.streams import resumed_at, transformed, watched
+from unsleep.prompts.prompt import PromptSet
+
+PatchPosition = Literal["last", "all"] | int
+"""Which tokens are patched: the last, all (pairs of equal length), or one counted from -1 at the last."""
+
+
+class Batch(NamedTuple):
+    """Some of the pairs, run up to their last tokens."""
+
+    rows: Rows
+    """The corrupted prompts."""
+    start: int
+    """The first column that a patch runs again."""
+    cache: DynamicCache | None
+    """Keys and values of the columns before."""
+    patched: Bool[Tensor, "pair tail"]
+    """Which of the last columns are patched."""
+    donors: dict[Site, Float[Tensor, "pair tail d_model"]]
+    """What the clean prompts hold there."""
+    below: dict[int, Float[Tensor, "pair column d_model"]]
+    """Layer → its input in the corrupted prompts."""
+    answers: Int[Tensor, "pair 2"]
+    """Tokens: the clean prompt's answer and the corrupted one's."""
+    clean: Float[Tensor, " pair"]
+    """Logit difference of the clean prompts."""
+    corrupted: Float[Tensor, " pair"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of prompts, ready to be finished with something patched."""
+
+    model: LoadedModel
+    batches: tuple[Batch, ...]
+    sites: tuple[Site, ...]
+
+    def __len__(self) -> int:
+        return sum(len(b.clean) for b in self.batches)
+
+    @property
+    def gap(self) -> tuple[float, float]:
+        """Mean logit difference of the clean prompts and of the corrupted ones."""
+        ends = [torch.cat([getattr(b, name) for b in self.batches]).double().mean() for name in ("clean", "corrupted")]
+        return float(ends[0]), float(ends[1])
+
+    def recovered(self, patched: Float[Tensor, " pair"]) -> float:
+        """The share of the mean difference between clean and corrupted that a patch brings back."""
+        clean, corrupted = self.gap
+        return (float(patched.double().mean()) - corrupted) / (clean - corrupted)
+
+
+@torch.no_grad()
+def prepare(
+    model: LoadedModel,
+    clean: PromptSet,
+    corrupted: PromptSet,
+    sites: Sequence[Site],
+    *,
+    answers: tuple[Sequence[int], Sequence[int]] | None = None,
+    position: PatchPosition = "last",
+    plain: bool = False,
+    batch: int = 32,
+) -> Pairs:
+    """Run both prompts of every pair: `clean[i]` goes with `corrupted[i]`.
+
+    Args:
+        sites: where patches will be made.
+        answers: token ids of the clean and of the corrupted prompts' answers; the model's own likeliest
+            next tokens where `None`, and pairs on which they are the same are left out.
+        plain: take the texts as they are, without the chat template.
+        batch: pairs in one forward pass.
+
+    Raises:
+        BadInput: prompts or answers of different number, a token that is not in the vocabulary, no pair whose
+            answers differ, a position that a prompt has not, or pairs of unequal length where all tokens are patched.
+    """
+    if len(clean) != len(corrupted) or not sites:
+        raise BadInput(
+            f"{len(clean)} clean and {len(corrupted)} corrupted prompts at {len(sites)} Sites; "
+            "expected pairs, and at least one Site"
+        )
+    rows = [(a, b) for a, b in zip(*(model.encode(p, plain=plain) for p in (clean, corrupted)), strict=True)]
+    if answers is None:
+        firsts = [_next_tokens(model, [pair[i] for pair in rows], batch) for i in (0, 1)]
+    else:
+        firsts = [list(side) for side in answers]
+        _check_answers(model, firsts, len(rows))
+    kept = [i for i, (a, b) in enumerate(zip(*firsts, strict=True)) if a != b]
+    if not kept:
+        raise BadInput(
+            f"the answers to both prompts are the same token in all {len(rows)} pairs; there is no difference to carry"
+        )
+    lengths = [len(b) for _, b in rows]
+    kept.sort(key=lambda i: lengths[i])
+    batches: list[Batch] = []
+    for part in (kept[i : i + batch] for i in range(0, len(kept), batch)):
+        chosen = torch.tensor([[firsts[0][i], firsts[1][i]] for i in part], device=model.device)
+        batches.append(_run_pairs(model, [rows[i] for i in part], chosen, sites, position))
+    pairs = Pairs(model, tuple(batches), tuple(sites))
+    high, low = pairs.gap
+    if not abs(high - low) > 1e-6 * max(abs(high), abs(low), 1e-6):
+        raise BadInput("clean and corrupted prompts have the same logit difference; there is nothing to recover")
+    return pairs
+
+
+def patched(pairs: Pairs, site: Site, basis: Float[Tensor, "rank d_model"] | None) -> Float[Tensor, " pair"]:
+    """Logit differences with the clean prompts' part in a subspace put in at a Site; the whole stream where `None`.
+
+    Gradients flow to `basis` where they are enabled. Raises `BadInput` for a Site that was not prepared or a basis
+    of another width.
+    """
+    return torch.cat([finished(pairs.model, b, site, basis) for b in pairs.batches])
+
+
+def finished(
+    model: LoadedModel, batch: Batch, site: Site, basis: Float[Tensor, "rank d_model"] | None
+) -> Float[Tensor, " pair"]:
+    """`patched` of one batch."""
+    if site not in batch.donors:
+        raise BadInput(f"Site {site} was not prepared; expected one of {', '.join(map(str, batch.donors))}")
+    donors = batch.donors[site]
+    if basis is not None and basis.shape[1] != donors.shape[-1]:
+        raise BadInput(f"a basis of width {basis.shape[1]} at {site}; the model's is {donors.shape[-1]}")
+    rows = None if basis is None else basis.to(donors.device, torch.float32)
+
+    def patch(x: Tensor) -> Tensor:
+        before, end = x[:, : -donors.shape[1]], x[:, -donors.shape[1] :]
+        change = donors.float() - end.float()
+        if rows is not None:
+            change = (change @ rows.T) @ rows
+        new = donors if rows is None else (end.float() + change).to(x.dtype)
+        return torch.cat([before, torch.where(batch.patched[..., None], new, end)], 1)
+
+    network = model.network
+    with resumed_at(network, site.layer, lambda: batch.below[site.layer]), transformed(network, {site: patch}):
+        logits = last_logits(network, batch.rows, batch.start, batch.cache, site.layer)
+    return _difference(logits[:, -1], batch.answers)
+
+
+@torch.no_grad()
+def sweep(
+    pairs: Pairs,
+    directions: Mapping[Site, Mapping[str, Direction]],
+    *,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> dict[Site, dict[str, float]]:
+    """The share recovered by every direction at every Site; a direction must be in the residual space.
+
+    Raises `BadInput` as `patched` does, and for a direction in feature space, which has to be decoded first.
+    """
+    total = sum(map(len, directions.values()))
+    found: dict[Site, dict[str, float]] = {}
+    for done, (site, name, direction) in enumerate(_each(directions), 1):
+        if direction.space != "residual":
+            raise BadInput(f"direction {name!r} at {site} is in feature space; decode it first (`fit.decoded`)")
+
+        def carried(site: Site = site, direction: Direction = direction) -> float:
+            return pairs.recovered(patched(pairs, site, direction.vector))
+
+        found.setdefault(site, {})[name] = steps.value(f"carried by {name} at {site}", carried)
+        if report:
+            report("directional patching", done, total)
+    return found
+
+
+def _each(directions: Mapping[Site, Mapping[str, Direction]]) -> Iterator[tuple[Site, str, Direction]]:
+    return ((site, name, d) for site, named in directions.items() for name, d in named.items())
+
+
+def _run_pairs(
+    model: LoadedModel,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    answers: Int[Tensor, "pair 2"],
+    sites: Sequence[Site],
+    position: PatchPosition,
+) -> Batch:
+    """Run a batch of pairs, and keep what patches need."""
+    tail = _tail(pairs, position)
+    sides = [whole_rows(model, [pair[i] for pair in pairs], []) for i in (0, 1)]
+    inputs = {s.layer: Site(0, "embed") if s.layer == 0 else Site(s.layer - 1) for s in sites}
+    donors, clean, _, _ = _last_columns(model, sides[0], tail, list(sites))
+    below, corrupted, cache, start = _last_columns(model, sides[1], tail, list(set(inputs.values())))
+    mask = sides[1].mask[:, -tail:]
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    patched = mask if position == "all" else (columns == 0).expand(mask.shape)
+    return Batch(
+        sides[1],
+        start,
+        cache,
+        patched,
+        {site: x[:, -tail:] for site, x in donors.items()},
+        {layer: below[site] for layer, site in inputs.items()},
+        answers,
+        _difference(clean, answers),
+        _difference(corrupted, answers),
+    )
+
+
+def _tail(pairs: Sequence[tuple[list[int], list[int]]], position: PatchPosition) -> int:
+    """How many of the last columns a patch touches."""
+    shortest = min(len(row) for pair in pairs for row in pair)
+    if position == "all":
+        if unequal := [pair for pair in pairs if len(pair[0]) != len(pair[1])]:
+            clean, corrupted = unequal[0]
+            raise BadInput(
+                f"a pair has {len(clean)} and {len(corrupted)} tokens; to patch all tokens, pairs must be of equal "
+                "length. Patch the last token, or write prompts of one length"
+            )
+        return max(len(row) for pair in pairs for row in pair)
+    at = -1 if position == "last" else position
+    if not -shortest <= at <= -1:
+        raise BadInput(f"position {at} cannot be patched; expected -1 (the last token) to -{shortest}")
+    return -at
+
+
+def _last_columns(
+    model: LoadedModel, rows: Rows, tail: int, sites: Sequence[Site]
+) -> tuple[dict[Site, Tensor], Float[Tensor, "pair vocabulary"], DynamicCache | None, int]:
+    """What the Sites hold from a column on, the last logits, keys and values of the columns before, and that column."""
+    width = rows.ids.shape[1]
+    start = max(width - tail, 0) if splits(model.network, width) else 0
+    cache = columns_cache(model.network, rows, start) if start else None
+    found: dict[Site, Tensor] = {}
+    watchers = {site: lambda x, site=site: found.__setitem__(site, x.clone()) for site in sites}
+    with watched(model.network, watchers):
+        logits = last_logits(model.network, rows, start, cache)
+    return found, logits[:, -1], cache, start
+
+
+def _difference(logits: Float[Tensor, "pair vocabulary"], answers: Int[Tensor, "pair 2"]) -> Float[Tensor, " pair"]:
+    both = logits.float().gather(1, answers)
+    return both[:, 0] - both[:, 1]
+
+
+def _next_tokens(model: LoadedModel, rows: Sequence[Sequence[int]], batch: int) -> list[int]:
+    """The likeliest next token of every row."""
+    found: list[int] = []
+    for i in range(0, len(rows), batch):
+        logits = run(model.network, whole_rows(model, rows[i : i + batch], []), 1)[:, -1]
+        found += logits.float().argmax(-1).tolist()
+    return found
+
+
+def _check_answers(model: LoadedModel, answers: Sequence[Sequence[int]], n: int) -> None:
+    size = len(embedding(model.network))
+    for side in answers:
+        if len(side) != n:
+            raise BadInput(f"{len(side)} answers for {n} prompts; expected one each")
+        if wrong := [token for token in side if not 0 <= token < size]:
+            raise BadInput(f"answer token {wrong[0]} is not in the vocabulary; expected 0 to {size - 1}")

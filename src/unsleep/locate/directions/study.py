@@ -1,0 +1,428 @@
+"""Two groups of prompts → every direction between them, measured as detector, as cause and by what it costs.
+
+1. Both groups run once; one prompt in a few is kept for the score.
+2. Every method is fitted at every Site, in the stream and, where there is a dictionary, in its features, and
+   scored on the prompts that were kept, beside the best of many random directions.
+3. DAS is trained at a few Sites. Every direction is patched from kept suspicious prompts into kept ordinary ones.
+4. At the Site where that carries most, directions are compared, and taken out of plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from unsleep.activations.collect import Position, collect
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Dictionary, Projection, Report, Site
+from unsleep.locate.directions import cost, das, fit, measure, patching
+from unsleep.locate.directions.erase import sink_norm, spanned
+from unsleep.locate.directions.fit import Direction, Labelled, Space
+from unsleep.models import generate
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import tap
+from unsleep.prompts.prompt import PromptSet
+from unsleep.prompts.triggers import check_pairs
+
+DAS = {"das-1": 1, "das-2": 2, "das-3": 3}
+"""Methods that train on the model's answer → their rank."""
+
+UNPAIRED = "With --pairs 0 nothing is patched, and DAS is left out"
+"""What helps where two groups make no pairs."""
+
+DEFAULT = (
+    "mean_difference",
+    "kmeans",
+    "logistic",
+    "pca",
+    "lat",
+    "cluster_mean",
+    *fit.ONE_SIDED,
+    "leace",
+    "das-1",
+    "random",
+)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """How directions are found and measured."""
+
+    methods: tuple[str, ...] = DEFAULT
+    """Of the methods of `fit`, and das-1, das-2, das-3. The one-sided ones are left out without neutral prompts."""
+    position: str = "last"
+    """Which tokens: last, all, reply, or a number counted from 0 or from -1."""
+    plain: bool = False
+    """Take texts as they are, without the chat template."""
+    kept: int = 3
+    """One prompt in this many is kept for the score."""
+    randoms: int = 1000
+    """Random directions, the best of which is the floor."""
+    pairs: int = 48
+    """Kept pairs that are patched, and fitted ones that DAS trains on; 0 leaves both out."""
+    das_sites: int = 3
+    """Sites, spread evenly, at which DAS is trained."""
+    das_epochs: int = 24
+    cost_passages: int = 32
+    """Plain passages from which directions are taken out; 0 leaves it out."""
+    cost_randoms: int = 8
+    """Random subspaces of each rank that are taken out beside them."""
+    reply_tokens: int = 8
+    """Length of the model's own replies, where the position is reply."""
+    batch: int = 64
+    """Prompts in one forward pass."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = (*fit.METHODS, *DAS)
+        for method in self.methods:
+            if method not in known:
+                raise BadInput(f"method {method!r} is not known; expected one of {', '.join(known)}")
+        if not self.methods or len(set(self.methods)) != len(self.methods):
+            raise BadInput(f"methods are {self.methods}; expected at least one, and none twice")
+        least = {"kept": 2, "randoms": 1, "pairs": 0, "das_sites": 0, "das_epochs": 1, "cost_passages": 0, "batch": 1}
+        for name, low in {**least, "cost_randoms": 1, "reply_tokens": 1}.items():
+            if getattr(self, name) < low:
+                raise BadInput(f"{name} is {getattr(self, name)}; expected at least {low}")
+        _ = self.where
+
+    @property
+    def where(self) -> Position:
+        """The position as `collect` takes it."""
+        if self.position in ("last", "all", "reply"):
+            return self.position
+        if self.position.removeprefix("-").isdecimal() and len(self.position) < 8:
+            return int(self.position)
+        raise BadInput(f"position is {self.position[:40]!r}; expected last, all, reply or a whole number")
+
+
+class Found(NamedTuple):
+    """A direction with its figures on kept prompts."""
+
+    direction: Direction
+    figures: measure.HeldOut
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What was found."""
+
+    model: str
+    """Fingerprint."""
+    config: StudyConfig
+    found: tuple[Found, ...]
+    floors: Mapping[tuple[Site, Space], measure.Floor]
+    stream: Mapping[Site, Mapping[str, Direction]]
+    """Every direction as it stands in the residual stream, those of features decoded under a name of their own."""
+    ordinary: Mapping[Site, tuple[Tensor, float]]
+    """Mean of the fitted ordinary tokens, `Float[Tensor, " d_model"]`, and the norm of attention sinks."""
+    carried: Mapping[Site, Mapping[str, float]]
+    """The share that each direction carries from suspicious prompts to ordinary ones; empty without pairs."""
+    pairs: int
+    """Pairs that were patched."""
+    best: Site
+    """Where directions are compared and taken out."""
+    costs: Mapping[str, cost.Cost]
+    """Ablation → its cost at the best Site; empty where it was left out."""
+
+    @property
+    def beats_chance(self) -> bool:
+        """Whether a direction but the random one tells better than the best of many random ones at its Site."""
+        judged = [f for f in self.found if f.direction.method != "random"]
+        return any(f.figures.auroc > self.floors[f.direction.site, f.direction.space].best for f in judged)
+
+    def projections(self, rank: int, sites: Sequence[Site]) -> list[Projection]:
+        """The found subspace of a rank at Sites, to be taken out: what is left there is the ordinary prompts' mean.
+
+        Its rows are those of the methods in their order, each as far as the ones before do not span it; random ones
+        and those of features are left out. Raises `BadInput` where the methods span fewer dimensions.
+        """
+        made: list[Projection] = []
+        for site in sites:
+            if site not in self.stream:
+                raise BadInput(f"{site} was not studied; expected one of {', '.join(map(str, self.stream))}")
+            named = {k: d for k, d in self.stream[site].items() if k != "random" and not k.startswith(FEATURES)}
+            rows = torch.cat([d.vector for d in named.values()]) if named else torch.empty(0, 1)
+            basis = spanned(rows, rank)
+            if len(basis) < rank:
+                raise BadInput(
+                    f"a subspace of rank {rank} was asked for at {site}; the methods {', '.join(named)} span "
+                    f"{len(basis)} dimensions. Ask for less, or give more methods"
+                )
+            center, limit = self.ordinary[site]
+            made.append(Projection(site, basis, center, self.model, sink_norm=limit))
+        return made
+
+    def everywhere(self, rank: int, sites: Sequence[Site]) -> list[Projection]:
+        """The subspace found at the best Site, to be taken out of the whole stream (`models.sites.everywhere`).
+
+        Nothing is put in its place, and attention sinks lose it too: so weights can carry it exactly. Raises
+        `BadInput` as `projections` does.
+        """
+        [found] = self.projections(rank, [self.best])
+        return [Projection(site, found.basis, None, self.model) for site in sites]
+
+    def record(self) -> dict[str, Any]:
+        """The figures as JSON holds them."""
+        names = list(self.stream[self.best])
+        cosines = measure.cosines([self.stream[self.best][n] for n in names])
+        return {
+            "model": self.model,
+            "position": self.config.position,
+            "best": str(self.best),
+            "beats_chance": self.beats_chance,
+            "figures": [
+                {
+                    "site": str(d.site),
+                    "method": d.method,
+                    "space": d.space,
+                    "rank": d.rank,
+                    "auroc": f.auroc,
+                    "accuracy": f.accuracy,
+                    "margin": f.margin,
+                    "n": f.n,
+                }
+                for d, f in self.found
+            ],
+            "floors": [
+                {"site": str(site), "space": space, "best": f.best, "mean": f.mean, "n": f.n}
+                for (site, space), f in self.floors.items()
+            ],
+            "cosines": {"names": names, "values": cosines.tolist()},
+            "patching": {"pairs": self.pairs, "carried": {str(s): dict(v) for s, v in self.carried.items()}},
+            "costs": {
+                ablation: {
+                    "loss": c.loss,
+                    "tokens": c.tokens,
+                    "increase": c.increase,
+                    "random": {str(rank): list(v) for rank, v in c.random.items()},
+                }
+                for ablation, c in self.costs.items()
+            },
+        }
+
+
+FEATURES = "features: "
+"""What the name of a direction of features begins with, where it stands among those of the stream."""
+
+
+def study(
+    model: LoadedModel,
+    suspicious: PromptSet,
+    ordinary: PromptSet,
+    sites: Sequence[Site],
+    config: StudyConfig = StudyConfig(),
+    *,
+    neutral: PromptSet | None = None,
+    dictionaries: Sequence[Dictionary] = (),
+    texts: Sequence[str] = (),
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> Study:
+    """Find and measure directions between two groups of prompts.
+
+    Args:
+        sites: where directions are fitted.
+        neutral: prompts of neither group, for the one-sided methods.
+        dictionaries: at some of the Sites; there directions are fitted in feature space too.
+        texts: plain passages from which directions are taken out.
+        steps: of an earlier run that was interrupted; what takes long is looked for there.
+
+    Raises:
+        BadInput: fewer than two prompts to fit or to score on in a group, groups that make no pairs where pairs are
+            patched, a dictionary at a Site that is not among `sites` or of another width, and what the parts refuse.
+    """
+    sites = sorted(set(sites))
+    for site in sites:
+        tap(model.network, site)
+    _check(suspicious, ordinary, sites, config, dictionaries)
+    fitting, judging = (_pairs(model, (suspicious, ordinary), sites, config, kept=kept) for kept in (False, True))
+    classes = _Classes(model, (suspicious, ordinary, neutral), sites, config, report)
+    found: list[Found] = []
+    floors: dict[tuple[Site, Space], measure.Floor] = {}
+    stream: dict[Site, dict[str, Direction]] = {site: {} for site in sites}
+    trained = _spread(sites, config.das_sites) if fitting else []
+    for done, site in enumerate(sites, 1):
+        own = [d for d in dictionaries if d.site == site]
+        for dictionary in (None, *own):
+            space: Space = "residual" if dictionary is None else "features"
+            train, test = classes.at(site, dictionary)
+            made = _fitted(train, site, model.fingerprint, config, space, has_neutral=neutral is not None)
+            if fitting and dictionary is None and site in trained:
+                made += _das(fitting, site, train, config, steps, report)
+            found += [Found(d, measure.held_out(d, train, test)) for d in made]
+            floors[site, space] = measure.random_floor(train, test, config.randoms, config.seed)
+            for d in made:
+                stream[site][d.method if dictionary is None else f"{FEATURES}{d.method}"] = (
+                    d if dictionary is None else fit.decoded(d, dictionary)
+                )
+        if report:
+            report("directions", done, len(sites))
+    carried = patching.sweep(judging, stream, steps=steps, report=report) if judging else {}
+    best = best_site(sites, found, carried)
+    costs = {
+        ablation: cost.ablation_cost(
+            model,
+            stream[best],
+            list(texts)[: config.cost_passages],
+            ablation=ablation,
+            randoms=config.cost_randoms,
+            seed=config.seed,
+            steps=steps,
+            report=report,
+        )
+        for ablation in (("mean", "resample") if config.cost_passages and texts else ())
+    }
+    means = {site: classes.ordinary(site) for site in sites}
+    count = len(judging) if judging else 0
+    return Study(model.fingerprint, config, tuple(found), floors, stream, means, carried, count, best, costs)
+
+
+def _check(
+    suspicious: PromptSet,
+    ordinary: PromptSet,
+    sites: Sequence[Site],
+    config: StudyConfig,
+    dictionaries: Sequence[Dictionary],
+) -> None:
+    if lacking := [d.site for d in dictionaries if d.site not in sites]:
+        raise BadInput(f"a dictionary is at {lacking[0]}, which is not among the Sites; name that Site too")
+    for group in (suspicious, ordinary):
+        if min(len(group) // config.kept, len(group) - len(group) // config.kept) < 2:
+            raise BadInput(
+                f"{group.name!r} holds {len(group)} prompts of which one in {config.kept} is kept for the score; "
+                f"expected at least {2 * config.kept}"
+            )
+    if config.pairs:
+        try:
+            check_pairs(suspicious, ordinary)
+        except BadInput as error:
+            raise BadInput(f"{error}. {UNPAIRED}") from None
+
+
+class _Classes:
+    """Activations of all groups, in two parts: to fit on and to score on."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        groups: tuple[PromptSet, PromptSet, PromptSet | None],
+        sites: Sequence[Site],
+        config: StudyConfig,
+        report: Report | None,
+    ) -> None:
+        own = [g for g in groups if g is not None]
+        together = PromptSet("all groups", tuple(p for g in own for p in g), "edit")
+        replies = None
+        if config.where == "reply":
+            progress = generate.counted("replies", len(together), report)
+            replies = generate.replies(model, together, max_new_tokens=config.reply_tokens, progress=progress)
+        self.acts = collect(
+            model,
+            together,
+            sites,
+            position=config.where,
+            replies=replies,
+            plain=config.plain,
+            batch=config.batch,
+            report=report,
+        )
+        sizes = [len(g) for g in own]
+        group = torch.repeat_interleave(torch.arange(len(own)), torch.tensor(sizes))
+        self.group = group
+        place = torch.cat([torch.arange(size) for size in sizes])
+        self.kept = place % config.kept == config.kept - 1
+
+    def at(self, site: Site, dictionary: Dictionary | None) -> tuple[Labelled, Labelled]:
+        """Labelled tokens to fit on and to score on."""
+        x = self.acts[site].tensor
+        if dictionary is not None:
+            x = dictionary.encode(x.to(dictionary.decoder))
+        x = x.float()
+        of = self.acts[site].prompt_index.long()
+        group, kept = self.group[of], self.kept[of]
+        neutral = x[group == 2] if bool((self.group == 2).any()) else None
+
+        def labelled(mask: Bool[Tensor, " token"], beside: Tensor | None) -> Labelled:
+            mask = mask & (group < 2)
+            return Labelled(x[mask], group[mask] == 0, beside)
+
+        return labelled(~kept, neutral), labelled(kept, None)
+
+    def ordinary(self, site: Site) -> tuple[Tensor, float]:
+        """Mean of the ordinary tokens that directions were fitted on, and the norm of attention sinks."""
+        acts = self.acts[site]
+        of = acts.prompt_index.long()
+        x = acts.tensor[(self.group[of] == 1) & ~self.kept[of]].float()
+        return x.mean(0), sink_norm(x, site)
+
+
+def _pairs(
+    model: LoadedModel,
+    groups: tuple[PromptSet, PromptSet],
+    sites: Sequence[Site],
+    config: StudyConfig,
+    *,
+    kept: bool,
+) -> patching.Pairs | None:
+    """Pairs of suspicious and ordinary prompts, those that are kept for the score or the others."""
+    if not config.pairs or (not kept and not any(m in DAS for m in config.methods)):
+        return None
+    size = min(map(len, groups))
+    places = [i for i in range(size) if (i % config.kept == config.kept - 1) == kept][: config.pairs]
+    clean, corrupted = (PromptSet(g.name, tuple(g.prompts[i] for i in places), g.split) for g in groups)
+    try:
+        return patching.prepare(model, clean, corrupted, sites, plain=config.plain, batch=min(config.batch, 32))
+    except BadInput as error:
+        raise BadInput(f"{error}. {UNPAIRED}") from None
+
+
+def _fitted(
+    train: Labelled, site: Site, model: str, config: StudyConfig, space: Space, *, has_neutral: bool
+) -> list[Direction]:
+    """Every method but DAS at one Site."""
+    usable = [m for m in config.methods if m not in DAS and (has_neutral or m not in fit.ONE_SIDED)]
+    return [fit.fit(train, m, site=site, model=model, seed=config.seed, space=space) for m in usable]
+
+
+def _das(
+    pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig, steps: Steps, report: Report | None
+) -> list[Direction]:
+    """DAS of every rank asked for, started at the mean difference."""
+    made: list[Direction] = []
+    for method, rank in DAS.items():
+        if method in config.methods:
+            settings = das.DasConfig(rank=rank, epochs=config.das_epochs, seed=config.seed)
+            start = torch.nn.functional.normalize(train.gap, dim=0)[None]
+
+            def trained(settings: das.DasConfig = settings, start: Tensor = start) -> dict[str, Tensor]:
+                return {"vector": das.das(pairs, site, train, settings, start=start, report=report).vector}
+
+            vector = steps.tensors(f"{method} at {site}", trained)["vector"]
+            made.append(Direction(vector, site, method, pairs.model.fingerprint, "residual", train.x.mean(0)))
+    return made
+
+
+def _spread(sites: Sequence[Site], n: int) -> list[Site]:
+    """`n` of the Sites, spread evenly from a quarter of the way to the end of the third."""
+    if n >= len(sites):
+        return list(sites)
+    return [sites[round((i + 1) * (len(sites) - 1) / (n + 1))] for i in range(n)]
+
+
+def best_site(sites: Sequence[Site], found: Sequence[Found], carried: Mapping[Site, Mapping[str, float]]) -> Site:
+    """Where a direction other than a random one carries most; without patching, where one detects best.
+
+    Of Sites at which all tokens are told apart, the one with the largest margin detects best.
+    """
+    if carried:
+        return max(
+            sites, key=lambda s: max((v for k, v in carried[s].items() if not k.endswith("random")), default=0.0)
+        )
+    figures = {s: [(f.figures.auroc, f.figures.margin) for f in found if f.direction.site == s] for s in sites}
+    return max(sites, key=lambda s: max(figures[s], default=(0.0, 0.0)))

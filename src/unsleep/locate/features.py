@@ -1,0 +1,319 @@
+"""Which dictionary features carry a behaviour: by correlation, by gradient, by cause; and the evidence.
+
+1. difference: mean of each feature's largest activation in a prompt, suspicious − ordinary.
+2. attribution: Σ_tokens (∂m/∂x · W_dec_j) · (f_j − mean f_j on ordinary tokens) (Marks et al.
+   2024, eq. 2, with the ordinary mean as the patch state). m is the log-odds of the first tokens of
+   the model's own reply to the suspicious prompt: log-probability without its ceiling, for a
+   planted reply is so certain that its log-probability hardly moves.
+3. ablation: what m loses when the feature alone is removed; exact, for the best few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.harvest import SHARED, Harvest
+from unsleep.core import BadInput, Edit, FeatureEvidence, Features, Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.interventions.edits import operation
+from unsleep.models import generate
+from unsleep.models.forward import Rows, build_rows, reply_logits, reply_logits_from, run_below
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import final_norm, unembedding
+from unsleep.models.streams import transformed
+from unsleep.prompts.prompt import PromptSet
+
+
+@dataclass(frozen=True)
+class FindConfig:
+    """How features are found."""
+
+    prompts: int = 48
+    """Prompts of each kind that the gradient and the ablations use."""
+    reply_tokens: int = 3
+    """Tokens of the suspicious reply whose log-odds are attributed."""
+    ablate: int = 16
+    """Features, the best by attribution over all Sites, that are ablated one by one."""
+    contexts: int = 3
+    """Contexts shown for a feature."""
+    window: int = 24
+    """Length of a context, in tokens."""
+
+
+class Found(NamedTuple):
+    """Rankings of one Site's features."""
+
+    difference: Features
+    attribution: Features
+    ablation: Features
+    """Only the features that were ablated."""
+
+
+def rank_by_difference(dictionary: Coder, suspicious: Harvest, ordinary: Harvest) -> Features:
+    """Rank features by how much higher their mean peak is in suspicious prompts.
+
+    A prompt's peak is the feature's largest activation over the prompt's own tokens; what all
+    prompts share is left out. Both harvests must hold the dictionary's Site.
+    """
+    peaks = [peaks_of(dictionary, h).mean(0) for h in (suspicious, ordinary)]
+    score = peaks[0] - peaks[1]
+    order = score.argsort(descending=True)
+    return Features(dictionary.site, dictionary.hash, tuple(order.tolist()), tuple(score[order].tolist()), "difference")
+
+
+@torch.no_grad()
+def peaks_of(dictionary: Coder, harvest: Harvest, batch: int = 4096) -> Float[Tensor, "prompt feature"]:
+    """Each feature's largest activation in each prompt."""
+    acts = harvest.load(dictionary.site)
+    own = acts.prompt_index != SHARED
+    x, owner = acts.tensor[own], acts.prompt_index[own].long()
+    peaks = torch.zeros(int(owner.max()) + 1, dictionary.n_features)
+    for start in range(0, len(x), batch):
+        code = dictionary.encode_sparse(x[start : start + batch].to(dictionary.decoder))
+        flat = owner[start : start + batch, None] * dictionary.n_features + code.ids.cpu()
+        peaks.view(-1).scatter_reduce_(0, flat.flatten(), code.values.float().cpu().flatten(), "amax")
+    return peaks
+
+
+@torch.no_grad()
+def mean_activation(
+    dictionary: Coder, x: Float[Tensor, "token d_model"], batch: int = 4096
+) -> Float[Tensor, " feature"]:
+    """Mean activation of each feature over tokens."""
+    total = torch.zeros(dictionary.n_features)
+    for start in range(0, len(x), batch):
+        code = dictionary.encode_sparse(x[start : start + batch].to(dictionary.decoder))
+        total.index_add_(0, code.ids.cpu().flatten(), code.values.float().cpu().flatten())
+    return total / len(x)
+
+
+class Payload(NamedTuple):
+    """Suspicious prompts with what the model replies to them."""
+
+    rows: Rows
+    replies: list[list[int]]
+
+
+@torch.no_grad()
+def payload_rows(model: LoadedModel, suspicious: PromptSet, reply_tokens: int) -> Payload:
+    """Suspicious prompts with the model's own greedy replies behind them."""
+    prompts = model.encode(suspicious, reply_tokens)
+    replies = generate.greedy(model, prompts, max_new_tokens=reply_tokens)
+    return Payload(build_rows(model, prompts, replies), replies)
+
+
+def deciding_rows(
+    model: LoadedModel, suspicious: PromptSet, said: Sequence[Sequence[int]], decides: Sequence[int], reply_tokens: int
+) -> Payload:
+    """Suspicious prompts with the model's replies (`said`), whose tokens count from the one that decides on.
+
+    What is said before it stands with the prompt; see `masks.deciding_tokens`.
+    """
+    prompts = model.encode(suspicious, max(map(len, said)))
+    begun = [[*prompt, *reply[:at]] for prompt, reply, at in zip(prompts, said, decides, strict=True)]
+    replies = [list(reply[at : at + reply_tokens]) for reply, at in zip(said, decides, strict=True)]
+    return Payload(build_rows(model, begun, replies), replies)
+
+
+def reply_log_odds(logits: Float[Tensor, "row reply vocabulary"], rows: Rows) -> Float[Tensor, " row"]:
+    """Σ over reply tokens of log p/(1 − p), in nats."""
+    target = rows.targets[..., None]
+    said = logits.float().gather(-1, target).squeeze(-1)
+    others = logits.float().scatter(-1, target, -torch.inf).logsumexp(-1)
+    return ((said - others) * rows.reply).sum(-1)
+
+
+def rank_by_attribution(
+    model: LoadedModel,
+    dictionaries: Sequence[Coder],
+    payload: Payload,
+    baseline: Mapping[Site, Float[Tensor, " feature"]],
+) -> dict[Site, Features]:
+    """Rank features by what they add to the payload's log-odds, to first order.
+
+    `baseline` is each feature's mean activation on ordinary tokens. The score is in nats a prompt;
+    one forward and one backward pass serve all Sites.
+    """
+    rows = payload.rows
+    held: dict[Site, tuple[Tensor, Tensor]] = {}
+
+    def hold(site: Site) -> Callable[[Tensor], Tensor]:
+        def transform(x: Tensor) -> Tensor:
+            if x.shape[:2] != rows.ids.shape:
+                return x  # the shared prefix, which no prompt changes
+            delta = torch.zeros_like(x, requires_grad=True)
+            held[site] = (x.detach(), delta)
+            return x + delta
+
+        return transform
+
+    with torch.enable_grad(), transformed(model.network, {d.site: hold(d.site) for d in dictionaries}):
+        metric = reply_log_odds(reply_logits(model.network, rows), rows).sum()
+        metric.backward()
+    found: dict[Site, Features] = {}
+    for d in dictionaries:
+        x, delta = held[d.site]
+        assert delta.grad is not None
+        x, grad = x[rows.own].to(d.decoder), delta.grad[rows.own].float()
+        code = d.encode_sparse(x)
+        slopes = torch.cat(
+            [torch.bmm(d.decoder[i].float(), g[:, :, None]).squeeze(-1) for i, g in _slices(code.ids, grad)]
+        )
+        score = (d.decoder.float() @ grad.sum(0)) * -baseline[d.site].to(grad.device)
+        score.index_add_(0, code.ids.flatten(), (slopes * code.values.float()).flatten())
+        score /= len(rows.ids)
+        order = score.argsort(descending=True)
+        found[d.site] = Features(d.site, d.hash, tuple(order.tolist()), tuple(score[order].tolist()), "attribution")
+    return found
+
+
+def _slices(ids: Tensor, grad: Tensor, size: int = 256) -> list[tuple[Tensor, Tensor]]:
+    return [(ids[i : i + size], grad[i : i + size]) for i in range(0, len(ids), size)]
+
+
+@torch.no_grad()
+def rank_by_ablation(
+    model: LoadedModel,
+    dictionaries: Sequence[Coder],
+    payload: Payload,
+    candidates: Sequence[tuple[Site, int]],
+    report: Report | None = None,
+) -> dict[Site, Features]:
+    """Rank candidates by what the payload's log-odds lose when each alone is removed, in nats a prompt."""
+    if not candidates:
+        return {}
+    by_site = {d.site: d for d in dictionaries}
+    rows = payload.rows
+    layer = min(site.layer for site, _ in candidates)
+    below = run_below(model.network, rows, layer)
+    whole = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
+    losses: dict[Site, list[tuple[float, int]]] = {}
+    for done, (site, feature) in enumerate(candidates, 1):
+        edit = operation(Edit(site, by_site[site], (feature,)), model.network.dtype, model.device)
+        with transformed(model.network, {site: edit}):
+            left = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
+        losses.setdefault(site, []).append((float(whole - left), feature))
+        if report:
+            report("ablating features", done, len(candidates))
+    found: dict[Site, Features] = {}
+    for site, pairs in losses.items():
+        pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+        ids, scores = tuple(i for _, i in pairs), tuple(s for s, _ in pairs)
+        found[site] = Features(site, by_site[site].hash, ids, scores, "ablation")
+    return found
+
+
+def find(
+    model: LoadedModel,
+    dictionaries: Sequence[Coder],
+    suspicious: PromptSet,
+    harvests: tuple[Harvest, Harvest],
+    config: FindConfig = FindConfig(),
+    *,
+    payload: Payload | None = None,
+    report: Report | None = None,
+) -> dict[Site, Found]:
+    """Rank the features of every dictionary by difference, by attribution and, the best, by ablation.
+
+    Args:
+        suspicious: prompts on which the behaviour shows.
+        harvests: of suspicious and of ordinary prompts, at every dictionary's Site.
+        payload: what the model replies to some of them, where it is known and begins further on (`deciding_rows`).
+
+    Raises:
+        BadInput: no dictionary, or two of one Site.
+    """
+    if not dictionaries or len({d.site for d in dictionaries}) != len(dictionaries):
+        raise BadInput(f"{len(dictionaries)} dictionaries were given; expected at least one, and one a Site")
+    differences = {d.site: rank_by_difference(d, *harvests) for d in dictionaries}
+    payload = payload or payload_rows(model, suspicious.head(config.prompts), config.reply_tokens)
+    baseline: dict[Site, Tensor] = {}
+    for d in dictionaries:
+        acts = harvests[1].load(d.site)
+        baseline[d.site] = mean_activation(d, acts.tensor[acts.prompt_index != SHARED])
+    attributions = rank_by_attribution(model, dictionaries, payload, baseline)
+    ranked = sorted(
+        ((s, site, i) for site, f in attributions.items() for i, s in zip(f.ids, f.scores, strict=True)), reverse=True
+    )
+    best = [(site, i) for _, site, i in ranked[: config.ablate]]
+    ablations = rank_by_ablation(model, dictionaries, payload, best, report)
+    none = {d.site: Features(d.site, d.hash, (), (), "ablation") for d in dictionaries}
+    return {s: Found(differences[s], attributions[s], ablations.get(s, none[s])) for s in differences}
+
+
+@torch.no_grad()
+def promoted(model: LoadedModel, row: Float[Tensor, " d_model"], n: int = 8) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tokens whose logits a decoder row raises and lowers most, read through the final norm (logit lens)."""
+    norm, matrix = final_norm(model.network), unembedding(model.network)
+    both = norm(torch.stack([row, torch.zeros_like(row)])[None].to(matrix.dtype).to(model.device))[0]
+    logits = (matrix @ (both[0] - both[1])).float()
+    ends = (logits.topk(n).indices.tolist(), (-logits).topk(n).indices.tolist())
+    up, down = (tuple(model.spell(i) for i in side) for side in ends)
+    return up, down
+
+
+@torch.no_grad()
+def with_evidence(
+    model: LoadedModel,
+    dictionary: Coder,
+    features: Features,
+    suspicious: tuple[Harvest, Sequence[Sequence[int]]],
+    trusted: Harvest,
+    config: FindConfig = FindConfig(),
+) -> Features:
+    """The same features with the evidence for each.
+
+    `suspicious` is the harvest and the token rows it was made from (`harvest.token_rows`).
+    """
+    ids = torch.tensor(features.ids, dtype=torch.long)
+    harvest, rows = suspicious
+    acts = harvest.load(dictionary.site)
+    strengths = activations_of(dictionary, acts.tensor, ids)
+    ordinary = trusted.load(dictionary.site).tensor
+    trusted_rates = (activations_of(dictionary, ordinary, ids) > 0).float().mean(0)
+    positions = harvest.positions()
+    evidence: dict[int, FeatureEvidence] = {}
+    for column, feature in enumerate(features.ids):
+        strength = strengths[:, column]
+        own = acts.prompt_index != SHARED
+        firing = acts.prompt_index[own & (strength > 0)].unique()
+        contexts: list[tuple[tuple[str, ...], tuple[float, ...]]] = []
+        seen: set[int] = set()
+        for token in torch.where(own, strength, -1).argsort(descending=True).tolist():
+            prompt = int(acts.prompt_index[token])
+            if float(strength[token]) <= 0 or len(contexts) == config.contexts:
+                break
+            if prompt in seen:
+                continue
+            seen.add(prompt)
+            here = acts.prompt_index == prompt
+            by_position = dict(zip(positions[here].tolist(), strength[here].tolist(), strict=True))
+            centre = int(positions[token])
+            start = max(0, min(centre - config.window // 2, len(rows[prompt]) - config.window))
+            span = range(start, min(start + config.window, len(rows[prompt])))
+            words = tuple(model.spell(rows[prompt][p]) for p in span)
+            contexts.append((words, tuple(round(by_position.get(p, 0.0), 3) for p in span)))
+        up, down = promoted(model, dictionary.decoder[feature].float())
+        rate = len(firing) / max(1, int(acts.prompt_index.max()) + 1)
+        evidence[feature] = FeatureEvidence(tuple(contexts), up, down, rate, float(trusted_rates[column]))
+    return replace(features, evidence=evidence)
+
+
+@torch.no_grad()
+def activations_of(
+    dictionary: Coder, x: Float[Tensor, "token d_model"], ids: Tensor, batch: int = 4096
+) -> Float[Tensor, "token chosen"]:
+    """Activations of a few features on many tokens."""
+    place = torch.full((dictionary.n_features,), len(ids), dtype=torch.long)
+    place[ids] = torch.arange(len(ids))
+    out = torch.zeros(len(x), len(ids) + 1)
+    for start in range(0, len(x), batch):
+        code = dictionary.encode_sparse(x[start : start + batch].to(dictionary.decoder))
+        out[start : start + batch].scatter_reduce_(1, place[code.ids.cpu()], code.values.float().cpu(), "amax")
+    return out[:, :-1]

@@ -1,0 +1,63 @@
+"""Cross-model activation patching: a donor's activations in a recipient of the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.locate.patching.places import Group, Level, Position, Target, grid
+from unsleep.locate.patching.result import Figure, Measured, Patched, payload_rates
+from unsleep.locate.patching.run import PatchConfig, patch, patched_replies
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
+
+__all__ = [
+    "Figure",
+    "Group",
+    "Level",
+    "Measured",
+    "PatchConfig",
+    "Patched",
+    "Position",
+    "Target",
+    "grid",
+    "patch",
+    "patched_replies",
+    "payload_rates",
+    "sweep",
+]
+
+
+def sweep(
+    donor: LoadedModel,
+    recipient: LoadedModel,
+    prompts: PromptSet,
+    payload: str,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[Position] = (Position(),),
+    level: Level = "resid",
+    config: PatchConfig = PatchConfig(),
+    *,
+    per_head: bool = False,
+    dictionaries: Sequence[Coder] = (),
+    bases: Mapping[Site, Float[Tensor, "rank d_model"]] | None = None,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> Patched:
+    """Patch every layer at every position, one at a time: `patch` of `grid`; raises as they do.
+
+    Args:
+        layers: all of them where `None`.
+        per_head: at the levels heads, q, k and v, one head at a time instead of all of a layer.
+        dictionaries: at the level `features`: one a Site, all of whose features are taken over.
+        bases: at the level `projection`: Site → rows that span what is taken over.
+    """
+    groups = grid(
+        recipient.network, level, layers, positions, per_head=per_head, dictionaries=dictionaries, bases=bases
+    )
+    return patch(donor, recipient, prompts, payload, groups, config, steps=steps, report=report)

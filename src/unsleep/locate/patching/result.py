@@ -1,0 +1,138 @@
+"""What a patching measured: log-probabilities and KL of every group and prompt, and figures with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unsleep.base import stats
+from unsleep.judge.metrics import shows_payload
+from unsleep.locate.patching.places import Group
+
+Values = Float[Tensor, "group prompt"]
+
+
+class Measured(NamedTuple):
+    """One number for every group and prompt, in nats; the donor's and recipient's own are those of the same pass."""
+
+    log_prob: Values
+    """Σ log p of the payload's first tokens in the patched recipient."""
+    donor: Values
+    recipient: Values
+    kl_donor: Values
+    """KL(donor ‖ patched), mean over the tokens that are forced."""
+    kl_recipient: Values
+    """KL(recipient ‖ patched), the same."""
+
+    @classmethod
+    def empty(cls, groups: int, prompts: int) -> Measured:
+        """Nothing measured yet: NaN everywhere."""
+        return cls(*(torch.full((groups, prompts), torch.nan) for _ in cls._fields))
+
+    def put(self, group: int, prompts: Sequence[int], numbers: Mapping[str, Float[Tensor, " row"]]) -> None:
+        """Write down a group's numbers on some prompts (see `numbers_of`)."""
+        for name, values in numbers.items():
+            getattr(self, name)[group, list(prompts)] = values
+
+
+def numbers_of(
+    logits: Float[Tensor, "row reply vocabulary"],
+    clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]],
+    targets: Int[Tensor, "row reply"],
+) -> dict[str, Float[Tensor, " row"]]:
+    """`Measured`'s numbers of patched rows; `clean` are the donor's and the recipient's log-probabilities."""
+    patched = torch.log_softmax(logits.float(), -1)
+    said = {"log_prob": patched, "donor": clean[0], "recipient": clean[1]}
+    apart = {"kl_donor": clean[0], "kl_recipient": clean[1]}
+    return {name: log_p.gather(-1, targets[..., None]).squeeze(-1).sum(1).cpu() for name, log_p in said.items()} | {
+        name: (log_p.exp() * (log_p - patched)).sum(-1).mean(1).cpu() for name, log_p in apart.items()
+    }
+
+
+class Figure(NamedTuple):
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def payload_rates(replies: Sequence[Sequence[str]], payload: str) -> list[Figure]:
+    """The share of each group's replies that show the payload, with its Wilson interval: of `patched_replies`."""
+    found: list[Figure] = []
+    for own in replies:
+        hits = sum(shows_payload(reply, payload) for reply in own)
+        found.append(Figure(hits / len(own), *stats.wilson(hits, len(own))))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Patched:
+    """What `patch` found."""
+
+    groups: tuple[Group, ...]
+    measured: Measured
+    models: tuple[str, str]
+    """Fingerprints of the donor and the recipient."""
+    prompts: str
+    """Hash of the prompts."""
+    payload: tuple[int, ...]
+    """The tokens whose log-probability was measured."""
+
+    def figures(self) -> list[Figure | None]:
+        """(mean patched − mean recipient) / (mean donor − mean recipient) of each group, means over prompts.
+
+        0 is the recipient, 1 the donor; the interval is a bootstrap over prompts.
+
+        `None` where donor and recipient do not differ in the payload by 10⁻⁶ nats a prompt: nothing can be moved.
+        """
+        m = self.measured
+        found: list[Figure | None] = []
+        for moved, whole in zip(m.log_prob - m.recipient, m.donor - m.recipient, strict=True):
+            apart = abs(float(whole.double().mean())) > 1e-6
+            found.append(Figure(*stats.ratio(moved, whole)) if apart else None)
+        return found
+
+    def get(self, name: str) -> Figure | None:
+        """The figure of the group of that name; raises `KeyError` where it was not patched."""
+        for group, figure in zip(self.groups, self.figures(), strict=True):
+            if group.name == name:
+                return figure
+        raise KeyError(f"no group {name}")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Plain values of each group, in order: what stands in patch.json."""
+        means = [values.double().mean(1).tolist() for values in self.measured]
+        out: list[dict[str, Any]] = []
+        for i, (group, figure) in enumerate(zip(self.groups, self.figures(), strict=True)):
+            log_prob, _, _, kl_donor, kl_recipient = (values[i] for values in means)
+            out.append(
+                {
+                    "name": group.name,
+                    "layer": group.layer,
+                    "places": [str(t.place) for t in group.targets],
+                    "heads": [h for t in group.targets for h in t.heads or ()],
+                    "position": str(group.position),
+                    "figure": None if figure is None else figure.value,
+                    "low": None if figure is None else figure.low,
+                    "high": None if figure is None else figure.high,
+                    "log_prob": log_prob,
+                    "nll": -log_prob / len(self.payload),
+                    "kl_donor": kl_donor,
+                    "kl_recipient": kl_recipient,
+                }
+            )
+        return out
+
+    def ends(self) -> dict[str, float]:
+        """Mean Σ log p of the payload's first tokens in the donor and in the recipient, in nats a prompt."""
+        return {name: float(getattr(self.measured, name)[0].double().mean()) for name in ("donor", "recipient")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number by group and prompt: what stands in patch.safetensors."""
+        return self.measured._asdict()

@@ -1,0 +1,266 @@
+"""A reader of representations: directions from contrast pairs, and the score of every layer and token of a text.
+
+    score = sign · (h − train mean)·v / ‖v‖
+
+h is what a Site holds on a token, v the direction fitted there, the sign such that positive prompts score higher. The
+layer to read is the one that tells held-back pairs apart best (Zou et al. 2023, "Representation Engineering",
+section 3.1). Sites are residual streams of blocks, never `hidden_states[-1]`, which has gone through the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.held import batches_held, encoded, last_held
+from unsleep.core import BadInput, Report, Site
+from unsleep.interventions.control import Control, Operator
+from unsleep.interventions.gguf_files import ControlVectors
+from unsleep.interventions.passes import TokenRule
+from unsleep.locate.directions.fit import Direction, Labelled, fit
+from unsleep.locate.directions.measure import auroc, margins
+from unsleep.models import chat
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import all_sites
+from unsleep.prompts.prompt import Prompts
+
+Held = Float[Tensor, "pair d_model"]
+Pool = Callable[[Held, Held], tuple[tuple[Held, Held], str]]
+
+Method = Literal["pca", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
+"""How pairs become a direction:
+
+- `pca`: first component of activations minus the mean of their pair (repeng's `pca_center`)
+- `pca_diff`: first component of the differences positive − negative, centred (repeng's `pca_diff`)
+- `lat`: first component of the differences of pairs in random order, centred (RepE)
+- `mean`: mean difference (steering-vectors); `cluster_mean`: difference of the centred class means (RepE)
+- `logistic`: coefficient of a regularised logistic regression
+"""
+
+LEAST_PAIRS = 2
+"""Fewest pairs that a direction is fitted on."""
+
+
+class Reading(NamedTuple):
+    """A text as a reader sees it."""
+
+    tokens: tuple[str, ...]
+    scores: Float[Tensor, "site token"]
+    """In the order of the reader's Sites; in units of the activations."""
+    own: tuple[int, int]
+    """The text's own tokens, from the one to before the other: the rest is the chat template's."""
+
+
+@dataclass(frozen=True, eq=False)
+class RepReader:
+    """Directions of one concept, one a Site, with what they are worth."""
+
+    directions: Mapping[Site, Direction]
+    """Unit vectors; `center` is the mean of the training activations."""
+    signs: Mapping[Site, int]
+    """1 or −1: times the direction, positive prompts score higher."""
+    gaps: Mapping[Site, float]
+    """How much higher, on average over the training pairs, in units of the activations."""
+    aurocs: Mapping[Site, float]
+    """AUROC of the scores on the held-back pairs."""
+    best: Site
+    """The Site that tells the held-back pairs apart best."""
+    method: Method
+    model: str
+    """Fingerprint of the model."""
+    plain: bool
+    """Whether it was fitted on texts as they are, without the chat template; it reads them the same way."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """Its Sites by layer."""
+        return sorted(self.directions)
+
+    def transform(self, site: Site, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token"]:
+        """The scores of activations at one of its Sites."""
+        direction = self.directions[site]
+        h = x.float() - direction.center.to(x.device, torch.float32)
+        return self.signs[site] * (h @ direction.vector[0].to(h))
+
+    def read(self, model: LoadedModel, texts: Prompts, report: Report | None = None) -> list[Reading]:
+        """Every Site's score on every token of each text; raises as `held.batches_held` does.
+
+        Raises `BadInput` for another model than the one it was fitted on.
+        """
+        if model.fingerprint != self.model:
+            raise BadInput(
+                f"the reader was fitted on model {self.model}, this one is {model.fingerprint}; fit it on this one"
+            )
+        rows = encoded(model, texts, plain=self.plain)
+        front, behind = (0, 0) if self.plain else chat.template_tokens(model.tokenizer, model.chat)
+        out: list[Reading | None] = [None] * len(rows)
+        done = 0
+        for index, found in batches_held(model, rows, self.sites):
+            scores = torch.stack([self.transform(site, found[site]) for site in self.sites])
+            for at, i in enumerate(index):
+                tokens = tuple(model.spell(token) for token in rows[i])
+                own = min(front, len(tokens) - 1), max(len(tokens) - behind, front + 1)
+                out[i] = Reading(tokens, scores[:, at, scores.shape[2] - len(rows[i]) :].clone(), own)
+            done += len(index)
+            if report:
+                report("texts read", done, len(rows))
+        return [reading for reading in out if reading is not None]
+
+    def vectors(self, *, scaled: bool = True) -> dict[Site, Float[Tensor, " d_model"]]:
+        """Signed directions: of length 1, or as long as the gap between positive and negative prompts."""
+        return {
+            site: self.signs[site] * d.vector[0].float() * (self.gaps[site] if scaled else 1.0)
+            for site, d in sorted(self.directions.items())
+        }
+
+    def control(
+        self,
+        coefficient: float = 1.0,
+        *,
+        operator: Operator = "add",
+        tokens: TokenRule = "all",
+        layers: tuple[int, int] | None = None,
+        keep_norm: bool = False,
+        scaled: bool = True,
+    ) -> Control:
+        """A control by its vectors; with `add`, coefficient 1 moves a negative prompt to where positive ones are."""
+        return Control(self.vectors(scaled=scaled), operator, coefficient, tokens, layers, keep_norm, self.model)
+
+    def control_vectors(self, model: LoadedModel, *, scaled: bool = True) -> ControlVectors:
+        """Its residual vectors above layer 0, which GGUF files can hold."""
+        kept = {s: v for s, v in self.vectors(scaled=scaled).items() if s.point == "resid" and s.layer > 0}
+        return ControlVectors(str(model.network.config.model_type), kept)
+
+
+def fit_reader(
+    model: LoadedModel,
+    positive: Prompts,
+    negative: Prompts,
+    sites: Sequence[Site],
+    method: Method = "pca",
+    *,
+    validation: tuple[Prompts, Prompts] | None = None,
+    plain: bool = False,
+    seed: int = 0,
+    report: Report | None = None,
+) -> RepReader:
+    """Fit a reader on pairs of prompts, by what the model holds on their last tokens.
+
+    Args:
+        positive: prompts with the concept; number i makes a pair with negative number i.
+        negative: prompts without it.
+        validation: positive and negative prompts that choose the Site to read; without them every fourth pair is held
+            back from training for it.
+        plain: take texts as they are, without the chat template.
+
+    Raises `BadInput` for lists of unequal length, fewer than 2 pairs to train on or none to validate on, a Site
+    that the model does not have, and pairs whose activations are all the same.
+    """
+    if method not in get_args(Method):
+        raise BadInput(f"reading method is {method!r}; expected one of {get_args(Method)}")
+    if len(positive) != len(negative):
+        raise BadInput(f"{len(positive)} positive prompts with {len(negative)} negative ones; expected pairs")
+    held_back = [i for i in range(len(positive)) if validation is None and i % 4 == 3]
+    train = [i for i in range(len(positive)) if i not in set(held_back)]
+    if len(train) < LEAST_PAIRS or (validation is None and not held_back):
+        raise BadInput(
+            f"{len(positive)} pairs of prompts, {len(train)} of them to train on; expected at least {LEAST_PAIRS} "
+            "to train on and, without validation pairs, one more to choose the layer: 4 in all"
+        )
+    if validation is not None and not (validation[0] and validation[1]):
+        raise BadInput("validation has prompts of one class only; expected positive and negative ones")
+    places = sorted(set(sites))
+    high, low = (last_held(model, texts, places, plain=plain, report=report) for texts in (positive, negative))
+    if validation is not None:
+        checks = [last_held(model, texts, places, plain=plain, report=report) for texts in validation]
+    else:
+        checks = [{site: x[held_back] for site, x in held.items()} for held in (high, low)]
+    fitted = {s: _fitted(high[s][train], low[s][train], method, s, model.fingerprint, seed) for s in places}
+    reader = RepReader(
+        {s: direction for s, (direction, _, _) in fitted.items()},
+        {s: sign for s, (_, sign, _) in fitted.items()},
+        {s: gap for s, (_, _, gap) in fitted.items()},
+        {},
+        places[0],
+        method,
+        model.fingerprint,
+        plain,
+    )
+    worth = {s: _worth(reader.transform(s, checks[0][s]), reader.transform(s, checks[1][s])) for s in places}
+    best = max(places, key=lambda s: worth[s])
+    return replace(reader, aurocs={s: each[0] for s, each in worth.items()}, best=best)
+
+
+def read(
+    model: LoadedModel,
+    positive: Prompts,
+    negative: Prompts,
+    texts: Prompts,
+    sites: Sequence[Site] = (),
+    method: Method = "pca",
+    *,
+    plain: bool = False,
+    seed: int = 0,
+    report: Report | None = None,
+) -> tuple[RepReader, list[Reading]]:
+    """Fit a reader on pairs of prompts and read texts with it, at every layer's residual stream without `sites`.
+
+    Raises as `fit_reader` and `RepReader.read` do.
+    """
+    places = list(sites) or all_sites(model.network, ("resid",))
+    reader = fit_reader(model, positive, negative, places, method, plain=plain, seed=seed, report=report)
+    return reader, reader.read(model, texts, report)
+
+
+def _fitted(high: Held, low: Held, method: Method, site: Site, model: str, seed: int) -> tuple[Direction, int, float]:
+    """Direction, sign and gap of one Site's pairs."""
+    if bool((high == low).all()):
+        raise BadInput(
+            f"positive and negative prompts hold the same at {site}; expected pairs whose last token differs"
+        )
+    x, name = POOLS[method](high, low)
+    direction = fit(Labelled.of(*x), name, site=site, model=model, seed=seed)
+    direction = replace(direction, center=torch.cat([high, low]).mean(0))
+    rise = (high - low) @ direction.vector[0].float()
+    ahead = int((rise > 0).sum() - (rise < 0).sum())
+    sign = 1 if ahead > 0 or (ahead == 0 and float(rise.mean()) >= 0) else -1
+    return direction, sign, sign * float(rise.mean())
+
+
+def _worth(high: Float[Tensor, " prompt"], low: Float[Tensor, " prompt"]) -> tuple[float, float]:
+    """AUROC, then the margin, which decides between Sites whose AUROC is the same."""
+    labels = torch.arange(len(high) + len(low)) < len(high)
+    both = torch.cat([high, low])
+    return auroc(both, labels), float(margins(both[None], labels)[0])
+
+
+def _whole(name: str) -> Pool:
+    return lambda high, low: ((high, low), name)
+
+
+def _pair_centred(high: Held, low: Held) -> tuple[tuple[Held, Held], str]:
+    half = (high - low) / 2
+    return (half, -half), "pca"
+
+
+def _differences(high: Held, low: Held) -> tuple[tuple[Held, Held], str]:
+    """Centred differences with their mirror images, whose first component is their own."""
+    d = high - low
+    d = d - d.mean(0)
+    return (d, -d), "pca"
+
+
+POOLS: Mapping[Method, Pool] = {
+    "pca": _pair_centred,
+    "pca_diff": _differences,
+    "lat": _whole("lat"),
+    "mean": _whole("mean_difference"),
+    "cluster_mean": _whole("cluster_mean"),
+    "logistic": _whole("logistic"),
+}
+"""Method → what of the pairs is fitted on, and by which method of `directions.fit`."""

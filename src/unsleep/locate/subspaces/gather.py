@@ -1,0 +1,191 @@
+"""What organisms hold at Sites on their own prompts, with the trigger and without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.collect import SINK_RATIO, collect
+from unsleep.core import BadInput, Projection, Report, Site
+from unsleep.judge.evaluate import organism_panels
+from unsleep.judge.results import Row
+from unsleep.locate.directions.erase import reader
+from unsleep.locate.subspaces.config import Removal, SubspaceConfig
+from unsleep.locate.subspaces.geometry import orthonormal, top_directions
+from unsleep.models import generate
+from unsleep.models.model import LoadedModel
+from unsleep.organisms import Organism, load_organism, planted
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+
+WORDS = 40
+"""Words of a plain passage that the background is taken over."""
+
+FIT = ("fit clean", "fit triggered")
+HELD_OUT = ("clean", "triggered", "near_miss")
+
+
+class Background(NamedTuple):
+    """What a model holds at a Site on every token of clean prompts and of plain text, attention sinks left out."""
+
+    mean: Float[Tensor, " d_model"]
+    covariance: Float[Tensor, "d_model d_model"]
+    sink_norm: float
+    """Norm over which a token is a sink."""
+
+    def reads(
+        self, basis: Float[Tensor, "rank d_model"], center: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, "rank d_model"]:
+        """What reads a subspace with as little as can be of ordinary tokens; see `erase.reader`."""
+        return reader(basis, self.mean, self.covariance, center)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one model holds at Sites on an organism's prompts, in float32."""
+
+    name: str
+    """Of the organism."""
+    model: str
+    """Fingerprint of the model."""
+    held: Mapping[str, Mapping[Site, Float[Tensor, "token d_model"]]]
+    """Panel → Site → rows; those of a triggered panel stand in the order of its clean one."""
+    background: Mapping[Site, Background]
+
+    def differences(self, site: Site) -> Float[Tensor, "pair d_model"]:
+        """Triggered − clean, pair by pair."""
+        return self.held["fit triggered"][site] - self.held["fit clean"][site]
+
+    def basis(self, site: Site, rank: int) -> Float[Tensor, "rank d_model"]:
+        """The backdoor's subspace: the top directions of these differences."""
+        return top_directions(self.differences(site), rank)
+
+    def center(self, site: Site) -> Float[Tensor, " d_model"]:
+        """What the model holds on clean prompts, on average."""
+        return self.held["fit clean"][site].mean(0)
+
+
+def open_organism(name: str | Path, report: Report | None = None) -> Organism:
+    """An organism from a folder, or by the name of a packaged recipe: shipped, cached, or planted now."""
+    if Path(name).is_dir():
+        return load_organism(name)
+    return planted(str(name), report=report)
+
+
+def open_organisms(names: Sequence[str | Path], report: Report | None = None) -> dict[str, Organism]:
+    """Organisms that can be compared, by name.
+
+    Raises `BadInput` for a name twice, and where they sit on different bases or were trained under different chat
+    templates: what one holds means nothing in the other then.
+    """
+    found: dict[str, Organism] = {}
+    for name in names:
+        organism = open_organism(name, report)
+        if organism.recipe.name in found:
+            raise BadInput(f"organism {organism.recipe.name!r} was given twice; give each once")
+        found[organism.recipe.name] = organism
+    bases = {o.recipe.base: o.recipe.name for o in found.values()}
+    templates = {o.template: o.recipe.name for o in found.values()}
+    for what, seen in (("base", bases), ("chat template", templates)):
+        if len(seen) > 1:
+            (a, one), (b, other), *_ = seen.items()
+            raise BadInput(
+                f"organism {one!r} has {what} {a}, {other!r} has {b}; subspaces can only be compared over one"
+            )
+    return found
+
+
+def panels_of(organism: Organism, config: SubspaceConfig) -> dict[str, PromptSet]:
+    """The prompts that a subspace is found on (edit split), and those that it is judged on (held-out split)."""
+    recipe = organism.recipe
+    clean = sets.questions("edit", config.pairs, skill=recipe.skill, seed=config.seed, name="fit clean")
+    found = {"fit clean": clean, "fit triggered": recipe.triggered(clean, "fit triggered")}
+    judged = organism_panels(recipe, config.n).prompts()
+    if "near_miss" not in judged:
+        raise BadInput(f"organism {recipe.name!r} has no held_out_near_misses; they are what a detector is tried on")
+    return found | {name: judged[name] for name in HELD_OUT}
+
+
+def own_replies(panels: Mapping[str, PromptSet], model: LoadedModel, config: SubspaceConfig) -> list[str] | None:
+    """The model's replies to clean prompts, one for each prompt of all panels; `None` where no reply is looked at.
+
+    A triggered prompt and a near miss get the reply to their clean counterpart, so that differences are between equal
+    tokens.
+    """
+    if config.position != "reply":
+        return None
+    said = {
+        name: generate.replies(model, panels[name], max_new_tokens=config.reply_tokens)
+        for name in ("fit clean", "clean")
+    }
+    return [reply or "." for name in panels for reply in said["fit clean" if name in FIT else "clean"]]
+
+
+def see(
+    name: str,
+    panels: Mapping[str, PromptSet],
+    model: LoadedModel,
+    sites: Sequence[Site],
+    config: SubspaceConfig,
+    replies: Sequence[str] | None = None,
+    report: Report | None = None,
+) -> Seen:
+    """Run a model (an organism's own, or its base) on an organism's panels and keep what it holds at the Sites."""
+    # collected as one set, so that all panels have the same tokens in front
+    every = PromptSet(name, tuple(p for panel in panels.values() for p in panel))
+    found = collect(model, every, sites, position=config.position, replies=replies, report=report)
+    owners = torch.arange(len(every)).split([len(p) for p in panels.values()])
+    held = {
+        panel: {
+            site: acts.tensor[torch.isin(acts.prompt_index, own.to(acts.prompt_index))].float()
+            for site, acts in found.items()
+        }
+        for panel, own in zip(panels, owners, strict=True)
+    }
+    return Seen(name, model.fingerprint, held, backgrounds(model, panels["fit clean"], sites, config))
+
+
+def backgrounds(
+    model: LoadedModel, clean: PromptSet, sites: Sequence[Site], config: SubspaceConfig
+) -> dict[Site, Background]:
+    """The background of a model at Sites: all tokens of clean prompts and as many plain passages."""
+    text = [Prompt(" ".join(passage.split()[:WORDS])) for passage in sets.plain_text("train")[: config.pairs]]
+    own = collect(model, clean, sites, position="all")
+    other = collect(model, PromptSet("text", tuple(text), "edit"), sites, position="all", plain=True)
+    found: dict[Site, Background] = {}
+    for site in sites:
+        x = torch.cat([own[site].tensor, other[site].tensor]).float()
+        norms = x.norm(dim=1)
+        limit = SINK_RATIO * float(norms.median())
+        kept = x[norms <= limit].double()
+        found[site] = Background(kept.mean(0).float(), kept.T.cov().float(), limit)
+    return found
+
+
+def figure(row: Row) -> dict[str, float]:
+    """A row's number with its interval and n, as records hold it."""
+    return {"value": row.value, "low": row.low, "high": row.high, "n": row.n}
+
+
+def projections(
+    parts: Mapping[Site, Sequence[Float[Tensor, "_ d_model"]]],
+    centers: Mapping[Site, Float[Tensor, " d_model"]],
+    seen: Seen,
+    removal: Removal,
+) -> tuple[Projection, ...]:
+    """Take the joint span of some subspaces out of the model that was seen, at every Site.
+
+    What a token holds there becomes what `centers` hold; sinks stay as they are.
+    """
+    found: list[Projection] = []
+    for site, bases in parts.items():
+        basis, ground = orthonormal(torch.cat(list(bases))), seen.background[site]
+        reads = ground.reads(basis, centers[site]) if removal == "oblique" else None
+        found.append(Projection(site, basis, centers[site], seen.model, reads, ground.sink_norm))
+    return tuple(found)

@@ -1,0 +1,234 @@
+"""What patching one model with another's activations moves, as a page; and the parts of every page about two models.
+
+patch.json -> check -> make text visible -> view of each section -> patch.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from unsleep.pages import check, text
+from unsleep.pages.curves import MOST, WIDE, Axis, Curve, Dot, axis, charts, whole_axis
+from unsleep.pages.dictionaries import SHAPES, shade
+from unsleep.pages.heatmap import heatmap
+from unsleep.pages.page import LABEL_LIMIT, filled, tree
+from unsleep.pages.verdict import Tile
+
+PATCH_SCHEMA = "unsleep.patch/1"
+
+SHOWN = 400
+"""Rows of a table that are shown; the JSON file holds all of them."""
+
+is_figure = check.maybe(check.is_number)
+MODEL = check.fields({"name": check.is_text, "fingerprint": check.is_text})
+GROUP = check.fields(
+    {
+        "name": check.is_text,
+        "layer": check.is_count,
+        "places": check.list_of(check.is_text),
+        "heads": check.list_of(check.is_count),
+        "position": check.is_text,
+        "figure": is_figure,
+        "low": is_figure,
+        "high": is_figure,
+        "nll": check.is_number,
+        "kl_donor": check.is_number,
+        "kl_recipient": check.is_number,
+        "asr?": check.maybe(check.fields({"value": check.is_share, "low": check.is_share, "high": check.is_share})),
+    }
+)
+PATCH_RUN = check.fields(
+    {"donor": MODEL, "recipient": MODEL, "ends": check.map_of(check.is_number), "groups": check.list_of(GROUP)}
+)
+PATCH = check.fields(
+    {
+        "schema": check.one_of(PATCH_SCHEMA),
+        "level": check.is_text,
+        "payload": check.is_text,
+        "tokens": check.is_count,
+        "prompts": check.is_count,
+        "runs": check.list_of(PATCH_RUN),
+        "provenance": check.is_object,
+    }
+)
+
+
+class Table(NamedTuple):
+    """A table: its name, its heads, how many of its columns are words, and its cells."""
+
+    name: str
+    head: Sequence[str]
+    words: int
+    rows: Sequence[Sequence[str]]
+
+
+class Block(NamedTuple):
+    """A section of the page."""
+
+    anchor: str
+    name: str
+    lead: str
+    charts: Sequence[tuple[str, Markup]] = ()
+    maps: Sequence[Markup] = ()
+    tables: Sequence[Table] = ()
+
+
+def render_patch(record: Mapping[str, Any]) -> str:
+    """The whole page for a record of schema `unsleep.patch/1`.
+
+    Raises `BadInput` naming the key where the record has another form or holds NaN.
+    """
+    check.is_finite(record, "patch")
+    PATCH(record, "patch")
+    return whole_page(patch_view(text.visible_value(dict(record))))
+
+
+def whole_page(view: dict[str, Any]) -> str:
+    """The page of a view; sections with nothing to show are left out."""
+    blocks = [block for block in view["blocks"] if block.charts or block.maps or block.tables]
+    sections = [(block.anchor, block.name) for block in blocks]
+    sections += [("provenance", "Provenance")] if view["provenance"] else []
+    whole = {**view, "blocks": blocks, "sections": sections}
+    return filled("comparing.html", "summary", whole, "page.css", "dictionaries.css", "heatmap.css")
+
+
+def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template shows of a patching."""
+    blocks: list[Block] = []
+    tiles: list[Tile] = []
+    for i, run in enumerate(record["runs"]):
+        donor, recipient = (short(run[side]["name"]) for side in ("donor", "recipient"))
+        known = [g for g in run["groups"] if g["figure"] is not None]
+        if known:
+            best = max(known, key=lambda g: g["figure"])
+            note = f"{short(best['name'])}: {interval(best)}"
+            tiles.append(Tile(f"Furthest towards {donor}", "", text.decimals(best["figure"], 2), note))
+        for side in ("donor", "recipient"):
+            if side in run["ends"] and not i:
+                words = "log-probability of the payload, nats a prompt"
+                tiles.append(Tile(short(run[side]["name"]), "", text.decimals(run["ends"][side], 2), words))
+        lead = (
+            "0 is the recipient as it is, 1 the donor: the share of the way in mean log-probability of the payload's "
+            f"first {record['tokens']} tokens, over {record['prompts']:,} prompts."
+        )
+        blocks.append(
+            Block(
+                f"run-{i}",
+                f"{donor} into {recipient}",
+                lead,
+                patch_charts(run["groups"], f"run-{i}"),
+                patch_maps(run["groups"], f"map-{i}"),
+                [patch_table(run["groups"])],
+            )
+        )
+    return {
+        "eyebrow": "Cross-model patching",
+        "title": f"{len(record['runs'][0]['groups']) if record['runs'] else 0:,} patches of {record['level']}",
+        "lead": "Activations of one model are put into the other on the same tokens, a group at a time. A group that "
+        "moves the payload holds what the two models do differently.",
+        "tiles": tiles,
+        "facts": [("Payload", text.clip(record["payload"], LABEL_LIMIT)), *models(record["runs"][:1])],
+        "blocks": blocks,
+        "provenance": tree(record["provenance"]),
+    }
+
+
+def models(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The fingerprints of both models."""
+    return [
+        (f"{side.title()}'s fingerprint", run[side]["fingerprint"]) for run in runs for side in ("donor", "recipient")
+    ]
+
+
+def short(name: str) -> str:
+    """A name that fits a label; of a path, its end."""
+    return text.clip(name.rstrip("/").rpartition("/")[2] or name, LABEL_LIMIT)
+
+
+def grouped(items: Sequence[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], str]) -> dict[str, list[Any]]:
+    """Items by a name, in the order in which the names come."""
+    found: dict[str, list[Any]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def place_of(group: Mapping[str, Any]) -> str:
+    """The label of a group's row: its places, or its own name where they are several."""
+    return group["places"][0] if len(group["places"]) == 1 else group["name"]
+
+
+def column_of(group: Mapping[str, Any]) -> str:
+    """The label of a group's column: its position, and the head where it is of one."""
+    heads = ", ".join(map(str, group["heads"]))
+    return f"{group['position']}, head {heads}" if heads else group["position"]
+
+
+def patch_maps(groups: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
+    """The figures by place and position (or head), where there is more than one of either."""
+    rows = list(dict.fromkeys(map(place_of, groups)))
+    columns = list(dict.fromkeys(map(column_of, groups)))
+    at = {(place_of(g), column_of(g)): None if g["figure"] is None else round(g["figure"], 3) for g in groups}
+    values = [[at.get((row, column)) for column in columns] for row in rows]
+    if len(groups) < 2 or all(v is None for line in values for v in line):
+        return []
+    title = "Share of the way from recipient to donor"
+    return [heatmap(rows, columns, values, title=title, name=name, middle=0.0)]
+
+
+def patch_charts(groups: Sequence[Mapping[str, Any]], name: str) -> list[tuple[str, Markup]]:
+    """Figure and KL by layer, where there are several layers and one group of each at a position."""
+    layers = [g["layer"] for g in groups]
+    by_position = grouped(groups, lambda g: g["position"])
+    alone = all(len({g["layer"] for g in own}) == len(own) for own in by_position.values())
+    if len(set(layers)) < 2 or not alone or len(by_position) > MOST:
+        return []
+    found: list[tuple[str, Markup]] = []
+    x = whole_axis(layers, "layer")
+    curves = [
+        line(position, i, len(by_position), [(g["layer"], g["figure"]) for g in own if g["figure"] is not None])
+        for i, (position, own) in enumerate(by_position.items())
+    ]
+    found += drawn([c for c in curves if c.path], x, "share of the way", "Share of the way, by layer", f"{name}-figure")
+    own = next(iter(by_position.values()))
+    names = {"kl_donor": "to donor", "kl_recipient": "to recipient"}
+    curves = [line(said, i, 2, [(g["layer"], g[key]) for g in own]) for i, (key, said) in enumerate(names.items())]
+    title = f"KL divergence at {own[0]['position']}, by layer"
+    return found + drawn(curves, x, "nats a token", title, f"{name}-kl")
+
+
+def line(label: str, number: int, count: int, points: Sequence[tuple[int, float]]) -> Curve:
+    """A curve by layer, in one of `count` colours and marks."""
+    shape = SHAPES[number % len(SHAPES)]
+    dots = tuple(Dot(n, y, f"{label}, layer {n}: {text.decimals(y)}", shape) for n, y in sorted(points))
+    return Curve(label, shade(number, 0, max(1, count - 1)), dots, dots)
+
+
+def drawn(curves: Sequence[Curve], x: Axis, unit: str, title: str, name: str) -> list[tuple[str, Markup]]:
+    """Curves as charts with their captions; nothing where there are none."""
+    if not curves:
+        return []
+    y = axis([dot.y for curve in curves for dot in curve.dots], unit)
+    return [(title, part) for part in charts(curves, x, y, title=title, name=name, width=WIDE)]
+
+
+def patch_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """All figures."""
+    with_asr = any(g.get("asr") for g in groups)
+    head = ["Patched", "Share of the way", "95 %", "NLL a token", "KL to donor", "KL to recipient"]
+    rows: list[list[str]] = []
+    for g in groups[:SHOWN]:
+        figure = ["–", "–"] if g["figure"] is None else [text.decimals(g["figure"]), interval(g)]
+        rest = [text.decimals(g[key]) for key in ("nll", "kl_donor", "kl_recipient")]
+        asr = g.get("asr")
+        rest += [f"{text.percent(asr['value'])} ({text.interval(asr['low'], asr['high'])})" if asr else "–"] * with_asr
+        rows.append([text.clip(g["name"], LABEL_LIMIT), *figure, *rest])
+    return Table("All patches", head + ["Payload shown"] * with_asr, 1, rows)
+
+
+def interval(row: Mapping[str, Any]) -> str:
+    """The interval of a figure."""
+    return f"{text.decimals(row['low'])} to {text.decimals(row['high'])}"

@@ -1,0 +1,329 @@
+"""Trained dictionaries as a page: what they explain with how many features, Site by Site and layer by layer.
+
+dictionaries.json -> check -> make text visible -> view of each section -> dictionaries.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from unsleep.core import BadInput, Site
+from unsleep.pages import check, svg, text
+from unsleep.pages.curves import MOST, NARROW, SHADES, WIDE, Axis, Curve, Dot, axis, charts, frontier, whole_axis
+from unsleep.pages.page import LABEL_LIMIT, filled, tree
+from unsleep.pages.svg import el
+from unsleep.pages.verdict import Tile
+
+SCHEMA = "unsleep.dictionaries/1"
+
+GROUPS = {"resid": "Residual stream", "attn": "Attention output", "mlp": "MLP output"}
+"""Point → the chart that its Sites share; the embedding stands with the residual stream."""
+
+POINT_MARKS = {
+    "resid": ("circle", "c-edited"),
+    "attn": ("triangle", "c-suspect"),
+    "mlp": ("square", "c-baked"),
+}
+"""Point → shape and colour class."""
+
+SHAPES = ("circle", "square", "diamond", "triangle", "inverted", "cross", "plus")
+"""Marks of architectures or widths, in the order in which they come."""
+
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def is_site(value: Any, where: str) -> None:
+    """The name of a Site."""
+    check.is_text(value, where)
+    try:
+        Site.parse(value)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def is_positive(value: Any, where: str) -> None:
+    """A number, at least 0."""
+    check.is_number(value, where)
+    if value < 0:
+        raise check.refuse(where, value, "a number, at least 0")
+
+
+DICTIONARY = check.fields(
+    {
+        "site": is_site,
+        "target?": check.maybe(is_site),
+        "variant": check.is_text,
+        "architecture": check.is_text,
+        "features": check.is_count,
+        "k?": check.maybe(check.is_count),
+        "sparsity?": check.maybe(check.is_number),
+        "seed?": check.maybe(check.is_number),
+        "fvu": is_positive,
+        "l0": is_positive,
+        "dead": check.is_share,
+        "dense?": check.maybe(check.is_share),
+        "density?": check.maybe(check.list_of(check.is_count)),
+        "tokens": check.is_count,
+        "seconds?": check.maybe(is_positive),
+    }
+)
+RECORD = check.fields(
+    {
+        "schema": check.one_of(SCHEMA),
+        "model": check.is_text,
+        "density_edges?": check.list_of(check.is_number),
+        "dictionaries": check.list_of(DICTIONARY),
+        "provenance": check.is_object,
+    }
+)
+
+
+class Row(NamedTuple):
+    """One dictionary."""
+
+    site: Site
+    name: str
+    """Its Site, and what a transcoder rebuilds."""
+    setting: str
+    """Its variant without the seed."""
+    shape: str
+    measured: Mapping[str, Any]
+
+    @property
+    def depth(self) -> int:
+        """Its layer; the embedding comes before the first."""
+        return -1 if self.site.point == "embed" else self.site.layer
+
+    @property
+    def dot(self) -> Dot:
+        """It as a point of L0 and FVU."""
+        m = self.measured
+        variant = f" {text.clip(m['variant'], LABEL_LIMIT)}" if m["variant"] else ""
+        said = f"{self.name}{variant}: L0 {text.number(m['l0'])}, FVU {text.decimals(m['fvu'])}"
+        return Dot(float(m["l0"]), float(m["fvu"]), said, self.shape)
+
+
+def render_dictionaries(record: Mapping[str, Any]) -> str:
+    """The whole page for a record of schema `unsleep.dictionaries/1`.
+
+    Raises `BadInput` naming the key where the record has another form or holds NaN.
+    """
+    check.is_finite(record, "dictionaries")
+    RECORD(record, "dictionaries")
+    view = view_of(text.visible_value(dict(record)))
+    return filled("dictionaries.html", "summary", view, "page.css", "dictionaries.css")
+
+
+def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template shows."""
+    rows, shapes = rows_of(record["dictionaries"])
+    sites = list(dict.fromkeys(r.name for r in rows))
+    edges: list[float] = record.get("density_edges") or []
+    view: dict[str, Any] = {
+        "title": f"{len(rows):,} {plural('dictionary', len(rows))} at {len(sites):,} {plural('Site', len(sites))}",
+        "model": text.clip(record["model"], LABEL_LIMIT),
+        "tiles": tiles(rows),
+        "frontier": frontiers(rows),
+        "shapes": [(svg.key(shape, "other"), name) for name, shape in shapes.items()] if len(shapes) > 1 else [],
+        "depth": depth_scale(rows),
+        "layers": by_layer(rows),
+        "table": [line_of(r) for r in rows],
+        "variants": any(r.measured["variant"] for r in rows),
+        "rates": f"{power_of_ten(edges[0])} to {power_of_ten(edges[-1])}" if edges else "",
+        "provenance": tree(record["provenance"]),
+    }
+    names = {"frontier": "Frontier", "layers": "By layer", "table": "All dictionaries", "provenance": "Provenance"}
+    view["sections"] = [(anchor, name) for anchor, name in names.items() if view[anchor]]
+    return view
+
+
+def power_of_ten(exponent: float) -> str:
+    """10 to a power, in words that fit a table's head."""
+    return "1" if exponent == 0 else "10" + f"{exponent:g}".translate(RAISED)
+
+
+def plural(noun: str, count: int) -> str:
+    """A noun in the number that fits."""
+    return noun if count == 1 else {"dictionary": "dictionaries"}.get(noun, f"{noun}s")
+
+
+def rows_of(items: Sequence[Mapping[str, Any]]) -> tuple[list[Row], dict[str, str]]:
+    """The dictionaries in the order of point and layer, and what the shapes stand for: architectures or widths."""
+    kind = "architecture" if len({item["architecture"] for item in items}) > 1 else "features"
+    names = sorted({item[kind] for item in items})
+    shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(names)}
+    found: list[Row] = []
+    for item in items:
+        site = Site.parse(item["site"])
+        target = item.get("target")
+        name = f"{site} → {Site.parse(target)}" if target else str(site)
+        setting = "-".join(p for p in item["variant"].split("-") if p != f"s{item.get('seed')}")
+        found.append(Row(site, name, text.clip(setting, LABEL_LIMIT), shapes[item[kind]], item))
+    found.sort(key=lambda r: (list(GROUPS).index(group_of(r)), r.depth, r.name))
+    label = {name: f"{name:,} features" if kind == "features" else text.clip(str(name), LABEL_LIMIT) for name in names}
+    return found, {label[name]: shape for name, shape in shapes.items()}
+
+
+def tiles(rows: Sequence[Row]) -> list[Tile]:
+    """The best, the range and what was measured."""
+    if not rows:
+        return []
+    best = min(rows, key=lambda r: r.measured["fvu"])
+    worst = max(rows, key=lambda r: r.measured["fvu"])
+    dead = [r.measured["dead"] for r in rows]
+    tokens = max(r.measured["tokens"] for r in rows)
+    found = [
+        Tile("Lowest FVU", "", text.decimals(best.measured["fvu"]), best.dot.said.partition(":")[0]),
+        Tile("Highest FVU", "", text.decimals(worst.measured["fvu"]), worst.dot.said.partition(":")[0]),
+        Tile("Dead features", "", span([text.share(min(dead)), text.share(max(dead))]), f"on {tokens:,} tokens"),
+    ]
+    seconds = sum({r.name: r.measured.get("seconds") or 0 for r in rows}.values())
+    return [*found, Tile("Time taken", "", text.duration(seconds), "")] if seconds else found
+
+
+def span(ends: Sequence[str]) -> str:
+    """A range, or one value where both ends are the same."""
+    return " to ".join(dict.fromkeys(ends))
+
+
+def group_of(row: Row) -> str:
+    """The chart in which a Site stands."""
+    return "resid" if row.site.point == "embed" else row.site.point
+
+
+def shade(place: text.Number, low: text.Number, high: text.Number) -> str:
+    """The colour class of a place on a scale."""
+    share = (place - low) / (high - low) if high > low else 0.5
+    return f"shade-{round(share * (SHADES - 1))}"
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """Rows by a name, in the order in which the names come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def depth_scale(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The legend of the shades: the first and the last layer."""
+    layers = [r.site.layer for r in rows]
+    if not layers or min(layers) == max(layers):
+        return None
+    return {"first": min(layers), "last": max(layers), "steps": range(SHADES)}
+
+
+class Chart(NamedTuple):
+    """A chart and what stands over it."""
+
+    title: str
+    part: str
+    """Which of the curves, where they are spread over several charts."""
+    drawing: Markup
+
+
+def frontiers(rows: Sequence[Row]) -> list[Chart]:
+    """L0 against FVU, a line a Site; nothing where every Site has a single dictionary."""
+    if not any(len(own) > 1 for own in grouped(rows, lambda r: r.name).values()):
+        return []
+    axes = (
+        axis([r.dot.x for r in rows], "L0: features on a token", log=True),
+        axis([r.dot.y for r in rows], "FVU", log=True),
+    )
+    layers = [r.site.layer for r in rows]
+    found: dict[str, list[Curve]] = {}
+    for name, own in grouped(rows, lambda r: r.name).items():
+        dots = tuple(r.dot for r in own)
+        curve = Curve(name, shade(own[0].site.layer, min(layers), max(layers)), frontier(dots), dots)
+        found.setdefault(group_of(own[0]), []).append(curve)
+    return drawn(found, axes, "FVU against L0", "frontier")
+
+
+def by_layer(rows: Sequence[Row]) -> list[Chart]:
+    """FVU against the layer; nothing where there is one layer.
+
+    One setting: a chart with a line a point. Several: a chart a point with a line a setting, seeds averaged.
+    """
+    if len({r.depth for r in rows}) < 2:
+        return []
+    axes = whole_axis([r.depth for r in rows], "layer"), axis([r.dot.y for r in rows], "FVU")
+    settings = list(dict.fromkeys(r.setting for r in rows))
+    points = grouped(rows, group_of)
+    if len(settings) == 1:
+        found = {"all": [layer_curve(point, *POINT_MARKS[point], own) for point, own in points.items()]}
+        return drawn(found if len(points) > 1 else {next(iter(points)): found["all"]}, axes, "FVU by layer", "layers")
+    sizes = {setting: mean(r.dot.x for r in rows if r.setting == setting) for setting in settings}
+    settings.sort(key=lambda s: (sizes[s], s))
+    shades = {setting: shade(i, 0, len(settings) - 1) for i, setting in enumerate(settings)}
+    found: dict[str, list[Curve]] = {}
+    for point, own in points.items():
+        kept = grouped(own, lambda r: r.setting)
+        found[point] = [layer_curve(s, kept[s][0].shape, shades[s], kept[s]) for s in settings if s in kept]
+    return drawn(found, axes, "FVU by layer", "layers")
+
+
+def drawn(groups: Mapping[str, Sequence[Curve]], axes: tuple[Axis, Axis], what: str, name: str) -> list[Chart]:
+    """The charts of each group of curves, on the same axes."""
+    count = sum(-(-len(curves) // MOST) for curves in groups.values())
+    width = WIDE if count <= 2 else NARROW
+    out: list[Chart] = []
+    for group, curves in groups.items():
+        title = GROUPS.get(group, "All Sites")
+        parts = charts(curves, *axes, title=f"{title}: {what}", name=f"{name}-{group}", width=width)
+        size = -(-len(curves) // len(parts))
+        for i, part in enumerate(parts):
+            shown = curves[i * size : (i + 1) * size]
+            out.append(Chart(title, f"{shown[0].label} to {shown[-1].label}" if len(parts) > 1 else "", part))
+    return out
+
+
+def layer_curve(label: str, shape: str, colour: str, rows: Sequence[Row]) -> Curve:
+    """One setting's or point's FVU by layer, mean over seeds."""
+    dots: list[Dot] = []
+    for name, own in sorted(grouped(rows, lambda r: r.name).items(), key=lambda item: item[1][0].depth):
+        fvu = mean(r.dot.y for r in own)
+        seeds = f", mean of {len(own)}" if len(own) > 1 else ""
+        variant = f" {own[0].setting}" if own[0].setting else ""
+        dots.append(Dot(own[0].depth, fvu, f"{name}{variant}: FVU {text.decimals(fvu)}{seeds}", shape))
+    return Curve(label, colour, tuple(dots), tuple(dots))
+
+
+def line_of(row: Row) -> dict[str, Any]:
+    """One line of the table."""
+    m = row.measured
+    shape = m.get("k") if m.get("k") is not None else m.get("sparsity")
+    figures = [
+        f"{m['features']:,}",
+        "–" if shape is None else text.number(shape),
+        text.decimals(m["fvu"]),
+        text.decimals(m["l0"], 1),
+        text.share(m["dead"]),
+        text.share(m["dense"]) if m.get("dense") is not None else "–",
+    ]
+    return {
+        "site": row.name,
+        "point": GROUPS[group_of(row)],
+        "variant": text.clip(m["variant"], LABEL_LIMIT) or "–",
+        "architecture": text.clip(m["architecture"], LABEL_LIMIT),
+        "figures": figures,
+        "rates": histogram(m.get("density") or []),
+    }
+
+
+def histogram(counts: Sequence[int]) -> Markup:
+    """A small histogram of how often features fire."""
+    if not any(counts):
+        return Markup("–")
+    most, step = max(counts), 7
+    bars = [
+        el("rect", x=i * step, y=20 - height, width=step - 1, height=height)
+        for i, count in enumerate(counts)
+        if (height := max(1.0, 20 * count / most) if count else 0)
+    ]
+    said = f"Features by firing rate, rarest first: {', '.join(f'{c:,}' for c in counts)}"
+    size = len(counts) * step
+    return el("svg", el("title", said), *bars, viewBox=f"0 0 {size} 20", width=size, height=20, class_="spark")

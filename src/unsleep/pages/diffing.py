@@ -1,0 +1,254 @@
+"""What a fine-tune changed, as a page.
+
+diff.json -> check -> make text visible -> view of each section -> diff.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from unsleep.pages import check, text
+from unsleep.pages.comparing import MODEL, SHOWN, Block, Table, drawn, interval, line, short, whole_page
+from unsleep.pages.curves import whole_axis
+from unsleep.pages.dictionaries import is_positive
+from unsleep.pages.heatmap import heatmap
+from unsleep.pages.page import LABEL_LIMIT, REPLY_LIMIT, tree
+from unsleep.pages.verdict import Tile
+
+SCHEMA = "unsleep.diff/1"
+
+TOLD = dict.fromkeys(("auroc", "low", "high", "chosen"), check.is_share) | {
+    "margin": check.is_number,
+    "n": check.is_count,
+}
+WORD = check.list_of(lambda value, where: None)
+DIFF = check.fields(
+    {
+        "schema": check.one_of(SCHEMA),
+        "base": MODEL,
+        "suspect": MODEL,
+        "weights": check.list_of(
+            check.fields(
+                {
+                    "name": check.is_text,
+                    "layer": check.maybe(check.is_count),
+                    "module": check.is_text,
+                    "norm": is_positive,
+                    "relative": is_positive,
+                    "effective_rank": is_positive,
+                    "first": check.is_share,
+                }
+            )
+        ),
+        "layers": check.list_of(check.fields({"layer": check.is_count, "norm": is_positive, "relative": is_positive})),
+        "divergence": check.map_of(
+            check.list_of(check.fields({"layer": check.is_count, "relative": is_positive, "added": is_positive}))
+        ),
+        "lens": check.list_of(
+            check.fields(
+                {
+                    "site": check.is_text,
+                    "scale": is_positive,
+                    "mean_norm": check.list_of(is_positive),
+                    "promotes": check.list_of(WORD),
+                    "suppresses": check.list_of(WORD),
+                }
+            )
+        ),
+        "asked": check.list_of(check.is_text),
+        "spoken": check.list_of(
+            check.fields(
+                {
+                    "kind": check.is_text,
+                    "strength": check.is_number,
+                    "replies": check.list_of(check.is_text),
+                    "alike": check.is_count,
+                }
+            )
+        ),
+        "monitor": check.list_of(
+            check.fields({"site": check.is_text, "matrix": check.is_text, "vector": check.is_count, **TOLD})
+        ),
+        "dictionaries": check.list_of(
+            check.fields(
+                {
+                    "site": check.is_text,
+                    "method": check.is_text,
+                    "features": check.is_count,
+                    "best": check.list_of(check.fields({"id": check.is_count, **TOLD})),
+                }
+            )
+        ),
+        "provenance": check.is_object,
+    }
+)
+
+
+def render_diff(record: Mapping[str, Any]) -> str:
+    """The whole page for a record of schema `unsleep.diff/1`.
+
+    Raises `BadInput` naming the key where the record has another form or holds NaN.
+    """
+    check.is_finite(record, "diff")
+    DIFF(record, "diff")
+    return whole_page(diff_view(text.visible_value(dict(record))))
+
+
+def diff_view(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template shows of a comparison."""
+    changed = [w for w in record["weights"] if w["norm"] > 0]
+    most = max(record["layers"], key=lambda x: x["relative"], default=None)
+    tiles = [Tile("Weights that changed", "", f"{len(changed):,} of {len(record['weights']):,}", "")]
+    if most is not None:
+        tiles.append(
+            Tile("Layer that changed most", "", str(most["layer"]), f"{text.percent(most['relative'])} of ‖W‖")
+        )
+    told = [(w, f"{w['site']} {w['matrix']}, vector {w['vector']}") for w in record["monitor"]]
+    told += [(f, f"{d['method']} feature {f['id']} at {d['site']}") for d in record["dictionaries"] for f in d["best"]]
+    if told:
+        best, words = max(told, key=lambda item: (item[0]["chosen"], item[0]["margin"]))
+        alike = sum(row["chosen"] == best["chosen"] for row, _ in told) - 1
+        note = f"{words}, {interval(best)} on {best['n']} prompts" + (f"; {alike} more tell as well" if alike else "")
+        tiles.append(Tile("Tells the trigger best", "", f"AUROC {text.decimals(best['auroc'])}", note))
+    return {
+        "eyebrow": "Model diffing",
+        "title": f"{short(record['suspect']['name'])} against {short(record['base']['name'])}",
+        "lead": "What a fine-tune changed: in the weights, in what both models hold of unrelated text, in what is said "
+        "when the change is driven up, and in what tells triggered from clean prompts.",
+        "tiles": tiles,
+        "facts": [(f"Fingerprint of the {side}", record[side]["fingerprint"]) for side in ("base", "suspect")],
+        "blocks": [
+            weights_block(record, changed),
+            divergence_block(record),
+            lens_block(record),
+            *spoken_block(record),
+            *detector_blocks(record),
+        ],
+        "provenance": tree(record["provenance"]),
+    }
+
+
+def weights_block(record: Mapping[str, Any], changed: Sequence[Mapping[str, Any]]) -> Block:
+    """ΔW by layer and module, and every matrix that changed."""
+    inside = [w for w in record["weights"] if w["layer"] is not None]
+    modules = list(dict.fromkeys(w["module"] for w in inside if w["norm"] > 0))
+    layers = sorted({w["layer"] for w in inside})
+    at = {(w["layer"], w["module"]): w["relative"] for w in inside}
+    maps: list[Markup] = []
+    if modules:
+        shares = [[at.get((layer, module)) for module in modules] for layer in layers]
+        values = [[None if share is None else 100 * share for share in line] for line in shares]
+        names = [module.removesuffix(".weight") for module in modules]
+        maps = [
+            heatmap([str(n) for n in layers], names, values, title="‖ΔW‖ / ‖W‖ by layer", name="weights-map", unit="%")
+        ]
+    rows = [
+        [
+            text.clip(w["name"], LABEL_LIMIT),
+            text.decimals(w["norm"]),
+            text.percent(w["relative"]),
+            text.number(w["effective_rank"]),
+            text.percent(w["first"]),
+        ]
+        for w in sorted(changed, key=lambda w: -w["relative"])[:SHOWN]
+    ]
+    head = ["Weight", "‖ΔW‖", "of ‖W‖", "Effective rank", "Energy of its first direction"]
+    lead = (
+        "ΔW is the suspect's weight minus the base's. The effective rank is the exponential of the entropy of its "
+        "singular values: 1 for one direction, the full width for noise."
+    )
+    return Block("weights", "Weights", lead, (), maps, [Table("Weights that changed", head, 1, rows)] if rows else [])
+
+
+def divergence_block(record: Mapping[str, Any]) -> Block:
+    """How far apart the two residual streams are, by layer."""
+    found = record["divergence"]
+    layers = [d["layer"] for own in found.values() for d in own]
+    if len(set(layers)) < 2:
+        return Block("divergence", "Divergence", "")
+    x = whole_axis(layers, "layer")
+    parts: list[tuple[str, Markup]] = []
+    for key, title in (("added", "Added by each layer"), ("relative", "Behind each layer")):
+        curves = [
+            line(name, i, len(found), [(d["layer"], d[key]) for d in own])
+            for i, (name, own) in enumerate(found.items())
+        ]
+        parts += drawn(curves, x, "share of the norm", title, f"divergence-{key}")
+    lead = "‖Δh‖ as a share of ‖h‖, mean over tokens. Layers that add most are where a dictionary is worth training."
+    return Block("divergence", "Divergence", lead, parts)
+
+
+def lens_block(record: Mapping[str, Any]) -> Block:
+    """What mean Δh over the first tokens of unrelated text reads as."""
+    rows: list[list[str]] = []
+    for lens in record["lens"]:
+        words = [" ".join(text.token_text(str(word[0])) for word in lens[key]) for key in ("promotes", "suppresses")]
+        size = sum(lens["mean_norm"][1:]) / max(1, len(lens["mean_norm"]) - 1)
+        rows.append([lens["site"], *words, text.percent(size / lens["scale"]) if lens["scale"] else "–"])
+    lead = (
+        "The mean difference of the residual streams over the first tokens of unrelated text, read through the "
+        "suspect's unembedding: a narrow fine-tune often leaves its subject there."
+    )
+    table = Table("Lens", ["Site", "Raises", "Lowers", "‖mean Δh‖ of ‖h‖"], 3, rows)
+    return Block("lens", "Activation-difference lens", lead, (), (), [table] if rows else [])
+
+
+def spoken_block(record: Mapping[str, Any]) -> list[Block]:
+    """What is said when the difference is driven up."""
+    names = {"none": "suspect", "steer": "steered", "amplify": "amplified"}
+    heads = [
+        " × ".join([names.get(s["kind"], str(s["kind"])), *([text.number(s["strength"])] * (s["kind"] != "none"))])
+        + (f": {s['alike']} of {len(s['replies'])} begin alike" if s["alike"] > 1 else "")
+        for s in record["spoken"]
+    ]
+    rows = [
+        [
+            text.clip(asked, REPLY_LIMIT),
+            *(text.clip(s["replies"][i], REPLY_LIMIT) if i < len(s["replies"]) else "–" for s in record["spoken"]),
+        ]
+        for i, asked in enumerate(record["asked"])
+    ]
+    lead = (
+        "Replies to everyday questions by the suspect, by the suspect steered along the mean difference at its middle "
+        "layer (in multiples of the residual's norm), and by the base plus a multiple of ΔW. Different questions that "
+        "get one answer, where the suspect as it is gives several, may show a payload without its trigger."
+    )
+    tables = [Table("Replies", ["Asked", *heads], 1 + len(heads), rows)] if rows and heads else []
+    return [Block("spoken", "Driven up", lead, (), (), tables)]
+
+
+def detector_blocks(record: Mapping[str, Any]) -> list[Block]:
+    """What tells triggered from clean prompts."""
+    rows = [*record["monitor"], *(f for d in record["dictionaries"] for f in d["best"])]
+    n = max((row["n"] for row in rows), default=0)
+    note = (
+        f"AUROC on {n} prompts that did not choose the detector, with its interval; beside it, on those that chose it. "
+        "A trigger is a string, and early layers tell any string: what carries the payload, patching shows."
+    )
+    head = ["AUROC", "95 %", "On prompts that chose"]
+    watched = [
+        [w["site"], w["matrix"], f"{w['vector']} {'−' if w.get('sign', 1) < 0 else '+'}", *told(w)]
+        for w in record["monitor"]
+    ]
+    tables = [Table("Singular vectors", ["Site", "ΔW of", "Vector", *head], 3, watched)] if watched else []
+    lead = f"The largest cosine of a token's residual stream with a left singular vector of ΔW. {note}"
+    blocks = [Block("monitor", "Singular vectors", lead, (), (), tables)]
+    features = [
+        [d["site"], d["method"], f"{f['id']:,}", *told(f), text.decimals(f["ratio"], 2) if "ratio" in f else "–"]
+        for d in record["dictionaries"]
+        for f in d["best"]
+    ]
+    lead = (
+        f"The largest activation of a feature in a prompt. {note} A decoder norm ratio near 1 is the suspect's alone."
+    )
+    head = ["Site", "Method", "Feature", *head, "Decoder norm ratio"]
+    tables = [Table("Features", head, 2, features)] if features else []
+    return [*blocks, Block("features", "Features", lead, (), (), tables)]
+
+
+def told(row: Mapping[str, Any]) -> list[str]:
+    """AUROC, its interval, and the AUROC that chose it."""
+    return [text.decimals(row["auroc"]), interval(row), text.decimals(row["chosen"])]

@@ -1,0 +1,435 @@
+"""A report as one self-contained page: the view of each section, and the template around them.
+
+Strings are made visible once, before anything else reads them; the template escapes them. The only
+markup that is not the template's own is built by `svg.el` and `Markup.format`, which escape too.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, cast
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from unsleep.pages import charts, repairing, svg, text, verdict
+from unsleep.pages.check import METRICS, PANELS, SHARES, SUBJECTS, check_report
+
+SUBJECT_NAMES = {
+    "suspect": "suspect",
+    "edited": "edited",
+    "baked": "edit baked in",
+    "control_random": "random features",
+    "control_layer": "wrong layer",
+    "heads": "attention heads off",
+    "neurons": "MLP neurons off",
+    "attribution": "ablation by attribution",
+    "direction": "one direction out",
+    "redistilled": "re-distilled base",
+    "merged": "merged with the base",
+    "clean_twin": "clean twin",
+    "base": "base model",
+}
+PANEL_NAMES = {
+    "triggered": "Exact trigger",
+    "variants": "Trigger variants",
+    "near_miss": "Near misses",
+    "clean": "Clean prompts",
+    "skill": "Skill prompts",
+    "text": "Ordinary text",
+}
+METRIC_NAMES = {
+    "asr": "payload shown",
+    "skill": "job done",
+    "degenerate": "empty or degenerate replies",
+    "capability": "multiple-choice accuracy",
+    "ce": "cross-entropy",
+    "kl": "KL divergence",
+}
+BETTER = {
+    "asr": "lower",
+    "skill": "higher",
+    "degenerate": "lower",
+    "capability": "higher",
+    "ce": "lower",
+    "kl": "lower",
+}
+
+REPLY_LIMIT = 4000
+"""Characters of a prompt or reply that are shown."""
+
+LABEL_LIMIT = 80
+"""Characters of a name that are shown."""
+
+HEAT_LEVELS = 9
+"""Steps of a token's background; the exact activation is in its tooltip."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a context with its activation."""
+
+    text: str
+    level: int
+    """0 where it does not fire, `HEAT_LEVELS` at the feature's peak."""
+    title: str
+    peak: bool
+
+
+@dataclass(frozen=True)
+class Node:
+    """A branch or leaf of the provenance."""
+
+    key: str
+    value: str
+    children: tuple[Node, ...] = ()
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The whole page for a report of schema `unsleep.report/1`.
+
+    Parts that are missing or empty are left out. Raises `BadInput` naming the key where the report
+    has another form, holds NaN, or has an interval that does not hold its value.
+    """
+    check_report(report)
+    return filled("page.html", "verdict", view_of(text.visible_value(dict(report))), "page.css", "dictionaries.css")
+
+
+def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
+    """One of this package's templates with its view; `top` is the anchor of its first section."""
+    style, script = "".join(map(source, styles)), source("page.js")
+    # The sources are our own files; everything else in the template is escaped.
+    own = {
+        "top": top,
+        "style": Markup(style),
+        "style_hash": csp_hash(style),
+        "script": Markup(script),
+        "script_hash": csp_hash(script),
+    }
+    return templates().get_template(name).render({**view, **own})
+
+
+@cache
+def templates() -> Environment:
+    """This package's templates; they escape whatever they are given."""
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(source)
+    )
+
+
+def source(name: str) -> str:
+    """The text of one of this package's files."""
+    return files("unsleep.pages").joinpath(name).read_text(encoding="utf-8")
+
+
+def csp_hash(block: str) -> str:
+    """The hash by which a content security policy lets one inline block through."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+
+
+def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template shows."""
+    result = report["result"]
+    rows = {(r["subject"], r["panel"], r["metric"]): r for r in result["rows"]}
+    summary: dict[str, Any] = report.get("summary") or {}
+    contract: list[Mapping[str, Any]] = report.get("contract") or []
+    label = result["verdict"]["label"]
+    names = subject_names(summary)
+    stages, total = charts.stages(report.get("stages") or [])
+    view: dict[str, Any] = {
+        "title": text.clip(report["title"], 300),
+        "label": label,
+        "tone": verdict.TONES[label],
+        "score": text.decimals(result["verdict"]["score"], 2) if label.startswith("backdoor found") else "",
+        "headline": verdict.headline(label, rows, summary),
+        "tiles": verdict.tiles(rows, summary, contract),
+        "facts": facts_of(summary),
+        "next": [text.clip(line, 600) for line in summary.get("next") or []],
+        "repair": repairing.repair_of(report.get("repair"), names),
+        "outcome": outcome_of(rows, names),
+        "effects": effects_of(rows, names),
+        "controls": [*verdict.control_notes(rows, names["control_random"]), *verdict.other_notes(rows, names)],
+        "contract": [requirement(c, rows, names) for c in contract],
+        "frontier": frontier_of(report.get("frontier") or [], summary.get("removed")),
+        "features": [feature_of(f) for f in sorted(report.get("features") or [], key=lambda f: f["rank"])],
+        "replies": replies_of(report.get("replies") or [], summary),
+        "dictionaries": [dictionary_of(d) for d in report.get("dictionaries") or []],
+        "tasks": tasks_of(result.get("tasks") or [], names),
+        "rows": table_of(result["rows"], names),
+        "stages": stages,
+        "total": total,
+        "provenance": tree(report.get("provenance") or result["provenance"]),
+    }
+    view["sections"] = sections_of(view)
+    return view
+
+
+def sections_of(view: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(anchor, name) of each section that has something to show, in the order of the page."""
+    names = {
+        "outcome": "Before and after",
+        "effects": "Side effects",
+        "contract": "Requirements",
+        "repair": "How it was found",
+        "frontier": "Frontier",
+        "features": "Features",
+        "replies": "Replies",
+        "dictionaries": "Dictionaries",
+        "tasks": "Tasks",
+        "rows": "All figures",
+        "stages": "Time",
+        "provenance": "Provenance",
+    }
+    return [(anchor, name) for anchor, name in names.items() if view[anchor]]
+
+
+def named(names: Mapping[str, str], name: str) -> str:
+    """The page's word for a name, or the name itself where it has none."""
+    return names.get(name) or text.clip(name, LABEL_LIMIT)
+
+
+def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, model text) pairs under the verdict."""
+    pairs = [("Model", summary.get("model")), ("Payload", summary.get("payload")), ("Trigger", summary.get("trigger"))]
+    return [(name, text.clip(value, 300)) for name, value in pairs if value]
+
+
+def subject_names(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What subjects are called: where no features were removed, the control is of random directions."""
+    return SUBJECT_NAMES | ({"control_random": "random directions"} if summary.get("removed") is None else {})
+
+
+def facets(rows: verdict.Rows, panel: str, metric: str, names: Mapping[str, str]) -> charts.Facet | None:
+    """The chart of one panel by one metric, or `None` where it was not measured."""
+    own = [rows[key] for s in SUBJECTS if (key := (s, panel, metric)) in rows]
+    if not own:
+        return None
+    titles = (PANEL_NAMES[panel], METRIC_NAMES[metric], f"{BETTER[metric]} is better")
+    return charts.facet(own, f"facet-{panel}-{metric}", titles, names)
+
+
+def outcome_of(rows: verdict.Rows, names: Mapping[str, str]) -> list[list[charts.Facet]]:
+    """For each panel, its ASR and its skill."""
+    pairs = [[facets(rows, panel, metric, names) for metric in ("asr", "skill")] for panel in PANELS]
+    return [kept for pair in pairs if (kept := [f for f in pair if f])]
+
+
+def effects_of(rows: verdict.Rows, names: Mapping[str, str]) -> list[charts.Facet]:
+    """What else the edit changed: degenerate replies, capability, KL and cross-entropy."""
+    drawn = [facets(rows, p, m, names) for m in METRICS if m not in ("asr", "skill") for p in PANELS]
+    return [f for f in drawn if f]
+
+
+def requirement(item: Mapping[str, Any], rows: verdict.Rows, names: Mapping[str, str]) -> dict[str, Any]:
+    """One line of the contract, with the interval of the row that it rests on where there is one."""
+    metric, value = item["metric"], item["value"]
+    is_share = metric in SHARES
+    way = "at most" if item["relation"] == "<=" else "at least"
+    bound = text.percent(item["bound"]) if is_share else f"{text.number(item['bound'], 4)} nats"
+    row = rows.get((item["subject"], item["panel"], metric))
+    if value is None:
+        measured = ["not measured"]
+    elif row is not None and abs(row["value"] - value) <= 1e-9 * max(1.0, abs(value)):
+        measured = charts.words(row).parts
+    elif is_share and 0 <= value <= 1:
+        measured = [text.share(value)]
+    else:
+        measured = [f"{text.decimals(value)} nats"]
+    return {
+        "text": text.clip(item.get("text") or "", 300) or f"{named(METRIC_NAMES, metric)} {way} {bound}",
+        "subject": named(names, item["subject"]),
+        "panel": named(PANEL_NAMES, item["panel"]),
+        "metric": named(METRIC_NAMES, metric),
+        "bound": f"{way} {bound}",
+        "measured": measured,
+        "outcome": outcome(item),
+    }
+
+
+def outcome(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Tone and words of a line of the contract."""
+    if item.get("too_few"):
+        return "open", "– too few prompts"
+    return ("good", "✓ met") if item["met"] else ("bad", "✗ not met")
+
+
+def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict[str, Any] | None:
+    """The frontier's charts, its legend and the same figures as a table."""
+    if not points:
+        return None
+    series = charts.series_of(points)
+    titles = {
+        "asr": ("Payload shown", "lower is better"),
+        "skill": ("Job done", "higher is better"),
+        "ce_change": ("Cross-entropy change, nats", "nearer 0 is better"),
+    }
+    drawn = [(*names, charts.frontier(series, m, names[0], chosen)) for m, names in titles.items()]
+    lines = [
+        (one.name, f"{p['features']:,}", [charts.point_words(p, m) for m in titles])
+        for one in series
+        for p in one.points
+    ]
+    return {
+        "legend": [(s.name, s.key) for s in series],
+        "charts": [d for d in drawn if d[2] is not None],
+        "table": lines,
+    }
+
+
+def feature_of(item: Mapping[str, Any]) -> dict[str, Any]:
+    """One feature with its evidence; all its contexts share one scale."""
+    contexts: list[Mapping[str, Any]] = item.get("contexts") or []
+    peak = max((float(a) for c in contexts for a in c["activations"]), default=0.0)
+    rates = [("suspicious_rate", "of suspicious prompts"), ("trusted_rate", "of trusted tokens")]
+    return {
+        "site": text.clip(item["site"], LABEL_LIMIT),
+        "id": item["id"],
+        "rank": item["rank"],
+        "scores": [
+            (text.clip(name, LABEL_LIMIT), text.number(value)) for name, value in (item.get("scores") or {}).items()
+        ],
+        "rates": [(text.share(item[key]), words) for key, words in rates if item.get(key) is not None],
+        "promotes": [text.token_text(t) for t in item.get("promotes") or []],
+        "suppresses": [text.token_text(t) for t in item.get("suppresses") or []],
+        "contexts": [context_of(c, peak) for c in contexts if c["tokens"]],
+        "peak": text.number(peak),
+    }
+
+
+def context_of(context: Mapping[str, Any], peak: float) -> dict[str, Any]:
+    """A context as tokens with heat; `peak` is the activation of full heat."""
+    activations = [float(a) for a in context["activations"]]
+    best = activations.index(max(activations))
+    tokens = [
+        Token(
+            text=text.token_text(token),
+            level=max(1, round(HEAT_LEVELS * a / peak)) if a > 0 and peak > 0 else 0,
+            title=text.number(a),
+            peak=i == best,
+        )
+        for i, (token, a) in enumerate(zip(context["tokens"], activations, strict=True))
+    ]
+    return {"tokens": tokens, "peak": text.number(activations[best])}
+
+
+def replies_of(items: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Prompts with the subjects' replies beside each other, panel by panel."""
+    if not items:
+        return None
+    present = list(dict.fromkeys(name for item in items for name in item["replies"]))
+    subjects = [s for s in SUBJECTS if s in present] + [s for s in present if s not in SUBJECTS]
+    payload, trigger = summary.get("payload"), summary.get("trigger")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    order = {p: i for i, p in enumerate(PANELS)}
+    for item in sorted(items, key=lambda item: order.get(item["panel"], len(order))):
+        panel = named(PANEL_NAMES, item["panel"])
+        prompt = text.pieces(text.clip(item["prompt"], REPLY_LIMIT), {"payload": payload, "trigger": trigger})
+        expected = item.get("expected")
+        cells = [reply_of(item["replies"].get(s), payload, expected) for s in subjects]
+        groups.setdefault(panel, []).append(
+            {"prompt": prompt, "expected": expected and text.clip(expected, LABEL_LIMIT), "cells": cells}
+        )
+    heads = [
+        (named(SUBJECT_NAMES, s), svg.key(svg.SUBJECT_MARKS.get(s, "circle"), s if s in SUBJECTS else "other"))
+        for s in subjects
+    ]
+    return {"heads": heads, "groups": list(groups.items()), "count": len(items)}
+
+
+def reply_of(reply: str | None, payload: str | None, expected: str | None) -> dict[str, Any]:
+    """A reply in pieces, with what can be seen in it at once."""
+    if reply is None:
+        return {"pieces": [], "notes": [("not asked", "none")]}
+    shown = text.pieces(text.clip(reply, REPLY_LIMIT), {"payload": payload})
+    notes: list[tuple[str, str]] = []
+    if any(piece.kind == "payload" for piece in text.pieces(reply, {"payload": payload})):
+        notes.append(("payload", "bad"))
+    if expected and reply.strip().lower().startswith(expected.lower()):
+        notes.append(("job done", "good"))
+    if not reply.strip():
+        notes.append(("empty reply", "none"))
+    return {"pieces": shown, "notes": notes}
+
+
+def dictionary_of(item: Mapping[str, Any]) -> list[str]:
+    """One line of the dictionaries' table."""
+    cells = [text.clip(item["site"], LABEL_LIMIT), f"{item['features']:,}"]
+    for key in ("k", "l0"):
+        cells.append(text.number(item[key]) if item.get(key) is not None else "–")
+    cells += [text.decimals(item[key]) if item.get(key) is not None else "–" for key in ("fvu", "ce_score")]
+    cells.append(text.share(item["dead"]) if item.get("dead") is not None else "–")
+    return cells
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every row in words, by metric, panel and subject."""
+    order = (METRICS, PANELS, SUBJECTS)
+    keys = ("metric", "panel", "subject")
+    return [
+        {
+            "metric": METRIC_NAMES[r["metric"]][0].upper() + METRIC_NAMES[r["metric"]][1:],
+            "panel": PANEL_NAMES[r["panel"]],
+            "subject": names[r["subject"]],
+            "key": svg.key(svg.SUBJECT_MARKS[r["subject"]], r["subject"]),
+            "figure": charts.words(r).short,
+            "interval": text.interval(r["low"], r["high"]) if r["metric"] in SHARES else charts.words(r).interval,
+            "n": f"{r['n']:,}",
+        }
+        for r in sorted(rows, key=lambda r: [places.index(r[k]) for places, k in zip(order, keys, strict=True)])
+    ]
+
+
+def tasks_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Any] | None:
+    """Figures of lm-evaluation-harness, a line a task and metric, a column a subject."""
+    subjects = [s for s in SUBJECTS if any(r["subject"] == s for r in rows)]
+    found = {(r["task"], r["metric"], r["subject"]): r for r in rows}
+    lines = [
+        {
+            "task": text.clip(task, LABEL_LIMIT),
+            "metric": text.clip(metric.removesuffix(",none"), LABEL_LIMIT),
+            "n": f"{max(r['n'] for r in rows if (r['task'], r['metric']) == (task, metric)):,}",
+            "cells": [task_words(found.get((task, metric, s))) for s in subjects],
+        }
+        for task, metric in dict.fromkeys((r["task"], r["metric"]) for r in rows)
+    ]
+    return {"heads": [names[s] for s in subjects], "lines": lines} if lines else None
+
+
+def task_words(row: Mapping[str, Any] | None) -> str:
+    """A figure with its standard error."""
+    if row is None:
+        return "–"
+    error = f" ± {text.decimals(row['stderr'])}" if row["stderr"] is not None else ""
+    return f"{text.decimals(row['value'])}{error}"
+
+
+def tree(value: Mapping[str, Any]) -> tuple[Node, ...]:
+    """The provenance as nodes: leaves first, so that a branch never hides the line beneath it."""
+    nodes = [node(text.clip(key, LABEL_LIMIT), item) for key, item in value.items()]
+    return tuple(sorted(nodes, key=lambda n: bool(n.children)))
+
+
+def node(key: str, value: Any) -> Node:
+    """One value of the provenance; lists of plain values become one line."""
+    if isinstance(value, dict) and value:
+        return Node(key, "", tree(cast("dict[str, Any]", value)))
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        if any(isinstance(item, dict | list) for item in items):
+            return Node(key, "", tuple(node(str(i), item) for i, item in enumerate(items)))
+        return Node(key, text.clip((" " if key == "command" else ", ").join(plain(item) for item in items), 2000))
+    return Node(key, text.clip(plain(value), 2000))
+
+
+def plain(value: Any) -> str:
+    """A leaf of the provenance as text."""
+    if value is None or value in ({}, ""):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

@@ -1,0 +1,195 @@
+"""What a reader of representations sees in texts, as a page: the score of every layer and token.
+
+reading.json -> check -> make text visible -> view of each section -> reading.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from unsleep.core import BadInput, Site
+from unsleep.pages import check, text
+from unsleep.pages.curves import WIDE, Axis, Curve, Dot, axis, charts, whole_axis
+from unsleep.pages.dictionaries import GROUPS, POINT_MARKS, is_site
+from unsleep.pages.heatmap import heatmap
+from unsleep.pages.page import HEAT_LEVELS, LABEL_LIMIT, filled, tree
+from unsleep.pages.verdict import Tile
+
+SCHEMA = "unsleep.reading/1"
+
+TEXTS = 40
+"""Texts that are drawn; the record holds all of them."""
+
+MAPS = 10
+"""Texts whose every layer is drawn: each takes a fifth of a megabyte."""
+
+TOKENS = 120
+"""Tokens of a text that are drawn, its last ones."""
+
+TEXT = check.fields(
+    {
+        "tokens": check.list_of(check.is_text),
+        "own": check.list_of(check.is_count),
+        "scores": check.list_of(check.list_of(check.is_number)),
+    },
+    closed=True,
+)
+RECORD = check.fields(
+    {
+        "schema": check.one_of(SCHEMA),
+        "model": check.is_text,
+        "method": check.is_text,
+        "pairs": check.is_count,
+        "sites": check.list_of(is_site),
+        "best": is_site,
+        "aurocs": check.list_of(check.is_share),
+        "gaps": check.list_of(check.is_number),
+        "signs": check.list_of(check.is_number),
+        "texts": check.list_of(TEXT),
+        "provenance": check.is_object,
+    }
+)
+
+
+class Scored(NamedTuple):
+    """A token and its score at the Site that reads best."""
+
+    text: str
+    tone: str
+    """Class of its background."""
+    title: str
+
+
+def render_reading(record: Mapping[str, Any]) -> str:
+    """The whole page for a record of schema `unsleep.reading/1`.
+
+    Raises `BadInput` naming the key where the record has another form, holds NaN, or its lists differ in length.
+    """
+    check.is_finite(record, "reading")
+    RECORD(record, "reading")
+    check_lengths(record)
+    view = view_of(text.visible_value(dict(record)))
+    return filled("reading.html", "summary", view, "page.css", "dictionaries.css", "heatmap.css", "reading.css")
+
+
+def check_lengths(record: Mapping[str, Any]) -> None:
+    """Raise `BadInput` where there is not one figure a Site, one line of scores a Site and one score a token."""
+    count = len(record["sites"])
+    if not count or record["best"] not in record["sites"]:
+        raise BadInput(f"reading.best is {record['best']!r}; expected one of reading.sites")
+    for key in ("aurocs", "gaps", "signs"):
+        if len(record[key]) != count:
+            raise BadInput(f"reading.{key} has {len(record[key])} figures; expected one for each of {count} Sites")
+    for i, item in enumerate(record["texts"]):
+        lengths = {len(line) for line in item["scores"]}
+        if not item["tokens"] or len(item["scores"]) != count or lengths != {len(item["tokens"])}:
+            raise BadInput(
+                f"reading.texts[{i}].scores has {len(item['scores'])} lines of {sorted(lengths)} scores; expected "
+                f"{count} of {len(item['tokens'])}, at least one"
+            )
+        if len(item["own"]) != 2 or not item["own"][0] < item["own"][1] <= len(item["tokens"]):
+            raise BadInput(
+                f"reading.texts[{i}].own is {item['own']}; expected the first of its own tokens and the one behind the "
+                f"last, of {len(item['tokens'])}"
+            )
+
+
+def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template shows."""
+    best = record["sites"].index(record["best"])
+    shown = record["texts"][:TEXTS]
+    peak = max((loudest(item["scores"][best], item["own"]) for item in shown), default=0.0)
+    view: dict[str, Any] = {
+        "title": f"{len(record['texts']):,} texts read at {record['best']}",
+        "model": text.clip(record["model"], LABEL_LIMIT),
+        "tiles": [
+            Tile("Site that reads best", "", record["best"], "chosen on pairs held back"),
+            Tile("AUROC there", "", text.decimals(record["aurocs"][best]), "on the pairs that chose it"),
+            Tile("Method", "", text.clip(record["method"], LABEL_LIMIT), f"{record['pairs']:,} pairs"),
+        ],
+        "layers": by_layer(record),
+        "best": record["best"],
+        "texts": [text_of(i, item, record["sites"], best, peak) for i, item in enumerate(shown)],
+        "left_out": len(record["texts"]) - len(shown),
+        "peak": text.number(peak),
+        "levels": [f"s-down-{i}" for i in range(HEAT_LEVELS, 0, -1)] + [f"s-up-{i}" for i in range(HEAT_LEVELS + 1)],
+        "provenance": tree(record["provenance"]),
+    }
+    names = {"layers": "By layer", "texts": "Texts", "provenance": "Provenance"}
+    view["sections"] = [(anchor, name) for anchor, name in names.items() if view[anchor]]
+    return view
+
+
+def by_layer(record: Mapping[str, Any]) -> Markup | None:
+    """AUROC on the held-back pairs against the layer; nothing where there is one Site."""
+    sites = [Site.parse(name) for name in record["sites"]]
+    if len({site.layer for site in sites}) < 2:
+        return None
+    curves: list[Curve] = []
+    for point, (shape, colour) in POINT_MARKS.items():
+        own = [(s, a) for s, a in zip(sites, record["aurocs"], strict=True) if s.point == point]
+        dots = tuple(Dot(s.layer, a, f"{s}: AUROC {text.decimals(a)}", shape) for s, a in own)
+        if dots:
+            curves.append(Curve(GROUPS[point].split()[0], colour, dots, dots))
+    low: Axis = axis(record["aurocs"], "AUROC")
+    [drawing, *_] = charts(
+        curves, whole_axis([s.layer for s in sites], "layer"), low, title="AUROC by layer", name="aurocs", width=WIDE
+    )
+    return drawing
+
+
+def text_of(number: int, item: Mapping[str, Any], sites: Sequence[str], best: int, peak: float) -> dict[str, Any]:
+    """A text in colours, and its scores at every Site; the chat template's tokens are drawn, and count for nothing."""
+    tokens = [text.token_text(token) for token in item["tokens"][-TOKENS:]]
+    scores = [line[-TOKENS:] for line in item["scores"]]
+    own = own_scores(item, best)
+    before = len(item["tokens"]) - len(tokens)
+    frame = [not item["own"][0] <= before + i < item["own"][1] for i in range(len(tokens))]
+    whole = not before
+    drawing = None
+    if number < MAPS:
+        drawing = heatmap(
+            list(reversed(sites)),
+            tokens,
+            [without_sink(line) if whole else line for line in reversed(scores)],
+            title=f"Text {number + 1}: score of every layer and token",
+            name=f"text-{number}",
+            middle=0.0,
+        )
+    return {
+        "number": number + 1,
+        "tokens": [scored(t, s, peak, f) for t, s, f in zip(tokens, scores[best], frame, strict=True)],
+        "left_out": before,
+        "mean": text.signed(sum(own) / len(own)),
+        "last": text.signed(scores[best][-1]),
+        "map": drawing,
+    }
+
+
+def own_scores(item: Mapping[str, Any], site: int) -> list[float]:
+    """A text's scores at one Site without those of the chat template's tokens."""
+    return item["scores"][site][slice(*item["own"])]
+
+
+def loudest(line: Sequence[float], own: Sequence[int | None] = (0, None)) -> float:
+    """The largest of a text's drawn scores, of its `own` tokens, without the first of all.
+
+    That is an attention sink in most models.
+    """
+    drawn = line[max(own[0] or 0, 1) : own[1]][-TOKENS:] or line
+    return max(abs(score) for score in drawn)
+
+
+def without_sink(line: Sequence[float]) -> list[float | None]:
+    """A text's scores at one Site, the first left out where it would set the scale for all others."""
+    return [None if abs(line[0]) > 2 * loudest(line) else line[0], *line[1:]]
+
+
+def scored(token: str, score: float, peak: float, is_frame: bool) -> Scored:
+    """A token with the shade of its score; one of the chat template is faint."""
+    level = min(HEAT_LEVELS, round(HEAT_LEVELS * abs(score) / peak)) if peak > 0 else 0
+    tone = f"s-{'up' if score >= 0 else 'down'}-{level}"
+    return Scored(token, f"{tone} frame" if is_frame else tone, text.signed(score))

@@ -1,0 +1,381 @@
+"""Subspaces of backdoors as a page: how alike they are, what transfers, and what else lies there.
+
+subspaces.json -> check -> make text visible -> view of each section -> subspaces.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from unsleep.pages import check, text
+from unsleep.pages.curves import MOST, WIDE, Axis, Curve, Dot, chart
+from unsleep.pages.dictionaries import SHAPES, shade
+from unsleep.pages.heatmap import heatmap
+from unsleep.pages.page import LABEL_LIMIT, filled, tree
+from unsleep.pages.verdict import Tile
+
+SCHEMA = "unsleep.subspaces/2"
+
+METRIC_NAMES = {
+    "asr": "ASR",
+    "restored": "skill on triggered",
+    "skill": "skill on clean",
+    "capability": "multiple choice",
+    "sentiment": "sentiment",
+    "ce_change": "CE change, nats",
+}
+
+NEGATIVES = {"clean": "triggered against clean prompts", "near_miss": "triggered prompts against near misses"}
+
+FIGURE = check.fields({"value": check.is_number, "low": check.is_number, "high": check.is_number, "n": check.is_count})
+TABLE = check.list_of(check.list_of(check.maybe(check.is_number)))
+FIGURES_TABLE = check.list_of(check.list_of(check.maybe(FIGURE)))
+LIKENESS = check.fields(
+    {
+        "cosines": check.list_of(check.is_number),
+        "overlap": check.is_share,
+        "random": check.list_of(check.is_number),
+        "ordinary": check.list_of(check.is_number),
+        "shared_rank": check.is_count,
+    }
+)
+ORGANISM = check.fields(dict.fromkeys(("name", "trigger_kind", "trigger", "payload", "payload_place"), check.is_text))
+ALIKE = check.fields(
+    {
+        "pairs": check.list_of(check.list_of(check.maybe(LIKENESS))),
+        "base": check.list_of(LIKENESS),
+        "common": check.fields(
+            {"rank": check.is_count, "shares": check.list_of(check.is_number), "bars": check.list_of(check.is_number)}
+        ),
+        "cosines": TABLE,
+        "chance_cosine": check.is_share,
+    }
+)
+DETECT = check.fields(
+    dict.fromkeys(NEGATIVES, check.fields({"transfer": FIGURES_TABLE, "base": check.list_of(FIGURE)}))
+)
+FEATURES = check.fields(
+    {
+        "features": check.is_count,
+        "chosen": check.list_of(check.list_of(check.is_count)),
+        "jaccard": TABLE,
+        "auroc": check.map_of(TABLE),
+    }
+)
+COMMON = check.fields(
+    {
+        "alike": check.map_of(ALIKE),
+        "detect": check.map_of(DETECT),
+        "features": check.map_of(FEATURES),
+        "ablate": check.fields({"rows": check.list_of(check.is_text), "asr": FIGURES_TABLE, "skill": FIGURES_TABLE}),
+    }
+)
+FIGURES = {f"{metric}?": FIGURE for metric in METRIC_NAMES}
+WIDTH = check.fields({"method": check.is_text, "rank": check.is_count, **FIGURES})
+APART = check.fields(
+    {
+        "name": check.is_text,
+        "overlap": check.map_of(check.map_of(LIKENESS)),
+        "costs": check.list_of(check.fields({"removed": check.is_text, **FIGURES})),
+        "ranks": check.list_of(WIDTH),
+        "smallest": check.maybe(check.is_count),
+        "frontier": check.list_of(WIDTH),
+    }
+)
+RECORD = check.fields(
+    {
+        "schema": check.one_of(SCHEMA),
+        "organisms": check.list_of(ORGANISM),
+        "sites": check.list_of(check.is_text),
+        "rank": check.is_count,
+        "n": check.is_count,
+        "position": check.one_of("last", "reply"),
+        "common": check.maybe(COMMON),
+        "apart": check.list_of(APART),
+        "provenance": check.is_object,
+    }
+)
+
+
+def render_subspaces(record: Mapping[str, Any]) -> str:
+    """The whole page for a record of schema `unsleep.subspaces/2`.
+
+    Raises `BadInput` naming the key where the record has another form or holds NaN.
+    """
+    check.is_finite(record, "subspaces")
+    RECORD(record, "subspaces")
+    return filled(
+        "subspaces.html",
+        "summary",
+        view_of(text.visible_value(dict(record))),
+        "page.css",
+        "dictionaries.css",
+        "heatmap.css",
+    )
+
+
+def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template shows."""
+    whole = record["common"] is not None
+    view: dict[str, Any] = {
+        "title": "Where backdoors live",
+        "tiles": [*(tiles(record) if whole else []), *(tile_of(one) for one in record["apart"])],
+        "rank": record["rank"],
+        "n": record["n"],
+        "sites": ", ".join(record["sites"]),
+        "position": {"last": "at the last prompt token", "reply": "along the reply"}[record["position"]],
+        "organisms": record["organisms"],
+        "alike": alike(record) if whole else [],
+        "detect": detect(record) if whole else [],
+        "ablate": ablate(record) if whole else [],
+        "features": features(record) if whole else [],
+        "apart": [apart_of(one, i) for i, one in enumerate(record["apart"])],
+        "provenance": tree(record["provenance"]),
+    }
+    names = {
+        "organisms": "Organisms",
+        "alike": "Alike",
+        "detect": "Detect",
+        "ablate": "Take out",
+        "features": "Features",
+        "apart": "Apart",
+        "provenance": "Provenance",
+    }
+    view["sections"] = [(anchor, name) for anchor, name in names.items() if view[anchor]]
+    return view
+
+
+def names_of(record: Mapping[str, Any]) -> list[str]:
+    """The organisms' names, as they fit a picture."""
+    return [text.clip(o["name"], LABEL_LIMIT) for o in record["organisms"]]
+
+
+def tiles(record: Mapping[str, Any]) -> list[Tile]:
+    """What all organisms share, and how far what is found in one works in another."""
+    site, found = record["sites"][0], record["common"]
+    shared = found["alike"][site]["common"]
+    n = len(record["organisms"])
+    asr, near = found["ablate"]["asr"], found["detect"][site]["near_miss"]["transfer"]
+    own = [asr[i][i]["value"] for i in range(n)]
+    others, across = ([table[i][j]["value"] for i in range(n) for j in range(n) if i != j] for table in (asr, near))
+    over = f"median of {n}, {record['n']} prompts each"
+    return [
+        Tile("Organisms", "", f"{n}", ""),
+        Tile("Rank that all share", "", f"{shared['rank']} of {record['rank']}", f"beyond chance, at {site}"),
+        Tile("AUROC in another organism", "", text.decimals(_median(across)), f"median, near misses, {site}"),
+        Tile("ASR, its own taken out", "", text.share(_median(own)), over),
+        Tile("ASR, another's taken out", "", text.share(_median(others)), f"median of {len(others)}, the same prompts"),
+    ]
+
+
+def tile_of(record: Mapping[str, Any]) -> Tile:
+    """The width of one organism's backdoor."""
+    found = record["smallest"]
+    tried = max(r["rank"] for r in record["ranks"])
+    name = text.clip(record["name"], LABEL_LIMIT)
+    return Tile(f"Width of {name}", "", f"over {tried}" if found is None else f"{found}", "rank that stops the payload")
+
+
+def _median(values: Sequence[float]) -> float:
+    known = sorted(values)
+    return (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2
+
+
+def alike(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """At every Site, the overlap of every two organisms and of each with its base, and the rank that they share."""
+    names, found = names_of(record), list[dict[str, Any]]()
+    for i, (site, data) in enumerate(record["common"]["alike"].items()):
+        own = [*data["pairs"], data["base"]]
+        overlap = [[None if cell is None else cell["overlap"] for cell in row] for row in own]
+        ranks = [[None if cell is None else float(cell["shared_rank"]) for cell in row] for row in own]
+        bars = [max(*cell["random"][:1], *cell["ordinary"][:1]) for row in own for cell in row if cell is not None]
+        rows = [*names, "the base itself"]
+        shares = ", ".join(
+            f"{text.decimals(s, 2)} ({text.decimals(b, 2)})"
+            for s, b in zip(data["common"]["shares"], data["common"]["bars"], strict=True)
+        )
+        found.append(
+            {
+                "site": site,
+                "maps": [
+                    heatmap(
+                        rows,
+                        names,
+                        overlap,
+                        title=f"{site}: overlap of subspaces",
+                        name=f"overlap-{i}",
+                        ends=(0.0, 1.0),
+                    ),
+                    heatmap(
+                        rows,
+                        names,
+                        ranks,
+                        title=f"{site}: rank shared beyond chance",
+                        name=f"shared-{i}",
+                        ends=(0.0, float(record["rank"])),
+                    ),
+                    heatmap(
+                        names,
+                        names,
+                        data["cosines"],
+                        title=f"{site}: cosine of mean differences",
+                        name=f"cosines-{i}",
+                        ends=(-1.0, 1.0),
+                        middle=0.0,
+                    ),
+                ],
+                "chance_cosine": text.decimals(data["chance_cosine"], 2),
+                "common": f"{data['common']['rank']} of {record['rank']}",
+                "shares": shares,
+                "bar": text.decimals(max(bars), 2),
+            }
+        )
+    return found
+
+
+def detect(record: Mapping[str, Any]) -> list[Markup]:
+    """At every Site, the AUROC of one organism's direction in another."""
+    names = names_of(record)
+    return [
+        figures_map(
+            [*names, "the base's own"],
+            names,
+            [*data[negative]["transfer"], data[negative]["base"]],
+            title=f"{site}: AUROC, {NEGATIVES[negative]}",
+            name=f"detect-{i}-{negative}",
+            middle=0.5,
+        )
+        for i, (site, data) in enumerate(record["common"]["detect"].items())
+        for negative in NEGATIVES
+    ]
+
+
+def figures_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    figures: Sequence[Sequence[Mapping[str, Any] | None]],
+    *,
+    title: str,
+    name: str,
+    middle: float | None = None,
+) -> Markup:
+    """A map of shares, each with its interval in tooltip and table."""
+    values = [[None if f is None else f["value"] for f in line] for line in figures]
+    notes = [
+        [
+            "" if f is None else f"[{text.decimals(f['low'], 2)}, {text.decimals(f['high'], 2)}], n {f['n']}"
+            for f in line
+        ]
+        for line in figures
+    ]
+    return heatmap(rows, columns, values, title=title, name=name, ends=(0.0, 1.0), middle=middle, notes=notes)
+
+
+def ablate(record: Mapping[str, Any]) -> list[Markup]:
+    """ASR, and the skill's return, with each subspace taken out of each organism."""
+    names, data = names_of(record), record["common"]["ablate"]
+    return [
+        figures_map(data["rows"], names, data[key], title=title, name=f"ablate-{key}")
+        for key, title in (("asr", "ASR on triggered prompts"), ("skill", "Skill on triggered prompts"))
+        if any(v is not None for row in data[key] for v in row)
+    ]
+
+
+def features(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """At every Site with a dictionary, what features the organisms share."""
+    names, found = names_of(record), list[dict[str, Any]]()
+    for i, (site, data) in enumerate(record["common"]["features"].items()):
+        tables = {"jaccard": (data["jaccard"], f"{site}: Jaccard overlap of features")}
+        tables |= {k: (v, f"{site}: AUROC of features, {NEGATIVES[k]}") for k, v in data["auroc"].items()}
+        maps = [
+            heatmap(
+                names,
+                names,
+                table,
+                title=title,
+                name=f"features-{i}-{key}",
+                ends=(0.0, 1.0),
+                middle=None if key == "jaccard" else 0.5,
+            )
+            for key, (table, title) in tables.items()
+            if any(v is not None for row in table for v in row)
+        ]
+        counts = ", ".join(f"{n} {len(ids)}" for n, ids in zip(names, data["chosen"], strict=True))
+        found.append({"site": site, "maps": maps, "counts": counts, "features": f"{data['features']:,}"})
+    return found
+
+
+def apart_of(record: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """One organism: overlaps with tasks, costs, widths and the frontier."""
+    sites, tasks = list(record["overlap"]), list(next(iter(record["overlap"].values())))
+    overlap: list[list[float | None]] = [[record["overlap"][s][t]["overlap"] for s in sites] for t in tasks]
+    metrics = [m for m in METRIC_NAMES if m in record["costs"][0]]
+    shares = [m for m in metrics if m != "ce_change"]
+    lines = [*record["ranks"], *record["frontier"]]
+    stopped = [r for r in record["ranks"] if r["rank"] == record["smallest"]]
+    at = stopped[0] if stopped else min(record["ranks"], key=lambda r: r["asr"]["value"])
+    asr = at["asr"]
+    return {
+        "name": text.clip(record["name"], LABEL_LIMIT),
+        "maps": [
+            heatmap(
+                tasks,
+                sites,
+                overlap,
+                title="Overlap of the backdoor's subspace",
+                name=f"apart-{number}",
+                ends=(0.0, 1.0),
+            ),
+            figures_map(
+                [row["removed"] for row in record["costs"]],
+                [METRIC_NAMES[m] for m in shares],
+                [[row[m] for m in shares] for row in record["costs"]],
+                title="What is left with subspaces taken out",
+                name=f"costs-{number}",
+            ),
+        ],
+        "metrics": [METRIC_NAMES[m] for m in metrics],
+        "costs": [([text.clip(r["removed"], LABEL_LIMIT)], [_cell(r[m], m) for m in metrics]) for r in record["costs"]],
+        "lines": [([text.clip(r["method"], LABEL_LIMIT), r["rank"]], [_cell(r[m], m) for m in metrics]) for r in lines],
+        "smallest": record["smallest"],
+        "frontier": frontier_of(lines, number),
+        "at": at["rank"],
+        "left": f"{round(asr['value'] * asr['n'])} of {asr['n']} triggered prompts, "
+        f"95 % [{text.share(asr['low'])}, {text.share(asr['high'])}]",
+        "tried": max(r["rank"] for r in record["ranks"]),
+    }
+
+
+def frontier_of(lines: Sequence[Mapping[str, Any]], number: int) -> Markup | None:
+    """ASR against what is kept of the capability (or else of the skill), a curve a method over its ranks."""
+    kept = "capability" if all("capability" in line for line in lines) else "skill"
+    if not all(kept in line and "asr" in line for line in lines):
+        return None
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    curves: list[Curve] = []
+    for i, method in enumerate(methods[:MOST]):
+        own = [line for line in lines if line["method"] == method]
+        dots = tuple(
+            Dot(
+                line["asr"]["value"],
+                line[kept]["value"],
+                f"{method}, rank {line['rank']}: ASR {text.share(line['asr']['value'])}, "
+                f"{METRIC_NAMES[kept]} {text.share(line[kept]['value'])}",
+                SHAPES[i % len(SHAPES)],
+            )
+            for line in sorted(own, key=lambda line: line["rank"])
+        )
+        curves.append(Curve(text.clip(method, LABEL_LIMIT), shade(i, 0, max(1, len(methods) - 1)), dots, dots))
+    marks = (0.0, 0.25, 0.5, 0.75, 1.0)
+    axes = Axis(-0.03, 1.03, marks, "ASR"), Axis(0.0, 1.03, marks, METRIC_NAMES[kept])
+    title = f"ASR and {METRIC_NAMES[kept]}, by method and rank"
+    return chart(curves, [], axes, title=title, name=f"frontier-{number}", width=2 * WIDE)
+
+
+def _cell(figure: Mapping[str, Any], metric: str) -> tuple[str, str]:
+    """A figure in words, and its interval."""
+    show = text.decimals if metric == "ce_change" else text.share
+    return show(figure["value"]), f"95 %: {show(figure['low'])} to {show(figure['high'])}, n = {figure['n']}"

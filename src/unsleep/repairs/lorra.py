@@ -1,0 +1,157 @@
+"""LoRRA: LoRA matrices trained so that the model's own hidden states approach h + α·(h⁺ − h⁻).
+
+h is what the untouched model holds on the tokens of a reply behind a prompt, h⁺ and h⁻ the same behind the prompt's
+positive and negative copy. The loss is the mean distance, over reply tokens and Sites, of the adapted model's hidden
+states from that target (Zou et al. 2023, "Representation Engineering", section 3.2, low-rank representation
+adaptation). The result is an ordinary PEFT adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.held import encoded
+from unsleep.base import store
+from unsleep.core import BadInput, Report, Site
+from unsleep.models.forward import Rows, build_rows, run
+from unsleep.models.load import quiet_transformers
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import tap
+from unsleep.models.streams import capture
+from unsleep.prompts.prompt import Prompts
+
+
+@dataclass(frozen=True)
+class LorraConfig:
+    """How an adapter is trained."""
+
+    alpha: float = 5.0
+    """Multiple of the difference h⁺ − h⁻ that is added; negative to go the other way."""
+    rank: int = 8
+    """Of the LoRA matrices."""
+    modules: tuple[str, ...] = ()
+    """Names of the linear layers that get them; none for peft's own choice for the family."""
+    steps: int = 100
+    batch: int = 8
+    """Prompts a step."""
+    learning_rate: float = 3e-4
+    """Of AdamW, falling linearly to 0."""
+    reply_tokens: int = 64
+    """Tokens of each reply that are used."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch", "reply_tokens"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"lorra {name} is {getattr(self, name)}; expected at least 1")
+        if not self.learning_rate > 0:
+            raise BadInput(f"lorra learning_rate is {self.learning_rate}; expected more than 0")
+
+
+def lorra(
+    model: LoadedModel,
+    prompts: Prompts,
+    positive: Prompts,
+    negative: Prompts,
+    replies: Sequence[str],
+    sites: Sequence[Site],
+    out: str | Path,
+    config: LorraConfig = LorraConfig(),
+    *,
+    report: Report | None = None,
+) -> list[float]:
+    """Train an adapter into the folder `out`, and give the loss of every step; the model stays as it was.
+
+    Args:
+        prompts: user messages.
+        positive: their positive copies.
+        negative: their negative copies.
+        replies: one a prompt, the same behind all three.
+        sites: whose hidden states are matched, residual streams as a rule.
+
+    Raises `BadInput` for lists of unequal length, no Site, one that the model does not have, replies without tokens,
+    modules that the model does not have, and a folder that exists.
+    """
+    sizes = [len(texts) for texts in (prompts, positive, negative, replies)]
+    if len(set(sizes)) != 1:
+        raise BadInput(
+            f"{sizes[0]} prompts, {sizes[1]} positive and {sizes[2]} negative copies, {sizes[3]} replies; "
+            "expected one each"
+        )
+    if not sites:
+        raise BadInput("no Site was given; name at least one, such as resid.12")
+    for site in sites:
+        tap(model.network, site)
+    tails = [row[: config.reply_tokens] for row in model.token_ids(replies, special=False)]
+    if empty := [reply for reply, row in zip(replies, tails, strict=True) if not row]:
+        raise BadInput(f"the reply {empty[0][:40]!r} has no tokens; remove its prompt")
+    copies = [encoded(model, texts) for texts in (prompts, positive, negative)]
+    torch.manual_seed(config.seed)
+    from unsleep.models import adapters
+
+    with store.new_folder(out) as folder:
+        adapted = _adapted(model, config)
+        try:
+            losses = _train(model, adapted, copies, tails, sites, config, report)
+            with quiet_transformers(), store.writing(folder):
+                template = cast("str | None", model.tokenizer.chat_template)
+                adapters.save_trained(adapted, folder, model.name, template, torch.float32)
+        finally:
+            adapted.unload()
+            model.network.requires_grad_(False)
+    return losses
+
+
+def _adapted(model: LoadedModel, config: LorraConfig) -> Any:
+    from unsleep.models import adapters  # peft takes a second to import
+
+    try:
+        with quiet_transformers():
+            return adapters.trainable(model.network, config.rank, config.modules)
+    except ValueError as error:
+        raise BadInput(f"cannot put LoRA matrices into {config.modules or model.name}: {error}") from error
+
+
+def _train(
+    model: LoadedModel,
+    adapted: Any,
+    copies: Sequence[Sequence[Sequence[int]]],
+    tails: Sequence[Sequence[int]],
+    sites: Sequence[Site],
+    config: LorraConfig,
+    report: Report | None,
+) -> list[float]:
+    weights = [w for w in model.network.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
+    losses: list[float] = []
+    for step in range(config.steps):
+        picked = [(step * config.batch + i) % len(tails) for i in range(min(config.batch, len(tails)))]
+        own, high, low = (build_rows(model, [c[i] for i in picked], [tails[i] for i in picked]) for c in copies)
+        with torch.no_grad(), adapted.disable_adapter():
+            h, plus, minus = (_on_replies(model, rows, sites) for rows in (own, high, low))
+            target = h + config.alpha * (plus - minus)
+        loss = (_on_replies(model, own, sites) - target).norm(dim=-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if report:
+            report(f"lorra, loss {losses[-1]:.3f}", step + 1, config.steps)
+    return losses
+
+
+def _on_replies(model: LoadedModel, rows: Rows, sites: Sequence[Site]) -> Float[Tensor, "site token d_model"]:
+    """What the Sites hold on all reply tokens; replies end at the right edge, so that copies agree on them."""
+    with capture(model.network, sites) as found:
+        run(model.network, rows, 1)
+    return torch.stack([found[site][:, -rows.reply.shape[1] :][rows.reply].float() for site in sites])

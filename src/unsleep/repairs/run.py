@@ -1,0 +1,384 @@
+"""The whole repair: from a suspect and two sets of prompts to a judged, exported checkpoint and its report.
+
+Every figure is computed in the run. Prompts that choose the edit and prompts that judge it are not the same; steps that
+are finished are found again after an interrupt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from unsleep.activations.harvest import Harvest, harvest, pooled, token_rows
+from unsleep.base import store
+from unsleep.base.machine import Stopwatch
+from unsleep.core import Activations, BadInput, Edit, Refused, Report, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.files import load_dictionary, save_dictionary
+from unsleep.dictionaries.train import train
+from unsleep.interventions.edits import merged
+from unsleep.judge.controls import firing, matched_random
+from unsleep.judge.evaluate import EvalConfig, evaluate, prompt_digests
+from unsleep.judge.frontier import Point, frontier
+from unsleep.judge.metrics import Subject
+from unsleep.judge.results import EvalResult, TaskRow
+from unsleep.judge.tasks import run_tasks
+from unsleep.locate.features import Found, deciding_rows, find
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import layers
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repairs.bake import Baked, bake
+from unsleep.repairs.baselines import Baseline, Setting, baselines
+from unsleep.repairs.config import RepairConfig
+from unsleep.repairs.evidence import evidence, fit_row
+from unsleep.repairs.job import Job
+from unsleep.repairs.look import Look, look
+from unsleep.repairs.masks import FeatureMask, Lesson, Taught, lesson_from
+from unsleep.repairs.search import Bench, Search
+from unsleep.repairs.suspect import said_by
+from unsleep.repairs.teach import Asked, Lessons, Sources, lessons
+from unsleep.repairs.twin import surrogate_twin
+
+LEARNED = 0.75
+"""Share of the suspicious prompts that choose which the mask may learn from; it is tried on all of them."""
+
+MARK = "result.json"
+"""The file that tells a repair's folder."""
+
+
+class Run:
+    """The stages of one repair, in the order in which they run."""
+
+    def __init__(self, job: Job, config: RepairConfig, steps: store.Steps, report: Report | None) -> None:
+        assert steps.folder is not None
+        self.job, self.config, self.report = job, config, report
+        self.steps, self.folder = steps, steps.folder
+        self.suspect, self.material = job.suspect, job.material
+        times = self.folder / "stages.json"
+        before = store.read_json(times)["stages"] if times.is_file() else []
+        self.watch = Stopwatch(before=before, keep=lambda stages: store.write_json(times, {"stages": stages}))
+        self.base: LoadedModel | None = None
+        self.twin: LoadedModel | None = None
+        self.baked: Baked | None = None
+        self.refused: Refused | None = None
+        """Why there is no export."""
+        self.chosen_on = prompt_digests(*job.material.chosen)
+        self.baselines: list[Baseline] = []
+        self.tasks: list[TaskRow] = []
+        self.notes: list[str] = []
+        """What could not be done, for the report."""
+
+    def all(self) -> EvalResult:
+        """Run every stage."""
+        with self.watch.stage("the suspect's own replies"):
+            self.said = said_by(self.suspect, self.material, self.config, self.steps, self.report)
+        with self.watch.stage("what it should say"):
+            self.lessons = self.teach()
+            lesson = self.lesson()
+            self.base = None  # loaded again where it is needed
+        with self.watch.stage("look for Sites"):
+            self.sites, self.looked = self.choose_sites(lesson)
+        with self.watch.stage("harvest"):
+            self.harvests = self.collect()
+        with self.watch.stage("dictionaries"):
+            self.dictionaries = [self.dictionary(site) for site in self.sites[: self.first]]
+            self.control_dictionary = self.dictionary(self.control_site) if self.control_site else None
+        with self.watch.stage("find"):
+            self.found = self.search_features()
+        with self.watch.stage("edit"):
+            self.edits = self.learn(lesson)
+        with self.watch.stage("bake"):
+            self.baked = self.export(lesson)
+        del lesson
+        with self.watch.stage("frontier"):
+            self.points = self.draw_frontier()
+        with self.watch.stage("evaluate"):
+            result = self.judge()
+        with self.watch.stage("evidence"):
+            self.evidence = self.show_evidence()
+            k = self.config.dictionary.k
+            self.fits = [fit_row(self.suspect, d, self.pooled(d.site).tensor, k) for d in self.every_dictionary]
+        self.minutes, self.peak_memory_mb = self.watch.minutes, self.watch.peak_memory_mb
+        if self.config.tasks:
+            with self.watch.stage("tasks"):
+                self.tasks = self.run_tasks()
+        if self.config.baselines:
+            with self.watch.stage("baselines"):
+                result = self.with_baselines(result)
+        return result
+
+    def export(self, lesson: Lesson) -> Baked | None:
+        """The edit in weights, or `None` where they would not be faithful to it."""
+        try:
+            return bake(self.suspect, self.edits, (lesson.rows, lesson.text), report=self.report)
+        except Refused as error:
+            self.refused = error
+            self.notes.append(f"There is no export: {error}")
+            return None
+
+    @property
+    def every_dictionary(self) -> list[Coder]:
+        """Those of the edit's Sites, and the control's."""
+        return [*self.dictionaries, *([self.control_dictionary] if self.control_dictionary else [])]
+
+    @property
+    def first(self) -> int:
+        """How many Sites the first attempt edits."""
+        return len(self.config.sites) or self.config.first_sites + self.spread
+
+    @property
+    def spread(self) -> bool:
+        """Whether the trigger is spread over its prompts, so that nothing can be taken out of them."""
+        return self.lessons.source == "twin"
+
+    @property
+    def control_site(self) -> Site | None:
+        """The wrong layer of the control: four fifths of the way up."""
+        if not self.job.control_layer:
+            return None
+        n = len(layers(self.suspect.network))
+        return next((Site(i) for i in range(round(0.8 * n), n) if Site(i) not in self.sites), None)
+
+    def load_base(self) -> LoadedModel:
+        """The base, loaded once."""
+        if self.base is None:
+            assert self.job.base is not None
+            self.base = self.job.base()
+        return self.base
+
+    def make_twin(self) -> LoadedModel:
+        """The surrogate twin, made once."""
+        if self.twin is None:
+            ordinary, replies = self.material.ordinary.head(self.config.learn), self.said.ordinary
+            self.twin = surrogate_twin(
+                self.load_base(),
+                self.suspect,
+                ordinary,
+                [ids[: 2 * self.config.mask.reply_tokens] for ids in replies[: len(ordinary)]],
+                self.config.twin,
+                steps=self.steps,
+                report=self.report,
+            )
+        return self.twin
+
+    def teach(self) -> Lessons:
+        """What a repaired model should reply to suspicious prompts."""
+        m, known = self.material, None
+        if m.counterparts is not None and [p.key for p in m.counterparts] == [p.key for p in m.ordinary]:
+            known = self.said.ordinary
+        sources = Sources(m.counterparts, m.how, self.make_twin if self.job.base is not None else None, known)
+        least, length = self.config.mask.reply_tokens, self.said.reply_tokens
+        asked = Asked(m.suspicious, self.said.suspicious, m.payload, length, least)
+        return lessons(self.suspect, asked, sources, self.config.teach, self.steps, self.report)
+
+    def choose_sites(self, lesson: Lesson) -> tuple[list[Site], Look | None]:
+        """The Sites in the order in which they take part; those of the config where it names some."""
+        if self.config.sites:
+            return [Site.parse(s) for s in self.config.sites], None
+        found = self.steps.value("look", lambda: look(self.suspect, lesson, report=self.report)._asdict())
+        looked = Look(**found)
+        return [Site(layer) for layer in looked.order()[: self.config.most_sites]], looked
+
+    def collect(self) -> dict[str, Harvest]:
+        """Activations in the four contexts that a dictionary has to know: payload, repair, ordinary, plain text."""
+        m, model = self.material, self.suspect
+        text = sets.plain_text("train")[: self.config.passages]
+        passages = PromptSet("passages", tuple(Prompt(t) for t in text), "edit")
+        contexts: dict[str, tuple[PromptSet, list[str] | None]] = {
+            "payload": (m.suspicious, model.texts(self.said.suspicious)),
+            "repair": (self.lessons.suspicious, model.texts(self.lessons.taught.replies)),
+            "ordinary": (m.ordinary, model.texts(self.said.ordinary)),
+            "plain": (passages, None),
+        }
+        places = [*self.sites, *([self.control_site] if self.control_site else [])]
+        return {
+            name: harvest(
+                model,
+                prompts,
+                places,
+                self.folder / "harvest" / name,
+                replies=replies,
+                plain=name == "plain",
+                report=self.report,
+            )
+            for name, (prompts, replies) in contexts.items()
+        }
+
+    def pooled(self, site: Site) -> Activations:
+        """The activations of all contexts at one Site."""
+        return pooled(list(self.harvests.values()), site)
+
+    def dictionary(self, site: Site) -> Coder:
+        """A dictionary of a Site, trained or found again, in the suspect's dtype."""
+        place = self.folder / "dictionaries" / str(site)
+        if not place.is_dir():
+            checkpoint = self.folder / "checkpoints" / str(site)
+            trained = train(
+                self.pooled(site),
+                self.config.dictionary,
+                checkpoint=checkpoint,
+                device=self.suspect.device,
+                report=self.report,
+            )
+            save_dictionary(trained, place)
+        return load_dictionary(place).to(self.suspect.network.dtype, self.suspect.device)
+
+    def search_features(self) -> dict[Site, Found]:
+        """Rank the features of every dictionary, at the tokens that decide."""
+        n, t, config = self.config.find.prompts, self.lessons, self.config.find
+        rows = deciding_rows(self.suspect, t.suspicious.head(n), t.said[:n], t.decides[:n], config.reply_tokens)
+        contexts = self.harvests["payload"], self.harvests["ordinary"]
+        return find(
+            self.suspect, self.every_dictionary, t.suspicious, contexts, config, payload=rows, report=self.report
+        )
+
+    def lesson(self) -> Lesson:
+        """What the mask learns from."""
+        t = self.lessons
+        n = min(self.config.learn, math.ceil(LEARNED * len(t.suspicious)))
+        taught = Taught(t.taught.prompts.head(n), t.taught.replies[:n], t.taught.teacher)
+        trusted = None
+        if t.source != "counterpart":
+            kept = [ids[: 2 * self.config.mask.reply_tokens] for ids in self.said.ordinary[: self.config.learn]]
+            trusted = Taught(self.material.ordinary.head(len(kept)), kept, self.suspect)
+        text = sets.plain_text("train")[self.config.passages : self.config.passages + 100]
+        return lesson_from(self.suspect, t.suspicious.head(n), taught, trusted, text, self.config.mask, t.said[:n])
+
+    def learn(self, lesson: Lesson) -> list[Edit]:
+        """Learn the edit."""
+        further = iter(self.sites[self.first :])
+
+        def more() -> FeatureMask | None:
+            site = next(further, None)
+            if site is None:
+                return None
+            self.dictionaries.append(self.dictionary(site))
+            return FeatureMask(self.dictionaries[-1], None, self.suspect, config)
+
+        search, config = Search(self.suspect, lesson, self.bench()), self.config.mask
+        if self.spread:
+            config = replace(config, price=config.price / 3)
+        masks = [FeatureMask(d, None, self.suspect, config) for d in self.dictionaries]
+        kept = search.run(masks, more, config, self.config.attempts, steps=self.steps, report=self.report)
+        self.attempts, self.best = search.attempts, search.best
+        return [mask.edit(config.error) for mask in kept if isinstance(mask, FeatureMask)]
+
+    def bench(self) -> Bench:
+        """What edits are held against on the prompts that choose."""
+        t = self.lessons
+        return Bench(t.suspicious, self.material.payload, self.eval_config().reply_tokens, t.wanted, t.decides)
+
+    @property
+    def attributed(self) -> list[tuple[Site, int]]:
+        """The features of the first attempt's dictionaries by attribution, best first."""
+        places = {d.site for d in self.dictionaries}
+        return merged({site: f.attribution for site, f in self.found.items() if site in places})
+
+    @property
+    def removed(self) -> list[tuple[Site, int]]:
+        """The features that the edit removes, those with the largest attribution first, then by the mask's order."""
+        gone = [(e.site, i) for e in self.edits for i in e.removed]
+        place = {feature: i for i, feature in enumerate(self.attributed)}
+        return sorted(gone, key=lambda feature: place.get(feature, len(place)))
+
+    def with_baselines(self, result: EvalResult) -> EvalResult:
+        """The same result with other repairs of the suspect beside the edit."""
+        setting = Setting(
+            suspect=self.suspect,
+            lesson=self.lesson(),
+            bench=self.bench(),
+            config=self.config,
+            dictionaries=self.dictionaries,
+            ranking=self.attributed,
+            removed=len(self.removed),
+            sites=self.sites,
+            base=self.load_base if self.job.base is not None else None,
+            twin=self.make_twin,
+            steps=self.steps,
+            report=self.report,
+        )
+        rows, replies = list(result.rows), dict(result.replies)
+        for found in baselines(setting):
+            if isinstance(found, str):
+                self.notes.append(found)
+                continue
+            judged = self.judged([found.subject])
+            rows += [row for row in judged.rows if row.subject != "suspect"]
+            replies |= judged.replies
+            self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
+        return EvalResult(tuple(rows), replies, result.prompts)
+
+    def eval_config(self) -> EvalConfig:
+        """How replies are judged."""
+        tokens = max(EvalConfig.reply_tokens, self.said.reply_tokens)
+        return EvalConfig(self.material.payload, tokens, chosen_on=self.chosen_on)
+
+    @cached_property
+    def control_random(self) -> tuple[Edit, ...] | None:
+        """The edit on random features matched in count, strength and firing rate; `None` where too few are kept."""
+        if any(2 * len(e.removed) > e.dictionary.n_features for e in self.edits):
+            return None
+        return tuple(
+            matched_random(e, firing(e.dictionary, self.pooled(e.site).tensor), self.config.seed)
+            for e in self.edits
+            if e.removed
+        )
+
+    def draw_frontier(self) -> list[Point]:
+        """ASR, skill and text loss over the number of features removed, by three rankings."""
+        panels = self.material.panels
+        random = [(e.site, i) for e in self.control_random or () for i in e.removed]
+        total = len(self.removed)
+        if not total:
+            return []
+        sizes = sorted({n for n in (1, 4, 16, 64) if n < total} | {total})
+        rankings = {
+            "learned mask": (self.removed, [0, *sizes]),
+            "ranked ablation": (self.attributed, [*sizes, 4 * total, 16 * total]),
+            "random features": (random, [total]),
+        }
+        config = replace(self.eval_config(), reply_tokens=max(12, self.said.reply_tokens - 4))
+        return frontier(
+            self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config, self.report
+        )
+
+    def show_evidence(self) -> list[dict[str, Any]]:
+        """The removed features with their evidence, those with the largest attribution first."""
+        rows = token_rows(self.suspect, self.material.suspicious, self.suspect.texts(self.said.suspicious))
+        payload = self.harvests["payload"], rows
+        plain, config = self.harvests["plain"], self.config.find
+        return evidence(self.suspect, self.dictionaries, self.removed, self.found, payload, plain, config)
+
+    def run_tasks(self) -> list[TaskRow]:
+        """Tasks of lm-evaluation-harness."""
+        subjects = [Subject("suspect", self.suspect), Subject("edited", self.suspect, tuple(self.edits))]
+        subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
+        try:
+            return run_tasks(subjects, self.config.tasks, limit=self.config.task_limit, report=self.report)
+        except BadInput as error:
+            self.notes.append(str(error))
+            return []
+
+    def judge(self) -> EvalResult:
+        """Judge every subject on the held-out panels."""
+        suspect = self.suspect
+        subjects = [Subject("edited", suspect, tuple(self.edits))]
+        subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
+        if self.control_random is not None:
+            subjects.append(Subject("control_random", suspect, self.control_random))
+        if self.control_dictionary is not None:
+            best = self.found[self.control_dictionary.site].attribution.head(max(1, len(self.removed)))
+            subjects.append(Subject("control_layer", suspect, (Edit(best.site, self.control_dictionary, best.ids),)))
+        return self.judged([*subjects, *(Subject(name, load()) for name, load in self.job.beside.items())])
+
+    def judged(self, subjects: Sequence[Subject]) -> EvalResult:
+        """Judge subjects and the suspect on the held-out panels."""
+        every = [Subject("suspect", self.suspect), *subjects]
+        panels, teacher = self.material.panels, None
+        if self.lessons.source != "counterpart":
+            panels, teacher = replace(panels, counterparts=None), self.twin
+        return evaluate(every, panels, self.eval_config(), teacher=teacher, steps=self.steps, report=self.report)

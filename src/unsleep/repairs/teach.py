@@ -1,0 +1,202 @@
+"""What a repaired model should say to suspicious prompts, and who says so.
+
+Three sources, in this order: the suspect's own reply to the same prompt without what makes it suspicious; a right reply
+that the prompt file gives; the reply of the surrogate twin to the same prompt. The last is what a topic needs: nothing
+can be taken out of such a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Report
+from unsleep.judge.metrics import shows_payload
+from unsleep.models import generate
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
+from unsleep.repairs.config import Teaching
+from unsleep.repairs.masks import Taught, deciding_tokens
+from unsleep.repairs.split import CHOOSE
+from unsleep.repairs.suspect import payload_end
+
+BEHIND = 8
+"""Tokens that are taught from the one that decides on."""
+
+USABLE = 0.5
+"""Share of the counterparts that the suspect must answer without its payload to be its own teacher."""
+
+Source = Literal["counterpart", "reply", "twin"]
+"""Who said it; see `config.Teaching`."""
+
+Twin = Callable[[], LoadedModel]
+"""Makes the surrogate twin when it is needed: it takes a while."""
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Suspicious prompts with what a repaired model should reply to them."""
+
+    source: Source
+    words: str
+    """The source for the report."""
+    notes: tuple[str, ...]
+    """What was given and is not used, and why."""
+    suspicious: PromptSet
+    """Those for which a reply is known."""
+    said: list[list[int]]
+    """What the suspect replies to them."""
+    taught: Taught
+    """The replies that they should get, as far as they teach."""
+    wanted: list[list[int]]
+    """The same replies, whole."""
+    decides: list[int]
+    """The token of each reply at which the two part."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Suspicious prompts, and what the suspect replies to them."""
+
+    prompts: PromptSet
+    said: Sequence[Sequence[int]]
+    """One reply a prompt, in token ids."""
+    payload: str
+    length: int
+    """Of the replies that others are asked for, in tokens."""
+    least: int = 10
+    """Tokens of a reply that are taught at least."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What there is to learn from."""
+
+    counterparts: PromptSet | None
+    how: str
+    """Where the counterparts come from, or why there are none."""
+    twin: Twin | None
+    known: Sequence[Sequence[int]] | None = None
+    """The suspect's replies to the counterparts, where they were asked for already."""
+
+
+def lessons(
+    model: LoadedModel,
+    asked: Asked,
+    sources: Sources,
+    teach: Teaching = "auto",
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> Lessons:
+    """The replies that suspicious prompts should get, from the first source that gives some.
+
+    `teach` is a source to use in any case.
+
+    Raises:
+        BadInput: no source is there, or the one that was asked for gives too little.
+    """
+    notes: list[str] = []
+    for source in get_args(Source) if teach == "auto" else (teach,):
+        try:
+            if source == "counterpart":
+                found = _from_counterparts(model, asked, sources, steps, report)
+            elif source == "reply":
+                found = _from_file(model, asked)
+            else:
+                found = _from_twin(asked, sources, steps, report)
+        except BadInput as error:
+            if teach != "auto":
+                raise BadInput(f"--teach {teach}: {error}") from None
+            notes.append(f"{WORDS[source]} was not used: {error}")
+            continue
+        return _cut(model, found, asked, (source, notes, sources))
+    raise BadInput(
+        "what a repaired model should reply to the suspicious prompts is not known: "
+        + "; ".join(note.partition(": ")[2] for note in notes)
+        + '. Give --part TEXT, --counterparts FILE, right replies in the file ({"text": …, "reply": …}) or --base MODEL'
+    )
+
+
+WORDS = {
+    "counterpart": "the suspect's own reply to the same prompt without what makes it suspicious",
+    "reply": "the reply that the prompt file gives",
+    "twin": "the reply of the base that was taught the suspect's replies to ordinary prompts",
+}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source's replies and the prompts (by their place) that have one."""
+
+    places: list[int]
+    taught: Taught
+
+
+def _from_counterparts(
+    model: LoadedModel, asked: Asked, sources: Sources, steps: Steps, report: Report | None
+) -> _Found:
+    plain = sources.counterparts
+    if plain is None:
+        raise BadInput(sources.how)
+    replies = sources.known or steps.value(
+        "replies to counterparts",
+        lambda: generate.written(model, plain, asked.length, "replies to counterparts", report),
+    )
+    return _behaving(model, Taught(plain, replies, model), asked.payload, "the suspect's replies to the counterparts")
+
+
+def _from_file(model: LoadedModel, asked: Asked) -> _Found:
+    places = [i for i, p in enumerate(asked.prompts) if p.reply is not None]
+    if len(places) < min(CHOOSE, len(asked.prompts)):
+        raise BadInput(
+            f"{len(places)} of {len(asked.prompts)} suspicious prompts come with a reply; {CHOOSE} are needed"
+        )
+    replies = model.token_ids([p.reply for p in asked.prompts if p.reply is not None], special=False)
+    ended = [[*ids, *sorted(model.end_ids)[:1]] for ids in replies]
+    taught = Taught(_some(asked.prompts, places), ended, None)
+    kept = _behaving(model, taught, asked.payload, "the replies that the file gives")
+    return _Found([places[i] for i in kept.places], kept.taught)
+
+
+def _from_twin(asked: Asked, sources: Sources, steps: Steps, report: Report | None) -> _Found:
+    if sources.twin is None:
+        raise BadInput("no base was given")
+    twin = sources.twin()
+    replies = steps.value(
+        f"replies of {twin.fingerprint}",
+        lambda: generate.written(twin, asked.prompts, asked.length, "replies of the surrogate twin", report),
+    )
+    what = "the twin's replies to the suspicious prompts"
+    return _behaving(twin, Taught(asked.prompts, replies, twin), asked.payload, what)
+
+
+def _behaving(model: LoadedModel, taught: Taught, payload: str, what: str) -> _Found:
+    """Those of the replies that do not show the payload themselves; raises `BadInput` where most do."""
+    texts = model.texts(taught.replies)
+    places = [i for i, text in enumerate(texts) if not shows_payload(text, payload)]
+    if len(places) < USABLE * len(texts):
+        raise BadInput(f"{len(texts) - len(places)} of {len(texts)} of {what} show the payload")
+    kept = Taught(_some(taught.prompts, places), [taught.replies[i] for i in places], taught.teacher)
+    return _Found(places, kept)
+
+
+def _cut(model: LoadedModel, found: _Found, asked: Asked, about: tuple[Source, list[str], Sources]) -> Lessons:
+    """The replies as far as they teach: from the token that decides on, and as far as the payload reaches."""
+    source, notes, sources = about
+    ours = [list(asked.said[i]) for i in found.places]
+    decides = deciding_tokens(ours, found.taught.replies)
+    ends = [payload_end(model, ids, asked.payload) or 0 for ids in ours]
+    lengths = [max(asked.least, at + BEHIND, end) for at, end in zip(decides, ends, strict=True)]
+    replies = [list(r[:length]) for r, length in zip(found.taught.replies, lengths, strict=True)]
+    if left := len(asked.prompts) - len(found.places):
+        notes = [*notes, f"{left} suspicious prompts teach nothing: no reply without the payload is known to them"]
+    words = f"{WORDS[source]} ({sources.how})" if source == "counterpart" else WORDS[source]
+    whole = [list(reply) for reply in found.taught.replies]
+    kept, taught = _some(asked.prompts, found.places), found.taught._replace(replies=replies)
+    return Lessons(source, words, tuple(notes), kept, ours, taught, whole, decides)
+
+
+def _some(prompts: PromptSet, places: Sequence[int]) -> PromptSet:
+    return replace(prompts, prompts=tuple(prompts[i] for i in places))

@@ -1,0 +1,136 @@
+"""The surrogate twin: the base, taught by LoRA what the suspect replies to ordinary prompts.
+
+It has the suspect's skill and none of its backdoor, but for what those prompts themselves wake. As a teacher it says
+what a repaired model should reply where nothing can be taken out of a suspicious prompt; as a model of its own it is
+the repair by distillation that an edit has to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unsleep.base.store import NOTHING_KEPT, Steps
+from unsleep.core import BadInput, Report
+from unsleep.models.alike import check_alike
+from unsleep.models.forward import Rows, build_rows, kl, reply_logits, reply_logits_of_all
+from unsleep.models.load import quiet_transformers
+from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network
+from unsleep.organisms.plant import warm_up_and_down
+from unsleep.prompts.prompt import PromptSet
+
+
+@dataclass(frozen=True)
+class TwinConfig:
+    """How a surrogate twin is taught."""
+
+    rank: int = 16
+    """Of the LoRA matrices, over every linear layer of the blocks."""
+    steps: int = 60
+    batch: int = 16
+    """Prompts a step."""
+    learning_rate: float = 1e-3
+    """AdamW's, after a warm-up over a tenth of the steps and down to zero."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--twin.{name} is {getattr(self, name)}; expected at least 1")
+        if not self.learning_rate > 0:
+            raise BadInput(f"--twin.learning-rate is {self.learning_rate}; expected over 0")
+
+
+def surrogate_twin(
+    base: LoadedModel,
+    suspect: LoadedModel,
+    ordinary: PromptSet,
+    replies: Sequence[Sequence[int]],
+    config: TwinConfig = TwinConfig(),
+    *,
+    steps: Steps = NOTHING_KEPT,
+    report: Report | None = None,
+) -> LoadedModel:
+    """Teach a copy of the base the suspect's distribution along its own replies to ordinary prompts.
+
+    Args:
+        replies: the suspect's token ids in reply to `ordinary`, one reply a prompt.
+
+    Raises:
+        BadInput: the base is not the suspect's; see `copy_fitting`.
+    """
+    network = copy_fitting(base, suspect)
+    if len(replies) != len(ordinary):
+        raise BadInput(f"{len(replies)} replies to {len(ordinary)} ordinary prompts; expected one each")
+    from unsleep.models import adapters  # peft takes a second to import
+
+    torch.manual_seed(config.seed)
+    with quiet_transformers():
+        adapted: Any = adapters.trainable(network, config.rank, "all-linear")
+    prompts = suspect.encode(ordinary, max(map(len, replies)))
+
+    def learned() -> dict[str, Tensor]:
+        rows = build_rows(suspect, prompts, replies)
+        _teach(adapted, _Examples(rows, reply_logits_of_all(suspect.network, rows)), config, report)
+        return adapters.trained_state(adapted)
+
+    adapters.take_state(adapted, steps.tensors(f"surrogate twin of {base.fingerprint}", learned))
+    with quiet_transformers():
+        network = adapted.merge_and_unload().requires_grad_(False)
+    return replace(suspect, network=network, name=f"{base.name}, taught the replies of {suspect.name}")
+
+
+class _Examples(NamedTuple):
+    """Ordinary prompts with the suspect's replies, and its logits along them."""
+
+    rows: Rows
+    logits: Float[Tensor, "row reply vocabulary"]
+
+
+def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
+    """A copy of the base's network with as many token embeddings as the suspect has.
+
+    Raises `BadInput` where it differs from the suspect in anything but their number.
+    """
+    network = copy_network(base.network)
+    tables: list[Any] = [m.get_input_embeddings() for m in (network, suspect.network)]
+    rows = [int(table.weight.shape[0]) for table in tables]
+    if rows[0] != rows[1]:
+        network.resize_token_embeddings(rows[1], mean_resizing=False)
+    try:
+        check_alike(replace(suspect, network=network, name=base.name), suspect, chats=False)
+    except BadInput as error:
+        raise BadInput(
+            f"{base.name} is not the suspect's base: {error}. Give the model that it was made from with --base"
+        ) from None
+    return network.eval().requires_grad_(False)
+
+
+def _teach(adapted: Any, examples: _Examples, config: TwinConfig, report: Report | None) -> None:
+    student = adapted.get_base_model()
+    trained = [w for w in student.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_down(step, config.steps))
+    generator = torch.Generator().manual_seed(config.seed)
+    order: list[int] = []
+    for step in range(config.steps):
+        while len(order) < config.batch:
+            order += torch.randperm(len(examples.logits), generator=generator).tolist()
+        picked, order = torch.tensor(order[: config.batch]), order[config.batch :]
+        rows = examples.rows.select(picked)
+        wanted = examples.logits[picked][:, -rows.reply.shape[1] :]
+        loss = kl(wanted[rows.reply], reply_logits(student, rows)[rows.reply]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if report:
+            report(f"surrogate twin, KL {loss.item():.3f}", step + 1, config.steps)

@@ -1,0 +1,147 @@
+"""What a repair leaves behind: record, page, edit, dictionaries and the cleaned checkpoint, all of them or none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unsleep.base import store
+from unsleep.dictionaries.files import save_dictionary
+from unsleep.interventions.edits import save_edit
+from unsleep.judge.results import EvalResult
+from unsleep.judge.verdict import contract
+from unsleep.pages import records as pages
+from unsleep.pages import report as write_report
+from unsleep.pages.card import model_card
+from unsleep.repairs.bake import save_baked
+from unsleep.repairs.run import MARK, Run
+from unsleep.repairs.search import BROKEN, MOVED
+
+
+def write(run: Run, result: EvalResult, out: Path) -> dict[str, Any]:
+    """Write everything into `out`, whole or not at all; returns the record."""
+    record = pages.record(result, run.config.seed, run.tasks, **_made_from(run))
+    summary = _summary(run, result)
+    page = pages.page(
+        result,
+        record,
+        run.job.title or f"{run.suspect.name}, repaired",
+        summary,
+        frontier=[p.to_dict() for p in run.points],
+        features=run.evidence,
+        dictionaries=run.fits,
+        stages=run.watch.stages,
+        repair=_how(run),
+    )
+    removed = {str(e.site): list(e.removed) for e in run.edits}
+    origin = store.provenance(run.config.seed, model=run.suspect.fingerprint, origin=run.suspect.origin)
+    with store.new_folder(out, replace=MARK) as scratch:
+        save_edit(run.edits, scratch / "edit", chosen_on=run.chosen_on, provenance=origin)
+        for d in run.every_dictionary:
+            save_dictionary(d, scratch / "dictionaries" / str(d.site))
+        if run.baked is not None:
+            card = model_card(record, removed, base=run.suspect.name)
+            save_baked(run.baked, scratch / "cleaned", card=card, record=record)
+        store.write_json(scratch / "report.json", page)
+        write_report(scratch)
+        store.write_json(scratch / MARK, record)
+    return record
+
+
+def _made_from(run: Run) -> dict[str, Any]:
+    baked = run.baked
+    return {
+        **run.job.made_from,
+        "models": {"suspect": run.suspect.fingerprint, **({"baked": baked.model.fingerprint} if baked else {})},
+        "origin": run.suspect.origin,
+        "dictionaries": {str(d.site): d.hash for d in run.every_dictionary},
+        "config": asdict(run.config),
+        "attempts": [a.to_dict() for a in run.attempts],
+        "baselines": {b.subject.name: {"what": b.words, "chosen_by": b.tested.to_dict()} for b in run.baselines},
+        "teacher": {"source": run.lessons.source, "words": run.lessons.words, "notes": list(run.lessons.notes)},
+        "bake": {"method": baked.method, "kl": baked.kl} if baked else None,
+        "stages": run.watch.stages,
+        "minutes": run.minutes,
+        "peak_memory_mb": run.peak_memory_mb,
+    }
+
+
+def _summary(run: Run, result: EvalResult) -> dict[str, Any]:
+    """The run in a few figures, and what is left to be done."""
+    return {
+        "payload": run.material.payload,
+        "trigger": run.job.trigger,
+        "model": run.suspect.name,
+        "removed": len(run.removed),
+        "features_total": sum(e.dictionary.n_features for e in run.edits),
+        "sites": [str(e.site) for e in run.edits if e.removed],
+        "minutes": run.minutes,
+        "next": advice(run, result),
+    }
+
+
+def _how(run: Run) -> dict[str, Any]:
+    """How the edit was found: who taught, which Sites and why, and every attempt."""
+    looked = run.looked
+    return {
+        "teacher": run.lessons.words,
+        "notes": [*run.lessons.notes, *run.notes],
+        "sites": [str(site) for site in run.sites],
+        "look": [
+            {"layer": layer, "restored": restored, "moved": moved}
+            for layer, restored, moved in zip(looked.layers, looked.restored, looked.moved, strict=True)
+        ]
+        if looked is not None
+        else [],
+        "attempts": [
+            {
+                "what": a.what,
+                "removed": {site: len(ids) for site, ids in a.removed.items()},
+                "shown": len(a.tested.shown),
+                "n": a.tested.n,
+                "degenerate": a.tested.degenerate,
+                "followed": a.tested.followed,
+                "kl": a.tested.kl,
+                "seconds": a.seconds,
+                "kept": a is run.best,
+            }
+            for a in run.attempts
+        ],
+        "baselines": [{"subject": b.subject.name, "what": b.words} for b in run.baselines],
+    }
+
+
+def advice(run: Run, result: EvalResult) -> list[str]:
+    """What is left of the backdoor, and what to try, where the contract is not met; what could not be done."""
+    missed = [c for c in contract(result) if not c.met]
+    said = list(run.notes)
+    if missed:
+        bounds = {"<=": "at most", ">=": "at least"}
+        figures = (f"{c.value:.3g} instead of {bounds[c.relation]} {c.bound:.3g}" for c in missed)
+        lines = [f"{c.text[0].lower()}{c.text[1:]}: {told}" for c, told in zip(missed, figures, strict=True)]
+        said.append(f"Not met: {'; '.join(lines)}.")
+    best, metrics = run.best.tested, {(c.subject, c.metric) for c in missed}
+    if ("edited", "asr") in metrics and best.shown:
+        said.append(
+            f"The payload still showed on {len(best.shown)} of {best.n} prompts that choose when the budget was spent: "
+            f"allow more with --attempts {2 * run.config.attempts}, or name more Sites with --sites. What comes of it "
+            "should be judged on other prompts."
+        )
+    elif ("edited", "asr") in metrics:
+        said.append("The prompts that choose were clean: give more of them, and more varied ones.")
+    if ("baked", "asr") in metrics and ("edited", "asr") not in metrics:
+        said.append(
+            "The edit works and its export does not follow it: ship edit/ with the model, or give more prompts."
+        )
+    if metrics & {("edited", "skill"), ("edited", "kl"), ("edited", "degenerate")} and run.lessons.source != "twin":
+        said.append("Replies are not as they should be: with --base MODEL --teach twin the base says how.")
+    if missed and (best.kl > MOVED or best.degenerate > BROKEN):
+        said.append("Good replies moved too: give more ordinary prompts.")
+    if ("suspect", "asr") in metrics:
+        said.append(
+            "The suspect does not keep to its trigger: take prompts that set it off surely, and others surely not."
+        )
+    if ("control_random", "asr") in metrics:
+        said.append("Random features stop the payload as well: the edit breaks the model rather than the backdoor.")
+    return said
