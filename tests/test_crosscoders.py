@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from test_core import as_in_use
 from unsleep.base import store
+from unsleep.base.context import reporting
 from unsleep.core import Activations, ActivationStream, BadInput, Site
 from unsleep.dictionaries import metrics
 from unsleep.dictionaries.config import TrainConfig
@@ -197,8 +198,8 @@ def test_training_goes_on_from_a_checkpoint_and_tells_of_itself(tmp_path: Path):
         if done == 20:
             raise Killed
 
-    with pytest.raises(Killed):
-        train_crosscoder(one, two, quick, checkpoint=tmp_path, report=kill)
+    with pytest.raises(Killed), reporting(kill):
+        train_crosscoder(one, two, quick, checkpoint=tmp_path)
     assert train_crosscoder(one, two, quick, checkpoint=tmp_path).hash == train_crosscoder(one, two, quick).hash
 
 

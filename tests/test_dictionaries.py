@@ -146,7 +146,9 @@ from test_dictionaries import QUICK, activations, sparse_data, train
 import time
 config = replace(QUICK, tokens=60_000, checkpoint_every=10)
 slow = (lambda *a: (print(*a, flush=True), time.sleep(0.05))) if {slow} else None
-print(train(activations(sparse_data(1024)), config, checkpoint={out!r}, report=slow).hash)
+from unsleep.base.context import reporting
+with reporting(slow):
+    print(train(activations(sparse_data(1024)), config, checkpoint={out!r}).hash)
 """
 
 

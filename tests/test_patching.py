@@ -17,6 +17,7 @@ from conftest import build, byte_tokenizer
 from families import ATTENTION
 from test_core import as_in_use
 from unsleep.base import stats
+from unsleep.base.context import reporting
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.locate.patching import (
@@ -410,7 +411,8 @@ def test_progress_and_names():
     model, donor = model_of(), other()
     told: list[tuple[str, int, int]] = []
     groups = groups_of(model, "heads", ["last", "-2"], [1])
-    patch(donor, model, PROMPTS, PAYLOAD, groups, PatchConfig(batch=3), report=lambda *x: told.append(x))
+    with reporting(lambda *x: told.append(x)):
+        patch(donor, model, PROMPTS, PAYLOAD, groups, PatchConfig(batch=3))
     assert told == [("patching", n, 8) for n in (3, 6, 7, 8)]
     assert [g.name for g in groups] == ["heads.1 at last", "heads.1 at -2"]
     per_head = grid(model.network, "k", [2], per_head=True)

@@ -130,7 +130,7 @@ def test_the_edit_is_small_and_carries_the_prompts_that_chose_it(run: Run):
     edits, chosen_on = load_edit(run.out / "edit")
     removed = sum(len(e.removed) for e in edits)
     assert 0 < removed <= 100
-    assert len(chosen_on) == 2 * 2 * SMALL.learn
+    assert len(chosen_on) == 2 * (SMALL.learn * 5 // 4)
     assert read_json(run.out / "report.json")["summary"]["removed"] == removed
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import build, byte_tokenizer
+from unsleep.base.context import reporting
 from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.judge.splice import SpliceScore, splice_score
@@ -122,7 +123,8 @@ def test_a_transcoder_whose_target_comes_first_is_refused(tiny: LoadedModel, tar
 def test_batches_do_not_change_the_score(tiny: LoadedModel, batch_tokens: int):
     rows = tiny.token_ids(TEXTS)
     told: list[tuple[str, int, int]] = []
-    found = splice_score(tiny, partial(Site(1)), rows, batch_tokens=batch_tokens, report=lambda *x: told.append(x))
+    with reporting(lambda *x: told.append(x)):
+        found = splice_score(tiny, partial(Site(1)), rows, batch_tokens=batch_tokens)
     assert found == pytest.approx(splice_score(tiny, partial(Site(1)), rows), rel=1e-4)
     assert found.tokens == sum(len(row) - 1 for row in rows)
     assert told[-1] == ("splice score at resid.1", 5, 5)

@@ -17,7 +17,7 @@ from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
 from unsleep.interventions.edits import applied
 from unsleep.locate.patching import sweep
-from unsleep.models import generate, hooks, weights
+from unsleep.models import generate, streams, weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.load import LoadConfig, load_model, save_plain
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -65,12 +65,12 @@ def test_weights_on_the_disk_are_those_of_the_whole_model(base: Path, spread: Lo
 def test_hooks_leave_a_spread_model_as_it_was(base: Path, spread: LoadConfig):
     model = load_model(base, spread)
     before = logits(model.network)
-    with hooks.truncated(model.network, 0):
+    with streams.truncated(model.network, 0):
         logits(model.network)
     ids = torch.arange(40, 60)[None]
-    with hooks.capture(model.network, [Site(0)]) as held:
+    with streams.capture(model.network, [Site(0)]) as held:
         model.network(ids)
-    with hooks.resumed_at(model.network, 1, lambda: held[Site(0)]):
+    with streams.resumed_at(model.network, 1, lambda: held[Site(0)]):
         resumed = model.network(ids, use_cache=False).logits
     torch.testing.assert_close(resumed, before)
     assert torch.equal(logits(model.network), before)
@@ -147,7 +147,7 @@ def test_layers_on_several_devices_hand_transforms_one(monkeypatch: pytest.Monke
             moves.append(str(args[0]))
         return to(self, *args, **given)
 
-    with hooks.transformed(model.network, {Site(1): lambda x: x + 1.0}):
+    with streams.transformed(model.network, {Site(1): lambda x: x + 1.0}):
         monkeypatch.setattr(torch.Tensor, "to", watched)
         changed = logits(model.network)
         monkeypatch.undo()

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unsleep.base import store
+from unsleep.base.context import reporting
 from unsleep.core import Activations, ActivationStream, BadInput, Site
 from unsleep.dictionaries import metrics
 from unsleep.dictionaries.buffer import batches, streamed
@@ -194,8 +195,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(architecture: str, tmp_
         if done == 50:
             raise Killed
 
-    with pytest.raises(Killed):
-        train(stream, config, checkpoint=tmp_path / "c", report=kill)
+    with pytest.raises(Killed), reporting(kill):
+        train(stream, config, checkpoint=tmp_path / "c")
     resumed = train(stream, config, checkpoint=tmp_path / "c")
     assert resumed.hash == whole.hash
 

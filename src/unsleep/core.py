@@ -24,9 +24,6 @@ Point = Literal["embed", "attn", "mlp", "resid"]
 ErrorRule = Literal["keep", "drop", "project"]
 """What an edit does with the part of the residual that the dictionary does not explain."""
 
-Report = Callable[[str, int, int], None]
-"""How long work tells of itself: the stage, what is done of it, and its total."""
-
 
 class BadInput(ValueError):
     """The caller gave something that cannot be worked with; the command line exits with 2."""

@@ -11,7 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from unsleep.base import store
-from unsleep.core import Activations, BadInput, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import Activations, BadInput, Site
 from unsleep.models.forward import Rows, build_rows, run
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import truncated, watched
@@ -35,7 +36,6 @@ def collect(
     replies: Sequence[str] | None = None,
     plain: bool = False,
     batch: int = 64,
-    report: Report | None = None,
 ) -> dict[Site, Activations]:
     """Activations of `prompts` at `sites`, in the model's dtype and on the CPU, in the order of the prompts.
 
@@ -82,8 +82,7 @@ def collect(
             run(model.network, chunk, 1)
         for site, x in seen.items():
             pieces[site].append(x)
-        if report:
-            report("activations", min(start + batch, len(rows)), len(rows))
+        progress("activations", min(start + batch, len(rows)), len(rows))
     owners = torch.tensor(order)[:, None].expand(wanted.shape)[wanted]
     back = owners.argsort(stable=True)
     made_from = store.hash_value([rows, tails, str(position)])

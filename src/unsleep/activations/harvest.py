@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from unsleep.base import store
-from unsleep.core import Activations, ActivationStream, BadInput, Report, Site, check_finite
+from unsleep.base.context import progress
+from unsleep.core import Activations, ActivationStream, BadInput, Site, check_finite
 from unsleep.models import chat
 from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
 from unsleep.models.model import LoadedModel
@@ -182,7 +183,6 @@ def harvest(
     replies: Sequence[str] | None = None,
     plain: bool = False,
     config: HarvestConfig = HarvestConfig(),
-    report: Report | None = None,
 ) -> Harvest:
     """Collect what `model` holds at `sites` on every token of `prompts`, into the folder `out`.
 
@@ -218,8 +218,7 @@ def harvest(
     for number, batches in enumerate(plan["shards"]):
         shards.append(_shard(out / f"shard-{number:05d}.safetensors", source, batches, first=number == 0))
         done += sum(len(batch) for batch in batches)
-        if report:
-            report("harvest", done, len(rows))
+        progress("harvest", done, len(rows))
     manifest = {
         "schema": "unsleep.harvest/1",
         **{k: plan[k] for k in ("model", "prompts", "sites", "d_model", "config", "shared")},

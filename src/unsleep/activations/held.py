@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.collect import collect
-from unsleep.core import BadInput, Report, Site, check_finite
+from unsleep.core import BadInput, Site, check_finite
 from unsleep.models.forward import Rows, pad_left, run
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import stopping, watched
@@ -56,15 +56,10 @@ def _copying(held: dict[Site, Tensor], site: Site) -> Callable[[Tensor], None]:
 
 
 def last_held(
-    model: LoadedModel,
-    texts: Prompts,
-    sites: Sequence[Site],
-    *,
-    plain: bool = False,
-    report: Report | None = None,
+    model: LoadedModel, texts: Prompts, sites: Sequence[Site], *, plain: bool = False
 ) -> dict[Site, Float[Tensor, "prompt d_model"]]:
     """What each Site holds on the last token of every text, in float32; raises as `batches_held` and `encoded` do."""
-    found = collect(model, prompt_set(texts), sites, plain=plain, report=report)
+    found = collect(model, prompt_set(texts), sites, plain=plain)
     for site, activations in found.items():
         check_finite(activations.tensor, f"what the model holds at {site}")
     return {site: activations.tensor.float() for site, activations in found.items()}

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unsleep.base.machine import is_native, processor
-from unsleep.core import BadInput, Refused, digest
+from unsleep.core import BadInput, digest
 
 T = TypeVar("T")
 
@@ -79,64 +79,6 @@ def share(folder: Path, paths: Iterable[Path]) -> None:
     probe.unlink()
     for path in paths:
         path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
-
-
-class Steps:
-    """Finished steps of long work: each is made once, and found again by the same work after an interrupt.
-
-    Without a folder nothing is kept.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-
-    def value(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives, a JSON value, or what it gave when the step of that name was finished."""
-        path = self._place(name, "json")
-        if path is None:
-            return make()
-        if not path.exists():
-            write_json(path, make())
-        return read_json(path)
-
-    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The same for named tensors."""
-        path = self._place(name, "safetensors")
-        if path is None:
-            return dict(make())
-        if not path.exists():
-            write_tensors(path, make())
-        return read_tensors(path)
-
-    def _place(self, name: str, kind: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{digest(name)}.{kind}"
-
-
-NOTHING_KEPT = Steps()
-"""For work that is not long, or has no place of its own."""
-
-
-@contextlib.contextmanager
-def steps(out: str | Path, *made_from: Any) -> Generator[Steps]:
-    """The steps of the work that ends in `out`, in a hidden folder beside it.
-
-    They are gone when the block ends, by a `BadInput` or `Refused` too, and stay for the next run where it is
-    interrupted or killed, or the disk is full. `made_from` says what the work is made from: steps of other work are
-    not taken.
-    """
-    out = Path(out)
-    folder, identity = out.with_name(f".{out.name}.steps"), {"made_from": hash_value([made_from, versions()])}
-    if not folder.is_dir() or not (folder / "steps.json").is_file() or read_json(folder / "steps.json") != identity:
-        remove(folder)
-        folder.mkdir(parents=True)
-        write_json(folder / "steps.json", identity)
-    try:
-        yield Steps(folder)
-    except (BadInput, Refused) as error:
-        if not isinstance(error.__cause__, OSError | SafetensorError):
-            remove(folder)
-        raise
-    remove(folder)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
 from unsleep.base import store
+from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out, Placed, Placement, load_dictionaries
-from unsleep.core import BadInput, Report, Site
+from unsleep.core import BadInput, Site
 from unsleep.locate.diffing import Diff, DiffConfig, Told
 from unsleep.locate.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
 from unsleep.models.model import LoadedModel
@@ -68,20 +69,19 @@ def patch(
     asked, places = sets.read_prompts(prompts), [Position.parse(text) for text in positions]
     coders = load_dictionaries(dictionaries)
     bases = {} if basis is None else _bases(basis)
-    with Bars() as bars:
+    with Bars():
         there = placement.load(donor), placement.load_beside(recipient)
         ways = [there, (there[1], there[0])] if both else [there]
         what = [model.fingerprint for model in there], str(there[1].network.dtype), asked.hash, payload, reply_tokens
         how = level, layers, positions, per_head, both, asdict(config)
         parts = [coder.hash for coder in coders], store.hash_tensors({str(site): b for site, b in bases.items()})
-        with store.steps(out, *what, *how, *parts) as steps:
+        with resumable(out, *what, *how, *parts):
             kept: dict[str, Any] = {"per_head": per_head, "dictionaries": coders, "bases": bases}
-            kept |= {"steps": steps, "report": bars}
             runs = [sweep(*way, asked, payload, layers or None, places, level, config, **kept) for way in ways]
             records = [_run(run, way) for run, way in zip(runs, ways, strict=True)]
             if reply_tokens:
                 for run, way, entry in zip(runs, ways, records, strict=True):
-                    _add_asr(entry, run, way, asked, payload, reply_tokens, config, steps, bars)
+                    _add_asr(entry, run, way, asked, payload, reply_tokens, config)
     record = {
         "schema": "unsleep.patch/1",
         "level": level,
@@ -129,12 +129,12 @@ def diff(
     store.check_place(out, "diff.json")
     files = [None if path is None else sets.read_prompts(path) for path in (suspicious, ordinary, text)]
     sites, coders = [Site.parse(name) for name in train_at], load_dictionaries(dictionaries)
-    with Bars() as bars:
+    with Bars():
         models = placement.load_beside(base), placement.load(suspect)
         named = zip(("suspicious", "ordinary", "text"), files, strict=True)
         hashes = {name: None if file is None else file.hash for name, file in named}
         what = [model.fingerprint for model in models], str(models[1].network.dtype), hashes, asdict(config)
-        with store.steps(out, *what, list(map(str, sites)), [coder.hash for coder in coders]) as steps:
+        with resumable(out, *what, list(map(str, sites)), [coder.hash for coder in coders]):
             found = unsleep.diff(
                 *models,
                 suspicious=files[0],
@@ -143,8 +143,6 @@ def diff(
                 dictionaries=coders,
                 train_at=sites,
                 config=config,
-                steps=steps,
-                report=bars,
             )
     record = {
         "schema": "unsleep.diff/1",
@@ -194,20 +192,9 @@ def _add_asr(
     payload: str,
     tokens: int,
     config: PatchConfig,
-    steps: store.Steps,
-    report: Report,
 ) -> None:
     """Add to every group the share of generated replies that show the payload."""
-    said = patched_replies(
-        *ends,
-        asked,
-        run.groups,
-        max_new_tokens=tokens,
-        batch=config.batch,
-        plain=config.plain,
-        steps=steps,
-        report=report,
-    )
+    said = patched_replies(*ends, asked, run.groups, max_new_tokens=tokens, batch=config.batch, plain=config.plain)
     for group, rate in zip(record["groups"], payload_rates(said, payload), strict=True):
         group["asr"] = rate._asdict()
 

@@ -14,16 +14,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unsleep.base import store
-from unsleep.core import Report
+from unsleep.base.context import reporting
 from unsleep.judge.results import EvalResult
 from unsleep.judge.verdict import POWER, contract, verdict
 from unsleep.pages.text import visible
 
 
 class Bars:
-    """A progress bar for each stage, with the time that remains of it; plain lines where stderr is a file."""
+    """Shows progress: a bar for each stage, with the time that remains of it; plain lines where stderr is a file."""
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> None:
         self._said = 0.0
         self._stage = ""
         columns = (
@@ -37,7 +37,8 @@ class Bars:
         console = Console(stderr=True)
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._progress.start()
-        return self._show if console.is_terminal else self._write
+        self._told = reporting(self._show if console.is_terminal else self._write)
+        self._told.__enter__()
 
     def _show(self, stage: str, done: int, total: int) -> None:
         """Move the stage's bar; behind a comma, its name may hold a figure that changes."""
@@ -59,6 +60,7 @@ class Bars:
         sys.stderr.write(f"{visible_line(stage)}: {done} of {total}{left}\n")
 
     def __exit__(self, *exc: object) -> None:
+        self._told.__exit__(None, None, None)
         self._progress.stop()
 
 

@@ -13,7 +13,7 @@ import unsleep
 from unsleep.base import store
 from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement
-from unsleep.core import BadInput, Report, Site
+from unsleep.core import BadInput, Site
 from unsleep.interventions.control import Control
 from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.interventions.passes import Named
@@ -57,9 +57,9 @@ def read(
     store.check_place(out, "reading.json")
     pairs, texts = _pairs(positive, negative), sets.read_prompts(text)
     places = [Site.parse(site) for site in sites]
-    with Bars() as bars:
+    with Bars():
         loaded = placement.load(model)
-        reader, readings = unsleep.read(loaded, *pairs, texts, places, method, plain=plain, seed=seed, report=bars)
+        reader, readings = unsleep.read(loaded, *pairs, texts, places, method, plain=plain, seed=seed)
     record = {
         "schema": "unsleep.reading/1",
         **_figures(reader, len(pairs[0])),
@@ -150,17 +150,17 @@ def control(
     store.check_place(out, "control.json")
     asked, pairs = sets.read_prompts(prompts), _chosen(vector, positive, negative)
     kinds = [sets.read_prompts(path) for path in (when_like, when_unlike) if path is not None]
-    with Bars() as bars:
+    with Bars():
         loaded = placement.load(model)
         places = all_sites(loaded.network, ("resid",))
         if vector is not None:
             vectors = import_gguf(vector)
         else:
-            vectors = fit_reader(loaded, *pairs, places, method, seed=seed, report=bars).control_vectors(loaded)
+            vectors = fit_reader(loaded, *pairs, places, method, seed=seed).control_vectors(loaded)
         source = loaded.fingerprint if vector is None else ""
         controls = steering.controls(vectors, source)
-        condition = condition_on(loaded, kinds[0], kinds[1], places, report=bars) if kinds else None
-        said, acts = _replies(loaded, asked, controls, condition, reply_tokens, bars)
+        condition = condition_on(loaded, kinds[0], kinds[1], places) if kinds else None
+        said, acts = _replies(loaded, asked, controls, condition, reply_tokens)
     replies = {f"{c.coefficient:g}": each for c, each in zip(controls, said, strict=True)}
     record = {
         "schema": "unsleep.control/1",
@@ -183,20 +183,13 @@ def control(
 
 
 def _replies(
-    model: LoadedModel,
-    prompts: PromptSet,
-    controls: Sequence[Control],
-    condition: Condition | None,
-    tokens: int,
-    report: Report,
+    model: LoadedModel, prompts: PromptSet, controls: Sequence[Control], condition: Condition | None, tokens: int
 ) -> tuple[list[list[str]], list[bool]]:
     """Replies under each control, and on which prompts it acts."""
     if condition is None:
-        said = unsleep.control(model, prompts, controls, reply_tokens=tokens, report=report)
+        said = unsleep.control(model, prompts, controls, reply_tokens=tokens)
         return said, [True] * len(prompts)
-    found = [
-        conditional.replies(model, prompts, each, condition, max_new_tokens=tokens, report=report) for each in controls
-    ]
+    found = [conditional.replies(model, prompts, each, condition, max_new_tokens=tokens) for each in controls]
     return [replies for replies, _ in found], found[0][1].tolist()
 
 

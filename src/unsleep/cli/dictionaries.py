@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,12 +56,12 @@ def harvest(
         raise BadInput(f"--replies-of holds {len(asked)} prompts, and {prompts} {len(wanted)}; expected one each")
     if replies_of is not None and not reply_tokens:
         raise BadInput("--replies-of was given without --reply-tokens; say how many tokens of the replies to collect")
-    with Bars() as bars:
+    with Bars():
         loaded = placement.load(model, plain=plain)
         for site in places:
             tap(loaded.network, site)  # those that the model lacks are refused before any work
-        replies = own_replies(loaded, asked, reply_tokens, bars) if reply_tokens else None
-        done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config, report=bars)
+        replies = own_replies(loaded, asked, reply_tokens) if reply_tokens else None
+        done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config)
     sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())
     say(
         done.manifest,
@@ -108,10 +109,9 @@ def train(
     with parallel.joined(device) as place:
         first = parallel.place()[0] == 0
         setup = Setup(place, tracker, out.with_name(f"{out.name}.runs"), format)
-        with Bars() as bars:
-            report = bars if first else None
-            trained = train_alone(jobs[0], configs, out, setup, report) if alone else None
-            record = {} if alone else sweep(jobs, configs, out, setup, report)
+        with Bars() if first else contextlib.nullcontext():
+            trained = train_alone(jobs[0], configs, out, setup) if alone else None
+            record = {} if alone else sweep(jobs, configs, out, setup)
     if trained is not None:
         one = trained.fit
         words = f"FVU {one.fvu:.3f}, L0 {one.l0:.1f}, dead {one.dead:.1%}, dense {one.dense:.1%}"

@@ -11,9 +11,10 @@ from tyro.conf import OmitArgPrefixes
 
 import unsleep
 from unsleep.base import store
+from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries
-from unsleep.core import BadInput, Projection, Report, Site
+from unsleep.core import BadInput, Projection, Site
 from unsleep.interventions.edits import save_edit
 from unsleep.judge.evaluate import prompt_digests
 from unsleep.locate.directions.erase import Removed, tried_erasers
@@ -74,11 +75,11 @@ def directions(
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     between = sets.read_prompts(neutral) if neutral is not None else None
     used = [group for group in (*groups, between) if group is not None]
-    with Bars() as bars:
+    with Bars():
         found_dictionaries, loaded = load_dictionaries(dictionaries), placement.load(model)
         wanted = all_sites(loaded.network, ("resid",)) if tuple(sites) == ("all",) else [Site.parse(s) for s in sites]
         made_from = loaded.fingerprint, str(loaded.network.dtype), [g.hash for g in used], list(map(str, wanted))
-        with store.steps(out, *made_from, asdict(config), [d.hash for d in found_dictionaries]) as steps:
+        with resumable(out, *made_from, asdict(config), [d.hash for d in found_dictionaries]):
             found = study(
                 loaded,
                 *groups,
@@ -87,13 +88,11 @@ def directions(
                 neutral=between,
                 dictionaries=found_dictionaries,
                 texts=sets.plain_text("train"),
-                steps=steps,
-                report=bars,
             )
             projections = _projections(found, project, project_sites, loaded, wanted) if project else []
             erased = None
             if erase:
-                projections, erased = _erasers(loaded, groups, project_sites, wanted, config, steps, bars)
+                projections, erased = _erasers(loaded, groups, project_sites, wanted, config)
             provenance = store.provenance(config.seed, model=loaded.fingerprint, origin=loaded.origin)
             record = _written(found, projections, erased, prompt_digests(*used), provenance, out)
     page = unsleep.report(out)
@@ -152,8 +151,6 @@ def _erasers(
     names: Sequence[str],
     wanted: Sequence[Site],
     config: StudyConfig,
-    steps: store.Steps,
-    report: Report,
 ) -> tuple[list[Projection], Removed]:
     """Erasers fitted on most prompts and tried on those that are kept; the best Site's where none is named."""
     texts, sites = sets.plain_text("train")[:TEXTS], [Site.parse(s) for s in names] or wanted
@@ -167,8 +164,6 @@ def _erasers(
         position=config.where,
         plain=config.plain,
         batch=config.batch,
-        steps=steps,
-        report=report,
     )
     return (made if names else [e for e in made if e.site == removed.best]), removed
 

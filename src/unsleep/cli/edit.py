@@ -14,7 +14,7 @@ from unsleep.activations.harvest import Harvest, token_rows
 from unsleep.base import store
 from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, check_format, load_dictionaries, own_replies
-from unsleep.core import BadInput, Edit, Features, Projection, Report, Site
+from unsleep.core import BadInput, Edit, Features, Projection, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.edits import MARK as EDIT
 from unsleep.interventions.edits import load_edit, merged, save_edit
@@ -58,10 +58,10 @@ def find(
         json: Print the rankings as JSON.
     """
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
-    with Bars() as bars:
+    with Bars():
         read, loaded = load_dictionaries(dictionaries), placement.load(model)
         loaded_dictionaries = belonging(read, loaded, any_model)
-        found, harvests, rows, _ = _find(loaded, loaded_dictionaries, groups, out, config, bars)
+        found, harvests, rows, _ = _find(loaded, loaded_dictionaries, groups, out, config)
         best = merged({s: f.attribution for s, f in found.items()})[:show]
         entries: list[dict[str, Any]] = []
         for d in loaded_dictionaries:
@@ -118,13 +118,13 @@ def edit(
     store.check_place(out, EDIT)
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     trusted = _counterparts(groups, counterparts, part)
-    with Bars() as bars, store.scratch_folder(out) as scratch:
+    with Bars(), store.scratch_folder(out) as scratch:
         read, loaded = load_dictionaries(dictionaries), placement.load(model)
         loaded_dictionaries = belonging(read, loaded, any_model)
-        found, _, _, said = _find(loaded, loaded_dictionaries, groups, scratch, FindConfig(ablate=0), bars)
+        found, _, _, said = _find(loaded, loaded_dictionaries, groups, scratch, FindConfig(ablate=0))
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:], config.mask)
         ranking = {site: f.attribution for site, f in found.items()}
-        edits = unsleep.edit(loaded, loaded_dictionaries, ranking, lesson, config, report=bars)
+        edits = unsleep.edit(loaded, loaded_dictionaries, ranking, lesson, config)
     chosen_on = prompt_digests(*groups, trusted)
     save_edit(
         edits,
@@ -170,11 +170,11 @@ def bake(
         raise BadInput(f"{out} is the model itself; bake into another folder")
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     trusted = _counterparts(groups, counterparts, part)
-    with Bars() as bars:
+    with Bars():
         (edits, _), loaded = load_edit(edit), placement.load(model)
         check_format(edit / EDIT, loaded)
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
-        baked = unsleep.bake(loaded, edits, (lesson.rows, lesson.text), config, report=bars)
+        baked = unsleep.bake(loaded, edits, (lesson.rows, lesson.text), config)
     measured = {"method": baked.method, "kl": baked.kl, "fingerprint": baked.model.fingerprint}
     record = {
         "schema": "unsleep.baked/1",
@@ -194,7 +194,6 @@ def _find(
     groups: tuple[PromptSet, PromptSet],
     out: Path,
     config: FindConfig,
-    report: Report,
 ) -> tuple[dict[Site, Found], tuple[Harvest, Harvest], list[list[int]], list[str]]:
     """Harvest both groups at the dictionaries' Sites and rank; also the suspicious ones' token rows and replies."""
     places = [d.site for d in dictionaries]
@@ -202,13 +201,13 @@ def _find(
     rows: list[list[list[int]]] = []
     said: list[list[str]] = []
     for group, name in zip(groups, ("suspicious", "ordinary"), strict=True):
-        replies = own_replies(model, group, config.reply_tokens, report)
-        harvests.append(unsleep.harvest(model, group, places, out / name, replies=replies, report=report))
+        replies = own_replies(model, group, config.reply_tokens)
+        harvests.append(unsleep.harvest(model, group, places, out / name, replies=replies))
         rows.append(token_rows(model, group, replies))
         said.append(replies)
     pair = harvests[0], harvests[1]
     running = [d.to(model.network.dtype, model.device) for d in dictionaries]
-    return unsleep.find(model, running, groups[0], pair, config, report=report), pair, rows[0], said[0]
+    return unsleep.find(model, running, groups[0], pair, config), pair, rows[0], said[0]
 
 
 def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]:

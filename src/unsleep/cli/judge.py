@@ -10,9 +10,10 @@ from tyro.conf import Positional, arg
 
 import unsleep
 from unsleep.base import store
+from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say, say_result
 from unsleep.cli.shared import Model, Out, Placed, Placement, check_format, check_format_of, own_prompts
-from unsleep.core import BadInput, Edit, Intervention, Projection, Report
+from unsleep.core import BadInput, Edit, Intervention, Projection
 from unsleep.interventions.edits import MARK as EDIT
 from unsleep.interventions.edits import check_model, edits_hash, load_edit
 from unsleep.judge.controls import firing, matched_random, random_subspace
@@ -66,7 +67,7 @@ def evaluate(
     check_tasks(tasks)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
     panels, judging = _panels(judged, (suspicious, ordinary), payload, n, chosen_on)
-    with Bars() as bars, store.scratch_folder(out) as scratch:
+    with Bars(), store.scratch_folder(out) as scratch:
         loaded = placement.load(model)
         if judged is not None:
             judged.check_template(loaded)
@@ -78,14 +79,14 @@ def evaluate(
         if edit is not None and edits:
             check_format(edit / EDIT, loaded)
             check_model(loaded, edits)
-            control = at_random(loaded, edits, panels.clean, scratch, bars)
+            control = at_random(loaded, edits, panels.clean, scratch)
             subjects += [Subject("edited", loaded, tuple(edits)), Subject("control_random", loaded, control)]
         subjects += cleaned
         what = {s.name: [s.model.fingerprint, str(s.model.network.dtype), edits_hash(s.edits)] for s in subjects}
-        with store.steps(out, what, panels.hashes, judging.payload, judging.reply_tokens) as steps:
-            result = unsleep.evaluate(subjects, panels, judging, steps=steps, report=bars)
+        with resumable(out, what, panels.hashes, judging.payload, judging.reply_tokens):
+            result = unsleep.evaluate(subjects, panels, judging)
         asked = [s for s in subjects if not s.name.startswith("control")]
-        figures = run_tasks(asked, tasks, limit=task_limit, report=bars) if tasks else []
+        figures = run_tasks(asked, tasks, limit=task_limit) if tasks else []
     record = pages.record(
         result, None, figures, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked
     )
@@ -110,11 +111,11 @@ def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool =
 
 
 def at_random(
-    model: LoadedModel, edits: Sequence[Intervention], prompts: PromptSet, scratch: Path, report: Report
+    model: LoadedModel, edits: Sequence[Intervention], prompts: PromptSet, scratch: Path
 ) -> tuple[Intervention, ...]:
     """The edits on random features that fire alike on `prompts`, or on random subspaces."""
     places = [e.site for e in edits if isinstance(e, Edit)]
-    seen = unsleep.harvest(model, prompts, places, scratch / "ordinary", report=report) if places else None
+    seen = unsleep.harvest(model, prompts, places, scratch / "ordinary") if places else None
     drawn: list[Intervention] = []
     for e in edits:
         if isinstance(e, Projection):

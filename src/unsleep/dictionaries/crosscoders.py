@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.base import store
-from unsleep.core import Activations, ActivationStream, BadInput, Encoded, Report, Site
+from unsleep.core import Activations, ActivationStream, BadInput, Encoded, Site
 from unsleep.dictionaries import sparse
 from unsleep.dictionaries.buffer import streamed
 from unsleep.dictionaries.coders import BatchTopK
@@ -197,7 +197,6 @@ def train_crosscoder(
     *,
     checkpoint: str | Path | None = None,
     device: torch.device | str = "cpu",
-    report: Report | None = None,
 ) -> Crosscoder:
     """Train a crosscoder on two models' activations of the same tokens.
 
@@ -224,7 +223,7 @@ def train_crosscoder(
     scales = (sizes[0].scale, sizes[1].scale)
     beside = joined(first, second, scales)
     own = replace(config, normalize="none")
-    trained = train(beside, own, checkpoint=checkpoint, device=device, report=report)
+    trained = train(beside, own, checkpoint=checkpoint, device=device)
     assert isinstance(trained, BatchTopK)
     scale = torch.tensor(scales)[:, None, None]
     w_enc, w_dec = trained.W_enc.unflatten(0, (2, -1)), trained.W_dec.unflatten(1, (2, -1)).transpose(0, 1)

@@ -23,7 +23,7 @@ import torch
 
 from unsleep.base import store
 from unsleep.base.machine import device_of
-from unsleep.core import ActivationStream, BadInput, Report
+from unsleep.core import ActivationStream, BadInput
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.compare import Rotation, rotation
@@ -168,13 +168,7 @@ class Setup:
             check_tracker(self.tracker)
 
 
-def train_site(
-    job: Job,
-    configs: Mapping[str, TrainConfig],
-    checkpoint: Path,
-    setup: Setup = Setup(),
-    report: Report | None = None,
-) -> list[Trained]:
+def train_site(job: Job, configs: Mapping[str, TrainConfig], checkpoint: Path, setup: Setup = Setup()) -> list[Trained]:
     """Train every config at one Site in one pass, and measure each; raises as `train_many` does.
 
     Of several processes the first measures and returns; the others return nothing.
@@ -190,7 +184,6 @@ def train_site(
             start=job.start,
             checkpoint=checkpoint,
             device=setup.device,
-            report=report,
             watch=watch,
         )
     if parallel.place()[0] != 0:
@@ -219,9 +212,7 @@ def _thinned(stream: ActivationStream) -> ActivationStream:
     return replace(stream, sizes=sizes, read=lambda i: stream.read(i)[::stride])
 
 
-def train_alone(
-    job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup(), report: Report | None = None
-) -> Trained | None:
+def train_alone(job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> Trained | None:
     """Train one config at one Site into the folder `out`; an interrupted training goes on from `out`.checkpoint.
 
     Of several processes the first returns what it trained. Raises `BadInput` where `out` exists, before any training.
@@ -230,20 +221,14 @@ def train_alone(
         raise BadInput(f"{out} exists already; choose another place or remove it first")
     _check_savable(job, configs, setup.format)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    trained = train_site(job, configs, checkpoint, setup, report)
+    trained = train_site(job, configs, checkpoint, setup)
     for one in trained:
         one.save(out, setup.format)
         store.remove(checkpoint)
     return trained[0] if trained else None
 
 
-def sweep(
-    jobs: Sequence[Job],
-    configs: Mapping[str, TrainConfig],
-    out: Path,
-    setup: Setup = Setup(),
-    report: Report | None = None,
-) -> dict[str, Any]:
+def sweep(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> dict[str, Any]:
     """Train every config at every Site into `out`, and return what stands in its dictionaries.json.
 
     Raises `BadInput`, before any training, where `out` holds something else: other settings, other activations, or
@@ -258,7 +243,7 @@ def sweep(
     for job in missing:
         checkpoint = out / f"{job.name}.checkpoint"
         start = time.monotonic()
-        trained = train_site(job, configs, checkpoint, setup, report)
+        trained = train_site(job, configs, checkpoint, setup)
         if not trained:
             continue
         seconds = round(time.monotonic() - start, 1)

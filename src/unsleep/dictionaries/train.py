@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base import store
-from unsleep.core import Activations, ActivationStream, BadInput, Report
+from unsleep.base.context import progress
+from unsleep.core import Activations, ActivationStream, BadInput
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.buffer import batches, streamed
 from unsleep.dictionaries.coders import Coder
@@ -52,7 +53,6 @@ def train(
     start: Coder | None = None,
     checkpoint: str | Path | None = None,
     device: torch.device | str = "cpu",
-    report: Report | None = None,
     watch: Watch | None = None,
 ) -> Coder:
     """Train a dictionary on the activations of one Site.
@@ -70,14 +70,7 @@ def train(
             a checkpoint of another run.
     """
     [dictionary] = train_many(
-        activations,
-        [config],
-        target=target,
-        start=start,
-        checkpoint=checkpoint,
-        device=device,
-        report=report,
-        watch=watch,
+        activations, [config], target=target, start=start, checkpoint=checkpoint, device=device, watch=watch
     )
     return dictionary
 
@@ -90,7 +83,6 @@ def train_many(
     start: Coder | None = None,
     checkpoint: str | Path | None = None,
     device: torch.device | str = "cpu",
-    report: Report | None = None,
     watch: Watch | None = None,
 ) -> list[Coder]:
     """Train several dictionaries (seeds, widths, architectures) in one pass over the activations.
@@ -115,9 +107,9 @@ def train_many(
         seen = [s + SMOOTH * (r.fvu - s) for s, r in zip(seen, results, strict=True)]
         if watch:
             watch(step, results)
-        if report and (step % 10 == 9 or step + 1 == first.steps):
+        if step % 10 == 9 or step + 1 == first.steps:
             spread = f"{min(seen):.3f}" if len(seen) == 1 else f"{min(seen):.3f} to {max(seen):.3f}"
-            report(f"dictionary {source.site}, FVU {spread}", step + 1, first.steps)
+            progress(f"dictionary {source.site}, FVU {spread}", step + 1, first.steps)
         due = (step + 1) % first.checkpoint_every == 0 or time.monotonic() - saved > SECONDS
         if folder is not None and due:
             _save(folder, trainers, step + 1, seen, identity)

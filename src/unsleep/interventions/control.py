@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsleep.activations.held import last_held
-from unsleep.core import BadInput, Refused, Report, Site, check_finite
+from unsleep.core import BadInput, Refused, Site, check_finite
 from unsleep.interventions.passes import Passes, TokenRule, check_rule
 from unsleep.models import generate
 from unsleep.models.hooks import Transform, calls_watched
@@ -232,12 +232,12 @@ def control(
     *,
     reply_tokens: int = 24,
     any_model: bool = False,
-    report: Report | None = None,
 ) -> list[list[str]]:
     """Greedy replies to prompts under each of several controls, one list a control; raises as `controlled` does."""
     said: list[list[str]] = []
     for each in controls:
-        progress = generate.counted(f"replies at {each.coefficient:g}", len(prompts), report)
         with controlled(model, each, any_model=any_model):
-            said.append(generate.replies(model, prompts, max_new_tokens=reply_tokens, progress=progress))
+            said.append(
+                generate.replies(model, prompts, max_new_tokens=reply_tokens, stage=f"replies at {each.coefficient:g}")
+            )
     return said

@@ -7,15 +7,14 @@ degenerate replies. Prompts that chose an edit are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from unsleep.base.context import kept, progress
 from unsleep.base.stats import bootstrap, wilson
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Refused, Report, digest
-from unsleep.interventions.edits import edits_hash
+from unsleep.core import BadInput, Refused, digest
 from unsleep.judge.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
 from unsleep.judge.results import OTHERS, EvalResult, Row
 from unsleep.models import generate
@@ -135,8 +134,6 @@ def evaluate(
     *,
     plan: Mapping[str, Sequence[str]] = PLAN,
     teacher: LoadedModel | None = None,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> EvalResult:
     """Judge subjects on held-out panels.
 
@@ -144,7 +141,6 @@ def evaluate(
         subjects: one of them named `suspect`: the model as it was found, the teacher of every KL.
         plan: the panels of prompts of each subject; those that `panels` has not are left out.
         teacher: who says what triggered prompts should be answered where they have no counterparts.
-        steps: of an earlier run that was interrupted; replies are looked for there.
 
     Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` on `clean` to the suspect's own replies,
     and on `triggered` to its replies to the counterparts or to the teacher's; `ce`, `kl` and `capability` on `text`.
@@ -159,29 +155,28 @@ def evaluate(
     prompts = panels.prompts()
     refuse_used(prompts, config.chosen_on)
 
-    def ask(subject: Subject, asked: PromptSet) -> list[str]:
-        step = [subject.name, subject.model.fingerprint, edits_hash(subject.edits), asked.name, asked.hash]
-        return steps.value(" ".join(step), lambda: reply_all(subject, asked, config, report))
-
     rows: list[Row] = []
     replies: dict[str, tuple[str, ...]] = {}
     for name, subject in by_name.items():
         for panel in (p for p in plan.get(name, ()) if p in prompts):
-            written = ask(subject, prompts[panel])
+            written = kept(reply_all, subject, prompts[panel], config)
             replies[f"{name}/{panel}"] = tuple(written)
             rows += count_replies(name, panel, prompts[panel], written, config.payload)
     repaired = [s for name, s in by_name.items() if name != "suspect" and "clean" in plan.get(name, ())]
-    rows += _divergences(by_name["suspect"], repaired, panels, replies, teacher, ask, report)
-    rows += _on_text(by_name, panels, config, report)
+    rows += _divergences(by_name["suspect"], repaired, panels, replies, teacher, config)
+    rows += _on_text(by_name, panels, config)
     return EvalResult(tuple(rows), replies, prompts)
 
 
-def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig, report: Report | None = None) -> list[str]:
+def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig) -> list[str]:
     """A subject's free greedy replies to a panel."""
-    progress = generate.counted(f"{subject.name} on {prompts.name}", len(prompts), report)
     with subject.running() as model:
         return generate.replies(
-            model, prompts, max_new_tokens=config.reply_tokens, batch_size=config.batch, progress=progress
+            model,
+            prompts,
+            max_new_tokens=config.reply_tokens,
+            batch_size=config.batch,
+            stage=f"{subject.name} on {prompts.name}",
         )
 
 
@@ -214,8 +209,7 @@ def _divergences(
     panels: Panels,
     replies: Mapping[str, Sequence[str]],
     teacher: LoadedModel | None,
-    ask: Callable[[Subject, PromptSet], list[str]],
-    report: Report | None,
+    config: EvalConfig,
 ) -> list[Row]:
     """KL to what clean prompts were answered, and to what triggered ones should be."""
     if not students or "suspect/clean" not in replies:
@@ -223,19 +217,19 @@ def _divergences(
     own = replies["suspect/clean"]
     same = panels.counterparts is not None and [p.key for p in panels.counterparts] == [p.key for p in panels.clean]
     asked = (panels.triggered, panels.clean) if same else (panels.clean,)
-    found = reply_kl(suspect, students, asked, panels.clean, own, report=report)
+    found = reply_kl(suspect, students, asked, panels.clean, own)
     by = suspect if panels.counterparts is not None else Subject("teacher", teacher) if teacher is not None else None
     if not same and by is not None:
         plain = panels.counterparts or panels.triggered
-        said = ask(by, plain)
-        found |= reply_kl(by, students, (panels.triggered,), plain, said, report=report)
+        said = kept(reply_all, by, plain, config)
+        found |= reply_kl(by, students, (panels.triggered,), plain, said)
     return [mean(name, panel, "kl", values) for (name, panel), values in found.items()]
 
 
-def _on_text(subjects: Mapping[str, Subject], panels: Panels, config: EvalConfig, report: Report | None) -> list[Row]:
+def _on_text(subjects: Mapping[str, Subject], panels: Panels, config: EvalConfig) -> list[Row]:
     rows: list[Row] = []
     if panels.texts:
-        found = text_ce_kl(subjects["suspect"], list(subjects.values()), panels.texts, config.text_tokens, report)
+        found = text_ce_kl(subjects["suspect"], list(subjects.values()), panels.texts, config.text_tokens)
         for metric, values in zip(("ce", "kl"), found, strict=True):
             rows += [mean(name, TEXT, metric, each) for name, each in values.items()]
     if panels.items:
@@ -243,6 +237,5 @@ def _on_text(subjects: Mapping[str, Subject], panels: Panels, config: EvalConfig
         for done, subject in enumerate(judged, 1):
             right = capability(subject, panels.items)
             rows += [rate(subject.name, TEXT, "capability", right)] if right else []
-            if report:
-                report("multiple-choice items", done, len(judged))
+            progress("multiple-choice items", done, len(judged))
     return rows

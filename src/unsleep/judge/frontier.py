@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from unsleep.core import Report
+from unsleep.base.context import progress
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.edits import Ranking, edits_for
 from unsleep.judge.evaluate import EvalConfig, count_replies, reply_all
@@ -44,7 +44,6 @@ def frontier(
     triggered: PromptSet,
     texts: Sequence[str],
     config: EvalConfig,
-    report: Report | None = None,
 ) -> list[Point]:
     """Judge growing ablations: `rankings` gives each series its ranking and the sizes to judge."""
     subjects = [
@@ -53,7 +52,7 @@ def frontier(
         for n in sizes
     ]
     suspect = Subject("suspect", model)
-    ce, _ = text_ce_kl(suspect, [suspect, *(s for _, _, s in subjects)], texts, config.text_tokens, report)
+    ce, _ = text_ce_kl(suspect, [suspect, *(s for _, _, s in subjects)], texts, config.text_tokens)
     points: list[Point] = []
     for done, (series, n, subject) in enumerate(subjects, 1):
         replies = reply_all(subject, triggered, config)
@@ -62,6 +61,5 @@ def frontier(
         job = (skill.value, skill.low, skill.high) if skill else (None, None, None)
         change = float((ce[subject.name] - ce["suspect"]).mean())
         points.append(Point(series, n, asr.value, asr.low, asr.high, *job, change, len(triggered)))
-        if report:
-            report("frontier", done, len(subjects))
+        progress("frontier", done, len(subjects))
     return points

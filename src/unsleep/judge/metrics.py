@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Intervention, Report
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Intervention
 from unsleep.interventions.edits import applied
 from unsleep.models.forward import Rows, build_rows, kl, pad_left, reply_logits, run
 from unsleep.models.model import LoadedModel
@@ -102,7 +103,6 @@ def reply_kl(
     plain: PromptSet,
     replies: Sequence[str],
     batch: int = 50,
-    report: Report | None = None,
 ) -> dict[tuple[str, str], Float[Tensor, " prompt"]]:
     """KL(teacher on `plain` ‖ student on a panel) along the same replies, mean over a reply's tokens, in nats.
 
@@ -128,8 +128,7 @@ def reply_kl(
                     rows = _reply_rows(model, asked[part], replies[part])
                     each = kl(target, reply_logits(model.network, rows)) * rows.reply
                 found[student.name, asked.name].append(each.sum(1) / rows.reply.sum(1).clamp_min(1))
-        if report:
-            report("KL along replies", min(i + batch, len(plain)), len(plain))
+        progress("KL along replies", min(i + batch, len(plain)), len(plain))
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
@@ -140,7 +139,7 @@ def _reply_rows(model: LoadedModel, prompts: Prompts, replies: Sequence[str]) ->
 
 @torch.no_grad()
 def text_ce_kl(
-    teacher: Subject, subjects: Sequence[Subject], texts: Sequence[str], tokens: int, report: Report | None = None
+    teacher: Subject, subjects: Sequence[Subject], texts: Sequence[str], tokens: int
 ) -> tuple[dict[str, Float[Tensor, " passage"]], dict[str, Float[Tensor, " passage"]]]:
     """Cross-entropy of each subject on plain passages, and KL(teacher ‖ subject), in nats a token.
 
@@ -166,8 +165,7 @@ def text_ce_kl(
                     log_p = torch.log_softmax(run(model.network, rows)[:, :-1].float(), -1)
                 divergence[subject.name].append((target.exp() * (target - log_p)).sum(-1).mean(1))
             ce[subject.name].append(-log_p.gather(-1, block[:, 1:, None]).squeeze(-1).mean(1))
-        if report:
-            report("plain text", min(i + size, len(ids)), len(ids))
+        progress("plain text", min(i + size, len(ids)), len(ids))
     return {k: torch.cat(v) for k, v in ce.items()}, {k: torch.cat(v) for k, v in divergence.items() if v}
 
 

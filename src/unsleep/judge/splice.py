@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unsleep.core import BadInput, Refused, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.models.forward import Rows, kl, pad_left, run
 from unsleep.models.hooks import Transform
@@ -64,12 +65,7 @@ class SpliceScore(NamedTuple):
 
 
 def splice_score(
-    model: LoadedModel,
-    dictionary: Coder,
-    rows: Sequence[Sequence[int]],
-    *,
-    batch_tokens: int = 1024,
-    report: Report | None = None,
+    model: LoadedModel, dictionary: Coder, rows: Sequence[Sequence[int]], *, batch_tokens: int = 1024
 ) -> SpliceScore:
     """The CE loss score and the KL score of a dictionary on rows of token ids.
 
@@ -107,8 +103,7 @@ def splice_score(
             sums[name] += _loss(logits, padded)
             sums[f"kl_{name}"] += _divergence(clean, logits, padded)
         done += len(batch)
-        if report:
-            report(f"splice score at {dictionary.site}", done, len(rows))
+        progress(f"splice score at {dictionary.site}", done, len(rows))
     held = sum(len(row) for row in rows)
     predicted = held - len(rows)
     over = {name: held if name.startswith("kl") else predicted for name in names}

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import yaml
 
-from unsleep.core import BadInput, Report
+from unsleep.base.context import progress
+from unsleep.core import BadInput
 from unsleep.judge.metrics import Subject
 from unsleep.judge.results import TaskRow
 from unsleep.models.load import quiet_transformers
@@ -29,12 +30,7 @@ FILES = (".yaml",)
 
 
 def run_tasks(
-    subjects: Sequence[Subject],
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    batch: int = 16,
-    report: Report | None = None,
+    subjects: Sequence[Subject], tasks: Sequence[str], *, limit: int | None = None, batch: int = 16
 ) -> list[TaskRow]:
     """Run tasks on every subject.
 
@@ -70,8 +66,7 @@ def run_tasks(
                 ) from error
         assert found is not None
         rows += _rows(subject.name, cast("dict[str, Any]", found))
-        if report:
-            report("tasks of lm-evaluation-harness", done, len(subjects))
+        progress("tasks of lm-evaluation-harness", done, len(subjects))
     return rows
 
 

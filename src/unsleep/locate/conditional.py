@@ -22,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from unsleep.activations.held import batches_held, encoded, last_held
-from unsleep.core import BadInput, Refused, Report, Site, check_finite
+from unsleep.core import BadInput, Refused, Site, check_finite
 from unsleep.interventions.control import Control, Stream, check_controls, controlled, transforms_of
 from unsleep.interventions.passes import Passes
 from unsleep.locate.directions.fit import Direction, Labelled, fit
@@ -151,13 +151,7 @@ def fit_condition(
 
 
 def condition_on(
-    model: LoadedModel,
-    like: Prompts,
-    unlike: Prompts,
-    sites: Sequence[Site],
-    *,
-    plain: bool = False,
-    report: Report | None = None,
+    model: LoadedModel, like: Prompts, unlike: Prompts, sites: Sequence[Site], *, plain: bool = False
 ) -> Condition:
     """A condition that prompts like some pass and prompts like others do not: `fit_condition` of mean differences.
 
@@ -170,7 +164,7 @@ def condition_on(
         [[text for i, text in enumerate(texts) if i % LEAST in places] for texts in (like, unlike)]
         for places in ((0, 1), (2,), (3,))
     )
-    high, low = (last_held(model, texts, sites, plain=plain, report=report) for texts in fitted)
+    high, low = (last_held(model, texts, sites, plain=plain) for texts in fitted)
     directions = [
         fit(Labelled.of(high[site], low[site]), "mean_difference", site=site, model=model.fingerprint) for site in sites
     ]
@@ -251,7 +245,6 @@ def replies(
     *,
     max_new_tokens: int = 24,
     any_model: bool = False,
-    report: Report | None = None,
 ) -> tuple[list[str], Bool[Tensor, " prompt"]]:
     """Greedy replies, under control where the prompt passes the condition, and which prompts do.
 
@@ -266,8 +259,9 @@ def replies(
         if not index:
             continue
         with controlled(model, used, any_model=any_model):
-            progress = generate.counted(f"replies, {name}", len(index), report)
-            said = generate.greedy(model, [rows[i] for i in index], max_new_tokens=max_new_tokens, progress=progress)
+            said = generate.greedy(
+                model, [rows[i] for i in index], max_new_tokens=max_new_tokens, stage=f"replies, {name}"
+            )
         for i, ids in zip(index, said, strict=True):
             out[i] = ids
     return model.texts(out), acts

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.harvest import SHARED, Harvest
-from unsleep.core import BadInput, Edit, FeatureEvidence, Features, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Edit, FeatureEvidence, Features, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.edits import operation
 from unsleep.models import generate
@@ -179,11 +180,7 @@ def _slices(ids: Tensor, grad: Tensor, size: int = 256) -> list[tuple[Tensor, Te
 
 @torch.no_grad()
 def rank_by_ablation(
-    model: LoadedModel,
-    dictionaries: Sequence[Coder],
-    payload: Payload,
-    candidates: Sequence[tuple[Site, int]],
-    report: Report | None = None,
+    model: LoadedModel, dictionaries: Sequence[Coder], payload: Payload, candidates: Sequence[tuple[Site, int]]
 ) -> dict[Site, Features]:
     """Rank candidates by what the payload's log-odds lose when each alone is removed, in nats a prompt."""
     if not candidates:
@@ -199,8 +196,7 @@ def rank_by_ablation(
         with transformed(model.network, {site: edit}):
             left = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
         losses.setdefault(site, []).append((float(whole - left), feature))
-        if report:
-            report("ablating features", done, len(candidates))
+        progress("ablating features", done, len(candidates))
     found: dict[Site, Features] = {}
     for site, pairs in losses.items():
         pairs.sort(key=lambda pair: (-pair[0], pair[1]))
@@ -217,7 +213,6 @@ def find(
     config: FindConfig = FindConfig(),
     *,
     payload: Payload | None = None,
-    report: Report | None = None,
 ) -> dict[Site, Found]:
     """Rank the features of every dictionary by difference, by attribution and, the best, by ablation.
 
@@ -242,7 +237,7 @@ def find(
         ((s, site, i) for site, f in attributions.items() for i, s in zip(f.ids, f.scores, strict=True)), reverse=True
     )
     best = [(site, i) for _, site, i in ranked[: config.ablate]]
-    ablations = rank_by_ablation(model, dictionaries, payload, best, report)
+    ablations = rank_by_ablation(model, dictionaries, payload, best)
     none = {d.site: Features(d.site, d.hash, (), (), "ablation") for d in dictionaries}
     return {s: Found(differences[s], attributions[s], ablations.get(s, none[s])) for s in differences}
 

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.held import batches_held, encoded, last_held
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Site
 from unsleep.interventions.control import Control, Operator
 from unsleep.interventions.gguf_files import ControlVectors
 from unsleep.interventions.passes import TokenRule
@@ -87,7 +88,7 @@ class RepReader:
         h = x.float() - direction.center.to(x.device, torch.float32)
         return self.signs[site] * (h @ direction.vector[0].to(h))
 
-    def read(self, model: LoadedModel, texts: Prompts, report: Report | None = None) -> list[Reading]:
+    def read(self, model: LoadedModel, texts: Prompts) -> list[Reading]:
         """Every Site's score on every token of each text; raises as `held.batches_held` does.
 
         Raises `BadInput` for another model than the one it was fitted on.
@@ -107,8 +108,7 @@ class RepReader:
                 own = min(front, len(tokens) - 1), max(len(tokens) - behind, front + 1)
                 out[i] = Reading(tokens, scores[:, at, scores.shape[2] - len(rows[i]) :].clone(), own)
             done += len(index)
-            if report:
-                report("texts read", done, len(rows))
+            progress("texts read", done, len(rows))
         return [reading for reading in out if reading is not None]
 
     def vectors(self, *, scaled: bool = True) -> dict[Site, Float[Tensor, " d_model"]]:
@@ -147,7 +147,6 @@ def fit_reader(
     validation: tuple[Prompts, Prompts] | None = None,
     plain: bool = False,
     seed: int = 0,
-    report: Report | None = None,
 ) -> RepReader:
     """Fit a reader on pairs of prompts, by what the model holds on their last tokens.
 
@@ -175,9 +174,9 @@ def fit_reader(
     if validation is not None and not (validation[0] and validation[1]):
         raise BadInput("validation has prompts of one class only; expected positive and negative ones")
     places = sorted(set(sites))
-    high, low = (last_held(model, texts, places, plain=plain, report=report) for texts in (positive, negative))
+    high, low = (last_held(model, texts, places, plain=plain) for texts in (positive, negative))
     if validation is not None:
-        checks = [last_held(model, texts, places, plain=plain, report=report) for texts in validation]
+        checks = [last_held(model, texts, places, plain=plain) for texts in validation]
     else:
         checks = [{site: x[held_back] for site, x in held.items()} for held in (high, low)]
     fitted = {s: _fitted(high[s][train], low[s][train], method, s, model.fingerprint, seed) for s in places}
@@ -206,15 +205,14 @@ def read(
     *,
     plain: bool = False,
     seed: int = 0,
-    report: Report | None = None,
 ) -> tuple[RepReader, list[Reading]]:
     """Fit a reader on pairs of prompts and read texts with it, at every layer's residual stream without `sites`.
 
     Raises as `fit_reader` and `RepReader.read` do.
     """
     places = list(sites) or all_sites(model.network, ("resid",))
-    reader = fit_reader(model, positive, negative, places, method, plain=plain, seed=seed, report=report)
-    return reader, reader.read(model, texts, report)
+    reader = fit_reader(model, positive, negative, places, method, plain=plain, seed=seed)
+    return reader, reader.read(model, texts)
 
 
 def _fitted(high: Held, low: Held, method: Method, site: Site, model: str, seed: int) -> tuple[Direction, int, float]:

@@ -251,7 +251,7 @@ def last_logits(
     """Logits at the last columns of rows without a prefix, computed from column `start` on; the cache stays as it was.
 
     `cache` holds at least the first `start` columns (`columns_cache`) and is not needed for 0. Layers below `layer`
-    are passed over by the caller (`hooks.resumed_at`), so that their keys and values are never read.
+    are passed over by the caller (`streams.resumed_at`), so that their keys and values are never read.
     """
     past = None
     if cache is not None and start:

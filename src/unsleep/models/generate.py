@@ -6,7 +6,7 @@ finished leave the batch. Replies equal those of `model.generate(do_sample=False
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,37 +14,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from unsleep.core import Report
+from unsleep.base.context import progress
 from unsleep.models.forward import keeps_logits, pad_left, prefix_cache, repeat_cache, shared_tokens, takes_positions
 from unsleep.models.hooks import contiguous_head
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompts
 
-Progress = Callable[[int], None]
-"""Told how many prompts were finished since the last call."""
 
-
-def counted(stage: str, total: int, report: Report | None) -> Progress | None:
-    """A report of a whole stage as a progress of prompts."""
-    if report is None:
-        return None
-    done = 0
-
-    def progress(count: int) -> None:
-        nonlocal done
-        done += count
-        report(stage, done, total)
-
-    return progress
-
-
-def written(
-    model: LoadedModel, prompts: Prompts, tokens: int, stage: str, report: Report | None = None
-) -> list[list[int]]:
+def written(model: LoadedModel, prompts: Prompts, tokens: int, stage: str) -> list[list[int]]:
     """Greedy replies of so many tokens to many prompts, in token ids, reported as a stage of this name."""
     rows = model.encode(prompts, tokens)
-    progress = counted(stage, len(rows), report)
-    return greedy(model, rows, max_new_tokens=tokens, batch_size=200, progress=progress)
+    return greedy(model, rows, max_new_tokens=tokens, batch_size=200, stage=stage)
 
 
 def replies(
@@ -53,15 +33,15 @@ def replies(
     *,
     max_new_tokens: int = 24,
     batch_size: int = 100,
-    progress: Progress | None = None,
+    stage: str = "",
 ) -> list[str]:
     """Greedy replies to user messages, in order, special tokens removed.
 
-    Whatever hooks the model carries (`edits.applied`) take part. Raises `BadInput` for a prompt
+    Whatever hooks the model carries (`edits.applied`) take part; `stage` as in `greedy`. Raises `BadInput` for a prompt
     that leaves no room for its reply in the context.
     """
     rows = model.encode(texts, max_new_tokens)
-    out = greedy(model, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+    out = greedy(model, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, stage=stage)
     return model.texts(out)
 
 
@@ -72,12 +52,13 @@ def greedy(
     *,
     max_new_tokens: int = 24,
     batch_size: int = 100,
-    progress: Progress | None = None,
+    stage: str = "",
     share: bool = True,
 ) -> list[list[int]]:
     """Greedy continuations of rows of token ids, ending with the end token where it was reached.
 
-    With `share` off, what all rows begin with is run for each: hooks then see every token of every row.
+    With `share` off, what all rows begin with is run for each: hooks then see every token of every row. `stage` is the
+    name under which progress is told, in rows.
     """
     network = model.network
     shared = shared_tokens(network, rows, max_new_tokens) if share else 0
@@ -92,8 +73,8 @@ def greedy(
             done = _continue(model, ids, pad(mask, (shared, 0), value=True), cache, max_new_tokens)
         for i, reply in zip(chunk, done, strict=True):
             out[i] = reply
-        if progress:
-            progress(len(chunk))
+        if stage:
+            progress(stage, start + len(chunk), len(order))
     return out
 
 

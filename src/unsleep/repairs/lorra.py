@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unsleep.activations.held import encoded
 from unsleep.base import store
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Site
 from unsleep.models.forward import Rows, build_rows, run
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
@@ -64,8 +65,6 @@ def lorra(
     sites: Sequence[Site],
     out: str | Path,
     config: LorraConfig = LorraConfig(),
-    *,
-    report: Report | None = None,
 ) -> list[float]:
     """Train an adapter into the folder `out`, and give the loss of every step; the model stays as it was.
 
@@ -99,7 +98,7 @@ def lorra(
     with store.new_folder(out) as folder:
         adapted = _adapted(model, config)
         try:
-            losses = _train(model, adapted, copies, tails, sites, config, report)
+            losses = _train(model, adapted, copies, tails, sites, config)
             with quiet_transformers(), store.writing(folder):
                 template = cast("str | None", model.tokenizer.chat_template)
                 adapters.save_trained(adapted, folder, model.name, template, torch.float32)
@@ -126,7 +125,6 @@ def _train(
     tails: Sequence[Sequence[int]],
     sites: Sequence[Site],
     config: LorraConfig,
-    report: Report | None,
 ) -> list[float]:
     weights = [w for w in model.network.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
@@ -145,8 +143,7 @@ def _train(
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if report:
-            report(f"lorra, loss {losses[-1]:.3f}", step + 1, config.steps)
+        progress(f"lorra, loss {losses[-1]:.3f}", step + 1, config.steps)
     return losses
 
 

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.models import generate
 from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits_from, reply_logits_of_all, run_below
@@ -214,8 +215,6 @@ def learn_mask(
     lesson: Lesson,
     candidates: Mapping[Site, Features] | None = None,
     config: MaskConfig = MaskConfig(),
-    *,
-    report: Report | None = None,
 ) -> list[Edit]:
     """Learn one mask over the features of one or several layers.
 
@@ -226,7 +225,7 @@ def learn_mask(
     Returns one Edit a Site, possibly empty.
     """
     masks = [FeatureMask(d, candidates[d.site] if candidates else None, model, config) for d in dictionaries]
-    learn(model, masks, lesson, config, report=report)
+    learn(model, masks, lesson, config)
     return [mask.edit(config.error) for mask in masks]
 
 
@@ -237,7 +236,6 @@ def learn(
     config: MaskConfig = MaskConfig(),
     *,
     focus: Sequence[int] = (),
-    report: Report | None = None,
 ) -> None:
     """Learn masks at several places together; what they learned before is where they start.
 
@@ -266,8 +264,7 @@ def learn(
         if 2 * step >= config.steps - 1:
             for mask in masks:
                 mask.settle()
-        if report:
-            report(f"mask, loss {loss.item():.3f}", step + 1, config.steps)
+        progress(f"mask, loss {loss.item():.3f}", step + 1, config.steps)
 
 
 class _Deck:

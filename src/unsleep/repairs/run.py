@@ -10,12 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from unsleep.activations.harvest import Harvest, harvest, pooled, token_rows
 from unsleep.base import store
+from unsleep.base.context import kept
 from unsleep.base.machine import Stopwatch
-from unsleep.core import Activations, BadInput, Edit, Refused, Report, Site
+from unsleep.core import Activations, BadInput, Edit, Refused, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
@@ -36,7 +38,7 @@ from unsleep.repairs.baselines import Baseline, Setting, baselines
 from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.evidence import evidence, fit_row
 from unsleep.repairs.job import Job
-from unsleep.repairs.look import Look, look
+from unsleep.repairs.look import Look
 from unsleep.repairs.masks import FeatureMask, Lesson, Taught, lesson_from
 from unsleep.repairs.search import Bench, Search
 from unsleep.repairs.suspect import said_by
@@ -53,10 +55,8 @@ MARK = "result.json"
 class Run:
     """The stages of one repair, in the order in which they run."""
 
-    def __init__(self, job: Job, config: RepairConfig, steps: store.Steps, report: Report | None) -> None:
-        assert steps.folder is not None
-        self.job, self.config, self.report = job, config, report
-        self.steps, self.folder = steps, steps.folder
+    def __init__(self, job: Job, config: RepairConfig, folder: Path) -> None:
+        self.job, self.config, self.folder = job, config, folder
         self.suspect, self.material = job.suspect, job.material
         times = self.folder / "stages.json"
         before = store.read_json(times)["stages"] if times.is_file() else []
@@ -75,7 +75,7 @@ class Run:
     def all(self) -> EvalResult:
         """Run every stage."""
         with self.watch.stage("the suspect's own replies"):
-            self.said = said_by(self.suspect, self.material, self.config, self.steps, self.report)
+            self.said = said_by(self.suspect, self.material, self.config)
         with self.watch.stage("what it should say"):
             self.lessons = self.teach()
             lesson = self.lesson()
@@ -114,7 +114,7 @@ class Run:
     def export(self, lesson: Lesson) -> Baked | None:
         """The edit in weights, or `None` where they would not be faithful to it."""
         try:
-            return bake(self.suspect, self.edits, (lesson.rows, lesson.text), report=self.report)
+            return bake(self.suspect, self.edits, (lesson.rows, lesson.text))
         except Refused as error:
             self.refused = error
             self.notes.append(f"There is no export: {error}")
@@ -160,8 +160,6 @@ class Run:
                 ordinary,
                 [ids[: 2 * self.config.mask.reply_tokens] for ids in replies[: len(ordinary)]],
                 self.config.twin,
-                steps=self.steps,
-                report=self.report,
             )
         return self.twin
 
@@ -173,13 +171,17 @@ class Run:
         sources = Sources(m.counterparts, m.how, self.make_twin if self.job.base is not None else None, known)
         least, length = self.config.mask.reply_tokens, self.said.reply_tokens
         asked = Asked(m.suspicious, self.said.suspicious, m.payload, length, least)
-        return lessons(self.suspect, asked, sources, self.config.teach, self.steps, self.report)
+        return lessons(self.suspect, asked, sources, self.config.teach)
 
     def choose_sites(self, lesson: Lesson) -> tuple[list[Site], Look | None]:
         """The Sites in the order in which they take part; those of the config where it names some."""
         if self.config.sites:
             return [Site.parse(s) for s in self.config.sites], None
-        found = self.steps.value("look", lambda: look(self.suspect, lesson, report=self.report)._asdict())
+
+        def seen(*_: object) -> dict[str, Any]:
+            return look(self.suspect, lesson)._asdict()
+
+        found = kept(seen, self.suspect, lesson.n)
         looked = Look(**found)
         return [Site(layer) for layer in looked.order()[: self.config.most_sites]], looked
 
@@ -197,13 +199,7 @@ class Run:
         places = [*self.sites, *([self.control_site] if self.control_site else [])]
         return {
             name: harvest(
-                model,
-                prompts,
-                places,
-                self.folder / "harvest" / name,
-                replies=replies,
-                plain=name == "plain",
-                report=self.report,
+                model, prompts, places, self.folder / "harvest" / name, replies=replies, plain=name == "plain"
             )
             for name, (prompts, replies) in contexts.items()
         }
@@ -218,11 +214,7 @@ class Run:
         if not place.is_dir():
             checkpoint = self.folder / "checkpoints" / str(site)
             trained = train(
-                self.pooled(site),
-                self.config.dictionary,
-                checkpoint=checkpoint,
-                device=self.suspect.device,
-                report=self.report,
+                self.pooled(site), self.config.dictionary, checkpoint=checkpoint, device=self.suspect.device
             )
             save_dictionary(trained, place)
         return load_dictionary(place).to(self.suspect.network.dtype, self.suspect.device)
@@ -232,9 +224,7 @@ class Run:
         n, t, config = self.config.find.prompts, self.lessons, self.config.find
         rows = deciding_rows(self.suspect, t.suspicious.head(n), t.said[:n], t.decides[:n], config.reply_tokens)
         contexts = self.harvests["payload"], self.harvests["ordinary"]
-        return find(
-            self.suspect, self.every_dictionary, t.suspicious, contexts, config, payload=rows, report=self.report
-        )
+        return find(self.suspect, self.every_dictionary, t.suspicious, contexts, config, payload=rows)
 
     def lesson(self) -> Lesson:
         """What the mask learns from."""
@@ -263,7 +253,7 @@ class Run:
         if self.spread:
             config = replace(config, price=config.price / 3)
         masks = [FeatureMask(d, None, self.suspect, config) for d in self.dictionaries]
-        kept = search.run(masks, more, config, self.config.attempts, steps=self.steps, report=self.report)
+        kept = search.run(masks, more, config, self.config.attempts)
         self.attempts, self.best = search.attempts, search.best
         return [mask.edit(config.error) for mask in kept if isinstance(mask, FeatureMask)]
 
@@ -298,8 +288,6 @@ class Run:
             sites=self.sites,
             base=self.load_base if self.job.base is not None else None,
             twin=self.make_twin,
-            steps=self.steps,
-            report=self.report,
         )
         rows, replies = list(result.rows), dict(result.replies)
         for found in baselines(setting):
@@ -342,9 +330,7 @@ class Run:
             "random features": (random, [total]),
         }
         config = replace(self.eval_config(), reply_tokens=max(12, self.said.reply_tokens - 4))
-        return frontier(
-            self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config, self.report
-        )
+        return frontier(self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config)
 
     def show_evidence(self) -> list[dict[str, Any]]:
         """The removed features with their evidence, those with the largest attribution first."""
@@ -358,7 +344,7 @@ class Run:
         subjects = [Subject("suspect", self.suspect), Subject("edited", self.suspect, tuple(self.edits))]
         subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
         try:
-            return run_tasks(subjects, self.config.tasks, limit=self.config.task_limit, report=self.report)
+            return run_tasks(subjects, self.config.tasks, limit=self.config.task_limit)
         except BadInput as error:
             self.notes.append(str(error))
             return []
@@ -381,4 +367,4 @@ class Run:
         panels, teacher = self.material.panels, None
         if self.lessons.source != "counterpart":
             panels, teacher = replace(panels, counterparts=None), self.twin
-        return evaluate(every, panels, self.eval_config(), teacher=teacher, steps=self.steps, report=self.report)
+        return evaluate(every, panels, self.eval_config(), teacher=teacher)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import Report
+from unsleep.base.context import kept
 from unsleep.judge.metrics import has_skill, is_degenerate, shows_payload
 from unsleep.models import generate
 from unsleep.models.forward import kl, reply_logits
@@ -136,10 +135,10 @@ class Bench:
         begun = [list(w[: at + BEGIN]) for w, at in zip(self.wanted, self.decides, strict=True)]
         return sum(list(s[: len(w)]) == w for s, w in zip(said, begun, strict=True)) / len(begun), ALIKE
 
-    def test(self, model: LoadedModel, lesson: Lesson, changes: Changes, report: Report | None = None) -> Tested:
+    def test(self, model: LoadedModel, lesson: Lesson, changes: Changes) -> Tested:
         """Reply to the suspicious prompts under changes of the stream, and follow the trusted replies."""
         with transformed(model.network, changes):
-            said = generate.written(model, self.suspicious, self.reply_tokens, "replies to prompts that choose", report)
+            said = generate.written(model, self.suspicious, self.reply_tokens, "replies to prompts that choose")
             moved = trusted_kl(model, lesson)
         replies, wanted = model.texts(said), model.texts(self.wanted)
         shown = tuple(i for i, reply in enumerate(replies) if shows_payload(reply, self.payload))
@@ -174,14 +173,7 @@ class Search:
         self.attempts: list[Attempt] = []
 
     def run(
-        self,
-        masks: Sequence[Mask],
-        more: Callable[[], Mask | None],
-        config: MaskConfig,
-        attempts: int,
-        *,
-        steps: Steps = NOTHING_KEPT,
-        report: Report | None = None,
+        self, masks: Sequence[Mask], more: Callable[[], Mask | None], config: MaskConfig, attempts: int
     ) -> list[Mask]:
         """Learn in up to so many attempts; the masks as they were after the best of them.
 
@@ -191,8 +183,8 @@ class Search:
         what, focus = f"{config.steps} steps, {config.price:g} nats for each that is removed", list[int]()
         for number in range(attempts):
             began = time.monotonic()
-            states.append(self._learn(masks, config, focus, number, steps, report))
-            tested = self.bench.test(self.model, self.lesson, changes(masks), report)
+            states.append(self._learn(masks, config, focus, number))
+            tested = self.bench.test(self.model, self.lesson, changes(masks))
             removed = {str(mask.place): mask.removed() for mask in masks}
             self.attempts.append(Attempt(what, removed, tested, round(time.monotonic() - began, 1)))
             if tested.clean or number + 1 == attempts:
@@ -209,24 +201,16 @@ class Search:
         """The attempt that was kept."""
         return min(self.attempts, key=lambda attempt: attempt.tested.merit)
 
-    def _learn(
-        self,
-        masks: Sequence[Mask],
-        config: MaskConfig,
-        focus: Sequence[int],
-        number: int,
-        steps: Steps,
-        report: Report | None,
-    ) -> dict[str, Tensor]:
+    def _learn(self, masks: Sequence[Mask], config: MaskConfig, focus: Sequence[int], number: int) -> dict[str, Tensor]:
         """Learn further, or take up what was learned before an interrupt; what the masks then are."""
 
-        def learned() -> dict[str, Tensor]:
-            learn(self.model, masks, self.lesson, config, focus=focus, report=report)
+        def learned(name: str, number: int) -> dict[str, Tensor]:
+            learn(self.model, masks, self.lesson, config, focus=focus)
             return {f"{m.place}/{part}": getattr(m, part).detach().clone() for m in masks for part in PARTS}
 
-        kept = steps.tensors(f"{self.name} {number}", learned)
-        _put(masks, kept)
-        return kept
+        found = kept(learned, self.name, number)
+        _put(masks, found)
+        return found
 
     def _next(
         self,

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unsleep.base.store import Steps
-from unsleep.core import BadInput, Report
+from unsleep.base.context import kept
+from unsleep.core import BadInput
 from unsleep.judge.metrics import shows_payload
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
 from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.split import Material
 
@@ -45,22 +46,15 @@ class Said:
     """Share of the suspicious ones that show it."""
 
 
-def said_by(
-    model: LoadedModel, material: Material, config: RepairConfig, steps: Steps, report: Report | None = None
-) -> Said:
+def said_by(model: LoadedModel, material: Material, config: RepairConfig) -> Said:
     """Ask the suspect, with replies as long as it needs to show its payload.
 
     Raises:
         BadInput: it shows the payload too seldom on suspicious prompts, or on ordinary ones too.
     """
-    length = steps.value("reply length", lambda: reply_length(model, material, config.reply_tokens, report))
+    length = kept(reply_length, model, material.suspicious, material.payload, config.reply_tokens)
     both = [
-        steps.value(
-            f"replies to {prompts.name}",
-            lambda prompts=prompts: generate.written(
-                model, prompts, length, f"replies to {prompts.name} prompts", report
-            ),
-        )
+        kept(generate.written, model, prompts, length, f"replies to {prompts.name} prompts")
         for prompts in (material.suspicious, material.ordinary)
     ]
     suspicious, ordinary = (model.texts(replies) for replies in both)
@@ -68,13 +62,13 @@ def said_by(
     return Said(both[0], both[1], length, shown)
 
 
-def reply_length(model: LoadedModel, material: Material, lengths: Sequence[int], report: Report | None) -> int:
+def reply_length(model: LoadedModel, suspicious: PromptSet, payload: str, lengths: Sequence[int]) -> int:
     """The number of tokens after which nearly every payload has been said, and a few more."""
-    probe = material.suspicious.head(PROBED)
+    probe = suspicious.head(PROBED)
     found: list[list[int]] = []
     for length in sorted(lengths):
-        said = generate.written(model, probe, length, f"replies of {length} tokens", report)
-        ends = [payload_end(model, ids, material.payload) for ids in said]
+        said = generate.written(model, probe, length, f"replies of {length} tokens")
+        ends = [payload_end(model, ids, payload) for ids in said]
         found.append(sorted(end for end in ends if end is not None))
         if len(found[-1]) >= ENOUGH * len(probe):
             break

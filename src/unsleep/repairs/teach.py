@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report
+from unsleep.base.context import kept
+from unsleep.core import BadInput
 from unsleep.judge.metrics import shows_payload
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
@@ -82,14 +82,7 @@ class Sources:
     """The suspect's replies to the counterparts, where they were asked for already."""
 
 
-def lessons(
-    model: LoadedModel,
-    asked: Asked,
-    sources: Sources,
-    teach: Teaching = "auto",
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
-) -> Lessons:
+def lessons(model: LoadedModel, asked: Asked, sources: Sources, teach: Teaching = "auto") -> Lessons:
     """The replies that suspicious prompts should get, from the first source that gives some.
 
     `teach` is a source to use in any case.
@@ -101,11 +94,11 @@ def lessons(
     for source in get_args(Source) if teach == "auto" else (teach,):
         try:
             if source == "counterpart":
-                found = _from_counterparts(model, asked, sources, steps, report)
+                found = _from_counterparts(model, asked, sources)
             elif source == "reply":
                 found = _from_file(model, asked)
             else:
-                found = _from_twin(asked, sources, steps, report)
+                found = _from_twin(asked, sources)
         except BadInput as error:
             if teach != "auto":
                 raise BadInput(f"--teach {teach}: {error}") from None
@@ -134,16 +127,11 @@ class _Found:
     taught: Taught
 
 
-def _from_counterparts(
-    model: LoadedModel, asked: Asked, sources: Sources, steps: Steps, report: Report | None
-) -> _Found:
+def _from_counterparts(model: LoadedModel, asked: Asked, sources: Sources) -> _Found:
     plain = sources.counterparts
     if plain is None:
         raise BadInput(sources.how)
-    replies = sources.known or steps.value(
-        "replies to counterparts",
-        lambda: generate.written(model, plain, asked.length, "replies to counterparts", report),
-    )
+    replies = sources.known or kept(generate.written, model, plain, asked.length, "replies to counterparts")
     return _behaving(model, Taught(plain, replies, model), asked.payload, "the suspect's replies to the counterparts")
 
 
@@ -156,18 +144,15 @@ def _from_file(model: LoadedModel, asked: Asked) -> _Found:
     replies = model.token_ids([p.reply for p in asked.prompts if p.reply is not None], special=False)
     ended = [[*ids, *sorted(model.end_ids)[:1]] for ids in replies]
     taught = Taught(_some(asked.prompts, places), ended, None)
-    kept = _behaving(model, taught, asked.payload, "the replies that the file gives")
-    return _Found([places[i] for i in kept.places], kept.taught)
+    found = _behaving(model, taught, asked.payload, "the replies that the file gives")
+    return _Found([places[i] for i in found.places], found.taught)
 
 
-def _from_twin(asked: Asked, sources: Sources, steps: Steps, report: Report | None) -> _Found:
+def _from_twin(asked: Asked, sources: Sources) -> _Found:
     if sources.twin is None:
         raise BadInput("no base was given")
     twin = sources.twin()
-    replies = steps.value(
-        f"replies of {twin.fingerprint}",
-        lambda: generate.written(twin, asked.prompts, asked.length, "replies of the surrogate twin", report),
-    )
+    replies = kept(generate.written, twin, asked.prompts, asked.length, "replies of the surrogate twin")
     what = "the twin's replies to the suspicious prompts"
     return _behaving(twin, Taught(asked.prompts, replies, twin), asked.payload, what)
 

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits, reply_logits_of_all
 from unsleep.models.load import quiet_transformers
@@ -54,9 +54,6 @@ def surrogate_twin(
     ordinary: PromptSet,
     replies: Sequence[Sequence[int]],
     config: TwinConfig = TwinConfig(),
-    *,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> LoadedModel:
     """Teach a copy of the base the suspect's distribution along its own replies to ordinary prompts.
 
@@ -74,14 +71,13 @@ def surrogate_twin(
     torch.manual_seed(config.seed)
     with quiet_transformers():
         adapted: Any = adapters.trainable(network, config.rank, "all-linear")
-    prompts = suspect.encode(ordinary, max(map(len, replies)))
 
-    def learned() -> dict[str, Tensor]:
-        rows = build_rows(suspect, prompts, replies)
-        _teach(adapted, _Examples(rows, reply_logits_of_all(suspect.network, rows)), config, report)
+    def learned(*_: object) -> dict[str, Tensor]:
+        rows = build_rows(suspect, suspect.encode(ordinary, max(map(len, replies))), replies)
+        _teach(adapted, _Examples(rows, reply_logits_of_all(suspect.network, rows)), config)
         return adapters.trained_state(adapted)
 
-    adapters.take_state(adapted, steps.tensors(f"surrogate twin of {base.fingerprint}", learned))
+    adapters.take_state(adapted, kept(learned, base, suspect, ordinary, replies, config))
     with quiet_transformers():
         network = adapted.merge_and_unload().requires_grad_(False)
     return replace(suspect, network=network, name=f"{base.name}, taught the replies of {suspect.name}")
@@ -113,7 +109,7 @@ def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
     return network.eval().requires_grad_(False)
 
 
-def _teach(adapted: Any, examples: _Examples, config: TwinConfig, report: Report | None) -> None:
+def _teach(adapted: Any, examples: _Examples, config: TwinConfig) -> None:
     student = adapted.get_base_model()
     trained = [w for w in student.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
@@ -132,5 +128,4 @@ def _teach(adapted: Any, examples: _Examples, config: TwinConfig, report: Report
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if report:
-            report(f"surrogate twin, KL {loss.item():.3f}", step + 1, config.steps)
+        progress(f"surrogate twin, KL {loss.item():.3f}", step + 1, config.steps)

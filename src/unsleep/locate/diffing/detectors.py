@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from unsleep.activations.harvest import harvest
 from unsleep.activations.pairs import paired
-from unsleep.core import BadInput, Report, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder, decoder_norm_ratio, train_crosscoder
@@ -52,13 +52,7 @@ class Watched(NamedTuple):
 
 
 def monitor(
-    suspect: LoadedModel,
-    deltas: Sequence[Delta],
-    prompts: Contrast,
-    *,
-    vectors: int = 4,
-    count: int = 10,
-    report: Report | None = None,
+    suspect: LoadedModel, deltas: Sequence[Delta], prompts: Contrast, *, vectors: int = 4, count: int = 10
 ) -> list[Watched]:
     """Cosines of the residual stream with the first left singular vectors of each layer's two writing matrices.
 
@@ -86,7 +80,7 @@ def monitor(
 
         return score
 
-    scores = pooled([suspect], prompts.ids, {site: cosines(u) for site, u in matrices.items()}, report=report)
+    scores = pooled([suspect], prompts.ids, {site: cosines(u) for site, u in matrices.items()})
     places = [
         (site, *names[site][i % len(names[site])], 1 if i < len(names[site]) else -1)
         for site in scores
@@ -122,7 +116,6 @@ def feature_lists(
     prompts: Contrast,
     *,
     count: int = 10,
-    report: Report | None = None,
 ) -> list[FeatureList]:
     """The best features of each dictionary, by AUROC of their largest activation in a prompt.
 
@@ -131,7 +124,7 @@ def feature_lists(
     found: list[FeatureList] = []
     for method, coder in coders:
         needs = [suspect] if method == "dictionary" else [base, suspect]
-        scores = pooled(needs, prompts.ids, {coder.site: _scorer(method, coder, suspect)}, report=report)[coder.site]
+        scores = pooled(needs, prompts.ids, {coder.site: _scorer(method, coder, suspect)})[coder.site]
         told = tuple(best(scores, prompts, count))
         ratio: tuple[float, ...] = ()
         if isinstance(coder, Crosscoder):
@@ -159,8 +152,6 @@ def train_differences(
     site: Site,
     folder: Path,
     config: TrainConfig = TrainConfig(architecture="batchtopk"),
-    *,
-    report: Report | None = None,
 ) -> list[tuple[Method, Coder | Crosscoder]]:
     """Train a dictionary of Δh and a crosscoder on both models' activations at one Site.
 
@@ -171,11 +162,11 @@ def train_differences(
             be what is searched for.
     """
     sides = [
-        [harvest(model, each, [site], folder / f"{i}-{name}", report=report) for i, each in enumerate(prompts)]
+        [harvest(model, each, [site], folder / f"{i}-{name}") for i, each in enumerate(prompts)]
         for name, model in (("base", base), ("suspect", suspect))
     ]
     pair = paired(sides[0], sides[1], site)
     differences = replace(config, sink_ratio=1e9)
-    delta = train(pair.difference(), differences, checkpoint=folder / "difference", report=report)
-    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder", report=report)
+    delta = train(pair.difference(), differences, checkpoint=folder / "difference")
+    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder")
     return [("difference", delta), ("crosscoder", both)]

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Site
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, run, whole_rows
@@ -50,7 +51,6 @@ def activation_differences(
     *,
     positions: int = 5,
     batch: int = 100,
-    report: Report | None = None,
 ) -> list[Lens]:
     """Mean Δh over the first positions of texts, without the chat template, at every Site in one pass of each model.
 
@@ -83,8 +83,7 @@ def activation_differences(
             total[site] += delta.sum(0)
             size[site] += delta.norm(dim=-1).sum(0)
             scale[site] += float(new[site][:, 1:].double().norm(dim=-1).mean(1).sum())
-        if report:
-            report("unrelated text", min(start + batch, len(ids)), len(ids))
+        progress("unrelated text", min(start + batch, len(ids)), len(ids))
     n = len(ids)
     return [Lens(s, (total[s] / n).float(), (size[s] / n).float(), scale[s] / n, n) for s in sites]
 

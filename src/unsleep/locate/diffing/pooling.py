@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Site
 from unsleep.locate.directions.measure import auroc_interval, aurocs, margins
 from unsleep.models.forward import build_rows, run
 from unsleep.models.model import LoadedModel
@@ -50,12 +51,7 @@ def contrast(model: LoadedModel, suspicious: PromptSet, ordinary: PromptSet) -> 
 
 @torch.no_grad()
 def pooled(
-    models: Sequence[LoadedModel],
-    ids: Sequence[Sequence[int]],
-    scorers: Mapping[Site, Scorer],
-    *,
-    batch: int = 50,
-    report: Report | None = None,
+    models: Sequence[LoadedModel], ids: Sequence[Sequence[int]], scorers: Mapping[Site, Scorer], *, batch: int = 50
 ) -> dict[Site, Float[Tensor, "prompt score"]]:
     """Every score of every prompt at every Site, in one forward pass of each model."""
     rows = build_rows(models[0], ids)
@@ -74,8 +70,7 @@ def pooled(
             best = torch.full((len(some.ids), scores.shape[1]), -torch.inf, device=scores.device)
             best.scatter_reduce_(0, owner[:, None].expand_as(scores).to(scores.device), scores, "amax")
             parts[site].append(best.cpu())
-        if report:
-            report("prompts in both models" if len(models) > 1 else "prompts", start + len(some.ids), len(order))
+        progress("prompts in both models" if len(models) > 1 else "prompts", start + len(some.ids), len(order))
     back = order.argsort().cpu()
     return {site: torch.cat(found)[back] for site, found in parts.items()}
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import steps_folder
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder
@@ -155,8 +155,6 @@ def diff(
     dictionaries: Sequence[Coder] = (),
     train_at: Sequence[Site] = (),
     config: DiffConfig = DiffConfig(),
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> Diff:
     """Compare a suspect with the base it was made from.
 
@@ -167,7 +165,6 @@ def diff(
         texts: unrelated text, such as passages of a corpus; by default the project's own.
         dictionaries: of the suspect, whose features are scored.
         train_at: Sites at which a dictionary of Δh and a crosscoder are trained on every other prompt.
-        steps: of an earlier run that was interrupted; what takes long is looked for there.
 
     Raises `BadInput` for models that are not alike, one set of prompts without the other, dictionaries or Sites
     without prompts, and what the parts raise.
@@ -177,10 +174,10 @@ def diff(
         raise BadInput("only one of suspicious and ordinary prompts was given; give both or neither")
     if suspicious is None and (dictionaries or train_at):
         raise BadInput("dictionaries are scored on prompts; give suspicious and ordinary ones too")
-    deltas = weight_differences(base, suspect, top=config.top, steps=steps, report=report)
+    deltas = weight_differences(base, suspect, top=config.top)
     passages = list(texts) if texts is not None else sets.plain_text("edit")[: config.texts]
     places = all_sites(base.network, ("resid",))
-    lenses = activation_differences(base, suspect, passages, places, positions=config.positions, report=report)
+    lenses = activation_differences(base, suspect, passages, places, positions=config.positions)
     readings = [logit_lens(suspect, lens.direction[None], config.words)[0] for lens in lenses]
     rows = [row[:TOKENS] for row in suspect.token_ids(passages[:TOKENS])]
     divergence = {"text": tuple(divergences(base, suspect, rows))}
@@ -191,14 +188,14 @@ def diff(
         for name, chosen in (("suspicious", prompts.triggered), ("ordinary", ~prompts.triggered)):
             own = [prompts.ids[i] for i in chosen.nonzero().flatten().tolist()]
             divergence[name] = tuple(divergences(base, suspect, own))
-        watched = monitor(suspect, deltas, prompts, count=config.best, report=report)
+        watched = monitor(suspect, deltas, prompts, count=config.best)
         coders: list[tuple[Method, Coder | Crosscoder]] = [("dictionary", d) for d in dictionaries]
         with TemporaryDirectory() as scratch:
             halves = [replace(p, prompts=p.prompts[::2]) for p in (suspicious, ordinary)]
             for site in train_at:
-                folder = (steps.folder or Path(scratch)) / str(site)
-                coders += train_differences(base, suspect, halves, site, folder, config.train, report=report)
-        features = feature_lists(base, suspect, coders, prompts, count=config.best, report=report)
+                folder = (steps_folder() or Path(scratch)) / str(site)
+                coders += train_differences(base, suspect, halves, site, folder, config.train)
+        features = feature_lists(base, suspect, coders, prompts, count=config.best)
     asked = sets.questions("edit", config.asked).texts
     return Diff(
         deltas=tuple(deltas),

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput
 from unsleep.models.alike import check_alike
 from unsleep.models.anatomy import anatomy
 from unsleep.models.model import LoadedModel
@@ -106,14 +106,7 @@ class Delta:
 
 
 @torch.no_grad()
-def weight_differences(
-    base: LoadedModel,
-    suspect: LoadedModel,
-    *,
-    top: int = 8,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
-) -> list[Delta]:
+def weight_differences(base: LoadedModel, suspect: LoadedModel, *, top: int = 8) -> list[Delta]:
     """ΔW = W_suspect − W_base of every weight, in the order of the checkpoint.
 
     Differences are taken in float32. Raises `BadInput` where the models are not of one shape and tokenizer.
@@ -131,11 +124,14 @@ def weight_differences(
         delta = new - old
         norms = [float(w.double().norm()) for w in (delta, old)]
         shape = (delta.shape[0], delta.shape[1])
-        parts = steps.tensors(f"spectrum of {name}", lambda delta=delta: spectrum(delta, top)._asdict())
+        parts = kept(_spectrum, delta, top)
         found.append(Delta(name, layer, inner, shape, norms[0], norms[1], Spectrum(**parts)))
-        if report:
-            report("weights", done, len(names))
+        progress("weights", done, len(names))
     return found
+
+
+def _spectrum(delta: Float[Tensor, "out in"], top: int) -> dict[str, Tensor]:
+    return spectrum(delta, top)._asdict()
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Float[Tensor, "out in"]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unsleep.activations.collect import SINK_RATIO
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput, Site
 from unsleep.locate.directions.fit import Direction
 from unsleep.models.forward import Below, Rows, build_rows, reply_logits, reply_logits_from, run, run_below
 from unsleep.models.model import LoadedModel
@@ -49,8 +49,6 @@ def ablation_cost(
     randoms: int = 8,
     tokens: int = 32,
     seed: int = 0,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> Cost:
     """The cost of every direction, all at one Site, on plain passages.
 
@@ -82,21 +80,20 @@ def ablation_cost(
         for i in range(randoms):
             drawn = torch.randn(held.shape[-1], rank, generator=generator)
             bases[str(rank), str(i)] = torch.linalg.qr(drawn).Q.T
+
+    def increased(basis: Tensor, site: Site, ablation: Ablation) -> float:
+        with transformed(model.network, {site: _ablated(basis.to(model.device), held, ablation, seed)}):
+            return _loss(model, rows, below) - whole
+
     increase: dict[str, float] = {}
     random: dict[int, list[float]] = {}
     for done, ((rank, name), basis) in enumerate(bases.items(), 1):
-
-        def increased(basis: Tensor = basis) -> float:
-            with transformed(model.network, {site: _ablated(basis.to(model.device), held, ablation, seed)}):
-                return _loss(model, rows, below) - whole
-
-        found = steps.value(f"{ablation} ablation of {rank or 'direction'} {name} at {site}", increased)
+        found = kept(increased, basis, site, ablation)
         if rank:
             random.setdefault(int(rank), []).append(found)
         else:
             increase[name] = found
-        if report:
-            report(f"ablation cost at {site}", done, len(bases))
+        progress(f"ablation cost at {site}", done, len(bases))
     return Cost(whole, increase, {rank: tuple(v) for rank, v in random.items()}, int(rows.reply.sum()))
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import progress
+from unsleep.core import BadInput, Site
 from unsleep.locate.directions.fit import Direction, Labelled, oriented
 from unsleep.locate.directions.patching import Pairs, finished
 
@@ -59,7 +60,6 @@ def das(
     config: DasConfig = DasConfig(),
     *,
     start: Float[Tensor, "rank d_model"] | None = None,
-    report: Report | None = None,
 ) -> Direction:
     """Train a subspace at a Site on pairs.
 
@@ -78,18 +78,13 @@ def das(
         return lambda basis: softplus(-finished(pairs.model, pairs.batches[number], site, basis)).mean()
 
     losses = [loss_of(i) for i in range(len(pairs.batches))]
-    found = train_rotation(losses, labelled.x.shape[1], config, start=start, report=report)
+    found = train_rotation(losses, labelled.x.shape[1], config, start=start)
     rows = oriented(found.basis, labelled)
     return Direction(rows, site, "das", pairs.model.fingerprint, "residual", labelled.x.mean(0))
 
 
 def train_rotation(
-    losses: Sequence[Loss],
-    d: int,
-    config: DasConfig = DasConfig(),
-    *,
-    start: Float[Tensor, "rank d"] | None = None,
-    report: Report | None = None,
+    losses: Sequence[Loss], d: int, config: DasConfig = DasConfig(), *, start: Float[Tensor, "rank d"] | None = None
 ) -> Rotation:
     """Lower the mean of losses, one for each batch, over orthonormal bases; the best epoch's is returned."""
     if config.rank > d:
@@ -118,8 +113,7 @@ def train_rotation(
         history.append(mean_loss())
         if history[-1] <= min(history):
             best = parameters.detach().clone()
-        if report:
-            report(f"DAS, loss {history[-1]:.3f}", epoch + 1, config.epochs)
+        progress(f"DAS, loss {history[-1]:.3f}", epoch + 1, config.epochs)
     return Rotation(_orthonormal(best), history)
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.collect import SINK_RATIO, Position, collect
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Point, Projection, Report, Site
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput, Point, Projection, Site
 from unsleep.interventions.edits import applied
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits
@@ -79,7 +79,6 @@ def erasers(
     position: Position = "last",
     plain: bool = False,
     batch: int = 64,
-    report: Report | None = None,
 ) -> list[Projection]:
     """The mean difference taken out at every Site, as far as it can be read without ordinary tokens (`reader`).
 
@@ -97,10 +96,10 @@ def erasers(
     prompts = PromptSet("both groups", (*suspicious, *ordinary), "edit")
     letters = min(PASSAGE, (chat.context_length(model.network) or 2 * PASSAGE) // 2)
     passages = PromptSet("plain text", tuple(Prompt(t[:letters]) for t in texts), "edit")
-    here = collect(model, prompts, sites, position=position, plain=plain, batch=batch, report=report)
+    here = collect(model, prompts, sites, position=position, plain=plain, batch=batch)
     beside = [
-        collect(model, passages, sites, position="all", plain=True, batch=batch, report=report),
-        collect(model, ordinary, sites, position="all", plain=plain, batch=batch, report=report),
+        collect(model, passages, sites, position="all", plain=True, batch=batch),
+        collect(model, ordinary, sites, position="all", plain=plain, batch=batch),
     ]
     made: list[Projection] = []
     for site in sites:
@@ -152,8 +151,6 @@ def removed_alone(
     plain: bool = False,
     reply_tokens: int = 6,
     batch: int = 32,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> Removed:
     """Carry out each edit alone and see how far the model is back at its own replies.
 
@@ -186,9 +183,8 @@ def removed_alone(
             return left()
 
     for edit in edits:
-        after[edit.site] = steps.value(f"left without {edit.site}", lambda edit=edit: left_without(edit))
-        if report:
-            report("one Site at a time", len(after), len(edits))
+        after[edit.site] = kept(left_without, edit)
+        progress("one Site at a time", len(after), len(edits))
     return Removed(before, after, len(asked))
 
 
@@ -204,8 +200,6 @@ def tried_erasers(
     position: Position = "last",
     plain: bool = False,
     batch: int = 64,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> tuple[list[Projection], Removed]:
     """`erasers` of most prompts, and what each does alone (`removed_alone`) to those that are kept.
 
@@ -231,7 +225,6 @@ def tried_erasers(
         position=position,
         plain=plain,
         batch=batch,
-        report=report,
     )
     alone = some(suspicious, tried), some(ordinary, tried)
-    return made, removed_alone(model, made, *alone, plain=plain, batch=batch, steps=steps, report=report)
+    return made, removed_alone(model, made, *alone, plain=plain, batch=batch)

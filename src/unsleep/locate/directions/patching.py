@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput, Site
 from unsleep.locate.directions.fit import Direction
 from unsleep.models.forward import Rows, columns_cache, last_logits, run, splits, whole_rows
 from unsleep.models.model import LoadedModel
@@ -168,29 +168,22 @@ def finished(
 
 
 @torch.no_grad()
-def sweep(
-    pairs: Pairs,
-    directions: Mapping[Site, Mapping[str, Direction]],
-    *,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
-) -> dict[Site, dict[str, float]]:
+def sweep(pairs: Pairs, directions: Mapping[Site, Mapping[str, Direction]]) -> dict[Site, dict[str, float]]:
     """The share recovered by every direction at every Site; a direction must be in the residual space.
 
     Raises `BadInput` as `patched` does, and for a direction in feature space, which has to be decoded first.
     """
+
+    def carried(site: Site, vector: Tensor) -> float:
+        return pairs.recovered(patched(pairs, site, vector))
+
     total = sum(map(len, directions.values()))
     found: dict[Site, dict[str, float]] = {}
     for done, (site, name, direction) in enumerate(_each(directions), 1):
         if direction.space != "residual":
             raise BadInput(f"direction {name!r} at {site} is in feature space; decode it first (`fit.decoded`)")
-
-        def carried(site: Site = site, direction: Direction = direction) -> float:
-            return pairs.recovered(patched(pairs, site, direction.vector))
-
-        found.setdefault(site, {})[name] = steps.value(f"carried by {name} at {site}", carried)
-        if report:
-            report("directional patching", done, total)
+        found.setdefault(site, {})[name] = kept(carried, site, direction.vector)
+        progress("directional patching", done, total)
     return found
 
 

@@ -18,8 +18,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from unsleep.activations.collect import Position, collect
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Dictionary, Projection, Report, Site
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput, Dictionary, Projection, Site
 from unsleep.locate.directions import cost, das, fit, measure, patching
 from unsleep.locate.directions.erase import sink_norm, spanned
 from unsleep.locate.directions.fit import Direction, Labelled, Space
@@ -221,8 +221,6 @@ def study(
     neutral: PromptSet | None = None,
     dictionaries: Sequence[Dictionary] = (),
     texts: Sequence[str] = (),
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> Study:
     """Find and measure directions between two groups of prompts.
 
@@ -242,7 +240,7 @@ def study(
         tap(model.network, site)
     _check(suspicious, ordinary, sites, config, dictionaries)
     fitting, judging = (_pairs(model, (suspicious, ordinary), sites, config, kept=kept) for kept in (False, True))
-    classes = _Classes(model, (suspicious, ordinary, neutral), sites, config, report)
+    classes = _Classes(model, (suspicious, ordinary, neutral), sites, config)
     found: list[Found] = []
     floors: dict[tuple[Site, Space], measure.Floor] = {}
     stream: dict[Site, dict[str, Direction]] = {site: {} for site in sites}
@@ -254,16 +252,15 @@ def study(
             train, test = classes.at(site, dictionary)
             made = _fitted(train, site, model.fingerprint, config, space, has_neutral=neutral is not None)
             if fitting and dictionary is None and site in trained:
-                made += _das(fitting, site, train, config, steps, report)
+                made += _das(fitting, site, train, config)
             found += [Found(d, measure.held_out(d, train, test)) for d in made]
             floors[site, space] = measure.random_floor(train, test, config.randoms, config.seed)
             for d in made:
                 stream[site][d.method if dictionary is None else f"{FEATURES}{d.method}"] = (
                     d if dictionary is None else fit.decoded(d, dictionary)
                 )
-        if report:
-            report("directions", done, len(sites))
-    carried = patching.sweep(judging, stream, steps=steps, report=report) if judging else {}
+        progress("directions", done, len(sites))
+    carried = patching.sweep(judging, stream) if judging else {}
     best = best_site(sites, found, carried)
     costs = {
         ablation: cost.ablation_cost(
@@ -273,8 +270,6 @@ def study(
             ablation=ablation,
             randoms=config.cost_randoms,
             seed=config.seed,
-            steps=steps,
-            report=report,
         )
         for ablation in (("mean", "resample") if config.cost_passages and texts else ())
     }
@@ -314,23 +309,14 @@ class _Classes:
         groups: tuple[PromptSet, PromptSet, PromptSet | None],
         sites: Sequence[Site],
         config: StudyConfig,
-        report: Report | None,
     ) -> None:
         own = [g for g in groups if g is not None]
         together = PromptSet("all groups", tuple(p for g in own for p in g), "edit")
         replies = None
         if config.where == "reply":
-            progress = generate.counted("replies", len(together), report)
-            replies = generate.replies(model, together, max_new_tokens=config.reply_tokens, progress=progress)
+            replies = generate.replies(model, together, max_new_tokens=config.reply_tokens, stage="replies")
         self.acts = collect(
-            model,
-            together,
-            sites,
-            position=config.where,
-            replies=replies,
-            plain=config.plain,
-            batch=config.batch,
-            report=report,
+            model, together, sites, position=config.where, replies=replies, plain=config.plain, batch=config.batch
         )
         sizes = [len(g) for g in own]
         group = torch.repeat_interleave(torch.arange(len(own)), torch.tensor(sizes))
@@ -390,9 +376,7 @@ def _fitted(
     return [fit.fit(train, m, site=site, model=model, seed=config.seed, space=space) for m in usable]
 
 
-def _das(
-    pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig, steps: Steps, report: Report | None
-) -> list[Direction]:
+def _das(pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig) -> list[Direction]:
     """DAS of every rank asked for, started at the mean difference."""
     made: list[Direction] = []
     for method, rank in DAS.items():
@@ -400,10 +384,10 @@ def _das(
             settings = das.DasConfig(rank=rank, epochs=config.das_epochs, seed=config.seed)
             start = torch.nn.functional.normalize(train.gap, dim=0)[None]
 
-            def trained(settings: das.DasConfig = settings, start: Tensor = start) -> dict[str, Tensor]:
-                return {"vector": das.das(pairs, site, train, settings, start=start, report=report).vector}
+            def trained(settings: das.DasConfig, start: Tensor) -> dict[str, Tensor]:
+                return {"vector": das.das(pairs, site, train, settings, start=start).vector}
 
-            vector = steps.tensors(f"{method} at {site}", trained)["vector"]
+            vector = kept(trained, settings, start)["vector"]
             made.append(Direction(vector, site, method, pairs.model.fingerprint, "residual", train.x.mean(0)))
     return made
 

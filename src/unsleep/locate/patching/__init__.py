@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import Report, Site
+from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.locate.patching.places import Group, Level, Position, Target, grid
 from unsleep.locate.patching.result import Figure, Measured, Patched, payload_rates
@@ -46,8 +45,6 @@ def sweep(
     per_head: bool = False,
     dictionaries: Sequence[Coder] = (),
     bases: Mapping[Site, Float[Tensor, "rank d_model"]] | None = None,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> Patched:
     """Patch every layer at every position, one at a time: `patch` of `grid`; raises as they do.
 
@@ -60,4 +57,4 @@ def sweep(
     groups = grid(
         recipient.network, level, layers, positions, per_head=per_head, dictionaries=dictionaries, bases=bases
     )
-    return patch(donor, recipient, prompts, payload, groups, config, steps=steps, report=report)
+    return patch(donor, recipient, prompts, payload, groups, config)

