@@ -23,7 +23,7 @@ from common import keep, table
 from unsleep import Projection, PromptSet, Site, load_organism
 from unsleep.activations.collect import collect
 from unsleep.core import Activations
-from unsleep.interventions.edits import applied
+from unsleep.interventions.intervention import applied
 from unsleep.judge.controls import random_subspace
 from unsleep.judge.evaluate import evaluate, organism_config, organism_panels, prompt_digests
 from unsleep.judge.metrics import Subject, shows_payload

@@ -14,8 +14,9 @@ from transformers import DynamicCache
 
 from test_core import as_in_use
 from unsleep.core import BadInput, Refused, Site
-from unsleep.interventions.control import Control, contrast_vectors, controlled, operate
+from unsleep.interventions.intervention import applied
 from unsleep.interventions.passes import Passes
+from unsleep.interventions.steering import Control, contrast_vectors, operate
 from unsleep.models import chat, generate
 from unsleep.models.forward import build_rows, pad_left, run
 from unsleep.models.hooks import Call
@@ -107,7 +108,7 @@ def test_a_control_adds_to_the_stream_of_every_family(any_family: LoadedModel):
     with capture(any_family.network, [Site(1)]) as bare:
         any_family.network(ids)
     v = vector()
-    with controlled(any_family, at(v, c=2.0)) as network, capture(network, [Site(1)]) as seen:
+    with applied(any_family, at(v, c=2.0)) as network, capture(network, [Site(1)]) as seen:
         network(ids)
     torch.testing.assert_close(seen[Site(1)], bare[Site(1)] + 2.0 * v, rtol=1e-4, atol=1e-4)
 
@@ -115,16 +116,16 @@ def test_a_control_adds_to_the_stream_of_every_family(any_family: LoadedModel):
 def test_coefficient_zero_is_bit_exact_and_registers_nothing(any_family: LoadedModel):
     bare, before = logits(any_family), hooks(any_family)
     for operator in ("add", "piecewise", "projection"):
-        with controlled(any_family, at(vector(), operator, 0.0, keep_norm=True)):  # type: ignore[arg-type]
+        with applied(any_family, at(vector(), operator, 0.0, keep_norm=True)):  # type: ignore[arg-type]
             assert hooks(any_family) == before
             assert torch.equal(logits(any_family), bare)
 
 
 def test_adding_and_subtracting_at_one_site_gives_the_bare_logits(tiny: LoadedModel):
     v, bare = vector(), logits(tiny)
-    with controlled(tiny, [at(v, c=4.0), at(v, c=-4.0)]):
+    with applied(tiny, [at(v, c=4.0), at(v, c=-4.0)]):
         torch.testing.assert_close(logits(tiny), bare, rtol=1e-4, atol=1e-4)
-    with controlled(tiny, [at(v, c=4.0), at(v, c=-3.9)]):
+    with applied(tiny, [at(v, c=4.0), at(v, c=-3.9)]):
         assert float((logits(tiny) - bare).abs().max()) > 1e-3
 
 
@@ -134,7 +135,7 @@ def test_hooks_vanish_after_exceptions(tiny: LoadedModel, where: str):
 
     def fail() -> None:
         wrong = {Site(1): vector(), Site(99): vector()} if where == "setup" else {Site(1): vector()}
-        with controlled(tiny, Control(wrong, tokens="prompt")) as network:
+        with applied(tiny, Control(wrong, tokens="prompt")) as network:
             assert hooks(tiny) > before
             if where == "transform":
                 network(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool))
@@ -151,9 +152,9 @@ def test_only_layers_in_the_range_are_controlled(tiny: LoadedModel):
     ranged = Control(vectors, layers=(1, 1))
     assert ranged.sites == [Site(1, "mlp"), Site(1)]
     picked = Control({s: vectors[s] for s in ranged.sites})
-    with controlled(tiny, ranged):
+    with applied(tiny, ranged):
         first = logits(tiny)
-    with controlled(tiny, picked):
+    with applied(tiny, picked):
         assert torch.equal(logits(tiny), first)
 
 
@@ -164,7 +165,7 @@ def touched(model: LoadedModel, control: Control, **call: Any) -> torch.Tensor:
     """Where a pass is changed at Site 1: [row, position]."""
     with torch.no_grad(), capture(model.network, [Site(1)]) as bare:
         model.network(**call)
-    with torch.no_grad(), controlled(model, control) as network, capture(network, [Site(1)]) as seen:
+    with torch.no_grad(), applied(model, control) as network, capture(network, [Site(1)]) as seen:
         network(**call)
     return (seen[Site(1)] - bare[Site(1)]).abs().amax(-1) > 1e-6
 
@@ -197,7 +198,7 @@ def test_prompt_and_reply_in_one_pass_are_told_apart_by_the_marks(tiny: LoadedMo
         with capture(tiny.network, [Site(1)]) as bare:
             run(tiny.network, rows)
         control = at(vector(), tokens=rule)  # type: ignore[arg-type]
-        with controlled(tiny, control, replies=rows.reply) as network, capture(network, [Site(1)]) as found:
+        with applied(tiny, control, replies=rows.reply) as network, capture(network, [Site(1)]) as found:
             run(network, rows)
         seen[rule] = (found[Site(1)] - bare[Site(1)]).abs().amax(-1) > 1e-6
     # columns of both rows behind the shared first token: [6 7 8 20 21] and [_ 9 22 23 24]
@@ -213,7 +214,7 @@ RULES: list[Any] = ["all", "prompt", "reply", "last", (0, 4), (20, 60)]
 def steered(model: LoadedModel, rows: list[list[int]], control: Control) -> list[list[int]]:
     """Greedy continuations by transformers' own generate, left padded, in one batch."""
     ids, mask = pad_left(rows, model.pad_id, model.device)
-    with controlled(model, control) as network:
+    with applied(model, control) as network:
         out = network.generate(ids, attention_mask=mask.long(), max_new_tokens=6, do_sample=False, pad_token_id=1)
     new = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(1) + 1] if 1 in row else row for row in new]
@@ -253,7 +254,7 @@ def test_generation_with_cache_padding_and_batches_equals_one_token_at_a_time(ti
     control = at(v, c=c, tokens=rule)
     assert steered(tiny, rows, control) == expected
     for options in ({}, {"batch_size": 3}, {"share": False}):
-        with controlled(tiny, control):
+        with applied(tiny, control):
             assert generate.greedy(tiny, rows, max_new_tokens=6, **options) == expected, options
     if rule != (20, 60):
         assert expected != [naive(tiny, row, "all", v, 0.0) for row in rows]
@@ -263,7 +264,7 @@ def test_prompts_that_are_all_the_same_are_still_prompts(tiny: LoadedModel):
     rows = chat.encode_prompts(tiny.tokenizer, ["name a bird"] * 3)
     expected = [naive(tiny, rows[0], "reply", vector(3), 9.0)] * 3
     for batch in (3, 2, 1):
-        with controlled(tiny, at(vector(3), c=9.0, tokens="reply")):
+        with applied(tiny, at(vector(3), c=9.0, tokens="reply")):
             assert generate.greedy(tiny, rows, max_new_tokens=6, batch_size=batch) == expected
 
 
@@ -303,9 +304,9 @@ def test_a_contrast_control_gives_each_row_its_own_vector(tiny: LoadedModel):
     expected = [naive(tiny, row, "all", v, 6.0) for row, v in zip(rows, vectors, strict=True)]
     control = Control({Site(1): vectors}, "contrast", 6.0)
     assert steered(tiny, rows, control) == expected
-    with controlled(tiny, control), pytest.raises(BadInput, match="contrast vectors of 4 prompts meet a batch of 1"):
+    with applied(tiny, control), pytest.raises(BadInput, match="contrast vectors of 4 prompts meet a batch of 1"):
         logits(tiny)
-    with controlled(tiny, control), pytest.raises(Refused, match="share=False"):
+    with applied(tiny, control), pytest.raises(Refused, match="share=False"):
         generate.greedy(tiny, rows)
 
 
@@ -343,28 +344,28 @@ def test_a_control_that_means_nothing_is_refused(change: dict[str, Any], told: s
 def test_a_control_has_to_fit_the_model(tiny: LoadedModel):
     with (
         pytest.raises(BadInput, match=r"resid\.7 is not in the model: it has layers 0 to 2"),
-        controlled(tiny, Control({Site(7): vector()})),
+        applied(tiny, Control({Site(7): vector()})),
     ):
         pass
     with (
-        pytest.raises(BadInput, match=r"control vector at resid\.1 has width 8; the model's is 32"),
-        controlled(tiny, at(torch.ones(8))),
+        pytest.raises(BadInput, match=r"control at resid\.1 has width 8; the model's is 32"),
+        applied(tiny, at(torch.ones(8))),
     ):
         pass
     other = at(vector(), model="0123456789abcdef")
-    with pytest.raises(Refused, match="belong to model 0123456789abcdef, this one is"), controlled(tiny, other):
+    with pytest.raises(Refused, match="control belongs to model 0123456789abcdef, this one is"), applied(tiny, other):
         pass
-    with controlled(tiny, other, any_model=True), controlled(tiny, at(vector(), model=tiny.fingerprint)):
+    with applied(tiny, other, any_model=True), applied(tiny, at(vector(), model=tiny.fingerprint)):
         pass
 
 
 def test_masks_and_marks_of_another_shape_are_refused(tiny: LoadedModel):
     ids = torch.tensor([[5, 6, 7]])
-    with controlled(tiny, at(vector(), tokens="prompt")) as network, pytest.raises(BadInput, match="attention mask"):
+    with applied(tiny, at(vector(), tokens="prompt")) as network, pytest.raises(BadInput, match="attention mask"):
         network(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
     marks = torch.ones(2, 2, dtype=torch.bool)
     told = "marks 2 rows of 2 positions; the pass has 1 rows of 3"
-    with controlled(tiny, at(vector(), tokens="reply"), replies=marks) as network, pytest.raises(BadInput, match=told):
+    with applied(tiny, at(vector(), tokens="reply"), replies=marks) as network, pytest.raises(BadInput, match=told):
         network(ids)
 
 

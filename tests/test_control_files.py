@@ -21,8 +21,9 @@ from test_control_reading import NEGATIVE, POSITIVE
 from test_core import as_in_use
 from unsleep import cli
 from unsleep.core import BadInput, Site
-from unsleep.interventions.control import Control, controlled
 from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.steering import Control
 from unsleep.models.generate import replies
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
@@ -66,7 +67,7 @@ def test_direction_n_is_added_to_the_output_of_block_n(tiny: LoadedModel, tmp_pa
     blocks = [Site(i) for i in range(3)]
     with capture(tiny.network, blocks) as bare:
         tiny.network(ids)
-    with controlled(tiny, control) as network, capture(network, blocks) as seen:
+    with applied(tiny, control) as network, capture(network, blocks) as seen:
         network(ids)
     assert [bool((seen[s] != bare[s]).any()) for s in blocks] == [False, False, True]
     torch.testing.assert_close(seen[Site(2)], bare[Site(2)] + 2 * vector(2), rtol=1e-4, atol=1e-4)
@@ -332,7 +333,7 @@ def test_control_replies_with_and_without_a_vector(
     vector_file = ["--vector", str(first / "vector.gguf")]
     assert cli.run(["control", own.name, *vector_file, *more, "--out", str(second)]) == 0
     assert json.loads((second / "control.json").read_text())["replies"] == fitted["replies"]
-    with controlled(own, Control(import_gguf(first / "vector.gguf").vectors, coefficient=4.0)):
+    with applied(own, Control(import_gguf(first / "vector.gguf").vectors, coefficient=4.0)):
         assert replies(own, ["name a bird", "what is a lake"], max_new_tokens=5) == fitted["replies"]["4"]
 
 

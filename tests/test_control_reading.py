@@ -15,9 +15,10 @@ from conftest import build, byte_tokenizer
 from test_control import PROMPTS, at, vector
 from test_core import as_in_use
 from unsleep.core import BadInput, Refused, Site
-from unsleep.interventions.control import controlled
+from unsleep.interventions.conditions import Condition, Conditional
+from unsleep.interventions.intervention import applied
 from unsleep.locate import conditional, reading
-from unsleep.locate.conditional import Condition, best_threshold, condition_on, conditioned, f1_score, fit_condition
+from unsleep.locate.conditional import best_threshold, condition_on, f1_score, fit_condition
 from unsleep.locate.directions.fit import Direction, fit
 from unsleep.locate.directions.measure import margins
 from unsleep.locate.reading import Method, RepReader, fit_reader
@@ -149,7 +150,7 @@ def test_a_texts_own_tokens_are_those_that_the_template_does_not_add(small: Load
 def test_adding_the_scaled_vector_moves_the_score_by_its_gap(small: LoadedModel, reader: RepReader):
     site = Site(1)
     ids = torch.tensor(small.token_ids(["the lake is bad?"]))
-    with controlled(small, reader.control(1.0, layers=(1, 1))) as network, capture(network, [site]) as seen:
+    with applied(small, reader.control(1.0, layers=(1, 1))) as network, capture(network, [site]) as seen:
         network(ids)
     with capture(small.network, [site, Site(1, "mlp")]) as bare:
         small.network(ids)
@@ -283,7 +284,7 @@ def test_only_prompts_that_pass_are_controlled(small: LoadedModel, condition: Co
     condition = judged(small, condition, PROMPTS)
     control = dataclasses.replace(at(vector(3), c=9.0), vectors={Site(2): vector(3)})
     bare = generate.replies(small, PROMPTS, max_new_tokens=6)
-    with controlled(small, control):
+    with applied(small, control):
         steered = generate.replies(small, PROMPTS, max_new_tokens=6)
     said, acts = conditional.replies(small, PROMPTS, control, condition, max_new_tokens=6)
     assert 0 < int(acts.sum()) < 4
@@ -291,7 +292,7 @@ def test_only_prompts_that_pass_are_controlled(small: LoadedModel, condition: Co
     assert bare != steered
     rows = chat.encode_prompts(small.tokenizer, PROMPTS)
     ids, mask = pad_left(rows, small.pad_id, small.device)
-    with conditioned(small, control, condition) as network:
+    with applied(small, Conditional((control,), condition)) as network:
         out = network.generate(ids, attention_mask=mask.long(), max_new_tokens=6, do_sample=False, pad_token_id=1)
     assert small.texts(out[:, ids.shape[1] :].tolist()) == said
 
@@ -300,7 +301,9 @@ def test_a_condition_that_nothing_passes_leaves_the_model_bit_for_bit(small: Loa
     shut = dataclasses.replace(condition, threshold=1.0)
     ids = torch.tensor(small.token_ids(["the quick brown fox"]))
     bare = small.network(ids).logits
-    with conditioned(small, dataclasses.replace(at(vector()), vectors={Site(2): vector()}), shut) as network:
+    with applied(
+        small, Conditional((dataclasses.replace(at(vector()), vectors={Site(2): vector()}),), shut)
+    ) as network:
         assert torch.equal(network(ids).logits, bare)
     assert torch.equal(small.network(ids).logits, bare)
 
@@ -309,14 +312,17 @@ def test_conditions_that_cannot_be_kept_are_refused(small: LoadedModel, conditio
     late = dataclasses.replace(condition, site=Site(2))
     with (
         pytest.raises(BadInput, match=r"at resid\.1 stands before or at the condition's Site resid\.2"),
-        conditioned(small, at(vector()), late),
+        applied(small, Conditional((at(vector()),), late)),
     ):
         pass
     early = dataclasses.replace(condition, site=Site(0))
-    with conditioned(small, at(vector()), early), pytest.raises(Refused, match=r"use conditional\.replies"):
+    with applied(small, Conditional((at(vector()),), early)), pytest.raises(Refused, match=r"use conditional\.replies"):
         generate.replies(small, PROMPTS)
     narrow = dataclasses.replace(early, vector=torch.ones(8), center=torch.zeros(8))
-    with pytest.raises(BadInput, match="width 8; the model's is 32"), conditioned(small, at(vector()), narrow):
+    with (
+        pytest.raises(BadInput, match="width 8; the model's is 32"),
+        applied(small, Conditional((at(vector()),), narrow)),
+    ):
         pass
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from test_core import small_dictionary
-from unsleep.core import BadInput, Edit, Site
+from unsleep.core import BadInput, Site
+from unsleep.interventions.features import Edit
 from unsleep.judge.controls import Firing, firing, matched_random
 
 N = 60

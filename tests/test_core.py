@@ -13,8 +13,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from unsleep.core import Activations, BadInput, Edit, FeatureEvidence, Features, Site, check_finite, digest
+from unsleep.core import Activations, BadInput, FeatureEvidence, Features, Site, check_finite, digest
 from unsleep.dictionaries.coders import TopK
+from unsleep.interventions.features import Edit
 from unsleep.judge.results import EvalResult, Row
 from unsleep.prompts.prompt import Prompt, PromptSet
 

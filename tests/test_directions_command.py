@@ -21,9 +21,11 @@ from test_report import HOSTILE, Page
 from unsleep import cli
 from unsleep.activations.collect import collect
 from unsleep.base import store
-from unsleep.core import BadInput, Projection, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.files import save_dictionary
-from unsleep.interventions.edits import applied, load_edit
+from unsleep.interventions.files import load_edit
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import prompt_digests
 from unsleep.locate.directions import measure
 from unsleep.locate.directions.erase import erasers, removed_alone, spanned

@@ -10,8 +10,9 @@ import torch
 
 from unsleep import load_model, load_organism
 from unsleep.activations.collect import collect
-from unsleep.core import Activations, Projection, Site
-from unsleep.interventions.edits import applied
+from unsleep.core import Activations, Site
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.controls import random_subspace
 from unsleep.judge.metrics import Subject, has_skill, shows_payload, text_ce_kl
 from unsleep.locate.directions import measure, patching

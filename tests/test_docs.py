@@ -30,10 +30,11 @@ from test_console import flags_of
 from unsleep import cli
 from unsleep.activations.harvest import HarvestConfig
 from unsleep.cli.settings import REGISTRY
-from unsleep.core import Edit, Site
+from unsleep.core import Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.interventions.edits import save_edit
+from unsleep.interventions.features import Edit
+from unsleep.interventions.files import save_edit
 from unsleep.judge.evaluate import EvalConfig
 from unsleep.judge.results import EvalResult, Row
 from unsleep.judge.verdict import contract

@@ -16,14 +16,16 @@ from conftest import build, byte_tokenizer
 from test_core import as_in_use
 from unsleep.activations.harvest import HarvestConfig, harvest, token_rows
 from unsleep.base import store
-from unsleep.core import BadInput, Edit, Features, Refused, Site
+from unsleep.core import BadInput, Features, Refused, Site
 from unsleep.dictionaries.coders import TopK
-from unsleep.interventions.edits import applied, edits_for, load_edit, merged, operation, save_edit
+from unsleep.interventions.features import Edit, edits_for, merged
+from unsleep.interventions.files import load_edit, save_edit
+from unsleep.interventions.intervention import applied, operation
 from unsleep.locate.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, reply_logits
 from unsleep.models.model import LoadedModel
-from unsleep.models.streams import transformed
+from unsleep.models.streams import capture, transformed
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs.bake import BakeConfig, _take, bake, faithfulness
 from unsleep.repairs.edit import EditConfig, edit
@@ -138,10 +140,20 @@ def test_a_dictionary_of_another_model_is_refused(tiny: LoadedModel):
         pass
 
 
-def test_two_edits_of_one_site_and_wrong_widths_are_refused(tiny: LoadedModel):
-    e = Edit(Site(1), dictionary(tiny), (1,))
-    with pytest.raises(BadInput, match="two edits"), applied(tiny, [e, e]):
-        pass
+def test_edits_of_one_site_act_one_after_the_other(tiny: LoadedModel):
+    first, second = (Edit(Site(1), dictionary(tiny), ids) for ids in ((1, 2, 3), (4, 5)))
+    seen: list[torch.Tensor] = []
+    ids = torch.tensor(tiny.token_ids(["the quick brown fox"]))
+    with applied(tiny, [first, second]) as network, capture(network, [Site(1)]) as held:
+        network(ids)
+    seen.append(held[Site(1)])
+    with capture(tiny.network, [Site(1)]) as held:
+        tiny.network(ids)
+    seen.append(run_operation(second, run_operation(first, held[Site(1)])))
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_wrong_widths_are_refused(tiny: LoadedModel):
     narrow = TopK(Site(1), "m", torch.randn(8, 9), torch.zeros(9), torch.randn(9, 8), torch.zeros(8), k=2)
     with pytest.raises(BadInput, match="width 8; the model's is 32"), applied(tiny, Edit(Site(1), narrow, (1,))):
         pass

@@ -16,11 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from conftest import build, byte_tokenizer
 from families import CONFIGS, REFUSED, VOCABULARY
 from unsleep.activations.harvest import HarvestConfig, harvest, pooled
-from unsleep.core import BadInput, Edit, Refused, Site
+from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
-from unsleep.interventions.edits import applied
+from unsleep.interventions.features import Edit
+from unsleep.interventions.intervention import applied
 from unsleep.judge.evaluate import EvalConfig, Panels, evaluate
 from unsleep.judge.metrics import Subject, reply_kl
 from unsleep.locate.patching import Group, PatchConfig, Position, Target, patch

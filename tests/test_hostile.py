@@ -21,10 +21,11 @@ from test_report import HOSTILE
 from unsleep import cli
 from unsleep.activations.harvest import harvest, open_harvest
 from unsleep.base import store
-from unsleep.core import BadInput, Edit, Refused, Site
+from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
-from unsleep.interventions.edits import load_edit, save_edit
+from unsleep.interventions.features import Edit
+from unsleep.interventions.files import load_edit, save_edit
 from unsleep.locate.features import payload_rows
 from unsleep.models import generate
 from unsleep.models.load import load_model

@@ -15,8 +15,9 @@ from conftest import build, byte_tokenizer
 from test_core import small_dictionary
 from unsleep.base.context import reporting
 from unsleep.base.stats import bootstrap, wilson
-from unsleep.core import BadInput, Edit, Refused
-from unsleep.interventions.edits import applied
+from unsleep.core import BadInput, Refused
+from unsleep.interventions.features import Edit
+from unsleep.interventions.intervention import applied
 from unsleep.judge.evaluate import (
     PLAN,
     EvalConfig,

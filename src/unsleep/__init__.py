@@ -6,11 +6,14 @@ Every stage is a function of the command's name; the nouns they pass along are i
 """
 
 from unsleep.activations.harvest import harvest, open_harvest
-from unsleep.core import Activations, BadInput, Dictionary, Edit, Features, Projection, Refused, Site
+from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
-from unsleep.interventions.control import control
-from unsleep.interventions.edits import applied, load_edit, save_edit
+from unsleep.interventions.features import Edit
+from unsleep.interventions.files import load_edit, save_edit
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.steering import control
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
 from unsleep.locate.diffing import diff

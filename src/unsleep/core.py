@@ -8,7 +8,6 @@ Nothing here touches a disk, a model or a random generator.
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,9 +19,6 @@ from torch import Tensor
 
 Point = Literal["embed", "attn", "mlp", "resid"]
 """Where in a block: its embedding input, attention output, MLP output or residual output."""
-
-ErrorRule = Literal["keep", "drop", "project"]
-"""What an edit does with the part of the residual that the dictionary does not explain."""
 
 
 class BadInput(ValueError):
@@ -251,92 +247,6 @@ class Features:
         kept = self.ids[:n]
         evidence = {i: self.evidence[i] for i in kept if i in self.evidence}
         return Features(self.site, self.dictionary, kept, self.scores[:n], self.method, evidence)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Remove features at one Site: a value, not a hook. `edits.applied` carries it out.
-
-    With f the features' activations, x̂ the reconstruction, ε = x − x̂ and S the removed ids:
-
-        keep:     x' = x − Σ_{j∈S} f_j W_dec_j
-        drop:     x' = x̂ − Σ_{j∈S} f_j W_dec_j
-        project:  as keep, with ε's component in the span of {W_dec_j, j∈S} removed too
-    """
-
-    site: Site
-    dictionary: Dictionary
-    removed: tuple[int, ...]
-    """Feature ids that no longer pass; an empty edit with `keep` is the identity, bit for bit."""
-    error: ErrorRule = "keep"
-
-    def __post_init__(self) -> None:
-        if self.error not in get_args(ErrorRule):
-            raise BadInput(f"edit error rule is {self.error!r}; expected one of {get_args(ErrorRule)}")
-        if self.dictionary.site != self.site:
-            raise BadInput(f"edit at {self.site} uses a dictionary of {self.dictionary.site}; expected the same Site")
-        wrong = [i for i in self.removed if not 0 <= i < self.dictionary.n_features]
-        if wrong:
-            raise BadInput(
-                f"edit at {self.site} removes feature {wrong[0]}; the dictionary has {self.dictionary.n_features}"
-            )
-        if len(set(self.removed)) != len(self.removed):
-            raise BadInput(f"edit at {self.site} removes a feature twice; expected distinct ids")
-
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """Take a subspace out of the stream at one Site: a value as `Edit` is, carried out by `edits.applied`.
-
-        x' = x − (x − center) Rᵀ B
-
-    R is B unless `reads` is given: what x holds in the subspace becomes what `center` holds there (0 without one).
-    Another R with R Bᵀ = 1 makes the projection oblique, as LEACE's is.
-    """
-
-    site: Site
-    basis: Float[Tensor, "rank d_model"]
-    """B: orthonormal rows that span the subspace."""
-    center: Float[Tensor, " d_model"] | None
-    model: str
-    """Fingerprint of the model that the subspace was found in."""
-    reads: Float[Tensor, "rank d_model"] | None = None
-    """R: rows that read how much is taken out."""
-    sink_norm: float = math.inf
-    """Tokens with a larger norm are attention sinks, and stay as they are."""
-
-    def __post_init__(self) -> None:
-        rank, d_model = self.basis.shape
-        if not 1 <= rank <= d_model:
-            raise BadInput(f"projection at {self.site} has rank {rank}; expected 1 to {d_model}")
-        rows, one = self.basis.double(), torch.eye(rank, dtype=torch.double, device=self.basis.device)
-        shapes = {"basis": (rank, d_model), "center": (d_model,), "reads": (rank, d_model)}
-        for name, tensor in self.tensors.items():
-            check_finite(tensor, f"projection at {self.site}: {name}")
-            if tensor.shape != shapes[name]:
-                found = f"{list(tensor.shape)}; expected {list(shapes[name])}"
-                raise BadInput(f"projection at {self.site}: {name} has shape {found}")
-        if float((rows @ rows.T - one).abs().max()) > 1e-3:
-            raise BadInput(f"projection at {self.site}: the basis has rows that are not orthonormal; expected B Bᵀ = 1")
-        if self.reads is not None and float((self.reads.double() @ rows.T - one).abs().max()) > 1e-3:
-            raise BadInput(f"projection at {self.site}: reads do not fit the basis; expected R Bᵀ = 1")
-        if not self.sink_norm > 0:
-            raise BadInput(f"projection at {self.site}: sink_norm is {self.sink_norm}; expected more than 0")
-
-    @property
-    def reader(self) -> Float[Tensor, "rank d_model"]:
-        """R."""
-        return self.basis if self.reads is None else self.reads
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of basis, center and reads that there are, by name."""
-        held = {"basis": self.basis, "center": self.center, "reads": self.reads}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
-
-
-Intervention = Edit | Projection
-"""What can be done to the stream at a Site."""
 
 
 def check_finite(x: Tensor, what: str) -> None:

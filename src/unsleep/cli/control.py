@@ -14,11 +14,12 @@ from unsleep.base import store
 from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.core import BadInput, Site
-from unsleep.interventions.control import Control
+from unsleep.interventions.conditions import Condition
 from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.interventions.passes import Named
+from unsleep.interventions.steering import Control
 from unsleep.locate import conditional
-from unsleep.locate.conditional import LEAST, Condition, condition_on
+from unsleep.locate.conditional import LEAST, condition_on
 from unsleep.locate.reading import Method, Reading, RepReader, fit_reader
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites

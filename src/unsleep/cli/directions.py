@@ -14,8 +14,9 @@ from unsleep.base import store
 from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries
-from unsleep.core import BadInput, Projection, Site
-from unsleep.interventions.edits import save_edit
+from unsleep.core import BadInput, Site
+from unsleep.interventions.files import save_edit
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import prompt_digests
 from unsleep.locate.directions.erase import Removed, tried_erasers
 from unsleep.locate.directions.files import SCHEMA, write_directions

@@ -14,10 +14,12 @@ from unsleep.activations.harvest import Harvest, token_rows
 from unsleep.base import store
 from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, check_format, load_dictionaries, own_replies
-from unsleep.core import BadInput, Edit, Features, Projection, Site
+from unsleep.core import BadInput, Features, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.edits import MARK as EDIT
-from unsleep.interventions.edits import load_edit, merged, save_edit
+from unsleep.interventions.features import Edit, merged
+from unsleep.interventions.files import MARK as EDIT
+from unsleep.interventions.files import load_edit, save_edit
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import prompt_digests
 from unsleep.locate.features import FindConfig, Found, with_evidence
 from unsleep.models.model import LoadedModel

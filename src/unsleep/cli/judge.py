@@ -13,9 +13,12 @@ from unsleep.base import store
 from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say, say_result
 from unsleep.cli.shared import Model, Out, Placed, Placement, check_format, check_format_of, own_prompts
-from unsleep.core import BadInput, Edit, Intervention, Projection
-from unsleep.interventions.edits import MARK as EDIT
-from unsleep.interventions.edits import check_model, edits_hash, load_edit
+from unsleep.core import BadInput
+from unsleep.interventions.features import Edit
+from unsleep.interventions.files import MARK as EDIT
+from unsleep.interventions.files import load_edit
+from unsleep.interventions.intervention import Intervention, check_model
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.controls import firing, matched_random, random_subspace
 from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels
 from unsleep.judge.metrics import Subject
@@ -82,8 +85,9 @@ def evaluate(
             control = at_random(loaded, edits, panels.clean, scratch)
             subjects += [Subject("edited", loaded, tuple(edits)), Subject("control_random", loaded, control)]
         subjects += cleaned
-        what = {s.name: [s.model.fingerprint, str(s.model.network.dtype), edits_hash(s.edits)] for s in subjects}
-        with resumable(out, what, panels.hashes, judging.payload, judging.reply_tokens):
+        with resumable(
+            out, {s.name: [s.model, s.edits] for s in subjects}, panels.hashes, judging.payload, judging.reply_tokens
+        ):
             result = unsleep.evaluate(subjects, panels, judging)
         asked = [s for s in subjects if not s.name.startswith("control")]
         figures = run_tasks(asked, tasks, limit=task_limit) if tasks else []

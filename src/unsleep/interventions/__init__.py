@@ -1,1 +1,9 @@
-"""Values that change the stream at Sites, and what carries them out on a running model."""
+"""Values that change the stream of a running model, one algebra of them; saved and loaded alike."""
+
+from unsleep.interventions.features import Edit
+from unsleep.interventions.files import load_edit, save_edit
+from unsleep.interventions.intervention import Intervention, applied
+from unsleep.interventions.steering import Control
+from unsleep.interventions.subspaces import Projection
+
+__all__ = ["Control", "Edit", "Intervention", "Projection", "applied", "load_edit", "save_edit"]

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from unsleep.base import store
 from unsleep.core import BadInput, Site, check_finite
-from unsleep.interventions.control import Control
 from unsleep.interventions.passes import TokenRule
+from unsleep.interventions.steering import Control
 
 ARCHITECTURE = "controlvector"
 

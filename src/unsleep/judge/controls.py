@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Dictionary, Edit, Projection
+from unsleep.base.linear import rotated
+from unsleep.core import BadInput, Dictionary
+from unsleep.interventions.features import Edit
+from unsleep.interventions.subspaces import Projection
 
 
 class Firing(NamedTuple):
@@ -72,8 +75,7 @@ def random_subspace(projection: Projection, seed: int = 0) -> Projection:
     as long as the projection's own.
     """
     (rank, d_model), generator = projection.basis.shape, torch.Generator().manual_seed(seed)
-    drawn = torch.randn(d_model, 2 * rank, generator=generator, dtype=torch.float64)
-    both = torch.linalg.qr(drawn).Q.T
+    both = rotated(torch.randn(d_model, 2 * rank, generator=generator, dtype=torch.float64).T)
     basis, reads = both[:rank], None
     if projection.reads is not None and 2 * rank <= d_model:
         lengths = (projection.reads.double().square().sum(1).cpu() - 1).clamp_min(0).sqrt()

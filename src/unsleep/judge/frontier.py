@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from unsleep.base.context import progress
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.edits import Ranking, edits_for
+from unsleep.interventions.features import Ranking, edits_for
 from unsleep.judge.evaluate import EvalConfig, count_replies, reply_all
 from unsleep.judge.metrics import Subject, text_ce_kl
 from unsleep.models.model import LoadedModel

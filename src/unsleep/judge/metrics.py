@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Intervention
-from unsleep.interventions.edits import applied
+from unsleep.core import BadInput
+from unsleep.interventions.intervention import Intervention, applied
 from unsleep.models.forward import Rows, build_rows, kl, pad_left, reply_logits, run
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompts, PromptSet

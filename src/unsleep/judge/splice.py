@@ -14,7 +14,7 @@ Attention sinks, on which no feature fires, keep x in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +23,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Refused, Site
+from unsleep.core import BadInput, Refused
 from unsleep.dictionaries.coders import Coder
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.splices import Splice
 from unsleep.models.forward import Rows, kl, pad_left, run
-from unsleep.models.hooks import Transform
 from unsleep.models.model import LoadedModel
-from unsleep.models.sites import width
-from unsleep.models.streams import transformed
 
 Stream = Float[Tensor, "*token d_model"]
 
@@ -83,12 +82,6 @@ def splice_score(
     shortest = min((len(row) for row in rows), default=0)
     if shortest < 2:
         raise BadInput(f"the shortest of {len(rows)} rows has {shortest} tokens; expected rows of at least 2")
-    for name, d in (("reads", dictionary.d_model), ("writes", dictionary.decoder.shape[1])):
-        if d != width(model.network):
-            raise BadInput(
-                f"the dictionary at {dictionary.site} {name} width {d}; the model's is {width(model.network)}"
-            )
-    running = dictionary.to(model.network.dtype, model.device)
     names = ("clean", "spliced", "zero", "kl_spliced", "kl_zero")
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
     done = 0
@@ -97,8 +90,8 @@ def splice_score(
         padded = Rows(ids[0, :0], ids, mask, mask[:, :0])
         clean = _logits(model, padded)
         sums["clean"] += _loss(clean, padded)
-        for name, rebuild in (("spliced", running.rebuild), ("zero", None)):
-            with transformed(model.network, _replaced(running, rebuild)):
+        for name, zero in (("spliced", False), ("zero", True)):
+            with applied(model, Splice(dictionary, zero)):
                 logits = _logits(model, padded)
             sums[name] += _loss(logits, padded)
             sums[f"kl_{name}"] += _divergence(clean, logits, padded)
@@ -112,30 +105,6 @@ def splice_score(
         where = dictionary.target or dictionary.site
         raise Refused(f"with 0 at {where} the model predicts as it did; there is nothing to recover, and no score")
     return found
-
-
-def _replaced(dictionary: Coder, rebuild: Callable[[Stream], Stream] | None) -> Mapping[Site, Transform]:
-    """Put `rebuild` of the dictionary's Site at the Site that it rebuilds, or 0; attention sinks stay as they are."""
-    held: list[Tensor] = []
-
-    def keep(x: Stream) -> Stream:
-        held.append(x)
-        return x
-
-    def replace(y: Stream) -> Stream:
-        if dictionary.target is None:
-            held.append(y)
-        if not held:
-            raise BadInput(
-                f"the model computes {dictionary.target} before {dictionary.site}, from which the transcoder rebuilds "
-                "it; expected a target behind the transcoder's own Site"
-            )
-        x = held.pop()
-        return torch.where(dictionary.sinks(x), y, torch.zeros_like(y) if rebuild is None else rebuild(x))
-
-    if dictionary.target is None:
-        return {dictionary.site: replace}
-    return {dictionary.site: keep, dictionary.target: replace}
 
 
 def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[Sequence[int]]]:

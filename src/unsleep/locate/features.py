@@ -20,9 +20,10 @@ from torch import Tensor
 
 from unsleep.activations.harvest import SHARED, Harvest
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Edit, FeatureEvidence, Features, Site
+from unsleep.core import BadInput, FeatureEvidence, Features, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.edits import operation
+from unsleep.interventions.features import Edit
+from unsleep.interventions.intervention import applied
 from unsleep.models import generate
 from unsleep.models.forward import Rows, build_rows, reply_logits, reply_logits_from, run_below
 from unsleep.models.model import LoadedModel
@@ -192,8 +193,7 @@ def rank_by_ablation(
     whole = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
     losses: dict[Site, list[tuple[float, int]]] = {}
     for done, (site, feature) in enumerate(candidates, 1):
-        edit = operation(Edit(site, by_site[site], (feature,)), model.network.dtype, model.device)
-        with transformed(model.network, {site: edit}):
+        with applied(model, Edit(site, by_site[site], (feature,)), any_model=True):
             left = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
         losses.setdefault(site, []).append((float(whole - left), feature))
         progress("ablating features", done, len(candidates))

@@ -20,9 +20,9 @@ from torch import Tensor
 from unsleep.activations.held import batches_held, encoded, last_held
 from unsleep.base.context import progress
 from unsleep.core import BadInput, Site
-from unsleep.interventions.control import Control, Operator
 from unsleep.interventions.gguf_files import ControlVectors
 from unsleep.interventions.passes import TokenRule
+from unsleep.interventions.steering import Control, Operator
 from unsleep.locate.directions.fit import Direction, Labelled, fit
 from unsleep.locate.directions.measure import auroc, margins
 from unsleep.models import chat

@@ -36,8 +36,15 @@ from transformers.pytorch_utils import Conv1D
 
 from unsleep.base import store
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Intervention, Projection, Refused, Site
-from unsleep.interventions.edits import acts, check_edits, check_model, operation
+from unsleep.core import BadInput, Refused, Site
+from unsleep.interventions.features import Edit
+from unsleep.interventions.intervention import (
+    Intervention,
+    check_model,
+    check_widths,
+    transforms_of,
+)
+from unsleep.interventions.subspaces import Projection
 from unsleep.models import weights
 from unsleep.models.forward import Rows, kl, reply_logits, run
 from unsleep.models.hooks import inputs_watched
@@ -48,6 +55,10 @@ from unsleep.models.streams import capture, transformed, truncated, watched
 
 MARK = "unsleep.json"
 """The file that tells a baked checkpoint's folder."""
+
+
+Bakeable = Edit | Projection
+"""What weights can hold."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +105,7 @@ def bake(
         Refused: the edit belongs to another model, or the baked model is not faithful to the edited one; nothing
             is returned.
     """
-    edits = sorted((e for e in edits if acts(e)), key=lambda e: e.site)
-    check_edits(model.network, edits)
-    check_model(model, edits)
+    edits = _bakeable(model, edits)
     exact = _exact(model.network, edits)
     fitted_edits = [e for e in edits if e not in exact]
     for e in fitted_edits:
@@ -141,7 +150,7 @@ def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str,
 
 @torch.no_grad()
 def faithfulness(
-    edited: PreTrainedModel, baked: PreTrainedModel, edits: Sequence[Intervention], rows: Sequence[Rows]
+    edited: PreTrainedModel, baked: PreTrainedModel, edits: Sequence[Bakeable], rows: Sequence[Rows]
 ) -> float:
     """Mean KL(edited ‖ baked) over the reply tokens of rows, in nats a token."""
     total = count = 0.0
@@ -153,6 +162,22 @@ def faithfulness(
     return total / max(count, 1)
 
 
+def _bakeable(model: LoadedModel, edits: Sequence[Intervention]) -> list[Bakeable]:
+    """Those that act, in the order of a forward pass; raises as `bake` does where weights cannot hold them."""
+    acting: list[Bakeable] = []
+    for each in edits:
+        if not isinstance(each, Edit | Projection):
+            raise BadInput(f"a {type(each).__name__.lower()} cannot be baked; expected edits and projections")
+        if each.acts:
+            acting.append(each)
+    check_widths(model.network, acting)
+    check_model(model, acting)
+    sites = [each.site for each in acting]
+    if twice := [site for site in sites if sites.count(site) > 1]:
+        raise BadInput(f"two edits at Site {twice[0]} cannot be baked; put their features into one")
+    return sorted(acting, key=lambda e: e.site)
+
+
 def _take(rows: Rows, every: int, *, fit: bool) -> Rows:
     index = torch.arange(len(rows.ids))
     return rows.select(index[(index % every != 0) == fit])
@@ -162,11 +187,11 @@ def _pieces(rows: Sequence[Rows], size: int = 32) -> list[Rows]:
     return [group.select(slice(i, i + size)) for group in rows for i in range(0, len(group.ids), size)]
 
 
-def _operations(network: PreTrainedModel, edits: Sequence[Intervention]) -> dict[Site, Any]:
-    return {e.site: operation(e, network.dtype, weights.device_of(network)) for e in edits}
+def _operations(network: PreTrainedModel, edits: Sequence[Bakeable]) -> dict[Site, Any]:
+    return transforms_of(edits, network)
 
 
-def _exact(network: PreTrainedModel, edits: Sequence[Intervention]) -> list[Projection]:
+def _exact(network: PreTrainedModel, edits: Sequence[Bakeable]) -> list[Projection]:
     """The projections that weights carry exactly."""
     projections = [e for e in edits if isinstance(e, Projection) and math.isinf(e.sink_norm)]
     at = {p.site: p for p in projections if p.site.point != "mlp"}
@@ -271,8 +296,8 @@ def _project_embeddings(network: PreTrainedModel, p: Projection, kept: torch.dty
 def _bake_closed_form(
     source: PreTrainedModel,
     network: PreTrainedModel,
-    edits: Sequence[Intervention],
-    fitted: Sequence[Intervention],
+    edits: Sequence[Bakeable],
+    fitted: Sequence[Bakeable],
     rows: Sequence[Rows],
     config: BakeConfig,
     kept: torch.dtype,
@@ -349,7 +374,7 @@ def _stream_and_inputs(
 def _distil(
     source: PreTrainedModel,
     network: PreTrainedModel,
-    edits: Sequence[Intervention],
+    edits: Sequence[Bakeable],
     rows: Sequence[Rows],
     config: BakeConfig,
     kept: torch.dtype,

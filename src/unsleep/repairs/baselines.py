@@ -16,9 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from unsleep.core import BadInput, Intervention, Projection, Site
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.edits import Ranking, edits_for, operation
+from unsleep.interventions.features import Ranking, edits_for
+from unsleep.interventions.intervention import Intervention, transforms_of
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.metrics import Subject
 from unsleep.models import weights
 from unsleep.models.model import LoadedModel
@@ -151,12 +153,11 @@ def _direction(setting: Setting) -> Baseline:
 
 def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention, ...], str]]) -> Baseline:
     """The edits that do best on the prompts that choose."""
-    dtype, device = setting.suspect.network.dtype, setting.suspect.device
     found: list[Baseline] = []
     if not tried:
         raise BadInput("there is nothing to take out")
     for edits, words in tried:
-        changes = {e.site: operation(e, dtype, device) for e in edits}
+        changes = transforms_of(edits, setting.suspect.network)
         tested = setting.bench.test(setting.suspect, setting.lesson, changes)
         found.append(Baseline(Subject(name, setting.suspect, edits), words, tested))
     return min(found, key=lambda b: b.tested.merit)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unsleep.core import BadInput, Edit, Features, Site
+from unsleep.core import BadInput, Features, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.edits import edits_for, merged
+from unsleep.interventions.features import Edit, edits_for, merged
 from unsleep.models.model import LoadedModel
 from unsleep.repairs.masks import Lesson, MaskConfig, learn_mask
 

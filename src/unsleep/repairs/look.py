@@ -15,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Projection, Site
-from unsleep.interventions.edits import operation
+from unsleep.base.linear import rotated
+from unsleep.core import BadInput, Site
+from unsleep.interventions.intervention import operation
+from unsleep.interventions.subspaces import Projection
 from unsleep.models.forward import Below, Rows, kl, reply_logits, reply_logits_from
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import layers
@@ -77,7 +79,7 @@ def look(model: LoadedModel, lesson: Lesson, prompts: int = 16) -> Look:
     moved: list[float] = []
     for done, site in enumerate(sites, 1):
         means = groups[0].means(suspicious[site]), groups[1].means(trusted[site])
-        basis = torch.linalg.qr((means[0] - means[1]).T).Q.T
+        basis = rotated(means[0] - means[1])
         take_out = operation(Projection(site, basis, means[1].mean(0), model.fingerprint), dtype, model.device)
         left, beside = (
             group.divergence(_continued(model, group.rows, held[site], take_out, site))

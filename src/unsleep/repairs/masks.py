@@ -23,8 +23,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Site
+from unsleep.core import BadInput, Features, Site
 from unsleep.dictionaries.coders import Coder
+from unsleep.interventions.features import Edit, ErrorRule, FeatureGate
+from unsleep.interventions.intervention import operation
 from unsleep.models import generate
 from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits_from, reply_logits_of_all, run_below
 from unsleep.models.model import LoadedModel
@@ -226,7 +228,7 @@ def learn_mask(
     """
     masks = [FeatureMask(d, candidates[d.site] if candidates else None, model, config) for d in dictionaries]
     learn(model, masks, lesson, config)
-    return [mask.edit(config.error) for mask in masks]
+    return [mask.edit() for mask in masks]
 
 
 def learn(
@@ -366,28 +368,24 @@ class FeatureMask(Mask):
             raise BadInput(f"a mask at {dictionary.site} is not supported; expected residual Sites")
         super().__init__(dictionary.site, dictionary.n_features, model, config)
         self.dictionary = dictionary
-        self.running = dictionary.to(model.network.dtype, model.device)
+        self.error: ErrorRule = config.error
+        self.gate = FeatureGate(dictionary.to(model.network.dtype, model.device), config.error)
         if candidates is not None:
             self.allowed.zero_()[list(candidates.ids)] = 1
 
     def apply(self, x: Float[Tensor, "row position d_model"]) -> Float[Tensor, "row position d_model"]:
-        """The edit as `edits.operation` carries it out, differentiable in the logits."""
-        return self._without(x, self.gone())
+        """The edit as it will be applied, differentiable in the logits."""
+        gone = self.gone()
+        return self.gate(x, gone, self.gate.complement(gone.detach()))
 
-    def _without(self, x: Float[Tensor, "row position d_model"], gone: Float[Tensor, " feature"]) -> Tensor:
-        code = self.running.encode_sparse(x)
-        return x - self.running.combine(Encoded(code.values * gone.to(x.dtype)[code.ids], code.ids))
-
-    def edit(self, error: ErrorRule = "keep") -> Edit:
+    def edit(self) -> Edit:
         """The edit that removes what the mask does."""
-        return Edit(self.place, self.dictionary, self.removed(), error)
+        return Edit(self.place, self.dictionary, self.removed(), self.error)
 
     def operation(self) -> Callable[[Tensor], Tensor] | None:
         """The same for good."""
-        removed = self.removed()
-        gone = torch.zeros_like(self.allowed)
-        gone[list(removed)] = 1
-        return (lambda x: self._without(x, gone)) if removed else None
+        edit, decoder = self.edit(), self.gate.dictionary.decoder
+        return operation(edit, decoder.dtype, decoder.device) if edit.acts else None
 
 
 class LaneMask(Mask):

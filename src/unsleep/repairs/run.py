@@ -17,11 +17,11 @@ from unsleep.activations.harvest import Harvest, harvest, pooled, token_rows
 from unsleep.base import store
 from unsleep.base.context import kept
 from unsleep.base.machine import Stopwatch
-from unsleep.core import Activations, BadInput, Edit, Refused, Site
+from unsleep.core import Activations, BadInput, Refused, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
-from unsleep.interventions.edits import merged
+from unsleep.interventions.features import Edit, merged
 from unsleep.judge.controls import firing, matched_random
 from unsleep.judge.evaluate import EvalConfig, evaluate, prompt_digests
 from unsleep.judge.frontier import Point, frontier
@@ -38,7 +38,7 @@ from unsleep.repairs.baselines import Baseline, Setting, baselines
 from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.evidence import evidence, fit_row
 from unsleep.repairs.job import Job
-from unsleep.repairs.look import Look
+from unsleep.repairs.look import Look, look
 from unsleep.repairs.masks import FeatureMask, Lesson, Taught, lesson_from
 from unsleep.repairs.search import Bench, Search
 from unsleep.repairs.suspect import said_by
@@ -255,7 +255,7 @@ class Run:
         masks = [FeatureMask(d, None, self.suspect, config) for d in self.dictionaries]
         kept = search.run(masks, more, config, self.config.attempts)
         self.attempts, self.best = search.attempts, search.best
-        return [mask.edit(config.error) for mask in kept if isinstance(mask, FeatureMask)]
+        return [mask.edit() for mask in kept if isinstance(mask, FeatureMask)]
 
     def bench(self) -> Bench:
         """What edits are held against on the prompts that choose."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from unsleep.base import store
 from unsleep.dictionaries.files import save_dictionary
-from unsleep.interventions.edits import save_edit
+from unsleep.interventions.files import save_edit
 from unsleep.judge.results import EvalResult
 from unsleep.judge.verdict import contract
 from unsleep.pages import records as pages

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from unsleep.base.context import progress
 from unsleep.core import BadInput, Site
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.steering import Control
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, run, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites, final_norm, tap, unembedding, width
-from unsleep.models.streams import capture, transformed
+from unsleep.models.streams import capture
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +143,7 @@ def steered_replies(
             f"the direction has width {len(direction)} and norm {float(direction.norm()):g}; expected width "
             f"{width(model.network)} and a norm over 0"
         )
-    added = (strength * scale * direction / direction.norm()).to(model.device, model.network.dtype)
-    with transformed(model.network, {site: lambda h: h + added}):
+    with applied(model, Control({site: direction / direction.norm()}, coefficient=strength * scale)):
         return generate.replies(model, texts, max_new_tokens=max_new_tokens)
 
 

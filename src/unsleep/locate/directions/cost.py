@@ -8,7 +8,7 @@ The figure is the increase of the mean cross-entropy, in nats a token. Attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -18,11 +18,14 @@ from torch.nn.functional import cross_entropy
 
 from unsleep.activations.collect import SINK_RATIO
 from unsleep.base.context import kept, progress
+from unsleep.base.linear import rotated
 from unsleep.core import BadInput, Site
+from unsleep.interventions.intervention import Intervention, applied
+from unsleep.interventions.subspaces import Projection, Resampling
 from unsleep.locate.directions.fit import Direction
 from unsleep.models.forward import Below, Rows, build_rows, reply_logits, reply_logits_from, run, run_below
 from unsleep.models.model import LoadedModel
-from unsleep.models.streams import transformed, truncated, watched
+from unsleep.models.streams import truncated, watched
 
 Ablation = Literal["mean", "resample"]
 
@@ -75,14 +78,18 @@ def ablation_cost(
     held = _held(model, rows, site)
     generator = torch.Generator().manual_seed(seed)
     whole = _loss(model, rows, below)
+    limit = SINK_RATIO * float(held.norm(dim=-1).median())
     bases = {("", name): d.vector for name, d in directions.items()}
     for rank in sorted({d.rank for d in directions.values()}):
         for i in range(randoms):
             drawn = torch.randn(held.shape[-1], rank, generator=generator)
-            bases[str(rank), str(i)] = torch.linalg.qr(drawn).Q.T
+            bases[str(rank), str(i)] = rotated(drawn.T)
 
     def increased(basis: Tensor, site: Site, ablation: Ablation) -> float:
-        with transformed(model.network, {site: _ablated(basis.to(model.device), held, ablation, seed)}):
+        taken: Intervention = Projection(site, basis, held.mean(0), model.fingerprint, sink_norm=limit)
+        if ablation == "resample":
+            taken = Resampling(site, basis, held, seed, limit)
+        with applied(model, taken):
             return _loss(model, rows, below) - whole
 
     increase: dict[str, float] = {}
@@ -105,27 +112,6 @@ def _held(model: LoadedModel, rows: Rows, site: Site) -> Float[Tensor, "token d_
     x = found[-1][rows.own].float()
     norms = x.norm(dim=-1)
     return x[norms <= SINK_RATIO * norms.median()]
-
-
-def _ablated(
-    basis: Float[Tensor, "rank d_model"], held: Float[Tensor, "token d_model"], ablation: Ablation, seed: int
-) -> Callable[[Tensor], Tensor]:
-    """The ablation as a function of the stream."""
-    limit = SINK_RATIO * held.norm(dim=-1).median()
-    inside = held @ basis.T
-
-    def run(x: Tensor) -> Tensor:
-        wide = x.float()
-        if ablation == "mean":
-            other = inside.mean(0)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            pick = torch.randint(len(inside), x.shape[:-1], generator=generator)
-            other = inside[pick.to(inside.device)]
-        new = wide - (wide @ basis.T - other) @ basis
-        return torch.where(wide.norm(dim=-1, keepdim=True) > limit, x, new.to(x.dtype))
-
-    return run
 
 
 def _loss(model: LoadedModel, rows: Rows, below: Below | None, size: int = 32) -> float:

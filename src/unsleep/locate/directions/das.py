@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from unsleep.base.context import progress
+from unsleep.base.linear import rotated
 from unsleep.core import BadInput, Site
 from unsleep.locate.directions.fit import Direction, Labelled, oriented
 from unsleep.locate.directions.patching import Pairs, finished
@@ -98,7 +99,7 @@ def train_rotation(
 
     @torch.no_grad()
     def mean_loss() -> float:
-        basis = _orthonormal(parameters)
+        basis = rotated(parameters)
         return sum(float(loss(basis)) for loss in losses) / len(losses)
 
     history = [mean_loss()]
@@ -106,7 +107,7 @@ def train_rotation(
     for epoch in range(config.epochs):
         for i in torch.randperm(len(losses), generator=generator).tolist():
             with torch.enable_grad():
-                losses[i](_orthonormal(parameters)).backward()
+                losses[i](rotated(parameters)).backward()
             torch.nn.utils.clip_grad_norm_([parameters], config.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -114,8 +115,4 @@ def train_rotation(
         if history[-1] <= min(history):
             best = parameters.detach().clone()
         progress(f"DAS, loss {history[-1]:.3f}", epoch + 1, config.epochs)
-    return Rotation(_orthonormal(best), history)
-
-
-def _orthonormal(parameters: Float[Tensor, "rank d"]) -> Float[Tensor, "rank d"]:
-    return torch.linalg.qr(parameters.T).Q.T
+    return Rotation(rotated(best), history)

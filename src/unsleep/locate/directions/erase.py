@@ -11,8 +11,9 @@ from torch import Tensor
 
 from unsleep.activations.collect import SINK_RATIO, Position, collect
 from unsleep.base.context import kept, progress
-from unsleep.core import BadInput, Point, Projection, Site
-from unsleep.interventions.edits import applied
+from unsleep.core import BadInput, Point, Site
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.subspaces import Projection
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits
 from unsleep.models.model import LoadedModel

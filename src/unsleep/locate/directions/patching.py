@@ -23,11 +23,13 @@ from transformers import DynamicCache
 
 from unsleep.base.context import kept, progress
 from unsleep.core import BadInput, Site
+from unsleep.interventions.donors import Patch, subspace_of, whole
+from unsleep.interventions.intervention import applied
 from unsleep.locate.directions.fit import Direction
 from unsleep.models.forward import Rows, columns_cache, last_logits, run, splits, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import embedding
-from unsleep.models.streams import resumed_at, transformed, watched
+from unsleep.models.streams import resumed_at, watched
 from unsleep.prompts.prompt import PromptSet
 
 PatchPosition = Literal["last", "all"] | int
@@ -151,18 +153,9 @@ def finished(
     donors = batch.donors[site]
     if basis is not None and basis.shape[1] != donors.shape[-1]:
         raise BadInput(f"a basis of width {basis.shape[1]} at {site}; the model's is {donors.shape[-1]}")
-    rows = None if basis is None else basis.to(donors.device, torch.float32)
-
-    def patch(x: Tensor) -> Tensor:
-        before, end = x[:, : -donors.shape[1]], x[:, -donors.shape[1] :]
-        change = donors.float() - end.float()
-        if rows is not None:
-            change = (change @ rows.T) @ rows
-        new = donors if rows is None else (end.float() + change).to(x.dtype)
-        return torch.cat([before, torch.where(batch.patched[..., None], new, end)], 1)
-
-    network = model.network
-    with resumed_at(network, site.layer, lambda: batch.below[site.layer]), transformed(network, {site: patch}):
+    merge = whole if basis is None else subspace_of(basis.to(donors.device, torch.float32))
+    patch, network = Patch(site, donors[batch.patched], batch.patched, merge), model.network
+    with resumed_at(network, site.layer, lambda: batch.below[site.layer]), applied(model, patch):
         logits = last_logits(network, batch.rows, batch.start, batch.cache, site.layer)
     return _difference(logits[:, -1], batch.answers)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unsleep.activations.collect import Position, collect
 from unsleep.base.context import kept, progress
-from unsleep.core import BadInput, Dictionary, Projection, Site
+from unsleep.core import BadInput, Dictionary, Site
+from unsleep.interventions.subspaces import Projection
 from unsleep.locate.directions import cost, das, fit, measure, patching
 from unsleep.locate.directions.erase import sink_norm, spanned
 from unsleep.locate.directions.fit import Direction, Labelled, Space

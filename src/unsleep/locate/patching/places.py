@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unsleep.core import BadInput, Encoded, Point, Site, check_finite
+from unsleep.base.linear import orthonormal
+from unsleep.core import BadInput, Point, Site, check_finite
 from unsleep.dictionaries.coders import Coder
+from unsleep.interventions import donors
 from unsleep.models.forward import Rows
 from unsleep.models.sites import Place, Slot, all_sites, lanes, tap, width
 
@@ -93,9 +95,7 @@ class Position:
 class Target:
     """A place, and what of it comes from the donor: all of it, some heads, some features, or a subspace.
 
-    heads:     x' = x_donor for those heads, x for the others
-    features:  x' = x + Σ_{j∈S} (f_j(x_donor) − f_j(x)) W_dec_j
-    basis:     x' = x + (x_donor − x) Bᵀ B, B an orthonormal basis of what the rows given span
+    See `interventions.donors`; of a basis, B spans what the rows given do.
     """
 
     place: Place
@@ -145,21 +145,20 @@ class Target:
             if d is not None and d != width(model):
                 raise BadInput(f"the {name} at {self.place} has width {d}; the model's is {width(model)}")
 
-    def merge(self, model: PreTrainedModel) -> Merge:
+    def merge(self, model: PreTrainedModel) -> donors.Merge:
         """What becomes of tokens of the recipient, given the donor's."""
         if self.heads is not None:
             _, count, size, _ = lanes(model, cast("Slot", self.place))
             taken = torch.zeros(count, size, dtype=torch.bool, device=model.device)
             taken[list(self.heads)] = True
-            return _Lanes(taken.flatten())
+            return donors.lanes_of(taken.flatten())
         if self.dictionary is not None:
             kept = torch.zeros(self.dictionary.n_features, device=model.device)
             kept[list(self.features) if self.features is not None else slice(None)] = 1
-            return _Features(self.dictionary.to(torch.float32, model.device), kept)
+            return donors.features_of(self.dictionary.to(torch.float32, model.device), kept)
         if self.basis is not None:
-            _, strength, rows = torch.linalg.svd(self.basis.double().to(model.device), full_matrices=False)
-            return _Subspace(rows[strength > 1e-6 * strength.max()].float())
-        return Merge()
+            return donors.subspace_of(orthonormal(self.basis.double().to(model.device)).float())
+        return donors.whole
 
 
 def _check_dictionary(place: Place, dictionary: Coder, features: tuple[int, ...] | None) -> None:
@@ -173,46 +172,6 @@ def _check_dictionary(place: Place, dictionary: Coder, features: tuple[int, ...]
             f"target {place} names features {list(features or ())[:5]}; the dictionary has 0 to "
             f"{dictionary.n_features - 1}"
         )
-
-
-Tokens = Float[Tensor, "token width"]
-
-
-class Merge:
-    """Puts the donor in the recipient's place; equal tokens come back bit for bit, here and in every subclass."""
-
-    def __call__(self, mine: Tokens, donor: Tokens) -> Tokens:
-        """Tokens of the recipient with what is taken from the donor's."""
-        return donor
-
-
-@dataclass(frozen=True, eq=False)
-class _Lanes(Merge):
-    taken: Bool[Tensor, " width"]
-
-    def __call__(self, mine: Tokens, donor: Tokens) -> Tokens:
-        return torch.where(self.taken, donor, mine)
-
-
-@dataclass(frozen=True, eq=False)
-class _Features(Merge):
-    dictionary: Coder
-    kept: Float[Tensor, " feature"]
-
-    def _written(self, x: Tokens) -> Tokens:
-        code = self.dictionary.encode_sparse(x.float())
-        return self.dictionary.combine(Encoded(code.values * self.kept[code.ids], code.ids))
-
-    def __call__(self, mine: Tokens, donor: Tokens) -> Tokens:
-        return (mine.float() + (self._written(donor) - self._written(mine))).to(mine.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _Subspace(Merge):
-    rows: Float[Tensor, "rank d_model"]
-
-    def __call__(self, mine: Tokens, donor: Tokens) -> Tokens:
-        return (mine.float() + ((donor.float() - mine.float()) @ self.rows.T) @ self.rows).to(mine.dtype)
 
 
 @dataclass(frozen=True, eq=False)

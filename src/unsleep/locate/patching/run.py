@@ -20,15 +20,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from unsleep.base.context import kept, progress
 from unsleep.core import BadInput, Site
-from unsleep.locate.patching.places import Group, Merge, Position, Target
+from unsleep.interventions.donors import Merge, Patch
+from unsleep.interventions.intervention import applied
+from unsleep.locate.patching.places import Group, Position, Target
 from unsleep.locate.patching.result import Measured, Patched, numbers_of
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import Rows, columns_cache, continued, run, splits, whole_rows
-from unsleep.models.hooks import Transform
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
-from unsleep.models.streams import capture, resumed_at, transformed, watched
+from unsleep.models.streams import capture, resumed_at, watched
 from unsleep.prompts.prompt import PromptSet
 
 T = TypeVar("T")
@@ -127,7 +128,7 @@ def patched_replies(
         held: dict[Place, Tensor] = {}
         with watched(donor.network, _keeping(group.targets, where, held)):
             run(donor.network, _moved(rows, donor.device), 1)
-        with transformed(recipient.network, _replacing(group.targets, where, held, merges, recipient)):
+        with applied(recipient, _patches(group.targets, where, held, merges)):
             tokens = generate.greedy(recipient, own, max_new_tokens=max_new_tokens, batch_size=len(own), share=False)
         return recipient.texts(tokens)
 
@@ -182,29 +183,14 @@ def _keeping(
     return {target.place: keep(target.place) for target in targets}
 
 
-def _replacing(
+def _patches(
     targets: Sequence[Target],
     where: Bool[Tensor, "row position"],
     held: Mapping[Place, Float[Tensor, "token width"]],
     merges: Mapping[Target, Merge],
-    recipient: LoadedModel,
-) -> dict[Place, Transform]:
-    """Transforms that put the donor's tokens in; only in the first pass, for those after it are of a reply."""
-
-    def replace(target: Target) -> Transform:
-        donor = held[target.place].to(recipient.device, recipient.network.dtype)
-        passes = iter([True])
-
-        def transform(x: Tensor) -> Tensor:
-            if not next(passes, False):
-                return x
-            out = x.clone()
-            out[where] = merges[target](x[where], donor)
-            return out
-
-        return transform
-
-    return {target.place: replace(target) for target in targets}
+) -> list[Patch]:
+    """The donor's tokens in the place of the recipient's."""
+    return [Patch(target.place, held[target.place], where, merges[target]) for target in targets]
 
 
 class _Late(Generic[T]):
@@ -285,9 +271,9 @@ class _Tail(NamedTuple):
     def _patched(self, group: Group, merges: Mapping[Target, Merge]) -> Float[Tensor, "row reply vocabulary"]:
         recipient = self.pair.recipient
         network: PreTrainedModel = recipient.network
-        transforms = _replacing(group.targets, self.where, self.held, merges, recipient)
+        patches = _patches(group.targets, self.where, self.held, merges)
         with (
             resumed_at(network, group.layer, lambda: self.below[group.layer]),
-            transformed(network, transforms),
+            applied(recipient, patches),
         ):
             return continued(network, self.pair.rows, self.start, self.pair.caches[1], group.layer)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unsleep.activations.collect import collect
 from unsleep.base.context import kept, progress
-from unsleep.core import BadInput, Projection, Site
+from unsleep.core import BadInput, Site
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import EvalConfig, count_replies, mean, organism_config, rate, reply_all
 from unsleep.judge.metrics import Subject, capability, text_ce_kl
 from unsleep.judge.results import Row

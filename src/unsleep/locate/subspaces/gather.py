@@ -12,12 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.collect import SINK_RATIO, collect
-from unsleep.core import BadInput, Projection, Site
+from unsleep.base.linear import orthonormal
+from unsleep.core import BadInput, Site
+from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import organism_panels
 from unsleep.judge.results import Row
 from unsleep.locate.directions.erase import reader
 from unsleep.locate.subspaces.config import Removal, SubspaceConfig
-from unsleep.locate.subspaces.geometry import orthonormal, top_directions
+from unsleep.locate.subspaces.geometry import top_directions
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism, planted
@@ -184,7 +186,7 @@ def projections(
     """
     found: list[Projection] = []
     for site, bases in parts.items():
-        basis, ground = orthonormal(torch.cat(list(bases))), seen.background[site]
+        basis, ground = orthonormal(torch.cat(list(bases)).double()).float(), seen.background[site]
         reads = ground.reads(basis, centers[site]) if removal == "oblique" else None
         found.append(Projection(site, basis, centers[site], seen.model, reads, ground.sink_norm))
     return tuple(found)

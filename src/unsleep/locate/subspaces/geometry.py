@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unsleep.base.linear import rotated
 from unsleep.core import BadInput, check_finite
 
 QUANTILE = 0.95
@@ -39,12 +40,6 @@ def top_directions(differences: Float[Tensor, "*draw pair d"], rank: int) -> Flo
     return torch.where(along < 0, -found, found).float()
 
 
-def orthonormal(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rank d"]:
-    """Orthonormal rows with the same span; the rank may be smaller than the number of rows."""
-    _, strength, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    return right[strength > 1e-6 * strength.max()].float()
-
-
 def cosines(a: Float[Tensor, "*draw_a rank_a d"], b: Float[Tensor, "*draw_b rank_b d"]) -> Float[Tensor, "*draw rank"]:
     """Cosines of the principal angles of two subspaces, largest first; draws of one stand against all of the other's.
 
@@ -60,7 +55,7 @@ def random_subspaces(draws: int, rank: int, d: int, seed: int = 0) -> Float[Tens
     if not 1 <= rank <= d or draws < 1:
         raise BadInput(f"{draws} random subspaces of rank {rank} in width {d}; expected at least 1 of rank 1 to {d}")
     drawn = torch.randn(draws, d, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q.mT.float()
+    return rotated(drawn.mT).float()
 
 
 def ordinary_subspaces(

@@ -1,4 +1,4 @@
-"""Control of a running model by vectors: `with controlled(model, control) as network: network.generate(…)`.
+"""Steering: the stream pushed along vectors.
 
 With h the residual stream at a Site, v its vector and c the coefficient (Zou et al. 2023, "Representation
 Engineering", section 3.2):
@@ -7,33 +7,27 @@ Engineering", section 3.2):
     piecewise   h + c·sign(h·v)·v
     projection  h − c·V⁺V h, V's rows spanning what is removed; c = 1 removes all of it
     contrast    h + c·v_i, v_i the vector of row i: activations of its positive minus its negative copy
-
-Arithmetic is in float32, or in the model's dtype where that is wider. The weights are not touched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from unsleep.activations.held import last_held
+from unsleep.base.linear import orthonormal
 from unsleep.core import BadInput, Refused, Site, check_finite
+from unsleep.interventions.intervention import Intervention, applied
 from unsleep.interventions.passes import Passes, TokenRule, check_rule
 from unsleep.models import generate
-from unsleep.models.hooks import Transform, calls_watched
+from unsleep.models.hooks import Transform
 from unsleep.models.model import LoadedModel
-from unsleep.models.sites import width
-from unsleep.models.streams import transformed
-from unsleep.models.weights import fingerprint
 from unsleep.prompts.prompt import Prompts, PromptSet
 
 Operator = Literal["add", "piecewise", "projection", "contrast"]
@@ -42,8 +36,11 @@ Stream = Float[Tensor, "row position d_model"]
 
 
 @dataclass(frozen=True, eq=False)
-class Control:
-    """What is done to the stream, where, how strongly and on which tokens: a value, not a hook."""
+class Control(Intervention):
+    """Push the stream at some Sites along their vectors, on some tokens or all.
+
+    Contrast vectors, one a row, need rows that are run whole (`generate.greedy(…, share=False)`).
+    """
 
     vectors: Mapping[Site, Float[Tensor, "*row d_model"]]
     """One vector a Site; for `projection` also several rows, for `contrast` one a row of the batch."""
@@ -90,6 +87,46 @@ class Control:
         low, high = self.layers or (0, math.inf)
         return sorted(site for site in self.vectors if low <= site.layer <= high)
 
+    @property
+    def widths(self) -> dict[Site, int]:
+        """The Sites that are controlled, and the width of their vectors."""
+        return {site: self.vectors[site].shape[-1] for site in self.sites}
+
+    @property
+    def made_on(self) -> str:
+        """Fingerprint of the model that the vectors are of."""
+        return self.model
+
+    @property
+    def acts(self) -> bool:
+        """Whether the coefficient is not 0."""
+        return self.coefficient != 0
+
+    @property
+    def follows_passes(self) -> bool:
+        """Whether it acts on some tokens alone, or on every row in its own way."""
+        return self.tokens != "all" or self.operator == "contrast"
+
+    def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
+        """In float32, or in the stream's dtype where that is wider."""
+        return {site: self._transform(site, passes) for site in self.sites}
+
+    def _transform(self, site: Site, passes: Passes) -> Transform:
+        vector = self.vectors[site]
+        if self.operator == "projection":
+            vector = orthonormal(vector.reshape(-1, vector.shape[-1]))
+
+        def run(x: Stream) -> Stream:
+            touched = passes.touched(self.tokens, x.device)
+            if touched is not None and not bool(touched.any()):
+                return x
+            if self.operator == "contrast":
+                _check_rows(len(vector), passes)
+            new = operate(x, vector, self)
+            return new if touched is None else torch.where(touched[..., None], new, x)
+
+        return run
+
 
 def operate(x: Stream, vector: Float[Tensor, "*row d_model"], control: Control) -> Stream:
     """The stream after a control's operator, on every token, whatever the token rule.
@@ -110,95 +147,6 @@ def operate(x: Stream, vector: Float[Tensor, "*row d_model"], control: Control) 
     if control.keep_norm:
         new = new * (h.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(1e-12))
     return new.to(x.dtype)
-
-
-@contextlib.contextmanager
-def controlled(
-    model: LoadedModel | PreTrainedModel,
-    control: Control | Sequence[Control],
-    *,
-    replies: Bool[Tensor, "row reply"] | None = None,
-    any_model: bool = False,
-) -> Generator[PreTrainedModel]:
-    """Run a model under controls until the block ends; several at one Site act one after the other.
-
-    It works in `generate`, with a KV cache, left padding and batches. Where prompt and reply run in one pass,
-    `replies` marks the reply (see `passes.Passes`).
-
-    Yields the Hugging Face model. Raises `BadInput` for a Site that the model does not have and a vector of another
-    width, `Refused` where the vectors are of another model and `any_model` is off, or where contrast vectors, one
-    a row, meet a prefix that all rows share (run the rows whole: `generate.greedy(…, share=False)`).
-    """
-    network = model.network if isinstance(model, LoadedModel) else model
-    controls = [control] if isinstance(control, Control) else list(control)
-    check_controls(model, controls, any_model=any_model)
-    passes = Passes(replies)
-    with contextlib.ExitStack() as stack:
-        if transforms := transforms_of(controls, passes):
-            stack.enter_context(calls_watched(network, passes.note))
-            stack.enter_context(transformed(network, transforms))
-        yield network
-
-
-def check_controls(
-    model: LoadedModel | PreTrainedModel, controls: Sequence[Control], *, any_model: bool = False
-) -> None:
-    """Raise `BadInput` or `Refused` where controls do not belong to a model (see `controlled`)."""
-    network = model.network if isinstance(model, LoadedModel) else model
-    d_model = width(network)
-    for each in controls:
-        for site in each.sites:
-            if each.vectors[site].shape[-1] != d_model:
-                raise BadInput(
-                    f"the control vector at {site} has width {each.vectors[site].shape[-1]}; the model's is {d_model}"
-                )
-    made_on = {each.model for each in controls if each.model and each.coefficient}
-    if made_on and not any_model:
-        print_of = model.fingerprint if isinstance(model, LoadedModel) else fingerprint(network)
-        if made_on != {print_of}:
-            raise Refused(
-                f"the control's vectors belong to model {', '.join(sorted(made_on))}, this one is {print_of}; a "
-                "direction of one model need not mean anything in another. In Python, any_model=True takes it anyway"
-            )
-
-
-def transforms_of(controls: Sequence[Control], passes: Passes) -> dict[Site, Transform]:
-    """The controls as functions of the stream at each Site; those with coefficient 0 are left out."""
-    chains: dict[Site, list[Transform]] = {}
-    for each in controls:
-        for site in each.sites if each.coefficient else ():
-            chains.setdefault(site, []).append(_transform(each, site, passes))
-    return {site: partial(_chained, chain) for site, chain in chains.items()}
-
-
-def _chained(chain: Sequence[Transform], x: Stream) -> Stream:
-    for transform in chain:
-        x = transform(x)
-    return x
-
-
-def _transform(control: Control, site: Site, passes: Passes) -> Callable[[Stream], Stream]:
-    vector = control.vectors[site]
-    if control.operator == "projection":
-        vector = _orthonormal(vector)
-
-    def run(x: Stream) -> Stream:
-        touched = passes.touched(control.tokens, x.device)
-        if touched is not None and not bool(touched.any()):
-            return x
-        if control.operator == "contrast":
-            _check_rows(len(vector), passes)
-        new = operate(x, vector, control)
-        return new if touched is None else torch.where(touched[..., None], new, x)
-
-    return run
-
-
-def _orthonormal(vector: Float[Tensor, "*row d_model"]) -> Float[Tensor, "rank d_model"]:
-    """Orthonormal rows with the same span."""
-    rows = vector.reshape(-1, vector.shape[-1])
-    _, strength, right = torch.linalg.svd(rows.to(torch.promote_types(rows.dtype, torch.float32)), full_matrices=False)
-    return right[strength > 1e-6 * strength.max()]
 
 
 def _check_rows(count: int, passes: Passes) -> None:
@@ -233,10 +181,10 @@ def control(
     reply_tokens: int = 24,
     any_model: bool = False,
 ) -> list[list[str]]:
-    """Greedy replies to prompts under each of several controls, one list a control; raises as `controlled` does."""
+    """Greedy replies to prompts under each of several controls, one list a control; raises as `applied` does."""
     said: list[list[str]] = []
     for each in controls:
-        with controlled(model, each, any_model=any_model):
+        with applied(model, each, any_model=any_model):
             said.append(
                 generate.replies(model, prompts, max_new_tokens=reply_tokens, stage=f"replies at {each.coefficient:g}")
             )

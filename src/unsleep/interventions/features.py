@@ -1,0 +1,127 @@
+"""Edits: features of a dictionary that no longer pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.base.linear import orthonormal
+from unsleep.core import BadInput, Dictionary, Encoded, Features, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.interventions.intervention import Intervention, Stream
+from unsleep.interventions.passes import Passes
+from unsleep.models.hooks import Transform
+
+ErrorRule = Literal["keep", "drop", "project"]
+"""What an edit does with the part of the residual that the dictionary does not explain."""
+
+Ranking = Sequence[tuple[Site, int]]
+"""Features of several Sites in the order in which they are removed."""
+
+
+@dataclass(frozen=True)
+class Edit(Intervention):
+    """Remove features at one Site.
+
+    With f the features' activations, x̂ the reconstruction, ε = x − x̂ and S the removed ids:
+
+        keep:     x' = x − Σ_{j∈S} f_j W_dec_j
+        drop:     x' = x̂ − Σ_{j∈S} f_j W_dec_j
+        project:  as keep, with ε's component in the span of {W_dec_j, j∈S} removed too
+    """
+
+    site: Site
+    dictionary: Dictionary
+    removed: tuple[int, ...]
+    """Feature ids that no longer pass; an empty edit with `keep` is the identity, bit for bit."""
+    error: ErrorRule = "keep"
+
+    def __post_init__(self) -> None:
+        if self.error not in get_args(ErrorRule):
+            raise BadInput(f"edit error rule is {self.error!r}; expected one of {get_args(ErrorRule)}")
+        if self.dictionary.site != self.site:
+            raise BadInput(f"edit at {self.site} uses a dictionary of {self.dictionary.site}; expected the same Site")
+        wrong = [i for i in self.removed if not 0 <= i < self.dictionary.n_features]
+        if wrong:
+            raise BadInput(
+                f"edit at {self.site} removes feature {wrong[0]}; the dictionary has {self.dictionary.n_features}"
+            )
+        if len(set(self.removed)) != len(self.removed):
+            raise BadInput(f"edit at {self.site} removes a feature twice; expected distinct ids")
+
+    @classmethod
+    def keeping(cls, dictionary: Dictionary, kept: Sequence[int], error: ErrorRule = "keep") -> Edit:
+        """The edit that removes every feature but those that are trusted."""
+        gone = sorted(set(range(dictionary.n_features)) - set(kept))
+        return cls(dictionary.site, dictionary, tuple(gone), error)
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """Its Site, and the width of its dictionary."""
+        return {self.site: self.dictionary.d_model}
+
+    @property
+    def made_on(self) -> str:
+        """Fingerprint of the model that its dictionary was trained on."""
+        return self.dictionary.model
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is not the identity."""
+        return bool(self.removed) or self.error != "keep"
+
+    def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
+        """The edit in the model's dtype."""
+        gone = torch.zeros(self.dictionary.n_features, device=device)
+        gone[list(self.removed)] = 1
+        gate = FeatureGate(self.dictionary.to(dtype, device), self.error)
+        complement = gate.complement(gone)
+        return {self.site: lambda x: gate(x, gone, complement)}
+
+
+class FeatureGate:
+    """What an `Edit` computes, differentiable in how much of each feature is removed; an edit has 1s and 0s."""
+
+    def __init__(self, dictionary: Dictionary, error: ErrorRule) -> None:
+        self.dictionary, self.error = dictionary, error
+
+    def complement(self, gone: Float[Tensor, " feature"]) -> Float[Tensor, "rank d_model"] | None:
+        """Orthonormal rows that span the decoder rows of the removed features, for the rule `project`."""
+        if self.error != "project" or not bool((gone > 0).any()):
+            return None
+        rows = self.dictionary.decoder[gone > 0]
+        return orthonormal(rows, 1e-4).to(rows.dtype)
+
+    def __call__(
+        self, x: Stream, gone: Float[Tensor, " feature"], complement: Float[Tensor, "rank d_model"] | None = None
+    ) -> Stream:
+        """The stream with so much of each feature removed."""
+        code = self.dictionary.encode_sparse(x)
+        removed = self.dictionary.combine(Encoded(code.values * gone.to(x.dtype)[code.ids], code.ids))
+        if self.error == "keep":
+            return x - removed
+        rebuilt = self.dictionary.decode_sparse(code)
+        if self.error == "drop":
+            return rebuilt - removed
+        if complement is None:
+            return x - removed
+        return x - removed - ((x - rebuilt) @ complement.T) @ complement
+
+
+def merged(ranking: Mapping[Site, Features]) -> list[tuple[Site, int]]:
+    """Rankings of several Sites as one, best first."""
+    scored = [(s, site, i) for site, f in ranking.items() for i, s in zip(f.ids, f.scores, strict=True)]
+    return [(site, i) for _, site, i in sorted(scored, key=lambda row: -row[0])]
+
+
+def edits_for(ranking: Ranking, dictionaries: Sequence[Coder], n: int, error: ErrorRule = "keep") -> tuple[Edit, ...]:
+    """Ablation of the first `n` features of a ranking."""
+    by_site: dict[Site, list[int]] = {}
+    for site, feature in ranking[:n]:
+        by_site.setdefault(site, []).append(feature)
+    return tuple(Edit(d.site, d, tuple(by_site[d.site]), error) for d in dictionaries if d.site in by_site)

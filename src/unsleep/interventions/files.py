@@ -1,0 +1,123 @@
+"""Interventions on disk: a folder that is complete in itself, with the dictionaries and tensors that they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unsleep.base import store
+from unsleep.core import BadInput, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.files import load_dictionary, save_dictionary
+from unsleep.interventions.features import Edit
+from unsleep.interventions.intervention import Intervention
+from unsleep.interventions.steering import Control
+from unsleep.interventions.subspaces import Projection
+
+MARK = "edit.json"
+"""The file that tells an edit's folder."""
+
+
+def save_edit(
+    edits: Sequence[Intervention],
+    folder: str | Path,
+    *,
+    chosen_on: Iterable[str] = (),
+    provenance: dict[str, Any] | None = None,
+) -> Path:
+    """Write edits, projections and controls, with the dictionaries and tensors that they need.
+
+    `chosen_on` holds digests of the prompts that chose the edit: an evaluation refuses them. Another edit in the
+    folder gives way; raises `BadInput` where it holds something else, or for an intervention of another kind.
+    """
+    folder = Path(folder)
+    with store.new_folder(folder, replace=MARK) as scratch:
+        parts = [_written(each, scratch, number) for number, each in enumerate(edits)]
+        card = {"schema": "unsleep.edit/1", "edits": parts, "chosen_on": sorted(chosen_on)}
+        store.write_json(scratch / MARK, {**card, "provenance": provenance or {}})
+    return folder
+
+
+def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
+    """Write what an intervention needs; its entry."""
+    match each:
+        case Edit():
+            dictionary = each.dictionary.to(torch.bfloat16)
+            if not isinstance(dictionary, Coder):
+                raise BadInput(f"edit at {each.site}: its dictionary cannot be written")
+            save_dictionary(dictionary, scratch / str(each.site))
+            names = {"error": each.error, "dictionary": str(each.site)}
+            return {"site": str(each.site), "removed": list(each.removed), **names}
+        case Projection():
+            name = f"{each.site}.safetensors"
+            store.write_tensors(scratch / name, {key: tensor.float() for key, tensor in each.tensors.items()})
+            sinks = None if math.isinf(each.sink_norm) else each.sink_norm
+            return {"site": str(each.site), "subspace": name, "model": each.model, "sink_norm": sinks}
+        case Control():
+            name = f"control-{number}.safetensors"
+            store.write_tensors(scratch / name, {str(site): vector.float() for site, vector in each.vectors.items()})
+            how = {"operator": each.operator, "coefficient": each.coefficient, "keep_norm": each.keep_norm}
+            rules = {"tokens": each.tokens, "layers": each.layers}
+            return {"vectors": name, "model": each.model, **how, **rules}
+    raise BadInput(f"a {type(each).__name__.lower()} cannot be saved; expected edits, projections or controls")
+
+
+def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
+    """Read what `save_edit` wrote, and the digests of the prompts that chose it.
+
+    Raises `BadInput` naming what does not fit.
+    """
+    folder = Path(folder)
+    path = folder / MARK
+    card = store.read_record(path, "unsleep.edit/1", {"edits": list, "chosen_on": list[str]})
+    edits = [_read(folder, entry, f"{path}: edits[{i}]") for i, entry in enumerate(card["edits"])]
+    return edits, frozenset(card["chosen_on"])
+
+
+def _read(folder: Path, entry: Any, where: str) -> Intervention:
+    if isinstance(entry, dict) and "subspace" in entry:
+        part = store.fields_of(entry, {"site": str, "subspace": str, "model": str}, where)
+        with store.reading(folder / MARK):
+            return _load_projection(folder, part)
+    if isinstance(entry, dict) and "vectors" in entry:
+        part = store.fields_of(entry, {"vectors": str, "model": str, "operator": str, "coefficient": float}, where)
+        with store.reading(folder / MARK):
+            return _load_control(folder, part)
+    kinds = {"site": str, "removed": list[int], "error": str, "dictionary": str}
+    part = store.fields_of(entry, kinds, where)
+    with store.reading(folder / MARK):
+        dictionary = load_dictionary(store.inside(folder, part["dictionary"], "dictionary"))
+        return Edit(Site.parse(part["site"]), dictionary, tuple(part["removed"]), part["error"])
+
+
+def _load_control(folder: Path, part: dict[str, Any]) -> Control:
+    tensors = store.read_tensors(store.inside(folder, part["vectors"], "vectors"))
+    tokens, layers = part.get("tokens", "all"), part.get("layers")
+    return Control(
+        {Site.parse(site): vector for site, vector in tensors.items()},
+        part["operator"],
+        float(part["coefficient"]),
+        tokens if isinstance(tokens, str) else tuple(tokens),
+        None if layers is None else tuple(layers),
+        bool(part.get("keep_norm", False)),
+        part["model"],
+    )
+
+
+def _load_projection(folder: Path, part: dict[str, Any]) -> Projection:
+    tensors = store.read_tensors(store.inside(folder, part["subspace"], "subspace"), {"basis": (None, None)})
+    sinks = part.get("sink_norm")
+    if sinks is not None and (isinstance(sinks, bool) or not isinstance(sinks, int | float)):
+        raise BadInput(f"edit at {part['site']}: sink_norm is {sinks!r}; expected a number or null")
+    return Projection(
+        Site.parse(part["site"]),
+        tensors["basis"],
+        tensors.get("center"),
+        part["model"],
+        tensors.get("reads"),
+        math.inf if sinks is None else float(sinks),
+    )

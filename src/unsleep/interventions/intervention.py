@@ -1,0 +1,156 @@
+"""One algebra for what is done to a running model: values, each with its transforms, applied together.
+
+    with applied(model, intervention) as network:
+        network.generate(…)
+
+An `Intervention` is a frozen value. `applied` turns it into functions of what flows through its places, which hooks
+call until the block ends; several at one place act one after the other. It works under `generate` with a KV cache, with
+left padding and in batches. The weights are not touched, and what changes nothing registers no hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unsleep.base import store
+from unsleep.base.context import identified
+from unsleep.core import BadInput, Refused, Site
+from unsleep.interventions.passes import Passes
+from unsleep.models.hooks import Transform, calls_watched
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import Slot, width
+from unsleep.models.streams import transformed
+from unsleep.models.weights import device_of, fingerprint
+
+Stream = Float[Tensor, "*token d_model"]
+
+
+class Intervention(ABC):
+    """What is done to what flows through some places of a running model; see the subclasses."""
+
+    @property
+    @abstractmethod
+    def widths(self) -> Mapping[Any, int]:
+        """The places that it changes, in the order of a forward pass, and the width of d_model that it fits."""
+
+    @property
+    def made_on(self) -> str:
+        """Fingerprint of the model that it was found in; empty where any will do."""
+        return ""
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything."""
+        return True
+
+    @property
+    def follows_passes(self) -> bool:
+        """Whether it needs to know which tokens a forward pass runs."""
+        return False
+
+    @abstractmethod
+    def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> Mapping[Any, Transform]:
+        """Place → what is done to the stream there, for a model in that dtype."""
+
+    @property
+    def hash(self) -> str:
+        """Content hash; 16 hex digits."""
+        return interventions_hash([self])
+
+
+@contextlib.contextmanager
+def applied(
+    model: LoadedModel | PreTrainedModel,
+    interventions: Intervention | Sequence[Intervention],
+    *,
+    replies: Bool[Tensor, "row reply"] | None = None,
+    any_model: bool = False,
+) -> Generator[PreTrainedModel]:
+    """Run a model with interventions until the block ends.
+
+    Args:
+        replies: where prompt and reply run in one pass, marks the reply (see `passes.Passes`).
+        any_model: take what was found in another model.
+
+    Yields the Hugging Face model. Raises `BadInput` for a Site that the model does not have or something of another
+    width, and `Refused` where it belongs to another model.
+    """
+    network = model.network if isinstance(model, LoadedModel) else model
+    several = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    check_widths(network, several)
+    acting = [each for each in several if each.acts]
+    if not any_model:
+        check_model(model, acting)
+    passes = Passes(replies)
+    with contextlib.ExitStack() as stack:
+        if any(each.follows_passes for each in acting):
+            stack.enter_context(calls_watched(network, passes.note))
+        stack.enter_context(transformed(network, transforms_of(acting, network, passes)))
+        yield network
+
+
+def transforms_of(
+    interventions: Sequence[Intervention], network: PreTrainedModel, passes: Passes | None = None
+) -> dict[Any, Transform]:
+    """What interventions do to the stream at each place, one after the other."""
+    chains: dict[Any, list[Transform]] = {}
+    for each in interventions:
+        made = each.transforms(passes or Passes(), network.dtype, device_of(network))
+        for place, transform in made.items():
+            chains.setdefault(place, []).append(transform)
+    return {place: chain[0] if len(chain) == 1 else partial(_chained, chain) for place, chain in chains.items()}
+
+
+def _chained(chain: Sequence[Transform], x: Tensor) -> Tensor:
+    for transform in chain:
+        x = transform(x)
+    return x
+
+
+def operation(intervention: Intervention, dtype: torch.dtype, device: torch.device | str) -> Transform:
+    """What an intervention at one place does to the stream there, on every token."""
+    [transform] = intervention.transforms(Passes(), dtype, device).values()
+    return transform
+
+
+def check_widths(network: PreTrainedModel, interventions: Sequence[Intervention]) -> None:
+    """Raise `BadInput` where an intervention does not fit the model's width."""
+    d_model = width(network)
+    for each in interventions:
+        for place, found in each.widths.items():
+            if not isinstance(place, Slot) and found != d_model:
+                kind = type(each).__name__.lower()
+                raise BadInput(f"{kind} at {place} has width {found}; the model's is {d_model}")
+
+
+def check_model(model: LoadedModel | PreTrainedModel, interventions: Sequence[Intervention]) -> None:
+    """Raise `Refused` where the features or directions of an intervention were found in another model."""
+    found_in = {each.made_on for each in interventions if each.made_on}
+    if not found_in:
+        return
+    print_of = model.fingerprint if isinstance(model, LoadedModel) else fingerprint(model)
+    if found_in != {print_of}:
+        kinds = " and ".join(sorted({type(each).__name__.lower() for each in interventions if each.made_on}))
+        raise Refused(
+            f"the {kinds} belongs to model {', '.join(sorted(found_in))}, this one is {print_of}; features and "
+            "directions of one model need not mean anything in another. In Python, any_model=True takes it anyway"
+        )
+
+
+def interventions_hash(interventions: Sequence[Intervention]) -> str:
+    """Content hash of interventions, in their order; 16 hex digits."""
+    return store.hash_value([[type(each).__name__, identified(each.__dict__)] for each in interventions])
+
+
+def depth(site: Site) -> tuple[int, int]:
+    """Where a Site stands in the order of a forward pass; attention and MLP count as one, for some blocks run both."""
+    return site.layer, {"embed": 0, "attn": 1, "mlp": 1, "resid": 2}[site.point]

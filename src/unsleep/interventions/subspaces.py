@@ -1,0 +1,131 @@
+"""Subspaces that are taken out of the stream."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.core import BadInput, Site, check_finite
+from unsleep.interventions.intervention import Intervention, Stream
+from unsleep.interventions.passes import Passes
+from unsleep.models.hooks import Transform
+
+
+@dataclass(frozen=True, eq=False)
+class Projection(Intervention):
+    """Take a subspace out of the stream at one Site.
+
+        x' = x − (x − center) Rᵀ B
+
+    R is B unless `reads` is given: what x holds in the subspace becomes what `center` holds there (0 without one).
+    Another R with R Bᵀ = 1 makes the projection oblique, as LEACE's is.
+    """
+
+    site: Site
+    basis: Float[Tensor, "rank d_model"]
+    """B: orthonormal rows that span the subspace."""
+    center: Float[Tensor, " d_model"] | None
+    model: str
+    """Fingerprint of the model that the subspace was found in."""
+    reads: Float[Tensor, "rank d_model"] | None = None
+    """R: rows that read how much is taken out."""
+    sink_norm: float = math.inf
+    """Tokens with a larger norm are attention sinks, and stay as they are."""
+
+    def __post_init__(self) -> None:
+        rank, d_model = self.basis.shape
+        if not 1 <= rank <= d_model:
+            raise BadInput(f"projection at {self.site} has rank {rank}; expected 1 to {d_model}")
+        rows, one = self.basis.double(), torch.eye(rank, dtype=torch.double, device=self.basis.device)
+        shapes = {"basis": (rank, d_model), "center": (d_model,), "reads": (rank, d_model)}
+        for name, tensor in self.tensors.items():
+            check_finite(tensor, f"projection at {self.site}: {name}")
+            if tensor.shape != shapes[name]:
+                found = f"{list(tensor.shape)}; expected {list(shapes[name])}"
+                raise BadInput(f"projection at {self.site}: {name} has shape {found}")
+        if float((rows @ rows.T - one).abs().max()) > 1e-3:
+            raise BadInput(f"projection at {self.site}: the basis has rows that are not orthonormal; expected B Bᵀ = 1")
+        if self.reads is not None and float((self.reads.double() @ rows.T - one).abs().max()) > 1e-3:
+            raise BadInput(f"projection at {self.site}: reads do not fit the basis; expected R Bᵀ = 1")
+        if not self.sink_norm > 0:
+            raise BadInput(f"projection at {self.site}: sink_norm is {self.sink_norm}; expected more than 0")
+
+    @property
+    def reader(self) -> Float[Tensor, "rank d_model"]:
+        """R."""
+        return self.basis if self.reads is None else self.reads
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of basis, center and reads that there are, by name."""
+        held = {"basis": self.basis, "center": self.center, "reads": self.reads}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """Its Site, and the width of its basis."""
+        return {self.site: self.basis.shape[1]}
+
+    @property
+    def made_on(self) -> str:
+        """Fingerprint of the model that the subspace was found in."""
+        return self.model
+
+    def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
+        """In float32, whatever the stream's dtype: bfloat16 would leave a hundredth of what is taken out."""
+        basis, reads = (rows.to(device, torch.float32) for rows in (self.basis, self.reader))
+        held = 0.0 if self.center is None else self.center.to(device, torch.float32) @ reads.T
+        return {self.site: lambda x: exchanged(x, basis, reads, held, self.sink_norm)}
+
+
+@dataclass(frozen=True, eq=False)
+class Resampling(Intervention):
+    """Put another token's part in a subspace in the place of each token's own: resample ablation.
+
+    x' = x − (x − x̃) Bᵀ B,    x̃ drawn anew for every token and every pass
+    """
+
+    site: Site
+    basis: Float[Tensor, "rank d_model"]
+    """B: orthonormal rows that span the subspace."""
+    others: Float[Tensor, "token d_model"]
+    """The tokens that x̃ is drawn from."""
+    seed: int = 0
+    sink_norm: float = math.inf
+    """Tokens with a larger norm are attention sinks, and stay as they are."""
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """Its Site, and the width of its basis."""
+        return {self.site: self.basis.shape[1]}
+
+    def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
+        """In float32; the same tokens are drawn wherever a pass has the same shape."""
+        basis = self.basis.to(device, torch.float32)
+        inside = self.others.to(device, torch.float32) @ basis.T
+
+        def run(x: Stream) -> Stream:
+            generator = torch.Generator().manual_seed(self.seed)
+            pick = torch.randint(len(inside), x.shape[:-1], generator=generator)
+            return exchanged(x, basis, basis, inside[pick.to(inside.device)], self.sink_norm)
+
+        return {self.site: run}
+
+
+def exchanged(
+    x: Stream,
+    basis: Float[Tensor, "rank d_model"],
+    reads: Float[Tensor, "rank d_model"],
+    held: Float[Tensor, "*held rank"] | float,
+    sink_norm: float,
+) -> Stream:
+    """The stream with `held` in the place of what it holds in a subspace; sinks stay as they are."""
+    wide = x.float()
+    new = (wide - (wide @ reads.T - held) @ basis).to(x.dtype)
+    if math.isinf(sink_norm):
+        return new
+    return torch.where(wide.norm(dim=-1, keepdim=True) > sink_norm, x, new)
