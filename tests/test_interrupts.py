@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from test_diffing import ORDINARY, SUSPICIOUS, base, suspect
-from test_organism_kinds import WORDS, YEAR, saved_base
-from test_recipe import recipe_of
+from support.recipes import WORDS, YEAR, recipe_of, saved_base
+from support.suspects import ORDINARY, SUSPICIOUS, base, suspect
 from unsleep import cli
 from unsleep.base import store
 from unsleep.base.context import kept, progress, reporting, resumable

