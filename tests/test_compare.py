@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_core import as_in_use
-from test_training import ARCHITECTURES, acts, config_of, in_pieces, planted
+from support.checks import as_in_use
+from support.training import ARCHITECTURES, acts, config_of, in_pieces, planted
 from unsleep.core import ActivationStream, BadInput, Site
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
 from unsleep.dictionaries.compare import match, rotation

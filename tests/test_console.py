@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import re
 import runpy
 import sys
-import typing
 import unicodedata
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
 import unsleep
-from conftest import build, byte_tokenizer
-from test_core import as_in_use
+from support.checks import as_in_use
+from support.commands import flags_of
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.cli.console import Bars, fail, table, visible_line
-from unsleep.cli.grid import Grid
 from unsleep.core import BadInput, Refused
-from unsleep.dictionaries.config import TrainConfig
 from unsleep.judge.results import EvalResult, Row
 from unsleep.pages import records as pages
 from unsleep.pages.check import check_result
@@ -138,33 +135,6 @@ def test_a_table_has_a_column_for_each_subject_that_was_judged():
 
 
 # Help
-
-
-def flags_of(function: Callable[..., int]) -> list[str]:
-    """Every parameter as it must stand in the help: flags, and names of positional ones."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    flags: list[str] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        marks = getattr(hints[name], "__metadata__", ())
-        if dataclasses.is_dataclass(parameter.default):
-            config = TrainConfig() if isinstance(parameter.default, Grid) else parameter.default
-            flags += fields_of(config, "" if tyro.conf.OmitArgPrefixes in marks else ".")
-        elif tyro.conf.Positional in marks:
-            flags += [mark.metavar for mark in marks if hasattr(mark, "metavar")]
-        else:
-            flags.append(f"--{name.replace('_', '-')}")
-    return flags
-
-
-def fields_of(config: object, separator: str, prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            found += fields_of(value, separator, f"{prefix}{name}{separator}" if separator else "")
-        else:
-            found.append(f"--{prefix}{name}")
-    return found
 
 
 @pytest.mark.parametrize("stage", cli.STAGES)

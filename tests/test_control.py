@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from test_core import as_in_use
+from support.checks import as_in_use
+from support.prompts import PROMPTS
+from support.vectors import D, at, logits, vector
 from unsleep.core import BadInput, Refused, Site
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.passes import Passes
@@ -23,20 +25,9 @@ from unsleep.models.hooks import Call
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture
 
-D = 32
-PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]
-
-
-def vector(seed: int = 0, size: float = 3.0) -> torch.Tensor:
-    return size * torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(seed)), dim=0)
-
 
 def stream(seed: int = 9) -> torch.Tensor:
     return torch.randn(2, 5, D, generator=torch.Generator().manual_seed(seed))
-
-
-def at(v: torch.Tensor, operator: Any = "add", c: float = 1.0, **more: Any) -> Control:
-    return Control({Site(1): v}, operator, c, **more)
 
 
 # Operators
@@ -92,10 +83,6 @@ def test_arithmetic_is_in_float32_and_comes_back_in_the_models_dtype():
 
 
 # On a model
-
-
-def logits(model: LoadedModel, text: str = "the quick brown fox") -> torch.Tensor:
-    return model.network(torch.tensor(model.token_ids([text]))).logits
 
 
 def hooks(model: LoadedModel) -> int:

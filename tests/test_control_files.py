@@ -15,10 +15,11 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 
-from conftest import build, byte_tokenizer, full_disk
-from test_control import D, logits, vector
-from test_control_reading import NEGATIVE, POSITIVE
-from test_core import as_in_use
+from support.checks import as_in_use
+from support.disks import full_disk
+from support.models import build
+from support.tokenizers import byte_tokenizer
+from support.vectors import NEGATIVE, POSITIVE, D, logits, vector
 from unsleep import cli
 from unsleep.core import BadInput, Site
 from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf

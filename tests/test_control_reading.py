@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import build, byte_tokenizer
-from test_control import PROMPTS, at, vector
-from test_core import as_in_use
+from support.checks import as_in_use
+from support.models import build
+from support.prompts import PROMPTS
+from support.tokenizers import byte_tokenizer
+from support.vectors import NEGATIVE, POSITIVE, at, vector
 from unsleep.core import BadInput, Refused, Site
 from unsleep.interventions.conditions import Condition, Conditional
 from unsleep.interventions.intervention import applied
@@ -31,9 +33,6 @@ from unsleep.pages import render_reading
 from unsleep.prompts import sets
 
 SITES = [Site(0), Site(1), Site(2), Site(1, "mlp")]
-THINGS = ["sun", "moon", "star", "bird", "tree", "lake", "song", "hill"]
-POSITIVE = [f"the {t} is good!" for t in THINGS]
-NEGATIVE = [f"the {t} is bad?" for t in THINGS]
 METHODS: list[Method] = ["pca", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_core import small_dictionary
+from support.dictionaries import small_dictionary
 from unsleep.core import BadInput, Site
 from unsleep.interventions.features import Edit
 from unsleep.judge.controls import Firing, firing, matched_random

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Generator
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from support.checks import as_in_use
+from support.dictionaries import small_dictionary
 from unsleep.core import Activations, BadInput, FeatureEvidence, Features, Site, check_finite, digest
-from unsleep.dictionaries.coders import TopK
 from unsleep.interventions.features import Edit
 from unsleep.judge.results import EvalResult, Row
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -28,24 +26,6 @@ PROMPTS = st.builds(
     st.none() | st.text(max_size=5),
     st.just(()),
 )
-
-
-@contextlib.contextmanager
-def as_in_use() -> Generator[None]:
-    """Without the type checks that only tests have: unsleep's own validation speaks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def small_dictionary(features: int = 6, d_model: int = 4, k: int = 2) -> TopK:
-    """Random weights at resid.1."""
-    make = torch.Generator().manual_seed(0)
-    shapes = ((d_model, features), (features,), (features, d_model), (d_model,))
-    weights = [torch.randn(*shape, generator=make) for shape in shapes]
-    return TopK(Site(1), "0" * 16, *weights, k=k)
 
 
 @given(SITES)

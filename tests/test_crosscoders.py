@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_core import as_in_use
+from support.checks import as_in_use
 from unsleep.base import store
 from unsleep.base.context import reporting
 from unsleep.core import Activations, ActivationStream, BadInput, Site

@@ -17,8 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.training import QUICK, activations, sparse_data
 from unsleep.base import store
-from unsleep.core import Activations, BadInput, Encoded, Site
+from unsleep.core import BadInput, Encoded, Site
 from unsleep.dictionaries import metrics
 from unsleep.dictionaries.coders import TopK
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
@@ -95,22 +96,6 @@ def test_moving_a_dictionary_keeps_its_hash_and_changing_it_does_not():
 # training
 
 
-def sparse_data(n: int = 4096, d: int = 16, true: int = 32, seed: int = 0) -> torch.Tensor:
-    """Tokens that are sums of three of 32 directions, with an offset."""
-    g = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(true, d, generator=g), dim=1)
-    which = torch.rand(n, true, generator=g).topk(3, dim=1).indices
-    strength = torch.rand(n, 3, generator=g) + 0.5
-    return torch.einsum("nk,nkd->nd", strength, directions[which]) * 7 + 3
-
-
-def activations(x: torch.Tensor) -> Activations:
-    return Activations(x, torch.zeros(len(x), dtype=torch.long), Site(1), "model", "prompts")
-
-
-QUICK = TrainConfig(features=64, k=3, tokens=120_000, batch=512, learning_rate=3e-3, dead_after=20_000)
-
-
 def test_training_explains_sparse_data_and_folds_the_scale():
     x = sparse_data()
     dictionary = train(activations(x), QUICK)
@@ -142,7 +127,8 @@ KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
 from dataclasses import replace
-from test_dictionaries import QUICK, activations, sparse_data, train
+from support.training import QUICK, activations, sparse_data
+from unsleep.dictionaries.train import train
 import time
 config = replace(QUICK, tokens=60_000, checkpoint_every=10)
 slow = (lambda *a: (print(*a, flush=True), time.sleep(0.05))) if {slow} else None

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from conftest import full_disk
-from test_dictionary_formats import (
+from support.dictionary_files import (
+    BUFFERS,
     SITE,
     SPARSIFY,
     D,
@@ -24,6 +24,8 @@ from test_dictionary_formats import (
     K,
     X,
     assert_computes,
+    learned,
+    linear,
     numbers,
     saelens,
     saelens_config,
@@ -31,8 +33,9 @@ from test_dictionary_formats import (
     sparsify,
     sparsify_weights,
     write_json,
+    write_state,
 )
-from test_dictionary_pickles import BUFFERS, learned, linear, write_state
+from support.disks import full_disk
 from unsleep.base import hub, store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK

@@ -10,44 +10,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from test_dictionary_formats import SITE, D, F, K, X, assert_computes, numbers, saelens_weights, top, write_json
+from support.dictionary_files import (
+    BUFFERS,
+    SITE,
+    D,
+    F,
+    K,
+    X,
+    assert_computes,
+    learned,
+    linear,
+    numbers,
+    saelens_weights,
+    top,
+    write_state,
+)
 from unsleep.core import BadInput
 from unsleep.dictionaries.coders import BatchTopK, Matryoshka, Standard, TopK
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.crosscoders import load_foreign_crosscoder, read_crosscoder_weights
 
-
-def write_state(path: Path, value: Any) -> None:
-    """A file as their `torch.save` leaves it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(value, path)
-
-
 # dictionary_learning
-
-
-def linear(bias: str) -> dict[str, torch.Tensor]:
-    return {
-        "encoder.weight": numbers(F, D),
-        "encoder.bias": numbers(F, seed=1),
-        "decoder.weight": numbers(D, F, seed=2),
-        bias: numbers(D, seed=3),
-    }
 
 
 def bare(**more: torch.Tensor) -> dict[str, torch.Tensor]:
     return saelens_weights(**more)
-
-
-BUFFERS = {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(0.7)}
-
-
-def learned(folder: Path, dict_class: str, state: Any, **more: Any) -> Path:
-    trainer = {"trainer_class": "T", "dict_class": dict_class, "activation_dim": D, "dict_size": F, "layer": 3}
-    trainer |= {"lm_name": "gpt2", "submodule_name": "resid_post_layer_3"} | more
-    write_json(folder / "config.json", {"trainer": trainer, "buffer": {"ctx_len": 128}})
-    write_state(folder / "ae.pt", state)
-    return folder
 
 
 @pytest.mark.parametrize("dict_class", ["AutoEncoder", "AutoEncoderNew"])

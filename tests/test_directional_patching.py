@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from test_core import as_in_use
+from support.checks import as_in_use
 from unsleep.activations.collect import collect
 from unsleep.base.context import reporting
 from unsleep.core import BadInput, Site

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from test_core import as_in_use
+from support.checks import as_in_use
 from unsleep.activations.collect import collect
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK

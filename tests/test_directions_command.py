@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from test_core import as_in_use
-from test_edits import dictionary
-from test_report import HOSTILE, Page
+from support.checks import as_in_use
+from support.dictionaries import dictionary
+from support.pages import HOSTILE, Page
 from unsleep import cli
 from unsleep.activations.collect import collect
 from unsleep.base import store

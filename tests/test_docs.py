@@ -24,9 +24,9 @@ import tyro
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import unsleep
-from conftest import byte_tokenizer
-from families import LLAMA
-from test_console import flags_of
+from support.commands import flags_of
+from support.families import LLAMA
+from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.activations.harvest import HarvestConfig
 from unsleep.cli.settings import REGISTRY

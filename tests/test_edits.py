@@ -12,8 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import build, byte_tokenizer
-from test_core import as_in_use
+from support.checks import as_in_use
+from support.dictionaries import D, F, dictionary
+from support.models import build
+from support.prompts import PROMPTS
+from support.tokenizers import byte_tokenizer
 from unsleep.activations.harvest import HarvestConfig, harvest, token_rows
 from unsleep.base import store
 from unsleep.core import BadInput, Features, Refused, Site
@@ -30,15 +33,6 @@ from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs.bake import BakeConfig, _take, bake, faithfulness
 from unsleep.repairs.edit import EditConfig, edit
 from unsleep.repairs.masks import Lesson, MaskConfig, learn_mask, prepare_lesson
-
-D, F = 32, 64
-PROMPTS = ["hello there", "a", "why do the stars shine at night", "name a bird"]
-
-
-def dictionary(model: LoadedModel, layer: int = 1, k: int = 8, seed: int = 0) -> TopK:
-    g = torch.Generator().manual_seed(seed + layer)
-    rows = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
-    return TopK(Site(layer), model.fingerprint, rows.T.contiguous(), torch.zeros(F), rows, torch.zeros(D), k=k)
 
 
 def run_operation(e: Edit, x: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from conftest import build, byte_tokenizer
-from families import CONFIGS, REFUSED, VOCABULARY
+from support.families import CONFIGS, REFUSED, VOCABULARY
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.activations.harvest import HarvestConfig, harvest, pooled
 from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import TopK

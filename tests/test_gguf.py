@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_bundled import LAYERS, write_gguf
+from support.gguf_files import LAYERS, write_gguf
 from unsleep.core import BadInput
 from unsleep.models.load import LoadConfig, load_model
 

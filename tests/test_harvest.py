@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import build, byte_tokenizer
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.activations.harvest import SHARED, HarvestConfig, harvest, open_harvest, pooled, token_rows
 from unsleep.base import store
 from unsleep.core import BadInput, Site
@@ -123,7 +124,8 @@ def test_another_harvest_in_the_same_folder_is_refused(tiny: LoadedModel, tmp_pa
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import build, byte_tokenizer
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.core import Site
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.activations.harvest import HarvestConfig, harvest

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_report import HOSTILE, Page
+from support.pages import HOSTILE, Page
 from unsleep.core import BadInput
 from unsleep.pages import text
 from unsleep.pages.heatmap import STEPS, heatmap

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import build, byte_tokenizer, full_disk
-from families import REFUSED
-from test_dictionaries import QUICK, activations, sparse_data
-from test_edits import dictionary
-from test_report import HOSTILE
+from support.dictionaries import dictionary
+from support.disks import full_disk
+from support.families import REFUSED
+from support.models import build
+from support.pages import HOSTILE
+from support.tokenizers import byte_tokenizer
+from support.training import QUICK, activations, sparse_data
 from unsleep import cli
 from unsleep.activations.harvest import harvest, open_harvest
 from unsleep.base import store

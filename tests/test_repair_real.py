@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import unsleep
-from test_report import Page
+from support.pages import Page
 from unsleep.base.store import read_json, read_tensors
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.interventions.files import load_edit

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from test_report import SAMPLE, SCHEMA, Page, changed, clean, sample
+from support.pages import SAMPLE, SCHEMA, Page, changed, clean, sample
 from unsleep.core import BadInput
 from unsleep.pages import check_result, render, report
 

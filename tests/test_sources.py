@@ -18,8 +18,9 @@ from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from checkpoints import COMMITS, Hub, beside, hub, logits, save_adapter, save_base
-from conftest import build, byte_tokenizer
+from support.checkpoints import COMMITS, Hub, beside, logits, save_adapter, save_base
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.base import hub as hub_files
 from unsleep.core import BadInput
@@ -28,7 +29,6 @@ from unsleep.models.load import LoadConfig, load_model, save_plain
 from unsleep.models.sources import Source
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
-assert hub
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import build, byte_tokenizer
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.base.context import reporting
 from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import TopK

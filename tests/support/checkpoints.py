@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import build, byte_tokenizer
+from support.models import build
+from support.tokenizers import byte_tokenizer
 from unsleep.models.load import quiet_transformers
 
 COMMITS = {"main": "a" * 40, "older": "b" * 40}
@@ -100,11 +99,3 @@ class Hub:
         (home / "refs").mkdir(parents=True, exist_ok=True)
         (home / "refs" / revision).write_text(COMMITS[revision])
         return snapshot
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """An empty cache of a hub that cannot be reached."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return Hub(tmp_path / "hub")

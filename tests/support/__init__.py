@@ -1,0 +1,1 @@
+"""Small models, files and texts that tests share."""
