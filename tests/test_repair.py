@@ -124,8 +124,8 @@ def test_a_repair_goes_on_after_a_kill(folder: Path, tmp_path: Path, monkeypatch
     hidden = tmp_path / ".out.steps"
     assert [p.parent.parent.name for p in hidden.rglob("cfg.json")] == ["dictionaries"]
     asked: list[str] = []
-    whole = generate.counted
-    monkeypatch.setattr(generate, "counted", lambda stage, *rest: asked.append(stage) or whole(stage, *rest))
+    whole = generate.greedy
+    monkeypatch.setattr(generate, "greedy", lambda *x, **k: asked.append(k.get("stage", "")) or whole(*x, **k))
     assert run(folder, tmp_path / "out") == 0
     assert len(set(trained)) == 2
     assert not [stage for stage in asked if stage.startswith("replies to suspicious")]
@@ -362,7 +362,7 @@ def test_replies_are_as_long_as_the_payload_needs():
     assert PAYLOAD in model.texts([ids[:end]])[0]
     assert PAYLOAD not in model.texts([ids[: end - 1]])[0]
     assert payload_end(model, ids, "never said") is None
-    assert reply_length(model, material, (2, 24), None) == max(end + 8, 16)
+    assert reply_length(model, material.suspicious, PAYLOAD, (2, 24)) == max(end + 8, 16)
 
 
 def lesson() -> Any:
