@@ -84,7 +84,7 @@ SMALL: Mapping[str, list[str]] = {
     "evaluate": ["--n", "4"],
     "directions": ["--pairs", "0", "--cost-passages", "2", "--cost-randoms", "1"],
     "diff": ["--texts", "4", "--asked", "2", "--reply-tokens", "3", "--features", "32", "--tokens", "512"],
-    "control": ["--reply-tokens", "3"],
+    "steer": ["--reply-tokens", "3"],
 }
 """Options behind a command's own: the last one counts."""
 
@@ -102,7 +102,7 @@ MARKERS = {
     "diff": ("diff.json", "diff.safetensors", "diff.html"),
     "report": ("report.html",),
     "read": ("reading.html", "reading.json", "vector.gguf"),
-    "control": ("control.json",),
+    "steer": ("steer.json",),
 }
 """What a stage leaves in its folder."""
 

@@ -12,7 +12,7 @@ from unsleep.dictionaries.train import train
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import applied
-from unsleep.interventions.steering import control
+from unsleep.interventions.steering import steer
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
@@ -51,7 +51,6 @@ __all__ = [
     "Site",
     "applied",
     "bake",
-    "control",
     "diff",
     "directions",
     "edit",
@@ -74,6 +73,7 @@ __all__ = [
     "report",
     "save_dictionary",
     "save_edit",
+    "steer",
     "subspaces",
     "train",
 ]

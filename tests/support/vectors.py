@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from unsleep.core import Site
-from unsleep.interventions.steering import Control
+from unsleep.interventions.steering import Steering
 from unsleep.models.model import LoadedModel
 
 D = 32
@@ -20,8 +20,8 @@ def vector(seed: int = 0, size: float = 3.0) -> torch.Tensor:
     return size * torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(seed)), dim=0)
 
 
-def at(v: torch.Tensor, operator: Any = "add", c: float = 1.0, **more: Any) -> Control:
-    return Control({Site(1): v}, operator, c, **more)
+def at(v: torch.Tensor, operator: Any = "add", c: float = 1.0, **more: Any) -> Steering:
+    return Steering({Site(1): v}, operator, c, **more)
 
 
 def logits(model: LoadedModel, text: str = "the quick brown fox") -> torch.Tensor:

@@ -14,7 +14,6 @@ import tyro
 import unsleep
 from unsleep.cli.compare import diff, patch
 from unsleep.cli.console import fail
-from unsleep.cli.control import control, read
 from unsleep.cli.dictionaries import harvest, train
 from unsleep.cli.directions import directions
 from unsleep.cli.edit import bake, edit, find
@@ -22,6 +21,7 @@ from unsleep.cli.judge import evaluate, report
 from unsleep.cli.organisms import panels, plant
 from unsleep.cli.repair import repair
 from unsleep.cli.settings import REGISTRY, Rejected, by_flag
+from unsleep.cli.steering import read, steer
 from unsleep.cli.subspaces import subspaces
 from unsleep.core import BadInput, Refused
 
@@ -39,7 +39,7 @@ STAGES: dict[str, Callable[..., int]] = {
         evaluate,
         directions,
         read,
-        control,
+        steer,
         patch,
         diff,
         subspaces,
@@ -48,7 +48,7 @@ STAGES: dict[str, Callable[..., int]] = {
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "control", "panels", "report")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report")
 """Stages that keep nothing of a run that was interrupted."""
 
 

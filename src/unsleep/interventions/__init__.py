@@ -3,7 +3,7 @@
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import Intervention, applied
-from unsleep.interventions.steering import Control
+from unsleep.interventions.steering import Steering
 from unsleep.interventions.subspaces import Projection
 
-__all__ = ["Control", "Edit", "Intervention", "Projection", "applied", "load_edit", "save_edit"]
+__all__ = ["Edit", "Intervention", "Projection", "Steering", "applied", "load_edit", "save_edit"]

@@ -15,7 +15,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.interventions.features import Edit
 from unsleep.interventions.intervention import Intervention
-from unsleep.interventions.steering import Control
+from unsleep.interventions.steering import Steering
 from unsleep.interventions.subspaces import Projection
 
 MARK = "edit.json"
@@ -57,7 +57,7 @@ def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
             store.write_tensors(scratch / name, {key: tensor.float() for key, tensor in each.tensors.items()})
             sinks = None if math.isinf(each.sink_norm) else each.sink_norm
             return {"site": str(each.site), "subspace": name, "model": each.model, "sink_norm": sinks}
-        case Control():
+        case Steering():
             name = f"control-{number}.safetensors"
             store.write_tensors(scratch / name, {str(site): vector.float() for site, vector in each.vectors.items()})
             how = {"operator": each.operator, "coefficient": each.coefficient, "keep_norm": each.keep_norm}
@@ -94,10 +94,10 @@ def _read(folder: Path, entry: Any, where: str) -> Intervention:
         return Edit(Site.parse(part["site"]), dictionary, tuple(part["removed"]), part["error"])
 
 
-def _load_control(folder: Path, part: dict[str, Any]) -> Control:
+def _load_control(folder: Path, part: dict[str, Any]) -> Steering:
     tensors = store.read_tensors(store.inside(folder, part["vectors"], "vectors"))
     tokens, layers = part.get("tokens", "all"), part.get("layers")
-    return Control(
+    return Steering(
         {Site.parse(site): vector for site, vector in tensors.items()},
         part["operator"],
         float(part["coefficient"]),

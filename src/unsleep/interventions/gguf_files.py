@@ -30,7 +30,7 @@ from torch import Tensor
 from unsleep.base import store
 from unsleep.core import BadInput, Site, check_finite
 from unsleep.interventions.passes import TokenRule
-from unsleep.interventions.steering import Control
+from unsleep.interventions.steering import Steering
 
 ARCHITECTURE = "controlvector"
 
@@ -57,11 +57,11 @@ class ControlVectors:
                 raise BadInput(f"the control vector at {site} has shape {list(vector.shape)}; expected [d_model]")
             check_finite(vector, f"the control vector at {site}")
 
-    def control(
+    def steering(
         self, coefficient: float = 1.0, *, tokens: TokenRule = "all", layers: tuple[int, int] | None = None
-    ) -> Control:
+    ) -> Steering:
         """The vectors times a coefficient, added as llama.cpp does."""
-        return Control(self.vectors, "add", coefficient, tokens, layers)
+        return Steering(self.vectors, "add", coefficient, tokens, layers)
 
 
 def export_gguf(vectors: ControlVectors, path: str | Path) -> Path:

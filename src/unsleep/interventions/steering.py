@@ -36,7 +36,7 @@ Stream = Float[Tensor, "row position d_model"]
 
 
 @dataclass(frozen=True, eq=False)
-class Control(Intervention):
+class Steering(Intervention):
     """Push the stream at some Sites along their vectors, on some tokens or all.
 
     Contrast vectors, one a row, need rows that are run whole (`generate.greedy(…, share=False)`).
@@ -50,7 +50,7 @@ class Control(Intervention):
     tokens: TokenRule = "all"
     """See `passes.TokenRule`."""
     layers: tuple[int, int] | None = None
-    """First and last layer that are controlled, of those that have a vector; `None` for all."""
+    """First and last layer that are steered, of those that have a vector; `None` for all."""
     keep_norm: bool = False
     """Give each token the norm back that it had before."""
     model: str = ""
@@ -83,13 +83,13 @@ class Control(Intervention):
 
     @property
     def sites(self) -> list[Site]:
-        """The Sites that are controlled."""
+        """The Sites that are steered."""
         low, high = self.layers or (0, math.inf)
         return sorted(site for site in self.vectors if low <= site.layer <= high)
 
     @property
     def widths(self) -> dict[Site, int]:
-        """The Sites that are controlled, and the width of their vectors."""
+        """The Sites that are steered, and the width of their vectors."""
         return {site: self.vectors[site].shape[-1] for site in self.sites}
 
     @property
@@ -128,10 +128,10 @@ class Control(Intervention):
         return run
 
 
-def operate(x: Stream, vector: Float[Tensor, "*row d_model"], control: Control) -> Stream:
+def operate(x: Stream, vector: Float[Tensor, "*row d_model"], control: Steering) -> Stream:
     """The stream after a control's operator, on every token, whatever the token rule.
 
-    For `projection` the rows of `vector` are orthonormal, for the others `vector` is as in `Control`.
+    For `projection` the rows of `vector` are orthonormal, for the others `vector` is as in `Steering`.
     """
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     v, c = vector.to(h), control.coefficient
@@ -173,10 +173,10 @@ def contrast_vectors(
     return {site: high[site] - low[site] for site in high}
 
 
-def control(
+def steer(
     model: LoadedModel,
     prompts: PromptSet,
-    controls: Sequence[Control],
+    controls: Sequence[Steering],
     *,
     reply_tokens: int = 24,
     any_model: bool = False,

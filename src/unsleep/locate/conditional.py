@@ -155,7 +155,7 @@ def replies(
     acts = condition.passes(condition.similarities(model, texts))
     rows = model.encode(texts, max_new_tokens)
     out: list[list[int]] = [[] for _ in texts]
-    for name, group, used in (("controlled", acts, control), ("others", ~acts, ())):
+    for name, group, used in (("steered", acts, control), ("others", ~acts, ())):
         index: list[int] = group.nonzero().flatten().tolist()
         if not index:
             continue

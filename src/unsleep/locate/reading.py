@@ -22,7 +22,7 @@ from unsleep.base.context import progress
 from unsleep.core import BadInput, Site
 from unsleep.interventions.gguf_files import ControlVectors
 from unsleep.interventions.passes import TokenRule
-from unsleep.interventions.steering import Control, Operator
+from unsleep.interventions.steering import Operator, Steering
 from unsleep.locate.directions.fit import Direction, Labelled, fit
 from unsleep.locate.directions.measure import auroc, margins
 from unsleep.models import chat
@@ -118,7 +118,7 @@ class RepReader:
             for site, d in sorted(self.directions.items())
         }
 
-    def control(
+    def steering(
         self,
         coefficient: float = 1.0,
         *,
@@ -127,9 +127,9 @@ class RepReader:
         layers: tuple[int, int] | None = None,
         keep_norm: bool = False,
         scaled: bool = True,
-    ) -> Control:
+    ) -> Steering:
         """A control by its vectors; with `add`, coefficient 1 moves a negative prompt to where positive ones are."""
-        return Control(self.vectors(scaled=scaled), operator, coefficient, tokens, layers, keep_norm, self.model)
+        return Steering(self.vectors(scaled=scaled), operator, coefficient, tokens, layers, keep_norm, self.model)
 
     def control_vectors(self, model: LoadedModel, *, scaled: bool = True) -> ControlVectors:
         """Its residual vectors above layer 0, which GGUF files can hold."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from unsleep.base.context import progress
 from unsleep.core import BadInput, Site
 from unsleep.interventions.intervention import applied
-from unsleep.interventions.steering import Control
+from unsleep.interventions.steering import Steering
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, run, whole_rows
@@ -143,7 +143,7 @@ def steered_replies(
             f"the direction has width {len(direction)} and norm {float(direction.norm()):g}; expected width "
             f"{width(model.network)} and a norm over 0"
         )
-    with applied(model, Control({site: direction / direction.norm()}, coefficient=strength * scale)):
+    with applied(model, Steering({site: direction / direction.norm()}, coefficient=strength * scale)):
         return generate.replies(model, texts, max_new_tokens=max_new_tokens)
 
 

@@ -18,7 +18,7 @@ from support.vectors import D, at, logits, vector
 from unsleep.core import BadInput, Refused, Site
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.passes import Passes
-from unsleep.interventions.steering import Control, contrast_vectors, operate
+from unsleep.interventions.steering import Steering, contrast_vectors, operate
 from unsleep.models import chat, generate
 from unsleep.models.forward import build_rows, pad_left, run
 from unsleep.models.hooks import Call
@@ -122,7 +122,7 @@ def test_hooks_vanish_after_exceptions(tiny: LoadedModel, where: str):
 
     def fail() -> None:
         wrong = {Site(1): vector(), Site(99): vector()} if where == "setup" else {Site(1): vector()}
-        with applied(tiny, Control(wrong, tokens="prompt")) as network:
+        with applied(tiny, Steering(wrong, tokens="prompt")) as network:
             assert hooks(tiny) > before
             if where == "transform":
                 network(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool))
@@ -136,9 +136,9 @@ def test_hooks_vanish_after_exceptions(tiny: LoadedModel, where: str):
 
 def test_only_layers_in_the_range_are_controlled(tiny: LoadedModel):
     vectors = {Site(i): vector(i) for i in range(3)} | {Site(1, "mlp"): vector(7)}
-    ranged = Control(vectors, layers=(1, 1))
+    ranged = Steering(vectors, layers=(1, 1))
     assert ranged.sites == [Site(1, "mlp"), Site(1)]
-    picked = Control({s: vectors[s] for s in ranged.sites})
+    picked = Steering({s: vectors[s] for s in ranged.sites})
     with applied(tiny, ranged):
         first = logits(tiny)
     with applied(tiny, picked):
@@ -148,7 +148,7 @@ def test_only_layers_in_the_range_are_controlled(tiny: LoadedModel):
 # Token rules
 
 
-def touched(model: LoadedModel, control: Control, **call: Any) -> torch.Tensor:
+def touched(model: LoadedModel, control: Steering, **call: Any) -> torch.Tensor:
     """Where a pass is changed at Site 1: [row, position]."""
     with torch.no_grad(), capture(model.network, [Site(1)]) as bare:
         model.network(**call)
@@ -198,7 +198,7 @@ def test_prompt_and_reply_in_one_pass_are_told_apart_by_the_marks(tiny: LoadedMo
 RULES: list[Any] = ["all", "prompt", "reply", "last", (0, 4), (20, 60)]
 
 
-def steered(model: LoadedModel, rows: list[list[int]], control: Control) -> list[list[int]]:
+def steered(model: LoadedModel, rows: list[list[int]], control: Steering) -> list[list[int]]:
     """Greedy continuations by transformers' own generate, left padded, in one batch."""
     ids, mask = pad_left(rows, model.pad_id, model.device)
     with applied(model, control) as network:
@@ -289,7 +289,7 @@ def test_a_contrast_control_gives_each_row_its_own_vector(tiny: LoadedModel):
     rows = chat.encode_prompts(tiny.tokenizer, PROMPTS)
     vectors = torch.stack([vector(i) for i in range(4)])
     expected = [naive(tiny, row, "all", v, 6.0) for row, v in zip(rows, vectors, strict=True)]
-    control = Control({Site(1): vectors}, "contrast", 6.0)
+    control = Steering({Site(1): vectors}, "contrast", 6.0)
     assert steered(tiny, rows, control) == expected
     with applied(tiny, control), pytest.raises(BadInput, match="contrast vectors of 4 prompts meet a batch of 1"):
         logits(tiny)
@@ -331,7 +331,7 @@ def test_a_control_that_means_nothing_is_refused(change: dict[str, Any], told: s
 def test_a_control_has_to_fit_the_model(tiny: LoadedModel):
     with (
         pytest.raises(BadInput, match=r"resid\.7 is not in the model: it has layers 0 to 2"),
-        applied(tiny, Control({Site(7): vector()})),
+        applied(tiny, Steering({Site(7): vector()})),
     ):
         pass
     with (

@@ -17,7 +17,7 @@ from unsleep.core import BadInput, Site
 from unsleep.interventions.conditions import Condition
 from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.interventions.passes import Named
-from unsleep.interventions.steering import Control
+from unsleep.interventions.steering import Steering
 from unsleep.locate import conditional
 from unsleep.locate.conditional import LEAST, condition_on
 from unsleep.locate.reading import Method, Reading, RepReader, fit_reader
@@ -86,15 +86,15 @@ STRONG = 4.0
 
 
 @dataclass(frozen=True)
-class Steering:
+class SteeringOptions:
     """How a direction steers."""
 
     coefficient: tuple[float, ...] = (1.0,)
     """One or more; of a fitted direction, 1 is as far as positive prompts are from negative ones."""
     operator: Literal["add", "piecewise", "projection"] = "add"
-    """What is done with the vector: see docs/control.md."""
+    """What is done with the vector: see docs/steering.md."""
     tokens: Named = "all"
-    """Which tokens are controlled."""
+    """Which tokens are steered."""
     layers: tuple[int, int] | None = None
     """First and last layer; without it, every layer that has a vector."""
     keep_norm: bool = False
@@ -104,22 +104,22 @@ class Steering:
         if not self.coefficient:
             raise BadInput("coefficient is empty; expected at least one, such as 1")
 
-    def controls(self, vectors: ControlVectors, model: str) -> list[Control]:
+    def controls(self, vectors: ControlVectors, model: str) -> list[Steering]:
         """A control for each coefficient, that of 0 first: the bare model."""
         return [
-            Control(vectors.vectors, self.operator, c, self.tokens, self.layers, self.keep_norm, model)
+            Steering(vectors.vectors, self.operator, c, self.tokens, self.layers, self.keep_norm, model)
             for c in dict.fromkeys([0.0, *self.coefficient])
         ]
 
 
-def control(
+def steer(
     model: Model,
     prompts: Path,
     out: Out,
     vector: Path | None = None,
     positive: Path | None = None,
     negative: Path | None = None,
-    steering: OmitArgPrefixes[Steering] = Steering(),
+    steering: OmitArgPrefixes[SteeringOptions] = SteeringOptions(),
     when_like: Path | None = None,
     when_unlike: Path | None = None,
     method: Method = "pca",
@@ -135,11 +135,11 @@ def control(
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
         prompts: File of prompts, one a line.
-        out: Folder for control.json, and for vector.gguf where the direction was fitted.
+        out: Folder for steer.json, and for vector.gguf where the direction was fitted.
         vector: Control vectors in GGUF, of this command, repeng or llama.cpp.
         positive: File of prompts with the concept; line i makes a pair with line i of `negative`.
         negative: File of prompts without it.
-        when_like: Control only prompts that are more like those of this file, such as suspicious ones,
+        when_like: Steer only prompts that are more like those of this file, such as suspicious ones,
         when_unlike: than like those of this one: by the layer and threshold that tell them apart best.
         method: How pairs become directions.
         reply_tokens: Tokens of each reply.
@@ -148,7 +148,7 @@ def control(
     """
     if (when_like is None) != (when_unlike is None):
         raise BadInput("only one of --when-like and --when-unlike was given; give both or neither")
-    store.check_place(out, "control.json")
+    store.check_place(out, "steer.json")
     asked, pairs = sets.read_prompts(prompts), _chosen(vector, positive, negative)
     kinds = [sets.read_prompts(path) for path in (when_like, when_unlike) if path is not None]
     with Bars():
@@ -164,7 +164,7 @@ def control(
         said, acts = _replies(loaded, asked, controls, condition, reply_tokens)
     replies = {f"{c.coefficient:g}": each for c, each in zip(controls, said, strict=True)}
     record = {
-        "schema": "unsleep.control/1",
+        "schema": "unsleep.steer/1",
         **{name: getattr(steering, name) for name in ("operator", "tokens", "layers", "keep_norm")},
         **({} if condition is None else {"condition": _condition(condition), "acts": acts}),
         "prompts": [p.shown for p in asked],
@@ -173,8 +173,8 @@ def control(
             seed, model=loaded.fingerprint, origin=loaded.origin, vector=str(vector) if vector else None
         ),
     }
-    with store.new_folder(out, replace="control.json") as scratch:
-        store.write_json(scratch / "control.json", record)
+    with store.new_folder(out, replace="steer.json") as scratch:
+        store.write_json(scratch / "steer.json", record)
         if vector is None:
             export_gguf(vectors, scratch / "vector.gguf")
     words = [*_lines([p.shown for p in asked], replies, acts), *_told(condition, acts, kinds), f"Saved in {out}"]
@@ -184,11 +184,11 @@ def control(
 
 
 def _replies(
-    model: LoadedModel, prompts: PromptSet, controls: Sequence[Control], condition: Condition | None, tokens: int
+    model: LoadedModel, prompts: PromptSet, controls: Sequence[Steering], condition: Condition | None, tokens: int
 ) -> tuple[list[list[str]], list[bool]]:
     """Replies under each control, and on which prompts it acts."""
     if condition is None:
-        said = unsleep.control(model, prompts, controls, reply_tokens=tokens)
+        said = unsleep.steer(model, prompts, controls, reply_tokens=tokens)
         return said, [True] * len(prompts)
     found = [conditional.replies(model, prompts, each, condition, max_new_tokens=tokens) for each in controls]
     return [replies for replies, _ in found], found[0][1].tolist()
@@ -207,7 +207,7 @@ def _of(vectors: ControlVectors, model: LoadedModel) -> list[str]:
     return [f"Note: the file says that its vectors are of a {vectors.model_type}; the model is a {own}"]
 
 
-def _strong(controls: Sequence[Control]) -> list[str]:
+def _strong(controls: Sequence[Steering]) -> list[str]:
     """A note where fitted vectors, one a layer, add up to far more than the gap that they were fitted on."""
     most = max(((abs(c.coefficient) * len(c.sites), len(c.sites)) for c in controls), key=lambda pair: pair[0])
     if most[0] <= STRONG or controls[0].operator == "projection":
@@ -271,7 +271,7 @@ def _scores(reading: Reading) -> dict[str, Any]:
 
 
 def _lines(prompts: Sequence[str], replies: dict[str, list[str]], acts: Sequence[bool]) -> list[str]:
-    """Every prompt with its replies beneath it; where only some are controlled, those have a mark."""
+    """Every prompt with its replies beneath it; where only some are steered, those have a mark."""
     wide = max(len(c) for c in replies)
     lines: list[str] = []
     for i, prompt in enumerate(prompts):

@@ -149,7 +149,7 @@ def test_a_texts_own_tokens_are_those_that_the_template_does_not_add(small: Load
 def test_adding_the_scaled_vector_moves_the_score_by_its_gap(small: LoadedModel, reader: RepReader):
     site = Site(1)
     ids = torch.tensor(small.token_ids(["the lake is bad?"]))
-    with applied(small, reader.control(1.0, layers=(1, 1))) as network, capture(network, [site]) as seen:
+    with applied(small, reader.steering(1.0, layers=(1, 1))) as network, capture(network, [site]) as seen:
         network(ids)
     with capture(small.network, [site, Site(1, "mlp")]) as bare:
         small.network(ids)

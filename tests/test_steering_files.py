@@ -24,7 +24,7 @@ from unsleep import cli
 from unsleep.core import BadInput, Site
 from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.interventions.intervention import applied
-from unsleep.interventions.steering import Control
+from unsleep.interventions.steering import Steering
 from unsleep.models.generate import replies
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
@@ -63,7 +63,7 @@ def test_the_file_is_what_llama_cpp_reads(tmp_path: Path):
 
 
 def test_direction_n_is_added_to_the_output_of_block_n(tiny: LoadedModel, tmp_path: Path):
-    control = import_gguf(export_gguf(vectors((2,)), tmp_path / "v.gguf")).control(2.0)
+    control = import_gguf(export_gguf(vectors((2,)), tmp_path / "v.gguf")).steering(2.0)
     ids = torch.tensor([[5, 6, 7]])
     blocks = [Site(i) for i in range(3)]
     with capture(tiny.network, blocks) as bare:
@@ -293,9 +293,9 @@ def test_control_may_act_on_prompts_of_one_kind_alone(
     prompts = text_file("prompts.txt", "\n".join([POSITIVE[0], NEGATIVE[0], POSITIVE[1], NEGATIVE[1]]))
     when = ["--when-like", files[2], "--when-unlike", files[4]]
     more = ["--prompts", str(prompts), "--coefficient", "40", "--reply-tokens", "5"]
-    assert cli.run(["control", *files, *more, *when, "--out", str(tmp_path / "some")]) == 0
+    assert cli.run(["steer", *files, *more, *when, "--out", str(tmp_path / "some")]) == 0
     said = capsys.readouterr().out
-    record = json.loads((tmp_path / "some" / "control.json").read_text())
+    record = json.loads((tmp_path / "some" / "steer.json").read_text())
     acts = record["acts"]
     assert (acts[0], acts[1]) == (True, False)
     assert f"* {POSITIVE[0]}\n" in said
@@ -305,10 +305,10 @@ def test_control_may_act_on_prompts_of_one_kind_alone(
     assert "Note: added at 2 layers, a coefficient so large moves the stream 80 times" in said
     bare, steered = record["replies"]["0"], record["replies"]["40"]
     assert [a != b for a, b in zip(bare, steered, strict=True)] == acts
-    assert cli.run(["control", *files, *more, *when[:2], "--out", str(tmp_path / "half")]) == 2
+    assert cli.run(["steer", *files, *more, *when[:2], "--out", str(tmp_path / "half")]) == 2
     assert "only one of --when-like and --when-unlike was given" in capsys.readouterr().err
     few = text_file("few.txt", "a\nb\nc")
-    assert cli.run(["control", *files, *more, *when[:3], str(few), "--out", str(tmp_path / "few")]) == 2
+    assert cli.run(["steer", *files, *more, *when[:3], str(few), "--out", str(tmp_path / "few")]) == 2
     assert "8 and 3 prompts to tell apart; expected at least 4 of each" in capsys.readouterr().err
 
 
@@ -326,15 +326,15 @@ def test_control_replies_with_and_without_a_vector(
     prompts = text_file("prompts.txt", "name a bird\nwhat is a lake")
     first, second = tmp_path / "first", tmp_path / "second"
     more = ["--prompts", str(prompts), "--coefficient", "0", "4", "--reply-tokens", "5"]
-    assert cli.run(["control", *files, *more, "--out", str(first)]) == 0
+    assert cli.run(["steer", *files, *more, "--out", str(first)]) == 0
     assert "name a bird" in capsys.readouterr().out
-    fitted = json.loads((first / "control.json").read_text())
+    fitted = json.loads((first / "steer.json").read_text())
     assert list(fitted["replies"]) == ["0", "4"]
     assert fitted["replies"]["0"] != fitted["replies"]["4"]
     vector_file = ["--vector", str(first / "vector.gguf")]
-    assert cli.run(["control", own.name, *vector_file, *more, "--out", str(second)]) == 0
-    assert json.loads((second / "control.json").read_text())["replies"] == fitted["replies"]
-    with applied(own, Control(import_gguf(first / "vector.gguf").vectors, coefficient=4.0)):
+    assert cli.run(["steer", own.name, *vector_file, *more, "--out", str(second)]) == 0
+    assert json.loads((second / "steer.json").read_text())["replies"] == fitted["replies"]
+    with applied(own, Steering(import_gguf(first / "vector.gguf").vectors, coefficient=4.0)):
         assert replies(own, ["name a bird", "what is a lake"], max_new_tokens=5) == fitted["replies"]["4"]
 
 
@@ -343,7 +343,7 @@ def test_control_says_where_the_vectors_are_of_another_type(
 ):
     path = export_gguf(dataclasses.replace(vectors(), model_type="mis\x1btral"), tmp_path / "v.gguf")
     prompts = text_file("prompts.txt", "one\ntwo")
-    words = ["control", own.name, "--vector", str(path), "--prompts", str(prompts), "--out", str(tmp_path / "o")]
+    words = ["steer", own.name, "--vector", str(path), "--prompts", str(prompts), "--out", str(tmp_path / "o")]
     assert cli.run([*words, "--reply-tokens", "2"]) == 0
     assert "vectors are of a mis␛tral; the model is a llama" in capsys.readouterr().out
 
@@ -372,6 +372,6 @@ def test_commands_that_cannot_work_say_why(
     }
     prompts = text_file("prompts.txt", "one\ntwo")
     given = [str(places.get(word, word)) for word in words]
-    assert cli.run(["control", own.name, "--prompts", str(prompts), "--out", str(tmp_path / "o"), *given]) == 2
+    assert cli.run(["steer", own.name, "--prompts", str(prompts), "--out", str(tmp_path / "o"), *given]) == 2
     assert told in capsys.readouterr().err
-    assert not (tmp_path / "o" / "control.json").exists()
+    assert not (tmp_path / "o" / "steer.json").exists()
