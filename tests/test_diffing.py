@@ -41,7 +41,6 @@ from unsleep.locate.diffing import (
     diff,
     divergences,
     feature_lists,
-    logit_lens,
     monitor,
     spectrum,
     steered_replies,
@@ -51,6 +50,7 @@ from unsleep.locate.diffing import (
 from unsleep.locate.diffing.pooling import auroc_interval, best, pooled
 from unsleep.locate.diffing.run import Spoken
 from unsleep.models import chat
+from unsleep.models.lens import logit_lens
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import final_norm, layers, tap, unembedding
 from unsleep.models.streams import capture, transformed

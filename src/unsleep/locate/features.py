@@ -26,10 +26,13 @@ from unsleep.interventions.features import Edit
 from unsleep.interventions.intervention import applied
 from unsleep.models import generate
 from unsleep.models.forward import Rows, build_rows, reply_logits, reply_logits_from, run_below
+from unsleep.models.lens import logit_lens
 from unsleep.models.model import LoadedModel
-from unsleep.models.sites import final_norm, unembedding
 from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import PromptSet
+
+PROMOTED = 8
+"""Tokens that a feature promotes, and suppresses, which are shown."""
 
 
 @dataclass(frozen=True)
@@ -243,17 +246,6 @@ def find(
 
 
 @torch.no_grad()
-def promoted(model: LoadedModel, row: Float[Tensor, " d_model"], n: int = 8) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tokens whose logits a decoder row raises and lowers most, read through the final norm (logit lens)."""
-    norm, matrix = final_norm(model.network), unembedding(model.network)
-    both = norm(torch.stack([row, torch.zeros_like(row)])[None].to(matrix.dtype).to(model.device))[0]
-    logits = (matrix @ (both[0] - both[1])).float()
-    ends = (logits.topk(n).indices.tolist(), (-logits).topk(n).indices.tolist())
-    up, down = (tuple(model.spell(i) for i in side) for side in ends)
-    return up, down
-
-
-@torch.no_grad()
 def with_evidence(
     model: LoadedModel,
     dictionary: Coder,
@@ -273,6 +265,7 @@ def with_evidence(
     ordinary = trusted.load(dictionary.site).tensor
     trusted_rates = (activations_of(dictionary, ordinary, ids) > 0).float().mean(0)
     positions = harvest.positions()
+    read = logit_lens(model, dictionary.decoder[ids].float(), PROMOTED)
     evidence: dict[int, FeatureEvidence] = {}
     for column, feature in enumerate(features.ids):
         strength = strengths[:, column]
@@ -294,7 +287,7 @@ def with_evidence(
             span = range(start, min(start + config.window, len(rows[prompt])))
             words = tuple(model.spell(rows[prompt][p]) for p in span)
             contexts.append((words, tuple(round(by_position.get(p, 0.0), 3) for p in span)))
-        up, down = promoted(model, dictionary.decoder[feature].float())
+        up, down = (tuple(word for word, _ in end) for end in read[column])
         rate = len(firing) / max(1, int(acts.prompt_index.max()) + 1)
         evidence[feature] = FeatureEvidence(tuple(contexts), up, down, rate, float(trusted_rates[column]))
     return replace(features, evidence=evidence)

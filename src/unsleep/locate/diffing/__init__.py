@@ -4,10 +4,8 @@ from unsleep.locate.diffing.detectors import FeatureList, Method, Watched, featu
 from unsleep.locate.diffing.lens import (
     Divergence,
     Lens,
-    Reading,
     activation_differences,
     divergences,
-    logit_lens,
     steered_replies,
 )
 from unsleep.locate.diffing.pooling import Contrast, Told, contrast
@@ -32,9 +30,9 @@ __all__ = [
     "LayerDelta",
     "Lens",
     "Method",
-    "Reading",
     "Spectrum",
     "Spoken",
+    "TokenReading",
     "Told",
     "Watched",
     "activation_differences",
@@ -44,7 +42,6 @@ __all__ = [
     "diff",
     "divergences",
     "feature_lists",
-    "logit_lens",
     "monitor",
     "spectrum",
     "steered_replies",

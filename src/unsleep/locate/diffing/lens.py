@@ -21,7 +21,7 @@ from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import build_rows, run, whole_rows
 from unsleep.models.model import LoadedModel
-from unsleep.models.sites import all_sites, final_norm, tap, unembedding, width
+from unsleep.models.sites import all_sites, tap, width
 from unsleep.models.streams import capture
 
 
@@ -94,33 +94,6 @@ def _held(model: LoadedModel, rows: Sequence[Sequence[int]], sites: Sequence[Sit
     with capture(model.network, sites) as found:
         run(model.network, whole_rows(model, rows, []), 1)
     return {site: x.cpu() for site, x in found.items()}
-
-
-class Reading(NamedTuple):
-    """Tokens that a direction raises and lowers, with their logits."""
-
-    promotes: tuple[tuple[str, float], ...]
-    suppresses: tuple[tuple[str, float], ...]
-
-
-@torch.no_grad()
-def logit_lens(model: LoadedModel, vectors: Float[Tensor, "row d_model"], count: int = 10) -> list[Reading]:
-    """Read directions of the residual stream through the final norm and the unembedding, largest logits first.
-
-    (nostalgebraist 2020, "interpreting GPT: the logit lens".)
-    """
-    if vectors.shape[1] != width(model.network):
-        raise BadInput(f"vectors have width {vectors.shape[1]}; the model's is {width(model.network)}")
-    matrix = unembedding(model.network)
-    logits = final_norm(model.network)(vectors.to(matrix)).float() @ matrix.float().T
-    found: list[Reading] = []
-    for row in logits:
-        ends = [row.topk(min(count, len(row)), largest=largest) for largest in (True, False)]
-        words = [
-            tuple((model.spell(int(i)), float(x)) for i, x in zip(end.indices, end.values, strict=True)) for end in ends
-        ]
-        found.append(Reading(*words))
-    return found
 
 
 def steered_replies(

@@ -21,16 +21,15 @@ from unsleep.locate.diffing.detectors import FeatureList, Method, Watched, featu
 from unsleep.locate.diffing.lens import (
     Divergence,
     Lens,
-    Reading,
     activation_differences,
     divergences,
-    logit_lens,
     steered_replies,
 )
 from unsleep.locate.diffing.pooling import contrast
 from unsleep.locate.diffing.weights import Delta, amplified, by_layer, weight_differences
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
+from unsleep.models.lens import TokenReading, logit_lens
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
@@ -95,7 +94,7 @@ class Diff:
 
     deltas: tuple[Delta, ...]
     lenses: tuple[Lens, ...]
-    readings: tuple[Reading, ...]
+    readings: tuple[TokenReading, ...]
     """What each lens's mean Δh behind the first position reads as."""
     divergence: dict[str, tuple[Divergence, ...]]
     """`text`, and `suspicious` and `ordinary` where they were given."""
