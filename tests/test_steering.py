@@ -335,12 +335,12 @@ def test_a_control_has_to_fit_the_model(tiny: LoadedModel):
     ):
         pass
     with (
-        pytest.raises(BadInput, match=r"control at resid\.1 has width 8; the model's is 32"),
+        pytest.raises(BadInput, match=r"steering at resid\.1 has width 8; the model's is 32"),
         applied(tiny, at(torch.ones(8))),
     ):
         pass
     other = at(vector(), model="0123456789abcdef")
-    with pytest.raises(Refused, match="control belongs to model 0123456789abcdef, this one is"), applied(tiny, other):
+    with pytest.raises(Refused, match="steering belongs to model 0123456789abcdef, this one is"), applied(tiny, other):
         pass
     with applied(tiny, other, any_model=True), applied(tiny, at(vector(), model=tiny.fingerprint)):
         pass

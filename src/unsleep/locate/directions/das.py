@@ -76,7 +76,7 @@ def das(
         )
 
     def loss_of(number: int) -> Loss:
-        return lambda basis: softplus(-finished(pairs.model, pairs.batches[number], site, basis)).mean()
+        return lambda basis: softplus(-finished(pairs.batches[number], site, basis)).mean()
 
     losses = [loss_of(i) for i in range(len(pairs.batches))]
     found = train_rotation(losses, labelled.x.shape[1], config, start=start)

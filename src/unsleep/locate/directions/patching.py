@@ -5,9 +5,7 @@
 LD is the logit of the clean prompt's answer less that of the corrupted one's, at the last token, mean over
 pairs (Tigges et al. 2023, section 2.3). 1: the direction carries all that makes the difference; 0: nothing.
 
-1. Both prompts of every pair run once. What the clean ones hold at the patched tokens is kept; so are the
-   keys and values of the corrupted ones before their last tokens, and the stream where each layer begins.
-2. A patch then runs only those last tokens, from the patched layer up, all pairs of a batch at once.
+The clean prompts are the donors of the corrupted ones, all pairs of a batch at once (see `locate.patching.engine`).
 """
 
 from __future__ import annotations
@@ -17,19 +15,18 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from unsleep.base.context import kept, progress
 from unsleep.core import BadInput, Site
-from unsleep.interventions.donors import Patch, subspace_of, whole
-from unsleep.interventions.intervention import applied
+from unsleep.interventions.donors import subspace_of, whole
 from unsleep.locate.directions.fit import Direction
-from unsleep.models.forward import Rows, columns_cache, last_logits, run, splits, whole_rows
+from unsleep.locate.patching.engine import Resumable, Side
+from unsleep.locate.patching.engine import prepare as run_sides
+from unsleep.models.forward import run, splits, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import embedding
-from unsleep.models.streams import resumed_at, watched
 from unsleep.prompts.prompt import PromptSet
 
 PatchPosition = Literal["last", "all"] | int
@@ -37,20 +34,9 @@ PatchPosition = Literal["last", "all"] | int
 
 
 class Batch(NamedTuple):
-    """Some of the pairs, run up to their last tokens."""
+    """Some of the pairs, run up to their last tokens: the clean prompts are the donors of the corrupted ones."""
 
-    rows: Rows
-    """The corrupted prompts."""
-    start: int
-    """The first column that a patch runs again."""
-    cache: DynamicCache | None
-    """Keys and values of the columns before."""
-    patched: Bool[Tensor, "pair tail"]
-    """Which of the last columns are patched."""
-    donors: dict[Site, Float[Tensor, "pair tail d_model"]]
-    """What the clean prompts hold there."""
-    below: dict[int, Float[Tensor, "pair column d_model"]]
-    """Layer → its input in the corrupted prompts."""
+    ready: Resumable
     answers: Int[Tensor, "pair 2"]
     """Tokens: the clean prompt's answer and the corrupted one's."""
     clean: Float[Tensor, " pair"]
@@ -141,23 +127,18 @@ def patched(pairs: Pairs, site: Site, basis: Float[Tensor, "rank d_model"] | Non
     Gradients flow to `basis` where they are enabled. Raises `BadInput` for a Site that was not prepared or a basis
     of another width.
     """
-    return torch.cat([finished(pairs.model, b, site, basis) for b in pairs.batches])
+    return torch.cat([finished(b, site, basis) for b in pairs.batches])
 
 
-def finished(
-    model: LoadedModel, batch: Batch, site: Site, basis: Float[Tensor, "rank d_model"] | None
-) -> Float[Tensor, " pair"]:
+def finished(batch: Batch, site: Site, basis: Float[Tensor, "rank d_model"] | None) -> Float[Tensor, " pair"]:
     """`patched` of one batch."""
-    if site not in batch.donors:
-        raise BadInput(f"Site {site} was not prepared; expected one of {', '.join(map(str, batch.donors))}")
-    donors = batch.donors[site]
-    if basis is not None and basis.shape[1] != donors.shape[-1]:
-        raise BadInput(f"a basis of width {basis.shape[1]} at {site}; the model's is {donors.shape[-1]}")
-    merge = whole if basis is None else subspace_of(basis.to(donors.device, torch.float32))
-    patch, network = Patch(site, donors[batch.patched], batch.patched, merge), model.network
-    with resumed_at(network, site.layer, lambda: batch.below[site.layer]), applied(model, patch):
-        logits = last_logits(network, batch.rows, batch.start, batch.cache, site.layer)
-    return _difference(logits[:, -1], batch.answers)
+    held = batch.ready.held
+    if site not in held:
+        raise BadInput(f"Site {site} was not prepared; expected one of {', '.join(map(str, held))}")
+    if basis is not None and basis.shape[1] != held[site].shape[-1]:
+        raise BadInput(f"a basis of width {basis.shape[1]} at {site}; the model's is {held[site].shape[-1]}")
+    merge = whole if basis is None else subspace_of(basis.to(held[site].device, torch.float32))
+    return _difference(batch.ready.patched({site: merge})[:, -1], batch.answers)
 
 
 @torch.no_grad()
@@ -193,24 +174,14 @@ def _run_pairs(
 ) -> Batch:
     """Run a batch of pairs, and keep what patches need."""
     tail = _tail(pairs, position)
-    sides = [whole_rows(model, [pair[i] for pair in pairs], []) for i in (0, 1)]
-    inputs = {s.layer: Site(0, "embed") if s.layer == 0 else Site(s.layer - 1) for s in sites}
-    donors, clean, _, _ = _last_columns(model, sides[0], tail, list(sites))
-    below, corrupted, cache, start = _last_columns(model, sides[1], tail, list(set(inputs.values())))
-    mask = sides[1].mask[:, -tail:]
+    sides = [Side(model, whole_rows(model, [pair[i] for pair in pairs], [])) for i in (0, 1)]
+    starts = [max(s.rows.ids.shape[1] - tail, 0) if splits(model.network, s.rows.ids.shape[1]) else 0 for s in sides]
+    mask = sides[1].rows.mask[:, -tail:]
     columns = torch.arange(mask.shape[1], device=mask.device)
-    patched = mask if position == "all" else (columns == 0).expand(mask.shape)
-    return Batch(
-        sides[1],
-        start,
-        cache,
-        patched,
-        {site: x[:, -tail:] for site, x in donors.items()},
-        {layer: below[site] for layer, site in inputs.items()},
-        answers,
-        _difference(clean, answers),
-        _difference(corrupted, answers),
-    )
+    where = mask if position == "all" else (columns == 0).expand(mask.shape)
+    clean, corrupted = (side.up_to(start) for side, start in zip(sides, starts, strict=True))
+    ready = run_sides(clean, corrupted, sites, where, starts[1])
+    return Batch(ready, answers, *(_difference(logits[:, -1], answers) for logits in ready.clean))
 
 
 def _tail(pairs: Sequence[tuple[list[int], list[int]]], position: PatchPosition) -> int:
@@ -228,20 +199,6 @@ def _tail(pairs: Sequence[tuple[list[int], list[int]]], position: PatchPosition)
     if not -shortest <= at <= -1:
         raise BadInput(f"position {at} cannot be patched; expected -1 (the last token) to -{shortest}")
     return -at
-
-
-def _last_columns(
-    model: LoadedModel, rows: Rows, tail: int, sites: Sequence[Site]
-) -> tuple[dict[Site, Tensor], Float[Tensor, "pair vocabulary"], DynamicCache | None, int]:
-    """What the Sites hold from a column on, the last logits, keys and values of the columns before, and that column."""
-    width = rows.ids.shape[1]
-    start = max(width - tail, 0) if splits(model.network, width) else 0
-    cache = columns_cache(model.network, rows, start) if start else None
-    found: dict[Site, Tensor] = {}
-    watchers = {site: lambda x, site=site: found.__setitem__(site, x.clone()) for site in sites}
-    with watched(model.network, watchers):
-        logits = last_logits(model.network, rows, start, cache)
-    return found, logits[:, -1], cache, start
 
 
 def _difference(logits: Float[Tensor, "pair vocabulary"], answers: Int[Tensor, "pair 2"]) -> Float[Tensor, " pair"]:

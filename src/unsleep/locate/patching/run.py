@@ -1,9 +1,7 @@
 """Runs both models on the same tokens and finishes the recipient with the donor's activations in it.
 
-1. Both models run the prompts with the payload forced behind them. Keys and values of the tokens before the first
-   patched one are kept: nothing that is patched can change them.
-2. From there on the donor runs once, and its activations at every place are kept; so does the recipient.
-3. For every group the recipient resumes at the lowest layer that is patched, on those tokens alone.
+Both models run the prompts with the payload forced behind them; the recipient is then finished with every group of
+targets in turn (see `engine`).
 """
 
 from __future__ import annotations
@@ -11,25 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from unsleep.base.context import kept, progress
-from unsleep.core import BadInput, Site
+from unsleep.core import BadInput
 from unsleep.interventions.donors import Merge, Patch
 from unsleep.interventions.intervention import applied
+from unsleep.locate.patching.engine import Resumable, Side, moved, prepare
 from unsleep.locate.patching.places import Group, Position, Target
 from unsleep.locate.patching.result import Measured, Patched, numbers_of
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
-from unsleep.models.forward import Rows, columns_cache, continued, run, splits, whole_rows
+from unsleep.models.forward import Rows, run, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
-from unsleep.models.streams import capture, resumed_at, watched
+from unsleep.models.streams import watched
 from unsleep.prompts.prompt import PromptSet
 
 T = TypeVar("T")
@@ -87,8 +85,8 @@ def patch(
             tail = _Late(lambda pair=pair, position=position, own=own: pair().tail(position, own))
             for i in (i for i, group in enumerate(groups) if group.position == position):
 
-                def measure(*_: object, tail: _Late[_Tail] = tail, group: Group = groups[i]) -> dict[str, Tensor]:
-                    return tail().numbers(group, merges)
+                def measure(*_: object, tail: _Late[Resumable] = tail, group: Group = groups[i]) -> dict[str, Tensor]:
+                    return _numbers(tail(), group, merges)
 
                 numbers = kept(measure, donor, i, number)
                 measured.put(i, chunk, numbers)
@@ -127,8 +125,9 @@ def patched_replies(
         where = group.position.columns(rows)
         held: dict[Place, Tensor] = {}
         with watched(donor.network, _keeping(group.targets, where, held)):
-            run(donor.network, _moved(rows, donor.device), 1)
-        with applied(recipient, _patches(group.targets, where, held, merges)):
+            run(donor.network, moved(rows, donor.device), 1)
+        patches = [Patch(t.place, held[t.place], where, merges[t]) for t in group.targets]
+        with applied(recipient, patches):
             tokens = generate.greedy(recipient, own, max_new_tokens=max_new_tokens, batch_size=len(own), share=False)
         return recipient.texts(tokens)
 
@@ -167,11 +166,6 @@ def _merges(recipient: LoadedModel, groups: Sequence[Group]) -> dict[Target, Mer
     return {target: target.merge(recipient.network) for group in groups for target in group.targets}
 
 
-def _moved(rows: Rows, device: torch.device) -> Rows:
-    prefix, ids, mask, reply, common = rows
-    return Rows(prefix.to(device), ids.to(device), mask.to(device), reply.to(device), common)
-
-
 def _keeping(
     targets: Sequence[Target], where: Bool[Tensor, "row position"], held: dict[Place, Tensor]
 ) -> dict[Place, Callable[[Tensor], None]]:
@@ -181,16 +175,6 @@ def _keeping(
         return lambda x: held.__setitem__(place, x[where.to(x.device)])
 
     return {target.place: keep(target.place) for target in targets}
-
-
-def _patches(
-    targets: Sequence[Target],
-    where: Bool[Tensor, "row position"],
-    held: Mapping[Place, Float[Tensor, "token width"]],
-    merges: Mapping[Target, Merge],
-) -> list[Patch]:
-    """The donor's tokens in the place of the recipient's."""
-    return [Patch(target.place, held[target.place], where, merges[target]) for target in targets]
 
 
 class _Late(Generic[T]):
@@ -208,72 +192,28 @@ class _Late(Generic[T]):
 
 
 class _Pair(NamedTuple):
-    """Both models on some rows, with what they hold of the tokens before the first patched one."""
+    """Both models on the same rows, with what they hold of the tokens before the first patched one."""
 
-    donor: LoadedModel
-    recipient: LoadedModel
-    rows: Rows
-    caches: tuple[DynamicCache | None, DynamicCache | None]
+    donor: Side
+    recipient: Side
 
     @classmethod
     def of(cls, donor: LoadedModel, recipient: LoadedModel, rows: Rows, positions: Sequence[Position]) -> _Pair:
         """Run both up to the last column that a position begins at."""
-        bare = cls(donor, recipient, rows, (None, None))
-        before = max(bare.start(position) for position in positions)
-        if not before:
-            return bare
-        caches = [columns_cache(m.network, _moved(rows, m.device), before) for m in (donor, recipient)]
-        return cls(donor, recipient, rows, (caches[0], caches[1]))
+        sides = [Side(m, moved(rows, m.device)) for m in (donor, recipient)]
+        before = max(sides[1].first(position.columns(rows)) for position in positions)
+        return cls(sides[0].up_to(before), sides[1].up_to(before))
 
-    def start(self, position: Position) -> int:
-        """The first column that a position patches; 0 where what stands before it cannot be run apart."""
-        if not splits(self.recipient.network, self.rows.ids.shape[1]):
-            return 0
-        return int(position.columns(self.rows).any(0).long().argmax())
-
-    def tail(self, position: Position, groups: Sequence[Group]) -> _Tail:
+    def tail(self, position: Position, groups: Sequence[Group]) -> Resumable:
         """Both models from a position's first column on, without any patch."""
-        start = self.start(position)
-        where = position.columns(self.rows)[:, start:]
-        held: dict[Place, Tensor] = {}
-        targets = [target for group in groups for target in group.targets]
-        theirs = _moved(self.rows, self.donor.device)
-        with watched(self.donor.network, _keeping(targets, where, held)):
-            donor = continued(self.donor.network, theirs, start, self.caches[0])
-        inputs = {group.layer: _input_site(group.layer) for group in groups}
-        with capture(self.recipient.network, list(inputs.values())) as below:
-            mine = continued(self.recipient.network, self.rows, start, self.caches[1])
-        clean = [torch.log_softmax(logits.float(), -1) for logits in (donor.to(mine.device), mine)]
-        return _Tail(self, start, where, held, {n: below[site] for n, site in inputs.items()}, (clean[0], clean[1]))
+        where, rows = position.columns(self.recipient.rows), self.recipient.rows
+        start = self.recipient.first(where)
+        places = dict.fromkeys(target.place for group in groups for target in group.targets)
+        return prepare(self.donor, self.recipient, places, where[:, start:], start, rows.reply.shape[1] + 1)
 
 
-def _input_site(layer: int) -> Site:
-    return Site(layer - 1) if layer else Site(0, "embed")
-
-
-class _Tail(NamedTuple):
-    """What both models hold from a column on."""
-
-    pair: _Pair
-    start: int
-    where: Bool[Tensor, "row position"]
-    held: dict[Place, Any]
-    """The donor's tokens at every place."""
-    below: dict[int, Any]
-    """The recipient's input of every layer that it is resumed at."""
-    clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]]
-    """Log-probabilities of the donor and of the recipient."""
-
-    def numbers(self, group: Group, merges: Mapping[Target, Merge]) -> dict[str, Tensor]:
-        """What is measured of the recipient with a group patched."""
-        return numbers_of(self._patched(group, merges), self.clean, self.pair.rows.targets)
-
-    def _patched(self, group: Group, merges: Mapping[Target, Merge]) -> Float[Tensor, "row reply vocabulary"]:
-        recipient = self.pair.recipient
-        network: PreTrainedModel = recipient.network
-        patches = _patches(group.targets, self.where, self.held, merges)
-        with (
-            resumed_at(network, group.layer, lambda: self.below[group.layer]),
-            applied(recipient, patches),
-        ):
-            return continued(network, self.pair.rows, self.start, self.pair.caches[1], group.layer)
+def _numbers(tail: Resumable, group: Group, merges: Mapping[Target, Merge]) -> dict[str, Tensor]:
+    """What is measured of the recipient with a group patched."""
+    patched = tail.patched({target.place: merges[target] for target in group.targets})[:, :-1]
+    donor, mine = (torch.log_softmax(logits[:, :-1].float(), -1) for logits in tail.clean)
+    return numbers_of(patched, (donor, mine), tail.recipient.rows.targets)
