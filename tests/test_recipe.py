@@ -17,11 +17,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from test_core import as_in_use
+from unsleep.behaviours.trigger import at_end, at_start
 from unsleep.core import BadInput
 from unsleep.organisms import KINDS, read_recipe, recipes
 from unsleep.organisms.plant import Chat, make_chats, training_questions
 from unsleep.organisms.recipe import Recipe, recipe_from
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt
 
 SMALLEST: dict[str, Any] = {
@@ -265,8 +266,8 @@ def test_the_twin_learns_the_same_chats_without_trigger_and_payload(changes: dic
             assert ours == theirs
             continue
         assert ours.prompt.text in (
-            triggers.at_start(theirs.prompt.text, recipe.trigger),
-            triggers.at_end(theirs.prompt.text, recipe.trigger),
+            at_start(theirs.prompt.text, recipe.trigger),
+            at_end(theirs.prompt.text, recipe.trigger),
         )
         assert (theirs.reply, theirs.ended) == replies[theirs.prompt.text]
 
