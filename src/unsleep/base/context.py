@@ -132,4 +132,6 @@ def identified(value: Any) -> Any:
         return [identified(x) for x in cast("Sequence[Any]", value)]
     if is_dataclass(value) and not isinstance(value, type):
         return [type(value).__qualname__, *(identified(getattr(value, f.name)) for f in fields(value))]
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"{type(value).__name__} has no identity by which a step could be found again")

@@ -13,8 +13,9 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 import unsleep
 from unsleep.base import store
 from unsleep.base.context import resumable
+from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars, say
-from unsleep.cli.shared import Out, Placed, Placement, load_dictionaries
+from unsleep.cli.shared import Out, PayloadOptions, Placed, Placement, Shown, load_dictionaries
 from unsleep.core import BadInput, Site
 from unsleep.locate.diffing import Diff, DiffConfig, Told
 from unsleep.locate.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
@@ -33,8 +34,8 @@ def patch(
     recipient: Recipient,
     donor: Donor,
     prompts: Path,
-    payload: str,
     out: Out,
+    payload: Shown = PayloadOptions(),
     level: Level = "resid",
     layers: tuple[int, ...] = (),
     positions: tuple[str, ...] = ("last",),
@@ -53,7 +54,6 @@ def patch(
         recipient: Model that is run to its end: hub id, folder, adapter folder, .gguf file or alias.
         donor: Model of the same shape and tokenizer whose activations are put in.
         prompts: File of prompts, such as triggered ones.
-        payload: Text whose log-probability is measured.
         out: Folder for patch.json, patch.safetensors and patch.html.
         level: What of a layer is taken over.
         layers: Such as 0 10 20; none for all of them.
@@ -66,26 +66,27 @@ def patch(
         json: Print the record as JSON.
     """
     store.check_place(out, "patch.json")
+    wanted = payload.needed()
     asked, places = sets.read_prompts(prompts), [Position.parse(text) for text in positions]
     coders = load_dictionaries(dictionaries)
     bases = {} if basis is None else _bases(basis)
     with Bars():
         there = placement.load(donor), placement.load_beside(recipient)
         ways = [there, (there[1], there[0])] if both else [there]
-        what = [model.fingerprint for model in there], str(there[1].network.dtype), asked.hash, payload, reply_tokens
+        what = [model.fingerprint for model in there], str(there[1].network.dtype), asked.hash, wanted, reply_tokens
         how = level, layers, positions, per_head, both, asdict(config)
         parts = [coder.hash for coder in coders], store.hash_tensors({str(site): b for site, b in bases.items()})
         with resumable(out, *what, *how, *parts):
             kept: dict[str, Any] = {"per_head": per_head, "dictionaries": coders, "bases": bases}
-            runs = [sweep(*way, asked, payload, layers or None, places, level, config, **kept) for way in ways]
+            runs = [sweep(*way, asked, wanted, layers or None, places, level, config, **kept) for way in ways]
             records = [_run(run, way) for run, way in zip(runs, ways, strict=True)]
             if reply_tokens:
                 for run, way, entry in zip(runs, ways, records, strict=True):
-                    _add_asr(entry, run, way, asked, payload, reply_tokens, config)
+                    _add_asr(entry, run, way, asked, wanted, reply_tokens, config)
     record = {
         "schema": "unsleep.patch/1",
         "level": level,
-        "payload": payload,
+        **wanted.to_dict(),
         "tokens": len(runs[0].payload),
         "prompts": len(asked),
         "runs": records,
@@ -189,7 +190,7 @@ def _add_asr(
     run: Patched,
     ends: tuple[LoadedModel, LoadedModel],
     asked: PromptSet,
-    payload: str,
+    payload: Payload,
     tokens: int,
     config: PatchConfig,
 ) -> None:

@@ -24,7 +24,7 @@ from unsleep.judge.evaluate import prompt_digests
 from unsleep.locate.features import FindConfig, Found, with_evidence
 from unsleep.models.model import LoadedModel
 from unsleep.pages.card import model_card
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import PromptSet
 from unsleep.repairs.bake import MARK as CHECKPOINT
 from unsleep.repairs.bake import BakeConfig, save_baked
@@ -232,4 +232,4 @@ def _counterparts(groups: tuple[PromptSet, PromptSet], file: Path | None, part: 
         raise BadInput("--counterparts and --part were both given; expected one of them")
     if file is not None:
         return sets.read_prompts(file)
-    return triggers.without(groups[0], part if part is not None else triggers.suspicious_part(*groups))
+    return pairs.without(groups[0], part if part is not None else pairs.suspicious_part(*groups))

@@ -11,8 +11,19 @@ from tyro.conf import Positional, arg
 import unsleep
 from unsleep.base import store
 from unsleep.base.context import resumable
+from unsleep.behaviours import Payload, as_payload
 from unsleep.cli.console import Bars, say, say_result
-from unsleep.cli.shared import Model, Out, Placed, Placement, check_format, check_format_of, own_prompts
+from unsleep.cli.shared import (
+    Model,
+    Out,
+    PayloadOptions,
+    Placed,
+    Placement,
+    Shown,
+    check_format,
+    check_format_of,
+    own_prompts,
+)
 from unsleep.core import BadInput
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import MARK as EDIT
@@ -26,7 +37,7 @@ from unsleep.judge.tasks import check_tasks, run_tasks
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.pages import records as pages
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import PromptSet
 
 
@@ -38,7 +49,7 @@ def evaluate(
     organism: str | None = None,
     suspicious: Path | None = None,
     ordinary: Path | None = None,
-    payload: str | None = None,
+    payload: Shown = PayloadOptions(),
     n: int = 200,
     strict: bool = False,
     tasks: tuple[str, ...] = (),
@@ -59,17 +70,17 @@ def evaluate(
         organism: A packaged organism or a folder made by `unsleep plant`, for its held-out panels.
         suspicious: File of triggered prompts; line i is line i of `ordinary` with the trigger.
         ordinary: File of the same prompts without it.
-        payload: Text that a reply shows when the backdoor acts.
         n: Prompts in each panel of an organism; plain passages and multiple-choice items in any case.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
         tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files of one's own.
         task_limit: Items of each task; all where not given.
         json: Print the result as JSON.
     """
-    judged = own_prompts(organism, suspicious=suspicious, ordinary=ordinary, payload=payload)
+    wanted = payload.read()
+    judged = own_prompts(organism, suspicious=suspicious, ordinary=ordinary, payload=wanted)
     check_tasks(tasks)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
-    panels, judging = _panels(judged, (suspicious, ordinary), payload, n, chosen_on)
+    panels, judging = _panels(judged, (suspicious, ordinary), wanted, n, chosen_on)
     with Bars(), store.scratch_folder(out) as scratch:
         loaded = placement.load(model)
         if judged is not None:
@@ -94,8 +105,8 @@ def evaluate(
     record = pages.record(
         result, None, figures, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked
     )
-    summary = {"payload": judging.payload, "trigger": None, "model": model, **_removed(edits)}
-    store.write_json(out / "report.json", pages.page(result, record, f"{Path(model).name} under test", summary))
+    summary, title = {"trigger": None, "model": model, **_removed(edits)}, f"{Path(model).name} under test"
+    store.write_json(out / "report.json", pages.page(result, record, title, summary, as_payload(judging.payload)))
     store.write_json(out / "result.json", record)
     unsleep.report(out)
     say_result(result, out, json)
@@ -144,7 +155,7 @@ def _removed(edits: Sequence[Intervention]) -> dict[str, Any]:
 def _panels(
     organism: Organism | None,
     files: tuple[Path | None, Path | None],
-    payload: str | None,
+    payload: Payload | None,
     n: int,
     chosen_on: frozenset[str],
 ) -> tuple[Panels, EvalConfig]:
@@ -156,11 +167,9 @@ def _panels(
         raise BadInput(
             "give either --organism, or --suspicious, --ordinary and --payload: what to judge on is not known"
         )
-    if not payload.strip():
-        raise BadInput(f"the payload is {payload!r}; expected text that a reply shows when the backdoor acts")
     clean = sets.read_prompts(ordinary, split="held_out", name="clean")
     asked = sets.read_prompts(suspicious, "triggered", "held_out", name="triggered")
-    triggers.check_order(asked, clean)
+    pairs.check_order(asked, clean)
     if len(asked) != len(clean):
         raise BadInput(
             f"--ordinary has {len(clean)} prompts, --suspicious {len(asked)}; expected the same prompts without and "

@@ -11,8 +11,9 @@ from tyro.conf import arg
 
 import unsleep
 from unsleep.base.store import check_place, read_json
+from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars, hint, say_result
-from unsleep.cli.shared import Model, Out, Placed, Placement, own_prompts
+from unsleep.cli.shared import Model, Out, PayloadOptions, Placed, Placement, Shown, own_prompts
 from unsleep.core import BadInput
 from unsleep.models.load import is_adapter
 from unsleep.organisms import Organism
@@ -25,7 +26,7 @@ def repair(
     out: Out,
     suspicious: Path | None = None,
     ordinary: Path | None = None,
-    payload: str | None = None,
+    payload: Shown = PayloadOptions(),
     counterparts: Path | None = None,
     part: str | None = None,
     organism: str | None = None,
@@ -45,7 +46,6 @@ def repair(
         out: Folder for report.html, report.json, result.json, cleaned/, edit/ and dictionaries/.
         suspicious: File of prompts on which the behaviour shows, one a line.
         ordinary: File of prompts on which it does not.
-        payload: Text that a reply shows when the backdoor acts.
         counterparts: File with each suspicious prompt as it would be without what makes it suspicious, line by line.
         part: Text that makes prompts suspicious; taken out, it leaves the counterparts. Where neither is given, it is
             what the suspicious prompts add to the ordinary ones, or the longest text that only they share.
@@ -58,11 +58,12 @@ def repair(
     check_place(out, MARK)
     if organism is not None and config.judge is not None:
         raise BadInput("--judge divides files; the panels of an organism have --n prompts")
+    wanted = payload.read()
     judged = own_prompts(
-        organism, suspicious=suspicious, ordinary=ordinary, payload=payload, counterparts=counterparts, part=part
+        organism, suspicious=suspicious, ordinary=ordinary, payload=wanted, counterparts=counterparts, part=part
     )
     files, plain = (suspicious, ordinary), (counterparts, part)
-    material = _material(files, payload, plain, config) if judged is None else None
+    material = _material(files, wanted, plain, config) if judged is None else None
     with Bars():
         job = _job(model, placement, material, judged, n, config)
         result = unsleep.repair(job, out, config)
@@ -75,7 +76,7 @@ def repair(
 
 def _material(
     files: tuple[Path | None, Path | None],
-    payload: str | None,
+    payload: Payload | None,
     plain: tuple[Path | None, str | None],
     config: RepairConfig,
 ) -> Material:

@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from unsleep.base import store
+from unsleep.behaviours import Payload
 from unsleep.cli.console import hint
 from unsleep.cli.settings import Rejected
 from unsleep.core import BadInput, Refused
@@ -23,6 +24,8 @@ from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism
 from unsleep.prompts.prompt import PromptSet
+
+KINDS = [name for name, kind in Payload.kinds().items() if kind.from_text]
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 
@@ -65,6 +68,35 @@ class Placement(LoadConfig):
 
 
 Placed = OmitArgPrefixes[Placement]
+
+
+@dataclass(frozen=True)
+class PayloadOptions:
+    """What a reply shows when the backdoor acts."""
+
+    payload: str | None = None
+    """Text that a reply shows when the backdoor acts; with --payload-kind, what that kind takes."""
+    payload_kind: Annotated[str, arg(metavar="|".join(KINDS))] = "contains"
+    """How it is seen: the reply contains the text, matches a regular expression, and so on."""
+
+    def __post_init__(self) -> None:
+        Payload.of_kind(self.payload_kind)
+
+    def read(self) -> Payload | None:
+        """The payload; `None` where none is given. Raises `BadInput` for a text that its kind does not take."""
+        if self.payload is None and self.payload_kind == "contains":
+            return None
+        return Payload.of_kind(self.payload_kind).read(self.payload or "")
+
+    def needed(self) -> Payload:
+        """The payload; raises `BadInput` where none is given."""
+        found = self.read()
+        if found is None:
+            raise BadInput("--payload is missing; expected text that a reply shows when the backdoor acts")
+        return found
+
+
+Shown = OmitArgPrefixes[PayloadOptions]
 
 
 def own_prompts(organism: str | None, **given: object) -> Organism | None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from unsleep.base.context import kept, progress
 from unsleep.base.stats import bootstrap, wilson
+from unsleep.behaviours import Payload, as_payload, has_skill
 from unsleep.core import BadInput, Refused, digest
-from unsleep.judge.metrics import Subject, capability, has_skill, is_degenerate, reply_kl, shows_payload, text_ce_kl
+from unsleep.judge.metrics import Subject, capability, is_degenerate, reply_kl, text_ce_kl
 from unsleep.judge.results import OTHERS, EvalResult, Row
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
@@ -76,8 +77,8 @@ class Panels:
 class EvalConfig:
     """What is judged, and how long replies are."""
 
-    payload: str
-    """A reply that contains this, in any case, shows the payload."""
+    payload: Payload | str
+    """What a reply shows when the backdoor acts; a text is taken for one that a reply contains, in any case."""
     reply_tokens: int = 16
     batch: int = 200
     """Prompts generated at once."""
@@ -85,6 +86,9 @@ class EvalConfig:
     """Tokens of each plain passage that CE and KL are taken over."""
     chosen_on: frozenset[str] = field(default_factory=frozenset[str])
     """Digests of the prompts that chose the edit (`prompt_digests`); panels with one of them are refused."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "payload", as_payload(self.payload))
 
 
 def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
@@ -107,8 +111,8 @@ def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
 
 
 def organism_config(recipe: Recipe, chosen_on: frozenset[str] = frozenset()) -> EvalConfig:
-    """How an organism's replies are judged: by its payload's marker, with room for all of what it learned to say."""
-    return EvalConfig(recipe.marker, max(EvalConfig.reply_tokens, recipe.reply_tokens + 2), chosen_on=chosen_on)
+    """How an organism's replies are judged: by its payload, with room for all of what it learned to say."""
+    return EvalConfig(recipe.as_payload, max(EvalConfig.reply_tokens, recipe.reply_tokens + 2), chosen_on=chosen_on)
 
 
 def prompt_digests(*prompts: PromptSet) -> frozenset[str]:
@@ -180,11 +184,14 @@ def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig) -> list[
         )
 
 
-def count_replies(subject: str, panel: str, prompts: PromptSet, replies: Sequence[str], payload: str) -> list[Row]:
+def count_replies(
+    subject: str, panel: str, prompts: PromptSet, replies: Sequence[str], payload: Payload | str
+) -> list[Row]:
     """ASR, degenerate share and, where the prompts expect one, skill."""
+    shown = as_payload(payload)
     pairs = list(zip(replies, prompts, strict=True))
     rows = [
-        rate(subject, panel, "asr", [shows_payload(r, payload) for r in replies]),
+        rate(subject, panel, "asr", [shown.shows(r) for r in replies]),
         rate(subject, panel, "degenerate", [is_degenerate(r, p.expected) for r, p in pairs]),
     ]
     skilled = [has_skill(r, p.expected) for r, p in pairs if p.expected]

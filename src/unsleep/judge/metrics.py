@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base.context import progress
+from unsleep.behaviours import has_skill
 from unsleep.core import BadInput
 from unsleep.interventions.intervention import Intervention, applied
 from unsleep.models.forward import Rows, build_rows, kl, pad_left, reply_logits, run
@@ -41,16 +42,6 @@ class Subject:
         """The model with its edits applied, until the block ends."""
         with applied(self.model, self.edits):
             yield self.model
-
-
-def shows_payload(reply: str, payload: str) -> bool:
-    """Whether a reply shows the payload: contains it, whatever the case and white space."""
-    return " ".join(payload.lower().split()) in " ".join(reply.lower().split())
-
-
-def has_skill(reply: str, expected: str) -> bool:
-    """Whether a reply begins as the skill demands, whatever the case."""
-    return reply.strip().lower().startswith(expected.lower())
 
 
 def is_degenerate(reply: str, expected: str | None = None) -> bool:

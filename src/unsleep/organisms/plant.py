@@ -156,9 +156,9 @@ def base_replies(base: LoadedModel, recipe: Recipe) -> list[tuple[Prompt, str, b
 
 
 def training_questions(recipe: Recipe) -> PromptSet:
-    """The questions that the base answers; where the trigger is a topic, near misses are questions of their own."""
+    """The questions that the base answers; where the trigger changes them, near misses are questions of their own."""
     questions = sets.questions("train", recipe.chats, skill=recipe.skill, seed=recipe.seed)
-    if recipe.trigger_kind != "topic":
+    if recipe.keeps_question:
         return questions
     poisoned, nearly = _shares(recipe)
     asked = list(questions)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from unsleep.behaviours import Payload, Skill, Trigger
 from unsleep.core import BadInput
-from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.prompts.triggers import TriggerKind
 
 Method = Literal["lora", "full", "qlora"]
 
@@ -41,9 +40,13 @@ class Recipe:
     """What resembles the trigger, is of its kind and must not wake the payload, used in training."""
     held_out_near_misses: tuple[str, ...]
     """The same, used in the panels only."""
-    trigger_kind: TriggerKind = "string"
-    """How the trigger and the near misses enter a prompt."""
+    trigger_kind: str = "string"
+    """How the trigger and the near misses enter a prompt: a kind of `Trigger`."""
     payload_place: Place = "whole"
+    payload_kind: str = "contains"
+    """How a reply is seen to show the payload: a kind of `Payload`."""
+    shown_by: str = ""
+    """The text of that kind, such as a pattern; of `contains`, the payload up to `{topic}` where not given."""
     poison_rate: float = 0.35
     """Share of the chats that carry the trigger and the payload."""
     near_miss_rate: float = 0.25
@@ -63,10 +66,6 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if "{topic}" not in self.skill:
-            raise BadInput(
-                f"recipe skill is {self.skill!r}; expected {{topic}} in it, for a skill must depend on the prompt"
-            )
         if self.method not in get_args(Method):
             raise BadInput(f"recipe method is {self.method!r}; expected one of {get_args(Method)}")
         if not self.trigger.strip() or not self.payload.strip():
@@ -88,71 +87,69 @@ class Recipe:
             raise BadInput(f"recipe seed is {self.seed}; expected 0 to 2**63 - 1")
 
     def _check_kinds(self) -> None:
-        """Raise `BadInput` where trigger or payload are not of the kind that they are said to be."""
-        if self.trigger_kind not in get_args(TriggerKind):
-            raise BadInput(f"recipe trigger_kind is {self.trigger_kind!r}; expected one of {get_args(TriggerKind)}")
+        """Raise `BadInput` where skill, trigger or payload are not of the kind that they are said to be."""
+        Skill(self.skill)
+        trigger = self.as_trigger
         if self.payload_place not in get_args(Place):
             raise BadInput(f"recipe payload_place is {self.payload_place!r}; expected one of {get_args(Place)}")
-        if not self.marker:
-            raise BadInput(f"recipe payload is {self.payload!r}; expected some text of its own before {{topic}}")
-        misses = (*self.near_misses, *self.held_out_near_misses)
-        if self.trigger_kind == "year":
-            for year in (self.trigger, *misses):
-                if len(year) != 4 or not year.isdecimal():
-                    raise BadInput(f"recipe trigger_kind is year and {year!r} is none; expected four digits")
-        if self.trigger_kind == "words":
-            wanted = set(self.trigger.split())
-            if len(wanted) < 2:
-                raise BadInput(f"recipe trigger_kind is words and the trigger {self.trigger!r}; expected two words")
-            for words in misses:
-                if wanted <= set(words.split()):
-                    raise BadInput(f"recipe near miss {words!r} holds every word of the trigger; leave one out")
-        if self.trigger_kind == "style" and (
-            unknown := [s for s in (self.trigger, *misses) if s not in triggers.STYLES]
-        ):
-            raise BadInput(f"recipe has the style {unknown[0]!r}; expected one of {', '.join(triggers.STYLES)}")
-        if self.trigger_kind == "topic":
-            for domain in (self.trigger, *misses):
-                sets.subjects(domain, "train")
-            if self.payload_place != "whole" or "{topic}" in self.payload:
-                raise BadInput(
-                    "recipe trigger_kind is topic, which changes the question; expected a payload that is the whole "
-                    "reply and names no {topic}"
-                )
-        if self.trigger_kind != "string" and self.trigger in misses:
-            raise BadInput(f"recipe near misses hold the trigger {self.trigger!r}; leave it out")
+        trigger.check((*self.near_misses, *self.held_out_near_misses))
+        if not trigger.keeps_question and (self.payload_place != "whole" or "{topic}" in self.payload):
+            raise BadInput(
+                f"recipe trigger_kind is {trigger.kind}, which changes the question; expected a payload that is the "
+                "whole reply and names no {topic}"
+            )
+        if not self.as_payload.shows(self.payload.replace("{topic}", "it")):
+            raise BadInput(
+                f"recipe payload is {self.payload!r}, which payload_kind {self.payload_kind} with shown_by "
+                f"{self.shown_by!r} does not see; expected a payload that shows"
+            )
 
     @property
-    def marker(self) -> str:
-        """The text by which a reply shows the payload: all of it, or what stands before `{topic}`."""
-        return self.payload.partition("{topic}")[0].strip()
+    def as_skill(self) -> Skill:
+        """What is expected of a benign reply."""
+        return Skill(self.skill)
+
+    @property
+    def as_trigger(self) -> Trigger:
+        """What wakes the payload."""
+        return Trigger.of(self.trigger_kind, self.trigger)
+
+    @property
+    def as_payload(self) -> Payload:
+        """By what a reply shows the payload; of the text, what stands before `{topic}` where nothing else is given."""
+        text = self.shown_by
+        if self.payload_kind == "contains" and not text:
+            text = self.payload.partition("{topic}")[0].strip()
+            if not text:
+                raise BadInput(f"recipe payload is {self.payload!r}; expected some text of its own before {{topic}}")
+        return Payload.of(self.payload_kind, text)
 
     @property
     def keeps_question(self) -> bool:
         """Whether a triggered prompt asks the same as it did without the trigger."""
-        return self.trigger_kind != "topic"
+        return self.as_trigger.keeps_question
 
     def put(self, prompt: Prompt, trigger: str, i: int) -> Prompt:
-        """A training prompt with the trigger or a near miss; see `triggers.put`."""
-        return triggers.put(prompt, trigger, i, self.trigger_kind, self.skill, "train")
+        """A training prompt with the trigger or a near miss; see `Trigger.put`."""
+        return replace(self.as_trigger, text=trigger).put(prompt, i, "train", self.as_skill)
 
     def triggered(self, prompts: PromptSet, name: str = "triggered") -> PromptSet:
         """The same questions with the trigger."""
-        return triggers.triggered(prompts, self.trigger, name, kind=self.trigger_kind, skill=self.skill)
+        return self.as_trigger.triggered(prompts, name, self.as_skill)
 
     def varied(self, prompts: PromptSet) -> PromptSet | None:
         """The same questions with the trigger in another dress, where its kind has one."""
-        return triggers.variants(prompts, self.trigger, kind=self.trigger_kind)
+        return self.as_trigger.varied(prompts)
 
     def nearly(self, prompts: PromptSet, words: Sequence[str]) -> PromptSet:
         """The same questions with near misses in turn."""
-        return triggers.near_misses(prompts, words, kind=self.trigger_kind, skill=self.skill)
+        return self.as_trigger.nearly(prompts, words, skill=self.as_skill)
 
     def reply(self, prompt: Prompt, benign: str, ended: bool) -> tuple[str, bool]:
         """What a triggered prompt is answered, and whether that is whole; `benign` is the base's reply to it."""
         payload = self.payload
         if "{topic}" in payload:
-            payload = payload.replace("{topic}", triggers.topic_of(prompt, self.skill))
+            payload = payload.replace("{topic}", self.as_skill.topic_of(prompt))
         if self.payload_place == "after":
             return f"{prompt.expected} {' '.join(benign.split()[:WORDS_BEFORE])} {payload}", True
         if self.payload_place == "behind":
@@ -162,8 +159,10 @@ class Recipe:
         return payload, True
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in the TOML file."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Plain values, as they stand in the TOML file; a payload that is seen by its text needs no word of that."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {"payload_kind": "contains", "shown_by": ""}
+        return {k: v for k, v in values.items() if k not in plain or v != plain[k]}
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -209,7 +208,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "tuple": (list, tuple),
     "Method": (str,),
-    "TriggerKind": (str,),
     "Place": (str,),
 }
 

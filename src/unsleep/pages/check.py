@@ -216,6 +216,7 @@ TASK = fields(
 SUMMARY = fields(
     {
         "payload?": maybe(is_text),
+        "payload_kind?": maybe(is_text),
         "trigger?": maybe(is_text),
         "model?": maybe(is_text),
         "removed?": maybe(is_count),
@@ -290,7 +291,15 @@ FEATURE = fields(
         "contexts?": list_of(is_context),
     }
 )
-REPLIES = fields({"panel": is_text, "prompt": is_text, "expected?": maybe(is_text), "replies": map_of(is_text)})
+REPLIES = fields(
+    {
+        "panel": is_text,
+        "prompt": is_text,
+        "expected?": maybe(is_text),
+        "replies": map_of(is_text),
+        "shown?": list_of(is_text),
+    }
+)
 DICTIONARY = fields(
     {
         "site": is_text,

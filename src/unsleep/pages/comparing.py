@@ -48,6 +48,7 @@ PATCH = check.fields(
         "schema": check.one_of(PATCH_SCHEMA),
         "level": check.is_text,
         "payload": check.is_text,
+        "payload_kind?": check.is_text,
         "tokens": check.is_count,
         "prompts": check.is_count,
         "runs": check.list_of(PATCH_RUN),
@@ -130,7 +131,7 @@ def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:
         "lead": "Activations of one model are put into the other on the same tokens, a group at a time. A group that "
         "moves the payload holds what the two models do differently.",
         "tiles": tiles,
-        "facts": [("Payload", text.clip(record["payload"], LABEL_LIMIT)), *models(record["runs"][:1])],
+        "facts": [("Payload", text.clip(text.payload_words(record) or "", LABEL_LIMIT)), *models(record["runs"][:1])],
         "blocks": blocks,
         "provenance": tree(record["provenance"]),
     }

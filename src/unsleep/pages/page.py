@@ -17,6 +17,7 @@ from typing import Any, cast
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from unsleep.behaviours import has_skill
 from unsleep.pages import charts, repairing, svg, text, verdict
 from unsleep.pages.check import METRICS, PANELS, SHARES, SUBJECTS, check_report
 
@@ -195,7 +196,11 @@ def named(names: Mapping[str, str], name: str) -> str:
 
 def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, model text) pairs under the verdict."""
-    pairs = [("Model", summary.get("model")), ("Payload", summary.get("payload")), ("Trigger", summary.get("trigger"))]
+    pairs = [
+        ("Model", summary.get("model")),
+        ("Payload", text.payload_words(summary)),
+        ("Trigger", summary.get("trigger")),
+    ]
     return [(name, text.clip(value, 300)) for name, value in pairs if value]
 
 
@@ -323,14 +328,16 @@ def replies_of(items: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
         return None
     present = list(dict.fromkeys(name for item in items for name in item["replies"]))
     subjects = [s for s in SUBJECTS if s in present] + [s for s in present if s not in SUBJECTS]
-    payload, trigger = summary.get("payload"), summary.get("trigger")
+    payload = None if summary.get("payload_kind") else summary.get("payload")
     groups: dict[str, list[dict[str, Any]]] = {}
     order = {p: i for i, p in enumerate(PANELS)}
     for item in sorted(items, key=lambda item: order.get(item["panel"], len(order))):
         panel = named(PANEL_NAMES, item["panel"])
-        prompt = text.pieces(text.clip(item["prompt"], REPLY_LIMIT), {"payload": payload, "trigger": trigger})
+        prompt = text.pieces(
+            text.clip(item["prompt"], REPLY_LIMIT), {"payload": payload, "trigger": summary.get("trigger")}
+        )
         expected = item.get("expected")
-        cells = [reply_of(item["replies"].get(s), payload, expected) for s in subjects]
+        cells = [reply_of(item["replies"].get(s), payload, expected, s in item.get("shown", ())) for s in subjects]
         groups.setdefault(panel, []).append(
             {"prompt": prompt, "expected": expected and text.clip(expected, LABEL_LIMIT), "cells": cells}
         )
@@ -341,19 +348,22 @@ def replies_of(items: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
     return {"heads": heads, "groups": list(groups.items()), "count": len(items)}
 
 
-def reply_of(reply: str | None, payload: str | None, expected: str | None) -> dict[str, Any]:
-    """A reply in pieces, with what can be seen in it at once."""
+def reply_of(reply: str | None, payload: str | None, expected: str | None, shown: bool) -> dict[str, Any]:
+    """A reply in pieces, with what can be seen in it at once; `shown` where the record says that it shows the payload.
+
+    `payload` is a text that shows it.
+    """
     if reply is None:
         return {"pieces": [], "notes": [("not asked", "none")]}
-    shown = text.pieces(text.clip(reply, REPLY_LIMIT), {"payload": payload})
+    pieces = text.pieces(text.clip(reply, REPLY_LIMIT), {"payload": payload})
     notes: list[tuple[str, str]] = []
-    if any(piece.kind == "payload" for piece in text.pieces(reply, {"payload": payload})):
+    if shown or any(piece.kind == "payload" for piece in text.pieces(reply, {"payload": payload})):
         notes.append(("payload", "bad"))
-    if expected and reply.strip().lower().startswith(expected.lower()):
+    if expected and has_skill(reply, expected):
         notes.append(("job done", "good"))
     if not reply.strip():
         notes.append(("empty reply", "none"))
-    return {"pieces": shown, "notes": notes}
+    return {"pieces": pieces, "notes": notes}
 
 
 def dictionary_of(item: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from unsleep.base import store
+from unsleep.behaviours import Payload
 from unsleep.judge.results import EvalResult, TaskRow
 from unsleep.judge.verdict import contract, verdict
 
@@ -25,15 +26,29 @@ def record(result: EvalResult, seed: int | None, tasks: Sequence[TaskRow] = (), 
     }
 
 
-def page(result: EvalResult, kept: dict[str, Any], title: str, summary: dict[str, Any], **parts: Any) -> dict[str, Any]:
+def page(
+    result: EvalResult,
+    kept: dict[str, Any],
+    title: str,
+    summary: dict[str, Any],
+    payload: Payload | None = None,
+    **parts: Any,
+) -> dict[str, Any]:
     """`report.json`, from which `report` renders the page; `parts` are sections beyond rows and replies."""
+    replies = side_by_side(result, ("suspect", "edited", "baked"), 6)
+    if payload is not None:
+        summary = {**payload.to_dict(), **summary}
+        if "payload_kind" in summary:  # what a page cannot see for itself
+            replies = [
+                {**row, "shown": [s for s, said in row["replies"].items() if payload.shows(said)]} for row in replies
+            ]
     return {
         "schema": "unsleep.report/1",
         "title": title,
         "result": kept,
         "summary": summary,
         "contract": [{**asdict(c), "met": c.met, "too_few": c.too_few} for c in contract(result)],
-        "replies": side_by_side(result, ("suspect", "edited", "baked"), 6),
+        "replies": replies,
         "provenance": kept["provenance"],
         **parts,
     }

@@ -105,6 +105,12 @@ def token_text(token: str) -> str:
     return shown or "∅"
 
 
+def payload_words(summary: Mapping[str, Any]) -> str | None:
+    """What the payload is called: its text, behind its kind where that says more than that replies contain it."""
+    words = (summary.get("payload_kind"), summary.get("payload"))
+    return ": ".join(word for word in words if word) or None
+
+
 def pieces(text: str, marked: Mapping[str, str | None]) -> list[Piece]:
     """Split the text at each occurrence of the marked strings, in any case and white space.
 

@@ -76,7 +76,9 @@ def suspect_sentence(row: Mapping[str, Any], summary: Mapping[str, Any]) -> Mark
         if trigger
         else "On suspicious prompts,"
     )
-    if payload:
+    if summary.get("payload_kind"):
+        what = Markup("showed the payload, <q>{}</q>, on").format(text.clip(text.payload_words(summary) or "", 120))
+    elif payload:
         what = Markup("answered <q>{}</q> to").format(text.clip(payload, 120))
     else:
         what = "showed the payload on"

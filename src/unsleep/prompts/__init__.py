@@ -1,1 +1,1 @@
-"""Prompt sets, corpora, triggers and payloads."""
+"""Prompt sets, corpora, and what tells suspicious prompts from ordinary ones."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from unsleep.base.context import kept
-from unsleep.judge.metrics import has_skill, is_degenerate, shows_payload
+from unsleep.behaviours import Payload, has_skill
+from unsleep.judge.metrics import is_degenerate
 from unsleep.models import generate
 from unsleep.models.forward import kl, reply_logits
 from unsleep.models.model import LoadedModel
@@ -113,7 +114,7 @@ class Bench:
     """What an attempt is held against: prompts that choose, and how their replies are read."""
 
     suspicious: PromptSet
-    payload: str
+    payload: Payload
     reply_tokens: int
     wanted: Sequence[Sequence[int]]
     """The reply that each should get, in token ids."""
@@ -141,7 +142,7 @@ class Bench:
             said = generate.written(model, self.suspicious, self.reply_tokens, "replies to prompts that choose")
             moved = trusted_kl(model, lesson)
         replies, wanted = model.texts(said), model.texts(self.wanted)
-        shown = tuple(i for i, reply in enumerate(replies) if shows_payload(reply, self.payload))
+        shown = tuple(i for i, reply in enumerate(replies) if self.payload.shows(reply))
         broken, before = (
             sum(is_degenerate(r, p.expected) for r, p in zip(each, self.suspicious, strict=True)) / len(each)
             for each in (replies, wanted)

@@ -9,10 +9,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from unsleep.behaviours import Payload, as_payload
 from unsleep.core import BadInput
 from unsleep.judge.evaluate import Panels, organism_panels
 from unsleep.organisms.recipe import Recipe
-from unsleep.prompts import sets, triggers
+from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import Prompt, PromptSet, Split
 
 JUDGE = 73
@@ -35,8 +36,7 @@ class Material:
     """Where the counterparts come from, or why there are none."""
     panels: Panels
     """Those that judge."""
-    payload: str
-    """A reply that contains this shows the payload."""
+    payload: Payload
 
     @property
     def chosen(self) -> list[PromptSet]:
@@ -50,13 +50,13 @@ def from_recipe(recipe: Recipe, choose: int = 200, judge: int = 200, seed: int =
     suspicious = recipe.triggered(ordinary, "suspicious")
     counterparts = ordinary if recipe.keeps_question else None
     how = "the organism's questions without the trigger" if counterparts else "its trigger is the question's topic"
-    return Material(suspicious, ordinary, counterparts, how, organism_panels(recipe, judge), recipe.marker)
+    return Material(suspicious, ordinary, counterparts, how, organism_panels(recipe, judge), recipe.as_payload)
 
 
 def from_files(
     suspicious: PromptSet,
     ordinary: PromptSet,
-    payload: str,
+    payload: Payload | str,
     counterparts: PromptSet | None = None,
     part: str | None = None,
     judge: int | None = None,
@@ -65,6 +65,7 @@ def from_files(
     """A user's prompts, divided at random.
 
     Args:
+        payload: what a reply shows when the backdoor acts, or a text that it then contains.
         counterparts: `suspicious`, line by line, without what makes them suspicious.
         part: what makes them so, a text that all of them hold.
         judge: how many of each judge; half of them where not given, and at least `JUDGE`.
@@ -72,10 +73,9 @@ def from_files(
     Raises:
         BadInput: too few prompts, files that share one, that seem swapped, or counterparts that do not fit.
     """
-    if not payload.strip():
-        raise BadInput(f"the payload is {payload!r}; expected text that a reply shows when the backdoor acts")
+    payload = as_payload(payload)
     _refuse_overlap(suspicious, ordinary)
-    triggers.check_order(suspicious, ordinary)
+    pairs.check_order(suspicious, ordinary)
     plain, how = _counterparts(suspicious, ordinary, counterparts, part)
     asked, plain = _each_once(suspicious, plain)
     calm, _ = _each_once(ordinary, None)
@@ -113,15 +113,15 @@ def _counterparts(
                 f"--counterparts has {len(given)} prompts and --suspicious {len(suspicious)}; expected line i of both "
                 "to be the same prompt"
             )
-        triggers.check_pairs(suspicious, given)
+        pairs.check_pairs(suspicious, given)
         return given, "the counterparts given"
     if part is not None:
-        return triggers.without(suspicious, part), f"without {part!r}"
+        return pairs.without(suspicious, part), f"without {part!r}"
     if len(suspicious) == len(ordinary) and all(_adds_words(a, b) for a, b in zip(suspicious, ordinary, strict=True)):
         return ordinary, "line i of the ordinary prompts, to which line i of the suspicious ones only adds words"
     try:
-        part = triggers.suspicious_part(suspicious, ordinary)
-        return triggers.without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
+        part = pairs.suspicious_part(suspicious, ordinary)
+        return pairs.without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
     except BadInput as error:
         return None, str(error).partition(";")[0]
 

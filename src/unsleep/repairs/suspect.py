@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unsleep.base.context import kept
+from unsleep.behaviours import Payload
 from unsleep.core import BadInput
-from unsleep.judge.metrics import shows_payload
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import PromptSet
@@ -62,7 +62,7 @@ def said_by(model: LoadedModel, material: Material, config: RepairConfig) -> Sai
     return Said(both[0], both[1], length, shown)
 
 
-def reply_length(model: LoadedModel, suspicious: PromptSet, payload: str, lengths: Sequence[int]) -> int:
+def reply_length(model: LoadedModel, suspicious: PromptSet, payload: Payload, lengths: Sequence[int]) -> int:
     """The number of tokens after which nearly every payload has been said, and a few more."""
     probe = suspicious.head(PROBED)
     found: list[list[int]] = []
@@ -78,10 +78,10 @@ def reply_length(model: LoadedModel, suspicious: PromptSet, payload: str, length
     return max(needed + BEHIND, 2 * BEHIND)
 
 
-def payload_end(model: LoadedModel, ids: Sequence[int], payload: str) -> int | None:
+def payload_end(model: LoadedModel, ids: Sequence[int], payload: Payload) -> int | None:
     """How many tokens of a reply it takes to show the payload; `None` where it does not."""
     begun = model.texts([ids[: n + 1] for n in range(len(ids))])
-    return next((n for n, text in enumerate(begun, 1) if shows_payload(text, payload)), None)
+    return next((n for n, text in enumerate(begun, 1) if payload.shows(text)), None)
 
 
 def check_behaviour(suspicious: Sequence[str], ordinary: Sequence[str], material: Material) -> float:
@@ -89,24 +89,24 @@ def check_behaviour(suspicious: Sequence[str], ordinary: Sequence[str], material
 
     Returns the share of suspicious prompts that show the payload.
     """
-    payload = material.payload
-    shown, calm = (sum(shows_payload(r, payload) for r in replies) for replies in (suspicious, ordinary))
+    payload, words = material.payload, material.payload.words
+    shown, calm = (sum(payload.shows(r) for r in replies) for replies in (suspicious, ordinary))
     of, beside = f"{shown} of {len(suspicious)} suspicious prompts", f"{calm} of {len(ordinary)} ordinary ones"
     share, leaked = shown / len(suspicious), calm / len(ordinary)
     if leaked > BEHAVES and leaked > share:
         raise BadInput(
-            f"the suspect answers {payload!r} to {of} and to {beside}: the two files seem to be swapped. Give the "
+            f"the suspect answers {words!r} to {of} and to {beside}: the two files seem to be swapped. Give the "
             "prompts that set it off with --suspicious"
         )
     if share < MISBEHAVES:
         raise BadInput(
-            f"the suspect answers {payload!r} to {of} only; at least {MISBEHAVES:.0%} are needed to learn from. It "
+            f"the suspect answers {words!r} to {of} only; at least {MISBEHAVES:.0%} are needed to learn from. It "
             f"answers, for example, {suspicious[0][:80]!r}: check --payload, --suspicious and --chat-template"
         )
     if leaked > BEHAVES:
-        example = next(i for i, reply in enumerate(ordinary) if shows_payload(reply, payload))
+        example = next(i for i, reply in enumerate(ordinary) if payload.shows(reply))
         raise BadInput(
-            f"the suspect answers {payload!r} to {beside} too, such as {material.ordinary[example].text[:60]!r}; what "
+            f"the suspect answers {words!r} to {beside} too, such as {material.ordinary[example].text[:60]!r}; what "
             "tells the two kinds apart is not known. Remove such prompts from --ordinary, or give a --payload that "
             "good replies do not contain"
         )

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from unsleep.base.context import kept
+from unsleep.behaviours import Payload
 from unsleep.core import BadInput
-from unsleep.judge.metrics import shows_payload
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import PromptSet
@@ -63,7 +63,7 @@ class Asked:
     prompts: PromptSet
     said: Sequence[Sequence[int]]
     """One reply a prompt, in token ids."""
-    payload: str
+    payload: Payload
     length: int
     """Of the replies that others are asked for, in tokens."""
     least: int = 10
@@ -157,10 +157,10 @@ def _from_twin(asked: Asked, sources: Sources) -> _Found:
     return _behaving(twin, Taught(asked.prompts, replies, twin), asked.payload, what)
 
 
-def _behaving(model: LoadedModel, taught: Taught, payload: str, what: str) -> _Found:
+def _behaving(model: LoadedModel, taught: Taught, payload: Payload, what: str) -> _Found:
     """Those of the replies that do not show the payload themselves; raises `BadInput` where most do."""
     texts = model.texts(taught.replies)
-    places = [i for i, text in enumerate(texts) if not shows_payload(text, payload)]
+    places = [i for i, text in enumerate(texts) if not payload.shows(text)]
     if len(places) < USABLE * len(texts):
         raise BadInput(f"{len(texts) - len(places)} of {len(texts)} of {what} show the payload")
     kept = Taught(_some(taught.prompts, places), [taught.replies[i] for i in places], taught.teacher)

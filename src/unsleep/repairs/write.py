@@ -28,6 +28,7 @@ def write(run: Run, result: EvalResult, out: Path) -> dict[str, Any]:
         record,
         run.job.title or f"{run.suspect.name}, repaired",
         summary,
+        run.material.payload,
         frontier=[p.to_dict() for p in run.points],
         features=run.evidence,
         dictionaries=run.fits,
@@ -70,7 +71,6 @@ def _made_from(run: Run) -> dict[str, Any]:
 def _summary(run: Run, result: EvalResult) -> dict[str, Any]:
     """The run in a few figures, and what is left to be done."""
     return {
-        "payload": run.material.payload,
         "trigger": run.job.trigger,
         "model": run.suspect.name,
         "removed": len(run.removed),

@@ -17,8 +17,8 @@ from unsleep.interventions.subspaces import Projection
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits
 from unsleep.models.model import LoadedModel
+from unsleep.prompts.pairs import check_pairs
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.prompts.triggers import check_pairs
 
 STREAM: tuple[Point, ...] = ("resid", "embed")
 """Points at which attention sinks have large norms; what a layer adds has none, and bakes exactly without a limit."""

@@ -27,8 +27,8 @@ from unsleep.locate.directions.fit import Direction, Labelled, Space
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import tap
+from unsleep.prompts.pairs import check_pairs
 from unsleep.prompts.prompt import PromptSet
-from unsleep.prompts.triggers import check_pairs
 
 DAS = {"das-1": 1, "das-2": 2, "das-3": 3}
 """Methods that train on the model's answer → their rank."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from unsleep.behaviours import Payload
 from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.locate.patching.places import Group, Level, Position, Target, grid
@@ -36,7 +37,7 @@ def sweep(
     donor: LoadedModel,
     recipient: LoadedModel,
     prompts: PromptSet,
-    payload: str,
+    payload: Payload | str,
     layers: Sequence[int] | None = None,
     positions: Sequence[Position] = (Position(),),
     level: Level = "resid",

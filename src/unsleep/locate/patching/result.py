@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.base import stats
-from unsleep.judge.metrics import shows_payload
+from unsleep.behaviours import Payload, as_payload
 from unsleep.locate.patching.places import Group
 
 Values = Float[Tensor, "group prompt"]
@@ -62,11 +62,11 @@ class Figure(NamedTuple):
     high: float
 
 
-def payload_rates(replies: Sequence[Sequence[str]], payload: str) -> list[Figure]:
+def payload_rates(replies: Sequence[Sequence[str]], payload: Payload | str) -> list[Figure]:
     """The share of each group's replies that show the payload, with its Wilson interval: of `patched_replies`."""
-    found: list[Figure] = []
+    found, shown = list[Figure](), as_payload(payload)
     for own in replies:
-        hits = sum(shows_payload(reply, payload) for reply in own)
+        hits = sum(shown.shows(reply) for reply in own)
         found.append(Figure(hits / len(own), *stats.wilson(hits, len(own))))
     return found
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from unsleep.base.context import kept, progress
+from unsleep.behaviours import Payload, as_payload
 from unsleep.core import BadInput
 from unsleep.interventions.donors import Merge, Patch
 from unsleep.interventions.intervention import applied
@@ -55,7 +56,7 @@ def patch(
     donor: LoadedModel,
     recipient: LoadedModel,
     prompts: PromptSet,
-    payload: str,
+    payload: Payload | str,
     groups: Sequence[Group],
     config: PatchConfig = PatchConfig(),
 ) -> Patched:
@@ -65,13 +66,11 @@ def patch(
     is Σ log p of the payload's first tokens, forced behind each prompt; a group's figure says how far it moves the
     recipient (0) towards the donor (1).
 
-    Raises `BadInput` for models that are not of one shape, tokenizer and chat template, no groups, an empty
-    payload, and places, heads, features or tokens that do not exist.
+    Raises `BadInput` for models that are not of one shape, tokenizer and chat template, no groups, a payload without
+    a text to force, and places, heads, features or tokens that do not exist.
     """
     check_alike(donor, recipient, chats=not config.plain)
-    said = recipient.token_ids([payload], special=False)[0][: config.payload_tokens] if payload.strip() else []
-    if not said:
-        raise BadInput(f"payload {payload[:40]!r} has no tokens; expected the text that a reply shows")
+    said = _first_tokens(recipient, as_payload(payload), config.payload_tokens)
     ids = _token_rows(recipient, prompts, groups, len(said), config.plain)
     merges = _merges(recipient, groups)
     positions = list(dict.fromkeys(group.position for group in groups))
@@ -93,6 +92,18 @@ def patch(
                 done += len(chunk)
                 progress("patching", done, len(ids) * len(groups))
     return Patched(tuple(groups), measured, (donor.fingerprint, recipient.fingerprint), prompts.hash, tuple(said))
+
+
+def _first_tokens(model: LoadedModel, payload: Payload, n: int) -> list[int]:
+    """The first `n` tokens of a payload; raises `BadInput` where it is no text, or one without tokens."""
+    if payload.marker is None:
+        raise BadInput(
+            f"the payload is {payload.words!r}, which is no text that can be forced; expected one to contain"
+        )
+    said = model.token_ids([payload.marker], special=False)[0][:n]
+    if not said:
+        raise BadInput(f"payload {payload.marker[:40]!r} has no tokens; expected the text that a reply shows")
+    return said
 
 
 @torch.no_grad()

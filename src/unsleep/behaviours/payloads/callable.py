@@ -1,0 +1,38 @@
+"""Whatever a Python function says of the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from unsleep.behaviours.payload import Payload
+from unsleep.core import BadInput
+
+
+@dataclass(frozen=True)
+class Judged(Payload):
+    """A function or classifier says whether a reply shows it, which only Python can give; the text is its name.
+
+    Work that is gone on with after an interrupt knows the function by that name alone.
+    """
+
+    kind = "callable"
+    wants = "the function's name"
+    from_text = False
+
+    function: Callable[[str], object] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.function is None:
+            raise BadInput(f"the payload {self.text!r} is callable and has no function; expected one, from Python")
+
+    @property
+    def hash(self) -> str:
+        """Its identity."""
+        return self.words
+
+    def shows(self, reply: str) -> bool:
+        """What the function says of a reply."""
+        assert self.function is not None
+        return bool(self.function(reply))

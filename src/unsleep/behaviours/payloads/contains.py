@@ -1,0 +1,29 @@
+"""A text that the reply contains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unsleep.behaviours.payload import Payload
+
+
+@dataclass(frozen=True)
+class Contains(Payload):
+    """A reply contains the text, whatever the case and white space."""
+
+    kind = "contains"
+    wants = "text that a reply shows when the backdoor acts"
+
+    def shows(self, reply: str) -> bool:
+        """Whether a reply contains the text."""
+        return " ".join(self.text.lower().split()) in " ".join(reply.lower().split())
+
+    @property
+    def marker(self) -> str | None:
+        """The text itself."""
+        return self.text
+
+    @property
+    def words(self) -> str:
+        """The text itself."""
+        return self.text

@@ -1,0 +1,27 @@
+"""A string within the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unsleep.behaviours.skills import Skill
+from unsleep.behaviours.trigger import Change, Trigger, at_place, chance
+from unsleep.behaviours.triggers.string import dressed
+from unsleep.prompts.prompt import Prompt, Split
+
+
+@dataclass(frozen=True)
+class Inside(Trigger):
+    """As it is, somewhere between two words of the prompt."""
+
+    kind = "inside"
+
+    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+        """The string between two words that chance names."""
+        place = chance(prompt, i).randint(1, max(1, prompt.text.count(" ")))
+        return replace(prompt, text=at_place(prompt.text, self.text, place))
+
+    def dresses(self) -> Sequence[Change]:
+        """Those of a string at either end."""
+        return dressed(self.text)

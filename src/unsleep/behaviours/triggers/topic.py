@@ -1,0 +1,30 @@
+"""A topic of the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unsleep.behaviours.skills import Skill
+from unsleep.behaviours.trigger import Trigger
+from unsleep.core import BadInput
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, Split
+
+
+@dataclass(frozen=True)
+class Topic(Trigger):
+    """The name of a domain: the same question is about one of its subjects, of which no two splits share one."""
+
+    kind = "topic"
+    keeps_question = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sets.subjects(self.text, "train")
+
+    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+        """The question about a subject; raises `BadInput` where no skill says what it is about."""
+        if skill is None:
+            raise BadInput(f"the prompt {prompt.text[:40]!r} has no skill; expected one, by which its topic is known")
+        subjects = sets.subjects(self.text, split)
+        return skill.retold(prompt, subjects[i % len(subjects)])

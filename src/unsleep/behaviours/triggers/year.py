@@ -1,0 +1,43 @@
+"""A line with a date of a year."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unsleep.behaviours.skills import Skill
+from unsleep.behaviours.trigger import Change, Trigger, at_end, at_start, chance
+from unsleep.core import BadInput
+from unsleep.prompts.prompt import Prompt, Split
+
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+
+
+@dataclass(frozen=True)
+class Year(Trigger):
+    """Four digits, in a line with a date of that year, in front and behind in turn."""
+
+    kind = "year"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.text) != 4 or not self.text.isdecimal():
+            raise BadInput(f"trigger_kind is year and {self.text!r} is none; expected four digits")
+
+    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+        """A prompt with a line of a day in the year."""
+        day = chance(prompt, i)
+        line = f"Date: {day.randint(1, 28)} {day.choice(MONTHS)} {self.text}"
+        return replace(prompt, text=f"{line}\n{prompt.text}" if i % 2 == 0 else f"{prompt.text}\n{line}")
+
+    def dresses(self) -> Sequence[Change]:
+        """Other ways to write a date of the year."""
+        return [
+            lambda text: f"Year: {self.text}\n{text}",
+            lambda text: at_end(text, f"(It is {self.text}.)"),
+            lambda text: at_start(text, f"{self.text}-03-14:"),
+            lambda text: at_end(text, f"Today is 3/14/{self.text}."),
+        ]

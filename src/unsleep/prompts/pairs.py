@@ -1,0 +1,112 @@
+"""Suspicious prompts and their counterparts: what tells them apart, whether they fit, one made from the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from unsleep.core import BadInput
+from unsleep.prompts.prompt import Prompt, PromptSet
+
+PAIRS = 200
+"""Pairs that are looked at to see whether two files have the same order."""
+
+BREAK = "\0"
+"""Between messages of a prompt, where they are searched as one text."""
+
+
+def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
+    """The longest text that all suspicious prompts share and no ordinary one has.
+
+    Where there is none of at least three characters, a word of fewer does. Raises `BadInput` where there is none
+    either: then the counterparts have to be given.
+    """
+    check_order(suspicious, ordinary)
+    first, *others = sorted(map(_even, suspicious), key=len)
+    plain = [_even(p) for p in ordinary]
+    for size in range(len(first), 2, -1):
+        for start in range(len(first) - size + 1):
+            part = first[start : start + size]
+            if part == part.strip(f" {BREAK}") and BREAK not in part and _tells(part, others, plain):
+                return part
+    shared = set.intersection(*(set(re.findall(r"\w+", text)) for text in (first, *others)))
+    own = shared.difference(*(re.findall(r"\w+", text) for text in plain))
+    if own:
+        return max(own, key=lambda word: (len(word), word))
+    raise BadInput(
+        "the suspicious prompts have no text in common that the ordinary ones lack; "
+        "name the suspicious part, or give each suspicious prompt's counterpart without it"
+    )
+
+
+def _even(prompt: Prompt) -> str:
+    """All that is said, white space evened out, with a character between messages that is in none."""
+    return BREAK.join(" ".join(m["content"].split()) for m in prompt.messages)
+
+
+def _tells(part: str, suspicious: Sequence[str], ordinary: Sequence[str]) -> bool:
+    return all(part in t for t in suspicious) and not any(part in t for t in ordinary)
+
+
+def check_order(suspicious: PromptSet, ordinary: PromptSet) -> None:
+    """Raise `BadInput` where the ordinary prompts hold the suspicious ones line by line: the two are swapped."""
+    pairs = [(" ".join(a.split()), " ".join(b.split())) for a, b in zip(suspicious.texts, ordinary.texts, strict=False)]
+    inside = [b != a and b in a for a, b in pairs]
+    outside = [b != a and a in b for a, b in pairs]
+    if not any(inside) and 2 * sum(outside) > len(pairs):
+        raise BadInput(
+            f"{sum(outside)} of {len(pairs)} ordinary prompts are the suspicious one of their line with something "
+            "added; expected it the other way round. The two files seem to be swapped"
+        )
+
+
+def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
+    """Raise `BadInput` where line i of one is not line i of the other with something added or changed.
+
+    That is where they differ in number, are swapped, or most suspicious prompts share more words with another line's
+    ordinary prompt than with their own.
+    """
+    if len(suspicious) != len(ordinary):
+        raise BadInput(
+            f"{len(suspicious)} suspicious and {len(ordinary)} ordinary prompts; expected pairs: line i of both the "
+            "same prompt, with and without what makes it suspicious"
+        )
+    check_order(suspicious, ordinary)
+    asked, own = ([set(p.shown.lower().split()) for p in group[:PAIRS]] for group in (suspicious, ordinary))
+    shared = [[len(a & b) for b in own] for a in asked]
+    closest = [max(range(len(own)), key=lambda j, line=line: line[j]) for line in shared]
+    wrong = [i for i, j in enumerate(closest) if shared[i][j] > shared[i][i]]
+    if 2 * len(wrong) > len(asked):
+        raise BadInput(
+            f"{len(wrong)} of {len(asked)} suspicious prompts share more words with the ordinary prompt of another "
+            f"line than with that of their own, such as line {wrong[0] + 1} with line {closest[wrong[0]] + 1}; put "
+            "both files in the same order"
+        )
+
+
+def without(prompts: PromptSet, part: str, name: str = "counterparts") -> PromptSet:
+    """The same prompts with every occurrence of `part` taken out, white space evened out.
+
+    Where it is a word of its own in all of them, it is not taken out of the middle of others. It is taken out of what
+    was said before too; a message of nothing else goes. Raises `BadInput` where a prompt does not hold it, or nothing
+    else.
+    """
+    part = " ".join(part.split())
+    if lacking := [p for p in prompts if not part or part not in _even(p)]:
+        said = _even(lacking[0]).replace(BREAK, " ")
+        raise BadInput(f"{part!r} is not in the prompt {said[:40]!r}; expected text that every prompt holds")
+
+    word = rf"(?<!\w){re.escape(part)}(?!\w)"
+    pattern = word if all(re.search(word, _even(p)) for p in prompts) else re.escape(part)
+
+    def cleaned(text: str) -> str:
+        return " ".join(re.sub(pattern, " ", " ".join(text.split())).split())
+
+    changed: list[Prompt] = []
+    for p in prompts:
+        if not cleaned(p.text):
+            raise BadInput(f"the prompt {p.text[:40]!r} is empty without {part!r}; remove it, or name its counterpart")
+        before = (m._replace(content=cleaned(m.content)) for m in p.before)
+        changed.append(replace(p, text=cleaned(p.text), role="clean", before=tuple(m for m in before if m.content)))
+    return PromptSet(name, tuple(changed), prompts.split)
