@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unsleep.core import Activations, BadInput, Edit, FeatureEvidence, Features, Site, check_finite, digest
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.judge.results import EvalResult, Row
 from unsleep.prompts.prompt import Prompt, PromptSet
 

@@ -35,7 +35,13 @@ from test_dictionary_formats import (
 from test_dictionary_pickles import BUFFERS, learned, linear, write_state
 from unsleep.base import hub, store
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
+from unsleep.dictionaries.architectures.batchtopk import BatchTopK
+from unsleep.dictionaries.architectures.gated import Gated
+from unsleep.dictionaries.architectures.jumprelu import JumpReLU
+from unsleep.dictionaries.architectures.matryoshka import Matryoshka
+from unsleep.dictionaries.architectures.standard import Standard
+from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 
 # Round trips

@@ -31,7 +31,7 @@ from unsleep import cli
 from unsleep.activations.harvest import HarvestConfig
 from unsleep.cli.settings import REGISTRY
 from unsleep.core import Edit, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.interventions.edits import save_edit
 from unsleep.judge.evaluate import EvalConfig

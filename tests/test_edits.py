@@ -17,7 +17,7 @@ from test_core import as_in_use
 from unsleep.activations.harvest import HarvestConfig, harvest, token_rows
 from unsleep.base import store
 from unsleep.core import BadInput, Edit, Features, Refused, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.interventions.edits import applied, edits_for, load_edit, merged, operation, save_edit
 from unsleep.locate.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
 from unsleep.models import chat, generate

@@ -17,7 +17,7 @@ from conftest import build, byte_tokenizer
 from families import CONFIGS, REFUSED, VOCABULARY
 from unsleep.activations.harvest import HarvestConfig, harvest, pooled
 from unsleep.core import BadInput, Edit, Refused, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
 from unsleep.interventions.edits import applied

