@@ -14,7 +14,7 @@ import torch
 from common import alternating, keep, ratio, table
 
 from unsleep import Edit, LoadConfig, Site, applied, load_model
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import width

@@ -26,7 +26,13 @@ from sae_lens.saes.sae import SAEMetadata
 from sparsify import SparseCoder, SparseCoderConfig
 
 from unsleep.core import Site
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
+from unsleep.dictionaries.architectures.batchtopk import BatchTopK
+from unsleep.dictionaries.architectures.gated import Gated
+from unsleep.dictionaries.architectures.jumprelu import JumpReLU
+from unsleep.dictionaries.architectures.matryoshka import Matryoshka
+from unsleep.dictionaries.architectures.standard import Standard
+from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 
 D, OUT, F, K = 16, 24, 64, 5

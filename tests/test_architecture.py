@@ -6,11 +6,15 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import unsleep
+from unsleep.dictionaries.architectures import KINDS, OWN_SETTINGS
+from unsleep.dictionaries.config import TrainConfig
+from unsleep.dictionaries.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "unsleep"
@@ -257,6 +261,33 @@ def test_dictionaries_never_see_a_language_model():
     seen = {name_of(path): outside(tree) & models for path, tree in trees(MODULES)}
     assert {name for name, found in seen.items() if found and room_of(name) == "dictionaries"} == set()
     assert {room_of(name) for name, found in seen.items() if found} >= {"models"}
+
+
+ARCHITECTURES = "dictionaries/architectures"
+
+
+def architectures_named(path: Path, tree: ast.AST) -> set[str]:
+    """Architectures of dictionaries that a file imports or has as a text."""
+    texts = {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)} & KINDS.keys()
+    return texts | {target.rpartition("/")[2] for target in imported(tree) if target.startswith(f"{ARCHITECTURES}/")}
+
+
+def test_an_architecture_of_dictionaries_is_named_in_its_own_files_and_where_one_is_chosen():
+    names = {name_of(path): architectures_named(path, tree) for path, tree in trees(MODULES)}
+    assert {name: found for name, found in names.items() if found and not name.startswith(ARCHITECTURES)} == {
+        "dictionaries/settings": {"topk"},  # the default
+        "dictionaries/crosscoders": {"batchtopk"},  # what a crosscoder is
+        "locate/diffing/detectors": {"batchtopk"},
+        "locate/diffing/run": {"batchtopk"},
+    }
+    assert {f"{ARCHITECTURES}/{name}" for name in KINDS} == {n for n in NAMES if n.startswith(f"{ARCHITECTURES}/")}
+
+
+def test_no_two_architectures_have_a_setting_of_one_name():
+    own = [fields(s) for s in OWN_SETTINGS]
+    shared = {f.name for f in fields(Settings)}
+    names = [f.name for each in own for f in each if f.name not in shared]
+    assert len(set(names)) == len(names) == len(fields(TrainConfig)) - len(shared)
 
 
 # Size and words

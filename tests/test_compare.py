@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from support.checks import as_in_use
 from support.training import ARCHITECTURES, acts, config_of, in_pieces, planted
 from unsleep.core import ActivationStream, BadInput, Site
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
+from unsleep.dictionaries.architectures.batchtopk import BatchTopK
+from unsleep.dictionaries.architectures.gated import Gated
+from unsleep.dictionaries.architectures.jumprelu import JumpReLU
+from unsleep.dictionaries.architectures.matryoshka import Matryoshka
+from unsleep.dictionaries.architectures.standard import Standard
+from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.compare import match, rotation
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.metrics import EDGES, fit

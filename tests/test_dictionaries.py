@@ -21,9 +21,10 @@ from support.training import QUICK, activations, sparse_data
 from unsleep.base import store
 from unsleep.core import BadInput, Encoded, Site
 from unsleep.dictionaries import metrics
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import TrainConfig, train
+from unsleep.dictionaries.trainer import Trainer
 
 
 def random_topk(d: int = 12, features: int = 40, k: int = 5, seed: int = 0, dtype: torch.dtype = torch.float32) -> TopK:
@@ -107,12 +108,19 @@ def test_training_explains_sparse_data_and_folds_the_scale():
     assert dictionary.metadata["training_fvu"] == pytest.approx(found.fvu, abs=0.1)
 
 
-def test_dead_features_come_back_through_the_auxiliary_loss():
+def dead_after_training(aux_coefficient: float) -> float:
+    """Share of dead features, where half of them start too weak to be among the k largest."""
     x = sparse_data()
-    config = replace(QUICK, dead_after=5_000)
-    with_aux = metrics.fit(train(activations(x), config), x)
-    without = metrics.fit(train(activations(x), replace(config, aux_coefficient=0.0)), x)
-    assert with_aux.dead <= without.dead
+    trainer = Trainer(x, replace(QUICK, dead_after=5_000, aux_coefficient=aux_coefficient))
+    trainer.w.enc[:32] *= 0.1
+    for step in range(200):
+        trainer.step(x[step * 512 % len(x) :][:512], step)
+    return metrics.fit(trainer.dictionary(activations(x)), x).dead
+
+
+def test_dead_features_come_back_through_the_auxiliary_loss_and_not_without_it():
+    assert dead_after_training(QUICK.aux_coefficient) < 0.1
+    assert dead_after_training(0.0) > 0.4
 
 
 def test_training_is_the_same_bit_for_bit_under_one_seed():

@@ -38,7 +38,13 @@ from support.dictionary_files import (
 from support.disks import full_disk
 from unsleep.base import hub, store
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
+from unsleep.dictionaries.architectures.batchtopk import BatchTopK
+from unsleep.dictionaries.architectures.gated import Gated
+from unsleep.dictionaries.architectures.jumprelu import JumpReLU
+from unsleep.dictionaries.architectures.matryoshka import Matryoshka
+from unsleep.dictionaries.architectures.standard import Standard
+from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 
 # Round trips

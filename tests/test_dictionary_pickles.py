@@ -26,7 +26,10 @@ from support.dictionary_files import (
     write_state,
 )
 from unsleep.core import BadInput
-from unsleep.dictionaries.coders import BatchTopK, Matryoshka, Standard, TopK
+from unsleep.dictionaries.architectures.batchtopk import BatchTopK
+from unsleep.dictionaries.architectures.matryoshka import Matryoshka
+from unsleep.dictionaries.architectures.standard import Standard
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.crosscoders import load_foreign_crosscoder, read_crosscoder_weights
 

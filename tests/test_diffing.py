@@ -29,7 +29,7 @@ from unsleep import cli
 from unsleep.base import store
 from unsleep.base.stats import wilson
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder
 from unsleep.locate.diffing import (

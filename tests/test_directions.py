@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from support.checks import as_in_use
 from unsleep.activations.collect import collect
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.locate.directions import das, leace, measure
 from unsleep.locate.directions.fit import (
     ANY_RANK,

@@ -32,7 +32,7 @@ from unsleep.activations.harvest import HarvestConfig
 from unsleep.behaviours.triggers.string import String
 from unsleep.cli.settings import REGISTRY
 from unsleep.core import Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import save_edit

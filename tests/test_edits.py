@@ -20,7 +20,7 @@ from support.tokenizers import byte_tokenizer
 from unsleep.activations.harvest import HarvestConfig, harvest, token_rows
 from unsleep.base import store
 from unsleep.core import BadInput, Features, Refused, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.interventions.features import Edit, edits_for, merged
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import applied, operation

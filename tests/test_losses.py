@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unsleep.dictionaries import losses, sparse
-from unsleep.dictionaries.losses import Batch, Costs, Pass, Weights
+from unsleep.dictionaries.architectures import KINDS
+from unsleep.dictionaries.config import TrainConfig
+from unsleep.dictionaries.losses import Batch, Pass, Weights
 
 D, F, N = 6, 24, 7
-COSTS = Costs(sparsity=0.7, bandwidth=0.9)
 GROUPS = (4, 8, 12)
+CONFIG = TrainConfig(
+    features=F, k=3, sparsity=0.7, sparsity_warmup=0.0, bandwidth=0.9, groups=tuple(size / F for size in GROUPS)
+)
+
+
+def gradients(architecture: str, w: Weights, batch: Batch, **changes: Any) -> Pass:
+    """One pass of an architecture, at the full cost."""
+    return KINDS[architecture].gradients(w, batch, replace(CONFIG, architecture=architecture, **changes), 0)
 
 
 def random_weights(seed: int, d_in: int = D, extras: tuple[str, ...] = ()) -> Weights:
@@ -26,7 +37,10 @@ def random_weights(seed: int, d_in: int = D, extras: tuple[str, ...] = ()) -> We
 
     w = Weights(normal(F, d_in), normal(F, D), normal(F) * 0.3, normal(D) * 0.3)
     for name in extras:
-        setattr(w, name, normal(D, d_in) if name == "skip" else normal(F) * 0.3)
+        if name == "skip":
+            w.skip = normal(D, d_in)
+        else:
+            w.own[name] = normal(F) * 0.3
     return w
 
 
@@ -68,7 +82,7 @@ def kept(pre: Tensor, count: int, per_token: bool) -> Tensor:
 @given(st.integers(0, 300), st.sampled_from([1, 3, F]))
 def test_top_k(seed: int, k: int):
     w, x = random_weights(seed), random_inputs(seed)
-    done = losses.top_k(w, sae_batch(w, x), k)
+    done = gradients("topk", w, sae_batch(w, x), k=k)
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         pre = (x - p["b_dec"]) @ p["enc"].T + p["b_enc"]
@@ -80,7 +94,7 @@ def test_top_k(seed: int, k: int):
 @given(st.integers(0, 300), st.sampled_from([1, 3, F]))
 def test_batch_top_k(seed: int, k: int):
     w, x = random_weights(seed), random_inputs(seed)
-    done = losses.batch_top_k(w, sae_batch(w, x), k)
+    done = gradients("batchtopk", w, sae_batch(w, x), k=k)
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         pre = (x - p["b_dec"]) @ p["enc"].T + p["b_enc"]
@@ -93,7 +107,7 @@ def test_batch_top_k(seed: int, k: int):
 @given(st.integers(0, 300), st.sampled_from([1, 3, F]))
 def test_matryoshka(seed: int, k: int):
     w, x = random_weights(seed), random_inputs(seed)
-    done = losses.matryoshka(w, sae_batch(w, x), k, GROUPS)
+    done = gradients("matryoshka", w, sae_batch(w, x), k=k)
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         pre = (x - p["b_dec"]) @ p["enc"].T + p["b_enc"]
@@ -110,11 +124,11 @@ def test_standard_by_either_path(seed: int, few: bool):
     w, x = random_weights(seed), random_inputs(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "SPARSE_BELOW", 2.0 if few else 0.0)
-        done = losses.standard(w, sae_batch(w, x), COSTS)
+        done = gradients("standard", w, sae_batch(w, x))
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         code = ((x - p["b_dec"]) @ p["enc"].T + p["b_enc"]).relu()
-        cost = COSTS.sparsity * (code * p["dec"].norm(dim=1)).sum() / len(x)
+        cost = CONFIG.sparsity * (code * p["dec"].norm(dim=1)).sum() / len(x)
         return mean_square(code @ p["dec"] + p["b_dec"], x) + cost
 
     agree(done, autograd(w, loss))
@@ -132,7 +146,7 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_value: Tensor, of_step: Tensor) -> tuple[Tensor, Tensor]:
         z, theta = ctx.saved_tensors
-        near = ((z - theta).abs() < COSTS.bandwidth / 2).double() / COSTS.bandwidth
+        near = ((z - theta).abs() < CONFIG.bandwidth / 2).double() / CONFIG.bandwidth
         return of_value * (z > theta), -(theta * near * of_value + near * of_step).sum(0)
 
 
@@ -141,12 +155,12 @@ def test_jump_relu_by_either_path(seed: int, few: bool):
     w, x = random_weights(seed, extras=("log_threshold",)), random_inputs(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "SPARSE_BELOW", 2.0 if few else 0.0)
-        done = losses.jump_relu(w, sae_batch(w, x), COSTS)
+        done = gradients("jumprelu", w, sae_batch(w, x))
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         pre = (x - p["b_dec"]) @ p["enc"].T + p["b_enc"]
         code, on = Jump.apply(pre, p["log_threshold"].exp())
-        return mean_square(code @ p["dec"] + p["b_dec"], x) + COSTS.sparsity * on.sum() / len(x)
+        return mean_square(code @ p["dec"] + p["b_dec"], x) + CONFIG.sparsity * on.sum() / len(x)
 
     agree(done, autograd(w, loss))
 
@@ -154,7 +168,7 @@ def test_jump_relu_by_either_path(seed: int, few: bool):
 @given(st.integers(0, 300))
 def test_gated(seed: int):
     w, x = random_weights(seed, extras=("b_mag", "r_mag")), random_inputs(seed)
-    done = losses.gated(w, sae_batch(w, x), COSTS)
+    done = gradients("gated", w, sae_batch(w, x))
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         a = (x - p["b_dec"]) @ p["enc"].T
@@ -164,7 +178,7 @@ def test_gated(seed: int):
         return (
             mean_square(code @ p["dec"] + p["b_dec"], x)
             + mean_square(aside, x)
-            + (COSTS.sparsity * gate.relu().sum() / len(x))
+            + (CONFIG.sparsity * gate.relu().sum() / len(x))
         )
 
     agree(done, autograd(w, loss))
@@ -173,7 +187,7 @@ def test_gated(seed: int):
 @given(st.integers(0, 300), st.sampled_from([1, 3, F]))
 def test_a_skip_transcoder(seed: int, k: int):
     w, x, y = random_weights(seed, 4, ("skip",)), random_inputs(seed, d=4), random_inputs(seed + 9)
-    done = losses.top_k(w, Batch(x, y - w.b_dec, False, torch.float64), k)
+    done = gradients("topk", w, Batch(x, y - w.b_dec, False, torch.float64), k=k)
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         pre = x @ p["enc"].T + p["b_enc"]
@@ -186,7 +200,7 @@ def test_a_skip_transcoder(seed: int, k: int):
 def test_reviving_dead_features(seed: int):
     w, x = random_weights(seed), random_inputs(seed)
     batch = sae_batch(w, x)
-    done = losses.top_k(w, batch, 3)
+    done = gradients("topk", w, batch)
     before = {name: grad.clone() for name, grad in done.grads.items()}
     silent = torch.arange(0, F, 2)
     losses.revive(w, batch, done, silent, 4, 0.1)

@@ -21,7 +21,7 @@ from unsleep.base import stats
 from unsleep.base.context import reporting
 from unsleep.behaviours.payloads.refusal import Refusal
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.locate.patching import (
     Group,
     PatchConfig,

@@ -13,7 +13,7 @@ from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep.base.context import reporting
 from unsleep.core import BadInput, Refused, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.judge.splice import SpliceScore, splice_score
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture, transformed

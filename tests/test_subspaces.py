@@ -22,7 +22,8 @@ from unsleep.base import store
 from unsleep.base.linear import orthonormal
 from unsleep.cli import run
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import Coder, TopK
+from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.judge.metrics import Subject
 from unsleep.locate.directions.measure import principal_angles

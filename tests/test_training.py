@@ -101,12 +101,9 @@ def test_the_scale_folded_into_the_weights_changes_nothing(architecture: str, no
     if architecture in fires:
         assert float(((code > 0) & ~fires[architecture]).float().mean()) == 0
     if architecture == "gated":
-        assert w.r_mag is not None
-        assert w.b_mag is not None
-        strength = torch.where(pre > 0, ((pre - w.b_enc) * w.r_mag.exp() + w.b_mag).relu(), 0)
+        strength = torch.where(pre > 0, ((pre - w.b_enc) * w.own["r_mag"].exp() + w.own["b_mag"]).relu(), 0)
     elif architecture == "jumprelu":
-        assert w.log_threshold is not None
-        strength = torch.where(pre > w.log_threshold.exp(), pre, 0)
+        strength = torch.where(pre > w.own["log_threshold"].exp(), pre, 0)
     elif architecture == "topk":
         strength = torch.zeros_like(pre).scatter(1, *reversed(pre.topk(4, 1))).relu()
     elif architecture == "standard":

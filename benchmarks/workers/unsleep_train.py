@@ -9,7 +9,8 @@ from torch import Tensor
 
 from unsleep import Site
 from unsleep.core import Activations, ActivationStream
-from unsleep.dictionaries.coders import BatchTopK, Coder
+from unsleep.dictionaries.architectures.batchtopk import BatchTopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.trainer import Trainer
 

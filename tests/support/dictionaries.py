@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unsleep.core import Site
-from unsleep.dictionaries.coders import TopK
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.models.model import LoadedModel
 
 

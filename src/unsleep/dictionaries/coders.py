@@ -1,9 +1,9 @@
-"""Trained dictionaries: what each architecture computes from an activation.
+"""Trained dictionaries: what they compute from an activation, and what an architecture says of its training and files.
 
     pre = (x − b_dec) W_enc + b_enc        f = activate(pre)        x̂ = f W_dec + b_dec [+ x W_skip]
 
-Architectures differ in `activate` only; a new one is a subclass with its own. A transcoder is any of
-them with a `target`: it reads one Site and rebuilds another.
+An architecture is a subclass in a file of `architectures/`. It has its own `activate` and `gradients`, and overrides
+the rest where it differs. A transcoder is any of them with a `target`: it reads one Site and rebuilds another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,9 @@ from torch.nn.functional import embedding_bag, linear
 
 from unsleep.base import store
 from unsleep.core import BadInput, Dictionary, Encoded, Site, check_finite
+from unsleep.dictionaries.layouts import Learned, SAELens, Sparsify
+from unsleep.dictionaries.losses import Batch, Pass, Weights
+from unsleep.dictionaries.settings import Settings
 from unsleep.dictionaries.sparse import top_k
 
 
@@ -45,20 +48,37 @@ class Coder(Dictionary):
     W_skip: Float[Tensor, "d_out d_model"] | None = None
     """A transcoder's linear path beside the features."""
 
+    kinds: ClassVar[dict[str, Any]] = {}
+    """Fields that are settings, and how they stand in JSON (see `store.fields_of`)."""
+    has_k: ClassVar[bool] = False
+    """Whether k says how many features fire, by strength, so that decoder rows have norm 1; else `sparsity` does."""
+    takes_skip: ClassVar[bool] = True
+    """Whether a transcoder may have a skip path."""
+    training: ClassVar[type[Settings]] = Settings
+    """What a `TrainConfig` holds for it."""
+    in_saelens: ClassVar[SAELens]
+    in_dictionary_learning: ClassVar[tuple[Learned, ...]] = ()
+    """Its classes; which of them is told by `subtracts` and by the names of the tensors."""
+    in_sparsify: ClassVar[Sparsify | None] = None
+
     def __post_init__(self) -> None:
         d, f = self.W_enc.shape
         out = self.W_dec.shape[-1] if self.target else d
-        shapes = {"b_enc": (f,), "W_dec": (f, out), "b_dec": (out,), "W_skip": (out, d)}
-        for name in ("threshold", "b_mag", "r_mag"):
-            shapes[name] = (f,)
+        shapes = {"W_enc": (d, f), "W_dec": (f, out), "b_dec": (out,), "W_skip": (out, d)}
         for name, tensor in self.tensors().items():
-            if name in shapes and tuple(tensor.shape) != shapes[name]:
+            expected = shapes.get(name, (f,))
+            if tuple(tensor.shape) != expected:
                 raise BadInput(
-                    f"dictionary at {self.site}: {name} has shape {list(tensor.shape)}; expected {list(shapes[name])}"
+                    f"dictionary at {self.site}: {name} has shape {list(tensor.shape)}; expected {list(expected)}"
                 )
             check_finite(tensor, f"dictionary at {self.site}: {name}")
         if self.target is not None and self.subtract_bias:
             raise BadInput(f"a transcoder at {self.site} takes b_dec off its input; expected subtract_bias=False")
+
+    @classmethod
+    def name(cls) -> str:
+        """The architecture's name."""
+        return cls.__name__.lower()
 
     @property
     def d_model(self) -> int:
@@ -91,10 +111,12 @@ class Coder(Dictionary):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     _weights = ("W_enc", "b_enc", "W_dec", "b_dec")
+    """Fields that are weights; those beyond these four have the size of the features."""
 
     def settings(self) -> dict[str, Any]:
         """What shapes the code beside the weights."""
-        return {}
+        values = {name: getattr(self, name) for name in self.kinds}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @cached_property
     def _encoder_rows(self) -> Float[Tensor, "feature d_model"]:
@@ -169,113 +191,85 @@ class Coder(Dictionary):
         object.__setattr__(moved, "_hash", self.hash)
         return moved
 
+    def with_bias(self, *, subtracted: bool) -> Coder:
+        """The same features and the same x̂, with b_dec taken off the input or not; the difference goes into b_enc."""
+        if self.subtract_bias == subtracted:
+            return self
+        shift = self.b_dec.double() @ self.W_enc.double() * (1 if subtracted else -1)
+        return replace(self, subtract_bias=subtracted, **self.biased(shift))
 
-@dataclass(frozen=True, eq=False)
-class Standard(Coder):
-    """Every positive pre-activation fires (Bricken et al. 2023, "Towards monosemanticity"); trained with an L1 cost."""
+    def biased(self, shift: Float[Tensor, " feature"]) -> dict[str, Any]:
+        """The biases after (x − b_dec) W_enc has become smaller by `shift`."""
+        return {"b_enc": (self.b_enc.double() + shift).to(self.b_enc.dtype)}
 
-    def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """relu(pre)."""
-        return pre.relu()
+    # how it is trained; `config` is a `TrainConfig`, of which an architecture sees `training`
 
+    @classmethod
+    def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
+        """Forward and backward pass of a step: the squared error, and what the architecture charges for firing."""
+        raise NotImplementedError
 
-@dataclass(frozen=True, eq=False)
-class TopK(Coder):
-    """The k largest positive pre-activations fire (Gao et al. 2024, "Scaling and evaluating sparse autoencoders")."""
+    @classmethod
+    def initial(cls, config: Any, zeros: Float[Tensor, " feature"]) -> dict[str, Tensor]:
+        """`Weights.own` at the start."""
+        return {}
 
-    k: int = 32
+    @classmethod
+    def follow(cls, threshold: Float[Tensor, ""], found: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The running threshold after a step that found `Pass.threshold`."""
+        return threshold
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.k <= self.n_features:
-            raise BadInput(
-                f"dictionary at {self.site} has k = {self.k}; expected 1 to {self.n_features}, its number of features"
-            )
+    @classmethod
+    def trained(cls, w: Weights, config: Any, stretch: Float[Tensor, " feature"], level: float) -> dict[str, Any]:
+        """Own fields of the dictionary after training.
 
-    def settings(self) -> dict[str, Any]:
-        """k."""
-        return {"k": self.k}
+        `stretch` is what strengths are multiplied by to fit the activations' own scale, `level` the running
+        threshold on that scale.
+        """
+        return {}
 
-    def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """The k largest pre-activations, where positive."""
-        values, ids = self.sparsify(pre)
-        return torch.zeros_like(pre).scatter(-1, ids, values)
+    # how a training goes on from it
 
-    def sparsify(
-        self, pre: Float[Tensor, "*token feature"]
-    ) -> tuple[Float[Tensor, "*token k"], Int[Tensor, "*token k"]]:
-        """The k largest pre-activations, those below 0 set to 0."""
-        values, ids = top_k(pre, self.k)
-        return values.relu(), ids
+    @property
+    def level(self) -> float:
+        """What the running threshold starts with."""
+        return 0.0
 
+    def fitting(self) -> dict[str, Any]:
+        """Fields of a `TrainConfig` that its own settings decide, beside k."""
+        return {}
 
-@dataclass(frozen=True, eq=False)
-class JumpReLU(Coder):
-    """A feature fires with its pre-activation where that is over its own threshold (Rajamanoharan et al. 2024)."""
+    def check_start(self, config: Any) -> None:
+        """Raise `BadInput` where `config` does not fit its own settings."""
 
-    threshold: Float[Tensor, " feature"] = field(kw_only=True)
+    def own_weights(
+        self, like: Tensor, stretch: Float[Tensor, " feature"], shift: Float[Tensor, " feature"]
+    ) -> dict[str, Tensor]:
+        """`Weights.own` of this dictionary, in the dtype and place of `like`: the inverse of `trained`.
 
-    _weights = (*Coder._weights, "threshold")
+        `shift` is what was added to b_enc because training takes b_dec off the input.
+        """
+        return {}
 
-    def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """relu(pre) where pre is over the threshold, else 0."""
-        return torch.where(pre > self.threshold, pre.relu(), 0)
+    # how SAELens' files hold it
 
+    @classmethod
+    def of_saelens(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors with what else a config says of them folded in."""
+        return tensors
 
-@dataclass(frozen=True, eq=False)
-class BatchTopK(Coder):
-    """A feature fires where its pre-activation is over one threshold (Bussmann et al. 2024, "BatchTopK").
+    def to_saelens(self) -> dict[str, Any]:
+        """Its keys of the config."""
+        return {}
 
-    In training the k · batch largest of a whole batch fire; the threshold is their smallest, averaged.
-    """
+    @classmethod
+    def restored(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Own fields and weights from a file that names another architecture, and unsleep's `settings` in it.
 
-    k: int = field(kw_only=True)
-    """Features that fired on a token in training, on average."""
-    threshold: float = field(kw_only=True)
+        `None` where the file has been changed so that it is of the other one now.
+        """
+        return {**tensors, **settings}
 
-    def settings(self) -> dict[str, Any]:
-        """k and the threshold."""
-        return {"k": self.k, "threshold": self.threshold}
-
-    def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """relu(pre) where pre is over the threshold, else 0."""
-        return torch.where(pre > self.threshold, pre.relu(), 0)
-
-
-@dataclass(frozen=True, eq=False)
-class Matryoshka(BatchTopK):
-    """BatchTopK whose first features rebuild x on their own (Bussmann et al. 2025, "Matryoshka SAEs")."""
-
-    groups: tuple[int, ...] = field(kw_only=True)
-    """Sizes of the nested groups, in the order of the features; they sum to the number of features."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if sum(self.groups) != self.n_features or min(self.groups, default=0) < 1:
-            raise BadInput(
-                f"dictionary at {self.site} has groups {list(self.groups)}; expected sizes over 0 "
-                f"that sum to {self.n_features}, its number of features"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """k, the threshold and the groups."""
-        return {**super().settings(), "groups": list(self.groups)}
-
-
-@dataclass(frozen=True, eq=False)
-class Gated(Coder):
-    """One path decides which features fire, another how strongly (Rajamanoharan et al. 2024, "Gated SAEs").
-
-    Both share W_enc; `b_enc` is the gate's bias. With a = (x − b_dec) W_enc: f = relu(a e^r_mag + b_mag)
-    where a + b_enc > 0, else 0.
-    """
-
-    b_mag: Float[Tensor, " feature"] = field(kw_only=True)
-    r_mag: Float[Tensor, " feature"] = field(kw_only=True)
-
-    _weights = (*Coder._weights, "b_mag", "r_mag")
-
-    def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """The magnitude where the gate is open."""
-        magnitude = ((pre - self.b_enc) * self.r_mag.exp() + self.b_mag).relu()
-        return torch.where(pre > 0, magnitude, 0)
+    def saved(self) -> dict[str, Tensor]:
+        """The weights that such a file holds."""
+        return self.tensors()

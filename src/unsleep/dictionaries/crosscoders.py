@@ -24,8 +24,8 @@ from torch import Tensor
 from unsleep.base import store
 from unsleep.core import Activations, ActivationStream, BadInput, Encoded, Site
 from unsleep.dictionaries import sparse
+from unsleep.dictionaries.architectures.batchtopk import BatchTopK
 from unsleep.dictionaries.buffer import streamed
-from unsleep.dictionaries.coders import BatchTopK
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
 from unsleep.dictionaries.trainer import measure
@@ -211,7 +211,7 @@ def train_crosscoder(
         BadInput: activations that are not of the same tokens, of different widths or constant, or another
             architecture than `batchtopk`.
     """
-    if config.architecture != "batchtopk":
+    if config.architecture != BatchTopK.name():
         raise BadInput(f"training architecture is {config.architecture!r}; expected 'batchtopk' for a crosscoder")
     samples = [s.sample() for s in (streamed(first), streamed(second))]
     if samples[0].shape[1] != samples[1].shape[1]:

@@ -1,4 +1,4 @@
-"""Forward and backward pass of every architecture, by hand.
+"""What the forward and backward passes of the architectures share, by hand.
 
 Loss = mean over tokens of ‖ŷ − y‖² + what the architecture charges for firing. The encoder runs in
 bf16. Where few features fire, everything behind it touches active rows only (`sparse`); where many
@@ -8,11 +8,11 @@ formulas up to rounding (tests/test_losses.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -34,26 +34,15 @@ class Weights:
     dec: Float[Tensor, "feature d_out"]
     b_enc: Float[Tensor, " feature"]
     b_dec: Float[Tensor, " d_out"]
-    log_threshold: Float[Tensor, " feature"] | None = None
-    """JumpReLU."""
-    b_mag: Float[Tensor, " feature"] | None = None
-    """Gated; `b_enc` is then the gate's bias."""
-    r_mag: Float[Tensor, " feature"] | None = None
+    own: dict[str, Float[Tensor, " feature"]] = field(default_factory=dict[str, Tensor])
+    """What an architecture has beside them."""
     skip: Float[Tensor, "d_out d_in"] | None = None
     """Transcoders only."""
 
     def named(self) -> dict[str, Tensor]:
         """The weights that there are."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-
-
-class Costs(NamedTuple):
-    """What an architecture charges for firing, in the loss's units."""
-
-    sparsity: float
-    """A unit of activation (L1) or a firing feature (L0), this step."""
-    bandwidth: float
-    """Width of the rectangle that stands for a threshold's derivative."""
+        found = {"enc": self.enc, "dec": self.dec, "b_enc": self.b_enc, "b_dec": self.b_dec, **self.own}
+        return found if self.skip is None else {**found, "skip": self.skip}
 
 
 class Batch(NamedTuple):
@@ -86,7 +75,7 @@ class Pass(NamedTuple):
     active: int
     """Entries that fired in the whole batch."""
     threshold: float = 0.0
-    """BatchTopK: the smallest activation that was kept."""
+    """The smallest activation that was kept, where the architecture keeps those of a batch."""
 
 
 def encode(w: Weights, batch: Batch, dtype: torch.dtype | None = None) -> Float[Tensor, "token feature"]:
@@ -95,122 +84,16 @@ def encode(w: Weights, batch: Batch, dtype: torch.dtype | None = None) -> Float[
     return linear(batch.x.to(dtype), w.enc.to(dtype), w.b_enc.to(dtype))
 
 
-def top_k(w: Weights, batch: Batch, k: int) -> Pass:
-    """TopK: the k largest positive pre-activations of each token fire."""
-    pre = encode(w, batch)
-    values, ids = sparse.top_k(pre, k)
-    return _sparse_pass(w, batch, pre, sparse.code_of_top_k(values.relu().to(w.dec.dtype), ids))
+def is_sparse(count: int, active: Bool[Tensor, "token feature"]) -> bool:
+    """Whether so few entries fire that active rows are cheaper than dense products."""
+    return count < SPARSE_BELOW * active.numel()
 
 
-def batch_top_k(w: Weights, batch: Batch, k: int) -> Pass:
-    """BatchTopK: the k · tokens largest positive pre-activations of the batch fire."""
-    pre = encode(w, batch)
-    code = sparse.largest(pre, k * len(pre))
-    smallest = float(code.values.min()) if len(code.values) else 0.0
-    return _sparse_pass(w, batch, pre, code._replace(values=code.values.to(w.dec.dtype)))._replace(threshold=smallest)
-
-
-def matryoshka(w: Weights, batch: Batch, k: int, groups: tuple[int, ...]) -> Pass:
-    """BatchTopK with the mean loss over the nested dictionaries that the first groups make."""
-    pre = encode(w, batch)
-    code = sparse.largest(pre, k * len(pre))
-    smallest = float(code.values.min()) if len(code.values) else 0.0
-    code = code._replace(values=code.values.to(w.dec.dtype))
-    ends = torch.tensor(groups, device=pre.device).cumsum(0)
-    codes = sparse.split(code, torch.bucketize(code.ids, ends, right=True), len(groups), len(pre))
-    rebuilt = torch.zeros_like(batch.y)
-    errors: list[Tensor] = []
-    for part in codes:
-        rebuilt = rebuilt + sparse.combine(part, w.dec)
-        errors.append(rebuilt - batch.y)
-    grads = {name: torch.zeros_like(tensor) for name, tensor in w.named().items()}
-    slope = torch.zeros_like(batch.y)
-    for part, error in zip(reversed(codes), reversed(errors), strict=True):
-        own = batch.slope(error) / len(groups)
-        slope += own  # what a group writes counts in every dictionary that holds it
-        for name, grad in sparse_grads(w, batch.x, part, slope).items():
-            grads[name] += grad
-        grads["b_dec"] += own.sum(0)
-    if batch.subtracted:
-        grads["b_dec"] -= grads["b_enc"] @ w.enc
-    return Pass(pre, errors[-1], grads, _fired(w, code), len(code.ids), smallest)
-
-
-def _fired(w: Weights, code: Code) -> Float[Tensor, " feature"]:
-    fired = torch.zeros_like(w.b_enc)
-    fired[code.ids[code.values > 0]] = 1
-    return fired
-
-
-def standard(w: Weights, batch: Batch, costs: Costs) -> Pass:
-    """ReLU with an L1 cost on activations, each weighted by its decoder row's norm."""
-    pre = encode(w, batch)
-    norms = w.dec.norm(dim=1)
-    slope = costs.sparsity / len(pre)
-    active = pre > 0
-    n = sparse.count(active)
-    if n < SPARSE_BELOW * active.numel():
-        code = sparse.code_where(pre, active)
-        code = code._replace(values=code.values.to(w.dec.dtype))
-        done = _sparse_pass(w, batch, pre, code, slope * norms[code.ids])
-        total = torch.zeros_like(norms).index_add_(0, code.ids, code.values)
-    else:
-        f = pre.relu()
-        rebuilt = _Dense(w, batch, f)
-        done = rebuilt.backward(pre, threshold_backward(rebuilt.slopes.add_((slope * norms).to(f.dtype)), pre, 0), n)
-        total = column_sums(f).to(w.dec.dtype)
-    done.grads["dec"] += (slope * total / norms.clamp_min(1e-12))[:, None] * w.dec
-    return done
-
-
-def jump_relu(w: Weights, batch: Batch, costs: Costs) -> Pass:
-    """A threshold for each feature with an L0 cost, both trained through a rectangle.
-
-    Rajamanoharan et al. 2024, "Jumping ahead", section 3.
-    """
-    assert w.log_threshold is not None
-    pre = encode(w, batch)
-    threshold = w.log_threshold.exp()
-    over = pre - threshold.to(pre.dtype)
-    active, near = over > 0, over.abs() < costs.bandwidth / 2
-    n = sparse.count(active)
-    if max(n, sparse.count(near)) < SPARSE_BELOW * active.numel():
-        code = sparse.code_where(pre, active)
-        done = _sparse_pass(w, batch, pre, code._replace(values=code.values.to(w.dec.dtype)))
-        edge = sparse.code_where(pre, near)
-        at_edge = sparse.row_dots(batch.slope(done.error), w.dec, edge)
-        grad = torch.zeros_like(threshold).index_add_(0, edge.ids, at_edge)
-        crowd = torch.bincount(edge.ids, minlength=len(threshold)).to(w.dec.dtype)
-    else:
-        rebuilt = _Dense(w, batch, pre.masked_fill(~active, 0))
-        done = rebuilt.backward(pre, threshold_backward(rebuilt.slopes, over, 0), n)
-        grad = column_sums(rebuilt.slopes.masked_fill(~near, 0)).to(w.dec.dtype)
-        crowd = column_sums(near.to(pre.dtype)).to(w.dec.dtype)
-    cost = costs.sparsity / len(pre)
-    done.grads["log_threshold"] = -(grad * threshold + cost * crowd) / costs.bandwidth * threshold
-    return done
-
-
-def gated(w: Weights, batch: Batch, costs: Costs) -> Pass:
-    """Gate and magnitude, with an L1 cost on the open gate and its own reconstruction (ibid. 2024, "Gated SAEs", 3.2).
-
-    That reconstruction sees a frozen decoder.
-    """
-    assert w.b_mag is not None
-    assert w.r_mag is not None
-    pre = encode(w, batch)
-    scale = w.r_mag.exp().to(pre.dtype)
-    stretched = (pre - w.b_enc.to(pre.dtype)).mul_(scale)
-    opened = pre.relu()
-    f = threshold_backward((stretched + w.b_mag.to(pre.dtype)).relu_(), pre, 0)
-    rebuilt, aside = _Dense(w, batch, f), _Dense(w, batch, opened)
-    of_magnitude = threshold_backward(rebuilt.slopes, f, 0)
-    of_gate = threshold_backward(aside.slopes.add_(costs.sparsity / len(pre)), pre, 0)
-    done = rebuilt.backward(pre, of_magnitude * scale + of_gate, sparse.count(f > 0))
-    done.grads["b_enc"] = column_sums(of_gate).to(w.dec.dtype)
-    done.grads["b_mag"] = column_sums(of_magnitude).to(w.dec.dtype)
-    done.grads["r_mag"] = column_sums(of_magnitude.mul_(stretched)).to(w.dec.dtype)
-    return done
+def fired(w: Weights, code: Code) -> Float[Tensor, " feature"]:
+    """1 where a feature fired."""
+    found = torch.zeros_like(w.b_enc)
+    found[code.ids[code.values > 0]] = 1
+    return found
 
 
 def revive(w: Weights, batch: Batch, done: Pass, silent: Tensor, k: int, coefficient: float) -> None:
@@ -251,15 +134,18 @@ def column_sums(x: Float[Tensor, "token feature"]) -> Float[Tensor, " feature"]:
     return (x.new_ones(1, len(x)) @ x).squeeze(0)
 
 
-def _sparse_pass(w: Weights, batch: Batch, pre: Tensor, code: Code, cost: float | Tensor = 0.0) -> Pass:
+def sparse_pass(
+    w: Weights, batch: Batch, pre: Float[Tensor, "token feature"], code: Code, cost: float | Tensor = 0.0
+) -> Pass:
+    """All gradients by active rows alone; `cost` is ∂loss/∂value of an entry beside the squared error."""
     error = _with_skip(w, batch, sparse.combine(code, w.dec)) - batch.y
     slope = batch.slope(error)
     grads = sparse_grads(w, batch.x, code, slope, cost)
     through = grads["b_enc"]
-    return Pass(pre, error, _with_bias(w, batch, grads, slope, through), _fired(w, code), sparse.count(code.values > 0))
+    return Pass(pre, error, _with_bias(w, batch, grads, slope, through), fired(w, code), sparse.count(code.values > 0))
 
 
-class _Dense:
+class Dense:
     """A reconstruction from dense activations, and the way back from it."""
 
     def __init__(self, w: Weights, batch: Batch, f: Float[Tensor, "token feature"]) -> None:

@@ -25,6 +25,7 @@ from unsleep.base import store
 from unsleep.base.machine import device_of
 from unsleep.core import ActivationStream, BadInput
 from unsleep.dictionaries import parallel
+from unsleep.dictionaries.architectures import KINDS
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.compare import Rotation, rotation
 from unsleep.dictionaries.config import TrainConfig
@@ -45,9 +46,6 @@ ROW = {"site": str, "variant": str}
 
 LETTERS = {"architecture": "", "k": "k", "features": "f", "sparsity": "c", "learning_rate": "lr", "seed": "s"}
 """Settings that may have several values in one pass → what stands before the value in a variant's name."""
-
-FIXED_L0 = ("topk", "batchtopk", "matryoshka")
-"""Architectures that k shapes; sparsity shapes the others."""
 
 TURNED = 10
 """Features that a warm start names, those that turned most."""
@@ -74,7 +72,7 @@ def variants(settings: Mapping[str, Any]) -> dict[str, TrainConfig]:
     for combination in itertools.product(*several.values()):
         chosen = dict(zip(several, combination, strict=True))
         architecture = chosen.get("architecture", TrainConfig.architecture)
-        unused = "sparsity" if architecture in FIXED_L0 else "k"
+        unused = "sparsity" if architecture in KINDS and KINDS[architecture].has_k else "k"
         if unused in several:
             chosen[unused] = several[unused][0]
         named = [n for n, values in several.items() if len(values) > 1 and n != unused]
@@ -318,7 +316,7 @@ def _seed(configs: Mapping[str, TrainConfig]) -> int | None:
 
 def _row(job: Job, variant: str, config: TrainConfig, trained: Trained) -> dict[str, Any]:
     """What dictionaries.json says of one dictionary."""
-    shape = "k" if config.architecture in FIXED_L0 else "sparsity"
+    shape = "k" if KINDS[config.architecture].has_k else "sparsity"
     return {
         "site": job.name,
         **job.made_from,

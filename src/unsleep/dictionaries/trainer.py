@@ -15,19 +15,10 @@ from unsleep.base import store
 from unsleep.base.machine import compute_dtype
 from unsleep.core import Activations, ActivationStream, BadInput, Site
 from unsleep.dictionaries import losses, parallel
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
-from unsleep.dictionaries.config import Architecture, TrainConfig
-from unsleep.dictionaries.losses import Batch, Costs, Pass, Weights
-
-ARCHITECTURES: dict[type[Coder], Architecture] = {
-    TopK: "topk",
-    BatchTopK: "batchtopk",
-    Matryoshka: "matryoshka",
-    Standard: "standard",
-    JumpReLU: "jumprelu",
-    Gated: "gated",
-}
-"""What each kind of dictionary is called in a `TrainConfig`."""
+from unsleep.dictionaries.architectures import KINDS
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.config import TrainConfig
+from unsleep.dictionaries.losses import Batch, Pass, Weights
 
 
 class Step(NamedTuple):
@@ -85,7 +76,7 @@ class Trainer:
         target: Float[Tensor, "token d_out"] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
+        self.config, self.kind = config, KINDS[config.architecture]
         self.is_transcoder = target is not None
         self.input = measure(sample, config, "the activations")
         self.output = measure(target, config, "the target activations") if target is not None else self.input
@@ -95,7 +86,7 @@ class Trainer:
         self.silent_for = torch.zeros(config.features, dtype=torch.long, device=device)
         """Tokens since each feature last fired."""
         self.threshold = torch.zeros((), device=device)
-        """BatchTopK: running mean of the smallest activation kept."""
+        """What the architecture makes of the smallest activations kept (`Coder.follow`)."""
         self.device = torch.device(device)
         self.compute = compute_dtype(torch.bfloat16, device)
         """Dtype of the dense products."""
@@ -124,8 +115,7 @@ class Trainer:
         start = weights_of(dictionary, trainer.w, trainer.input.scale, trainer.output.scale)
         for name, weight in trainer.w.named().items():
             weight.copy_(start.named()[name])
-        if isinstance(dictionary, BatchTopK):
-            trainer.threshold.fill_(dictionary.threshold * trainer.output.scale)
+        trainer.threshold.fill_(dictionary.level * trainer.output.scale)
         return trainer
 
     @torch.no_grad()
@@ -135,7 +125,7 @@ class Trainer:
         aim = x if y is None else y.to(self.device, torch.float32) * self.output.scale
         shifted = aim - self.w.b_dec
         batch = Batch(x if self.is_transcoder else shifted, shifted, not self.is_transcoder, self.compute)
-        done = self._pass(batch, step)
+        done = self.kind.gradients(self.w, batch, self.config, step)
         silent = (self.silent_for >= self.config.dead_after).nonzero().squeeze(1)
         if len(silent) and self.config.aux_coefficient:
             losses.revive(self.w, batch, done, silent, self.config.aux_k, self.config.aux_coefficient)
@@ -144,31 +134,13 @@ class Trainer:
         self._apply(done.grads, step)
         seen = len(x) * parallel.place()[1]
         self.silent_for = torch.where(parallel.total(done.fired) > 0, 0, self.silent_for + seen)
-        if level > 0:
-            self.threshold = torch.where(self.threshold == 0, level, 0.99 * self.threshold + 0.01 * level)
+        self.threshold = self.kind.follow(self.threshold, level)
         every = self.config.resample_every
         if every and (step + 1) * self.config.batch // every > step * self.config.batch // every:
             self._resample(batch, done)
         spread = (aim - aim.mean(0)).square().sum().clamp_min(1e-20)
         fvu = float(done.error.square().sum() / spread)
         return Step(fvu, done.active / len(x), len(silent))
-
-    def _pass(self, batch: Batch, step: int) -> Pass:
-        c = self.config
-        costs = Costs(c.cost(step), c.bandwidth)
-        match c.architecture:
-            case "topk":
-                return losses.top_k(self.w, batch, c.k)
-            case "batchtopk":
-                return losses.batch_top_k(self.w, batch, c.k)
-            case "matryoshka":
-                return losses.matryoshka(self.w, batch, c.k, c.group_sizes())
-            case "standard":
-                return losses.standard(self.w, batch, costs)
-            case "jumprelu":
-                return losses.jump_relu(self.w, batch, costs)
-            case "gated":
-                return losses.gated(self.w, batch, costs)
 
     def _apply(self, grads: dict[str, Tensor], step: int) -> None:
         """Adam; decoder rows move on the unit sphere, where they are held there."""
@@ -225,24 +197,9 @@ class Trainer:
             "subtract_bias": not self.is_transcoder,
             "target": target,
             "W_skip": None if w.skip is None else (w.skip * ratio).cpu(),
+            **self.kind.trained(w, self.config, stretch, float(self.threshold) / scale),
         }
-        k, level = self.config.k, float(self.threshold) / scale
-        match self.config.architecture:
-            case "topk":
-                return TopK(**kwargs, k=k)
-            case "batchtopk":
-                return BatchTopK(**kwargs, k=k, threshold=level)
-            case "matryoshka":
-                return Matryoshka(**kwargs, k=k, threshold=level, groups=self.config.group_sizes())
-            case "standard":
-                return Standard(**kwargs)
-            case "jumprelu":
-                assert w.log_threshold is not None
-                return JumpReLU(**kwargs, threshold=(w.log_threshold.exp() * stretch).cpu())
-            case "gated":
-                assert w.b_mag is not None
-                assert w.r_mag is not None
-                return Gated(**kwargs, b_mag=(w.b_mag * stretch).cpu(), r_mag=w.r_mag.clone().cpu())
+        return self.kind(**kwargs)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed training needs."""
@@ -282,26 +239,25 @@ def initial_weights(
     dec = rows(d_out)
     enc = rows(d_in) if is_transcoder else dec.clone()
     zeros = torch.zeros(config.features)
-    weights = Weights(enc, dec, zeros.clone(), outputs.mean.clone())
-    if config.architecture == "jumprelu":
-        weights.log_threshold = torch.full_like(zeros, math.log(config.threshold))
-    if config.architecture == "gated":
-        weights.b_mag, weights.r_mag = zeros.clone(), zeros.clone()
-    if config.skip:
-        if not is_transcoder:
-            raise BadInput("training skip is set, but input and target are the same; expected a transcoder")
-        weights.skip = torch.zeros(d_out, d_in)
-    return Weights(**{name: tensor.to(device) for name, tensor in weights.named().items()})
+    if config.skip and not is_transcoder:
+        raise BadInput("training skip is set, but input and target are the same; expected a transcoder")
+    skip = torch.zeros(d_out, d_in, device=device) if config.skip else None
+    own = {name: weight.to(device) for name, weight in KINDS[config.architecture].initial(config, zeros).items()}
+    b_enc, b_dec = zeros.clone().to(device), outputs.mean.clone().to(device)
+    return Weights(enc.to(device), dec.to(device), b_enc, b_dec, own, skip)
 
 
 def config_for(dictionary: Coder, config: TrainConfig = TrainConfig()) -> TrainConfig:
-    """`config` with the architecture, size, k, groups and skip path of a dictionary, to go on training it."""
-    own: dict[str, Any] = {"architecture": ARCHITECTURES[type(dictionary)], "features": dictionary.n_features}
-    own["skip"] = dictionary.W_skip is not None
-    own["k"] = dictionary.k if isinstance(dictionary, TopK | BatchTopK) else min(config.k, dictionary.n_features)
-    if isinstance(dictionary, Matryoshka):
-        own["groups"] = tuple(size / dictionary.n_features for size in dictionary.groups)
-    return replace(config, **own)
+    """`config` with the architecture, size, k, skip path and own settings of a dictionary, to go on training it."""
+    features = dictionary.n_features
+    return replace(
+        config,
+        architecture=dictionary.name(),
+        features=features,
+        k=dictionary.settings().get("k", min(config.k, features)),
+        skip=dictionary.W_skip is not None,
+        **dictionary.fitting(),
+    )
 
 
 def check_start(dictionary: Coder, config: TrainConfig, enc: tuple[int, ...], dec: tuple[int, ...]) -> None:
@@ -313,8 +269,7 @@ def check_start(dictionary: Coder, config: TrainConfig, enc: tuple[int, ...], de
                 f"training {name} is {getattr(config, name)!r}; the dictionary to start from has "
                 f"{getattr(fitting, name)!r}; see config_for"
             )
-    if isinstance(dictionary, Matryoshka) and config.group_sizes() != dictionary.groups:
-        raise BadInput(f"training groups {config.group_sizes()}; the dictionary to start from has {dictionary.groups}")
+    dictionary.check_start(config)
     have = (tuple(dictionary.W_enc.T.shape), tuple(dictionary.W_dec.shape))
     if have != (enc, dec):
         raise BadInput(
@@ -323,7 +278,7 @@ def check_start(dictionary: Coder, config: TrainConfig, enc: tuple[int, ...], de
         )
     norms = dictionary.W_dec.float().norm(dim=1)
     off = float((norms[norms > 0] - 1).abs().max()) if bool((norms > 0).any()) else 0.0
-    if isinstance(dictionary, TopK | BatchTopK) and off > 0.02:
+    if dictionary.has_k and off > 0.02:
         raise BadInput(
             f"decoder rows of the dictionary to start from have norms that are off 1 by up to {off:.2f}; "
             f"{config.architecture} compares features by strength, expected rows of norm 1"
@@ -340,17 +295,12 @@ def weights_of(dictionary: Coder, fresh: Weights, scale_in: float, scale_out: fl
     shift = torch.zeros_like(b_enc)
     if dictionary.target is None and not dictionary.subtract_bias:
         shift = b_dec @ w_enc  # training takes b_dec off its input
-    weights = Weights(
+    skip = dictionary.W_skip
+    return Weights(
         enc=torch.where(alive, w_enc.T * norms[:, None] * (scale_out / scale_in), fresh.enc),
         dec=torch.where(alive, w_dec / norms[:, None], fresh.dec),
         b_enc=(b_enc + shift) * stretch,
         b_dec=b_dec * scale_out,
+        own=dictionary.own_weights(fresh.enc, stretch, shift),
+        skip=None if skip is None else skip.to(fresh.enc) * (scale_out / scale_in),
     )
-    if isinstance(dictionary, JumpReLU):
-        weights.log_threshold = (dictionary.threshold.to(fresh.enc) * stretch).clamp_min(1e-8).log()
-    if isinstance(dictionary, Gated):
-        weights.r_mag = dictionary.r_mag.to(fresh.enc)
-        weights.b_mag = (dictionary.b_mag.to(fresh.enc) + shift * weights.r_mag.exp()) * stretch
-    if dictionary.W_skip is not None:
-        weights.skip = dictionary.W_skip.to(fresh.enc) * (scale_out / scale_in)
-    return weights

@@ -4,69 +4,30 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from unsleep.base import store
 from unsleep.core import BadInput, Point, Site
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
+from unsleep.dictionaries.architectures import KINDS
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import facts, pickled
-from unsleep.dictionaries.files.facts import Given
+from unsleep.dictionaries.files.facts import Facts, Given
+from unsleep.dictionaries.layouts import LINEAR, Buffer, Learned
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 
-LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-"""Weights of linear layers, which are ours transposed."""
-
-BARE = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-
-
-class Layout(NamedTuple):
-    """What a class of dictionary_learning is here."""
-
-    kind: type[Coder]
-    names: dict[str, str]
-    """Its name of a tensor → ours."""
-    subtracts: bool
-    """Whether it takes b_dec off the input."""
-    trainer: str
-    """The trainer that makes it."""
-    settings: tuple[str, ...] = ()
-    """Buffers beside the weights."""
-
-
-LAYOUTS = {
-    "AutoEncoder": Layout(
-        Standard, {**LINEAR, "encoder.bias": "b_enc", "bias": "b_dec"}, subtracts=True, trainer="StandardTrainer"
-    ),
-    "AutoEncoderNew": Layout(
-        Standard,
-        {**LINEAR, "encoder.bias": "b_enc", "decoder.bias": "b_dec"},
-        subtracts=False,
-        trainer="StandardTrainerAprilUpdate",
-    ),
-    "GatedAutoEncoder": Layout(
-        Gated,
-        {**LINEAR, "gate_bias": "b_enc", "decoder_bias": "b_dec", "mag_bias": "b_mag", "r_mag": "r_mag"},
-        subtracts=True,
-        trainer="GatedSAETrainer",
-    ),
-    "JumpReluAutoEncoder": Layout(
-        JumpReLU, {**BARE, "threshold": "threshold"}, subtracts=False, trainer="JumpReluTrainer"
-    ),
-    "AutoEncoderTopK": Layout(
-        TopK, {**LINEAR, "encoder.bias": "b_enc", "b_dec": "b_dec"}, True, "TopKTrainer", ("k", "threshold")
-    ),
-    "BatchTopKSAE": Layout(
-        BatchTopK, {**LINEAR, "encoder.bias": "b_enc", "b_dec": "b_dec"}, True, "BatchTopKTrainer", ("k", "threshold")
-    ),
-    "MatryoshkaBatchTopKSAE": Layout(
-        Matryoshka, BARE, True, "MatryoshkaBatchTopKTrainer", ("k", "threshold", "group_sizes")
-    ),
+NAMES = {
+    layout.name: (kind, layout)
+    for kind in KINDS.values()
+    for layout in kind.in_dictionary_learning
+    if not layout.borrowed
 }
+"""Its classes, and what they are here unless unsleep's own keys say more."""
 
 POINTS: dict[str, Point] = {"resid_post": "resid", "mlp_out": "mlp", "attn_out": "attn"}
 """How its scripts name a submodule: `resid_post_layer_12`."""
@@ -79,58 +40,71 @@ def read(folder: Path, given: Given) -> Coder:
     kinds = {"dict_class": str, "activation_dim": int, "dict_size": int}
     trainer = store.fields_of(config["trainer"], kinds, f"{path}: trainer")
     name = trainer["dict_class"]
-    if name not in LAYOUTS:
-        raise BadInput(f"{path}: trainer: dict_class is {name!r}; expected one of {', '.join(LAYOUTS)}")
+    if name not in NAMES:
+        raise BadInput(f"{path}: trainer: dict_class is {name!r}; expected one of {', '.join(NAMES)}")
     state = pickled.read_state(folder / WEIGHTS)
-    if name == "AutoEncoder" and "decoder.bias" in state and "bias" not in state:
-        name = "AutoEncoderNew"  # their trainer of the April update writes "AutoEncoder" for either
-    layout = LAYOUTS[name]
-    settings = {key: state.pop(key) for key in layout.settings if key in state}
-    tensors = facts.checked(
-        state,
-        _shapes(layout, trainer["activation_dim"], trainer["dict_size"]),
-        folder / WEIGHTS,
-        f"{CONFIG}: dict_class is {trainer['dict_class']!r}",
-    )
+    kind, layout = NAMES[name]
+    layout = _fitting(kind, layout, state)
+    buffers = {key: state.pop(key) for key in layout.buffers if key in state}
+    label = f"{CONFIG}: dict_class is {name!r}"
+    shapes = _shapes(layout, trainer["activation_dim"], trainer["dict_size"])
+    tensors = facts.checked(state, shapes, folder / WEIGHTS, label)
     metadata = store.fields_of(config.get("metadata") or {}, {}, f"{path}: metadata")
     kept = {key: value for key, value in config.items() if key != "metadata"}
     said = facts.facts_of(metadata | {"dictionary_learning": kept}, given, path, found=_site(trainer))
     weights: dict[str, Any] = {ours: _turned(theirs, tensors[theirs]) for theirs, ours in layout.names.items()}
-    numbers = _settings(layout, settings, trainer, folder)
-    if said.threshold is not None and numbers.get("threshold") == float(torch.tensor(said.threshold)):
-        numbers["threshold"] = float(said.threshold)  # before it was rounded to float32
+    fields = weights | _settings(layout, buffers, trainer, folder, said)
+    sharing = [
+        k for k in KINDS.values() for its in k.in_dictionary_learning if its.borrowed and its.name == layout.name
+    ]
     with store.reading(folder):
-        arguments: dict[str, Any] = weights | said.common() | numbers | {"subtract_bias": layout.subtracts}
-        return layout.kind(**arguments)
+        kind, own = facts.restored(said, sharing, weights) or (kind, fields)
+        arguments: dict[str, Any] = said.common() | own | {"subtract_bias": layout.subtracts}
+        return kind(**arguments)
 
 
-def _settings(layout: Layout, found: dict[str, Tensor], trainer: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """k, threshold and groups, as the class needs them; old files of top-k have k in the config alone."""
-    path = folder / WEIGHTS
+def _fitting(kind: type[Coder], named: Learned, state: Collection[str]) -> Learned:
+    """The class of the tensors: some trainers write the name of one class for any of their architecture's."""
+    later = kind.in_dictionary_learning[kind.in_dictionary_learning.index(named) :]
+    return next((layout for layout in later if layout.names.keys() <= set(state)), named)
+
+
+def _settings(
+    layout: Learned, found: dict[str, Tensor], trainer: dict[str, Any], folder: Path, said: Facts
+) -> dict[str, Any]:
+    """Our settings from the buffers."""
     out: dict[str, Any] = {}
-    for name in layout.settings:
-        if name not in found:
-            if name == "k":
-                out["k"] = store.fields_of(trainer, {"k": int}, f"{folder / CONFIG}: trainer")["k"]
-                continue
-            if layout.kind is TopK:
-                continue
-            raise BadInput(f"{path} has no tensor {name!r}; {CONFIG}: dict_class is {trainer['dict_class']!r}")
-        tensor = found[name]
-        wanted = "[]" if name != "group_sizes" else "[group]"
-        if tensor.ndim != wanted.count("g") or tensor.is_floating_point() != (name == "threshold"):
-            kind = f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"
-            raise BadInput(f"{path}: {name} is {kind}; expected {'numbers' if wanted != '[]' else 'one number'}")
-        out[name] = tensor.tolist()
-    if trainer.get("k", out.get("k")) != out.get("k"):
-        raise BadInput(f"{path}: k is {out['k']}; expected {trainer['k']}, as {CONFIG} says")
-    threshold = out.pop("threshold", 0.0) if layout.kind is TopK else out.get("threshold", 0.0)
-    if not math.isfinite(threshold):
-        raise BadInput(f"{path}: threshold is {threshold}; expected a finite number")
-    return out | ({"groups": tuple(out.pop("group_sizes"))} if "group_sizes" in out else {})
+    for name, buffer in layout.buffers.items():
+        if name not in found and buffer.setting is None:
+            continue
+        value = _value(name, buffer, found.get(name), trainer, folder)
+        if buffer.setting is not None:
+            exact = said.settings[buffer.setting]
+            rounded = isinstance(exact, float) and value == float(torch.tensor(exact))
+            out[buffer.setting] = exact if rounded else value  # before it was rounded to float32
+    return out
 
 
-def _shapes(layout: Layout, d: int, features: int) -> dict[str, tuple[int, ...]]:
+def _value(name: str, buffer: Buffer, tensor: Tensor | None, trainer: dict[str, Any], folder: Path) -> Any:
+    """What a buffer holds; a whole number stands in the config too, in old files there alone."""
+    path, whole = folder / WEIGHTS, not buffer.dtype.is_floating_point
+    in_config = whole and not buffer.ndim
+    if tensor is None and in_config:
+        return store.fields_of(trainer, {name: int}, f"{folder / CONFIG}: trainer")[name]
+    if tensor is None:
+        raise BadInput(f"{path} has no tensor {name!r}; {CONFIG}: dict_class is {trainer['dict_class']!r}")
+    if tensor.ndim != buffer.ndim or tensor.is_floating_point() == whole:
+        kind = f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"
+        raise BadInput(f"{path}: {name} is {kind}; expected {'numbers' if buffer.ndim else 'one number'}")
+    value: Any = tuple(tensor.tolist()) if buffer.ndim else tensor.item()
+    if in_config and trainer.get(name, value) != value:
+        raise BadInput(f"{path}: {name} is {value}; expected {trainer[name]}, as {CONFIG} says")
+    if not whole and not math.isfinite(value):
+        raise BadInput(f"{path}: {name} is {value}; expected a finite number")
+    return value
+
+
+def _shapes(layout: Learned, d: int, features: int) -> dict[str, tuple[int, ...]]:
     ours = {"W_enc": (d, features), "W_dec": (features, d), "b_dec": (d,)}
     out: dict[str, tuple[int, ...]] = {}
     for theirs, name in layout.names.items():
@@ -157,42 +131,37 @@ def write(dictionary: Coder, folder: Path) -> None:
     """Write a finished dictionary; raises `BadInput` for transcoders, which the library's files have not."""
     if dictionary.target is not None or dictionary.W_skip is not None:
         raise BadInput("dictionary_learning has no transcoders and no skip paths; use 'saelens' or 'sparsify'")
-    name = _class(dictionary)
-    layout = LAYOUTS[name]
-    coder = facts.with_bias(dictionary, subtracted=layout.subtracts)
+    layout = _class(dictionary)
+    coder = dictionary.with_bias(subtracted=layout.subtracts)
     weights = coder.tensors()
     state = {theirs: _turned(theirs, weights[ours]) for theirs, ours in layout.names.items()}
     settings = coder.settings()
-    if layout.settings:
-        state["k"] = torch.tensor(settings["k"], dtype=torch.int32)
-        state["threshold"] = torch.tensor(settings.get("threshold", -1.0))
-    if isinstance(coder, Matryoshka):
-        state["group_sizes"] = torch.tensor(coder.groups)
+    for name, buffer in layout.buffers.items():
+        state[name] = torch.tensor(-1 if buffer.setting is None else settings[buffer.setting], dtype=buffer.dtype)
+    whole = {name: buffer.setting for name, buffer in layout.buffers.items() if not buffer.dtype.is_floating_point}
     metadata = facts.described(coder)
     kept = facts.taken(metadata, "dictionary_learning")
     before = kept.get("trainer")
     trainer = (cast("dict[str, Any]", before) if isinstance(before, dict) else {}) | {
         "trainer_class": layout.trainer,
-        "dict_class": name,
+        "dict_class": layout.name,
         "activation_dim": coder.d_model,
         "dict_size": coder.n_features,
         "layer": coder.site.layer,
         "submodule_name": _submodule(coder.site),
     }
     trainer.setdefault("lm_name", str(metadata.get("model_name", "unknown")))
-    trainer |= {"k": settings["k"]} if layout.settings else {}
-    trainer |= {"group_sizes": settings["groups"]} if "groups" in settings else {}
+    trainer |= {name: settings[setting] for name, setting in whole.items() if setting is not None}
     store.write_json(folder / CONFIG, kept | {"trainer": trainer, "metadata": metadata})
     pickled.write_state(folder / WEIGHTS, state)
 
 
-def _class(dictionary: Coder) -> str:
-    if isinstance(dictionary, Standard) and not dictionary.subtract_bias:
-        return "AutoEncoderNew"
-    for name, layout in LAYOUTS.items():
-        if type(dictionary) is layout.kind:
-            return name
-    raise BadInput(f"dictionary_learning has no class for a {type(dictionary).__name__} dictionary; use 'saelens'")
+def _class(dictionary: Coder) -> Learned:
+    """The class that takes b_dec off the input as the dictionary does, or else the first of its architecture."""
+    every = dictionary.in_dictionary_learning
+    if not every or type(dictionary) not in KINDS.values():
+        raise BadInput(f"dictionary_learning has no class for a {type(dictionary).__name__} dictionary; use 'saelens'")
+    return next((layout for layout in every if layout.subtracts == dictionary.subtract_bias), every[0])
 
 
 def _submodule(site: Site) -> str:

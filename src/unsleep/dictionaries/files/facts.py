@@ -8,29 +8,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_origin
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base import store
 from unsleep.core import BadInput, Point, Site, check_finite
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, Matryoshka
+from unsleep.dictionaries.architectures import KINDS
+from unsleep.dictionaries.coders import Coder
+
+SETTINGS: dict[str, Any] = {name: kind for coder in KINDS.values() for name, kind in coder.kinds.items()}
+"""The settings of all architectures, and their kinds."""
 
 OWN: dict[str, Any] = {
     "unsleep_architecture": str,
     "unsleep_model": str,
     "unsleep_sink_norm": int | float | None,
-    "unsleep_k": int | None,
-    "unsleep_threshold": int | float | None,
-    "unsleep_groups": list[int],
+    **{f"unsleep_{name}": kind for name, kind in SETTINGS.items()},
 }
 """unsleep's own keys in `metadata`, and their kinds."""
 
-UNSAID = dict.fromkeys(OWN) | {"unsleep_architecture": "", "unsleep_model": "unknown", "unsleep_groups": []}
+UNSAID = (
+    dict.fromkeys(OWN)
+    | {f"unsleep_{name}": [] for name, kind in SETTINGS.items() if get_origin(kind) is list}
+    | {"unsleep_architecture": "", "unsleep_model": "unknown"}
+)
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 """The dtypes that dictionaries have; any other is read as float32."""
@@ -52,10 +56,9 @@ class Facts(NamedTuple):
     model: str
     sink_norm: float
     architecture: str
-    """The class that was saved, in lower case; empty where unsleep did not save it."""
-    k: int | None
-    threshold: float | None
-    groups: tuple[int, ...]
+    """The one that was saved; empty where unsleep did not save it."""
+    settings: dict[str, Any]
+    """Those of all architectures; `None` or empty where the file does not say them."""
     metadata: dict[str, Any]
     """All else, kept on a round trip."""
 
@@ -75,7 +78,7 @@ def described(dictionary: Coder) -> dict[str, Any]:
         elif _site_or_none(kept.get(key)) != site:  # else it stays as the file spelled it
             kept[key] = site.hook_name
     return kept | {
-        "unsleep_architecture": type(dictionary).__name__.lower(),
+        "unsleep_architecture": dictionary.name(),
         "unsleep_model": dictionary.model,
         "unsleep_sink_norm": None if math.isinf(dictionary.sink_norm) else dictionary.sink_norm,
         **{f"unsleep_{key}": value for key, value in dictionary.settings().items()},
@@ -115,11 +118,13 @@ def facts_of(
         model=model,
         sink_norm=float(sink_norm),
         architecture=own["unsleep_architecture"],
-        k=own["unsleep_k"],
-        threshold=own["unsleep_threshold"],
-        groups=tuple(own["unsleep_groups"]),
+        settings={name: _frozen(own[f"unsleep_{name}"]) for name in SETTINGS},
         metadata={key: value for key, value in metadata.items() if key not in OWN},
     )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def _place(
@@ -216,34 +221,18 @@ def checked(
     return out
 
 
-def thresholded(facts: Facts, threshold: Float[Tensor, " feature"]) -> tuple[type[BatchTopK], dict[str, Any]] | None:
-    """The class with one threshold that was saved as `threshold` of every feature, and its arguments.
+def restored(
+    said: Facts, kinds: Collection[type[Coder]], tensors: dict[str, Tensor]
+) -> tuple[type[Coder], dict[str, Any]] | None:
+    """The one of `kinds` that was saved under the name of another architecture, and its own fields.
 
-    `None` where unsleep saved no such class, or the thresholds have been changed since.
+    `None` where unsleep saved none of them, or the file has been changed since.
     """
-    kind = {"batchtopk": BatchTopK, "matryoshka": Matryoshka}.get(facts.architecture)
-    if kind is None or facts.threshold is None or facts.k is None:
-        return None
-    if not bool((threshold == torch.full_like(threshold, facts.threshold)).all()):
-        return None
-    return kind, {"k": facts.k, "threshold": float(facts.threshold)} | (
-        {"groups": facts.groups} if kind is Matryoshka else {}
-    )
-
-
-def with_bias(dictionary: Coder, *, subtracted: bool) -> Coder:
-    """The same features and the same x̂, with b_dec taken off the input or not; the difference goes into b_enc."""
-    if dictionary.subtract_bias == subtracted:
-        return dictionary
-    dtype = dictionary.b_enc.dtype
-    shift = dictionary.b_dec.double() @ dictionary.W_enc.double() * (1 if subtracted else -1)
-    changed: dict[str, Any] = {
-        "subtract_bias": subtracted,
-        "b_enc": (dictionary.b_enc.double() + shift).to(dtype),
-    }
-    if isinstance(dictionary, Gated):
-        changed["b_mag"] = (dictionary.b_mag.double() + shift * dictionary.r_mag.double().exp()).to(dtype)
-    return replace(dictionary, **changed)
+    for kind in kinds:
+        if kind.name() == said.architecture:
+            own = kind.restored({name: said.settings[name] for name in kind.kinds}, tensors)
+            return None if own is None else (kind, own)
+    return None
 
 
 def taken(metadata: dict[str, Any], library: str) -> dict[str, Any]:

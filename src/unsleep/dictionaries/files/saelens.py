@@ -1,7 +1,4 @@
-"""SAELens 6: `cfg.json` and `sae_weights.safetensors`; flat configs from before 6 are read too.
-
-BatchTopK and Matryoshka dictionaries are saved for inference, as SAELens does: `jumprelu` with a constant threshold.
-"""
+"""SAELens 6: `cfg.json` and `sae_weights.safetensors`; flat configs from before 6 are read too."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ from torch import Tensor
 
 from unsleep.base import store
 from unsleep.core import BadInput
-from unsleep.dictionaries.coders import BatchTopK, Coder, Gated, JumpReLU, Matryoshka, Standard, TopK
+from unsleep.dictionaries.architectures import KINDS
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import facts
 from unsleep.dictionaries.files.facts import Facts, Given
 
@@ -26,29 +24,13 @@ SCALER = "activation_scaler.json"
 VERSION = "6.0.0"
 """The version of the layout that is written."""
 
-EXTRA: dict[str, tuple[str, ...]] = {
-    "standard": ("b_enc",),
-    "topk": ("b_enc",),
-    "jumprelu": ("b_enc", "threshold"),
-    "gated": ("b_gate", "b_mag", "r_mag"),
-    "transcoder": ("b_enc",),
-    "skip_transcoder": ("b_enc", "W_skip"),
-    "jumprelu_transcoder": ("b_enc", "threshold"),
-    "jumprelu_skip_transcoder": ("b_enc", "threshold", "W_skip"),
-}
-"""Architecture → its tensors beside W_enc, W_dec and b_dec."""
+OWNERS = {name: kind for kind in KINDS.values() if not kind.in_saelens.borrowed for name in kind.in_saelens.every_name}
+"""Its names of architectures, and what they are here unless unsleep's own keys say more."""
 
-NAMES: dict[type[Coder], str] = {
-    Standard: "standard",
-    TopK: "topk",
-    Gated: "gated",
-    JumpReLU: "jumprelu",
-    BatchTopK: "jumprelu",
-    Matryoshka: "jumprelu",
-}
+NUMBERS = tuple(number for kind in OWNERS.values() for number in kind.in_saelens.numbers)
 
 STRUCTURE = (
-    *("architecture", "d_in", "d_out", "d_sae", "k", "dtype", "device", "apply_b_dec_to_input"),
+    *("architecture", "d_in", "d_out", "d_sae", *NUMBERS, "dtype", "device", "apply_b_dec_to_input"),
     *("normalize_activations", "reshape_activations", "rescale_acts_by_decoder_norm", "metadata"),
 )
 """Keys of a config that say what is computed; all others are kept."""
@@ -64,10 +46,11 @@ def read(folder: Path, given: Given, overrides: dict[str, Any], scale: float | N
     if "metadata" not in config and not config.keys().isdisjoint(("hook_name", "hook_point")):
         config = _from_flat(config, path)
     architecture = store.fields_of(config, {"architecture": str, "metadata": dict}, path)["architecture"]
-    if architecture not in EXTRA:
-        raise BadInput(f"{path}: architecture is {architecture!r}; expected one of {', '.join(EXTRA)}")
+    if architecture not in OWNERS:
+        raise BadInput(f"{path}: architecture is {architecture!r}; expected one of {', '.join(OWNERS)}")
+    kind = OWNERS[architecture]
     transcoder = architecture.endswith("transcoder")
-    numbers = ("d_in", "d_sae", *(["d_out"] if transcoder else []), *(["k"] if architecture == "topk" else []))
+    numbers = ("d_in", "d_sae", *(["d_out"] if transcoder else []), *kind.in_saelens.numbers)
     store.fields_of(config, dict.fromkeys(numbers, int), path)
     if config.get("reshape_activations") not in ("none", None):
         raise BadInput(
@@ -86,28 +69,22 @@ def read(folder: Path, given: Given, overrides: dict[str, Any], scale: float | N
     if factor != 1:
         tensors["W_enc"] = tensors["W_enc"] * factor
         tensors |= {name: tensors[name] / factor for name in ("W_dec", "b_dec")}
-    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
-        norms = tensors["W_dec"].float().norm(dim=1)
-        tensors |= {name: tensors[name] * norms for name in ("W_enc", "b_enc")}
-        tensors["W_dec"] = tensors["W_dec"] / norms.clamp_min(1e-12)[:, None]
+    tensors = kind.of_saelens(config, tensors)
     dtype = facts.DTYPES.get(str(config.get("dtype")).removeprefix("torch."), torch.float32)
     weights = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     with store.reading(folder):
         return _coder(config, said, weights, subtract is not False and not said.target)
 
 
-def _coder(config: dict[str, Any], said: Facts, weights: dict[str, Tensor], subtract: bool) -> Coder:
-    arguments: dict[str, Any] = said.common() | weights | {"subtract_bias": subtract}
-    if config["architecture"] == "gated":
-        return Gated(b_enc=arguments.pop("b_gate"), **arguments)
-    if config["architecture"] == "topk":
-        return TopK(**arguments, k=config["k"])
-    if "threshold" not in weights:
-        return Standard(**arguments)
-    if single := facts.thresholded(said, weights["threshold"]):
-        kind, settings = single
-        return kind(**arguments | settings)
-    return JumpReLU(**arguments)
+def _coder(config: dict[str, Any], said: Facts, tensors: dict[str, Tensor], subtract: bool) -> Coder:
+    owner = OWNERS[config["architecture"]]
+    layout = owner.in_saelens
+    weights = {layout.names.get(name, name): tensor for name, tensor in tensors.items()}
+    sharing = [k for k in KINDS.values() if k.in_saelens.borrowed and k.in_saelens.name == layout.name]
+    fields = weights | {number: config[number] for number in layout.numbers}
+    kind, own = facts.restored(said, sharing, weights) or (owner, fields)
+    arguments: dict[str, Any] = said.common() | own | {"subtract_bias": subtract}
+    return kind(**arguments)
 
 
 def _metadata(config: dict[str, Any]) -> dict[str, Any]:
@@ -119,12 +96,13 @@ def _metadata(config: dict[str, Any]) -> dict[str, Any]:
 def _tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     d, features, architecture = config["d_in"], config["d_sae"], config["architecture"]
     out = config["d_out"] if architecture.endswith("transcoder") else d
+    names = OWNERS[architecture].in_saelens.names
     shapes = {"W_enc": (d, features), "W_dec": (features, out), "b_dec": (out,)}
-    for name in EXTRA[architecture]:
-        shapes[name] = (out, d) if name == "W_skip" else (features,)
+    shapes |= dict.fromkeys(names, (features,)) | ({"W_skip": (out, d)} if "skip_" in architecture else {})
     found = store.read_tensors(path)
-    if "log_threshold" in found:
-        found["threshold"] = found.pop("log_threshold").exp()
+    for name in names:
+        if f"log_{name}" in found:
+            found[name] = found.pop(f"log_{name}").exp()
     if "scaling_factor" in found and not bool((found["scaling_factor"] == 1).all()):
         raise BadInput(
             f"{path}: scaling_factor is not 1: the finetuned factors have to be folded into W_dec in SAELens"
@@ -158,15 +136,15 @@ def _from_flat(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """A config from before version 6 in today's form; what was at the top goes into `metadata`."""
     flat = {RENAMED.get(key, key): value for key, value in config.items()}
     out = {key: flat[key] for key in STRUCTURE if key in flat}
-    out.setdefault("architecture", "standard")
     activation, settings = flat.get("activation_fn") or "relu", flat.get("activation_fn_kwargs") or {}
-    if activation == "topk":
-        out |= {
-            "architecture": "topk",
-            "k": store.fields_of(settings, {"k": int}, f"{path}: activation_fn_kwargs")["k"],
-        }
-    elif activation != "relu":
-        raise BadInput(f"{path}: activation_fn is {activation!r}; expected 'relu' or 'topk'")
+    kinds = {k.in_saelens.activation: k.in_saelens for k in OWNERS.values() if k.in_saelens.activation}
+    if activation not in kinds:
+        raise BadInput(f"{path}: activation_fn is {activation!r}; expected {' or '.join(map(repr, kinds))}")
+    name, numbers = kinds[activation].name, kinds[activation].numbers
+    if numbers:
+        found = store.fields_of(settings, dict.fromkeys(numbers, int), f"{path}: activation_fn_kwargs")
+        out |= {"architecture": name, **{number: found[number] for number in numbers}}
+    out.setdefault("architecture", name)
     if isinstance(flat.get("normalize_activations"), bool):
         out["normalize_activations"] = "expected_average_only_in" if flat["normalize_activations"] else "none"
     out.setdefault("reshape_activations", "hook_z" if "hook_z" in str(flat.get("hook_name")) else "none")
@@ -176,11 +154,8 @@ def _from_flat(config: dict[str, Any], path: Path) -> dict[str, Any]:
 def write(dictionary: Coder, folder: Path) -> None:
     """Write a dictionary in SAELens' layout; raises `BadInput` for what it has no architecture for."""
     architecture = _architecture(dictionary)
-    tensors = dictionary.tensors()
-    if isinstance(dictionary, Gated):
-        tensors["b_gate"] = tensors.pop("b_enc")
-    if isinstance(dictionary, BatchTopK):
-        tensors["threshold"] = torch.full_like(dictionary.b_enc, dictionary.threshold)
+    theirs = {ours: name for name, ours in dictionary.in_saelens.names.items()}
+    tensors = {theirs.get(name, name): tensor for name, tensor in dictionary.saved().items()}
     metadata = {"hook_head_index": None, "prepend_bos": False} | facts.described(dictionary)
     if not str(metadata.get("sae_lens_version", "")).startswith(VERSION[:2]):
         metadata["sae_lens_version"] = VERSION
@@ -194,9 +169,8 @@ def write(dictionary: Coder, folder: Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": metadata,
+        **dictionary.to_saelens(),
     }
-    if isinstance(dictionary, TopK):
-        config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
     if architecture.endswith("transcoder"):
         config["d_out"] = dictionary.b_dec.shape[0]
     store.write_json(folder / CONFIG, config)
@@ -204,19 +178,20 @@ def write(dictionary: Coder, folder: Path) -> None:
 
 
 def _architecture(dictionary: Coder) -> str:
-    """SAELens' name; a TopK or gated transcoder between Sites of one width computes what its SAE does."""
-    if type(dictionary) not in NAMES:
+    """SAELens' name; one that it has for one Site alone may be a transcoder between Sites of one width there."""
+    if type(dictionary) not in KINDS.values():
         raise BadInput(f"a dictionary of type {type(dictionary).__name__} cannot be written; expected one of its kinds")
-    name = NAMES[type(dictionary)]
+    layout = dictionary.in_saelens
     skip = dictionary.W_skip is not None
-    if name in ("standard", "jumprelu") and dictionary.target:
-        return ("jumprelu_" if name == "jumprelu" else "") + ("skip_" if skip else "") + "transcoder"
+    if layout.transcoder is not None and dictionary.target:
+        return layout.every_name[2 if skip else 1]
     if skip:
-        hint = "; save it as 'sparsify', which has one" if name == "topk" else ""
-        raise BadInput(f"SAELens has no {name} architecture with a skip path{hint}")
+        hint = "; save it as 'sparsify', which has one" if dictionary.in_sparsify else ""
+        raise BadInput(f"SAELens has no {layout.name} architecture with a skip path{hint}")
     if dictionary.W_dec.shape[1] != dictionary.d_model:
+        having = [name for name, kind in KINDS.items() if kind.in_saelens.transcoder is not None]
         raise BadInput(
-            f"SAELens has no {name} transcoder between widths {dictionary.d_model} and {dictionary.W_dec.shape[1]}; "
-            "expected a standard, jumprelu, batchtopk or matryoshka one"
+            f"SAELens has no {layout.name} transcoder between widths {dictionary.d_model} and "
+            f"{dictionary.W_dec.shape[1]}; expected one of {', '.join(having)}"
         )
-    return name
+    return layout.name

@@ -1,4 +1,4 @@
-"""sparsify: `<hookpoint>/cfg.json` and `<hookpoint>/sae.safetensors`; TopK, with or without a skip path.
+"""sparsify: `<hookpoint>/cfg.json` and `<hookpoint>/sae.safetensors`, with or without a skip path.
 
 A hookpoint is a module. An autoencoder is of what the module puts out; a transcoder (`transcode`) goes from what it
 takes in, which is no Site, to what it puts out. The decoder bias is taken off an autoencoder's input.
@@ -11,34 +11,52 @@ from typing import Any
 
 from unsleep.base import store
 from unsleep.core import BadInput
-from unsleep.dictionaries.coders import Coder, TopK
+from unsleep.dictionaries.architectures import KINDS
+from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import facts
 from unsleep.dictionaries.files.facts import Given
+from unsleep.dictionaries.layouts import Sparsify
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
-DEFAULTS: dict[str, Any] = {
-    "activation": "topk",
-    "expansion_factor": 32,
-    "normalize_decoder": True,
-    "num_latents": 0,
-    "k": 32,
-    "multi_topk": False,
-    "skip_connection": False,
-    "transcode": False,
-}
-"""What sparsify takes for keys that a config lacks."""
+ACTIVATIONS = {kind.in_sparsify.activation: kind for kind in KINDS.values() if kind.in_sparsify}
+"""Its names of activations, and what they are here; a config without one means the first."""
 
-KINDS = {"activation": str, "expansion_factor": int, "num_latents": int, "k": int, "d_in": int}
+NUMBERS = {"expansion_factor": int, "num_latents": int, "d_in": int}
+
+
+def _defaults(layout: Sparsify) -> dict[str, Any]:
+    """What sparsify takes for keys that a config lacks."""
+    return {
+        "activation": layout.activation,
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": 0,
+        **layout.numbers,
+        **layout.flags,
+        "skip_connection": False,
+        "transcode": False,
+    }
 
 
 def read(folder: Path, given: Given) -> Coder:
     """Read one hookpoint's folder, which has the hookpoint's name."""
     path = folder / CONFIG
-    config = store.fields_of({**DEFAULTS, **store.fields_of(store.read_json(path), {}, path)}, KINDS, path)
-    if config["activation"] != "topk" or config.get("signed"):
-        what = "signed" if config.get("signed") else f"activation {config['activation']!r}"
-        raise BadInput(f"{path}: the code is {what}; expected activation 'topk', with no feature below 0")
+    there = store.fields_of(store.read_json(path), {}, path)
+    activation = store.fields_of({"activation": next(iter(ACTIVATIONS)), **there}, {"activation": str}, path)[
+        "activation"
+    ]
+    if activation not in ACTIVATIONS or there.get("signed"):
+        what = "signed" if there.get("signed") else f"activation {activation!r}"
+        raise BadInput(
+            f"{path}: the code is {what}; expected activation {' or '.join(map(repr, ACTIVATIONS))}, "
+            "with no feature below 0"
+        )
+    kind = ACTIVATIONS[activation]
+    layout = kind.in_sparsify
+    assert layout is not None
+    kinds = NUMBERS | dict.fromkeys(layout.numbers, int)
+    config = store.fields_of({**_defaults(layout), **there}, kinds, path)
     for key in ("skip_connection", "transcode"):
         if config[key] not in (True, False):
             raise BadInput(f"{path}: {key} is {config[key]!r}; expected true or false")
@@ -52,27 +70,31 @@ def read(folder: Path, given: Given) -> Coder:
     hookpoint = named.parent.name if named.name.startswith("seed") else named.name
     module = facts.site_of_module(hookpoint)
     metadata = store.fields_of(config.get("metadata") or {}, {}, f"{path}: metadata")
-    kept = {key: value for key, value in config.items() if key not in ("metadata", "d_in", "num_latents", "k")}
+    kept = {
+        key: value for key, value in config.items() if key not in ("metadata", "d_in", "num_latents", *layout.numbers)
+    }
     transcode = config["transcode"]
     found = None if transcode else module
     said = facts.facts_of(metadata | {"sparsify": kept}, given, path, found=found, transcoder=transcode, to=module)
+    fields = said.common() | {name: config[name] for name in layout.numbers}
     with store.reading(folder):
-        return TopK(
-            **said.common(),
+        return kind(
+            **fields,
             W_enc=tensors["encoder.weight"].T.contiguous(),
             b_enc=tensors["encoder.bias"],
             W_dec=tensors["W_dec"],
             b_dec=tensors["b_dec"],
             W_skip=tensors.get("W_skip"),
-            k=config["k"],
         )
 
 
 def write(dictionary: Coder, folder: Path) -> None:
     """Write a dictionary into a subfolder that is named after the module of its Site, or of a transcoder's target."""
-    if not isinstance(dictionary, TopK):
+    layout = dictionary.in_sparsify
+    if layout is None:
+        names = " and ".join(kind.__name__ for kind in ACTIVATIONS.values())
         raise BadInput(
-            f"sparsify has the TopK architecture alone; a {type(dictionary).__name__} dictionary cannot be written. "
+            f"sparsify has the {names} architecture alone; a {type(dictionary).__name__} dictionary cannot be written. "
             "Use 'saelens'"
         )
     if dictionary.W_dec.shape[1] != dictionary.d_model:
@@ -80,19 +102,19 @@ def write(dictionary: Coder, folder: Path) -> None:
             f"sparsify has no transcoder between widths {dictionary.d_model} and {dictionary.W_dec.shape[1]}; "
             "expected the same"
         )
-    coder = facts.with_bias(dictionary, subtracted=dictionary.target is None)
+    coder = dictionary.with_bias(subtracted=dictionary.target is None)
     place = folder / facts.module_of_site(coder.target or coder.site)
     place.mkdir()
     metadata = facts.described(coder)
     unit = bool(((coder.W_dec.float().norm(dim=1) - 1).abs() < 1e-2).all())
     config = {
-        **DEFAULTS,
+        **_defaults(layout),
         "expansion_factor": max(1, coder.n_features // coder.d_model),
         "normalize_decoder": unit,
         **facts.taken(metadata, "sparsify"),
-        "activation": "topk",
+        "activation": layout.activation,
         "num_latents": coder.n_features,
-        "k": dictionary.k,
+        **{name: getattr(dictionary, name) for name in layout.numbers},
         "skip_connection": coder.W_skip is not None,
         "transcode": coder.target is not None,
         "d_in": coder.d_model,

@@ -1,0 +1,82 @@
+"""TopK: the k largest positive pre-activations of each token fire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unsleep.core import BadInput
+from unsleep.dictionaries import sparse
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.layouts import LINEAR, Buffer, Learned, SAELens, Sparsify
+from unsleep.dictionaries.losses import Batch, Pass, Weights, encode, sparse_pass
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(Coder):
+    """The k largest positive pre-activations fire (Gao et al. 2024, "Scaling and evaluating sparse autoencoders")."""
+
+    k: int = 32
+
+    has_k = True
+    kinds: ClassVar[dict[str, Any]] = {"k": int | None}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.k <= self.n_features:
+            raise BadInput(
+                f"dictionary at {self.site} has k = {self.k}; expected 1 to {self.n_features}, its number of features"
+            )
+
+    def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
+        """The k largest pre-activations, where positive."""
+        values, ids = self.sparsify(pre)
+        return torch.zeros_like(pre).scatter(-1, ids, values)
+
+    def sparsify(
+        self, pre: Float[Tensor, "*token feature"]
+    ) -> tuple[Float[Tensor, "*token k"], Int[Tensor, "*token k"]]:
+        """The k largest pre-activations, those below 0 set to 0."""
+        values, ids = sparse.top_k(pre, self.k)
+        return values.relu(), ids
+
+    @classmethod
+    def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
+        """The squared error alone."""
+        pre = encode(w, batch)
+        values, ids = sparse.top_k(pre, config.k)
+        return sparse_pass(w, batch, pre, sparse.code_of_top_k(values.relu().to(w.dec.dtype), ids))
+
+    @classmethod
+    def trained(cls, w: Weights, config: Any, stretch: Float[Tensor, " feature"], level: float) -> dict[str, Any]:
+        """k."""
+        return {"k": config.k}
+
+    in_saelens = SAELens("topk", numbers=("k",), activation="topk")
+    in_dictionary_learning = (
+        Learned(
+            "AutoEncoderTopK",
+            "TopKTrainer",
+            {**LINEAR, "encoder.bias": "b_enc", "b_dec": "b_dec"},
+            subtracts=True,
+            buffers={"k": Buffer("k", torch.int32), "threshold": Buffer(None, torch.float32)},
+        ),
+    )
+    in_sparsify = Sparsify("topk", {"k": 32}, {"multi_topk": False})
+
+    @classmethod
+    def of_saelens(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Decoder rows of norm 1, where the config compares features by what they write."""
+        if not config.get("rescale_acts_by_decoder_norm"):
+            return tensors
+        norms = tensors["W_dec"].float().norm(dim=1)
+        rescaled = {name: tensors[name] * norms for name in ("W_enc", "b_enc")}
+        return {**tensors, **rescaled, "W_dec": tensors["W_dec"] / norms.clamp_min(1e-12)[:, None]}
+
+    def to_saelens(self) -> dict[str, Any]:
+        """k."""
+        return {"k": self.k, "rescale_acts_by_decoder_norm": False}

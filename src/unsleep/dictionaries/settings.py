@@ -1,0 +1,99 @@
+"""What every training has, whatever its architecture: one frozen record, checked on construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from unsleep.core import BadInput
+
+Normalize = Literal["mean_norm", "rms", "none"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a dictionary is trained. An architecture with settings of its own has a subclass of this."""
+
+    architecture: str = "topk"
+    features: int = 4608
+    """F, the number of features."""
+    k: int = 32
+    """Features that fire on each token or, in some architectures, on a token on average."""
+    sparsity: float = 1.0
+    """Where no k decides what fires: cost of a unit of activation (L1) or, in some architectures, of a firing feature
+    (L0), in units of the squared error of an activation whose mean norm is √d."""
+    sparsity_warmup: float = 0.1
+    """Share of the steps over which that cost rises from 0."""
+    skip: bool = False
+    """Transcoders: a linear path from input to output beside the features."""
+    tokens: int = 1_000_000
+    """Tokens seen in training, over as many epochs as that takes."""
+    batch: int = 2048
+    """Tokens a step, over all processes."""
+    learning_rate: float = 3e-3
+    """Adam's, after the warm-up."""
+    schedule: Schedule = "linear"
+    """How the learning rate falls to 0 over the last steps."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises linearly."""
+    decay: float = 0.2
+    """Share of the steps over which it falls."""
+    normalize: Normalize = "mean_norm"
+    """Activations are scaled to a mean norm of √d, to a root mean square of 1, or not; folded into the weights."""
+    unit_decoder: bool = True
+    """Decoder rows are held at norm 1; otherwise an L1 cost counts their norms, and the norms are folded on save."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss, in which dead features rebuild the error; 0 leaves it out."""
+    aux_k: int = 64
+    """Dead features that rebuild the error of each token."""
+    dead_after: int = 100_000
+    """Tokens without firing after which a feature counts as dead."""
+    resample_every: int = 0
+    """Tokens after which dead features start anew at the tokens that are rebuilt worst; 0 leaves it out."""
+    sink_ratio: float = 10.0
+    """Tokens whose norm is over this multiple of the median are sinks: no feature will fire on them."""
+    seed: int = 0
+    checkpoint_every: int = 200
+    """Steps between checkpoints, where a folder for them is given; one is written every half minute in any case."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("normalize", Normalize), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(allowed):
+                raise BadInput(
+                    f"training {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(allowed))}"
+                )
+        for name in ("features", "k", "tokens", "batch", "aux_k", "dead_after", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"training {name} is {getattr(self, name)}; expected at least 1")
+        if self.k > self.features:
+            raise BadInput(f"training k is {self.k}, over the {self.features} features; expected k ≤ features")
+        for name in ("learning_rate", "sink_ratio"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise BadInput(f"training {name} is {value}; expected over 0 and finite")
+        for name in ("sparsity", "aux_coefficient", "resample_every"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"training {name} is {getattr(self, name)}; expected at least 0")
+        for name in ("warmup", "decay", "sparsity_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"training {name} is {getattr(self, name)}; expected a share between 0 and 1")
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return max(1, self.tokens // self.batch)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        warm, fall = max(1.0, self.warmup * self.steps), max(1.0, self.decay * self.steps)
+        rising = min(1.0, (step + 1) / warm)
+        falling = min(1.0, (self.steps - step) / fall)
+        if self.schedule == "cosine":
+            falling = 0.5 - 0.5 * math.cos(math.pi * falling)
+        return self.learning_rate * rising * (1.0 if self.schedule == "constant" else falling)
+
+    def cost(self, step: int) -> float:
+        """The sparsity cost of a step."""
+        return self.sparsity * min(1.0, (step + 1) / max(1.0, self.sparsity_warmup * self.steps))
