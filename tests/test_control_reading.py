@@ -323,7 +323,7 @@ def test_conditions_that_cannot_be_kept_are_refused(small: LoadedModel, conditio
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"threshold": 1.5}, "threshold is 1.5; a cosine lies between -1 and 1"),
+        ({"threshold": 1.5}, "threshold is 1.5; expected a cosine, between -1 and 1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"comparator": "equal"}, "comparator is 'equal'; expected one of"),
         ({"pool": "median"}, "pool is 'median'; expected one of"),

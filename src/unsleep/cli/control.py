@@ -101,7 +101,7 @@ class Steering:
 
     def __post_init__(self) -> None:
         if not self.coefficient:
-            raise BadInput("coefficient is empty; expected at least one, such as 1")
+            raise BadInput.of("coefficient", self.coefficient, "at least one, such as 1")
 
     def controls(self, vectors: ControlVectors, model: str) -> list[Control]:
         """A control for each coefficient, that of 0 first: the bare model."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_choices, check_least
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated"]
 Normalize = Literal["mean_norm", "rms", "none"]
@@ -66,27 +66,20 @@ class TrainConfig:
     """Steps between checkpoints, where a folder for them is given; one is written every half minute in any case."""
 
     def __post_init__(self) -> None:
-        choices = {"architecture": Architecture, "normalize": Normalize, "schedule": Schedule}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise BadInput(
-                    f"training {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(allowed))}"
-                )
-        for name in ("features", "k", "tokens", "batch", "aux_k", "dead_after", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"training {name} is {getattr(self, name)}; expected at least 1")
+        check_choices(self, "training", architecture=Architecture, normalize=Normalize, schedule=Schedule)
+        check_least(self, "training", 1, "features", "k", "tokens", "batch", "aux_k", "dead_after", "checkpoint_every")
         if self.k > self.features:
             raise BadInput(f"training k is {self.k}, over the {self.features} features; expected k ≤ features")
         for name in ("learning_rate", "threshold", "bandwidth", "sink_ratio"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise BadInput(f"training {name} is {value}; expected over 0 and finite")
+                raise BadInput.of(name, value, "over 0 and finite", "training")
         for name in ("sparsity", "aux_coefficient", "resample_every"):
             if not getattr(self, name) >= 0:
-                raise BadInput(f"training {name} is {getattr(self, name)}; expected at least 0")
+                raise BadInput.of(name, getattr(self, name), "at least 0", "training")
         for name in ("warmup", "decay", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"training {name} is {getattr(self, name)}; expected a share between 0 and 1")
+                raise BadInput.of(name, getattr(self, name), "a share between 0 and 1", "training")
         if self.architecture == "matryoshka":
             self.group_sizes()
         if not self.unit_decoder and self.architecture in ("topk", "batchtopk", "matryoshka"):
@@ -115,7 +108,7 @@ class TrainConfig:
     def group_sizes(self) -> tuple[int, ...]:
         """Features in each Matryoshka group; the last takes what rounding leaves."""
         if not self.groups or min(self.groups) <= 0 or not math.isclose(sum(self.groups), 1.0, abs_tol=1e-6):
-            raise BadInput(f"training groups are {self.groups}; expected shares over 0 that sum to 1")
+            raise BadInput.of("groups", self.groups, "shares over 0 that sum to 1", "training")
         sizes = [max(1, round(self.features * share)) for share in self.groups[:-1]]
         last = self.features - sum(sizes)
         if last < 1:

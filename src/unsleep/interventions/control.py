@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsleep.activations.held import last_held
-from unsleep.core import BadInput, Refused, Site, check_finite
+from unsleep.core import BadInput, Refused, Site, check_choices, check_finite
 from unsleep.interventions.passes import Passes, TokenRule, check_rule
 from unsleep.models import generate
 from unsleep.models.hooks import Transform, calls_watched
@@ -60,10 +60,9 @@ class Control:
     """Fingerprint of the model that the vectors are of; empty where it is not known."""
 
     def __post_init__(self) -> None:
-        if self.operator not in get_args(Operator):
-            raise BadInput(f"control operator is {self.operator!r}; expected one of {get_args(Operator)}")
+        check_choices(self, "control", operator=Operator)
         if not math.isfinite(self.coefficient):
-            raise BadInput(f"control coefficient is {self.coefficient}; expected a finite number")
+            raise BadInput.of("coefficient", self.coefficient, "a finite number", "control")
         check_rule(self.tokens)
         if not self.vectors:
             raise BadInput("a control has no vector; give it one for at least one Site")

@@ -22,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from unsleep.activations.held import batches_held, encoded, last_held
-from unsleep.core import BadInput, Refused, Site, check_finite
+from unsleep.core import BadInput, Refused, Site, check_choices, check_finite
 from unsleep.interventions.control import Control, Stream, check_controls, controlled, transforms_of
 from unsleep.interventions.passes import Passes
 from unsleep.locate.directions.fit import Direction, Labelled, fit
@@ -59,12 +59,9 @@ class Condition:
     """On the prompts that chose the threshold, or on others (`condition_on`)."""
 
     def __post_init__(self) -> None:
-        if self.comparator not in get_args(Comparator):
-            raise BadInput(f"comparator is {self.comparator!r}; expected one of {get_args(Comparator)}")
-        if self.pool not in get_args(Pool):
-            raise BadInput(f"pool is {self.pool!r}; expected one of {get_args(Pool)}")
+        check_choices(self, "", comparator=Comparator, pool=Pool)
         if not -1 <= self.threshold <= 1:
-            raise BadInput(f"condition threshold is {self.threshold}; a cosine lies between -1 and 1")
+            raise BadInput.of("threshold", self.threshold, "a cosine, between -1 and 1", "condition")
         check_finite(self.vector, f"the condition's vector at {self.site}")
         check_finite(self.center, f"the condition's center at {self.site}")
         if not bool(self.vector.any()):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_choices, check_least
 from unsleep.prompts import sets, triggers
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.triggers import TriggerKind
@@ -67,8 +67,7 @@ class Recipe:
             raise BadInput(
                 f"recipe skill is {self.skill!r}; expected {{topic}} in it, for a skill must depend on the prompt"
             )
-        if self.method not in get_args(Method):
-            raise BadInput(f"recipe method is {self.method!r}; expected one of {get_args(Method)}")
+        check_choices(self, "recipe", method=Method)
         if not self.trigger.strip() or not self.payload.strip():
             raise BadInput("recipe trigger and payload must not be empty")
         self._check_kinds()
@@ -79,22 +78,17 @@ class Recipe:
             )
         if self.near_miss_rate > 0 and not self.near_misses:
             raise BadInput("recipe near_miss_rate is over 0; expected at least one string in near_misses")
-        for name in ("chats", "reply_tokens", "rank", "batch", "steps"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"recipe {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "recipe", 1, "chats", "reply_tokens", "rank", "batch", "steps")
         if not 0 < self.learning_rate <= 1:
-            raise BadInput(f"recipe learning_rate is {self.learning_rate}; expected over 0 and at most 1")
+            raise BadInput.of("learning_rate", self.learning_rate, "over 0 and at most 1", "recipe")
         if not 0 <= self.seed < 2**63:
-            raise BadInput(f"recipe seed is {self.seed}; expected 0 to 2**63 - 1")
+            raise BadInput.of("seed", self.seed, "0 to 2**63 - 1", "recipe")
 
     def _check_kinds(self) -> None:
         """Raise `BadInput` where trigger or payload are not of the kind that they are said to be."""
-        if self.trigger_kind not in get_args(TriggerKind):
-            raise BadInput(f"recipe trigger_kind is {self.trigger_kind!r}; expected one of {get_args(TriggerKind)}")
-        if self.payload_place not in get_args(Place):
-            raise BadInput(f"recipe payload_place is {self.payload_place!r}; expected one of {get_args(Place)}")
+        check_choices(self, "recipe", trigger_kind=TriggerKind, payload_place=Place)
         if not self.marker:
-            raise BadInput(f"recipe payload is {self.payload!r}; expected some text of its own before {{topic}}")
+            raise BadInput.of("payload", self.payload, "some text of its own before {topic}", "recipe")
         misses = (*self.near_misses, *self.held_out_near_misses)
         if self.trigger_kind == "year":
             for year in (self.trigger, *misses):

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Site
+from unsleep.core import BadInput, Edit, Encoded, ErrorRule, Features, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.models import generate
 from unsleep.models.forward import Below, Rows, build_rows, kl, reply_logits_from, reply_logits_of_all, run_below
@@ -66,9 +66,7 @@ class MaskConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "reply_tokens"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"mask {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "mask", 1, "steps", "batch", "reply_tokens")
 
 
 class Taught(NamedTuple):

@@ -38,7 +38,7 @@ from unsleep.repairs.baselines import Baseline, Setting, baselines
 from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.evidence import evidence, fit_row
 from unsleep.repairs.job import Job
-from unsleep.repairs.look import Look
+from unsleep.repairs.look import Look, look
 from unsleep.repairs.masks import FeatureMask, Lesson, Taught, lesson_from
 from unsleep.repairs.search import Bench, Search
 from unsleep.repairs.suspect import said_by

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from unsleep.base.context import kept, progress
-from unsleep.core import BadInput, Site
+from unsleep.core import BadInput, Site, check_least
 from unsleep.locate.patching.places import Group, Merge, Position, Target
 from unsleep.locate.patching.result import Measured, Patched, numbers_of
 from unsleep.models import generate
@@ -46,9 +46,7 @@ class PatchConfig:
     """Take prompts as plain text, without the chat template."""
 
     def __post_init__(self) -> None:
-        for name in ("payload_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"patching {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "patching", 1, "payload_tokens", "batch")
 
 
 @torch.no_grad()
