@@ -26,7 +26,7 @@ from unsleep.models.forward import pad_left
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture
 from unsleep.organisms import load_organism
-from unsleep.pages import render_reading
+from unsleep.pages.reading import render_reading
 from unsleep.prompts import sets
 
 SITES = [Site(0), Site(1), Site(2), Site(1, "mlp")]

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unsleep.base.stats import wilson
-from unsleep.pages import render, svg, text
+from unsleep.pages import svg, text
+from unsleep.pages.page import render
 from unsleep.pages.verdict import control_notes
 
 SAMPLE: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "report.json").read_text(encoding="utf-8"))

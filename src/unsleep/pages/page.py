@@ -17,8 +17,10 @@ from typing import Any, cast
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from unsleep.judge.results import METRICS, PANELS, SHARES, SUBJECTS
 from unsleep.pages import charts, repairing, svg, text, verdict
-from unsleep.pages.check import METRICS, PANELS, SHARES, SUBJECTS, check_report
+from unsleep.pages.records import Report
+from unsleep.pages.registry import Page
 
 SUBJECT_NAMES = {
     "suspect": "suspect",
@@ -88,16 +90,6 @@ class Node:
     key: str
     value: str
     children: tuple[Node, ...] = ()
-
-
-def render(report: Mapping[str, Any]) -> str:
-    """The whole page for a report of schema `unsleep.report/1`.
-
-    Parts that are missing or empty are left out. Raises `BadInput` naming the key where the report
-    has another form, holds NaN, or has an interval that does not hold its value.
-    """
-    check_report(report)
-    return filled("page.html", "verdict", view_of(text.visible_value(dict(report))), "page.css", "dictionaries.css")
 
 
 def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
@@ -433,3 +425,11 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)
+
+
+def draw(report: Mapping[str, Any]) -> str:
+    """The whole page of a report."""
+    return filled("page.html", "verdict", view_of(report), "page.css", "dictionaries.css")
+
+
+render = Page("report", "Report", Report, draw, order=-1)
