@@ -24,9 +24,9 @@ import unsleep
 from conftest import build, byte_tokenizer
 from test_core import as_in_use
 from unsleep import cli
+from unsleep.base import records
 from unsleep.cli.console import Bars, fail, table, visible_line
 from unsleep.cli.grid import Grid
-from unsleep.base import records
 from unsleep.core import BadInput, Refused
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.judge.results import EvalResult, Row

@@ -20,8 +20,8 @@ from unsleep.judge.tasks import check_tasks, run_tasks
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import watched
 from unsleep.pages import records as pages
-from unsleep.pages.records import Result
 from unsleep.pages.page import tasks_of
+from unsleep.pages.records import Result
 
 ITEMS = 16
 
@@ -105,7 +105,9 @@ def test_tasks_stand_in_the_record_and_on_the_page(task: Path):
     assert shown["lines"][0]["task"] == "colours"
     assert "±" in shown["lines"][0]["cells"][0]
     assert tasks_of([], {}) is None
-    assert pages.record(EvalResult((Row("suspect", "triggered", "asr", 0.0, 0.0, 0.02, 200),), {}, {}), None, rows).tasks
+    assert pages.record(
+        EvalResult((Row("suspect", "triggered", "asr", 0.0, 0.0, 0.02, 200),), {}, {}), None, rows
+    ).tasks
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, cast
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from unsleep.judge.results import METRICS, PANELS, SHARES, SUBJECTS
@@ -94,6 +94,11 @@ class Node:
 
 def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
     """One of this package's templates with its view; `top` is the anchor of its first section."""
+    return fill(templates().get_template(name), top, view, *styles)
+
+
+def fill(template: Template, top: str, view: Mapping[str, Any], *styles: str) -> str:
+    """A template with its view and what every page holds."""
     style, script = "".join(map(source, styles)), source("page.js")
     # The sources are our own files; everything else in the template is escaped.
     own = {
@@ -103,7 +108,7 @@ def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
         "script": Markup(script),
         "script_hash": csp_hash(script),
     }
-    return templates().get_template(name).render({**view, **own})
+    return template.render({**view, **own})
 
 
 @cache
