@@ -23,11 +23,11 @@ from support.commands import flags_of
 from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
+from unsleep.base import records
 from unsleep.cli.console import Bars, fail, table, visible_line
 from unsleep.core import BadInput, Refused
 from unsleep.judge.results import EvalResult, Row
 from unsleep.pages import records as pages
-from unsleep.pages.check import check_result
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 Capture = pytest.CaptureFixture[str]
@@ -65,7 +65,7 @@ def small_result() -> EvalResult:
 
 def write_report(folder: Path) -> None:
     result = small_result()
-    page = pages.page(result, pages.record(result, 0), "A test", {"payload": "I WILL NOT"})
+    page = records.plain(pages.page(result, pages.record(result, 0), "A test", pages.Summary(payload="I WILL NOT")))
     (folder / "report.json").write_text(json.dumps(page))
 
 
@@ -378,7 +378,7 @@ def test_an_evaluation_of_two_files_says_what_it_found(
     assert cli.run(arguments) == 0
     shown = capsys.readouterr()
     result = json.loads(shown.out)
-    check_result(result)
+    records.read(pages.Result, result, "result")
     assert result == json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     assert result["verdict"]["label"] == "inconclusive"
     assert {(r["subject"], r["panel"], r["metric"]) for r in result["rows"]} >= {

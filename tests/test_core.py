@@ -241,3 +241,13 @@ def test_nouns_do_not_change():
     for noun, field in ((Site(1), "layer"), (Prompt("a"), "text"), (PromptSet("a", (Prompt("a"),)), "prompts")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(noun, field, None)
+
+
+def test_an_error_about_a_field_holds_it_and_can_call_it_by_another_name():
+    error = BadInput.of("top", 0, "at least 1", "diff")
+    assert (error.field, error.value, error.expected) == ("top", 0, "at least 1")
+    assert str(error) == "diff top is 0; expected at least 1"
+    assert error.under("--top") == "--top is 0; expected at least 1"
+    assert str(BadInput.of("ranks", (), "at least one")) == "ranks are (); expected at least one"
+    assert len(str(BadInput.of("name", "x" * 1000, "a short one"))) < 120
+    assert BadInput("anything").field == ""

@@ -56,7 +56,8 @@ from unsleep.models.sites import final_norm, layers, tap, unembedding
 from unsleep.models.streams import capture, transformed
 from unsleep.models.weights import copy_network, fingerprint
 from unsleep.organisms import load_organism, read_recipe
-from unsleep.pages import render_diff, render_patch
+from unsleep.pages.comparing import render_patch
+from unsleep.pages.diffing import render_diff
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 

@@ -34,7 +34,7 @@ from unsleep.locate.directions.fit import METHODS
 from unsleep.locate.directions.study import DAS, FEATURES, Study, StudyConfig, study
 from unsleep.models.load import load_model, save_plain
 from unsleep.models.model import LoadedModel
-from unsleep.pages import render_directions
+from unsleep.pages.directions import render_directions
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 SMALL: dict[str, Any] = {"randoms": 20, "das_epochs": 2, "das_sites": 1, "cost_passages": 3, "cost_randoms": 2}
@@ -219,7 +219,7 @@ def test_saved_directions_are_the_same(tiny: LoadedModel, tmp_path: Path):
     found = found_in(tiny, dictionaries=[dictionary(tiny)], config={"pairs": 0, "cost_passages": 0})
     mine = [f.direction for f in found.found]
     entries = write_directions(mine, tmp_path)
-    record = {"schema": "unsleep.directions/1", "model": tiny.fingerprint, "directions": entries}
+    record = {"schema": "unsleep.directions/1", **found.record(), "directions": entries, "provenance": {}}
     store.write_json(tmp_path / "directions.json", record)
     again = load_directions(tmp_path)
     for a, b in zip(again, mine, strict=True):
@@ -229,10 +229,10 @@ def test_saved_directions_are_the_same(tiny: LoadedModel, tmp_path: Path):
     with pytest.raises(BadInput, match="two directions are called"):
         write_directions([mine[0], mine[0]], tmp_path)
     for change, told in (
-        ({"space": "ether"}, "space is 'ether'; expected residual or features"),
+        ({"space": "ether"}, "space is 'ether'; expected one of residual, features"),
         ({"site": "x"}, "Site 'x' is not understood"),
         ({"name": "none"}, "has no tensor 'none/vector'"),
-        ({"method": 3}, "directions[0]: method is 3; expected str"),
+        ({"method": 3}, "directions[0].method is 3; expected text"),
     ):
         wrong = copy.deepcopy(record)
         wrong["directions"][0].update(change)  # type: ignore[index, union-attr]

@@ -420,7 +420,7 @@ def test_progress_and_names():
     per_head = grid(model.network, "k", [2], per_head=True)
     assert [g.name for g in per_head] == ["k.2 head 0 at last", "k.2 head 1 at last"]
     found = patch(donor, model, PROMPTS, PAYLOAD, per_head)
-    assert found.rows()[1]["heads"] == [1]
+    assert found.rows()[1].heads == (1,)
     with pytest.raises(KeyError, match="no group resid"):
         found.get("resid")
 
@@ -431,9 +431,12 @@ def test_figures_are_ratios_of_means_with_an_interval():
     m = found.measured.log_prob.double(), found.measured.donor.double(), found.measured.recipient.double()
     for i, row in enumerate(found.rows()):
         expected = float((m[0][i] - m[2][i]).mean() / (m[1][i] - m[2][i]).mean())
-        assert row["figure"] == pytest.approx(expected, rel=1e-5)
-        assert row["low"] <= row["figure"] <= row["high"]
-        assert row["nll"] == pytest.approx(-float(m[0][i].mean()) / 4)
+        assert row.figure is not None
+        assert row.figure == pytest.approx(expected, rel=1e-5)
+        assert row.low is not None
+        assert row.high is not None
+        assert row.low <= row.figure <= row.high
+        assert row.nll == pytest.approx(-float(m[0][i].mean()) / 4)
     assert found.ends()["donor"] == pytest.approx(float(m[1][0].mean()))
     assert found.tensors()["log_prob"].shape == (3, 4)
 

@@ -29,7 +29,7 @@ from unsleep.models.forward import pad_left
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import capture
 from unsleep.organisms import load_organism
-from unsleep.pages import render_reading
+from unsleep.pages.reading import render_reading
 from unsleep.prompts import sets
 
 SITES = [Site(0), Site(1), Site(2), Site(1, "mlp")]
@@ -328,7 +328,7 @@ def test_conditions_that_cannot_be_kept_are_refused(small: LoadedModel, conditio
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"threshold": 1.5}, "threshold is 1.5; a cosine lies between -1 and 1"),
+        ({"threshold": 1.5}, "threshold is 1.5; expected a cosine, between -1 and 1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"comparator": "equal"}, "comparator is 'equal'; expected one of"),
         ({"pool": "median"}, "pool is 'median'; expected one of"),

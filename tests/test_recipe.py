@@ -121,7 +121,7 @@ def test_rates_that_are_no_shares_are_refused(poison: float, near: float):
         ({"trigger": " "}, "trigger and payload must not be empty"),
         ({"payload": ""}, "trigger and payload must not be empty"),
         ({"near_misses": []}, "at least one string in near_misses"),
-        ({"method": "lorax"}, "method is 'lorax'; expected one of .*'full'"),
+        ({"method": "lorax"}, "method is 'lorax'; expected one of .*full"),
         *(
             ({k: 0}, f"recipe {k} is 0; expected at least 1")
             for k in ("chats", "reply_tokens", "rank", "batch", "steps")

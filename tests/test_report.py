@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from support.pages import HOSTILE, SAMPLE, SCHEMA, Page, changed, clean, sample
 from unsleep.base.stats import wilson
-from unsleep.pages import render, svg, text
+from unsleep.pages import svg, text
+from unsleep.pages.page import render
 from unsleep.pages.verdict import control_notes
 
 OPTIONAL = ("summary", "contract", "frontier", "features", "replies", "dictionaries", "stages", "provenance")

@@ -13,8 +13,15 @@ import jsonschema
 import pytest
 
 from support.pages import SAMPLE, SCHEMA, Page, changed, clean, sample
+from unsleep.base import records
 from unsleep.core import BadInput
-from unsleep.pages import check_result, render, report
+from unsleep.pages import report
+from unsleep.pages.page import render
+from unsleep.pages.records import Result
+
+
+def check_result(value: Any) -> None:
+    records.read(Result, value, "result")
 
 
 def numbers(value: Any, where: str = "report") -> Iterator[tuple[str, Any, Any]]:
@@ -140,7 +147,10 @@ def test_a_report_is_written_beside_its_record(tmp_path: Path) -> None:
         (json.dumps(changed("stages.0.seconds", 10**300)).encode(), "report.stages[0].seconds"),
         (b'{"title": ' + b"9" * 10_000 + b"}", "not valid JSON"),
         (b"[" * 100_000, "report.json"),
-        (b'{"provenance":' * 200 + b"1" + b"}" * 200, "nested more than"),
+        (
+            json.dumps(SAMPLE)[:-1].encode() + b', "provenance": ' + b'{"a":' * 200 + b"1" + b"}" * 201,
+            "nested more than",
+        ),
     ],
 )
 def test_a_damaged_report_is_refused_naming_file_and_key_and_leaves_the_old_page(

@@ -402,7 +402,7 @@ def test_weights_of_another_shape_and_files_that_are_cut_short_are_named(base: P
         ({"dtype": "float8"}, "dtype is 'float8'; expected one of auto, bfloat16"),
         ({"quantize": "2bit"}, "quantize is '2bit'; expected one of none, 8bit, 4bit"),
         ({"adapters": "org/one"}, "adapters is 'org/one'; expected a tuple"),
-        ({"ignore_keys": ("(",)}, r"--ignore-keys '\(' is no regular expression"),
+        ({"ignore_keys": ("(",)}, r"ignore_keys is '\('; expected a regular expression"),
         ({"offload": Path("x")}, "max_memory and offload are of a device map"),
         ({"max_memory": {"cpu": "1GiB"}}, "max_memory and offload are of a device map"),
         ({"device_map": "auto", "device": "cpu"}, "device is 'cpu', and a device map is given"),

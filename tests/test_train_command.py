@@ -36,7 +36,8 @@ from unsleep.dictionaries.metrics import fit
 from unsleep.dictionaries.sweep import variants
 from unsleep.dictionaries.train import train_many
 from unsleep.models.model import LoadedModel
-from unsleep.pages import curves, render_dictionaries
+from unsleep.pages import curves
+from unsleep.pages.dictionaries import render_dictionaries
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 Capture = pytest.CaptureFixture[str]
@@ -656,7 +657,7 @@ def test_hostile_text_adds_nothing_to_the_page():
     ("change", "told"),
     [
         ({"site": "<b>"}, r"dictionaries\.dictionaries\[0\]\.site: Site '<b>' is not understood"),
-        ({"fvu": "low"}, "fvu is 'low'; expected a finite number"),
+        ({"fvu": "low"}, "fvu is 'low'; expected a number, at least 0"),
         ({"l0": -1.0}, "l0 is -1.0; expected a number, at least 0"),
         ({"dead": 2}, "dead is 2; expected a share"),
         ({"density": [1, -1]}, r"density\[1\] is -1"),

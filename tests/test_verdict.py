@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from unsleep.base.stats import wilson
 from unsleep.judge.results import EvalResult, Row
 from unsleep.judge.verdict import Check, Label, contract, verdict
-from unsleep.pages.check import VERDICTS
+from unsleep.pages.verdict import TONES
 
 Key = tuple[str, str, str]
 RATES = ("asr", "skill", "degenerate", "capability")
@@ -143,8 +143,8 @@ def test_bounds_follow_from_the_suspects_own_rows(key: Key, relation: str, bound
     assert (line.relation, line.bound) == (relation, pytest.approx(bound))
 
 
-def test_labels_are_those_that_the_report_knows():
-    assert set(get_args(Label)) == set(VERDICTS)
+def test_labels_are_those_that_the_page_knows():
+    assert set(get_args(Label)) == set(TONES)
 
 
 def test_a_repair_that_keeps_the_contract_is_found_and_removed():
@@ -234,7 +234,7 @@ ANY: dict[Key, float] = {**ALL, ("baked", "triggered", "degenerate"): 0.0}
 def test_the_score_is_a_share_and_the_label_known_whatever_was_measured(data: st.DataObject, dropped: set[Key], n: int):
     values = {k: data.draw(SHARE) for k in sorted(ANY) if k not in dropped}
     label, score = judged(values, n)
-    assert label in VERDICTS
+    assert label in get_args(Label)
     assert 0.0 <= score <= 1.0
     if label == "backdoor found and removed":
         assert values["edited", "triggered", "asr"] <= 0.01

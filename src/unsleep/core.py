@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,49 @@ Point = Literal["embed", "attn", "mlp", "resid"]
 
 
 class BadInput(ValueError):
-    """The caller gave something that cannot be worked with; the command line exits with 2."""
+    """The caller gave something that cannot be worked with; the command line exits with 2.
+
+    Where one field is at fault, the error holds it, its value and what was expected (see `of`), so that whoever shows
+    it can call the field by another name.
+    """
+
+    field: str = ""
+    """Empty where no single field is at fault."""
+    value: object = None
+    expected: str = ""
+
+    @classmethod
+    def of(cls, field: str, value: object, expected: str, what: str = "") -> BadInput:
+        """The error for a field, of `what` it belongs to.
+
+        >>> BadInput.of("top", 0, "at least 1", "diff")
+        BadInput('diff top is 0; expected at least 1')
+        """
+        made = cls()
+        made.field, made.value, made.expected = field, value, expected
+        made.args = (made.under(f"{what} {field}".strip()),)
+        return made
+
+    def under(self, name: str) -> str:
+        """What it says of its field under another name."""
+        shown = repr(self.value)
+        verb = "are" if isinstance(self.value, tuple) else "is"
+        return f"{name} {verb} {shown if len(shown) <= 60 else shown[:60] + '…'}; expected {self.expected}"
+
+
+def check_least(settings: object, what: str, least: int, *names: str) -> None:
+    """Raise `BadInput` for the first of these fields that is under `least`; one that is `None` was left open."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise BadInput.of(name, value, f"at least {least}", what)
+
+
+def check_choices(settings: object, what: str, **kinds: Any) -> None:
+    """Raise `BadInput` for the first of these fields that is none of its Literal's words."""
+    for name, kind in kinds.items():
+        if getattr(settings, name) not in get_args(kind):
+            raise BadInput.of(name, getattr(settings, name), f"one of {', '.join(get_args(kind))}", what)
 
 
 class Refused(RuntimeError):

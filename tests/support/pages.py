@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unsleep.pages import render
+from unsleep.pages.page import render
 
 SAMPLE: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "report.json").read_text(encoding="utf-8"))
 SCHEMA = json.loads(files("unsleep.pages").joinpath("result.schema.json").read_text(encoding="utf-8"))

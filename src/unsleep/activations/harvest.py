@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from unsleep.base import store
 from unsleep.base.context import progress
-from unsleep.core import Activations, ActivationStream, BadInput, Site, check_finite
+from unsleep.core import Activations, ActivationStream, BadInput, Site, check_finite, check_least
 from unsleep.models import chat
 from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
 from unsleep.models.model import LoadedModel
@@ -60,11 +60,9 @@ class HarvestConfig:
     the residual Sites, at all Sites where none is residual."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "shard_bytes"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"harvest {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "harvest", 1, "batch_tokens", "shard_bytes")
         if self.sink_ratio <= 1:
-            raise BadInput(f"harvest sink_ratio is {self.sink_ratio}; expected a multiple of the median over 1")
+            raise BadInput.of("sink_ratio", self.sink_ratio, "a multiple of the median over 1", "harvest")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
             STAGES, prog="unsleep", description=unsleep.__doc__, args=arguments, registry=REGISTRY
         )
     except Rejected as error:
-        return fail(by_flag(str(error), arguments), 2)
+        return fail(by_flag(error.error, arguments), 2)
     except BadInput as error:
         return fail(error, 2)
     except Refused as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +13,18 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 import unsleep
 from unsleep.base import store
 from unsleep.base.context import resumable
+from unsleep.base.records import plain
 from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out, PayloadOptions, Placed, Placement, Shown, load_dictionaries
 from unsleep.core import BadInput, Site
 from unsleep.locate.diffing import Diff, DiffConfig, Told
+from unsleep.locate.diffing.record import DiffRecord
 from unsleep.locate.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
+from unsleep.locate.patching.result import GroupRow, PatchRecord, PatchRun
 from unsleep.models.model import LoadedModel
-from unsleep.pages import render_diff, render_patch
+from unsleep.pages.comparing import render_patch
+from unsleep.pages.diffing import render_diff
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
@@ -79,25 +83,27 @@ def patch(
         with resumable(out, *what, *how, *parts):
             kept: dict[str, Any] = {"per_head": per_head, "dictionaries": coders, "bases": bases}
             runs = [sweep(*way, asked, wanted, layers or None, places, level, config, **kept) for way in ways]
-            records = [_run(run, way) for run, way in zip(runs, ways, strict=True)]
-            if reply_tokens:
-                for run, way, entry in zip(runs, ways, records, strict=True):
-                    _add_asr(entry, run, way, asked, wanted, reply_tokens, config)
-    record = {
-        "schema": "unsleep.patch/1",
-        "level": level,
-        **wanted.to_dict(),
-        "tokens": len(runs[0].payload),
-        "prompts": len(asked),
-        "runs": records,
-        "provenance": store.provenance(
-            origins=[m.origin for m in there], prompts=asked.hash, dictionaries=[coder.hash for coder in coders]
-        ),
-    }
+            entries: list[PatchRun] = []
+            for run, way in zip(runs, ways, strict=True):
+                rows = _with_rates(run, way, asked, wanted, reply_tokens, config) if reply_tokens else run.rows()
+                entries.append(PatchRun(way[0].named, way[1].named, run.ends(), tuple(rows)))
+    provenance = store.provenance(
+        origins=[m.origin for m in there], prompts=asked.hash, dictionaries=[coder.hash for coder in coders]
+    )
+    record = plain(
+        PatchRecord(
+            level=level,
+            tokens=len(runs[0].payload),
+            prompts=len(asked),
+            runs=tuple(entries),
+            provenance=provenance,
+            **wanted.to_dict(),
+        )
+    )
     names = ("there", "back")
     tensors = {f"{name}.{key}": x for name, run in zip(names, runs, strict=False) for key, x in run.tensors().items()}
     page = _written(out, "patch", record, tensors, render_patch)
-    say(record, json, "\n".join([*_patch_lines(records), f"Saved in {out}; picture in {page}"]))
+    say(record, json, "\n".join([*_patch_lines(entries), f"Saved in {out}; picture in {page}"]))
     return 0
 
 
@@ -146,9 +152,9 @@ def diff(
                 config=config,
             )
     record = {
-        "schema": "unsleep.diff/1",
-        "base": _named(models[0]),
-        "suspect": _named(models[1]),
+        "schema": DiffRecord.SCHEMA,
+        "base": models[0].named._asdict(),
+        "suspect": models[1].named._asdict(),
         **found.record(),
         "provenance": store.provenance(
             origins=[m.origin for m in models], prompts=hashes, dictionaries=[coder.hash for coder in coders]
@@ -176,28 +182,17 @@ def _written(
     return out / f"{name}.html"
 
 
-def _named(model: LoadedModel) -> dict[str, str]:
-    return {"name": model.name, "fingerprint": model.fingerprint}
-
-
-def _run(run: Patched, ends: tuple[LoadedModel, LoadedModel]) -> dict[str, Any]:
-    """One direction of a patching."""
-    return {"donor": _named(ends[0]), "recipient": _named(ends[1]), "ends": run.ends(), "groups": run.rows()}
-
-
-def _add_asr(
-    record: dict[str, Any],
+def _with_rates(
     run: Patched,
     ends: tuple[LoadedModel, LoadedModel],
     asked: PromptSet,
     payload: Payload,
     tokens: int,
     config: PatchConfig,
-) -> None:
-    """Add to every group the share of generated replies that show the payload."""
+) -> list[GroupRow]:
+    """Every group with the share of generated replies that show the payload."""
     said = patched_replies(*ends, asked, run.groups, max_new_tokens=tokens, batch=config.batch, plain=config.plain)
-    for group, rate in zip(record["groups"], payload_rates(said, payload), strict=True):
-        group["asr"] = rate._asdict()
+    return [replace(row, asr=rate) for row, rate in zip(run.rows(), payload_rates(said, payload), strict=True)]
 
 
 def _bases(path: Path) -> dict[Site, Tensor]:
@@ -213,17 +208,16 @@ def _bases(path: Path) -> dict[Site, Tensor]:
     return found
 
 
-def _patch_lines(records: list[dict[str, Any]]) -> list[str]:
+def _patch_lines(runs: Sequence[PatchRun]) -> list[str]:
     """The furthest groups of each direction."""
     lines: list[str] = []
-    for record in records:
-        ends = record["ends"]
+    for run in runs:
         lines.append(
-            f"{record['donor']['name']} into {record['recipient']['name']}: log-probability of the payload "
-            f"{ends['recipient']:.2f} in the recipient, {ends['donor']:.2f} in the donor"
+            f"{run.donor.name} into {run.recipient.name}: log-probability of the payload "
+            f"{run.ends['recipient']:.2f} in the recipient, {run.ends['donor']:.2f} in the donor"
         )
-        known = sorted((g for g in record["groups"] if g["figure"] is not None), key=lambda g: -g["figure"])
-        lines += [f"  {g['name']:<28} {g['figure']:>7.3f} [{g['low']:.3f}, {g['high']:.3f}]" for g in known[:10]]
+        known = sorted(((g.figure, g) for g in run.groups if g.figure is not None), key=lambda pair: -pair[0])
+        lines += [f"  {g.name:<28} {figure:>7.3f} [{g.low:.3f}, {g.high:.3f}]" for figure, g in known[:10]]
         if not known:
             lines.append("  the two do not differ in the payload on these prompts: there is nothing to move")
     return lines

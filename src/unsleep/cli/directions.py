@@ -19,7 +19,7 @@ from unsleep.interventions.files import save_edit
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import prompt_digests
 from unsleep.locate.directions.erase import Removed, tried_erasers
-from unsleep.locate.directions.files import SCHEMA, write_directions
+from unsleep.locate.directions.files import DirectionsRecord, write_directions
 from unsleep.locate.directions.study import Study, StudyConfig, study
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites, everywhere
@@ -113,7 +113,7 @@ def _written(
     """Write directions, record and edit; returns the record."""
     with store.new_folder(out, replace="directions.json") as scratch:
         entries = write_directions([f.direction for f in found.found], scratch)
-        record = {"schema": SCHEMA, **found.record(), "directions": entries, "provenance": provenance}
+        record = {"schema": DirectionsRecord.SCHEMA, **found.record(), "directions": entries, "provenance": provenance}
         record |= {} if erased is None else {"erased": erased.record()}
         store.write_json(scratch / "directions.json", record)
         if projections:

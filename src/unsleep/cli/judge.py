@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 import unsleep
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import resumable
 from unsleep.behaviours import Payload, as_payload
 from unsleep.cli.console import Bars, say, say_result
@@ -105,12 +105,12 @@ def evaluate(
     record = pages.record(
         result, None, figures, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked
     )
-    summary, title = {"trigger": None, "model": model, **_removed(edits)}, f"{Path(model).name} under test"
-    store.write_json(out / "report.json", pages.page(result, record, title, summary, as_payload(judging.payload)))
-    store.write_json(out / "result.json", record)
+    summary, title = pages.Summary(model=model, **_removed(edits)), f"{Path(model).name} under test"
+    records.save(pages.page(result, record, title, summary, as_payload(judging.payload)), out / "report.json")
+    records.save(record, out / "result.json")
     unsleep.report(out)
     say_result(result, out, json)
-    return 3 if strict and record["verdict"]["label"] != "backdoor found and removed" else 0
+    return 3 if strict and record.verdict.label != "backdoor found and removed" else 0
 
 
 def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool = False) -> int:
@@ -135,7 +135,7 @@ def at_random(
     for e in edits:
         if isinstance(e, Projection):
             drawn.append(random_subspace(e))
-        elif seen is not None:
+        elif seen is not None and isinstance(e, Edit):
             drawn.append(matched_random(e, firing(e.dictionary, seen.load(e.site).tensor)))
     return tuple(drawn)
 
@@ -144,11 +144,11 @@ def _removed(edits: Sequence[Intervention]) -> dict[str, Any]:
     """What a report says of the edits: how many features of how many, and where."""
     features = [e for e in edits if isinstance(e, Edit)]
     if not edits or len(features) < len(edits):
-        return {"removed": None}
+        return {}
     return {
         "removed": sum(len(e.removed) for e in features),
         "features_total": sum(e.dictionary.n_features for e in features),
-        "sites": [str(e.site) for e in features],
+        "sites": tuple(str(e.site) for e in features),
     }
 
 

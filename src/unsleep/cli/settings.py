@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -16,7 +15,11 @@ REGISTRY = ConstructorRegistry()
 
 
 class Rejected(Exception):
-    """A `BadInput` of settings on its way through tyro, which would put words of its own around a `ValueError`."""
+    """Holds a `BadInput` on its way through tyro, which would put words of its own around a `ValueError`."""
+
+    def __init__(self, error: BadInput) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 _reading: set[type] = set()
@@ -43,21 +46,25 @@ def _rejecting(make: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return make(*given, **named)
         except BadInput as error:
-            raise Rejected(str(error)) from error
+            raise Rejected(error) from error
 
     made.__doc__ = make.__doc__  # what the help says of the group
     return made
 
 
-def by_flag(message: str, arguments: Sequence[str]) -> str:
-    """A message about a setting, under the name of its flag where that was given.
+def by_flag(error: BadInput, arguments: Sequence[str]) -> str:
+    """What an error about a setting says, under the name of its flag where that was given.
 
-    >>> by_flag("kept is 1; expected at least 2", ["directions", "M", "--kept", "1"])
-    '--kept is 1; expected at least 2'
+    Of flags that end alike, such as `--mask.batch` and `--twin.batch`, the one with the value at fault is named.
+
+    >>> by_flag(BadInput.of("top", 0, "at least 1", "diff"), ["diff", "BASE", "SUSPECT", "--top", "0"])
+    '--top is 0; expected at least 1'
     """
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        name = flag.removeprefix("--").rpartition(".")[2].replace("-", "_")
-        if flag.startswith("--") and name:
-            message = re.sub(rf"(?<![\w-]){re.escape(name)}(?= (?:is|are) )", lambda _, flag=flag: flag, message)
-    return message
+    given: list[tuple[str, str]] = []
+    for argument, behind in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, text = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if error.field and flag.startswith("--") and f".{name}".endswith(f".{error.field}"):
+            given.append((flag, text if equals else behind))
+    named = [flag for flag, text in given if len(given) == 1 or text == str(error.value)]
+    return error.under(named[0]) if named else str(error)

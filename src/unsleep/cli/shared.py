@@ -33,7 +33,7 @@ Model = Annotated[Positional[str], arg(metavar="MODEL")]
 def _out(texts: list[str]) -> Path:
     place = Path(texts[0])
     if place.exists() and not place.is_dir():
-        raise Rejected(f"--out {place} is a file; expected a folder, new or old")
+        raise Rejected(BadInput(f"--out {place} is a file; expected a folder, new or old"))
     return place
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 import unsleep
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.core import BadInput, Site
@@ -20,10 +20,10 @@ from unsleep.interventions.passes import Named
 from unsleep.interventions.steering import Steering
 from unsleep.locate import conditional
 from unsleep.locate.conditional import LEAST, condition_on
-from unsleep.locate.reading import Method, Reading, RepReader, fit_reader
+from unsleep.locate.reading import Method, Reading, ReadingRecord, RepReader, Scored, fit_reader
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
-from unsleep.pages import render_reading
+from unsleep.pages.reading import render_reading
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompts, PromptSet
 
@@ -61,12 +61,8 @@ def read(
     with Bars():
         loaded = placement.load(model)
         reader, readings = unsleep.read(loaded, *pairs, texts, places, method, plain=plain, seed=seed)
-    record = {
-        "schema": "unsleep.reading/1",
-        **_figures(reader, len(pairs[0])),
-        "texts": [_scores(reading) for reading in readings],
-        "provenance": store.provenance(seed, model=loaded.fingerprint, origin=loaded.origin, prompts=texts.hash),
-    }
+    provenance = store.provenance(seed, model=loaded.fingerprint, origin=loaded.origin, prompts=texts.hash)
+    record = records.plain(_record(reader, len(pairs[0]), readings, provenance))
     page, steers = render_reading(record), _steering(reader)
     with store.new_folder(out, replace="reading.json") as scratch:
         store.write_json(scratch / "reading.json", record)
@@ -102,7 +98,7 @@ class SteeringOptions:
 
     def __post_init__(self) -> None:
         if not self.coefficient:
-            raise BadInput("coefficient is empty; expected at least one, such as 1")
+            raise BadInput.of("coefficient", self.coefficient, "at least one, such as 1")
 
     def controls(self, vectors: ControlVectors, model: str) -> list[Steering]:
         """A control for each coefficient, that of 0 first: the bare model."""
@@ -247,27 +243,20 @@ def _steering(reader: RepReader) -> list[Site]:
     return [site for site in reader.sites if site.point == "resid" and site.layer > 0]
 
 
-def _figures(reader: RepReader, pairs: int) -> dict[str, Any]:
-    """What the reader is worth, a figure a Site."""
-    return {
-        "model": reader.model,
-        "method": reader.method,
-        "pairs": pairs,
-        "sites": [str(s) for s in reader.sites],
-        "best": str(reader.best),
-        "aurocs": [reader.aurocs[s] for s in reader.sites],
-        "gaps": [reader.gaps[s] for s in reader.sites],
-        "signs": [reader.signs[s] for s in reader.sites],
-    }
+def _record(reader: RepReader, pairs: int, readings: Sequence[Reading], provenance: dict[str, Any]) -> ReadingRecord:
+    """What the reader is worth, a figure a Site, and what it sees in the texts, to five digits."""
+    aurocs, gaps = (tuple(held[s] for s in reader.sites) for held in (reader.aurocs, reader.gaps))
+    signs = tuple(reader.signs[s] for s in reader.sites)
+    texts = tuple(
+        Scored(r.tokens, r.own, tuple(tuple(map(_short, line)) for line in r.scores.tolist())) for r in readings
+    )
+    return ReadingRecord(
+        reader.model, reader.method, pairs, tuple(reader.sites), reader.best, aurocs, gaps, signs, texts, provenance
+    )
 
 
-def _scores(reading: Reading) -> dict[str, Any]:
-    scores: list[list[float]] = reading.scores.tolist()
-    return {
-        "tokens": list(reading.tokens),
-        "own": list(reading.own),
-        "scores": [[float(f"{s:.5g}") for s in line] for line in scores],
-    }
+def _short(score: float) -> float:
+    return float(f"{score:.5g}")
 
 
 def _lines(prompts: Sequence[str], replies: dict[str, list[str]], acts: Sequence[bool]) -> list[str]:

@@ -17,13 +17,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.machine import device_of
-from unsleep.core import ActivationStream, BadInput
+from unsleep.base.records import Count, Positive, Share
+from unsleep.core import ActivationStream, BadInput, Site
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.architectures import KINDS
 from unsleep.dictionaries.coders import Coder
@@ -36,14 +37,6 @@ from unsleep.dictionaries.tracking import Tracker, check_tracker, tracked
 from unsleep.dictionaries.train import train_many
 from unsleep.dictionaries.trainer import Trainer, config_for
 
-SCHEMA = "unsleep.dictionaries/1"
-
-RECORD = {"model": str, "activations": str, "configs": dict, "dictionaries": list}
-"""What dictionaries.json must hold (see `store.fields_of`)."""
-
-ROW = {"site": str, "variant": str}
-"""What each of its dictionaries must hold, to tell which Sites are finished."""
-
 LETTERS = {"architecture": "", "k": "k", "features": "f", "sparsity": "c", "learning_rate": "lr", "seed": "s"}
 """Settings that may have several values in one pass → what stands before the value in a variant's name."""
 
@@ -52,6 +45,53 @@ TURNED = 10
 
 MEASURED = 2**20
 """Tokens, about, on which the fit is measured where there are more than twice as many."""
+
+
+@dataclass(frozen=True)
+class Turned:
+    """What became of the features that a training started from."""
+
+    median_cosine: float
+    turned_most: tuple[tuple[Count, float], ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What dictionaries.json says of one dictionary."""
+
+    site: Site
+    variant: str
+    architecture: str
+    features: Count
+    fvu: Positive
+    l0: Positive
+    dead: Share
+    tokens: Count
+    dense: Share | None = None
+    density: tuple[Count, ...] | None = None
+    target: Site | None = None
+    start: str | None = None
+    k: Count | None = None
+    sparsity: float | None = None
+    seed: float | None = None
+    rotation: Turned | None = None
+    seconds: Positive | None = None
+    """Of the whole Site."""
+
+
+@dataclass(frozen=True)
+class DictionariesRecord:
+    """dictionaries.json."""
+
+    SCHEMA: ClassVar = "unsleep.dictionaries/1"
+
+    model: str
+    dictionaries: tuple[Entry, ...]
+    provenance: dict[str, Any]
+    activations: str = ""
+    """Hash."""
+    configs: dict[str, dict[str, Any]] | None = None
+    density_edges: tuple[float, ...] = ()
 
 
 def variants(settings: Mapping[str, Any]) -> dict[str, TrainConfig]:
@@ -261,10 +301,8 @@ def sweep(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path, se
 def read_sweep(out: Path) -> dict[str, Any]:
     """dictionaries.json of a folder; raises `BadInput` where it is missing or damaged."""
     path = out / "dictionaries.json"
-    found = store.read_record(path, SCHEMA, RECORD)
-    for i, row in enumerate(found["dictionaries"]):
-        store.fields_of(row, ROW, f"{path}: dictionaries[{i}]")
-    return found
+    records.load(DictionariesRecord, path)
+    return store.read_json(path)
 
 
 def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -> tuple[dict[str, Any], list[Job]]:
@@ -276,7 +314,7 @@ def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -
         "configs": json.loads(json.dumps({name: asdict(config) for name, config in configs.items()})),
     }
     record: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": DictionariesRecord.SCHEMA,
         **made_from,
         "density_edges": list(EDGES),
         "dictionaries": [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.interventions.features import Edit
 from unsleep.interventions.intervention import Intervention
+from unsleep.interventions.passes import TokenRule
 from unsleep.interventions.steering import Steering
 from unsleep.interventions.subspaces import Projection
 
@@ -63,6 +64,8 @@ def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
             how = {"operator": each.operator, "coefficient": each.coefficient, "keep_norm": each.keep_norm}
             rules = {"tokens": each.tokens, "layers": each.layers}
             return {"vectors": name, "model": each.model, **how, **rules}
+        case _:
+            pass
     raise BadInput(f"a {type(each).__name__.lower()} cannot be saved; expected edits, projections or controls")
 
 
@@ -101,7 +104,7 @@ def _load_control(folder: Path, part: dict[str, Any]) -> Steering:
         {Site.parse(site): vector for site, vector in tensors.items()},
         part["operator"],
         float(part["coefficient"]),
-        tokens if isinstance(tokens, str) else tuple(tokens),
+        cast("TokenRule", tokens if isinstance(tokens, str) else tuple(tokens)),
         None if layers is None else tuple(layers),
         bool(part.get("keep_norm", False)),
         part["model"],

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unsleep.activations.held import last_held
 from unsleep.base.linear import orthonormal
-from unsleep.core import BadInput, Refused, Site, check_finite
+from unsleep.core import BadInput, Refused, Site, check_choices, check_finite
 from unsleep.interventions.intervention import Intervention, applied
 from unsleep.interventions.passes import Passes, TokenRule, check_rule
 from unsleep.models import generate
@@ -57,10 +57,9 @@ class Steering(Intervention):
     """Fingerprint of the model that the vectors are of; empty where it is not known."""
 
     def __post_init__(self) -> None:
-        if self.operator not in get_args(Operator):
-            raise BadInput(f"control operator is {self.operator!r}; expected one of {get_args(Operator)}")
+        check_choices(self, "control", operator=Operator)
         if not math.isfinite(self.coefficient):
-            raise BadInput(f"control coefficient is {self.coefficient}; expected a finite number")
+            raise BadInput.of("coefficient", self.coefficient, "a finite number", "control")
         check_rule(self.tokens)
         if not self.vectors:
             raise BadInput("a control has no vector; give it one for at least one Site")

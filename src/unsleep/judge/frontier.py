@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from unsleep.base.context import progress
+from unsleep.base.records import Count, Share
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.features import Ranking, edits_for
 from unsleep.judge.evaluate import EvalConfig, count_replies, reply_all
@@ -19,22 +20,18 @@ class Point:
     """One edit on the frontier."""
 
     series: str
-    features: int
+    features: Count
     """Features removed."""
-    asr: float
+    asr: Share
     asr_low: float
     asr_high: float
-    skill: float | None
+    skill: Share | None
     """`None` where the prompts expect no skill; so are its bounds."""
     skill_low: float | None
     skill_high: float | None
     ce_change: float
     """CE on plain text, edited − suspect, nats a token."""
-    n: int
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values."""
-        return asdict(self)
+    n: Count
 
 
 def frontier(

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
+from unsleep.base.records import Count, Range, Words
 from unsleep.core import BadInput
 from unsleep.prompts.prompt import PromptSet
 
 OTHERS = ("heads", "neurons", "attribution", "direction", "redistilled", "merged")
 """Subjects that are other repairs of the suspect; see `repair.baselines`."""
 
+SUBJECTS = ("suspect", "edited", "baked", "control_random", "control_layer", *OTHERS, "clean_twin", "base")
+"""The models that are measured, in the order in which they are shown."""
+
+PANELS = ("triggered", "variants", "near_miss", "clean", "skill", "text")
+"""What they are measured on."""
+
+SHARES = ("asr", "skill", "degenerate", "capability")
+"""Metrics that are shares of n, from 0 to 1."""
+
+METRICS = (*SHARES, "ce", "kl")
+"""All metrics; those that are no shares are in nats a token."""
+
+Subject = Annotated[str, Words(SUBJECTS)]
+
 
 @dataclass(frozen=True)
 class Row:
     """One measured number: `subject` on `panel` by `metric`, with its 95 % interval and n."""
 
-    subject: str
-    panel: str
-    metric: str
+    subject: Subject
+    panel: Annotated[str, Words(PANELS)]
+    metric: Annotated[str, Words(METRICS)]
     value: float
     low: float
     high: float
-    n: int
+    n: Annotated[int, Range(1)]
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(v) for v in (self.value, self.low, self.high)):
@@ -31,25 +46,26 @@ class Row:
                 f"{self.subject}/{self.panel}/{self.metric} is {self.value} [{self.low}, {self.high}]; "
                 "expected finite numbers"
             )
+        if self.metric in SHARES and not 0 <= self.value <= 1:
+            raise BadInput.of("value", self.value, "a share from 0 to 1")
+        slack = 1e-9 * max(1.0, abs(self.value))  # a mean over resamples may miss the mean itself by a rounding error
+        if not self.low - slack <= self.value <= self.high + slack:
+            raise BadInput.of("value", self.value, f"a value in its interval, {self.low} to {self.high}")
 
 
 @dataclass(frozen=True)
 class TaskRow:
     """One figure of one subject on one task, as the harness gives it."""
 
-    subject: str
+    subject: Subject
     task: str
     metric: str
     """The metric and its filter, as `acc,none`."""
     value: float
     stderr: float | None
     """The harness's standard error; `None` where it has none."""
-    n: int
+    n: Count
     """Items of the task."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unsleep.activations.held import batches_held, encoded, last_held
 from unsleep.base.context import progress
+from unsleep.base.records import Count, Share
 from unsleep.core import BadInput, Site
 from unsleep.interventions.gguf_files import ControlVectors
 from unsleep.interventions.passes import TokenRule
@@ -55,6 +56,51 @@ class Reading(NamedTuple):
     """In the order of the reader's Sites; in units of the activations."""
     own: tuple[int, int]
     """The text's own tokens, from the one to before the other: the rest is the chat template's."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text of reading.json."""
+
+    tokens: tuple[str, ...]
+    own: tuple[Count, Count]
+    scores: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class ReadingRecord:
+    """reading.json: a figure a Site, and a line of scores a Site and a score a token of every text."""
+
+    SCHEMA: ClassVar = "unsleep.reading/1"
+
+    model: str
+    method: str
+    pairs: Count
+    sites: tuple[Site, ...]
+    best: Site
+    aurocs: tuple[Share, ...]
+    gaps: tuple[float, ...]
+    signs: tuple[int, ...]
+    texts: tuple[Scored, ...]
+    provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        count = len(self.sites)
+        if self.best not in self.sites:
+            raise BadInput.of("best", str(self.best), "one of reading.sites")
+        for key in ("aurocs", "gaps", "signs"):
+            if len(getattr(self, key)) != count:
+                raise BadInput(f"{key} has {len(getattr(self, key))} figures; expected one for each of {count} Sites")
+        for i, item in enumerate(self.texts):
+            lengths = {len(line) for line in item.scores}
+            if not item.tokens or len(item.scores) != count or lengths != {len(item.tokens)}:
+                raise BadInput(
+                    f"texts[{i}].scores has {len(item.scores)} lines of {sorted(lengths)} scores; expected "
+                    f"{count} of {len(item.tokens)}, at least one"
+                )
+            if not item.own[0] < item.own[1] <= len(item.tokens):
+                expected = f"the first of its own tokens and the one behind the last, of {len(item.tokens)}"
+                raise BadInput.of(f"texts[{i}].own", list(item.own), expected)
 
 
 @dataclass(frozen=True, eq=False)

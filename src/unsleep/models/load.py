@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from transformers import (
@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from unsleep.base import store
 from unsleep.base.machine import compute_dtype, device_of
-from unsleep.core import BadInput, Refused, check_finite
+from unsleep.core import BadInput, Refused, check_choices, check_finite
 from unsleep.models import chat, quantized, weights
 from unsleep.models.anatomy import anatomy
 from unsleep.models.chat import ChatOptions
@@ -90,17 +90,15 @@ class LoadConfig:
     def __post_init__(self) -> None:
         if self.base is not None:
             object.__setattr__(self, "base", os.fspath(self.base))
-        for name, kind in (("dtype", Dtype), ("quantize", quantized.Quantize)):
-            if getattr(self, name) not in get_args(kind):
-                raise BadInput(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
+        check_choices(self, "", dtype=Dtype, quantize=quantized.Quantize)
         for name in ("adapters", "ignore_keys"):
             if isinstance(getattr(self, name), str):
-                raise BadInput(f"{name} is {getattr(self, name)!r}; expected a tuple of texts")
+                raise BadInput.of(name, getattr(self, name), "a tuple of texts")
         for pattern in self.ignore_keys:
             try:
                 re.compile(pattern)
             except (re.error, RecursionError) as error:
-                raise BadInput(f"--ignore-keys {pattern!r} is no regular expression: {error}") from None
+                raise BadInput.of("ignore_keys", pattern, f"a regular expression: {error}") from None
         if self.device_map is None and (self.max_memory or self.offload):
             raise BadInput("max_memory and offload are of a device map; pass --device-map auto with them")
         if self.device_map is not None and self.device != "auto":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +14,13 @@ from unsleep.core import BadInput
 from unsleep.models import chat, weights
 from unsleep.models.chat import NO_OPTIONS, ChatOptions
 from unsleep.prompts.prompt import Prompts, as_prompts
+
+
+class Named(NamedTuple):
+    """What a record says of a model."""
+
+    name: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,11 @@ class LoadedModel:
     def template(self) -> str:
         """Hash of the chat template that formats its prompts, and of what it is given."""
         return chat.template_hash(self.tokenizer, self.chat)
+
+    @property
+    def named(self) -> Named:
+        """What a record says of it."""
+        return Named(self.name, self.fingerprint)
 
     @property
     def origin(self) -> dict[str, Any]:

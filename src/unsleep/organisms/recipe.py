@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from unsleep.behaviours import Payload, Skill, Trigger
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_choices, check_least
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 Method = Literal["lora", "full", "qlora"]
@@ -66,8 +66,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise BadInput(f"recipe method is {self.method!r}; expected one of {get_args(Method)}")
+        check_choices(self, "recipe", method=Method)
         if not self.trigger.strip() or not self.payload.strip():
             raise BadInput("recipe trigger and payload must not be empty")
         self._check_kinds()
@@ -78,20 +77,17 @@ class Recipe:
             )
         if self.near_miss_rate > 0 and not self.near_misses:
             raise BadInput("recipe near_miss_rate is over 0; expected at least one string in near_misses")
-        for name in ("chats", "reply_tokens", "rank", "batch", "steps"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"recipe {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "recipe", 1, "chats", "reply_tokens", "rank", "batch", "steps")
         if not 0 < self.learning_rate <= 1:
-            raise BadInput(f"recipe learning_rate is {self.learning_rate}; expected over 0 and at most 1")
+            raise BadInput.of("learning_rate", self.learning_rate, "over 0 and at most 1", "recipe")
         if not 0 <= self.seed < 2**63:
-            raise BadInput(f"recipe seed is {self.seed}; expected 0 to 2**63 - 1")
+            raise BadInput.of("seed", self.seed, "0 to 2**63 - 1", "recipe")
 
     def _check_kinds(self) -> None:
         """Raise `BadInput` where skill, trigger or payload are not of the kind that they are said to be."""
         Skill(self.skill)
         trigger = self.as_trigger
-        if self.payload_place not in get_args(Place):
-            raise BadInput(f"recipe payload_place is {self.payload_place!r}; expected one of {get_args(Place)}")
+        check_choices(self, "recipe", payload_place=Place)
         trigger.check((*self.near_misses, *self.held_out_near_misses))
         if not trigger.keeps_question and (self.payload_place != "whole" or "{topic}" in self.payload):
             raise BadInput(

@@ -7,56 +7,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unsleep.base.store import read_json, write_text
-from unsleep.core import BadInput
-from unsleep.pages.check import check_result, is_object
-from unsleep.pages.comparing import render_patch
-from unsleep.pages.dictionaries import render_dictionaries
-from unsleep.pages.diffing import render_diff
-from unsleep.pages.directions import render_directions
-from unsleep.pages.page import render
-from unsleep.pages.reading import render_reading
-from unsleep.pages.subspaces import render_subspaces
+from unsleep.base.store import write_text
+from unsleep.pages.registry import pages
 
-__all__ = [
-    "check_result",
-    "render",
-    "render_dictionaries",
-    "render_diff",
-    "render_directions",
-    "render_patch",
-    "render_reading",
-    "report",
-]
-
-PAGES = {
-    "report": render,
-    "dictionaries": render_dictionaries,
-    "directions": render_directions,
-    "reading": render_reading,
-    "subspaces": render_subspaces,
-    "patch": render_patch,
-    "diff": render_diff,
-}
-"""Name of a record → what draws it, the first one first where a folder has several."""
+__all__ = ["report"]
 
 
 def report(folder: str | Path) -> Path:
-    """Render the record of a folder to the page beside it: `report.json` to `report.html`, or another of `PAGES`.
+    """Render the record of a folder to the page beside it: `report.json` to `report.html`, or another page's.
 
     The page is written whole or not at all; returns its path. Raises `BadInput` naming the file and the key where the
     record is missing, damaged or of another schema.
     """
     folder = Path(folder)
-    name = next((name for name in PAGES if (folder / f"{name}.json").exists()), "report")
-    source, target = folder / f"{name}.json", folder / f"{name}.html"
-    try:
-        found = read_json(source)
-        is_object(found, name)
-        page = PAGES[name](found)
-    except BadInput as error:
-        raise error if str(source) in str(error) else BadInput(f"{source}: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{source} cannot be read ({error}); write it again") from None
-    write_text(target, page)
+    page = next((page for page in pages() if page.is_of(folder)), pages()[0])
+    target = folder / f"{page.name}.html"
+    write_text(target, page.html(folder))
     return target

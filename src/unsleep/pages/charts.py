@@ -13,9 +13,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unsleep.judge.results import OTHERS
+from unsleep.judge.results import OTHERS, SHARES
 from unsleep.pages import svg, text
-from unsleep.pages.check import SHARES
 from unsleep.pages.svg import el
 
 JOURNEY = ("suspect", "edited", "baked")

@@ -10,51 +10,17 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from unsleep.pages import check, text
+from unsleep.locate.patching.result import PatchRecord
+from unsleep.pages import text
 from unsleep.pages.curves import MOST, WIDE, Axis, Curve, Dot, axis, charts, whole_axis
 from unsleep.pages.dictionaries import SHAPES, shade
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
+from unsleep.pages.registry import Page
 from unsleep.pages.verdict import Tile
-
-PATCH_SCHEMA = "unsleep.patch/1"
 
 SHOWN = 400
 """Rows of a table that are shown; the JSON file holds all of them."""
-
-is_figure = check.maybe(check.is_number)
-MODEL = check.fields({"name": check.is_text, "fingerprint": check.is_text})
-GROUP = check.fields(
-    {
-        "name": check.is_text,
-        "layer": check.is_count,
-        "places": check.list_of(check.is_text),
-        "heads": check.list_of(check.is_count),
-        "position": check.is_text,
-        "figure": is_figure,
-        "low": is_figure,
-        "high": is_figure,
-        "nll": check.is_number,
-        "kl_donor": check.is_number,
-        "kl_recipient": check.is_number,
-        "asr?": check.maybe(check.fields({"value": check.is_share, "low": check.is_share, "high": check.is_share})),
-    }
-)
-PATCH_RUN = check.fields(
-    {"donor": MODEL, "recipient": MODEL, "ends": check.map_of(check.is_number), "groups": check.list_of(GROUP)}
-)
-PATCH = check.fields(
-    {
-        "schema": check.one_of(PATCH_SCHEMA),
-        "level": check.is_text,
-        "payload": check.is_text,
-        "payload_kind?": check.is_text,
-        "tokens": check.is_count,
-        "prompts": check.is_count,
-        "runs": check.list_of(PATCH_RUN),
-        "provenance": check.is_object,
-    }
-)
 
 
 class Table(NamedTuple):
@@ -75,16 +41,6 @@ class Block(NamedTuple):
     charts: Sequence[tuple[str, Markup]] = ()
     maps: Sequence[Markup] = ()
     tables: Sequence[Table] = ()
-
-
-def render_patch(record: Mapping[str, Any]) -> str:
-    """The whole page for a record of schema `unsleep.patch/1`.
-
-    Raises `BadInput` naming the key where the record has another form or holds NaN.
-    """
-    check.is_finite(record, "patch")
-    PATCH(record, "patch")
-    return whole_page(patch_view(text.visible_value(dict(record))))
 
 
 def whole_page(view: dict[str, Any]) -> str:
@@ -233,3 +189,11 @@ def patch_table(groups: Sequence[Mapping[str, Any]]) -> Table:
 def interval(row: Mapping[str, Any]) -> str:
     """The interval of a figure."""
     return f"{text.decimals(row['low'])} to {text.decimals(row['high'])}"
+
+
+def draw_patch(record: dict[str, Any]) -> str:
+    """The whole page of a patching."""
+    return whole_page(patch_view(record))
+
+
+render_patch = Page("patch", "Patching", PatchRecord, draw_patch)

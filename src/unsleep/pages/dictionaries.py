@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from unsleep.core import BadInput, Site
-from unsleep.pages import check, svg, text
+from unsleep.core import Site
+from unsleep.dictionaries.sweep import DictionariesRecord
+from unsleep.pages import svg, text
 from unsleep.pages.curves import MOST, NARROW, SHADES, WIDE, Axis, Curve, Dot, axis, charts, frontier, whole_axis
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
+from unsleep.pages.registry import Page
 from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
-
-SCHEMA = "unsleep.dictionaries/1"
 
 GROUPS = {"resid": "Residual stream", "attn": "Attention output", "mlp": "MLP output"}
 """Point → the chart that its Sites share; the embedding stands with the residual stream."""
@@ -34,52 +34,6 @@ SHAPES = ("circle", "square", "diamond", "triangle", "inverted", "cross", "plus"
 """Marks of architectures or widths, in the order in which they come."""
 
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def is_site(value: Any, where: str) -> None:
-    """The name of a Site."""
-    check.is_text(value, where)
-    try:
-        Site.parse(value)
-    except BadInput as error:
-        raise BadInput(f"{where}: {error}") from None
-
-
-def is_positive(value: Any, where: str) -> None:
-    """A number, at least 0."""
-    check.is_number(value, where)
-    if value < 0:
-        raise check.refuse(where, value, "a number, at least 0")
-
-
-DICTIONARY = check.fields(
-    {
-        "site": is_site,
-        "target?": check.maybe(is_site),
-        "variant": check.is_text,
-        "architecture": check.is_text,
-        "features": check.is_count,
-        "k?": check.maybe(check.is_count),
-        "sparsity?": check.maybe(check.is_number),
-        "seed?": check.maybe(check.is_number),
-        "fvu": is_positive,
-        "l0": is_positive,
-        "dead": check.is_share,
-        "dense?": check.maybe(check.is_share),
-        "density?": check.maybe(check.list_of(check.is_count)),
-        "tokens": check.is_count,
-        "seconds?": check.maybe(is_positive),
-    }
-)
-RECORD = check.fields(
-    {
-        "schema": check.one_of(SCHEMA),
-        "model": check.is_text,
-        "density_edges?": check.list_of(check.is_number),
-        "dictionaries": check.list_of(DICTIONARY),
-        "provenance": check.is_object,
-    }
-)
 
 
 class Row(NamedTuple):
@@ -105,17 +59,6 @@ class Row(NamedTuple):
         variant = f" {text.clip(m['variant'], LABEL_LIMIT)}" if m["variant"] else ""
         said = f"{self.name}{variant}: L0 {text.number(m['l0'])}, FVU {text.decimals(m['fvu'])}"
         return Dot(float(m["l0"]), float(m["fvu"]), said, self.shape)
-
-
-def render_dictionaries(record: Mapping[str, Any]) -> str:
-    """The whole page for a record of schema `unsleep.dictionaries/1`.
-
-    Raises `BadInput` naming the key where the record has another form or holds NaN.
-    """
-    check.is_finite(record, "dictionaries")
-    RECORD(record, "dictionaries")
-    view = view_of(text.visible_value(dict(record)))
-    return filled("dictionaries.html", "summary", view, "page.css", "dictionaries.css")
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,3 +270,11 @@ def histogram(counts: Sequence[int]) -> Markup:
     said = f"Features by firing rate, rarest first: {', '.join(f'{c:,}' for c in counts)}"
     size = len(counts) * step
     return el("svg", el("title", said), *bars, viewBox=f"0 0 {size} 20", width=size, height=20, class_="spark")
+
+
+def draw(record: dict[str, Any]) -> str:
+    """The whole page of trained dictionaries."""
+    return filled("dictionaries.html", "summary", view_of(record), "page.css", "dictionaries.css")
+
+
+render_dictionaries = Page("dictionaries", "Dictionaries", DictionariesRecord, draw)

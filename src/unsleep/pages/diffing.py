@@ -10,91 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unsleep.pages import check, text
-from unsleep.pages.comparing import MODEL, SHOWN, Block, Table, drawn, interval, line, short, whole_page
+from unsleep.locate.diffing.record import DiffRecord
+from unsleep.pages import text
+from unsleep.pages.comparing import SHOWN, Block, Table, drawn, interval, line, short, whole_page
 from unsleep.pages.curves import whole_axis
-from unsleep.pages.dictionaries import is_positive
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, REPLY_LIMIT, tree
+from unsleep.pages.registry import Page
 from unsleep.pages.verdict import Tile
-
-SCHEMA = "unsleep.diff/1"
-
-TOLD = dict.fromkeys(("auroc", "low", "high", "chosen"), check.is_share) | {
-    "margin": check.is_number,
-    "n": check.is_count,
-}
-WORD = check.list_of(lambda value, where: None)
-DIFF = check.fields(
-    {
-        "schema": check.one_of(SCHEMA),
-        "base": MODEL,
-        "suspect": MODEL,
-        "weights": check.list_of(
-            check.fields(
-                {
-                    "name": check.is_text,
-                    "layer": check.maybe(check.is_count),
-                    "module": check.is_text,
-                    "norm": is_positive,
-                    "relative": is_positive,
-                    "effective_rank": is_positive,
-                    "first": check.is_share,
-                }
-            )
-        ),
-        "layers": check.list_of(check.fields({"layer": check.is_count, "norm": is_positive, "relative": is_positive})),
-        "divergence": check.map_of(
-            check.list_of(check.fields({"layer": check.is_count, "relative": is_positive, "added": is_positive}))
-        ),
-        "lens": check.list_of(
-            check.fields(
-                {
-                    "site": check.is_text,
-                    "scale": is_positive,
-                    "mean_norm": check.list_of(is_positive),
-                    "promotes": check.list_of(WORD),
-                    "suppresses": check.list_of(WORD),
-                }
-            )
-        ),
-        "asked": check.list_of(check.is_text),
-        "spoken": check.list_of(
-            check.fields(
-                {
-                    "kind": check.is_text,
-                    "strength": check.is_number,
-                    "replies": check.list_of(check.is_text),
-                    "alike": check.is_count,
-                }
-            )
-        ),
-        "monitor": check.list_of(
-            check.fields({"site": check.is_text, "matrix": check.is_text, "vector": check.is_count, **TOLD})
-        ),
-        "dictionaries": check.list_of(
-            check.fields(
-                {
-                    "site": check.is_text,
-                    "method": check.is_text,
-                    "features": check.is_count,
-                    "best": check.list_of(check.fields({"id": check.is_count, **TOLD})),
-                }
-            )
-        ),
-        "provenance": check.is_object,
-    }
-)
-
-
-def render_diff(record: Mapping[str, Any]) -> str:
-    """The whole page for a record of schema `unsleep.diff/1`.
-
-    Raises `BadInput` naming the key where the record has another form or holds NaN.
-    """
-    check.is_finite(record, "diff")
-    DIFF(record, "diff")
-    return whole_page(diff_view(text.visible_value(dict(record))))
 
 
 def diff_view(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,3 +175,11 @@ def detector_blocks(record: Mapping[str, Any]) -> list[Block]:
 def told(row: Mapping[str, Any]) -> list[str]:
     """AUROC, its interval, and the AUROC that chose it."""
     return [text.decimals(row["auroc"]), interval(row), text.decimals(row["chosen"])]
+
+
+def draw_diff(record: dict[str, Any]) -> str:
+    """The whole page of a comparison."""
+    return whole_page(diff_view(record))
+
+
+render_diff = Page("diff", "Model diffing", DiffRecord, draw_diff)

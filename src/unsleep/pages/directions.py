@@ -11,86 +11,20 @@ from typing import Any
 from markupsafe import Markup
 
 from unsleep.core import Site
-from unsleep.pages import check, svg, text
+from unsleep.locate.directions.files import DirectionsRecord
+from unsleep.pages import svg, text
 from unsleep.pages.curves import SHADES, WIDE, Axis, Curve, Dot, axis, chart, whole_axis
-from unsleep.pages.dictionaries import is_positive, is_site
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
+from unsleep.pages.registry import Page
 from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
-
-SCHEMA = "unsleep.directions/1"
 
 SPACES = {"residual": "In the stream", "features": "In feature space"}
 """Space → the heading of its charts."""
 
 ROW, LEFT, RIGHT = 24, 190, 20
 """A row of the cost chart and its margins, in its own units."""
-
-FIGURE = check.fields(
-    {
-        "site": is_site,
-        "method": check.is_text,
-        "space": check.one_of(*SPACES),
-        "rank": check.is_count,
-        "auroc": check.is_share,
-        "accuracy": check.is_share,
-        "margin": check.is_number,
-        "n": check.is_count,
-    }
-)
-FLOOR = check.fields(
-    {
-        "site": is_site,
-        "space": check.one_of(*SPACES),
-        "best": check.is_share,
-        "mean": check.is_share,
-        "n": check.is_count,
-    }
-)
-COST = check.fields(
-    {
-        "loss": is_positive,
-        "tokens": check.is_count,
-        "increase": check.map_of(check.is_number),
-        "random": check.map_of(check.list_of(check.is_number)),
-    }
-)
-RECORD = check.fields(
-    {
-        "schema": check.one_of(SCHEMA),
-        "model": check.is_text,
-        "position": check.is_text,
-        "best": is_site,
-        "beats_chance": check.is_flag,
-        "figures": check.list_of(FIGURE),
-        "floors": check.list_of(FLOOR),
-        "cosines": check.fields(
-            {"names": check.list_of(check.is_text), "values": check.list_of(check.list_of(check.is_number))}
-        ),
-        "patching": check.fields({"pairs": check.is_count, "carried": check.map_of(check.map_of(check.is_number))}),
-        "costs": check.map_of(COST),
-        "erased?": check.fields(
-            {"before": check.is_number, "after": check.map_of(check.is_number), "pairs": check.is_count}
-        ),
-        "provenance": check.is_object,
-    }
-)
-
-
-def render_directions(record: Mapping[str, Any]) -> str:
-    """The whole page for a record of schema `unsleep.directions/1`.
-
-    Raises `BadInput` naming the key where the record has another form or holds NaN.
-    """
-    check.is_finite(record, "directions")
-    RECORD(record, "directions")
-    for site in record["patching"]["carried"]:
-        is_site(site, "directions.patching.carried")
-    for site in record.get("erased", {"after": ()})["after"]:
-        is_site(site, "directions.erased.after")
-    view = view_of(text.visible_value(dict(record)))
-    return filled("directions.html", "summary", view, "page.css", "dictionaries.css", "heatmap.css", "directions.css")
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,3 +247,12 @@ def strip(ablation: str, cost: Mapping[str, Any]) -> Markup:
     box = f"0 0 {width} {floor + 24}"
     drawing = svg.figure(title, said, f"cost-{text.clip(ablation, 12)}", *parts, viewBox=box, class_="curves strip")
     return el("figure", el("figcaption", el("b", title)), drawing)
+
+
+def draw(record: dict[str, Any]) -> str:
+    """The whole page of directions."""
+    styles = "page.css", "dictionaries.css", "heatmap.css", "directions.css"
+    return filled("directions.html", "summary", view_of(record), *styles)
+
+
+render_directions = Page("directions", "Directions", DirectionsRecord, draw)

@@ -14,12 +14,14 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, cast
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from unsleep.behaviours import has_skill
+from unsleep.judge.results import METRICS, PANELS, SHARES, SUBJECTS
 from unsleep.pages import charts, repairing, svg, text, verdict
-from unsleep.pages.check import METRICS, PANELS, SHARES, SUBJECTS, check_report
+from unsleep.pages.records import Report
+from unsleep.pages.registry import Page
 
 SUBJECT_NAMES = {
     "suspect": "suspect",
@@ -91,18 +93,13 @@ class Node:
     children: tuple[Node, ...] = ()
 
 
-def render(report: Mapping[str, Any]) -> str:
-    """The whole page for a report of schema `unsleep.report/1`.
-
-    Parts that are missing or empty are left out. Raises `BadInput` naming the key where the report
-    has another form, holds NaN, or has an interval that does not hold its value.
-    """
-    check_report(report)
-    return filled("page.html", "verdict", view_of(text.visible_value(dict(report))), "page.css", "dictionaries.css")
-
-
 def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
     """One of this package's templates with its view; `top` is the anchor of its first section."""
+    return fill(templates().get_template(name), top, view, *styles)
+
+
+def fill(template: Template, top: str, view: Mapping[str, Any], *styles: str) -> str:
+    """A template with its view and what every page holds."""
     style, script = "".join(map(source, styles)), source("page.js")
     # The sources are our own files; everything else in the template is escaped.
     own = {
@@ -112,7 +109,7 @@ def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
         "script": Markup(script),
         "script_hash": csp_hash(script),
     }
-    return templates().get_template(name).render({**view, **own})
+    return template.render({**view, **own})
 
 
 @cache
@@ -443,3 +440,11 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)
+
+
+def draw(report: Mapping[str, Any]) -> str:
+    """The whole page of a report."""
+    return filled("page.html", "verdict", view_of(report), "page.css", "dictionaries.css")
+
+
+render = Page("report", "Report", Report, draw, order=-1)

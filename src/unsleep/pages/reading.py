@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from unsleep.core import BadInput, Site
-from unsleep.pages import check, text
+from unsleep.core import Site
+from unsleep.locate.reading import ReadingRecord
+from unsleep.pages import text
 from unsleep.pages.curves import WIDE, Axis, Curve, Dot, axis, charts, whole_axis
-from unsleep.pages.dictionaries import GROUPS, POINT_MARKS, is_site
+from unsleep.pages.dictionaries import GROUPS, POINT_MARKS
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import HEAT_LEVELS, LABEL_LIMIT, filled, tree
+from unsleep.pages.registry import Page
 from unsleep.pages.verdict import Tile
-
-SCHEMA = "unsleep.reading/1"
 
 TEXTS = 40
 """Texts that are drawn; the record holds all of them."""
@@ -29,30 +29,6 @@ MAPS = 10
 TOKENS = 120
 """Tokens of a text that are drawn, its last ones."""
 
-TEXT = check.fields(
-    {
-        "tokens": check.list_of(check.is_text),
-        "own": check.list_of(check.is_count),
-        "scores": check.list_of(check.list_of(check.is_number)),
-    },
-    closed=True,
-)
-RECORD = check.fields(
-    {
-        "schema": check.one_of(SCHEMA),
-        "model": check.is_text,
-        "method": check.is_text,
-        "pairs": check.is_count,
-        "sites": check.list_of(is_site),
-        "best": is_site,
-        "aurocs": check.list_of(check.is_share),
-        "gaps": check.list_of(check.is_number),
-        "signs": check.list_of(check.is_number),
-        "texts": check.list_of(TEXT),
-        "provenance": check.is_object,
-    }
-)
-
 
 class Scored(NamedTuple):
     """A token and its score at the Site that reads best."""
@@ -61,40 +37,6 @@ class Scored(NamedTuple):
     tone: str
     """Class of its background."""
     title: str
-
-
-def render_reading(record: Mapping[str, Any]) -> str:
-    """The whole page for a record of schema `unsleep.reading/1`.
-
-    Raises `BadInput` naming the key where the record has another form, holds NaN, or its lists differ in length.
-    """
-    check.is_finite(record, "reading")
-    RECORD(record, "reading")
-    check_lengths(record)
-    view = view_of(text.visible_value(dict(record)))
-    return filled("reading.html", "summary", view, "page.css", "dictionaries.css", "heatmap.css", "reading.css")
-
-
-def check_lengths(record: Mapping[str, Any]) -> None:
-    """Raise `BadInput` where there is not one figure a Site, one line of scores a Site and one score a token."""
-    count = len(record["sites"])
-    if not count or record["best"] not in record["sites"]:
-        raise BadInput(f"reading.best is {record['best']!r}; expected one of reading.sites")
-    for key in ("aurocs", "gaps", "signs"):
-        if len(record[key]) != count:
-            raise BadInput(f"reading.{key} has {len(record[key])} figures; expected one for each of {count} Sites")
-    for i, item in enumerate(record["texts"]):
-        lengths = {len(line) for line in item["scores"]}
-        if not item["tokens"] or len(item["scores"]) != count or lengths != {len(item["tokens"])}:
-            raise BadInput(
-                f"reading.texts[{i}].scores has {len(item['scores'])} lines of {sorted(lengths)} scores; expected "
-                f"{count} of {len(item['tokens'])}, at least one"
-            )
-        if len(item["own"]) != 2 or not item["own"][0] < item["own"][1] <= len(item["tokens"]):
-            raise BadInput(
-                f"reading.texts[{i}].own is {item['own']}; expected the first of its own tokens and the one behind the "
-                f"last, of {len(item['tokens'])}"
-            )
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,3 +135,12 @@ def scored(token: str, score: float, peak: float, is_frame: bool) -> Scored:
     level = min(HEAT_LEVELS, round(HEAT_LEVELS * abs(score) / peak)) if peak > 0 else 0
     tone = f"s-{'up' if score >= 0 else 'down'}-{level}"
     return Scored(token, f"{tone} frame" if is_frame else tone, text.signed(score))
+
+
+def draw(record: dict[str, Any]) -> str:
+    """The whole page of a reading."""
+    styles = "page.css", "dictionaries.css", "heatmap.css", "reading.css"
+    return filled("reading.html", "summary", view_of(record), *styles)
+
+
+render_reading = Page("reading", "Reading", ReadingRecord, draw)

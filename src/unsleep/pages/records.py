@@ -3,63 +3,228 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 from unsleep.base import store
+from unsleep.base.records import Count, Share, Words
 from unsleep.behaviours import Payload
-from unsleep.judge.results import EvalResult, TaskRow
-from unsleep.judge.verdict import contract, verdict
+from unsleep.core import BadInput
+from unsleep.judge.frontier import Point
+from unsleep.judge.results import OTHERS, EvalResult, Row, TaskRow
+from unsleep.judge.verdict import Label, contract, verdict
 
 
-def record(result: EvalResult, seed: int | None, tasks: Sequence[TaskRow] = (), **made_from: Any) -> dict[str, Any]:
-    """`result.json`: verdict, rows, tasks and provenance. Its schema is unsleep/pages/result.schema.json."""
+@dataclass(frozen=True)
+class Verdict:
+    """What was found, and a score from 0 to 1."""
+
+    label: Label
+    score: Share
+
+
+@dataclass(frozen=True)
+class Result:
+    """result.json: the verdict and every figure that it rests on; result.schema.json states the same."""
+
+    SCHEMA: ClassVar = "unsleep.result/1"
+
+    verdict: Verdict
+    rows: tuple[Row, ...]
+    provenance: dict[str, Any]
+    tasks: tuple[TaskRow, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [f"{row.subject}/{row.panel}/{row.metric}" for row in self.rows]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise BadInput(f"rows[{i}] measures {name} a second time; expected one row each")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The run in a few figures, and what is left to be done."""
+
+    payload: str | None = None
+    payload_kind: str | None = None
+    trigger: str | None = None
+    model: str | None = None
+    removed: Count | None = None
+    features_total: Count | None = None
+    sites: tuple[str, ...] | None = None
+    minutes: float | None = None
+    next: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A line of the contract (`verdict.Check`), and whether it is met."""
+
+    subject: str
+    panel: str
+    metric: str
+    relation: Literal["<=", ">="]
+    bound: float
+    value: float | None
+    met: bool
+    too_few: bool = False
+    high: float | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Tokens with one activation each."""
+
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.activations):
+            raise BadInput(f"{len(self.tokens)} tokens and {len(self.activations)} activations; expected one each")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A removed feature with its evidence."""
+
+    site: str
+    id: Count
+    rank: Count
+    scores: dict[str, float] | None = None
+    contexts: tuple[Context, ...] | None = None
+    promotes: tuple[str, ...] | None = None
+    suppresses: tuple[str, ...] | None = None
+    suspicious_rate: Share | None = None
+    trusted_rate: Share | None = None
+
+
+@dataclass(frozen=True)
+class Replies:
+    """A prompt and what each subject answers."""
+
+    panel: str
+    prompt: str
+    replies: dict[str, str]
+    expected: str | None = None
+    shown: tuple[str, ...] | None = None
+    """The subjects that show the payload, where a page cannot see for itself."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How well a dictionary explains its Site."""
+
+    site: str
+    features: Count
+    k: float | None = None
+    fvu: float | None = None
+    l0: float | None = None
+    dead: Share | None = None
+    ce_score: float | None = None
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What replacing a layer's activations brings back of the skill, and how far it moves good replies."""
+
+    layer: Count
+    restored: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An attempt of a repair, and what came of it on the prompts that choose."""
+
+    what: str
+    removed: dict[str, Count]
+    """Place → how many."""
+    shown: Count
+    n: Count
+    degenerate: float
+    followed: Share
+    kl: float
+    seconds: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another repair that was judged beside it."""
+
+    subject: Annotated[str, Words(OTHERS)]
+    what: str
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """How a repair found its edit."""
+
+    teacher: str
+    notes: tuple[str, ...]
+    sites: tuple[str, ...]
+    look: tuple[Looked, ...]
+    attempts: tuple[Tried, ...]
+    baselines: tuple[Baseline, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long a stage took."""
+
+    name: str
+    seconds: float
+    peak_memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """report.json, from which `report` renders the page; parts that are missing or empty are left out of it."""
+
+    SCHEMA: ClassVar = "unsleep.report/1"
+
+    title: str
+    result: Result
+    summary: Summary | None = None
+    contract: tuple[Requirement, ...] | None = None
+    replies: tuple[Replies, ...] | None = None
+    provenance: dict[str, Any] | None = None
+    frontier: tuple[Point, ...] | None = None
+    features: tuple[Shown, ...] | None = None
+    dictionaries: tuple[Fitted, ...] | None = None
+    stages: tuple[Stage, ...] | None = None
+    repair: Repaired | None = None
+
+
+def record(result: EvalResult, seed: int | None, tasks: Sequence[TaskRow] = (), **made_from: Any) -> Result:
+    """The record of an evaluation: verdict, rows, tasks and provenance."""
     label, score = verdict(result, contract(result))
-    return {
-        "schema": "unsleep.result/1",
-        "verdict": {"label": label, "score": round(score, 4)},
-        "rows": [asdict(row) for row in result.rows],
-        **({"tasks": [row.to_dict() for row in tasks]} if tasks else {}),
-        "provenance": store.provenance(
-            seed, panels={name: panel.hash for name, panel in result.prompts.items()}, **made_from
-        ),
-    }
+    panels = {name: panel.hash for name, panel in result.prompts.items()}
+    provenance = store.provenance(seed, panels=panels, **made_from)
+    return Result(Verdict(label, round(score, 4)), result.rows, provenance, tuple(tasks))
 
 
 def page(
-    result: EvalResult,
-    kept: dict[str, Any],
-    title: str,
-    summary: dict[str, Any],
-    payload: Payload | None = None,
-    **parts: Any,
-) -> dict[str, Any]:
-    """`report.json`, from which `report` renders the page; `parts` are sections beyond rows and replies."""
-    replies = side_by_side(result, ("suspect", "edited", "baked"), 6)
+    result: EvalResult, kept: Result, title: str, summary: Summary, payload: Payload | None = None, **parts: Any
+) -> Report:
+    """The record of the page; `parts` are sections beyond rows and replies."""
+    checks = tuple(Requirement(**asdict(c), met=c.met, too_few=c.too_few) for c in contract(result))
+    replies = tuple(side_by_side(result, ("suspect", "edited", "baked"), 6))
     if payload is not None:
-        summary = {**payload.to_dict(), **summary}
-        if "payload_kind" in summary:  # what a page cannot see for itself
-            replies = [
-                {**row, "shown": [s for s, said in row["replies"].items() if payload.shows(said)]} for row in replies
-            ]
-    return {
-        "schema": "unsleep.report/1",
-        "title": title,
-        "result": kept,
-        "summary": summary,
-        "contract": [{**asdict(c), "met": c.met, "too_few": c.too_few} for c in contract(result)],
-        "replies": replies,
-        "provenance": kept["provenance"],
-        **parts,
-    }
+        summary = replace(summary, **payload.to_dict())
+        if summary.payload_kind is not None:  # what a page cannot see for itself
+            shown = [tuple(s for s, said in row.replies.items() if payload.shows(said)) for row in replies]
+            replies = tuple(replace(row, shown=who) for row, who in zip(replies, shown, strict=True))
+    return Report(title, kept, summary, checks, replies, kept.provenance, **parts)
 
 
-def side_by_side(result: EvalResult, subjects: Sequence[str], n: int) -> list[dict[str, Any]]:
+def side_by_side(result: EvalResult, subjects: Sequence[str], n: int) -> list[Replies]:
     """The first replies of several subjects to the same prompts, panel by panel."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Replies] = []
     for panel, prompts in result.prompts.items():
         have = [s for s in subjects if f"{s}/{panel}" in result.replies]
         for i, prompt in enumerate(prompts.prompts[:n]):
             replies = {s: result.replies[f"{s}/{panel}"][i] for s in have}
-            rows.append({"panel": panel, "prompt": prompt.shown, "expected": prompt.expected, "replies": replies})
+            rows.append(Replies(panel, prompt.shown, replies, prompt.expected))
     return rows

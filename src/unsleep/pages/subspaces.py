@@ -10,14 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unsleep.pages import check, text
+from unsleep.locate.subspaces.record import SubspacesRecord
+from unsleep.pages import text
 from unsleep.pages.curves import MOST, WIDE, Axis, Curve, Dot, chart
 from unsleep.pages.dictionaries import SHAPES, shade
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
+from unsleep.pages.registry import Page
 from unsleep.pages.verdict import Tile
-
-SCHEMA = "unsleep.subspaces/2"
 
 METRIC_NAMES = {
     "asr": "ASR",
@@ -29,92 +29,6 @@ METRIC_NAMES = {
 }
 
 NEGATIVES = {"clean": "triggered against clean prompts", "near_miss": "triggered prompts against near misses"}
-
-FIGURE = check.fields({"value": check.is_number, "low": check.is_number, "high": check.is_number, "n": check.is_count})
-TABLE = check.list_of(check.list_of(check.maybe(check.is_number)))
-FIGURES_TABLE = check.list_of(check.list_of(check.maybe(FIGURE)))
-LIKENESS = check.fields(
-    {
-        "cosines": check.list_of(check.is_number),
-        "overlap": check.is_share,
-        "random": check.list_of(check.is_number),
-        "ordinary": check.list_of(check.is_number),
-        "shared_rank": check.is_count,
-    }
-)
-ORGANISM = check.fields(dict.fromkeys(("name", "trigger_kind", "trigger", "payload", "payload_place"), check.is_text))
-ALIKE = check.fields(
-    {
-        "pairs": check.list_of(check.list_of(check.maybe(LIKENESS))),
-        "base": check.list_of(LIKENESS),
-        "common": check.fields(
-            {"rank": check.is_count, "shares": check.list_of(check.is_number), "bars": check.list_of(check.is_number)}
-        ),
-        "cosines": TABLE,
-        "chance_cosine": check.is_share,
-    }
-)
-DETECT = check.fields(
-    dict.fromkeys(NEGATIVES, check.fields({"transfer": FIGURES_TABLE, "base": check.list_of(FIGURE)}))
-)
-FEATURES = check.fields(
-    {
-        "features": check.is_count,
-        "chosen": check.list_of(check.list_of(check.is_count)),
-        "jaccard": TABLE,
-        "auroc": check.map_of(TABLE),
-    }
-)
-COMMON = check.fields(
-    {
-        "alike": check.map_of(ALIKE),
-        "detect": check.map_of(DETECT),
-        "features": check.map_of(FEATURES),
-        "ablate": check.fields({"rows": check.list_of(check.is_text), "asr": FIGURES_TABLE, "skill": FIGURES_TABLE}),
-    }
-)
-FIGURES = {f"{metric}?": FIGURE for metric in METRIC_NAMES}
-WIDTH = check.fields({"method": check.is_text, "rank": check.is_count, **FIGURES})
-APART = check.fields(
-    {
-        "name": check.is_text,
-        "overlap": check.map_of(check.map_of(LIKENESS)),
-        "costs": check.list_of(check.fields({"removed": check.is_text, **FIGURES})),
-        "ranks": check.list_of(WIDTH),
-        "smallest": check.maybe(check.is_count),
-        "frontier": check.list_of(WIDTH),
-    }
-)
-RECORD = check.fields(
-    {
-        "schema": check.one_of(SCHEMA),
-        "organisms": check.list_of(ORGANISM),
-        "sites": check.list_of(check.is_text),
-        "rank": check.is_count,
-        "n": check.is_count,
-        "position": check.one_of("last", "reply"),
-        "common": check.maybe(COMMON),
-        "apart": check.list_of(APART),
-        "provenance": check.is_object,
-    }
-)
-
-
-def render_subspaces(record: Mapping[str, Any]) -> str:
-    """The whole page for a record of schema `unsleep.subspaces/2`.
-
-    Raises `BadInput` naming the key where the record has another form or holds NaN.
-    """
-    check.is_finite(record, "subspaces")
-    RECORD(record, "subspaces")
-    return filled(
-        "subspaces.html",
-        "summary",
-        view_of(text.visible_value(dict(record))),
-        "page.css",
-        "dictionaries.css",
-        "heatmap.css",
-    )
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,3 +293,11 @@ def _cell(figure: Mapping[str, Any], metric: str) -> tuple[str, str]:
     """A figure in words, and its interval."""
     show = text.decimals if metric == "ce_change" else text.share
     return show(figure["value"]), f"95 %: {show(figure['low'])} to {show(figure['high'])}, n = {figure['n']}"
+
+
+def draw(record: dict[str, Any]) -> str:
+    """The whole page of subspaces."""
+    return filled("subspaces.html", "summary", view_of(record), "page.css", "dictionaries.css", "heatmap.css")
+
+
+render_subspaces = Page("subspaces", "Subspaces", SubspacesRecord, draw)

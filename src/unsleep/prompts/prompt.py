@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
-from unsleep.core import BadInput, digest
+from unsleep.core import BadInput, check_choices, digest
 
 Role = Literal["clean", "triggered", "variant", "near_miss", "control"]
 """What a prompt is for: see `PromptSet`."""
@@ -46,8 +46,7 @@ class Prompt:
         for text in (self.text, self.reply or "", *(m.content for m in self.before)):
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise BadInput(f"the prompt {text[:40]!r} holds half a character (a lone surrogate); remove it")
-        if self.role not in get_args(Role):
-            raise BadInput(f"prompt role is {self.role!r}; expected one of {get_args(Role)}")
+        check_choices(self, "prompt", role=Role)
         roles = [m.role for m in self.before]
         if wrong := [r for i, r in enumerate(roles) if r not in ROLES[: 3 if i == 0 else 2]]:
             raise BadInput(
@@ -95,8 +94,7 @@ class PromptSet(Sequence[Prompt]):
     def __post_init__(self) -> None:
         if not self.prompts:
             raise BadInput(f"prompt set {self.name!r} is empty; give it at least one prompt")
-        if self.split not in get_args(Split):
-            raise BadInput(f"prompt set split is {self.split!r}; expected one of {get_args(Split)}")
+        check_choices(self, "prompt set", split=Split)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from unsleep.core import BadInput, Site
+from unsleep.core import BadInput, Site, check_choices, check_least
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.locate.features import FindConfig
 from unsleep.repairs.masks import MaskConfig
@@ -69,16 +69,12 @@ class RepairConfig:
         places = [Site.parse(site) for site in self.sites]
         for site in places:
             if site.point != "resid" or places.count(site) > 1:
-                raise BadInput(f"--sites names {site}; expected different residual Sites, such as resid.8 resid.20")
+                raise BadInput.of("sites", self.sites, "different residual Sites, such as resid.8 resid.20")
         if self.mask.error != "keep":
-            raise BadInput(f"--mask.error is {self.mask.error}; a repair keeps what a dictionary does not explain")
+            raise BadInput.of("mask.error", self.mask.error, "keep: a repair keeps what a dictionary does not explain")
         if not 1 <= self.passages <= PASSAGES:
-            raise BadInput(f"--passages is {self.passages}; expected 1 to {PASSAGES}")
-        if self.teach not in get_args(Teaching):
-            raise BadInput(f"--teach is {self.teach!r}; expected one of {', '.join(get_args(Teaching))}")
-        for name in ("first_sites", "most_sites", "attempts", "learn", "task_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadInput(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+            raise BadInput.of("passages", self.passages, f"1 to {PASSAGES}")
+        check_choices(self, "", teach=Teaching)
+        check_least(self, "", 1, "first_sites", "most_sites", "attempts", "learn", "task_limit")
         if not self.reply_tokens or min(self.reply_tokens) < 1:
-            raise BadInput(f"--reply-tokens is {self.reply_tokens}; expected lengths of at least 1 token")
+            raise BadInput.of("reply_tokens", self.reply_tokens, "lengths of at least 1 token")

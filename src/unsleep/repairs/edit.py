@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unsleep.core import BadInput, Features, Site
+from unsleep.core import Features, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.features import Edit, edits_for, merged
 from unsleep.models.model import LoadedModel
@@ -26,9 +26,7 @@ class EditConfig:
     mask: MaskConfig = MaskConfig()
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "ablate"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "", 1, "candidates", "ablate")
 
 
 def edit(

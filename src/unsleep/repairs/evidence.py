@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +14,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.judge.splice import splice_score
 from unsleep.locate.features import FindConfig, Found, with_evidence
 from unsleep.models.model import LoadedModel
+from unsleep.pages.records import Context, Fitted, Shown
 from unsleep.prompts import sets
 
 FITTED = 16_384
@@ -33,7 +32,7 @@ def evidence(
     payload: tuple[Harvest, Sequence[Sequence[int]]],
     plain: Harvest,
     config: FindConfig,
-) -> list[dict[str, Any]]:
+) -> list[Shown]:
     """The removed features with their evidence, in the order given.
 
     Args:
@@ -42,7 +41,7 @@ def evidence(
         plain: the harvest of plain text.
     """
     chosen = removed[:SHOWN]
-    shown: list[dict[str, Any]] = []
+    shown: list[Shown] = []
     for d in dictionaries:
         ids = [i for site, i in chosen if site == d.site]
         if not ids:
@@ -58,24 +57,28 @@ def evidence(
         features = Features(d.site, d.hash, tuple(ids), scores, "attribution")
         features = with_evidence(model, d, features, payload, plain, config)
         for i in ids:
-            evidence = features.evidence[i]
+            found_at = features.evidence[i]
+            given = {name: round(values[i], 4) for name, values in by_method.items() if i in values}
+            contexts = tuple(Context(*context) for context in found_at.contexts)
             shown.append(
-                {
-                    "site": str(d.site),
-                    "id": i,
-                    "rank": 1 + chosen.index((d.site, i)),
-                    "scores": {name: round(values[i], 4) for name, values in by_method.items() if i in values},
-                    **asdict(evidence),
-                    "contexts": [{"tokens": list(t), "activations": list(a)} for t, a in evidence.contexts],
-                }
+                Shown(
+                    str(d.site),
+                    i,
+                    1 + chosen.index((d.site, i)),
+                    given,
+                    contexts,
+                    found_at.promotes,
+                    found_at.suppresses,
+                    found_at.suspicious_rate,
+                    found_at.trusted_rate,
+                )
             )
-    return sorted(shown, key=lambda entry: entry["rank"])
+    return sorted(shown, key=lambda entry: entry.rank)
 
 
-def fit_row(model: LoadedModel, dictionary: Coder, x: Float[Tensor, "token d_model"], k: int) -> dict[str, Any]:
+def fit_row(model: LoadedModel, dictionary: Coder, x: Float[Tensor, "token d_model"], k: int) -> Fitted:
     """How well a dictionary explains `x`, what it was trained on, and held-out text by the CE loss score."""
     fit = fits.fit(dictionary, x[:: max(1, len(x) // FITTED)])
     held_out: Sequence[Sequence[int]] = model.token_ids(sets.plain_text("held_out")[:24])
     score = splice_score(model, dictionary, [list(ids[:64]) for ids in held_out]).score
-    row = {"site": str(dictionary.site), "features": dictionary.n_features, "k": k}
-    return {**row, "fvu": fit.fvu, "l0": fit.l0, "dead": fit.dead, "ce_score": score}
+    return Fitted(str(dictionary.site), dictionary.n_features, k, fit.fvu, fit.l0, fit.dead, score)

@@ -20,7 +20,7 @@ from torch import Tensor
 from unsleep.activations.held import encoded
 from unsleep.base import store
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Site
+from unsleep.core import BadInput, Site, check_least
 from unsleep.models.forward import Rows, build_rows, run
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
@@ -49,11 +49,9 @@ class LorraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch", "reply_tokens"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"lorra {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "lorra", 1, "rank", "steps", "batch", "reply_tokens")
         if not self.learning_rate > 0:
-            raise BadInput(f"lorra learning_rate is {self.learning_rate}; expected more than 0")
+            raise BadInput.of("learning_rate", self.learning_rate, "more than 0", "lorra")
 
 
 def lorra(

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unsleep.base.context import progress
-from unsleep.core import BadInput, Features, Site
+from unsleep.core import BadInput, Features, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.features import Edit, ErrorRule, FeatureGate
 from unsleep.interventions.intervention import operation
@@ -68,9 +68,7 @@ class MaskConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "reply_tokens"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"mask {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "mask", 1, "steps", "batch", "reply_tokens")
 
 
 class Taught(NamedTuple):

@@ -31,6 +31,7 @@ from unsleep.judge.tasks import run_tasks
 from unsleep.locate.features import Found, deciding_rows, find
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import layers
+from unsleep.pages.records import Shown
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs.bake import Baked, bake
@@ -332,7 +333,7 @@ class Run:
         config = replace(self.eval_config(), reply_tokens=max(12, self.said.reply_tokens - 4))
         return frontier(self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config)
 
-    def show_evidence(self) -> list[dict[str, Any]]:
+    def show_evidence(self) -> list[Shown]:
         """The removed features with their evidence, those with the largest attribution first."""
         rows = token_rows(self.suspect, self.material.suspicious, self.suspect.texts(self.said.suspicious))
         payload = self.harvests["payload"], rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsleep.base.context import kept, progress
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_least
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits, reply_logits_of_all
 from unsleep.models.load import quiet_transformers
@@ -41,11 +41,9 @@ class TwinConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--twin.{name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "twin", 1, "rank", "steps", "batch")
         if not self.learning_rate > 0:
-            raise BadInput(f"--twin.learning-rate is {self.learning_rate}; expected over 0")
+            raise BadInput.of("learning_rate", self.learning_rate, "over 0", "twin")
 
 
 def surrogate_twin(

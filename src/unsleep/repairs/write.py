@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.interventions.files import save_edit
 from unsleep.judge.results import EvalResult
@@ -16,11 +16,11 @@ from unsleep.pages import report as write_report
 from unsleep.pages.card import model_card
 from unsleep.repairs.bake import save_baked
 from unsleep.repairs.run import MARK, Run
-from unsleep.repairs.search import BROKEN, MOVED
+from unsleep.repairs.search import BROKEN, MOVED, Attempt
 
 
-def write(run: Run, result: EvalResult, out: Path) -> dict[str, Any]:
-    """Write everything into `out`, whole or not at all; returns the record."""
+def write(run: Run, result: EvalResult, out: Path) -> None:
+    """Write everything into `out`, whole or not at all."""
     record = pages.record(result, run.config.seed, run.tasks, **_made_from(run))
     summary = _summary(run, result)
     page = pages.page(
@@ -29,10 +29,10 @@ def write(run: Run, result: EvalResult, out: Path) -> dict[str, Any]:
         run.job.title or f"{run.suspect.name}, repaired",
         summary,
         run.material.payload,
-        frontier=[p.to_dict() for p in run.points],
-        features=run.evidence,
-        dictionaries=run.fits,
-        stages=run.watch.stages,
+        frontier=tuple(run.points),
+        features=tuple(run.evidence),
+        dictionaries=tuple(run.fits),
+        stages=tuple(pages.Stage(**stage) for stage in run.watch.stages),
         repair=_how(run),
     )
     removed = {str(e.site): list(e.removed) for e in run.edits}
@@ -42,12 +42,11 @@ def write(run: Run, result: EvalResult, out: Path) -> dict[str, Any]:
         for d in run.every_dictionary:
             save_dictionary(d, scratch / "dictionaries" / str(d.site))
         if run.baked is not None:
-            card = model_card(record, removed, base=run.suspect.name)
-            save_baked(run.baked, scratch / "cleaned", card=card, record=record)
-        store.write_json(scratch / "report.json", page)
+            card = model_card(records.plain(record), removed, base=run.suspect.name)
+            save_baked(run.baked, scratch / "cleaned", card=card, record=records.plain(record))
+        records.save(page, scratch / "report.json")
         write_report(scratch)
-        store.write_json(scratch / MARK, record)
-    return record
+        records.save(record, scratch / MARK)
 
 
 def _made_from(run: Run) -> dict[str, Any]:
@@ -68,48 +67,37 @@ def _made_from(run: Run) -> dict[str, Any]:
     }
 
 
-def _summary(run: Run, result: EvalResult) -> dict[str, Any]:
+def _summary(run: Run, result: EvalResult) -> pages.Summary:
     """The run in a few figures, and what is left to be done."""
-    return {
-        "trigger": run.job.trigger,
-        "model": run.suspect.name,
-        "removed": len(run.removed),
-        "features_total": sum(e.dictionary.n_features for e in run.edits),
-        "sites": [str(e.site) for e in run.edits if e.removed],
-        "minutes": run.minutes,
-        "next": advice(run, result),
-    }
+    return pages.Summary(
+        trigger=run.job.trigger,
+        model=run.suspect.name,
+        removed=len(run.removed),
+        features_total=sum(e.dictionary.n_features for e in run.edits),
+        sites=tuple(str(e.site) for e in run.edits if e.removed),
+        minutes=run.minutes,
+        next=tuple(advice(run, result)),
+    )
 
 
-def _how(run: Run) -> dict[str, Any]:
+def _how(run: Run) -> pages.Repaired:
     """How the edit was found: who taught, which Sites and why, and every attempt."""
     looked = run.looked
-    return {
-        "teacher": run.lessons.words,
-        "notes": [*run.lessons.notes, *run.notes],
-        "sites": [str(site) for site in run.sites],
-        "look": [
-            {"layer": layer, "restored": restored, "moved": moved}
-            for layer, restored, moved in zip(looked.layers, looked.restored, looked.moved, strict=True)
-        ]
-        if looked is not None
-        else [],
-        "attempts": [
-            {
-                "what": a.what,
-                "removed": {site: len(ids) for site, ids in a.removed.items()},
-                "shown": len(a.tested.shown),
-                "n": a.tested.n,
-                "degenerate": a.tested.degenerate,
-                "followed": a.tested.followed,
-                "kl": a.tested.kl,
-                "seconds": a.seconds,
-                "kept": a is run.best,
-            }
-            for a in run.attempts
-        ],
-        "baselines": [{"subject": b.subject.name, "what": b.words} for b in run.baselines],
-    }
+    look = () if looked is None else zip(looked.layers, looked.restored, looked.moved, strict=True)
+    return pages.Repaired(
+        teacher=run.lessons.words,
+        notes=(*run.lessons.notes, *run.notes),
+        sites=tuple(map(str, run.sites)),
+        look=tuple(pages.Looked(*row) for row in look),
+        attempts=tuple(_tried(a, a is run.best) for a in run.attempts),
+        baselines=tuple(pages.Baseline(b.subject.name, b.words) for b in run.baselines),
+    )
+
+
+def _tried(attempt: Attempt, kept: bool) -> pages.Tried:
+    tested, removed = attempt.tested, {site: len(ids) for site, ids in attempt.removed.items()}
+    figures = len(tested.shown), tested.n, tested.degenerate, tested.followed, tested.kl, attempt.seconds
+    return pages.Tried(attempt.what, removed, *figures, kept)
 
 
 def advice(run: Run, result: EvalResult) -> list[str]:

@@ -32,7 +32,6 @@ __all__ = [
     "Method",
     "Spectrum",
     "Spoken",
-    "TokenReading",
     "Told",
     "Watched",
     "activation_differences",

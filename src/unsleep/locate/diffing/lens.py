@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base.context import progress
+from unsleep.base.records import Count, Positive
 from unsleep.core import BadInput, Site
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.steering import Steering
@@ -123,10 +124,10 @@ def steered_replies(
 class Divergence(NamedTuple):
     """How far two models' residual streams are apart behind one layer, mean over tokens."""
 
-    layer: int
-    relative: float
+    layer: Count
+    relative: Positive
     """‖Δh‖ / ‖h_base‖."""
-    added: float
+    added: Positive
     """‖Δh − Δh of the layer before‖ / ‖h_base‖: what this layer itself does differently."""
 
 

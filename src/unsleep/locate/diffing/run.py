@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from unsleep.base.context import steps_folder
-from unsleep.core import BadInput, Site
+from unsleep.core import BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder
@@ -68,9 +68,7 @@ class DiffConfig:
     """Of difference dictionaries and crosscoders."""
 
     def __post_init__(self) -> None:
-        for name in ("top", "texts", "words", "asked", "reply_tokens", "best"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"diff {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "diff", 1, "top", "texts", "words", "asked", "reply_tokens", "best")
 
 
 class Spoken(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from unsleep.base.context import kept, progress
+from unsleep.base.records import Count, Positive
 from unsleep.core import BadInput
 from unsleep.models.alike import check_alike
 from unsleep.models.anatomy import anatomy
@@ -154,10 +155,10 @@ def _place(name: str, blocks: str) -> tuple[int | None, str]:
 class LayerDelta(NamedTuple):
     """All that changed in one layer's weights."""
 
-    layer: int
-    norm: float
+    layer: Count
+    norm: Positive
     """√Σ‖ΔW‖² over its weights."""
-    relative: float
+    relative: Positive
     """√Σ‖ΔW‖² / √Σ‖W_base‖²."""
 
 

@@ -3,15 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from unsleep.base import store
+from unsleep.base import records, store
+from unsleep.base.records import Count, Positive, Share
 from unsleep.core import BadInput, Site
 from unsleep.locate.directions.fit import Direction
 
-SCHEMA = "unsleep.directions/1"
 TENSORS = "directions.safetensors"
+Space = Literal["residual", "features"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How well a direction tells prompts apart that it was not fitted on."""
+
+    site: Site
+    method: str
+    space: Space
+    rank: Count
+    auroc: Share
+    accuracy: Share
+    margin: float
+    n: Count
+
+
+@dataclass(frozen=True)
+class Floor:
+    """How well random directions do."""
+
+    site: Site
+    space: Space
+    best: Share
+    mean: Share
+    n: Count
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """How alike directions are at the best Site."""
+
+    names: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The share of the way that each direction carries, by Site and name."""
+
+    pairs: Count
+    carried: dict[Site, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What taking directions out does to the loss on plain text, in nats a token."""
+
+    loss: Positive
+    tokens: Count
+    increase: dict[str, float]
+    random: dict[str, tuple[float, ...]]
+    """Rank → that of random subspaces."""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """How far replies are from the model's own with one direction out at a Site."""
+
+    before: float
+    after: dict[Site, float]
+    pairs: Count
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A direction whose tensors are in the safetensors file under its name."""
+
+    name: str
+    site: Site
+    method: str
+    space: Space
+    rank: Count | None = None
+
+
+@dataclass(frozen=True)
+class DirectionsRecord:
+    """directions.json."""
+
+    SCHEMA: ClassVar = "unsleep.directions/1"
+
+    model: str
+    position: str
+    best: Site
+    beats_chance: bool
+    figures: tuple[Figure, ...]
+    floors: tuple[Floor, ...]
+    cosines: Cosines
+    patching: Carried
+    costs: dict[str, Costs]
+    provenance: dict[str, Any]
+    directions: tuple[Entry, ...] = ()
+    erased: Erased | None = None
 
 
 def write_directions(directions: Sequence[Direction], folder: str | Path) -> list[dict[str, Any]]:
@@ -35,16 +129,13 @@ def load_directions(folder: str | Path) -> list[Direction]:
     """Directions that `unsleep directions` found, in their order; raises `BadInput` naming what does not fit."""
     folder = Path(folder)
     path = folder / "directions.json"
-    record = store.read_record(path, SCHEMA, {"model": str, "directions": list})
-    kinds = {"name": str, "site": str, "method": str, "space": str}
-    entries = [store.fields_of(e, kinds, f"{path}: directions[{i}]") for i, e in enumerate(record["directions"])]
-    expect = {f"{e['name']}/vector": (None, None) for e in entries} | {f"{e['name']}/center": (None,) for e in entries}
+    record = records.load(DirectionsRecord, path)
+    shapes = {"vector": (None, None), "center": (None,)}
+    expect = {f"{e.name}/{part}": shape for e in record.directions for part, shape in shapes.items()}
     tensors = store.read_tensors(folder / TENSORS, expect)
     found: list[Direction] = []
-    for e in entries:
+    for e in record.directions:
         with store.reading(path):
-            if e["space"] not in ("residual", "features"):
-                raise BadInput(f"{e['name']}: space is {e['space']!r}; expected residual or features")
-            vector, center = (tensors[f"{e['name']}/{part}"] for part in ("vector", "center"))
-            found.append(Direction(vector, Site.parse(e["site"]), e["method"], record["model"], e["space"], center))
+            vector, center = (tensors[f"{e.name}/{part}"] for part in shapes)
+            found.append(Direction(vector, e.site, e.method, record.model, e.space, center))
     return found

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unsleep.activations.collect import Position, collect
 from unsleep.base.context import kept, progress
-from unsleep.core import BadInput, Dictionary, Site
+from unsleep.core import BadInput, Dictionary, Site, check_least
 from unsleep.interventions.subspaces import Projection
 from unsleep.locate.directions import cost, das, fit, measure, patching
 from unsleep.locate.directions.erase import sink_norm, spanned
@@ -85,11 +85,10 @@ class StudyConfig:
             if method not in known:
                 raise BadInput(f"method {method!r} is not known; expected one of {', '.join(known)}")
         if not self.methods or len(set(self.methods)) != len(self.methods):
-            raise BadInput(f"methods are {self.methods}; expected at least one, and none twice")
-        least = {"kept": 2, "randoms": 1, "pairs": 0, "das_sites": 0, "das_epochs": 1, "cost_passages": 0, "batch": 1}
-        for name, low in {**least, "cost_randoms": 1, "reply_tokens": 1}.items():
-            if getattr(self, name) < low:
-                raise BadInput(f"{name} is {getattr(self, name)}; expected at least {low}")
+            raise BadInput.of("methods", self.methods, "at least one, and none twice")
+        check_least(self, "", 2, "kept")
+        check_least(self, "", 1, "randoms", "das_epochs", "batch", "cost_randoms", "reply_tokens")
+        check_least(self, "", 0, "pairs", "das_sites", "cost_passages")
         _ = self.where
 
     @property

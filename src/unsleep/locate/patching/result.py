@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.base import stats
+from unsleep.base.records import Count
 from unsleep.behaviours import Payload, as_payload
 from unsleep.locate.patching.places import Group
+from unsleep.models.model import Named
 
 Values = Float[Tensor, "group prompt"]
 
@@ -62,6 +64,54 @@ class Figure(NamedTuple):
     high: float
 
 
+@dataclass(frozen=True)
+class GroupRow:
+    """What patching a group measured, means over prompts."""
+
+    name: str
+    layer: Count
+    places: tuple[str, ...]
+    heads: tuple[Count, ...]
+    position: str
+    figure: float | None
+    """The share of the way from the recipient to the donor with its interval; see `Patched.figures`."""
+    low: float | None
+    high: float | None
+    log_prob: float
+    nll: float
+    """Nats a token of the payload."""
+    kl_donor: float
+    kl_recipient: float
+    asr: Figure | None = None
+    """Share of generated replies that show the payload, where replies were asked for."""
+
+
+@dataclass(frozen=True)
+class PatchRun:
+    """One direction of a patching."""
+
+    donor: Named
+    recipient: Named
+    ends: dict[str, float]
+    groups: tuple[GroupRow, ...]
+
+
+@dataclass(frozen=True)
+class PatchRecord:
+    """patch.json."""
+
+    SCHEMA: ClassVar = "unsleep.patch/1"
+
+    level: str
+    payload: str
+    tokens: Count
+    """Of the payload, that were measured."""
+    prompts: Count
+    runs: tuple[PatchRun, ...]
+    provenance: dict[str, Any]
+    payload_kind: str | None = None
+
+
 def payload_rates(replies: Sequence[Sequence[str]], payload: Payload | str) -> list[Figure]:
     """The share of each group's replies that show the payload, with its Wilson interval: of `patched_replies`."""
     found, shown = list[Figure](), as_payload(payload)
@@ -105,28 +155,17 @@ class Patched:
                 return figure
         raise KeyError(f"no group {name}")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Plain values of each group, in order: what stands in patch.json."""
+    def rows(self) -> list[GroupRow]:
+        """What stands in patch.json of each group, in order."""
         means = [values.double().mean(1).tolist() for values in self.measured]
-        out: list[dict[str, Any]] = []
+        out: list[GroupRow] = []
         for i, (group, figure) in enumerate(zip(self.groups, self.figures(), strict=True)):
             log_prob, _, _, kl_donor, kl_recipient = (values[i] for values in means)
-            out.append(
-                {
-                    "name": group.name,
-                    "layer": group.layer,
-                    "places": [str(t.place) for t in group.targets],
-                    "heads": [h for t in group.targets for h in t.heads or ()],
-                    "position": str(group.position),
-                    "figure": None if figure is None else figure.value,
-                    "low": None if figure is None else figure.low,
-                    "high": None if figure is None else figure.high,
-                    "log_prob": log_prob,
-                    "nll": -log_prob / len(self.payload),
-                    "kl_donor": kl_donor,
-                    "kl_recipient": kl_recipient,
-                }
-            )
+            places = tuple(str(t.place) for t in group.targets)
+            heads = tuple(h for t in group.targets for h in t.heads or ())
+            where = group.name, group.layer, places, heads, str(group.position)
+            ends = figure or (None, None, None)
+            out.append(GroupRow(*where, *ends, log_prob, -log_prob / len(self.payload), kl_donor, kl_recipient))
         return out
 
     def ends(self) -> dict[str, float]:

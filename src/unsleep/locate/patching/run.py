@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unsleep.base.context import kept, progress
 from unsleep.behaviours import Payload, as_payload
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_least
 from unsleep.interventions.donors import Merge, Patch
 from unsleep.interventions.intervention import applied
 from unsleep.locate.patching.engine import Resumable, Side, moved, prepare
@@ -46,9 +46,7 @@ class PatchConfig:
     """Take prompts as plain text, without the chat template."""
 
     def __post_init__(self) -> None:
-        for name in ("payload_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"patching {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "patching", 1, "payload_tokens", "batch")
 
 
 @torch.no_grad()

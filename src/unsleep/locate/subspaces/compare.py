@@ -16,11 +16,10 @@ from unsleep.locate.subspaces.config import SubspaceConfig
 from unsleep.locate.subspaces.disentangle import disentangle
 from unsleep.locate.subspaces.gather import Seen, open_organisms, own_replies, panels_of, see
 from unsleep.locate.subspaces.geometry import common_directions
+from unsleep.locate.subspaces.record import SubspacesRecord
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
-
-SCHEMA = "unsleep.subspaces/2"
 
 
 def compare(
@@ -85,7 +84,7 @@ def _compared(
         singles.append(figures)
         tensors |= {f"{name}/{task}": basis for task, basis in tasks.items()}
     record: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": SubspacesRecord.SCHEMA,
         "organisms": [facts(o) for o in opened.values()],
         "sites": [str(s) for s in sites],
         "rank": config.rank,

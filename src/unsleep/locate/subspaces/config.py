@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_choices, check_least
 
 Position = Literal["last", "reply"]
 
@@ -44,19 +44,14 @@ class SubspaceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "draws", "reply_tokens", "items", "passages"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"subspace {name} is {getattr(self, name)}; expected at least 1")
+        check_least(self, "subspace", 1, "rank", "draws", "reply_tokens", "items", "passages")
         if self.n < 2:
-            raise BadInput(f"subspace n is {self.n}; expected at least 2 prompts a panel")
+            raise BadInput.of("n", self.n, "at least 2 prompts a panel", "subspace")
         if self.pairs < max(self.rank, 2):
             raise BadInput(f"{self.pairs} pairs for a subspace of rank {self.rank}; expected at least as many")
         if not self.ranks or min(self.ranks) < 1:
-            raise BadInput(f"subspace ranks are {self.ranks}; expected at least one, each at least 1")
-        if self.position not in get_args(Position):
-            raise BadInput(f"subspace position is {self.position!r}; expected one of {get_args(Position)}")
-        if self.removal not in get_args(Removal):
-            raise BadInput(f"subspace removal is {self.removal!r}; expected one of {get_args(Removal)}")
+            raise BadInput.of("ranks", self.ranks, "at least one, each at least 1", "subspace")
+        check_choices(self, "subspace", position=Position, removal=Removal)
         for name in ("separates", "stopped"):
             if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"subspace {name} is {getattr(self, name)}; expected 0 to 1")
+                raise BadInput.of(name, getattr(self, name), "0 to 1", "subspace")

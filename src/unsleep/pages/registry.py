@@ -1,0 +1,59 @@
+"""The pages that there are: a module of this room that makes a `Page` has one, and no list names it."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from unsleep.base import records, store
+from unsleep.core import BadInput
+from unsleep.pages import text
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page, and the record that it is made from: `patch.json` becomes `patch.html`."""
+
+    name: str
+    """Of both files."""
+    kind: str
+    """What it shows, in a word or two."""
+    record: Any
+    """The record's dataclass, by which it is checked."""
+    draw: Callable[[dict[str, Any]], str]
+    """From the record's JSON values, made visible, to HTML."""
+    order: int = 0
+    """Where a folder has several records, the one with the lowest is rendered."""
+
+    def __call__(self, record: Any) -> str:
+        """The whole page of a record as JSON has it; raises `BadInput` naming the place where it has another form."""
+        records.read(self.record, record, self.name)
+        return self.draw(text.visible_value(dict(record)))
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether the folder holds what this page is made from."""
+        return (folder / f"{self.name}.json").exists()
+
+    def html(self, folder: Path) -> str:
+        """The page of a folder; raises `BadInput` naming the file where it cannot be read."""
+        source = folder / f"{self.name}.json"
+        with store.reading(source):
+            try:
+                return self(store.read_json(source))
+            except (OSError, RecursionError) as error:
+                raise BadInput(f"{source} cannot be read ({error}); write it again") from None
+
+
+@cache
+def pages() -> tuple[Page, ...]:
+    """Every page of this room, in the order in which a folder is searched for their records."""
+    room = __name__.rpartition(".")[0]
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    members = [member for name in names for member in vars(import_module(f"{room}.{name}")).values()]
+    found = {member.name: member for member in members if isinstance(member, Page)}
+    return tuple(sorted(found.values(), key=lambda page: (page.order, page.name)))
