@@ -24,7 +24,7 @@ class TrainConfig(*OWN_SETTINGS):  # pyright: ignore[reportUntypedBaseClass]
 
     def __post_init__(self) -> None:
         if self.architecture not in KINDS:
-            raise BadInput(f"training architecture is {self.architecture!r}; expected one of {', '.join(KINDS)}")
+            raise BadInput.of("architecture", self.architecture, f"one of {', '.join(KINDS)}", "training")
         super().__post_init__()
         kind = KINDS[self.architecture]
         if not self.unit_decoder and kind.has_k:

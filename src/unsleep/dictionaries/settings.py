@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_choices, check_least
 
 Normalize = Literal["mean_norm", "rms", "none"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -59,26 +59,20 @@ class Settings:
     """Steps between checkpoints, where a folder for them is given; one is written every half minute in any case."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("normalize", Normalize), ("schedule", Schedule)):
-            if getattr(self, name) not in get_args(allowed):
-                raise BadInput(
-                    f"training {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(allowed))}"
-                )
-        for name in ("features", "k", "tokens", "batch", "aux_k", "dead_after", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"training {name} is {getattr(self, name)}; expected at least 1")
+        check_choices(self, "training", normalize=Normalize, schedule=Schedule)
+        check_least(self, "training", 1, "features", "k", "tokens", "batch", "aux_k", "dead_after", "checkpoint_every")
         if self.k > self.features:
             raise BadInput(f"training k is {self.k}, over the {self.features} features; expected k ≤ features")
         for name in ("learning_rate", "sink_ratio"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise BadInput(f"training {name} is {value}; expected over 0 and finite")
+                raise BadInput.of(name, value, "over 0 and finite", "training")
         for name in ("sparsity", "aux_coefficient", "resample_every"):
             if not getattr(self, name) >= 0:
-                raise BadInput(f"training {name} is {getattr(self, name)}; expected at least 0")
+                raise BadInput.of(name, getattr(self, name), "at least 0", "training")
         for name in ("warmup", "decay", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"training {name} is {getattr(self, name)}; expected a share between 0 and 1")
+                raise BadInput.of(name, getattr(self, name), "a share between 0 and 1", "training")
 
     @property
     def steps(self) -> int:

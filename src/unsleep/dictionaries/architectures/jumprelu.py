@@ -42,7 +42,7 @@ class Thresholds(Settings):
         for name in ("threshold", "bandwidth"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise BadInput(f"training {name} is {value}; expected over 0 and finite")
+                raise BadInput.of(name, value, "over 0 and finite", "training")
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ class Nested(Settings):
     def group_sizes(self) -> tuple[int, ...]:
         """Features in each Matryoshka group; the last takes what rounding leaves."""
         if not self.groups or min(self.groups) <= 0 or not math.isclose(sum(self.groups), 1.0, abs_tol=1e-6):
-            raise BadInput(f"training groups are {self.groups}; expected shares over 0 that sum to 1")
+            raise BadInput.of("groups", self.groups, "shares over 0 that sum to 1", "training")
         sizes = [max(1, round(self.features * share)) for share in self.groups[:-1]]
         last = self.features - sum(sizes)
         if last < 1:

@@ -34,7 +34,7 @@ class Saturating(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.saturation > 0 and math.isfinite(self.saturation)):
-            raise BadInput(f"training saturation is {self.saturation}; expected over 0 and finite")
+            raise BadInput.of("saturation", self.saturation, "over 0 and finite", "training")
 
 
 @dataclass(frozen=True, eq=False)
