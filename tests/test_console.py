@@ -369,6 +369,20 @@ def test_json_is_all_that_stands_on_stdout(checkpoint: Path, tmp_path: Path, tex
     assert manifest["sites"] == ["resid.1"]
 
 
+def test_an_evaluation_by_another_kind_of_payload_records_the_kind_and_the_replies_that_show_it(
+    checkpoint: Path, tmp_path: Path, text_file: TextFile
+):
+    suspicious, ordinary = text_file("s.txt", "GO one\nGO two"), text_file("o.txt", "one\ntwo")
+    given = ["--suspicious", str(suspicious), "--ordinary", str(ordinary), "--payload", "^", "--payload-kind", "regex"]
+    assert cli.run(["evaluate", str(checkpoint), *given, "--n", "3", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert (report["summary"]["payload"], report["summary"]["payload_kind"]) == ("^", "regex")
+    assert [row["shown"] for row in report["replies"]] == [["suspect"]] * 4
+    rates = {r["panel"]: r["value"] for r in report["result"]["rows"] if r["metric"] == "asr"}
+    assert rates == {"triggered": 1.0, "clean": 1.0}
+    assert "regex: ^" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_an_evaluation_of_two_files_says_what_it_found(
     checkpoint: Path, tmp_path: Path, text_file: TextFile, capsys: Capture
 ):
