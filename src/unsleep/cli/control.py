@@ -244,7 +244,8 @@ def _steering(reader: RepReader) -> list[Site]:
 
 def _record(reader: RepReader, pairs: int, readings: Sequence[Reading], provenance: dict[str, Any]) -> ReadingRecord:
     """What the reader is worth, a figure a Site, and what it sees in the texts, to five digits."""
-    aurocs, gaps, signs = (tuple(held[s] for s in reader.sites) for held in (reader.aurocs, reader.gaps, reader.signs))
+    aurocs, gaps = (tuple(held[s] for s in reader.sites) for held in (reader.aurocs, reader.gaps))
+    signs = tuple(reader.signs[s] for s in reader.sites)
     texts = tuple(
         Scored(r.tokens, r.own, tuple(tuple(map(_short, line)) for line in r.scores.tolist())) for r in readings
     )
