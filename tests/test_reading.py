@@ -458,7 +458,7 @@ def test_long_texts_and_many_texts_are_cut_and_say_so():
         ({"best": "resid.7"}, r"reading\.best is 'resid\.7'; expected one of reading\.sites"),
         ({"sites": []}, "reading.best is"),
         ({"sites": ["resid.0", "nowhere"]}, r"reading\.sites\[1\]: Site 'nowhere'"),
-        ({"aurocs": [1.0]}, r"reading\.aurocs has 1 figures; expected one for each of 2 Sites"),
+        ({"aurocs": [1.0]}, r"reading: aurocs has 1 figures; expected one for each of 2 Sites"),
         ({"aurocs": [1.0, 1.2]}, r"reading\.aurocs\[1\] is 1\.2; expected a share"),
         ({"gaps": [float("nan"), 1.0]}, r"reading\.gaps\[0\] is nan"),
         (

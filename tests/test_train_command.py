@@ -383,7 +383,7 @@ def test_other_activations_and_other_folders_are_refused(
     refused(capsys, r"notes\.txt is a file; expected a folder")
     (tmp_path / "mine" / "dictionaries.json").write_text('{"schema": "unsleep.dictionaries/1", "model": 3}')
     assert train(harvests, tmp_path / "mine", "--site", "resid.0", "resid.1") == 2
-    refused(capsys, "model is 3")
+    refused(capsys, "dictionaries has no 'dictionaries'; it has 'schema', 'model'")
     assert steps == {}
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
@@ -421,10 +421,11 @@ def test_a_folder_of_dictionaries_stands_for_all_of_them(harvests: list[str], tm
 
 
 def test_a_record_that_leads_elsewhere_is_refused(tmp_path: Path):
-    row = {"site": "../resid.0", "variant": ""}
-    record = {"schema": "unsleep.dictionaries/1", "model": "m", "activations": "a", "configs": {}}
+    row = {"site": "../resid.0", "variant": "", "architecture": "topk", "features": 8, "tokens": 9}
+    row |= {"fvu": 0.5, "l0": 1.0, "dead": 0.0}
+    record = {"schema": "unsleep.dictionaries/1", "model": "m", "activations": "a", "configs": {}, "provenance": {}}
     store.write_json(tmp_path / "dictionaries.json", {**record, "dictionaries": [row]})
-    with pytest.raises(BadInput, match=r"names the Site '\.\./resid\.0'"):
+    with pytest.raises(BadInput, match=r"site: Site '\.\./resid\.0' is not understood"):
         load_dictionaries([tmp_path])
 
 

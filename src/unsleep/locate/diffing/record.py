@@ -10,8 +10,8 @@ from unsleep.locate.diffing.lens import Divergence
 from unsleep.locate.diffing.weights import LayerDelta
 from unsleep.models.model import Named
 
-Read = tuple[tuple[tuple[str, float], ...], ...]
-"""Positions → tokens with their logits."""
+Read = tuple[tuple[str, float], ...]
+"""Tokens with their logits."""
 
 
 @dataclass(frozen=True)
