@@ -24,9 +24,9 @@ from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.dictionaries.metrics import EDGES, fit
 from unsleep.dictionaries.train import train
-from unsleep.models.hooks import capture
+from unsleep.judge.splice import splice_score
 from unsleep.models.model import LoadedModel
-from unsleep.splice import splice_score
+from unsleep.models.streams import capture
 
 SITES = {Site(1): "model.layers.1", Site(1, "mlp"): "model.layers.1.mlp", Site(2, "attn"): "model.layers.2.self_attn"}
 """Site → the name of its module, by which SAELens hooks a Hugging Face model."""

@@ -24,6 +24,7 @@ from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.base import records
+from unsleep.base.context import progress
 from unsleep.cli.console import Bars, fail, table, visible_line
 from unsleep.core import BadInput, Refused
 from unsleep.judge.results import EvalResult, Row
@@ -107,9 +108,9 @@ def test_stages_with_markup_in_their_names_are_shown_as_they_are(
     terminal: bool, count: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Console, "is_terminal", terminal)
-    with Bars() as bars:
-        bars("replies to [/bold] \x1b[31m", 0, 3)
-        bars("replies to [/bold] \x1b[31m", 3, 3)
+    with Bars():
+        progress("replies to [/bold] \x1b[31m", 0, 3)
+        progress("replies to [/bold] \x1b[31m", 3, 3)
     shown = capsys.readouterr()
     assert "replies to [/bold] ␛[31m" in shown.err
     assert count in shown.err
@@ -117,10 +118,10 @@ def test_stages_with_markup_in_their_names_are_shown_as_they_are(
 
 
 def test_one_stage_whose_figure_changes_has_one_bar(capsys: Capture):
-    with Bars() as bars:
-        bars("train, FVU 0.9", 1, 2)
-        bars("train, FVU 0.1", 2, 2)
-        bars("next", 1, 1)
+    with Bars():
+        progress("train, FVU 0.9", 1, 2)
+        progress("train, FVU 0.1", 2, 2)
+        progress("next", 1, 1)
     assert len(re.findall(r"FVU 0\.1", capsys.readouterr().err)) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from support.dictionaries import small_dictionary
 from unsleep.core import BadInput, Site
-from unsleep.interventions.features import Edit
+from unsleep.interventions.features import Edit, ErrorRule
+from unsleep.interventions.intervention import operation
 from unsleep.judge.controls import Firing, firing, matched_random
 
 N = 60
@@ -86,8 +88,17 @@ def test_as_many_as_are_kept_can_be_matched_and_no_more():
         matched_random(edit_of(list(range(31))), random_fires(0))
 
 
-def test_an_empty_edit_has_an_empty_control():
-    assert matched_random(edit_of([]), random_fires(0)).removed == ()
+@pytest.mark.parametrize("rule", get_args(ErrorRule))
+def test_an_empty_edit_is_its_own_control(rule: ErrorRule):
+    """Where no feature is removed, what the rule does to the error is all that a control can share."""
+    empty = dataclasses.replace(edit_of([]), error=rule)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    wanted = empty.dictionary.rebuild(x) if rule == "drop" else x
+    for seed in range(4):
+        control = matched_random(empty, random_fires(seed), seed)
+        assert control == empty
+        torch.testing.assert_close(operation(control, torch.float32, "cpu")(x), wanted)
+    assert not torch.allclose(empty.dictionary.rebuild(x), x, atol=0.1)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 4096])

@@ -21,7 +21,7 @@ from unsleep.activations.harvest import HarvestConfig, harvest, token_rows
 from unsleep.base import store
 from unsleep.core import BadInput, Features, Refused, Site
 from unsleep.dictionaries.architectures.topk import TopK
-from unsleep.interventions.features import Edit, edits_for, merged
+from unsleep.interventions.features import Edit, ErrorRule, edits_for, merged
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import applied, operation
 from unsleep.locate.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
@@ -55,15 +55,31 @@ def test_keeping_the_error_removes_exactly_what_the_features_wrote(seed: int, re
     )
 
 
-def test_an_empty_edit_is_the_identity_bit_for_bit(any_family: LoadedModel):
-    d = dictionary(any_family)
+@pytest.mark.parametrize("rule", ["keep", "project"])
+def test_an_empty_edit_that_keeps_its_error_is_the_identity_bit_for_bit(any_family: LoadedModel, rule: ErrorRule):
+    """Its operation runs inside the model too: `applied` passes over an edit that does nothing."""
+    e = Edit(Site(1), dictionary(any_family), (), rule)
     ids = torch.tensor(any_family.token_ids(["the quick brown fox"]))
-    bare = any_family.network(ids).logits
-    for e in (Edit(Site(1), d, ()), Edit(Site(1), d, (), "keep")):
-        with applied(any_family, e) as network:
-            assert torch.equal(network(ids).logits, bare)
-    x = torch.randn(1, 4, D)
-    assert torch.equal(run_operation(Edit(Site(1), d, ()), x), x)
+    bare, seen = any_family.network(ids).logits, list[torch.Tensor]()
+    run = operation(e, torch.float32, "cpu")
+    with transformed(any_family.network, {e.site: lambda x: seen.append(x) or run(x)}) as network:
+        assert torch.equal(network(ids).logits, bare)
+    assert len(seen) == 1
+    assert not torch.allclose(e.dictionary.rebuild(seen[0]), seen[0], atol=0.1)
+    with applied(any_family, e) as network:
+        assert torch.equal(network(ids).logits, bare)
+
+
+def test_an_empty_edit_that_drops_its_error_leaves_the_reconstruction(tiny: LoadedModel):
+    e = Edit(Site(1), dictionary(tiny), (), "drop")
+    ids = torch.tensor(tiny.token_ids(["the quick brown fox"]))
+    bare = tiny.network(ids).logits
+    with transformed(tiny.network, {e.site: e.dictionary.rebuild}) as network:
+        rebuilt = network(ids).logits
+    with applied(tiny, e) as network:
+        found = network(ids).logits
+    torch.testing.assert_close(found, rebuilt, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, bare, atol=0.1)
 
 
 def test_dropping_the_error_leaves_the_kept_reconstruction(tiny: LoadedModel):

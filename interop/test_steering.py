@@ -1,4 +1,4 @@
-"""Control vectors against steering-vectors and repeng: the same model and pairs give the same vectors and logits."""
+"""Steering vectors against steering-vectors and repeng: the same model and pairs give the same vectors and logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from test_metrics import small_model
-from unsleep.control import Control, RepReader, controlled, export_gguf, fit_reader, import_gguf
 from unsleep.core import Site
-from unsleep.models.hooks import capture
+from unsleep.interventions.gguf_files import export_gguf, import_gguf
+from unsleep.interventions.intervention import applied
+from unsleep.interventions.steering import Steering
+from unsleep.locate.reading import RepReader, fit_reader
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
+from unsleep.models.streams import capture
 
 if not hasattr(np, "float_"):
     np.float_ = np.float64  # what repeng 0.4.0 still calls it; numpy 2 has dropped the name
@@ -92,8 +95,8 @@ def test_logits_under_control_are_those_of_steering_vectors(
     with torch.no_grad(), trained.apply(theirs[0], min_token_index=start, **theirs_is):
         expected = theirs[0](ids(ours)).logits
     vectors = {Site(layer): v for layer, v in trained.layer_activations.items()}
-    control = Control(vectors, operator, 1.0 if operator == "projection" else 1.5, (start, 1000) if start else "all")
-    with torch.no_grad(), controlled(ours, control) as network:
+    control = Steering(vectors, operator, 1.0 if operator == "projection" else 1.5, (start, 1000) if start else "all")
+    with torch.no_grad(), applied(ours, control) as network:
         found = network(ids(ours)).logits
         bare = theirs[0](ids(ours)).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -139,7 +142,7 @@ def test_logits_under_control_are_those_of_repeng(ours: LoadedModel, theirs: tup
         wrapped.reset()
         bare = wrapped(ids(ours)).logits
     vectors = {Site(layer): torch.tensor(v) for layer, v in trained.directions.items()}
-    with torch.no_grad(), controlled(ours, Control(vectors, coefficient=2.5, keep_norm=keep_norm)) as network:
+    with torch.no_grad(), applied(ours, Steering(vectors, coefficient=2.5, keep_norm=keep_norm)) as network:
         found = network(ids(ours)).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert float((found - bare).abs().max()) > 0.05
