@@ -117,7 +117,7 @@ class Fitted:
 
     site: str
     features: Count
-    k: float | None = None
+    k: Count | None = None
     fvu: float | None = None
     l0: float | None = None
     dead: Share | None = None
