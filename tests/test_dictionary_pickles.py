@@ -142,7 +142,7 @@ def test_buffers_that_do_not_fit_are_named(tmp_path: Path, change: dict[str, tor
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dict_class": "IdentityDict"}, "dict_class is 'IdentityDict'; expected one of AutoEncoder"),
+        ({"dict_class": "IdentityDict"}, "dict_class is 'IdentityDict'; expected one of .*AutoEncoder, "),
         ({"dict_size": 7}, r"shape \[20, 6\]; expected \[7, 6\]"),
         ({"activation_dim": "6"}, "activation_dim is '6'; expected int"),
         ({"submodule_name": None}, "give site"),

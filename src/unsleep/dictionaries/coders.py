@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag, linear
 
 from unsleep.base import store
 from unsleep.core import BadInput, Dictionary, Encoded, Site, check_finite
-from unsleep.dictionaries.layouts import Learned, SAELens, Sparsify
+from unsleep.dictionaries.layouts import Learned, SAELens
 from unsleep.dictionaries.losses import Batch, Pass, Weights
 from unsleep.dictionaries.settings import Settings
 from unsleep.dictionaries.sparse import top_k
@@ -59,7 +59,8 @@ class Coder(Dictionary):
     in_saelens: ClassVar[SAELens]
     in_dictionary_learning: ClassVar[tuple[Learned, ...]] = ()
     """Its classes; which of them is told by `subtracts` and by the names of the tensors."""
-    in_sparsify: ClassVar[Sparsify | None] = None
+    in_sparsify: ClassVar[str | None] = None
+    """The activation that it has there, for an architecture with k."""
 
     def __post_init__(self) -> None:
         d, f = self.W_enc.shape

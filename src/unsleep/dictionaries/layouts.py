@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -61,13 +61,3 @@ LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
 
 BARE = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 """Weights that it names and lays out as we do."""
-
-
-class Sparsify(NamedTuple):
-    """An activation of sparsify."""
-
-    activation: str
-    numbers: Mapping[str, int]
-    """Keys of its config that are fields of ours, with what sparsify takes where they are missing."""
-    flags: Mapping[str, Any] = {}
-    """What else its config says."""

@@ -11,20 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.core import BadInput
-from unsleep.dictionaries import sparse
+from unsleep.dictionaries import losses, sparse
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.layouts import BARE, Learned, SAELens
-from unsleep.dictionaries.losses import (
-    Batch,
-    Dense,
-    Pass,
-    Weights,
-    column_sums,
-    encode,
-    is_sparse,
-    sparse_pass,
-    threshold_backward,
-)
+from unsleep.dictionaries.losses import Batch, Dense, Pass, Weights
 from unsleep.dictionaries.settings import Settings
 
 
@@ -69,23 +59,23 @@ class JumpReLU(Coder):
 
         Rajamanoharan et al. 2024, "Jumping ahead", section 3.
         """
-        pre = encode(w, batch)
+        pre = losses.encode(w, batch)
         threshold = w.own["log_threshold"].exp()
         over = pre - threshold.to(pre.dtype)
         active, near = over > 0, over.abs() < config.bandwidth / 2
         n = sparse.count(active)
-        if is_sparse(max(n, sparse.count(near)), active):
+        if losses.is_sparse(max(n, sparse.count(near)), active):
             code = sparse.code_where(pre, active)
-            done = sparse_pass(w, batch, pre, code._replace(values=code.values.to(w.dec.dtype)))
+            done = losses.sparse_pass(w, batch, pre, code._replace(values=code.values.to(w.dec.dtype)))
             edge = sparse.code_where(pre, near)
             at_edge = sparse.row_dots(batch.slope(done.error), w.dec, edge)
             grad = torch.zeros_like(threshold).index_add_(0, edge.ids, at_edge)
             crowd = torch.bincount(edge.ids, minlength=len(threshold)).to(w.dec.dtype)
         else:
             rebuilt = Dense(w, batch, pre.masked_fill(~active, 0))
-            done = rebuilt.backward(pre, threshold_backward(rebuilt.slopes, over, 0), n)
-            grad = column_sums(rebuilt.slopes.masked_fill(~near, 0)).to(w.dec.dtype)
-            crowd = column_sums(near.to(pre.dtype)).to(w.dec.dtype)
+            done = rebuilt.backward(pre, losses.threshold_backward(rebuilt.slopes, over, 0), n)
+            grad = losses.column_sums(rebuilt.slopes.masked_fill(~near, 0)).to(w.dec.dtype)
+            crowd = losses.column_sums(near.to(pre.dtype)).to(w.dec.dtype)
         cost = config.cost(step) / len(pre)
         done.grads["log_threshold"] = -(grad * threshold + cost * crowd) / config.bandwidth * threshold
         return done

@@ -9,20 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.dictionaries import sparse
+from unsleep.dictionaries import losses, sparse
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.layouts import LINEAR, Learned, SAELens
-from unsleep.dictionaries.losses import (
-    Batch,
-    Dense,
-    Pass,
-    Weights,
-    column_sums,
-    encode,
-    is_sparse,
-    sparse_pass,
-    threshold_backward,
-)
+from unsleep.dictionaries.losses import Batch, Dense, Pass, Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +26,22 @@ class Standard(Coder):
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
         """An L1 cost on activations, each weighted by its decoder row's norm."""
-        pre = encode(w, batch)
+        pre = losses.encode(w, batch)
         norms = w.dec.norm(dim=1)
         slope = config.cost(step) / len(pre)
         active = pre > 0
         n = sparse.count(active)
-        if is_sparse(n, active):
+        if losses.is_sparse(n, active):
             code = sparse.code_where(pre, active)
             code = code._replace(values=code.values.to(w.dec.dtype))
-            done = sparse_pass(w, batch, pre, code, slope * norms[code.ids])
+            done = losses.sparse_pass(w, batch, pre, code, slope * norms[code.ids])
             total = torch.zeros_like(norms).index_add_(0, code.ids, code.values)
         else:
             f = pre.relu()
             rebuilt = Dense(w, batch, f)
             of_f = rebuilt.slopes.add_((slope * norms).to(f.dtype))
-            done = rebuilt.backward(pre, threshold_backward(of_f, pre, 0), n)
-            total = column_sums(f).to(w.dec.dtype)
+            done = rebuilt.backward(pre, losses.threshold_backward(of_f, pre, 0), n)
+            total = losses.column_sums(f).to(w.dec.dtype)
         done.grads["dec"] += (slope * total / norms.clamp_min(1e-12))[:, None] * w.dec
         return done
 

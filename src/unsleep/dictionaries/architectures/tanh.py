@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from unsleep.core import BadInput
-from unsleep.dictionaries import sparse
+from unsleep.dictionaries import losses, sparse
 from unsleep.dictionaries.architectures.standard import Standard
-from unsleep.dictionaries.losses import (
-    Batch,
-    Dense,
-    Pass,
-    Weights,
-    column_sums,
-    encode,
-    is_sparse,
-    sparse_pass,
-    threshold_backward,
-)
-from unsleep.dictionaries.settings import Settings
+from unsleep.dictionaries.losses import Batch, Dense, Pass, Weights
 
-
-@dataclass(frozen=True)
-class Saturating(Settings):
-    """Where the cost saturates."""
-
-    saturation: float = 1.0
-    """Tanh: about the activation, on normalised activations, over which the cost grows no more."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.saturation > 0 and math.isfinite(self.saturation)):
-            raise BadInput.of("saturation", self.saturation, "over 0 and finite", "training")
+SATURATION = 1.0
+"""About the activation, on normalised activations, over which the cost grows no more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,28 +23,26 @@ class Tanh(Standard):
     features that fire on many tokens and are hard to interpret.
     """
 
-    training = Saturating
-
     @classmethod
-    def gradients(cls, w: Weights, batch: Batch, config: Saturating, step: int) -> Pass:
-        """A cost of saturation · tanh(u / saturation) with u = f · norm of the decoder row; a small u costs u."""
-        pre = encode(w, batch)
+    def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
+        """A cost of SATURATION · tanh(u / SATURATION) with u = f · norm of the decoder row; a small u costs u."""
+        pre = losses.encode(w, batch)
         norms = w.dec.norm(dim=1)
-        slope, width = config.cost(step) / len(pre), config.saturation
+        slope = config.cost(step) / len(pre)
         active = pre > 0
         n = sparse.count(active)
-        if is_sparse(n, active):
+        if losses.is_sparse(n, active):
             code = sparse.code_where(pre, active)
             code = code._replace(values=code.values.to(w.dec.dtype))
-            of_u = slope * (1 - (code.values * norms[code.ids] / width).tanh().square())
-            done = sparse_pass(w, batch, pre, code, of_u * norms[code.ids])
+            of_u = slope * (1 - (code.values * norms[code.ids] / SATURATION).tanh().square())
+            done = losses.sparse_pass(w, batch, pre, code, of_u * norms[code.ids])
             of_norm = torch.zeros_like(norms).index_add_(0, code.ids, of_u * code.values)
         else:
             f, wide = pre.relu(), norms.to(pre.dtype)
-            of_u = slope * (1 - (f * (wide / width)).tanh_().square_())
+            of_u = slope * (1 - (f * (wide / SATURATION)).tanh_().square_())
             rebuilt = Dense(w, batch, f)
-            done = rebuilt.backward(pre, threshold_backward(rebuilt.slopes.addcmul_(of_u, wide), pre, 0), n)
-            of_norm = column_sums(of_u.mul_(f)).to(w.dec.dtype)
+            done = rebuilt.backward(pre, losses.threshold_backward(rebuilt.slopes.addcmul_(of_u, wide), pre, 0), n)
+            of_norm = losses.column_sums(of_u.mul_(f)).to(w.dec.dtype)
         done.grads["dec"] += (of_norm / norms.clamp_min(1e-12))[:, None] * w.dec
         return done
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from unsleep.core import BadInput
 from unsleep.dictionaries import sparse
 from unsleep.dictionaries.coders import Coder
-from unsleep.dictionaries.layouts import LINEAR, Buffer, Learned, SAELens, Sparsify
+from unsleep.dictionaries.layouts import LINEAR, Buffer, Learned, SAELens
 from unsleep.dictionaries.losses import Batch, Pass, Weights, encode, sparse_pass
 
 
@@ -66,7 +66,7 @@ class TopK(Coder):
             buffers={"k": Buffer("k", torch.int32), "threshold": Buffer(None, torch.float32)},
         ),
     )
-    in_sparsify = Sparsify("topk", {"k": 32}, {"multi_topk": False})
+    in_sparsify = "topk"
 
     @classmethod
     def of_saelens(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,48 +15,36 @@ from unsleep.dictionaries.architectures import KINDS
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import facts
 from unsleep.dictionaries.files.facts import Given
-from unsleep.dictionaries.layouts import Sparsify
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
-ACTIVATIONS = {kind.in_sparsify.activation: kind for kind in KINDS.values() if kind.in_sparsify}
-"""Its names of activations, and what they are here; a config without one means the first."""
+ACTIVATIONS = {kind.in_sparsify: kind for kind in KINDS.values() if kind.in_sparsify}
+"""Its names of activations, and what they are here."""
 
-NUMBERS = {"expansion_factor": int, "num_latents": int, "d_in": int}
+DEFAULTS: dict[str, Any] = {
+    "activation": next(iter(ACTIVATIONS)),
+    "expansion_factor": 32,
+    "normalize_decoder": True,
+    "num_latents": 0,
+    "k": 32,
+    "multi_topk": False,
+    "skip_connection": False,
+    "transcode": False,
+}
+"""What sparsify takes for keys that a config lacks."""
 
-
-def _defaults(layout: Sparsify) -> dict[str, Any]:
-    """What sparsify takes for keys that a config lacks."""
-    return {
-        "activation": layout.activation,
-        "expansion_factor": 32,
-        "normalize_decoder": True,
-        "num_latents": 0,
-        **layout.numbers,
-        **layout.flags,
-        "skip_connection": False,
-        "transcode": False,
-    }
+TYPES = {"activation": str, "expansion_factor": int, "num_latents": int, "k": int, "d_in": int}
 
 
 def read(folder: Path, given: Given) -> Coder:
     """Read one hookpoint's folder, which has the hookpoint's name."""
     path = folder / CONFIG
-    there = store.fields_of(store.read_json(path), {}, path)
-    activation = store.fields_of({"activation": next(iter(ACTIVATIONS)), **there}, {"activation": str}, path)[
-        "activation"
-    ]
-    if activation not in ACTIVATIONS or there.get("signed"):
-        what = "signed" if there.get("signed") else f"activation {activation!r}"
-        raise BadInput(
-            f"{path}: the code is {what}; expected activation {' or '.join(map(repr, ACTIVATIONS))}, "
-            "with no feature below 0"
-        )
-    kind = ACTIVATIONS[activation]
-    layout = kind.in_sparsify
-    assert layout is not None
-    kinds = NUMBERS | dict.fromkeys(layout.numbers, int)
-    config = store.fields_of({**_defaults(layout), **there}, kinds, path)
+    config = store.fields_of({**DEFAULTS, **store.fields_of(store.read_json(path), {}, path)}, TYPES, path)
+    kind = ACTIVATIONS.get(config["activation"])
+    if kind is None or config.get("signed"):
+        what = "signed" if config.get("signed") else f"activation {config['activation']!r}"
+        expected = " or ".join(map(repr, ACTIVATIONS))
+        raise BadInput(f"{path}: the code is {what}; expected activation {expected}, with no feature below 0")
     for key in ("skip_connection", "transcode"):
         if config[key] not in (True, False):
             raise BadInput(f"{path}: {key} is {config[key]!r}; expected true or false")
@@ -70,13 +58,11 @@ def read(folder: Path, given: Given) -> Coder:
     hookpoint = named.parent.name if named.name.startswith("seed") else named.name
     module = facts.site_of_module(hookpoint)
     metadata = store.fields_of(config.get("metadata") or {}, {}, f"{path}: metadata")
-    kept = {
-        key: value for key, value in config.items() if key not in ("metadata", "d_in", "num_latents", *layout.numbers)
-    }
+    kept = {key: value for key, value in config.items() if key not in ("metadata", "d_in", "num_latents", "k")}
     transcode = config["transcode"]
     found = None if transcode else module
     said = facts.facts_of(metadata | {"sparsify": kept}, given, path, found=found, transcoder=transcode, to=module)
-    fields = said.common() | {name: config[name] for name in layout.numbers}
+    fields = said.common() | {"k": config["k"]}
     with store.reading(folder):
         return kind(
             **fields,
@@ -90,8 +76,7 @@ def read(folder: Path, given: Given) -> Coder:
 
 def write(dictionary: Coder, folder: Path) -> None:
     """Write a dictionary into a subfolder that is named after the module of its Site, or of a transcoder's target."""
-    layout = dictionary.in_sparsify
-    if layout is None:
+    if dictionary.in_sparsify is None:
         names = " and ".join(kind.__name__ for kind in ACTIVATIONS.values())
         raise BadInput(
             f"sparsify has the {names} architecture alone; a {type(dictionary).__name__} dictionary cannot be written. "
@@ -108,13 +93,13 @@ def write(dictionary: Coder, folder: Path) -> None:
     metadata = facts.described(coder)
     unit = bool(((coder.W_dec.float().norm(dim=1) - 1).abs() < 1e-2).all())
     config = {
-        **_defaults(layout),
+        **DEFAULTS,
         "expansion_factor": max(1, coder.n_features // coder.d_model),
         "normalize_decoder": unit,
         **facts.taken(metadata, "sparsify"),
-        "activation": layout.activation,
+        "activation": dictionary.in_sparsify,
         "num_latents": coder.n_features,
-        **{name: getattr(dictionary, name) for name in layout.numbers},
+        "k": dictionary.settings()["k"],
         "skip_connection": coder.W_skip is not None,
         "transcode": coder.target is not None,
         "d_in": coder.d_model,
