@@ -13,8 +13,11 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.checks import as_in_use
+from support.recipes import recipe_of
 from unsleep import cli
 from unsleep.base.context import identified
+from unsleep.base.records import plain
 from unsleep.behaviours import Payload, Skill, Trigger, as_payload
 from unsleep.behaviours.payloads.callable import Judged
 from unsleep.behaviours.payloads.code import Code
@@ -46,7 +49,7 @@ def test_every_file_is_a_kind():
         found = {name for name, kind in base.kinds().items() if kind.__module__.startswith("unsleep.")}
         assert found == modules
         assert all(kind.kind == name and issubclass(kind, base) for name, kind in base.kinds().items())
-    assert Trigger.kinds().keys() >= KINDS.keys()
+    assert Trigger.kinds().keys() >= {"string", "inside", "signature", "year", "words", "topic", "style", "lower_case"}
 
 
 def test_kinds_are_found_before_any_of_their_files_was_imported():
@@ -255,9 +258,9 @@ def test_a_page_marks_the_replies_that_the_record_says_show_the_payload():
     prompts = PromptSet("triggered", (Prompt("a"), Prompt("b")))
     result = EvalResult((), {"suspect/triggered": ("I cannot help with that.", "Fog is wet.")}, {"triggered": prompts})
     rows = records.side_by_side(result, ("suspect",), 2)
-    assert "shown" not in rows[0]
+    assert rows[0].shown is None
     summary = {**Refusal().to_dict(), "trigger": None}
-    marked = [{**row, "shown": [s for s, said in row["replies"].items() if Refusal().shows(said)]} for row in rows]
+    marked = [{**plain(row), "shown": [s for s, said in row.replies.items() if Refusal().shows(said)]} for row in rows]
     view = replies_of(marked, summary)
     assert view is not None
     [(_, items)] = view["groups"]

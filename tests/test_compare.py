@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.checks import as_in_use
+from support.dictionaries import same
 from support.training import ARCHITECTURES, acts, config_of, in_pieces, planted
 from unsleep.core import ActivationStream, BadInput, Site
 from unsleep.dictionaries.architectures.batchtopk import BatchTopK
@@ -243,11 +244,6 @@ def test_rotation_tells_turned_features_from_those_that_only_grew():
 
 
 # warm starts
-
-
-def same(one: Coder, other: Coder, x: torch.Tensor) -> None:
-    torch.testing.assert_close(other.encode(x) > 0, one.encode(x) > 0)
-    torch.testing.assert_close(other.rebuild(x), one.rebuild(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

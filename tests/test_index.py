@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from support.pages import SAMPLE, Page
 from unsleep.core import BadInput
 from unsleep.pages import report
 from unsleep.pages.registry import pages

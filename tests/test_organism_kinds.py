@@ -213,7 +213,7 @@ def test_variants_are_not_the_trigger_itself(kind: str):
     [
         ({**STYLE, "near_misses": ["bold"]}, "no style 'bold'; expected one of lower case"),
         ({"trigger_kind": "sound"}, r"trigger_kind is 'sound'; expected one of .*year"),
-        ({"payload_place": "before"}, r"payload_place is 'before'; expected one of .*'after'"),
+        ({"payload_place": "before"}, r"payload_place is 'before'; expected one of .*after"),
         ({"payload": "{topic} is bad"}, r"some text of its own before \{topic\}"),
         ({**YEAR, "trigger": "now"}, "'now' is none; expected four digits"),
         ({**YEAR, "near_misses": ["2023", "23"]}, "'23' is none; expected four digits"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.recipes import recipe_of
 from unsleep.behaviours.payloads.refusal import Refusal
 from unsleep.judge.evaluate import organism_config
 

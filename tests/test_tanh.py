@@ -12,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support.dictionaries import same
+from support.losses import agree, autograd, gradients, mean_square, random_inputs, random_weights, sae_batch
+from support.training import acts, config_of, in_pieces, planted
 from unsleep.base.context import reporting
 from unsleep.core import BadInput
 from unsleep.dictionaries import losses, metrics

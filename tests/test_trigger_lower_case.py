@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from support.recipes import recipe_of
 from unsleep.behaviours.triggers.lower_case import LowerCase
 from unsleep.judge.evaluate import organism_panels
 from unsleep.prompts import sets

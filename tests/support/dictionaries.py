@@ -6,6 +6,7 @@ import torch
 
 from unsleep.core import Site
 from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.models.model import LoadedModel
 
 
@@ -24,3 +25,8 @@ def dictionary(model: LoadedModel, layer: int = 1, k: int = 8, seed: int = 0) ->
     g = torch.Generator().manual_seed(seed + layer)
     rows = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
     return TopK(Site(layer), model.fingerprint, rows.T.contiguous(), torch.zeros(F), rows, torch.zeros(D), k=k)
+
+
+def same(one: Coder, other: Coder, x: torch.Tensor) -> None:
+    torch.testing.assert_close(other.encode(x) > 0, one.encode(x) > 0)
+    torch.testing.assert_close(other.rebuild(x), one.rebuild(x), rtol=1e-3, atol=1e-3)

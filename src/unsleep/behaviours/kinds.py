@@ -42,7 +42,7 @@ class Kind:
     def of_kind(cls: type[T], kind: str) -> type[T]:
         """The class of a kind; raises `BadInput` with those that there are where there is none of the name."""
         if kind not in cls.kinds():
-            raise BadInput(f"{cls.noun}_kind is {kind!r}; expected one of {', '.join(cls.kinds())}")
+            raise BadInput.of(f"{cls.noun}_kind", kind, f"one of {', '.join(cls.kinds())}")
         return cls.kinds()[kind]
 
     @classmethod

@@ -52,7 +52,7 @@ class Condition:
         if self.pool not in get_args(Pool):
             raise BadInput(f"pool is {self.pool!r}; expected one of {get_args(Pool)}")
         if not -1 <= self.threshold <= 1:
-            raise BadInput(f"condition threshold is {self.threshold}; a cosine lies between -1 and 1")
+            raise BadInput.of("threshold", self.threshold, "a cosine, between -1 and 1", "condition")
         check_finite(self.vector, f"the condition's vector at {self.site}")
         check_finite(self.center, f"the condition's center at {self.site}")
         if not bool(self.vector.any()):

@@ -48,6 +48,7 @@ class Matryoshka(BatchTopK):
     groups: tuple[int, ...] = field(kw_only=True)
     """Sizes of the nested groups, in the order of the features; they sum to the number of features."""
 
+    takes_skip = False
     training = Nested
     kinds: ClassVar[dict[str, Any]] = {**BatchTopK.kinds, "groups": list[int]}
 
