@@ -46,7 +46,7 @@ def coder(architecture: str, seed: int = 0, *, transcoder: bool = False, unit: b
         "b_dec": torch.randn(d_out, generator=g),
     }
     if transcoder:
-        skip = None if architecture == "gated" else torch.randn(d_out, D, generator=g)
+        skip = None if architecture in ("gated", "matryoshka") else torch.randn(d_out, D, generator=g)
         own |= {"target": Site(4, "mlp"), "subtract_bias": False, "W_skip": skip}
     own |= changes
     match architecture:

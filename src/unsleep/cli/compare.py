@@ -77,10 +77,8 @@ def patch(
     with Bars():
         there = placement.load(donor), placement.load_beside(recipient)
         ways = [there, (there[1], there[0])] if both else [there]
-        what = [model.fingerprint for model in there], str(there[1].network.dtype), asked.hash, wanted, reply_tokens
-        how = level, layers, positions, per_head, both, asdict(config)
-        parts = [coder.hash for coder in coders], store.hash_tensors({str(site): b for site, b in bases.items()})
-        with resumable(out, *what, *how, *parts):
+        what, how = (there, asked, wanted, reply_tokens), (level, layers, positions, per_head, both, config)
+        with resumable(out, what, how, coders, bases):
             kept: dict[str, Any] = {"per_head": per_head, "dictionaries": coders, "bases": bases}
             runs = [sweep(*way, asked, wanted, layers or None, places, level, config, **kept) for way in ways]
             entries: list[PatchRun] = []
