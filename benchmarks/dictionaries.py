@@ -21,8 +21,7 @@ import torch
 from common import RESULTS
 from torch import Tensor
 
-from unsleep import LoadConfig, Site, load_model
-from unsleep.activations import harvest
+from unsleep import LoadConfig, Site, harvest, load_model
 from unsleep.activations.harvest import Harvest, pooled
 from unsleep.base import store
 from unsleep.models import generate

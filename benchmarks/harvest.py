@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from common import alternating, keep, ratio, table
 
-from unsleep import LoadConfig, Site, load_model
-from unsleep.activations import harvest
+from unsleep import LoadConfig, Site, harvest, load_model
 from unsleep.activations.harvest import token_rows
 from unsleep.base.store import read_json
 from unsleep.models import generate

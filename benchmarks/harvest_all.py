@@ -13,8 +13,7 @@ from typing import get_args
 
 from common import alternating, keep, ratio, table
 
-from unsleep import LoadConfig, Site, load_model
-from unsleep.activations import harvest
+from unsleep import LoadConfig, Site, harvest, load_model
 from unsleep.core import Point
 from unsleep.models import generate
 from unsleep.prompts.sets import questions
