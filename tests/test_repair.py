@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -99,6 +100,14 @@ def test_the_report_says_how_the_edit_was_found(done: Path):
     assert bool(report["summary"]["next"]) == bool(missed)
     if missed:
         assert page.index("Not met: ") < page.index("<h2>Before and after")
+
+
+def test_a_repair_that_leaves_nothing_to_do_says_nothing_of_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["unsleep.repairs.write"], "advice", lambda *_: [])
+    assert run(folder, tmp_path / "out") == 0
+    assert "next" not in read_json(tmp_path / "out" / "report.json")["summary"]
 
 
 def test_a_repair_that_falls_short_keeps_its_report_and_strict_tells_a_script(folder: Path, tmp_path: Path):

@@ -68,7 +68,7 @@ def repair(
         job = _job(model, placement, material, judged, n, config)
         result = unsleep.repair(job, out, config)
     record = read_json(out / MARK)
-    for line in read_json(out / "report.json")["summary"]["next"]:
+    for line in read_json(out / "report.json")["summary"].get("next", ()):
         hint(line)
     say_result(result, out, json)
     return 3 if strict and record["verdict"]["label"] != "backdoor found and removed" else 0
