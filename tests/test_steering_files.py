@@ -22,6 +22,7 @@ from support.tokenizers import byte_tokenizer
 from support.vectors import NEGATIVE, POSITIVE, D, logits, vector
 from unsleep import cli
 from unsleep.core import BadInput, Site
+from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import_gguf
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.steering import Steering
@@ -375,3 +376,39 @@ def test_commands_that_cannot_work_say_why(
     assert cli.run(["steer", own.name, "--prompts", str(prompts), "--out", str(tmp_path / "o"), *given]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "o" / "steer.json").exists()
+
+
+# Steering that is saved as an edit
+
+
+def steerings() -> list[Steering]:
+    return [
+        Steering({Site(1): vector(1), Site(2): vector(2)}, "add", 2.0, "reply", (1, 2), True, "m"),
+        Steering({Site(1): vector(3)}, "piecewise", -0.5, (3, 9)),
+    ]
+
+
+def test_saved_steering_comes_back_as_it_was(tmp_path: Path):
+    loaded, chosen_on = load_edit(save_edit(steerings(), tmp_path / "edit", chosen_on=["a"]))
+    assert chosen_on == {"a"}
+    assert [each.hash for each in loaded] == [each.hash for each in steerings()]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokens": 5}, r"edits\[0\]\.tokens is 5; expected a list"),
+        ({"layers": "all"}, r"edits\[0\]\.layers is 'all'; expected a list"),
+        ({"operator": "push"}, r"edits\[0\]\.operator is 'push'; expected one of add"),
+        ({"coefficient": "2"}, r"edits\[0\]\.coefficient is '2'; expected a finite number"),
+        ({"strength": 2}, "strength"),
+        ({"vectors": "../vectors.safetensors"}, "vectors"),
+    ],
+)
+def test_steering_of_another_form_is_refused(change: dict[str, Any], told: str, tmp_path: Path):
+    path = save_edit(steerings(), tmp_path / "edit") / "edit.json"
+    card = json.loads(path.read_text())
+    card["edits"][0] |= change
+    path.write_text(json.dumps(card))
+    with pytest.raises(BadInput, match=told):
+        load_edit(path.parent)

@@ -19,8 +19,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from unsleep.base.store import hash_tensors, hash_value, read_json, read_tensors, remove, versions, write_json
-from unsleep.base.store import write_tensors as write_named
+from unsleep.base.store import (
+    hash_tensors,
+    hash_value,
+    read_json,
+    read_tensors,
+    remove,
+    versions,
+    write_json,
+    write_tensors,
+)
 from unsleep.core import BadInput, Refused
 
 T = TypeVar("T")
@@ -58,10 +66,8 @@ def resumable(out: str | Path, *made_from: Any) -> Generator[Path]:
     not taken.
     """
     out = Path(out)
-    folder, identity = (
-        out.with_name(f".{out.name}.steps"),
-        {"made_from": hash_value([identified(made_from), versions()])},
-    )
+    folder = out.with_name(f".{out.name}.steps")
+    identity = {"made_from": hash_value([identified(made_from), versions()])}
     if not folder.is_dir() or not (folder / "steps.json").is_file() or read_json(folder / "steps.json") != identity:
         remove(folder)
         folder.mkdir(parents=True)
@@ -106,7 +112,7 @@ def kept(make: Callable[..., T], *of: Any) -> T:
             return cast("T", read(path))
     found = make(*of)
     if isinstance(found, Mapping) and found and all(isinstance(x, Tensor) for x in found.values()):
-        write_named(place.with_suffix(".safetensors"), cast("Mapping[str, Tensor]", found))
+        write_tensors(place.with_suffix(".safetensors"), cast("Mapping[str, Tensor]", found))
         return cast("T", read_tensors(place.with_suffix(".safetensors")))
     write_json(place.with_suffix(".json"), found)
     return cast("T", read_json(place.with_suffix(".json")))

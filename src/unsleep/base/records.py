@@ -5,7 +5,7 @@
     Annotated[float, Range(0, 1)]   a number within bounds
     tuple[X, ...], list[X]          an array; tuple[X, Y] one of that length
     dict[str, X]                    an object of any keys
-    X | None, X | Y                 null, or what the first class that has the fields there makes of it
+    X | None, X | Y                 null, a Literal's word, or what the first class that has the fields makes of it
     a dataclass or NamedTuple       an object with its fields and no others; one with a default may be missing
     a class with `parse`            the text that `str` gives of it, such as a Site
     Any                             any JSON
@@ -167,7 +167,13 @@ def _read_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
         return None
     *others, last = [kind for kind in kinds if kind is not type(None)]
     for kind in others:
-        if isinstance(value, dict) and all(name in value for name, f in _fields(kind).items() if f.required):
+        if get_origin(kind) is Literal and value in get_args(kind):
+            return value
+        if (
+            is_dataclass(kind)
+            and isinstance(value, dict)
+            and all(name in value for name, f in _fields(kind).items() if f.required)
+        ):
             return _read(kind, value, where)
     return _read(last, value, where)
 

@@ -137,6 +137,8 @@ def at_random(
             drawn.append(random_subspace(e))
         elif seen is not None and isinstance(e, Edit):
             drawn.append(matched_random(e, firing(e.dictionary, seen.load(e.site).tensor)))
+        else:
+            raise BadInput(f"a {type(e).__name__.lower()} has no random control; expected edits and projections")
     return tuple(drawn)
 
 

@@ -6,7 +6,6 @@ or largest over its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from unsleep.activations.held import batches_held, encoded
 from unsleep.core import BadInput, Refused, Site, check_finite
-from unsleep.interventions.intervention import Intervention, depth
+from unsleep.interventions.intervention import Intervention, composed, depth
 from unsleep.interventions.passes import Passes
 from unsleep.models.hooks import Transform
 from unsleep.models.model import LoadedModel
@@ -101,6 +100,8 @@ class Conditional(Intervention):
 
     def __post_init__(self) -> None:
         at = self.condition.site
+        if len({each.made_on for each in self.interventions if each.made_on and each.acts}) > 1:
+            raise BadInput("the interventions under a condition were found in several models; expected one")
         early = [site for each in self.interventions if each.acts for site in each.widths if depth(site) <= depth(at)]
         if early:
             raise BadInput(
@@ -129,18 +130,8 @@ class Conditional(Intervention):
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Any, Transform]:
         """The condition's Site judges, the others act behind it."""
         gate = _Gate(self.condition, passes)
-        found: dict[Any, Transform] = {self.condition.site: gate.judge}
-        for each in self.interventions:
-            made: Mapping[Any, Transform] = each.transforms(passes, dtype, device) if each.acts else {}
-            for place, transform in made.items():
-                acting = gate.behind(transform)
-                before = found.get(place)
-                found[place] = acting if before is None else _both(before, acting)
-        return found
-
-
-def _both(first: Transform, second: Transform) -> Transform:
-    return lambda x: second(first(x))
+        made = composed([each for each in self.interventions if each.acts], passes, dtype, device)
+        return {self.condition.site: gate.judge, **{place: gate.behind(t) for place, t in made.items()}}
 
 
 class _Gate:

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.interventions.features import Edit
 from unsleep.interventions.intervention import Intervention
 from unsleep.interventions.passes import TokenRule
-from unsleep.interventions.steering import Steering
+from unsleep.interventions.steering import Operator, Steering
 from unsleep.interventions.subspaces import Projection
 
 MARK = "edit.json"
 """The file that tells an edit's folder."""
+
+
+@dataclass(frozen=True)
+class SteeringEntry:
+    """What edit.json says of a `Steering`."""
+
+    vectors: str
+    """The file that holds them, by Site."""
+    model: str
+    operator: Operator
+    coefficient: float
+    tokens: TokenRule = "all"
+    layers: tuple[int, int] | None = None
+    keep_norm: bool = False
 
 
 def save_edit(
@@ -30,7 +45,7 @@ def save_edit(
     chosen_on: Iterable[str] = (),
     provenance: dict[str, Any] | None = None,
 ) -> Path:
-    """Write edits, projections and controls, with the dictionaries and tensors that they need.
+    """Write edits, projections and steering, with the dictionaries and tensors that they need.
 
     `chosen_on` holds digests of the prompts that chose the edit: an evaluation refuses them. Another edit in the
     folder gives way; raises `BadInput` where it holds something else, or for an intervention of another kind.
@@ -59,14 +74,12 @@ def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
             sinks = None if math.isinf(each.sink_norm) else each.sink_norm
             return {"site": str(each.site), "subspace": name, "model": each.model, "sink_norm": sinks}
         case Steering():
-            name = f"control-{number}.safetensors"
+            name = f"steering-{number}.safetensors"
             store.write_tensors(scratch / name, {str(site): vector.float() for site, vector in each.vectors.items()})
-            how = {"operator": each.operator, "coefficient": each.coefficient, "keep_norm": each.keep_norm}
-            rules = {"tokens": each.tokens, "layers": each.layers}
-            return {"vectors": name, "model": each.model, **how, **rules}
+            how = (each.model, each.operator, each.coefficient, each.tokens, each.layers, each.keep_norm)
+            return records.plain(SteeringEntry(name, *how))
         case _:
-            pass
-    raise BadInput(f"a {type(each).__name__.lower()} cannot be saved; expected edits, projections or controls")
+            raise BadInput(f"a {type(each).__name__.lower()} cannot be saved; expected edits, projections or steering")
 
 
 def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
@@ -87,9 +100,8 @@ def _read(folder: Path, entry: Any, where: str) -> Intervention:
         with store.reading(folder / MARK):
             return _load_projection(folder, part)
     if isinstance(entry, dict) and "vectors" in entry:
-        part = store.fields_of(entry, {"vectors": str, "model": str, "operator": str, "coefficient": float}, where)
         with store.reading(folder / MARK):
-            return _load_control(folder, part)
+            return _load_steering(folder, records.read(SteeringEntry, entry, where))
     kinds = {"site": str, "removed": list[int], "error": str, "dictionary": str}
     part = store.fields_of(entry, kinds, where)
     with store.reading(folder / MARK):
@@ -97,18 +109,11 @@ def _read(folder: Path, entry: Any, where: str) -> Intervention:
         return Edit(Site.parse(part["site"]), dictionary, tuple(part["removed"]), part["error"])
 
 
-def _load_control(folder: Path, part: dict[str, Any]) -> Steering:
-    tensors = store.read_tensors(store.inside(folder, part["vectors"], "vectors"))
-    tokens, layers = part.get("tokens", "all"), part.get("layers")
-    return Steering(
-        {Site.parse(site): vector for site, vector in tensors.items()},
-        part["operator"],
-        float(part["coefficient"]),
-        cast("TokenRule", tokens if isinstance(tokens, str) else tuple(tokens)),
-        None if layers is None else tuple(layers),
-        bool(part.get("keep_norm", False)),
-        part["model"],
-    )
+def _load_steering(folder: Path, part: SteeringEntry) -> Steering:
+    vectors = store.read_tensors(store.inside(folder, part.vectors, "vectors"))
+    named = {Site.parse(site): vector for site, vector in vectors.items()}
+    how = (part.operator, part.coefficient, part.tokens, part.layers, part.keep_norm, part.model)
+    return Steering(named, *how)
 
 
 def _load_projection(folder: Path, part: dict[str, Any]) -> Projection:

@@ -101,11 +101,17 @@ def applied(
 def transforms_of(
     interventions: Sequence[Intervention], network: PreTrainedModel, passes: Passes | None = None
 ) -> dict[Any, Transform]:
-    """What interventions do to the stream at each place, one after the other."""
+    """What interventions do to the stream of a model at each place."""
+    return composed(interventions, passes or Passes(), network.dtype, device_of(network))
+
+
+def composed(
+    interventions: Sequence[Intervention], passes: Passes, dtype: torch.dtype, device: torch.device | str
+) -> dict[Any, Transform]:
+    """What interventions do at each place, one after the other."""
     chains: dict[Any, list[Transform]] = {}
     for each in interventions:
-        made = each.transforms(passes or Passes(), network.dtype, device_of(network))
-        for place, transform in made.items():
+        for place, transform in each.transforms(passes, dtype, device).items():
             chains.setdefault(place, []).append(transform)
     return {place: chain[0] if len(chain) == 1 else partial(_chained, chain) for place, chain in chains.items()}
 

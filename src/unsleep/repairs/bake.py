@@ -155,7 +155,7 @@ def faithfulness(
     """Mean KL(edited ‖ baked) over the reply tokens of rows, in nats a token."""
     total = count = 0.0
     for piece in _pieces(rows):
-        with transformed(edited, _operations(edited, edits)):
+        with transformed(edited, transforms_of(edits, edited)):
             target = reply_logits(edited, piece)[piece.reply]
         each = kl(target, reply_logits(baked, piece)[piece.reply])
         total, count = total + float(each.sum()), count + len(each)
@@ -185,10 +185,6 @@ def _take(rows: Rows, every: int, *, fit: bool) -> Rows:
 
 def _pieces(rows: Sequence[Rows], size: int = 32) -> list[Rows]:
     return [group.select(slice(i, i + size)) for group in rows for i in range(0, len(group.ids), size)]
-
-
-def _operations(network: PreTrainedModel, edits: Sequence[Bakeable]) -> dict[Site, Any]:
-    return transforms_of(edits, network)
 
 
 def _exact(network: PreTrainedModel, edits: Sequence[Bakeable]) -> list[Projection]:
@@ -245,7 +241,7 @@ def _project_writers(
     here = Site(0, "embed")
     with capture(network, [here]) as found:
         network(input_ids=ids, use_cache=False)
-    with transformed(source, _operations(source, [common])), capture(source, [here]) as wanted:
+    with transformed(source, transforms_of([common], source)), capture(source, [here]) as wanted:
         source(input_ids=ids, use_cache=False)
     error = (found[here].float() - wanted[here].float()).abs().max() / wanted[here].float().abs().max()
     if not error < 0.02:
@@ -304,7 +300,7 @@ def _bake_closed_form(
 ) -> None:
     """Fit the writers of every edit of `fitted` to what the model holds with all of `edits`."""
     pieces = _pieces(rows)
-    operations = _operations(source, edits)
+    operations = transforms_of(edits, source)
     targets = [_streams(source, piece, [e.site for e in fitted], operations) for piece in pieces]
     for done, e in enumerate(fitted, 1):
         through = writers(network, e.site.layer)
@@ -397,7 +393,7 @@ def _distil(
     for step in range(config.distil_steps):
         order = order or torch.randperm(len(pieces), generator=generator).tolist()
         piece = pieces[order.pop()]
-        with torch.no_grad(), transformed(source, _operations(source, edits)):
+        with torch.no_grad(), transformed(source, transforms_of(edits, source)):
             target = reply_logits(source, piece)[piece.reply]
         kl(target, reply_logits(network, piece)[piece.reply]).mean().backward()
         for weight, master in masters.items():

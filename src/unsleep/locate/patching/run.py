@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unsleep.base.context import kept, progress
@@ -74,19 +74,26 @@ def patch(
     positions = list(dict.fromkeys(group.position for group in groups))
     measured = Measured.empty(len(groups), len(ids))
     done = 0
-    for number, chunk in enumerate(_chunks(ids, config.batch)):
-        rows = whole_rows(recipient, [ids[i] for i in chunk], said)
+    for chunk in _chunks(ids, config.batch):
+        own_ids = [ids[i] for i in chunk]
+        rows = whole_rows(recipient, own_ids, said)
         pair = _Late(lambda rows=rows: _Pair.of(donor, recipient, rows, positions))
         for position in positions:
             own = [group for group in groups if group.position == position]
             tail = _Late(lambda pair=pair, position=position, own=own: pair().tail(position, own))
             for i in (i for i, group in enumerate(groups) if group.position == position):
 
-                def measure(*_: object, tail: _Late[Resumable] = tail, group: Group = groups[i]) -> dict[str, Tensor]:
-                    return _numbers(tail(), group, merges)
+                def measure(
+                    donor: LoadedModel,
+                    recipient: LoadedModel,
+                    group: Group,
+                    ids: Sequence[Sequence[int]],
+                    said: Sequence[int],
+                    tail: _Late[_Tail] = tail,
+                ) -> dict[str, Tensor]:
+                    return tail().numbers(group, merges)
 
-                numbers = kept(measure, donor, i, number)
-                measured.put(i, chunk, numbers)
+                measured.put(i, chunk, kept(measure, donor, recipient, groups[i], own_ids, said))
                 done += len(chunk)
                 progress("patching", done, len(ids) * len(groups))
     return Patched(tuple(groups), measured, (donor.fingerprint, recipient.fingerprint), prompts.hash, tuple(said))
@@ -129,8 +136,10 @@ def patched_replies(
     out: list[list[str]] = [[""] * len(ids) for _ in groups]
     done = 0
 
-    def said(donor: LoadedModel, own: Sequence[Sequence[int]], number: int) -> list[str]:
-        rows, group = whole_rows(recipient, own, []), groups[number]
+    def said(
+        donor: LoadedModel, recipient: LoadedModel, own: Sequence[Sequence[int]], group: Group, max_new_tokens: int
+    ) -> list[str]:
+        rows = whole_rows(recipient, own, [])
         where = group.position.columns(rows)
         held: dict[Place, Tensor] = {}
         with watched(donor.network, _keeping(group.targets, where, held)):
@@ -142,8 +151,9 @@ def patched_replies(
 
     for chunk in _chunks(ids, batch):
         own = [ids[i] for i in chunk]
-        for number in range(len(groups)):
-            for i, reply in zip(chunk, kept(said, donor, own, number), strict=True):
+        for number, group in enumerate(groups):
+            replies = kept(said, donor, recipient, own, group, max_new_tokens)
+            for i, reply in zip(chunk, replies, strict=True):
                 out[number][i] = reply
             done += len(chunk)
             progress("patched replies", done, len(ids) * len(groups))
@@ -213,16 +223,24 @@ class _Pair(NamedTuple):
         before = max(sides[1].first(position.columns(rows)) for position in positions)
         return cls(sides[0].up_to(before), sides[1].up_to(before))
 
-    def tail(self, position: Position, groups: Sequence[Group]) -> Resumable:
+    def tail(self, position: Position, groups: Sequence[Group]) -> _Tail:
         """Both models from a position's first column on, without any patch."""
         where, rows = position.columns(self.recipient.rows), self.recipient.rows
         start = self.recipient.first(where)
         places = dict.fromkeys(target.place for group in groups for target in group.targets)
-        return prepare(self.donor, self.recipient, places, where[:, start:], start, rows.reply.shape[1] + 1)
+        ready = prepare(self.donor, self.recipient, places, where[:, start:], start, rows.reply.shape[1] + 1)
+        donor, mine = (torch.log_softmax(logits[:, :-1].float(), -1) for logits in ready.clean)
+        return _Tail(ready, (donor, mine))
 
 
-def _numbers(tail: Resumable, group: Group, merges: Mapping[Target, Merge]) -> dict[str, Tensor]:
-    """What is measured of the recipient with a group patched."""
-    patched = tail.patched({target.place: merges[target] for target in group.targets})[:, :-1]
-    donor, mine = (torch.log_softmax(logits[:, :-1].float(), -1) for logits in tail.clean)
-    return numbers_of(patched, (donor, mine), tail.recipient.rows.targets)
+class _Tail(NamedTuple):
+    """Both models from a column on."""
+
+    ready: Resumable
+    clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]]
+    """Log-probabilities of the donor and of the recipient."""
+
+    def numbers(self, group: Group, merges: Mapping[Target, Merge]) -> dict[str, Tensor]:
+        """What is measured of the recipient with a group patched."""
+        patched = self.ready.patched({target.place: merges[target] for target in group.targets})[:, :-1]
+        return numbers_of(patched, self.clean, self.ready.recipient.rows.targets)
