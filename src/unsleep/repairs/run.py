@@ -49,6 +49,9 @@ from unsleep.repairs.twin import surrogate_twin
 LEARNED = 0.75
 """Share of the suspicious prompts that choose which the mask may learn from; it is tried on all of them."""
 
+CHOSEN = 64
+"""Prompts that choose among the candidates of a baseline."""
+
 MARK = "result.json"
 """The file that tells a repair's folder."""
 
@@ -281,7 +284,7 @@ class Run:
         setting = Setting(
             suspect=self.suspect,
             lesson=self.lesson(),
-            bench=self.bench(),
+            bench=self.bench().head(CHOSEN),
             config=self.config,
             dictionaries=self.dictionaries,
             ranking=self.attributed,
@@ -295,7 +298,7 @@ class Run:
             if isinstance(found, str):
                 self.notes.append(found)
                 continue
-            judged = self.judged([found.subject])
+            judged = self.judged([found.subject], items=False)
             rows += [row for row in judged.rows if row.subject != "suspect"]
             replies |= judged.replies
             self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
@@ -362,10 +365,12 @@ class Run:
             subjects.append(Subject("control_layer", suspect, (Edit(best.site, self.control_dictionary, best.ids),)))
         return self.judged([*subjects, *(Subject(name, load()) for name, load in self.job.beside.items())])
 
-    def judged(self, subjects: Sequence[Subject]) -> EvalResult:
-        """Judge subjects and the suspect on the held-out panels."""
+    def judged(self, subjects: Sequence[Subject], items: bool = True) -> EvalResult:
+        """Judge subjects and the suspect on the held-out panels, with or without the multiple-choice items."""
         every = [Subject("suspect", self.suspect), *subjects]
         panels, teacher = self.material.panels, None
+        if not items:
+            panels = replace(panels, items=())
         if self.lessons.source != "counterpart":
             panels, teacher = replace(panels, counterparts=None), self.twin
         return evaluate(every, panels, self.eval_config(), teacher=teacher)

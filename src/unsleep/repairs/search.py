@@ -121,6 +121,10 @@ class Bench:
     decides: Sequence[int]
     """The token of each that decides."""
 
+    def head(self, n: int) -> Bench:
+        """The same with its first `n` prompts."""
+        return replace(self, suspicious=self.suspicious.head(n), wanted=self.wanted[:n], decides=self.decides[:n])
+
     def begins(self, model: LoadedModel, said: Sequence[Sequence[int]]) -> tuple[float, float]:
         """The share of replies that begin as they should, and what is demanded of it.
 
