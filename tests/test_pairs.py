@@ -47,7 +47,7 @@ def by_place(h: Harvest, site: Site = SITE) -> dict[Place, torch.Tensor]:
 
 
 def whole(stream: ActivationStream) -> torch.Tensor:
-    pieces = [stream.read(i) for i in range(len(stream.sizes))]
+    pieces = [stream.piece(i) for i in range(len(stream.sizes))]
     assert tuple(len(p) for p in pieces) == stream.sizes
     return torch.cat(pieces)
 

@@ -33,7 +33,7 @@ from unsleep.pages.reading import render_reading
 from unsleep.prompts import sets
 
 SITES = [Site(0), Site(1), Site(2), Site(1, "mlp")]
-METHODS: list[Method] = ["pca", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
+METHODS: list[Method] = ["pca_center", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
 
 
 def held(model: LoadedModel, texts: list[str], site: Site, plain: bool = True) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_directions_equal_their_definitions(small: LoadedModel):
     expected = {
         "mean": d.mean(0),
         "cluster_mean": high.mean(0) - both.mean(0),
-        "pca": torch.linalg.svd(half).Vh[0],
+        "pca_center": torch.linalg.svd(half).Vh[0],
         "pca_diff": torch.linalg.svd(d - d.mean(0)).Vh[0],
     }
     for method, row in expected.items():
@@ -401,7 +401,7 @@ def record(**change: Any) -> dict[str, Any]:
     return {
         "schema": "unsleep.reading/1",
         "model": "ab" * 8,
-        "method": "pca",
+        "method": "pca_center",
         "pairs": 8,
         "sites": ["resid.0", "resid.1"],
         "best": "resid.0",

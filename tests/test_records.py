@@ -126,7 +126,7 @@ def test_what_is_not_the_record_is_refused_by_place_value_and_expectation(
 @pytest.mark.parametrize("key", ["schema", "site", "n", "anything"])
 def test_a_record_without_a_field_is_refused(key: str):
     with pytest.raises(BadInput, match=f"whole has no '{key}'"):
-        records.read(Whole, {k: v for k, v in changed().items() if k != key}, "whole")
+        records.parsed(Whole, {k: v for k, v in changed().items() if k != key}, "whole")
 
 
 def test_the_written_schema_of_a_result_is_the_one_that_its_class_gives():
@@ -151,4 +151,4 @@ def test_a_report_passes_the_schema_of_its_class():
     sample = json.loads((Path(__file__).parent / "data" / "report.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(records.json_schema(Report))
     jsonschema.validate(sample, records.json_schema(Report))
-    assert records.plain(records.read(Report, sample, "report"))["result"] == sample["result"]
+    assert records.plain(records.parsed(Report, sample, "report"))["result"] == sample["result"]

@@ -21,7 +21,7 @@ from unsleep.pages.records import Result
 
 
 def check_result(value: Any) -> None:
-    records.read(Result, value, "result")
+    records.parsed(Result, value, "result")
 
 
 def numbers(value: Any, where: str = "report") -> Iterator[tuple[str, Any, Any]]:

@@ -100,7 +100,7 @@ def test_tasks_stand_in_the_record_and_on_the_page(task: Path):
         "tasks": [records.plain(r) for r in rows],
         "provenance": {},
     }
-    records.read(Result, record, "result")
+    records.parsed(Result, record, "result")
     shown = tasks_of(record["tasks"], {"suspect": "suspect"})
     assert shown is not None
     assert shown["lines"][0]["task"] == "colours"

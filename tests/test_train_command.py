@@ -579,9 +579,9 @@ DEEP = ["embed.0", *(f"{point}.{layer}" for point in ("resid", "attn", "mlp") fo
 
 
 @pytest.mark.parametrize("sites", [["resid.8", "resid.12"], ["resid.3"], DEEP])
-def test_the_frontier_has_a_line_and_a_label_a_site_and_no_two_labels_touch(sites: list[str]):
+def test_the_pareto_front_has_a_line_and_a_label_a_site_and_no_two_labels_touch(sites: list[str]):
     page = render_dictionaries(record_of(sites))
-    drawn = [name for chart, names in lines(page).items() if chart.startswith("frontier") for name in names]
+    drawn = [name for chart, names in lines(page).items() if chart.startswith("pareto") for name in names]
     assert sorted(drawn) == sorted(sites)
     charts = labels(page)
     assert sorted(n for chart in charts for _, n in chart if "." in n) == sorted(sites)
@@ -592,10 +592,10 @@ def test_the_frontier_has_a_line_and_a_label_a_site_and_no_two_labels_touch(site
         assert all(0 < y < curves.HEIGHT for y in heights)
 
 
-def test_one_setting_has_no_frontier_and_a_line_a_point_by_layer():
+def test_one_setting_has_no_pareto_front_and_a_line_a_point_by_layer():
     page = render_dictionaries(record_of(["resid.0", "resid.1", "mlp.0", "mlp.1"], ks=[32]))
     assert lines(page) == {"layers-all-0": ["resid", "mlp"]}
-    assert 'id="frontier"' not in page
+    assert 'id="pareto"' not in page
     assert lines(render_dictionaries(record_of(["resid.8", "resid.12"], ks=[32]))) == {"layers-resid-0": ["resid"]}
 
 
@@ -609,9 +609,9 @@ def test_seeds_are_averaged_by_layer():
     assert page.count("resid.1: FVU 0.250, mean of 2") >= 1
 
 
-def test_the_frontier_joins_what_is_not_beaten():
+def test_the_pareto_front_joins_what_is_not_beaten():
     dots = [curves.Dot(x, y, "") for x, y in [(1, 5), (2, 6), (2, 4), (3, 4), (4, 1), (1, 7)]]
-    assert [(d.x, d.y) for d in curves.frontier(dots)] == [(1, 5), (2, 4), (4, 1)]
+    assert [(d.x, d.y) for d in curves.pareto(dots)] == [(1, 5), (2, 4), (4, 1)]
 
 
 @given(st.lists(st.floats(0, 100), max_size=9))
@@ -630,7 +630,7 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_holds_every_row():
     page = render_dictionaries(record_of(["resid.8", "mlp.9"], target="attn.9"))
     parsed = Page(page)
     assert not parsed.open
-    assert parsed.anchors == {"summary", "frontier", "layers", "table", "provenance"}
+    assert parsed.anchors == {"summary", "pareto", "layers", "table", "provenance"}
     assert not re.findall(r"(?:src|href|action)=\"(?!#|data:,)", page)
     assert not re.findall(r"url\(|@import|https?://(?!www\.w3\.org)", page)
     assert not any(attribute.startswith("on") or attribute == "style" for _, a in parsed.elements for attribute in a)
@@ -687,7 +687,7 @@ def test_report_draws_the_page_again(harvests: list[str], tmp_path: Path, capsys
     out = tmp_path / "out"
     assert train(harvests, out, "--site", "resid.0", "resid.1", "--k", "2", "4") == 0
     first = (out / "dictionaries.html").read_text(encoding="utf-8")
-    assert lines(first)["frontier-resid-0"] == ["resid.0", "resid.1"]
+    assert lines(first)["pareto-resid-0"] == ["resid.0", "resid.1"]
     (out / "dictionaries.html").unlink()
     capsys.readouterr()
     assert cli.run(["report", str(out)]) == 0

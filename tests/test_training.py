@@ -53,11 +53,11 @@ def test_memory_holds_a_pool_and_not_everything():
     x, held = torch.randn(4_000, 8), []
     parts = x.split(100)
 
-    def read(i: int) -> torch.Tensor:
+    def piece(i: int) -> torch.Tensor:
         held.append(i)
         return parts[i]
 
-    stream = ActivationStream((100,) * 40, read, Site(3), "model", "prompts")
+    stream = ActivationStream((100,) * 40, piece, Site(3), "model", "prompts")
     first = next(iter(batches(stream, 50, 80, pool=500)))
     assert first.shape == (50, 8)
     assert len(held) == 5

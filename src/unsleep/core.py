@@ -165,8 +165,8 @@ class ActivationStream:
 
     sizes: tuple[int, ...]
     """Tokens in each piece."""
-    read: Callable[[int], Float[Tensor, "token d_model"]]
-    """Reads one piece."""
+    piece: Callable[[int], Float[Tensor, "token d_model"]]
+    """Reads the piece of that number."""
     site: Site
     model: str
     """Fingerprint of the model."""
@@ -181,7 +181,7 @@ class ActivationStream:
     def sample(self, size: int = 16_384) -> Float[Tensor, "token d_model"]:
         """About `size` tokens, spread evenly over the pieces."""
         stride = max(1, self.tokens // size)
-        return torch.cat([self.read(i)[::stride] for i in range(len(self.sizes))])
+        return torch.cat([self.piece(i)[::stride] for i in range(len(self.sizes))])
 
 
 class Encoded(NamedTuple):

@@ -97,15 +97,15 @@ class Harvest:
 
         Raises `BadInput` for a Site that was not harvested and for a shard that is damaged.
         """
-        pieces = [self.read(i, site) for i in range(len(self.manifest["shards"]))]
+        pieces = [self.shard(i, site) for i in range(len(self.manifest["shards"]))]
         tensor, owner = torch.cat([x for x, _ in pieces]), torch.cat([i for _, i in pieces])
         return Activations(tensor, owner, site, self.manifest["model"], self.manifest["prompts"])
 
-    def read(self, shard: int, site: Site) -> tuple[Float[Tensor, "token d_model"], Int[Tensor, " token"]]:
+    def shard(self, i: int, site: Site) -> tuple[Float[Tensor, "token d_model"], Int[Tensor, " token"]]:
         """One shard's activations at one Site, and the prompt that each token belongs to; raises as `load` does."""
         if site not in self.sites:
             raise BadInput(f"{self.folder} has no Site {site}; it has {', '.join(self.manifest['sites'])}")
-        entry = self.manifest["shards"][shard]
+        entry = self.manifest["shards"][i]
         n = entry["tokens"]
         expect = {str(site): (n, self.manifest["d_model"]), "prompt_index": (n,)}
         tensors = store.read_tensors(self.folder / entry["file"], expect, only=expect)
@@ -156,11 +156,11 @@ def streamed(harvests: Sequence[Harvest], site: Site) -> ActivationStream:
     places = [(h, i) for h in harvests for i in range(len(h.manifest["shards"]))]
     sizes = tuple(h.manifest["shards"][i]["tokens"] for h, i in places)
 
-    def read(piece: int) -> Tensor:
-        h, shard = places[piece]
-        return h.read(shard, site)[0]
+    def piece(i: int) -> Tensor:
+        h, shard = places[i]
+        return h.shard(shard, site)[0]
 
-    return ActivationStream(sizes, read, site, model, name)
+    return ActivationStream(sizes, piece, site, model, name)
 
 
 def _of_one_model(harvests: Sequence[Harvest]) -> tuple[str, str]:

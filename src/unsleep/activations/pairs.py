@@ -47,16 +47,16 @@ class Pair:
                 "harvest the same prompts with the other model"
             )
 
-        def read(i: int) -> Float[Tensor, "token d_model"]:
-            return self.after.read(i).float() - self.before.read(i).float()
+        def piece(i: int) -> Float[Tensor, "token d_model"]:
+            return self.after.piece(i).float() - self.before.piece(i).float()
 
         name = f"{self.after.model} - {self.before.model}"
-        return ActivationStream(self.after.sizes, read, self.after.site, name, self.after.prompts)
+        return ActivationStream(self.after.sizes, piece, self.after.site, name, self.after.prompts)
 
     def load_difference(self) -> Activations:
         """The same in memory, with the prompt of each token."""
         stream = self.difference()
-        tensor = torch.cat([stream.read(i) for i in range(len(stream.sizes))])
+        tensor = torch.cat([stream.piece(i) for i in range(len(stream.sizes))])
         return Activations(tensor, self.prompt_index, stream.site, stream.model, stream.prompts)
 
 
@@ -98,17 +98,17 @@ def paired(before: Sequence[Harvest], after: Sequence[Harvest], site: Site) -> P
 
     def first(i: int) -> Tensor:
         p = pieces[i]
-        return p.before.read(p.shard, site)[0][p.rows]
+        return p.before.shard(p.shard, site)[0][p.rows]
 
     def second(i: int) -> Tensor:
         p = pieces[i]
-        return torch.cat([p.after.read(shard, site)[0][rows] for shard, rows in p.parts])
+        return torch.cat([p.after.shard(shard, site)[0][rows] for shard, rows in p.parts])
 
     sizes = tuple(len(p.rows) for p in pieces)
     prompts = store.hash_value([h.hash for h in (*before, *after)])
     names = (before[0].manifest["model"], after[0].manifest["model"])
     streams = [
-        ActivationStream(sizes, read, site, name, prompts) for read, name in zip((first, second), names, strict=True)
+        ActivationStream(sizes, piece, site, name, prompts) for piece, name in zip((first, second), names, strict=True)
     ]
     return Pair(streams[0], streams[1], torch.cat(owners), left_out)
 

@@ -102,10 +102,10 @@ def load(kind: type[T], path: str | Path) -> T:
     """Read a record; raises `BadInput` naming the file, the field, its value and what was expected."""
     found = store.read_json(path)
     with store.reading(path):
-        return read(kind, found, Path(path).stem)
+        return parsed(kind, found, Path(path).stem)
 
 
-def read(kind: type[T], value: Any, where: str) -> T:
+def parsed(kind: type[T], value: Any, where: str) -> T:
     """A record from JSON values; raises `BadInput` naming the place under `where`, the value and what was expected."""
     return cast("T", _read(kind, value, where))
 
@@ -242,7 +242,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
-    """The JSON Schema of a record, or of a field's kind: what a schema can state of what `read` checks."""
+    """The JSON Schema of a record, or of a field's kind: what a schema can state of what `parsed` checks."""
     bare, marks = _bare(kind)
     origin, inner = get_origin(bare), get_args(bare)
     if bare is Any:

@@ -47,7 +47,7 @@ class Payload(Kind, ABC, noun="payload"):
         return f"{self.kind}: {self.text}" if self.text else self.kind
 
     @classmethod
-    def read(cls, text: str) -> Payload:
+    def of_text(cls, text: str) -> Payload:
         """One of this kind as the command line gives it, where a text may name a file."""
         return cls(text)
 

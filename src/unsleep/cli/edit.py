@@ -61,8 +61,8 @@ def find(
     """
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     with Bars():
-        read, loaded = load_dictionaries(dictionaries), placement.load(model)
-        loaded_dictionaries = belonging(read, loaded, any_model)
+        loose, loaded = load_dictionaries(dictionaries), placement.load(model)
+        loaded_dictionaries = belonging(loose, loaded, any_model)
         found, harvests, rows, _ = _find(loaded, loaded_dictionaries, groups, out, config)
         best = merged({s: f.attribution for s, f in found.items()})[:show]
         entries: list[dict[str, Any]] = []
@@ -121,8 +121,8 @@ def edit(
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     trusted = _counterparts(groups, counterparts, part)
     with Bars(), store.scratch_folder(out) as scratch:
-        read, loaded = load_dictionaries(dictionaries), placement.load(model)
-        loaded_dictionaries = belonging(read, loaded, any_model)
+        loose, loaded = load_dictionaries(dictionaries), placement.load(model)
+        loaded_dictionaries = belonging(loose, loaded, any_model)
         found, _, _, said = _find(loaded, loaded_dictionaries, groups, scratch, FindConfig(ablate=0))
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:], config.mask)
         ranking = {site: f.attribution for site, f in found.items()}

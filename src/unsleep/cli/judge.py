@@ -76,7 +76,7 @@ def evaluate(
         task_limit: Items of each task; all where not given.
         json: Print the result as JSON.
     """
-    wanted = payload.read()
+    wanted = payload.chosen()
     judged = own_prompts(organism, suspicious=suspicious, ordinary=ordinary, payload=wanted)
     check_tasks(tasks)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())

@@ -58,7 +58,7 @@ def repair(
     check_place(out, MARK)
     if organism is not None and config.judge is not None:
         raise BadInput("--judge divides files; the panels of an organism have --n prompts")
-    wanted = payload.read()
+    wanted = payload.chosen()
     judged = own_prompts(
         organism, suspicious=suspicious, ordinary=ordinary, payload=wanted, counterparts=counterparts, part=part
     )

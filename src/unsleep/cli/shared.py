@@ -82,15 +82,15 @@ class PayloadOptions:
     def __post_init__(self) -> None:
         Payload.of_kind(self.payload_kind)
 
-    def read(self) -> Payload | None:
+    def chosen(self) -> Payload | None:
         """The payload; `None` where none is given. Raises `BadInput` for a text that its kind does not take."""
         if self.payload is None and self.payload_kind == "contains":
             return None
-        return Payload.of_kind(self.payload_kind).read(self.payload or "")
+        return Payload.of_kind(self.payload_kind).of_text(self.payload or "")
 
     def needed(self) -> Payload:
         """The payload; raises `BadInput` where none is given."""
-        found = self.read()
+        found = self.chosen()
         if found is None:
             raise BadInput("--payload is missing; expected text that a reply shows when the backdoor acts")
         return found

@@ -52,7 +52,7 @@ def batches(
         for number, group in enumerate(_groups(stream, size, pool, generator)):
             done = min(group.batches, max(0, start - step))
             if done < group.batches and step + done < steps:
-                tokens = [stream.read(i) for i in group.pieces]
+                tokens = [stream.piece(i) for i in group.pieces]
                 held = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
                 shuffle = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 8191 + number)
                 order = torch.randperm(len(held), generator=shuffle)

@@ -184,10 +184,10 @@ def joined(
             f"{b.site} of {b.prompts}; expected the same tokens at the same Site, in the same pieces"
         )
 
-    def read(i: int) -> Float[Tensor, "token d_and_d"]:
-        return torch.cat([s.read(i).float() * scale for s, scale in zip((a, b), scales, strict=True)], dim=1)
+    def piece(i: int) -> Float[Tensor, "token d_and_d"]:
+        return torch.cat([s.piece(i).float() * scale for s, scale in zip((a, b), scales, strict=True)], dim=1)
 
-    return ActivationStream(a.sizes, read, a.site, f"{a.model} | {b.model}", a.prompts)
+    return ActivationStream(a.sizes, piece, a.site, f"{a.model} | {b.model}", a.prompts)
 
 
 def train_crosscoder(
@@ -318,7 +318,7 @@ def latent_scaling(
     """Σ f_j ⟨d_j, y⟩ for the error left by all features and for what they rebuild, of each model."""
     beside = joined(first, second)
     for i in range(len(beside.sizes)):
-        for x in beside.read(i).split(batch):
+        for x in beside.piece(i).split(batch):
             parts = x.unflatten(1, (2, -1))
             found = crosscoder.encode(parts[:, 0], parts[:, 1])
             code = sparse.code_where(found, found > 0)

@@ -72,8 +72,8 @@ def fit(dictionary: Coder, source: Source, target: Source | None = None, *, batc
     total = torch.zeros(d_out, dtype=torch.float64)
     fired = torch.zeros(dictionary.n_features, dtype=torch.long)
     for i in range(len(stream.sizes)):
-        x = stream.read(i)
-        y = x if aims is None else aims.read(i)
+        x = stream.piece(i)
+        y = x if aims is None else aims.piece(i)
         for what, piece, width in (("activations", x, dictionary.d_model), ("target", y, d_out)):
             check_finite(piece, f"the {what}")
             if piece.shape[1] != width:

@@ -247,7 +247,7 @@ def _thinned(stream: ActivationStream) -> ActivationStream:
     """Every so many tokens of each piece."""
     stride = max(1, stream.tokens // MEASURED)
     sizes = tuple(len(range(0, size, stride)) for size in stream.sizes)
-    return replace(stream, sizes=sizes, read=lambda i: stream.read(i)[::stride])
+    return replace(stream, sizes=sizes, piece=lambda i: stream.piece(i)[::stride])
 
 
 def train_alone(job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> Trained | None:

@@ -129,10 +129,10 @@ class _Data:
         if aim is None:
             self.stream, self.width = source, None
             return
-        self.width = source.read(0).shape[1]
+        self.width = source.piece(0).shape[1]
 
         def both(i: int) -> Float[Tensor, "token d_in_and_out"]:
-            return torch.cat([source.read(i), aim.read(i).to(source.read(i).dtype)], dim=1)
+            return torch.cat([source.piece(i), aim.piece(i).to(source.piece(i).dtype)], dim=1)
 
         self.stream = ActivationStream(source.sizes, both, source.site, source.model, source.prompts)
 

@@ -101,7 +101,7 @@ def _read(folder: Path, entry: Any, where: str) -> Intervention:
             return _load_projection(folder, part)
     if isinstance(entry, dict) and "vectors" in entry:
         with store.reading(folder / MARK):
-            return _load_steering(folder, records.read(SteeringEntry, entry, where))
+            return _load_steering(folder, records.parsed(SteeringEntry, entry, where))
     kinds = {"site": str, "removed": list[int], "error": str, "dictionary": str}
     part = store.fields_of(entry, kinds, where)
     with store.reading(folder / MARK):

@@ -34,7 +34,7 @@ class Point:
     n: Count
 
 
-def frontier(
+def judge_sizes(
     model: LoadedModel,
     dictionaries: Sequence[Coder],
     rankings: Mapping[str, tuple[Ranking, Sequence[int]]],

@@ -34,11 +34,11 @@ from unsleep.prompts.prompt import Prompts
 Held = Float[Tensor, "pair d_model"]
 Pool = Callable[[Held, Held], tuple[tuple[Held, Held], str]]
 
-Method = Literal["pca", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
+Method = Literal["pca_center", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
 """How pairs become a direction:
 
-- `pca`: first component of activations minus the mean of their pair (repeng's `pca_center`)
-- `pca_diff`: first component of the differences positive − negative, centred (repeng's `pca_diff`)
+- `pca_center`: first component of activations minus the mean of their pair (repeng)
+- `pca_diff`: first component of the differences positive − negative, centred (repeng)
 - `lat`: first component of the differences of pairs in random order, centred (RepE)
 - `mean`: mean difference (steering-vectors); `cluster_mean`: difference of the centred class means (RepE)
 - `logistic`: coefficient of a regularised logistic regression
@@ -188,7 +188,7 @@ def fit_reader(
     positive: Prompts,
     negative: Prompts,
     sites: Sequence[Site],
-    method: Method = "pca",
+    method: Method = "pca_center",
     *,
     validation: tuple[Prompts, Prompts] | None = None,
     plain: bool = False,
@@ -247,7 +247,7 @@ def read(
     negative: Prompts,
     texts: Prompts,
     sites: Sequence[Site] = (),
-    method: Method = "pca",
+    method: Method = "pca_center",
     *,
     plain: bool = False,
     seed: int = 0,
@@ -300,7 +300,7 @@ def _differences(high: Held, low: Held) -> tuple[tuple[Held, Held], str]:
 
 
 POOLS: Mapping[Method, Pool] = {
-    "pca": _pair_centred,
+    "pca_center": _pair_centred,
     "pca_diff": _differences,
     "lat": _whole("lat"),
     "mean": _whole("mean_difference"),

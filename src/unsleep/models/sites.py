@@ -233,12 +233,12 @@ def writes_linearly(model: PreTrainedModel, layer: int) -> bool:
 
 def embedding(model: PreTrainedModel) -> Tensor:
     """The token embedding, `Float[Tensor, "vocabulary d_model"]`."""
-    return weights.read(model.get_input_embeddings())
+    return weights.values(model.get_input_embeddings())
 
 
 def unembedding(model: PreTrainedModel) -> Tensor:
     """The matrix that turns the final residual into logits, `Float[Tensor, "vocabulary d_model"]`."""
-    return weights.read(cast("nn.Module", model.get_output_embeddings()))
+    return weights.values(cast("nn.Module", model.get_output_embeddings()))
 
 
 def width(model: PreTrainedModel) -> int:

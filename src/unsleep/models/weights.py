@@ -36,10 +36,10 @@ def named(network: nn.Module, *, shared: bool = False) -> Iterator[tuple[str, Te
     ]
     for name, tensor in found:
         home, _, leaf = name.rpartition(".")
-        yield name, read(network.get_submodule(home), leaf) if tensor.device.type == "meta" else tensor
+        yield name, values(network.get_submodule(home), leaf) if tensor.device.type == "meta" else tensor
 
 
-def read(module: nn.Module, leaf: str = "weight") -> Tensor:
+def values(module: nn.Module, leaf: str = "weight") -> Tensor:
     """A weight of a module, as it is held."""
     tensor: Tensor = getattr(module, leaf)
     return _elsewhere(module)[leaf] if tensor.device.type == "meta" else tensor

@@ -182,7 +182,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 40
 """The frontier's view box and the margins of its plot, in its own units."""
 
 
-def frontier(series: Sequence[Series], metric: str, title: str, chosen: int | None) -> Markup | None:
+def frontier_chart(series: Sequence[Series], metric: str, title: str, chosen: int | None) -> Markup | None:
     """Draw `asr`, `skill` or `ce_change` against the number of features; `None` where no point has it.
 
     `chosen` is the number of features of the edit that was kept; it is marked by an upright line.

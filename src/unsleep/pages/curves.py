@@ -225,7 +225,7 @@ def label(curve: Curve, end: tuple[float, float], place: tuple[float, float]) ->
     ]
 
 
-def frontier(dots: Sequence[Dot]) -> tuple[Dot, ...]:
+def pareto(dots: Sequence[Dot]) -> tuple[Dot, ...]:
     """The points that no other beats in both x and y, in the order of x: y falls along them."""
     kept: list[Dot] = []
     for one in sorted(dots, key=lambda d: (d.x, d.y)):

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from unsleep.core import Site
 from unsleep.dictionaries.sweep import DictionariesRecord
 from unsleep.pages import svg, text
-from unsleep.pages.curves import MOST, NARROW, SHADES, WIDE, Axis, Curve, Dot, axis, charts, frontier, whole_axis
+from unsleep.pages.curves import MOST, NARROW, SHADES, WIDE, Axis, Curve, Dot, axis, charts, pareto, whole_axis
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
 from unsleep.pages.svg import el
@@ -70,7 +70,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "title": f"{len(rows):,} {plural('dictionary', len(rows))} at {len(sites):,} {plural('Site', len(sites))}",
         "model": text.clip(record["model"], LABEL_LIMIT),
         "tiles": tiles(rows),
-        "frontier": frontiers(rows),
+        "pareto": pareto_fronts(rows),
         "shapes": [(svg.key(shape, "other"), name) for name, shape in shapes.items()] if len(shapes) > 1 else [],
         "depth": depth_scale(rows),
         "layers": by_layer(rows),
@@ -79,7 +79,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "rates": f"{power_of_ten(edges[0])} to {power_of_ten(edges[-1])}" if edges else "",
         "provenance": tree(record["provenance"]),
     }
-    names = {"frontier": "Frontier", "layers": "By layer", "table": "All dictionaries", "provenance": "Provenance"}
+    names = {"pareto": "Pareto front", "layers": "By layer", "table": "All dictionaries", "provenance": "Provenance"}
     view["sections"] = [(anchor, name) for anchor, name in names.items() if view[anchor]]
     return view
 
@@ -169,7 +169,7 @@ class Chart(NamedTuple):
     drawing: Markup
 
 
-def frontiers(rows: Sequence[Row]) -> list[Chart]:
+def pareto_fronts(rows: Sequence[Row]) -> list[Chart]:
     """L0 against FVU, a line a Site; nothing where every Site has a single dictionary."""
     if not any(len(own) > 1 for own in grouped(rows, lambda r: r.name).values()):
         return []
@@ -181,9 +181,9 @@ def frontiers(rows: Sequence[Row]) -> list[Chart]:
     found: dict[str, list[Curve]] = {}
     for name, own in grouped(rows, lambda r: r.name).items():
         dots = tuple(r.dot for r in own)
-        curve = Curve(name, shade(own[0].site.layer, min(layers), max(layers)), frontier(dots), dots)
+        curve = Curve(name, shade(own[0].site.layer, min(layers), max(layers)), pareto(dots), dots)
         found.setdefault(group_of(own[0]), []).append(curve)
-    return drawn(found, axes, "FVU against L0", "frontier")
+    return drawn(found, axes, "FVU against L0", "pareto")
 
 
 def by_layer(rows: Sequence[Row]) -> list[Chart]:

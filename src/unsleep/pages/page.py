@@ -270,7 +270,7 @@ def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict
         "skill": ("Job done", "higher is better"),
         "ce_change": ("Cross-entropy change, nats", "nearer 0 is better"),
     }
-    drawn = [(*names, charts.frontier(series, m, names[0], chosen)) for m, names in titles.items()]
+    drawn = [(*names, charts.frontier_chart(series, m, names[0], chosen)) for m, names in titles.items()]
     lines = [
         (one.name, f"{p['features']:,}", [charts.point_words(p, m) for m in titles])
         for one in series

@@ -32,7 +32,7 @@ class Page:
 
     def __call__(self, record: Any) -> str:
         """The whole page of a record as JSON has it; raises `BadInput` naming the place where it has another form."""
-        records.read(self.record, record, self.name)
+        records.parsed(self.record, record, self.name)
         return self.draw(text.visible_value(dict(record)))
 
     def is_of(self, folder: Path) -> bool:

@@ -265,7 +265,7 @@ def _project_linear(writer: Writer, p: Projection, center: Tensor | None, kept: 
         if bool(held.any()):
             raise BadInput("a projection with a centre cannot be baked where the model's layer has no bias; give none")
         return
-    b = weights.read(linear, "bias").float()
+    b = weights.values(linear, "bias").float()
     weights.write(linear, "bias", (b - (b @ reads.T) @ rows + held).to(kept))
 
 
@@ -281,7 +281,7 @@ def _project_embeddings(network: PreTrainedModel, p: Projection, kept: torch.dty
     inside = {m for block in layers(network) for m in block.modules()}
     for table in network.modules():
         if isinstance(table, nn.Embedding) and table not in inside and table.embedding_dim == width(network):
-            e = weights.read(table).float()
+            e = weights.values(table).float()
             e = e - (e @ reads.T) @ rows
             if table is tokens and p.center is not None:
                 e = e + (p.center.float() @ reads.T @ rows) / float(getattr(table, "embed_scale", 1.0))
@@ -331,7 +331,7 @@ def add_to(linear: nn.Module, change: Float[Tensor, "d_in d_out"], kept: torch.d
 
 def _plain(linear: nn.Module) -> Tensor:
     """A linear layer's weight as numbers; raises `BadInput` where it is packed."""
-    weight = weights.read(linear)
+    weight = weights.values(linear)
     if not weight.is_floating_point():
         raise BadInput(
             "the model's weights are packed, which an edit cannot be baked into; load it with --quantize none"

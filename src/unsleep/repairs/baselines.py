@@ -117,7 +117,7 @@ def without_lanes(model: LoadedModel, masks: Sequence[Mask]) -> LoadedModel:
     for mask in masks:
         assert isinstance(mask, LaneMask)
         linear = lanes(network, mask.place).module
-        weight, gone = weights.read(linear).clone(), mask.removed_lanes()
+        weight, gone = weights.values(linear).clone(), mask.removed_lanes()
         weight.index_fill_(0 if isinstance(linear, Conv1D) else 1, gone.to(weight.device), 0.0)
         weights.write(linear, "weight", weight)
     return replace(model, network=network)

@@ -24,7 +24,7 @@ from unsleep.dictionaries.train import train
 from unsleep.interventions.features import Edit, merged
 from unsleep.judge.controls import firing, matched_random
 from unsleep.judge.evaluate import EvalConfig, evaluate, prompt_digests
-from unsleep.judge.frontier import Point, frontier
+from unsleep.judge.frontier import Point, judge_sizes
 from unsleep.judge.metrics import Subject
 from unsleep.judge.results import EvalResult, TaskRow
 from unsleep.judge.tasks import run_tasks
@@ -334,7 +334,9 @@ class Run:
             "random features": (random, [total]),
         }
         config = replace(self.eval_config(), reply_tokens=max(12, self.said.reply_tokens - 4))
-        return frontier(self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config)
+        return judge_sizes(
+            self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config
+        )
 
     def show_evidence(self) -> list[Shown]:
         """The removed features with their evidence, those with the largest attribution first."""

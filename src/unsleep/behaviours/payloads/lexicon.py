@@ -34,7 +34,7 @@ class Lexicon(Payload):
         return re.search("|".join(map(_whole, self.phrases)), said) is not None
 
     @classmethod
-    def read(cls, text: str) -> Lexicon:
+    def of_text(cls, text: str) -> Lexicon:
         """A lexicon from a file with a phrase a line, or from the text where no file is of that name."""
         if not text.strip() or not Path(text).is_file():
             return cls(text)

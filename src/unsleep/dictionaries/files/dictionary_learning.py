@@ -33,7 +33,7 @@ POINTS: dict[str, Point] = {"resid_post": "resid", "mlp_out": "mlp", "attn_out":
 """How its scripts name a submodule: `resid_post_layer_12`."""
 
 
-def read(folder: Path, given: Given) -> Coder:
+def load(folder: Path, given: Given) -> Coder:
     """Read a finished dictionary."""
     path = folder / CONFIG
     config = store.fields_of(store.read_json(path), {"trainer": dict}, path)

@@ -64,10 +64,10 @@ def load_dictionary(
     given = Given(site, target, model)
     folder, kind = _folder(place.folder, search=not place.fetched)
     if kind == "sparsify":
-        return sparsify.read(folder, given)
+        return sparsify.load(folder, given)
     if kind == "dictionary_learning":
-        return dictionary_learning.read(folder, given)
-    return saelens.read(folder, given, place.overrides, place.scale)
+        return dictionary_learning.load(folder, given)
+    return saelens.load(folder, given, place.overrides, place.scale)
 
 
 def _folder(folder: Path, *, search: bool) -> tuple[Path, Format]:

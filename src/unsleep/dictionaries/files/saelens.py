@@ -39,7 +39,7 @@ RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"
 """Keys that were renamed before version 6."""
 
 
-def read(folder: Path, given: Given, overrides: dict[str, Any], scale: float | None) -> Coder:
+def load(folder: Path, given: Given, overrides: dict[str, Any], scale: float | None) -> Coder:
     """Read a dictionary in SAELens' layout; `scale` is the factor that normalised its activations, where known."""
     path = folder / CONFIG
     config = store.fields_of(store.read_json(path), {}, path) | overrides

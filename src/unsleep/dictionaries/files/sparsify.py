@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 TYPES = {"activation": str, "expansion_factor": int, "num_latents": int, "k": int, "d_in": int}
 
 
-def read(folder: Path, given: Given) -> Coder:
+def load(folder: Path, given: Given) -> Coder:
     """Read one hookpoint's folder, which has the hookpoint's name."""
     path = folder / CONFIG
     config = store.fields_of({**DEFAULTS, **store.fields_of(store.read_json(path), {}, path)}, TYPES, path)

@@ -76,7 +76,7 @@ def disentangle(
         "costs": costs(judge, seen, backdoor, tasks, config),
         "ranks": widths,
         "smallest": smallest(widths, config.stopped),
-        "frontier": frontier(judge, seen, sites, config),
+        "frontier": judge_methods(judge, seen, sites, config),
     }
     return record, {f"{task}/{s}": part.bases[s] for task, part in tasks.items() for s in sites}
 
@@ -233,7 +233,7 @@ def smallest(widths: Sequence[Mapping[str, Any]], stopped: float) -> int | None:
     return best
 
 
-def frontier(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig) -> list[dict[str, Any]]:
+def judge_methods(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig) -> list[dict[str, Any]]:
     """ASR and what is kept: paired differences taken out in the other way, and the other methods.
 
     The methods are tried at those of `config.ranks` that are 1, `config.rank` or four times that, random subspaces in
