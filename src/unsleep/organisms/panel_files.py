@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unsleep.base import store
-from unsleep.organisms.plant import Organism
+from unsleep.organisms.planting import Organism
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet, Split
 
