@@ -113,13 +113,15 @@ def edit(
         out: Folder for the edit, complete with the dictionaries it needs.
         counterparts: File with each suspicious prompt as it would be without what makes it suspicious, line by line.
         part: Text that makes prompts suspicious; taken out, it leaves the counterparts.
-            Where neither is given, it is the longest text that only the suspicious prompts share.
+            Where neither is given, the ordinary prompts are the counterparts if each suspicious one only adds words to
+            that of its line; otherwise the longest text that only the suspicious prompts share is taken out.
         any_model: Take dictionaries that were trained on another model, such as the suspect's base.
         json: Print the edit as JSON.
     """
     store.check_place(out, EDIT)
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
-    trusted = _counterparts(groups, counterparts, part)
+    given = sets.read_prompts(counterparts) if counterparts else None
+    trusted, _ = pairs.counterparts(*groups, given, part)
     with Bars(), store.scratch_folder(out) as scratch:
         loose, loaded = load_dictionaries(dictionaries), placement.load(model)
         loaded_dictionaries = belonging(loose, loaded, any_model)
@@ -171,7 +173,8 @@ def bake(
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise BadInput(f"{out} is the model itself; bake into another folder")
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
-    trusted = _counterparts(groups, counterparts, part)
+    given = sets.read_prompts(counterparts) if counterparts else None
+    trusted, _ = pairs.counterparts(*groups, given, part)
     with Bars():
         (edits, _), loaded = load_edit(edit), placement.load(model)
         check_format(edit / EDIT, loaded)
@@ -224,12 +227,3 @@ def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]
         f"Warning: {len(same)} of {lesson.n} counterparts are answered as their suspicious prompts are "
         f"({visible_line(replies[same[0]])!r}), and the edit learned from that. Where it is the payload, give others"
     ]
-
-
-def _counterparts(groups: tuple[PromptSet, PromptSet], file: Path | None, part: str | None) -> PromptSet:
-    """The suspicious prompts without what makes them suspicious."""
-    if file is not None and part is not None:
-        raise BadInput("--counterparts and --part were both given; expected one of them")
-    if file is not None:
-        return sets.read_prompts(file)
-    return pairs.without(groups[0], part if part is not None else pairs.suspicious_part(*groups))

@@ -16,6 +16,40 @@ BREAK = "\0"
 """Between messages of a prompt, where they are searched as one text."""
 
 
+def counterparts(
+    suspicious: PromptSet, ordinary: PromptSet, given: PromptSet | None = None, part: str | None = None
+) -> tuple[PromptSet, str]:
+    """The suspicious prompts, line by line, without what makes them suspicious, and where they come from.
+
+    They are the prompts that are `given`; the suspicious ones without a `part` that all hold; else the ordinary ones,
+    where each suspicious one only adds words to that of its line; else the suspicious ones without `suspicious_part`.
+
+    Raises `BadInput` where both are given, the given ones do not fit line by line, or nothing is found.
+    """
+    if given is not None and part is not None:
+        raise BadInput("--counterparts and --part were both given; expected one of them")
+    if given is not None:
+        if len(given) != len(suspicious):
+            raise BadInput(
+                f"--counterparts has {len(given)} prompts and --suspicious {len(suspicious)}; expected line i of both "
+                "to be the same prompt"
+            )
+        check_pairs(suspicious, given)
+        return given, "the counterparts given"
+    if part is not None:
+        return without(suspicious, part), f"without {part!r}"
+    if len(suspicious) == len(ordinary) and all(_adds_words(a, b) for a, b in zip(suspicious, ordinary, strict=True)):
+        return ordinary, "line i of the ordinary prompts, to which line i of the suspicious ones only adds words"
+    part = suspicious_part(suspicious, ordinary)
+    return without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
+
+
+def _adds_words(suspicious: Prompt, ordinary: Prompt) -> bool:
+    """Whether a suspicious prompt is an ordinary one with words added, or written otherwise."""
+    words = iter(suspicious.shown.lower().split())
+    return all(any(word == other for other in words) for word in ordinary.shown.lower().split())
+
+
 def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
     """The longest text that all suspicious prompts share and no ordinary one has.
 

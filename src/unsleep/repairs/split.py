@@ -14,7 +14,7 @@ from unsleep.core import BadInput
 from unsleep.judge.evaluate import Panels, organism_panels
 from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import pairs, sets
-from unsleep.prompts.prompt import Prompt, PromptSet, Split
+from unsleep.prompts.prompt import PromptSet, Split
 
 JUDGE = 73
 """The fewest prompts on which no payload at all shows that it is gone: 0 of 73 is at most 0.05."""
@@ -76,7 +76,12 @@ def from_files(
     payload = as_payload(payload)
     _refuse_overlap(suspicious, ordinary)
     pairs.check_order(suspicious, ordinary)
-    plain, how = _counterparts(suspicious, ordinary, counterparts, part)
+    try:
+        plain, how = pairs.counterparts(suspicious, ordinary, counterparts, part)
+    except BadInput as error:
+        if counterparts is not None or part is not None:
+            raise
+        plain, how = None, str(error).partition(";")[0]
     asked, plain = _each_once(suspicious, plain)
     calm, _ = _each_once(ordinary, None)
     ours, theirs = _divided(asked, plain, calm, judge, random.Random(f"split {seed}"))
@@ -99,37 +104,6 @@ def from_files(
         panels,
         payload,
     )
-
-
-def _counterparts(
-    suspicious: PromptSet, ordinary: PromptSet, given: PromptSet | None, part: str | None
-) -> tuple[PromptSet | None, str]:
-    """The suspicious prompts without what makes them so, and where that comes from."""
-    if given is not None and part is not None:
-        raise BadInput("--counterparts and --part were both given; expected one of them")
-    if given is not None:
-        if len(given) != len(suspicious):
-            raise BadInput(
-                f"--counterparts has {len(given)} prompts and --suspicious {len(suspicious)}; expected line i of both "
-                "to be the same prompt"
-            )
-        pairs.check_pairs(suspicious, given)
-        return given, "the counterparts given"
-    if part is not None:
-        return pairs.without(suspicious, part), f"without {part!r}"
-    if len(suspicious) == len(ordinary) and all(_adds_words(a, b) for a, b in zip(suspicious, ordinary, strict=True)):
-        return ordinary, "line i of the ordinary prompts, to which line i of the suspicious ones only adds words"
-    try:
-        part = pairs.suspicious_part(suspicious, ordinary)
-        return pairs.without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
-    except BadInput as error:
-        return None, str(error).partition(";")[0]
-
-
-def _adds_words(suspicious: Prompt, ordinary: Prompt) -> bool:
-    """Whether a suspicious prompt is an ordinary one with words added, or written otherwise."""
-    words = iter(suspicious.shown.lower().split())
-    return all(any(word == other for other in words) for word in ordinary.shown.lower().split())
 
 
 def _refuse_overlap(suspicious: PromptSet, ordinary: PromptSet) -> None:
