@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,25 +26,42 @@ class Standard(Coder):
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
-        """An L1 cost on activations, each weighted by its decoder row's norm."""
+        """The squared error and the cost of `penalize`."""
         pre = losses.encode(w, batch)
-        norms = w.dec.norm(dim=1)
-        slope = config.cost(step) / len(pre)
+        norms, slope = w.dec.norm(dim=1), config.cost(step) / len(pre)
         active = pre > 0
         n = sparse.count(active)
         if losses.is_sparse(n, active):
             code = sparse.code_where(pre, active)
-            code = code._replace(values=code.values.to(w.dec.dtype))
-            done = losses.sparse_pass(w, batch, pre, code, slope * norms[code.ids])
-            total = torch.zeros_like(norms).index_add_(0, code.ids, code.values)
+            ids, values = code.ids, code.values.to(w.dec.dtype)
+            of_f = torch.zeros_like(values)
+            of_norms = cls.penalize(
+                of_f, values, norms[ids], slope, lambda x: torch.zeros_like(norms).index_add_(0, ids, x)
+            )
+            done = losses.sparse_pass(w, batch, pre, code._replace(values=values), of_f)
         else:
             f = pre.relu()
             rebuilt = Dense(w, batch, f)
-            of_f = rebuilt.slopes.add_((slope * norms).to(f.dtype))
-            done = rebuilt.backward(pre, losses.threshold_backward(of_f, pre, 0), n)
-            total = losses.column_sums(f).to(w.dec.dtype)
-        done.grads["dec"] += (slope * total / norms.clamp_min(1e-12))[:, None] * w.dec
+            of_norms = cls.penalize(rebuilt.slopes, f, norms, slope, lambda x: losses.column_sums(x).to(w.dec.dtype))
+            done = rebuilt.backward(pre, losses.threshold_backward(rebuilt.slopes, pre, 0), n)
+        done.grads["dec"] += (of_norms / norms.clamp_min(1e-12))[:, None] * w.dec
         return done
+
+    @classmethod
+    def penalize(
+        cls, of_f: Tensor, f: Tensor, norms: Tensor, slope: float, summed: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, " feature"]:
+        """Add the cost's gradient by the activations to `of_f`; returns that by the norms of the decoder rows.
+
+        The cost is L1 on u = f · norm, at `slope` a unit of u.
+
+        Args:
+            f: activations, of every token and feature or only of those that fire.
+            norms: of their decoder rows.
+            summed: adds up what has the shape of `f`, feature by feature.
+        """
+        of_f.add_((slope * norms).to(f.dtype))
+        return slope * summed(f)
 
     in_saelens = SAELens("standard", transcoder="", activation="relu")
     in_dictionary_learning = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from unsleep.dictionaries import losses, sparse
 from unsleep.dictionaries.architectures.standard import Standard
-from unsleep.dictionaries.losses import Batch, Dense, Pass, Weights
 
 SATURATION = 1.0
 """About the activation, on normalised activations, over which the cost grows no more."""
@@ -24,27 +23,14 @@ class Tanh(Standard):
     """
 
     @classmethod
-    def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
-        """A cost of SATURATION · tanh(u / SATURATION) with u = f · norm of the decoder row; a small u costs u."""
-        pre = losses.encode(w, batch)
-        norms = w.dec.norm(dim=1)
-        slope = config.cost(step) / len(pre)
-        active = pre > 0
-        n = sparse.count(active)
-        if losses.is_sparse(n, active):
-            code = sparse.code_where(pre, active)
-            code = code._replace(values=code.values.to(w.dec.dtype))
-            of_u = slope * (1 - (code.values * norms[code.ids] / SATURATION).tanh().square())
-            done = losses.sparse_pass(w, batch, pre, code, of_u * norms[code.ids])
-            of_norm = torch.zeros_like(norms).index_add_(0, code.ids, of_u * code.values)
-        else:
-            f, wide = pre.relu(), norms.to(pre.dtype)
-            of_u = slope * (1 - (f * (wide / SATURATION)).tanh_().square_())
-            rebuilt = Dense(w, batch, f)
-            done = rebuilt.backward(pre, losses.threshold_backward(rebuilt.slopes.addcmul_(of_u, wide), pre, 0), n)
-            of_norm = losses.column_sums(of_u.mul_(f)).to(w.dec.dtype)
-        done.grads["dec"] += (of_norm / norms.clamp_min(1e-12))[:, None] * w.dec
-        return done
+    def penalize(
+        cls, of_f: Tensor, f: Tensor, norms: Tensor, slope: float, summed: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, " feature"]:
+        """A cost of SATURATION · tanh(u / SATURATION) with u = f · norm; a small u costs u."""
+        norms = norms.to(f.dtype)
+        of_u = (f * (norms / SATURATION)).tanh_().square_().neg_().add_(1).mul_(slope)
+        of_f.addcmul_(of_u, norms)
+        return summed(of_u.mul_(f))
 
     in_saelens = Standard.in_saelens._replace(borrowed=True)
     in_dictionary_learning = tuple(layout._replace(borrowed=True) for layout in Standard.in_dictionary_learning)
