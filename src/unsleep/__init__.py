@@ -6,13 +6,15 @@ Every stage is a function of the command's name; the nouns they pass along are i
 """
 
 from unsleep.activations.harvest import harvest, open_harvest
+from unsleep.base.context import reporting
+from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
-from unsleep.interventions.intervention import applied
-from unsleep.interventions.steering import steer
+from unsleep.interventions.intervention import Intervention, applied
+from unsleep.interventions.steering import Steering, steer
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
@@ -39,9 +41,11 @@ __all__ = [
     "Edit",
     "EvalResult",
     "Features",
+    "Intervention",
     "Job",
     "LoadConfig",
     "LoadedModel",
+    "Payload",
     "Projection",
     "Prompt",
     "PromptSet",
@@ -49,6 +53,7 @@ __all__ = [
     "RepairConfig",
     "Row",
     "Site",
+    "Steering",
     "applied",
     "bake",
     "diff",
@@ -71,6 +76,7 @@ __all__ = [
     "read_prompts",
     "repair",
     "report",
+    "reporting",
     "save_dictionary",
     "save_edit",
     "steer",
