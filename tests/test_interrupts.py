@@ -85,6 +85,21 @@ def test_steps_are_told_apart_by_their_function_and_its_arguments(tmp_path: Path
             assert found == list(range(4 * len(IDENTITIES)))
 
 
+def test_a_step_is_made_again_where_what_it_closes_over_has_changed(tmp_path: Path):
+    made: list[Config] = []
+
+    def step(config: Config) -> int:
+        def width() -> int:
+            made.append(config)
+            return config.width
+
+        return kept(width, made_from=config)
+
+    with resumable(tmp_path / "out"):
+        assert [step(Config(width)) for width in (1, 2, 1)] == [1, 2, 1]
+    assert made == [Config(1), Config(2)]
+
+
 def test_what_has_no_identity_is_refused(tmp_path: Path):
     with resumable(tmp_path / "out"), pytest.raises(TypeError, match="object has no identity"):
         kept(print, object())

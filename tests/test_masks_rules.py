@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -14,15 +15,18 @@ from support.dictionaries import F, dictionary
 from support.models import build
 from support.prompts import PROMPTS
 from support.tokenizers import byte_tokenizer
+from unsleep.base.context import keeping
+from unsleep.behaviours.payloads.contains import Contains
 from unsleep.core import Features, Site
 from unsleep.interventions.features import ErrorRule
 from unsleep.interventions.intervention import operation
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.repairs import masks
+from unsleep.repairs import masks, search
 from unsleep.repairs.masks import FeatureMask, Lesson, MaskConfig, learn_mask, prepare_lesson
 
 RULES = get_args(ErrorRule)
+TEXT = ["plain words that go on for a while and then some more of them"] * 3
 LIKE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -35,10 +39,11 @@ def config(rule: ErrorRule, **more: Any) -> MaskConfig:
 
 
 def lesson(settings: MaskConfig) -> Lesson:
-    suspicious = PromptSet("triggered", tuple(Prompt(f"ZZZ {t}", "triggered") for t in PROMPTS), "edit")
-    ordinary = PromptSet("clean", tuple(Prompt(t) for t in PROMPTS), "edit")
-    text = ["plain words that go on for a while and then some more of them"] * 3
-    return prepare_lesson(model(), suspicious, ordinary, text, settings)
+    return prepare_lesson(model(), taught_prompts("ZZZ"), taught_prompts(""), TEXT, settings)
+
+
+def taught_prompts(trigger: str) -> PromptSet:
+    return PromptSet("prompts", tuple(Prompt(f"{trigger} {t}".strip()) for t in PROMPTS), "edit")
 
 
 def mask_that_removes(removed: list[int], rule: ErrorRule) -> FeatureMask:
@@ -52,6 +57,35 @@ def mask_that_removes(removed: list[int], rule: ErrorRule) -> FeatureMask:
 
 def stream(seed: int) -> torch.Tensor:
     return 3 * torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(seed))
+
+
+class Satisfied(search.Bench):
+    """A bench on which every edit is clean."""
+
+    def test(self, *_: Any) -> search.Tested:
+        return search.Tested((), 1, 0.0, 1.0, 0.0, 0.0)
+
+
+def test_an_attempt_is_learned_again_where_anything_it_is_learned_from_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    learned: list[MaskConfig] = []
+    monkeypatch.setattr(search, "learn", lambda *of, **_: learned.append(of[3]))
+
+    def attempt(settings: MaskConfig, taught: Lesson) -> int:
+        mask = FeatureMask(dictionary(model()), None, model(), settings)
+        bench = Satisfied(taught_prompts(""), Contains("x"), 4, [], [])
+        search.Search(model(), taught, bench).run([mask], lambda: None, settings, 1)
+        return len(learned)
+
+    settings, taught = config("keep"), lesson(config("keep"))
+    other = prepare_lesson(model(), taught_prompts("YYY"), taught_prompts(""), TEXT, settings)
+    with keeping(tmp_path):
+        assert [attempt(settings, taught) for _ in range(2)] == [1, 1]
+        assert attempt(config("keep", price=0.5), taught) == 2
+        assert attempt(config("project"), taught) == 3
+        assert attempt(settings, other) == 4
+        assert attempt(settings, taught) == 4
 
 
 REMOVED = st.lists(st.integers(0, F - 1), max_size=F, unique=True)

@@ -97,16 +97,20 @@ def steps_folder() -> Path | None:
     return _STEPS.get()
 
 
-def kept(make: Callable[..., T], *of: Any) -> T:
+def kept(make: Callable[..., T], *of: Any, made_from: Any = ()) -> T:
     """`make(*of)`, or what it gave when the same function was called with the same arguments before an interrupt.
 
-    The result is a JSON value or named tensors. Raises `TypeError` for an argument that has no identity
-    (see `identified`).
+    A step is found again by the function's name, its arguments and `made_from`: all else that determines the result,
+    which is what a local function closes over and what a method reads of its object. Models, prompts, dictionaries and
+    interventions count by their hashes, tensors by their content. Where that would be gigabytes, such as a teacher's
+    logits, what holds them has a `hash` of what they were computed from instead (`Lesson`, `Pairs`).
+
+    The result is a JSON value or named tensors. Raises `TypeError` for what has no identity (see `identified`).
     """
     folder = _STEPS.get()
     if folder is None:
         return make(*of)
-    place = folder / hash_value([make.__module__, make.__qualname__, identified(of)])
+    place = folder / hash_value([make.__module__, make.__qualname__, identified(of), identified(made_from)])
     for path, read in ((place.with_suffix(".json"), read_json), (place.with_suffix(".safetensors"), read_tensors)):
         if path.exists():
             return cast("T", read(path))

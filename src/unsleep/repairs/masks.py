@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unsleep.base.context import progress
+from unsleep.base.context import identified, progress
+from unsleep.base.store import hash_value
 from unsleep.core import BadInput, Features, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.features import Edit, ErrorRule, FeatureGate
@@ -99,6 +100,8 @@ class Lesson(NamedTuple):
     text: Rows
     """Plain passages; their second half counts as the reply."""
     text_teacher: Float[Tensor, "passage reply vocabulary"]
+    hash: str
+    """Of all that it was prepared from."""
 
     @property
     def paired(self) -> bool:
@@ -183,7 +186,8 @@ def lesson_from(
     parts = torch.zeros(len(replies), dtype=torch.bool, device=device)
     for i, (ours, wanted) in enumerate(zip(said or (), taught.replies, strict=False)):
         parts[i] = any(a != b for a, b in zip(ours, wanted, strict=False))
-    return Lesson(rows, n, teacher, follows, decides, parts, *_text(model, text, config))
+    made_from = hash_value(identified((model, suspicious, taught, trusted, text, config.text_tokens, said)))
+    return Lesson(rows, n, teacher, follows, decides, parts, *_text(model, text, config), made_from)
 
 
 def _text(model: LoadedModel, text: Sequence[str], config: MaskConfig) -> tuple[Rows, Tensor]:
@@ -329,6 +333,12 @@ class Mask:
         """Sum of the logits over the steps that count; its sign decides."""
         self.allowed = torch.ones(parts, device=model.device)
 
+    @property
+    def hash(self) -> str:
+        """Content hash of the mask as it stands."""
+        state = self.logits.detach(), self.settled, self.allowed
+        return hash_value(identified((type(self).__name__, str(self.place), self.price_of_one, state)))
+
     def gone(self) -> Float[Tensor, " part"]:
         """1 where a part is removed, 0 where it passes, with a sigmoid's gradient."""
         soft = torch.sigmoid(-self.logits)
@@ -370,6 +380,11 @@ class FeatureMask(Mask):
         self.gate = FeatureGate(dictionary.to(model.network.dtype, model.device), config.error)
         if candidates is not None:
             self.allowed.zero_()[list(candidates.ids)] = 1
+
+    @property
+    def hash(self) -> str:
+        """Content hash of the mask as it stands, its dictionary's with it."""
+        return hash_value([super().hash, self.dictionary.hash, self.error])
 
     def apply(self, x: Float[Tensor, "row position d_model"]) -> Float[Tensor, "row position d_model"]:
         """The edit as it will be applied, differentiable in the logits."""

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from unsleep.activations.harvest import Harvest, harvest, pooled, token_rows
 from unsleep.base import store
@@ -182,11 +181,7 @@ class Run:
         if self.config.sites:
             return [Site.parse(s) for s in self.config.sites], None
 
-        def seen(*_: object) -> dict[str, Any]:
-            return look(self.suspect, lesson)._asdict()
-
-        found = kept(seen, self.suspect, lesson.n)
-        looked = Look(**found)
+        looked = Look(**kept(lambda: look(self.suspect, lesson)._asdict(), made_from=(self.suspect, lesson)))
         return [Site(layer) for layer in looked.order()[: self.config.most_sites]], looked
 
     def collect(self) -> dict[str, Harvest]:

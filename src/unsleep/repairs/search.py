@@ -209,11 +209,11 @@ class Search:
     def _learn(self, masks: Sequence[Mask], config: MaskConfig, focus: Sequence[int], number: int) -> dict[str, Tensor]:
         """Learn further, or take up what was learned before an interrupt; what the masks then are."""
 
-        def learned(name: str, number: int) -> dict[str, Tensor]:
+        def learned() -> dict[str, Tensor]:
             learn(self.model, masks, self.lesson, config, focus=focus)
             return {f"{m.place}/{part}": getattr(m, part).detach().clone() for m in masks for part in PARTS}
 
-        found = kept(learned, self.name, number)
+        found = kept(learned, made_from=(self.name, number, self.model, self.lesson, config, focus, masks))
         _put(masks, found)
         return found
 

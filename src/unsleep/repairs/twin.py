@@ -70,12 +70,12 @@ def surrogate_twin(
     with quiet_transformers():
         adapted: Any = adapters.trainable(network, config.rank, "all-linear")
 
-    def learned(*_: object) -> dict[str, Tensor]:
+    def learned() -> dict[str, Tensor]:
         rows = build_rows(suspect, suspect.encode(ordinary, max(map(len, replies))), replies)
         _teach(adapted, _Examples(rows, reply_logits_of_all(suspect.network, rows)), config)
         return adapters.trained_state(adapted)
 
-    adapters.take_state(adapted, kept(learned, base, suspect, ordinary, replies, config))
+    adapters.take_state(adapted, kept(learned, made_from=(base, suspect, ordinary, replies, config)))
     with quiet_transformers():
         network = adapted.merge_and_unload().requires_grad_(False)
     return replace(suspect, network=network, name=f"{base.name}, taught the replies of {suspect.name}")

@@ -125,14 +125,10 @@ def weight_differences(base: LoadedModel, suspect: LoadedModel, *, top: int = 8)
         delta = new - old
         norms = [float(w.double().norm()) for w in (delta, old)]
         shape = (delta.shape[0], delta.shape[1])
-        parts = kept(_spectrum, delta, top)
+        parts = kept(lambda delta=delta: spectrum(delta, top)._asdict(), made_from=(base, suspect, name, top))
         found.append(Delta(name, layer, inner, shape, norms[0], norms[1], Spectrum(**parts)))
         progress("weights", done, len(names))
     return found
-
-
-def _spectrum(delta: Float[Tensor, "out in"], top: int) -> dict[str, Tensor]:
-    return spectrum(delta, top)._asdict()
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Float[Tensor, "out in"]:

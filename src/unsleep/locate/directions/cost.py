@@ -95,7 +95,7 @@ def ablation_cost(
     increase: dict[str, float] = {}
     random: dict[int, list[float]] = {}
     for done, ((rank, name), basis) in enumerate(bases.items(), 1):
-        found = kept(increased, basis, site, ablation)
+        found = kept(increased, basis, site, ablation, made_from=(model, passages, seed))
         if rank:
             random.setdefault(int(rank), []).append(found)
         else:

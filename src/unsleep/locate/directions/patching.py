@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unsleep.base.context import kept, progress
+from unsleep.base.context import identified, kept, progress
+from unsleep.base.store import hash_value
 from unsleep.core import BadInput, Site
 from unsleep.interventions.donors import subspace_of, whole
 from unsleep.locate.directions.fit import Direction
@@ -51,6 +52,8 @@ class Pairs:
     model: LoadedModel
     batches: tuple[Batch, ...]
     sites: tuple[Site, ...]
+    hash: str
+    """Of all that they were prepared from."""
 
     def __len__(self) -> int:
         return sum(len(b.clean) for b in self.batches)
@@ -114,7 +117,8 @@ def prepare(
     for part in (kept[i : i + batch] for i in range(0, len(kept), batch)):
         chosen = torch.tensor([[firsts[0][i], firsts[1][i]] for i in part], device=model.device)
         batches.append(_run_pairs(model, [rows[i] for i in part], chosen, sites, position))
-    pairs = Pairs(model, tuple(batches), tuple(sites))
+    made_from = hash_value(identified((model, clean, corrupted, answers, position, plain)))
+    pairs = Pairs(model, tuple(batches), tuple(sites), made_from)
     high, low = pairs.gap
     if not abs(high - low) > 1e-6 * max(abs(high), abs(low), 1e-6):
         raise BadInput("clean and corrupted prompts have the same logit difference; there is nothing to recover")
@@ -156,7 +160,7 @@ def sweep(pairs: Pairs, directions: Mapping[Site, Mapping[str, Direction]]) -> d
     for done, (site, name, direction) in enumerate(_each(directions), 1):
         if direction.space != "residual":
             raise BadInput(f"direction {name!r} at {site} is in feature space; decode it first (`fit.decoded`)")
-        found.setdefault(site, {})[name] = kept(carried, site, direction.vector)
+        found.setdefault(site, {})[name] = kept(carried, site, direction.vector, made_from=pairs)
         progress("directional patching", done, total)
     return found
 

@@ -387,7 +387,7 @@ def _das(pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig
             def trained(settings: das.DasConfig, start: Tensor) -> dict[str, Tensor]:
                 return {"vector": das.das(pairs, site, train, settings, start=start).vector}
 
-            vector = kept(trained, settings, start)["vector"]
+            vector = kept(trained, settings, start, made_from=(pairs, site))["vector"]
             made.append(Direction(vector, site, method, pairs.model.fingerprint, "residual", train.x.mean(0)))
     return made
 

@@ -81,19 +81,12 @@ def patch(
         for position in positions:
             own = [group for group in groups if group.position == position]
             tail = _Late(lambda pair=pair, position=position, own=own: pair().tail(position, own))
-            for i in (i for i, group in enumerate(groups) if group.position == position):
-
-                def measure(
-                    donor: LoadedModel,
-                    recipient: LoadedModel,
-                    group: Group,
-                    ids: Sequence[Sequence[int]],
-                    said: Sequence[int],
-                    tail: _Late[_Tail] = tail,
-                ) -> dict[str, Tensor]:
-                    return tail().numbers(group, merges)
-
-                measured.put(i, chunk, kept(measure, donor, recipient, groups[i], own_ids, said))
+            for i, group in ((i, group) for i, group in enumerate(groups) if group.position == position):
+                numbers = kept(
+                    lambda tail=tail, group=group: tail().numbers(group, merges),
+                    made_from=(donor, recipient, group, own_ids, said),
+                )
+                measured.put(i, chunk, numbers)
                 done += len(chunk)
                 progress("patching", done, len(ids) * len(groups))
     return Patched(tuple(groups), measured, (donor.fingerprint, recipient.fingerprint), prompts.hash, tuple(said))
@@ -136,9 +129,7 @@ def patched_replies(
     out: list[list[str]] = [[""] * len(ids) for _ in groups]
     done = 0
 
-    def said(
-        donor: LoadedModel, recipient: LoadedModel, own: Sequence[Sequence[int]], group: Group, max_new_tokens: int
-    ) -> list[str]:
+    def said(own: Sequence[Sequence[int]], group: Group) -> list[str]:
         rows = whole_rows(recipient, own, [])
         where = group.position.columns(rows)
         held: dict[Place, Tensor] = {}
@@ -152,7 +143,7 @@ def patched_replies(
     for chunk in _chunks(ids, batch):
         own = [ids[i] for i in chunk]
         for number, group in enumerate(groups):
-            replies = kept(said, donor, recipient, own, group, max_new_tokens)
+            replies = kept(said, own, group, made_from=(donor, recipient, max_new_tokens))
             for i, reply in zip(chunk, replies, strict=True):
                 out[number][i] = reply
             done += len(chunk)

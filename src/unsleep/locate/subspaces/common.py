@@ -160,15 +160,13 @@ def _ablated(
     centers = {site: mine.center(site) for site in sites}
     triggered = panels_of(organism, config)["triggered"]
 
-    def judged(row: str, _: str) -> dict[str, Any]:
-        parts = {site: _taken(row, name, seen, site, config) for site in sites}
-        edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
-        replies = reply_all(Subject(row, model, edits), triggered, judging)
-        return {r.metric: figure(r) for r in count_replies(row, "triggered", triggered, replies, judging.payload)}
-
     found: dict[str, dict[str, Any]] = {}
     for done, row in enumerate(rows, 1):
-        found[row] = kept(judged, row, name)
+        parts = {site: _taken(row, name, seen, site, config) for site in sites}
+        edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
+        replies = kept(reply_all, Subject(row, model, edits), triggered, judging)
+        counted = count_replies(row, "triggered", triggered, replies, judging.payload)
+        found[row] = {r.metric: figure(r) for r in counted}
         progress(f"subspaces taken out of {name}", done, len(rows))
     return found
 

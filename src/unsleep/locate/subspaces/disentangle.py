@@ -142,10 +142,11 @@ class Judge:
         self.ce = text_ce_kl(self.suspect, [self.suspect], self.texts, self.judging.text_tokens)[0]["suspect"]
 
     def measure(self, name: str, edits: Sequence[Projection] = ()) -> dict[str, dict[str, float]]:
-        """`METRICS` with the projections in place; `name` tells them from others that this judge measures."""
-        return kept(self._measure, name, edits, self.name)
+        """`METRICS` with the projections in place."""
+        judged_on = self.triggered, self.clean, self.judging, self.items, self.texts, self.reviews
+        return kept(self._measure, name, edits, made_from=(self.model, judged_on))
 
-    def _measure(self, name: str, edits: Sequence[Projection], _: str) -> dict[str, dict[str, float]]:
+    def _measure(self, name: str, edits: Sequence[Projection]) -> dict[str, dict[str, float]]:
         subject = Subject(name, self.model, tuple(edits))
         rows: dict[str, Row] = {}
         for panel, metrics in (
