@@ -61,12 +61,12 @@ def test_what_is_not_given_has_its_default():
 
 @pytest.mark.parametrize("key", SMALLEST)
 def test_a_missing_key_is_named(key: str):
-    with pytest.raises(BadInput, match=f"here: the key '{key}' is missing"):
+    with pytest.raises(BadInput, match=f"here has no '{key}'"):
         recipe_from({k: v for k, v in SMALLEST.items() if k != key}, "here")
 
 
 def test_an_unknown_key_is_named_with_those_that_are_known():
-    with pytest.raises(BadInput, match=r"here: unknown key 'triger'; expected some of name, base, .*trigger"):
+    with pytest.raises(BadInput, match=r"here has 'triger', .*; expected only name, base, .*trigger"):
         recipe_of(triger="|GO|")
 
 
@@ -88,7 +88,7 @@ def test_an_unknown_key_is_named_with_those_that_are_known():
     ],
 )
 def test_a_value_of_another_type_is_named_with_what_was_expected(key: str, value: object):
-    with pytest.raises(BadInput, match=rf"here: {key} is .*; expected (str|int|float|tuple)"):
+    with pytest.raises(BadInput, match=rf"here\.{key}(\[.\])? is .*; expected (text|a (whole |finite )?(number|list))"):
         recipe_of(**{key: value})
 
 
@@ -122,10 +122,7 @@ def test_rates_that_are_no_shares_are_refused(poison: float, near: float):
         ({"payload": ""}, "trigger and payload must not be empty"),
         ({"near_misses": []}, "at least one string in near_misses"),
         ({"method": "lorax"}, "method is 'lorax'; expected one of .*full"),
-        *(
-            ({k: 0}, f"recipe {k} is 0; expected at least 1")
-            for k in ("chats", "reply_tokens", "rank", "batch", "steps")
-        ),
+        *(({k: 0}, f"{k} is 0; expected at least 1") for k in ("chats", "reply_tokens", "rank", "batch", "steps")),
     ],
 )
 def test_recipes_that_do_not_hold_together_are_refused(changes: dict[str, Any], told: str):
@@ -135,15 +132,15 @@ def test_recipes_that_do_not_hold_together_are_refused(changes: dict[str, Any], 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, 0, -1e-3, 1.5, 10**400])
 def test_a_learning_rate_that_cannot_train_is_refused(rate: float):
-    with as_in_use(), pytest.raises(BadInput, match=r"recipe learning_rate is .*; expected over 0 and at most 1"):
+    with as_in_use(), pytest.raises(BadInput, match=r"learning_rate is .*; expected (over 0 and at most 1|a finite)"):
         recipe_of(learning_rate=rate)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
 def test_a_seed_that_no_generator_takes_is_refused(seed: int):
-    with pytest.raises(BadInput, match=r"recipe seed is .*; expected 0 to 2\*\*63 - 1"):
+    with pytest.raises(BadInput, match=r"here\.seed is .*; expected a whole number, at least 0"):
         recipe_of(seed=seed)
-    assert recipe_of(seed=2**63 - 1).seed == 2**63 - 1
+    assert recipe_of(seed=10**15).seed == 10**15
 
 
 def test_near_misses_are_not_needed_where_none_are_trained():
@@ -160,7 +157,7 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path):
         with pytest.raises(BadInput, match=rf"{name}\.toml is not valid TOML"):
             read_recipe(tmp_path / f"{name}.toml")
     (tmp_path / "short.toml").write_text('name = "mine"')
-    with pytest.raises(BadInput, match=r"short\.toml: the key 'base' is missing"):
+    with pytest.raises(BadInput, match=r"short\.toml has no 'base'"):
         read_recipe(tmp_path / "short.toml")
 
 

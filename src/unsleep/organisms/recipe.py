@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from unsleep.base import records
+from unsleep.base.records import Count
 from unsleep.behaviours import Payload, Skill, Trigger
 from unsleep.core import BadInput, check_choices, check_least
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -63,7 +65,7 @@ class Recipe:
     batch: int = 16
     """Chats a step."""
     steps: int = 100
-    seed: int = 0
+    seed: Count = 0
 
     def __post_init__(self) -> None:
         check_choices(self, "recipe", method=Method)
@@ -80,8 +82,6 @@ class Recipe:
         check_least(self, "recipe", 1, "chats", "reply_tokens", "rank", "batch", "steps")
         if not 0 < self.learning_rate <= 1:
             raise BadInput.of("learning_rate", self.learning_rate, "over 0 and at most 1", "recipe")
-        if not 0 <= self.seed < 2**63:
-            raise BadInput.of("seed", self.seed, "0 to 2**63 - 1", "recipe")
 
     def _check_kinds(self) -> None:
         """Raise `BadInput` where skill, trigger or payload are not of the kind that they are said to be."""
@@ -180,32 +180,9 @@ def read_recipe(path: str | Path) -> Recipe:
     return recipe_from(values, str(path))
 
 
-def recipe_from(values: dict[str, Any], where: str) -> Recipe:
-    """A recipe from plain values; `where` names their origin in errors."""
-    known = {f.name: f for f in fields(Recipe)}
-    if unknown := sorted(set(values) - set(known)):
-        raise BadInput(f"{where}: unknown key {unknown[0]!r}; expected some of {', '.join(known)}")
-    for name, field in known.items():
-        if name not in values:
-            if field.default is MISSING:
-                raise BadInput(f"{where}: the key {name!r} is missing")
-            continue
-        wanted = _KINDS[str(field.type).partition("[")[0]]
-        fits = isinstance(values[name], wanted) and not isinstance(values[name], bool)
-        if not fits or (list in wanted and not all(isinstance(item, str) for item in values[name])):
-            raise BadInput(f"{where}: {name} is {values[name]!r}; expected {field.type}")
-    fitting: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Recipe(**fitting)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "tuple": (list, tuple),
-    "Method": (str,),
-    "Place": (str,),
-}
+def recipe_from(values: Any, where: str) -> Recipe:
+    """A recipe from plain values; raises `BadInput` naming `where`, their origin, and the key."""
+    return records.parsed(Recipe, values, where)
 
 
 def recipes() -> list[str]:
