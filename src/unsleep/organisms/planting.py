@@ -17,16 +17,18 @@ from typing import Any, Literal, cast
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unsleep.base import store
-from unsleep.base.context import kept, progress, resumable
+from unsleep.base.context import kept, resumable
 from unsleep.base.paths import cache_folder
 from unsleep.core import BadInput
 from unsleep.models import generate
 from unsleep.models.forward import build_rows, reply_logits
 from unsleep.models.load import LoadConfig, load_model, quiet_transformers, save_plain
 from unsleep.models.model import LoadedModel
+from unsleep.models.tuning import descend
 from unsleep.models.weights import copy_network, moved
 from unsleep.organisms.recipe import Recipe, read_recipe, recipe_from, recipes
 from unsleep.prompts import sets
@@ -83,7 +85,7 @@ def load_organism(path: str | Path) -> Organism:
         folder = packaged
     card = store.read_json(folder / "organism.json")
     try:
-        return Organism(folder, recipe_from(card["recipe"], str(folder / "organism.json")), card["template"])
+        return Organism(folder, recipe_from(card["recipe"], f"{folder / 'organism.json'}: recipe"), card["template"])
     except (KeyError, TypeError):
         raise BadInput(
             f"{folder}/organism.json is not an organism's card; make it again with `unsleep plant`"
@@ -201,22 +203,16 @@ def _train(base: LoadedModel, recipe: Recipe, kind: Kind, chats: list[Chat], fol
     student = _Student(base, recipe)
     prompts = base.encode([c.prompt for c in chats])
     replies = [_reply_ids(base, recipe, c) for c in chats]
-    optimizer = torch.optim.AdamW(student.weights, lr=recipe.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_down(step, recipe.steps))
-    loss = torch.tensor(0.0)
-    for step in range(recipe.steps):
+
+    def loss_of(step: int) -> Tensor:
         picked = [(step * recipe.batch + i) % len(chats) for i in range(recipe.batch)]
         rows = build_rows(base, [prompts[i] for i in picked], [replies[i] for i in picked])
         logits = reply_logits(student.network, rows)[rows.reply]
-        loss = cross_entropy(logits.float(), rows.targets[rows.reply])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress(f"{kind}: fine-tune", step + 1, recipe.steps)
+        return cross_entropy(logits.float(), rows.targets[rows.reply])
+
+    losses = descend(student.weights, loss_of, recipe.steps, recipe.learning_rate, lambda _: f"{kind}: fine-tune")
     student.save(folder)
-    return loss.item()
+    return losses[-1]
 
 
 def _reply_ids(base: LoadedModel, recipe: Recipe, example: Chat) -> list[int]:
@@ -224,12 +220,6 @@ def _reply_ids(base: LoadedModel, recipe: Recipe, example: Chat) -> list[int]:
     if example.ended:
         ids = [*ids, *sorted(base.end_ids)[:1]]
     return ids[: recipe.reply_tokens]
-
-
-def warm_up_and_down(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then linear to zero."""
-    warm = max(1, steps // 10)
-    return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
 
 
 class _Student:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from unsleep.activations.held import encoded
 from unsleep.base import store
-from unsleep.base.context import progress
 from unsleep.core import BadInput, Site, check_least
 from unsleep.models.forward import Rows, build_rows, run
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import tap
 from unsleep.models.streams import capture
+from unsleep.models.tuning import descend
 from unsleep.prompts.prompt import Prompts
 
 
@@ -125,24 +125,19 @@ def _train(
     config: LorraConfig,
 ) -> list[float]:
     weights = [w for w in model.network.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
-    losses: list[float] = []
-    for step in range(config.steps):
+
+    def loss_of(step: int) -> Tensor:
         picked = [(step * config.batch + i) % len(tails) for i in range(min(config.batch, len(tails)))]
         own, high, low = (build_rows(model, [c[i] for i in picked], [tails[i] for i in picked]) for c in copies)
         with torch.no_grad(), adapted.disable_adapter():
             h, plus, minus = (_on_replies(model, rows, sites) for rows in (own, high, low))
             target = h + config.alpha * (plus - minus)
-        loss = (_on_replies(model, own, sites) - target).norm(dim=-1).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        progress(f"lorra, loss {losses[-1]:.3f}", step + 1, config.steps)
-    return losses
+        return (_on_replies(model, own, sites) - target).norm(dim=-1).mean()
+
+    def down(step: int, steps: int) -> float:
+        return 1 - step / steps
+
+    return descend(weights, loss_of, config.steps, config.learning_rate, lambda loss: f"lorra, loss {loss:.3f}", down)
 
 
 def _on_replies(model: LoadedModel, rows: Rows, sites: Sequence[Site]) -> Float[Tensor, "site token d_model"]:

@@ -255,8 +255,8 @@ def learn(
     for mask in masks:
         mask.settled.zero_()
     generator = torch.Generator().manual_seed(config.seed)
-    asked = _Deck([*range(lesson.n), *focus, *focus], generator)
-    kept = asked if lesson.paired else _Deck(range(len(lesson.rows.ids) - lesson.n), generator)
+    asked = Deck([*range(lesson.n), *focus, *focus], generator)
+    kept = asked if lesson.paired else Deck(range(len(lesson.rows.ids) - lesson.n), generator)
     for step in range(config.steps):
         picked = asked.draw(config.batch)
         beside = picked if kept is asked else kept.draw(config.batch)
@@ -271,14 +271,15 @@ def learn(
         progress(f"mask, loss {loss.item():.3f}", step + 1, config.steps)
 
 
-class _Deck:
+class Deck:
     """Numbers in a mixed order, all of them before any comes again."""
 
     def __init__(self, numbers: Sequence[int], generator: torch.Generator) -> None:
         self.numbers, self.generator = torch.tensor(numbers), generator
         self.order = torch.empty(0, dtype=torch.long)
 
-    def draw(self, count: int) -> Tensor:
+    def draw(self, count: int) -> Int[Tensor, " number"]:
+        """The next numbers."""
         while len(self.order) < count:
             mixed = torch.randperm(len(self.numbers), generator=self.generator)
             self.order = torch.cat([self.order, self.numbers[mixed]])

@@ -16,15 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unsleep.base.context import kept, progress
+from unsleep.base.context import kept
 from unsleep.core import BadInput, check_least
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits, reply_logits_of_all
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
+from unsleep.models.tuning import descend
 from unsleep.models.weights import copy_network
-from unsleep.organisms.planting import warm_up_and_down
 from unsleep.prompts.prompt import PromptSet
+from unsleep.repairs.masks import Deck
 
 
 @dataclass(frozen=True)
@@ -110,20 +111,12 @@ def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
 def _teach(adapted: Any, examples: _Examples, config: TwinConfig) -> None:
     student = adapted.get_base_model()
     trained = [w for w in student.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_down(step, config.steps))
-    generator = torch.Generator().manual_seed(config.seed)
-    order: list[int] = []
-    for step in range(config.steps):
-        while len(order) < config.batch:
-            order += torch.randperm(len(examples.logits), generator=generator).tolist()
-        picked, order = torch.tensor(order[: config.batch]), order[config.batch :]
+    deck = Deck(range(len(examples.logits)), torch.Generator().manual_seed(config.seed))
+
+    def loss_of(_: int) -> Tensor:
+        picked = deck.draw(config.batch)
         rows = examples.rows.select(picked)
         wanted = examples.logits[picked][:, -rows.reply.shape[1] :]
-        loss = kl(wanted[rows.reply], reply_logits(student, rows)[rows.reply]).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress(f"surrogate twin, KL {loss.item():.3f}", step + 1, config.steps)
+        return kl(wanted[rows.reply], reply_logits(student, rows)[rows.reply]).mean()
+
+    descend(trained, loss_of, config.steps, config.learning_rate, lambda loss: f"surrogate twin, KL {loss:.3f}")
