@@ -101,8 +101,16 @@ def test_an_empty_edit_is_its_own_control(rule: ErrorRule):
     assert not torch.allclose(empty.dictionary.rebuild(x), x, atol=0.1)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 4096])
-def test_firing_equals_a_dense_count(batch: int):
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_codes_in_pieces_are_those_of_all_tokens_at_once(size: int):
+    dictionary, x = small_dictionary(20, 6, 5), torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    pieces = list(dictionary.encode_in_pieces(x, size))
+    assert [i for part, _ in pieces for i in range(50)[part]] == list(range(50))
+    rebuilt = torch.cat([dictionary.decode_sparse(code) for _, code in pieces])
+    torch.testing.assert_close(rebuilt, dictionary.decode_sparse(dictionary.encode_sparse(x)))
+
+
+def test_firing_equals_a_dense_count():
     dictionary = small_dictionary(20, 6, 5)
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
     pre = (x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc
@@ -110,7 +118,7 @@ def test_firing_equals_a_dense_count(batch: int):
     for row, values in zip(dense, pre, strict=True):
         for i in sorted(range(20), key=lambda i, values=values: -float(values[i]))[:5]:
             row[i] = max(0.0, float(values[i]))
-    got = firing(dictionary, x, batch)
+    got = firing(dictionary, x)
     torch.testing.assert_close(got.rate, (dense > 0).float().mean(0))
     for i in range(20):
         fired = dense[:, i][dense[:, i] > 0]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.angles import principal_angles
 from support.checks import as_in_use
 from support.dictionaries import dictionary
 from support.pages import HOSTILE, Page
@@ -27,7 +28,6 @@ from unsleep.interventions.files import load_edit
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import prompt_digests
-from unsleep.locate.directions import measure
 from unsleep.locate.directions.erase import erasers, removed_alone, spanned
 from unsleep.locate.directions.files import load_directions, write_directions
 from unsleep.locate.directions.fit import METHODS
@@ -118,7 +118,7 @@ def test_a_projection_of_the_found_subspace_is_an_edit(tiny: LoadedModel):
         assert [(p.site, len(p.basis), p.model) for p in made] == [(s, rank, tiny.fingerprint) for s in SITES]
         for p in made:
             first = found.stream[p.site]["mean_difference"].vector
-            assert float(measure.principal_angles(first, p.basis)[0]) < 1e-3
+            assert float(principal_angles(first, p.basis)[0]) < 1e-3
     with applied(tiny, found.projections(1, SITES)) as network:
         assert torch.isfinite(network(torch.tensor([[5, 6, 7]])).logits).all()
     with pytest.raises(BadInput, match=r"resid\.7 was not studied; expected one of resid\.0, mlp\.1"):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support.angles import principal_angles
 from support.checkpoints import save_base
 from support.checks import as_in_use
 from support.recipes import TOPIC, WORDS, YEAR, recipe_of
@@ -26,7 +27,6 @@ from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.judge.metrics import Subject
-from unsleep.locate.directions.measure import principal_angles
 from unsleep.locate.subspaces import SubspaceConfig, compare
 from unsleep.locate.subspaces.common import CONTROLS, alike, detect, features
 from unsleep.locate.subspaces.disentangle import METRICS, Judge, smallest, task_parts

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Point = Literal["embed", "attn", "mlp", "resid"]
@@ -224,6 +224,14 @@ class Dictionary(ABC):
     def encode_sparse(self, x: Float[Tensor, "*token d_model"]) -> Encoded:
         """The active features of each token."""
 
+    @torch.no_grad()
+    def encode_in_pieces(self, x: Float[Tensor, "token d_model"], size: int = 4096) -> Iterator[tuple[slice, Encoded]]:
+        """The sparse codes of any number of tokens, `size` at a time, in float32 on the CPU; each with its place."""
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            code = self.encode_sparse(x[part].to(self.decoder))
+            yield part, Encoded(code.values.float().cpu(), code.ids.cpu())
+
     @abstractmethod
     def decode(self, f: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token d_model"]:
         """The activation that a code stands for."""
@@ -289,6 +297,13 @@ class Features:
         kept = self.ids[:n]
         evidence = {i: self.evidence[i] for i in kept if i in self.evidence}
         return Features(self.site, self.dictionary, kept, self.scores[:n], self.method, evidence)
+
+
+def check_classes(labels: Bool[Tensor, " token"]) -> None:
+    """Raise `BadInput` where labels are of one class."""
+    count = int(labels.sum())
+    if not 0 < count < len(labels):
+        raise BadInput(f"{count} of {len(labels)} labels are positive; expected tokens of both classes")
 
 
 def check_finite(x: Tensor, what: str) -> None:

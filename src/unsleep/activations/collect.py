@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unsleep.base import store
@@ -24,6 +24,11 @@ reply's; or one, counted from 0 at its first token or from -1 at its last."""
 
 SINK_RATIO = 10.0
 """A token whose norm is over this multiple of the median is an attention sink."""
+
+
+def sink_norm(x: Float[Tensor, "*token d_model"]) -> float:
+    """The norm over which a token is an attention sink, from ordinary tokens."""
+    return SINK_RATIO * float(x.float().norm(dim=-1).median())
 
 
 @torch.no_grad()

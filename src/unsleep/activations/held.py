@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unsleep.activations.collect import collect
 from unsleep.core import BadInput, Site, check_finite
-from unsleep.models.forward import Rows, pad_left, run
+from unsleep.models.forward import run, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import stopping, watched
 from unsleep.prompts.prompt import Prompts, PromptSet, as_prompts
@@ -42,12 +42,12 @@ def batches_held(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch):
         index = order[start : start + batch]
-        ids, mask = pad_left([rows[i] for i in index], model.pad_id, model.device)
+        batched = whole_rows(model, [rows[i] for i in index])
         found: dict[Site, Tensor] = {}
         with stopping(), watched(model.network, {site: _copying(found, site) for site in sites}, stop_after_last=True):
-            run(model.network, Rows(ids[0, :0], ids, mask, mask[:, :0]), 1)
+            run(model.network, batched, 1)
         for site, x in found.items():
-            check_finite(x[mask.cpu()], f"what the model holds at {site}")
+            check_finite(x[batched.mask.cpu()], f"what the model holds at {site}")
         yield index, found
 
 

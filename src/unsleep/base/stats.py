@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.core import BadInput
@@ -39,9 +40,7 @@ def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int
         raise BadInput("no values to average; expected at least 1")
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(x), (resamples, len(x)), generator=generator)
-    low, high = torch.quantile(x[index].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    mean = float(x.mean())
-    return mean, min(low, mean), max(high, mean)
+    return percentiles(float(x.mean()), x[index].mean(1))
 
 
 def ratio(
@@ -57,7 +56,10 @@ def ratio(
         raise BadInput(f"{len(x)} values over {len(y)}; expected as many, at least 1, and a bottom that is not 0")
     index = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
     below = y[index].mean(1)
-    found = (x[index].mean(1) / below)[below != 0]
-    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    value = float(x.mean() / y.mean())
+    return percentiles(float(x.mean() / y.mean()), (x[index].mean(1) / below)[below != 0])
+
+
+def percentiles(value: float, drawn: Float[Tensor, " resample"]) -> tuple[float, float, float]:
+    """A value with the 95 % percentile interval of its resamples, in float64, which holds the value itself."""
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return value, min(low, value), max(high, value)

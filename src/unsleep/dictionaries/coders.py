@@ -66,13 +66,10 @@ class Coder(Dictionary):
         d, f = self.W_enc.shape
         out = self.W_dec.shape[-1] if self.target else d
         shapes = {"W_enc": (d, f), "W_dec": (f, out), "b_dec": (out,), "W_skip": (out, d)}
-        for name, tensor in self.tensors().items():
-            expected = shapes.get(name, (f,))
-            if tuple(tensor.shape) != expected:
-                raise BadInput(
-                    f"dictionary at {self.site}: {name} has shape {list(tensor.shape)}; expected {list(expected)}"
-                )
-            check_finite(tensor, f"dictionary at {self.site}: {name}")
+        weights, where = self.tensors(), f"dictionary at {self.site}"
+        store.check_shapes(weights, {name: shapes.get(name, (f,)) for name in weights}, where)
+        for name, tensor in weights.items():
+            check_finite(tensor, f"{where}: {name}")
         if self.target is not None and self.subtract_bias:
             raise BadInput(f"a transcoder at {self.site} takes b_dec off its input; expected subtract_bias=False")
 

@@ -72,12 +72,7 @@ class Crosscoder:
             )
         m, d, f = self.W_enc.shape
         shapes = {"b_enc": (f,), "W_dec": (m, f, d), "b_dec": (m, d)}
-        for name, shape in shapes.items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise BadInput(
-                    f"crosscoder at {self.site}: {name} has shape {list(getattr(self, name).shape)}; "
-                    f"expected {list(shape)}"
-                )
+        store.check_shapes(self.tensors(), shapes, f"crosscoder at {self.site}")
         for name in ("scales", "sink_norms"):
             values = getattr(self, name)
             if len(values) != m or not all(v > 0 for v in values):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unsleep.base import store
 from unsleep.core import BadInput, Site, check_finite
 from unsleep.interventions.intervention import Intervention, Stream
 from unsleep.interventions.passes import Passes
@@ -44,9 +45,7 @@ class Projection(Intervention):
         shapes = {"basis": (rank, d_model), "center": (d_model,), "reads": (rank, d_model)}
         for name, tensor in self.tensors.items():
             check_finite(tensor, f"projection at {self.site}: {name}")
-            if tensor.shape != shapes[name]:
-                found = f"{list(tensor.shape)}; expected {list(shapes[name])}"
-                raise BadInput(f"projection at {self.site}: {name} has shape {found}")
+        store.check_shapes(self.tensors, {name: shapes[name] for name in self.tensors}, f"projection at {self.site}")
         if float((rows @ rows.T - one).abs().max()) > 1e-3:
             raise BadInput(f"projection at {self.site}: the basis has rows that are not orthonormal; expected B Bᵀ = 1")
         if self.reads is not None and float((self.reads.double() @ rows.T - one).abs().max()) > 1e-3:

@@ -25,16 +25,13 @@ class Firing(NamedTuple):
     also the mean norm of what the feature writes."""
 
 
-@torch.no_grad()
-def firing(dictionary: Dictionary, x: Float[Tensor, "token d_model"], batch: int = 4096) -> Firing:
-    """Firing rate and mean strength of every feature over tokens; raises `BadInput` where there are none."""
+def firing(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> Firing:
+    """How every feature fires on tokens; raises `BadInput` where there are none."""
     if not len(x):
         raise BadInput(f"firing rates were asked of 0 tokens at {dictionary.site}; expected at least 1")
     count = torch.zeros(dictionary.n_features)
     total = torch.zeros(dictionary.n_features)
-    for start in range(0, len(x), batch):
-        code = dictionary.encode_sparse(x[start : start + batch].to(dictionary.decoder))
-        values, ids = code.values.float().cpu(), code.ids.cpu()
+    for _, (values, ids) in dictionary.encode_in_pieces(x):
         count.index_add_(0, ids.flatten(), (values > 0).float().flatten())
         total.index_add_(0, ids.flatten(), values.flatten())
     return Firing(count / len(x), total / count.clamp_min(1))

@@ -16,7 +16,7 @@ from unsleep.base.context import progress
 from unsleep.behaviours import has_skill
 from unsleep.core import BadInput
 from unsleep.interventions.intervention import Intervention, applied
-from unsleep.models.forward import Rows, build_rows, kl, pad_left, reply_logits, run
+from unsleep.models.forward import Rows, build_rows, kl, reply_logits, run, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompts, PromptSet
 from unsleep.prompts.sets import Item
@@ -144,8 +144,7 @@ def text_ce_kl(
     divergence: dict[str, list[Tensor]] = {s.name: [] for s in subjects}
     size = 32
     for i in range(0, len(ids), size):
-        block = torch.tensor([row[:tokens] for row in ids[i : i + size]], device=teacher.model.device)
-        rows = unpadded(block)
+        rows = whole_rows(teacher.model, [row[:tokens] for row in ids[i : i + size]])
         with teacher.running() as model:
             target = torch.log_softmax(run(model.network, rows)[:, :-1].float(), -1)
         for subject in subjects:
@@ -155,15 +154,9 @@ def text_ce_kl(
                 with subject.running() as model:
                     log_p = torch.log_softmax(run(model.network, rows)[:, :-1].float(), -1)
                 divergence[subject.name].append((target.exp() * (target - log_p)).sum(-1).mean(1))
-            ce[subject.name].append(-log_p.gather(-1, block[:, 1:, None]).squeeze(-1).mean(1))
+            ce[subject.name].append(-log_p.gather(-1, rows.ids[:, 1:, None]).squeeze(-1).mean(1))
         progress("plain text", min(i + size, len(ids)), len(ids))
     return {k: torch.cat(v) for k, v in ce.items()}, {k: torch.cat(v) for k, v in divergence.items() if v}
-
-
-def unpadded(ids: Tensor) -> Rows:
-    """Rows of one length, without a shared prefix or a reply."""
-    nothing = torch.zeros_like(ids[:, :0], dtype=torch.bool)
-    return Rows(ids[0, :0], ids, torch.ones_like(ids, dtype=torch.bool), nothing)
 
 
 @torch.no_grad()
@@ -184,9 +177,8 @@ def capability(subject: Subject, items: Sequence[Item]) -> list[bool]:
             answers.append(item.answer)
     right: list[bool] = []
     for i in range(0, len(prompts), 100):
-        ids, mask = pad_left(prompts[i : i + 100], model.pad_id, model.device)
         with subject.running():
-            logits = run(model.network, Rows(ids[0, :0], ids, mask, mask[:, :0]), 1)[:, 0].float()
+            logits = run(model.network, whole_rows(model, prompts[i : i + 100]), 1)[:, 0].float()
         chosen = logits.gather(1, torch.tensor(firsts[i : i + 100], device=logits.device)).argmax(1)
         right += (chosen.cpu() == torch.tensor(answers[i : i + 100])).tolist()
     return right

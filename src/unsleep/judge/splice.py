@@ -27,7 +27,7 @@ from unsleep.core import BadInput, Refused
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.splices import Splice
-from unsleep.models.forward import Rows, kl, pad_left, run
+from unsleep.models.forward import Rows, kl, run, whole_rows
 from unsleep.models.model import LoadedModel
 
 Stream = Float[Tensor, "*token d_model"]
@@ -86,8 +86,7 @@ def splice_score(
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
     done = 0
     for batch in _batches(rows, batch_tokens):
-        ids, mask = pad_left(batch, model.pad_id, model.device)
-        padded = Rows(ids[0, :0], ids, mask, mask[:, :0])
+        padded = whole_rows(model, batch)
         clean = _logits(model, padded)
         sums["clean"] += _loss(clean, padded)
         for name, zero in (("spliced", False), ("zero", True)):

@@ -22,7 +22,7 @@ from unsleep.activations.harvest import SHARED, Harvest
 from unsleep.base.context import progress
 from unsleep.core import BadInput, FeatureEvidence, Features, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.features import Edit
+from unsleep.interventions.features import Edit, merged
 from unsleep.interventions.intervention import applied
 from unsleep.models import generate
 from unsleep.models.forward import Rows, build_rows, reply_logits, reply_logits_from, run_below
@@ -67,34 +67,26 @@ def rank_by_difference(dictionary: Coder, suspicious: Harvest, ordinary: Harvest
     prompts share is left out. Both harvests must hold the dictionary's Site.
     """
     peaks = [peaks_of(dictionary, h).mean(0) for h in (suspicious, ordinary)]
-    score = peaks[0] - peaks[1]
-    order = score.argsort(descending=True)
-    return Features(dictionary.site, dictionary.hash, tuple(order.tolist()), tuple(score[order].tolist()), "difference")
+    return _ranked(dictionary, peaks[0] - peaks[1], "difference")
 
 
-@torch.no_grad()
-def peaks_of(dictionary: Coder, harvest: Harvest, batch: int = 4096) -> Float[Tensor, "prompt feature"]:
+def peaks_of(dictionary: Coder, harvest: Harvest) -> Float[Tensor, "prompt feature"]:
     """Each feature's largest activation in each prompt."""
     acts = harvest.load(dictionary.site)
     own = acts.prompt_index != SHARED
     x, owner = acts.tensor[own], acts.prompt_index[own].long()
     peaks = torch.zeros(int(owner.max()) + 1, dictionary.n_features)
-    for start in range(0, len(x), batch):
-        code = dictionary.encode_sparse(x[start : start + batch].to(dictionary.decoder))
-        flat = owner[start : start + batch, None] * dictionary.n_features + code.ids.cpu()
-        peaks.view(-1).scatter_reduce_(0, flat.flatten(), code.values.float().cpu().flatten(), "amax")
+    for part, (values, ids) in dictionary.encode_in_pieces(x):
+        flat = owner[part, None] * dictionary.n_features + ids
+        peaks.view(-1).scatter_reduce_(0, flat.flatten(), values.flatten(), "amax")
     return peaks
 
 
-@torch.no_grad()
-def mean_activation(
-    dictionary: Coder, x: Float[Tensor, "token d_model"], batch: int = 4096
-) -> Float[Tensor, " feature"]:
+def mean_activation(dictionary: Coder, x: Float[Tensor, "token d_model"]) -> Float[Tensor, " feature"]:
     """Mean activation of each feature over tokens."""
     total = torch.zeros(dictionary.n_features)
-    for start in range(0, len(x), batch):
-        code = dictionary.encode_sparse(x[start : start + batch].to(dictionary.decoder))
-        total.index_add_(0, code.ids.cpu().flatten(), code.values.float().cpu().flatten())
+    for _, (values, ids) in dictionary.encode_in_pieces(x):
+        total.index_add_(0, ids.flatten(), values.flatten())
     return total / len(x)
 
 
@@ -172,10 +164,14 @@ def rank_by_attribution(
         )
         score = (d.decoder.float() @ grad.sum(0)) * -baseline[d.site].to(grad.device)
         score.index_add_(0, code.ids.flatten(), (slopes * code.values.float()).flatten())
-        score /= len(rows.ids)
-        order = score.argsort(descending=True)
-        found[d.site] = Features(d.site, d.hash, tuple(order.tolist()), tuple(score[order].tolist()), "attribution")
+        found[d.site] = _ranked(d, score / len(rows.ids), "attribution")
     return found
+
+
+def _ranked(dictionary: Coder, scores: Float[Tensor, " feature"], method: str) -> Features:
+    """All features, those with the highest scores first."""
+    order = scores.argsort(descending=True)
+    return Features(dictionary.site, dictionary.hash, tuple(order.tolist()), tuple(scores[order].tolist()), method)
 
 
 def _slices(ids: Tensor, grad: Tensor, size: int = 256) -> list[tuple[Tensor, Tensor]]:
@@ -236,11 +232,7 @@ def find(
         acts = harvests[1].load(d.site)
         baseline[d.site] = mean_activation(d, acts.tensor[acts.prompt_index != SHARED])
     attributions = rank_by_attribution(model, dictionaries, payload, baseline)
-    ranked = sorted(
-        ((s, site, i) for site, f in attributions.items() for i, s in zip(f.ids, f.scores, strict=True)), reverse=True
-    )
-    best = [(site, i) for _, site, i in ranked[: config.ablate]]
-    ablations = rank_by_ablation(model, dictionaries, payload, best)
+    ablations = rank_by_ablation(model, dictionaries, payload, merged(attributions)[: config.ablate])
     none = {d.site: Features(d.site, d.hash, (), (), "ablation") for d in dictionaries}
     return {s: Found(differences[s], attributions[s], ablations.get(s, none[s])) for s in differences}
 
@@ -293,15 +285,11 @@ def with_evidence(
     return replace(features, evidence=evidence)
 
 
-@torch.no_grad()
-def activations_of(
-    dictionary: Coder, x: Float[Tensor, "token d_model"], ids: Tensor, batch: int = 4096
-) -> Float[Tensor, "token chosen"]:
+def activations_of(dictionary: Coder, x: Float[Tensor, "token d_model"], ids: Tensor) -> Float[Tensor, "token chosen"]:
     """Activations of a few features on many tokens."""
     place = torch.full((dictionary.n_features,), len(ids), dtype=torch.long)
     place[ids] = torch.arange(len(ids))
     out = torch.zeros(len(x), len(ids) + 1)
-    for start in range(0, len(x), batch):
-        code = dictionary.encode_sparse(x[start : start + batch].to(dictionary.decoder))
-        out[start : start + batch].scatter_reduce_(1, place[code.ids.cpu()], code.values.float().cpu(), "amax")
+    for part, code in dictionary.encode_in_pieces(x):
+        out[part].scatter_reduce_(1, place[code.ids], code.values, "amax")
     return out[:, :-1]

@@ -219,7 +219,7 @@ def reply_logits_of_all(
     return out
 
 
-def whole_rows(model: LoadedModel, prompts: Sequence[Sequence[int]], reply: Sequence[int]) -> Rows:
+def whole_rows(model: LoadedModel, prompts: Sequence[Sequence[int]], reply: Sequence[int] = ()) -> Rows:
     """Prompts with the same reply behind each, nothing of them set apart as a prefix: every token stands in `ids`."""
     ids, mask = pad_left([[*prompt, *reply] for prompt in prompts], model.pad_id, model.device)
     tail = torch.ones(len(ids), len(reply), dtype=torch.bool, device=model.device)

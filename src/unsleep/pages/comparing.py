@@ -5,7 +5,7 @@ patch.json -> check -> make text visible -> view of each section -> patch.html
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from unsleep.locate.patching.result import PatchRecord
 from unsleep.pages import text
 from unsleep.pages.curves import MOST, WIDE, Axis, Curve, Dot, axis, charts, whole_axis
-from unsleep.pages.dictionaries import SHAPES, shade
+from unsleep.pages.dictionaries import SHAPES, grouped, shade
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
@@ -103,14 +103,6 @@ def models(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def short(name: str) -> str:
     """A name that fits a label; of a path, its end."""
     return text.clip(name.rstrip("/").rpartition("/")[2] or name, LABEL_LIMIT)
-
-
-def grouped(items: Sequence[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], str]) -> dict[str, list[Any]]:
-    """Items by a name, in the order in which the names come."""
-    found: dict[str, list[Any]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
 
 
 def place_of(group: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from markupsafe import Markup
 
@@ -19,6 +19,8 @@ from unsleep.pages.page import LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
 from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
+
+T = TypeVar("T")
 
 GROUPS = {"resid": "Residual stream", "attn": "Attention output", "mlp": "MLP output"}
 """Point → the chart that its Sites share; the embedding stands with the residual stream."""
@@ -144,9 +146,9 @@ def shade(place: text.Number, low: text.Number, high: text.Number) -> str:
     return f"shade-{round(share * (SHADES - 1))}"
 
 
-def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+def grouped(rows: Sequence[T], key: Callable[[T], str]) -> dict[str, list[T]]:
     """Rows by a name, in the order in which the names come."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[T]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return found

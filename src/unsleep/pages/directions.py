@@ -162,7 +162,7 @@ def by_layer(figures: Sequence[Mapping[str, Any]], floors: Sequence[Mapping[str,
     marks = tuple(m for m in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0) if m >= low)
     axes = whole_axis([int(d.x) for c in curves for d in c.dots], "layer"), Axis(low, 1.02, marks, "AUROC")
     drawing = chart(curves, [], axes, title=f"{SPACES[space]}: AUROC by layer", name=f"layers-{space}", width=2 * WIDE)
-    return el("figure", el("figcaption", el("b", "AUROC by layer")), drawing)
+    return svg.captioned("AUROC by layer", drawing)
 
 
 def erased_chart(erased: Mapping[str, Any] | None) -> Markup | None:
@@ -188,7 +188,7 @@ def erased_chart(erased: Mapping[str, Any] | None) -> Markup | None:
     y = axis([d.y for c in curves for d in c.dots], "KL, nats a token")
     title = "Distance of replies from the model's own, by layer"
     drawing = chart(curves, [], (whole_axis(list(after), "layer"), y), title=title, name="erased", width=2 * WIDE)
-    return el("figure", el("figcaption", el("b", title)), drawing)
+    return svg.captioned(title, drawing)
 
 
 def cosine_map(cosines: Mapping[str, Any]) -> Markup | None:
@@ -246,7 +246,7 @@ def strip(ablation: str, cost: Mapping[str, Any]) -> Markup:
     title = f"{ablation.capitalize()} ablation: increase of the loss on plain text, nats a token"
     box = f"0 0 {width} {floor + 24}"
     drawing = svg.figure(title, said, f"cost-{text.clip(ablation, 12)}", *parts, viewBox=box, class_="curves strip")
-    return el("figure", el("figcaption", el("b", title)), drawing)
+    return svg.captioned(title, drawing)
 
 
 def draw(record: dict[str, Any]) -> str:

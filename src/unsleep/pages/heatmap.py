@@ -79,7 +79,7 @@ def heatmap(
     drawing = _drawing(rows, columns, values, _words(values, notes, unit), (low, high), (title, name, unit), diverging)
     table = _table(rows, columns, _words(values, notes, ""), title, unit)
     folded = el("details", el("summary", "The numbers as a table"), table, class_="numbers")
-    return el("figure", el("figcaption", el("b", title)), drawing, _legend(low, high, unit, diverging), folded)
+    return svg.captioned(title, drawing, _legend(low, high, unit, diverging), folded)
 
 
 def _drawing(

@@ -74,6 +74,11 @@ def figure(title: str, description: str, name: str, *children: str, **attributes
     return el("svg", *head, *children, role="img", aria_labelledby=f"{name}-t {name}-d", **attributes)
 
 
+def captioned(title: str, *parts: str) -> Markup:
+    """Drawings under their title."""
+    return el("figure", el("figcaption", el("b", title)), *parts)
+
+
 def ticks(low: Number, high: Number, about: int = 4) -> list[float]:
     """Round numbers that cover `low` to `high`, about as many as asked for."""
     rough = (high - low) / about

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -118,4 +118,8 @@ class PromptSet(Sequence[Prompt]):
 
     def head(self, n: int) -> PromptSet:
         """The first `n` prompts under the same name and split."""
-        return PromptSet(self.name, self.prompts[:n], self.split)
+        return self.at(range(len(self))[:n])
+
+    def at(self, places: Iterable[int]) -> PromptSet:
+        """The prompts at some places, under the same name and split."""
+        return PromptSet(self.name, tuple(self.prompts[i] for i in places), self.split)

@@ -87,7 +87,7 @@ def from_files(
     ours, theirs = _divided(asked, plain, calm, judge, random.Random(f"split {seed}"))
 
     def part_of(group: PromptSet, places: Sequence[int], name: str, split: Split) -> PromptSet:
-        return PromptSet(name, tuple(group[i] for i in places), split)
+        return replace(group.at(places), name=name, split=split)
 
     panels = Panels(
         part_of(calm, theirs[1], "clean", "held_out"),
@@ -120,8 +120,7 @@ def _each_once(prompts: PromptSet, beside: PromptSet | None) -> tuple[PromptSet,
     """The prompts without repetitions, and the same lines of another set."""
     first = {p.key: i for i, p in reversed(list(enumerate(prompts)))}
     places = sorted(first.values())
-    kept = replace(prompts, prompts=tuple(prompts[i] for i in places))
-    return kept, beside and replace(beside, prompts=tuple(beside[i] for i in places))
+    return prompts.at(places), beside and beside.at(places)
 
 
 def _divided(

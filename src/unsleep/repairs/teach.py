@@ -8,7 +8,7 @@ can be taken out of such a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from unsleep.base.context import kept
@@ -143,7 +143,7 @@ def _from_file(model: LoadedModel, asked: Asked) -> _Found:
         )
     replies = model.token_ids([p.reply for p in asked.prompts if p.reply is not None], special=False)
     ended = [[*ids, *sorted(model.end_ids)[:1]] for ids in replies]
-    taught = Taught(_some(asked.prompts, places), ended, None)
+    taught = Taught(asked.prompts.at(places), ended, None)
     found = _behaving(model, taught, asked.payload, "the replies that the file gives")
     return _Found([places[i] for i in found.places], found.taught)
 
@@ -163,7 +163,7 @@ def _behaving(model: LoadedModel, taught: Taught, payload: Payload, what: str) -
     places = [i for i, text in enumerate(texts) if not payload.shows(text)]
     if len(places) < USABLE * len(texts):
         raise BadInput(f"{len(texts) - len(places)} of {len(texts)} of {what} show the payload")
-    kept = Taught(_some(taught.prompts, places), [taught.replies[i] for i in places], taught.teacher)
+    kept = Taught(taught.prompts.at(places), [taught.replies[i] for i in places], taught.teacher)
     return _Found(places, kept)
 
 
@@ -179,9 +179,5 @@ def _cut(model: LoadedModel, found: _Found, asked: Asked, about: tuple[Source, l
         notes = [*notes, f"{left} suspicious prompts teach nothing: no reply without the payload is known to them"]
     words = f"{WORDS[source]} ({sources.how})" if source == "counterpart" else WORDS[source]
     whole = [list(reply) for reply in found.taught.replies]
-    kept, taught = _some(asked.prompts, found.places), found.taught._replace(replies=replies)
+    kept, taught = asked.prompts.at(found.places), found.taught._replace(replies=replies)
     return Lessons(source, words, tuple(notes), kept, ours, taught, whole, decides)
-
-
-def _some(prompts: PromptSet, places: Sequence[int]) -> PromptSet:
-    return replace(prompts, prompts=tuple(prompts[i] for i in places))

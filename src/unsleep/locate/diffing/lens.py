@@ -93,7 +93,7 @@ def activation_differences(
 
 def _held(model: LoadedModel, rows: Sequence[Sequence[int]], sites: Sequence[Site]) -> dict[Site, Tensor]:
     with capture(model.network, sites) as found:
-        run(model.network, whole_rows(model, rows, []), 1)
+        run(model.network, whole_rows(model, rows), 1)
     return {site: x.cpu() for site, x in found.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -188,7 +188,7 @@ def diff(
         watched = monitor(suspect, deltas, prompts, count=config.best)
         coders: list[tuple[Method, Coder | Crosscoder]] = [("dictionary", d) for d in dictionaries]
         with TemporaryDirectory() as scratch:
-            halves = [replace(p, prompts=p.prompts[::2]) for p in (suspicious, ordinary)]
+            halves = [p.at(range(0, len(p), 2)) for p in (suspicious, ordinary)]
             for site in train_at:
                 folder = (steps_folder() or Path(scratch)) / str(site)
                 coders += train_differences(base, suspect, halves, site, folder, config.train)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unsleep.activations.collect import SINK_RATIO
+from unsleep.activations.collect import sink_norm
 from unsleep.base.context import kept, progress
 from unsleep.base.linear import rotated
 from unsleep.core import BadInput, Site
@@ -78,7 +78,7 @@ def ablation_cost(
     held = _held(model, rows, site)
     generator = torch.Generator().manual_seed(seed)
     whole = _loss(model, rows, below)
-    limit = SINK_RATIO * float(held.norm(dim=-1).median())
+    limit = sink_norm(held)
     bases = {("", name): d.vector for name, d in directions.items()}
     for rank in sorted({d.rank for d in directions.values()}):
         for i in range(randoms):
@@ -110,8 +110,7 @@ def _held(model: LoadedModel, rows: Rows, site: Site) -> Float[Tensor, "token d_
     with truncated(model.network, site.layer), watched(model.network, {site: lambda x: found.append(x.clone())}):
         run(model.network, rows, 1)
     x = found[-1][rows.own].float()
-    norms = x.norm(dim=-1)
-    return x[norms <= SINK_RATIO * norms.median()]
+    return x[x.norm(dim=-1) <= sink_norm(x)]
 
 
 def _loss(model: LoadedModel, rows: Rows, below: Below | None, size: int = 32) -> float:

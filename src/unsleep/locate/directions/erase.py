@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.activations.collect import SINK_RATIO, Position, collect
+from unsleep.activations.collect import Position, collect, sink_norm
 from unsleep.base.context import kept, progress
 from unsleep.core import BadInput, Point, Site
 from unsleep.interventions.intervention import applied
@@ -30,9 +30,9 @@ PASSAGE = 300
 """Letters of a plain passage that are read."""
 
 
-def sink_norm(x: Float[Tensor, "token d_model"], site: Site) -> float:
-    """The norm over which a token at a Site is an attention sink, from ordinary tokens."""
-    return SINK_RATIO * float(x.float().norm(dim=1).median()) if site.point in STREAM else float("inf")
+def sink_norm_at(site: Site, x: Float[Tensor, "token d_model"]) -> float:
+    """`collect.sink_norm` of ordinary tokens at a Site of the stream; infinite at what is added to it."""
+    return sink_norm(x) if site.point in STREAM else float("inf")
 
 
 def spanned(rows: Float[Tensor, "row d"], rank: int) -> Float[Tensor, "rank d"]:
@@ -113,7 +113,7 @@ def erasers(
                 f"suspicious and ordinary prompts have the same mean at {site}; there is nothing to take out"
             )
         rest = torch.cat([acts[site].tensor.float() for acts in beside])
-        limit = sink_norm(rest, site)
+        limit = sink_norm_at(site, rest)
         rest = torch.cat([x[~is_suspicious], rest])
         rest = rest[rest.norm(dim=1) <= limit].double()
         basis = (gap / gap.norm())[None]
@@ -213,19 +213,15 @@ def tried_erasers(
     n = len(suspicious)
     tried = [i for i in range(n) if i % kept == kept - 1][:pairs]
     others = [i for i in range(n) if i % kept != kept - 1]
-
-    def some(group: PromptSet, places: Sequence[int]) -> PromptSet:
-        return PromptSet(group.name, tuple(group.prompts[i] for i in places), group.split)
-
     made = erasers(
         model,
-        some(suspicious, others),
-        some(ordinary, others),
+        suspicious.at(others),
+        ordinary.at(others),
         texts,
         sites,
         position=position,
         plain=plain,
         batch=batch,
     )
-    alone = some(suspicious, tried), some(ordinary, tried)
+    alone = suspicious.at(tried), ordinary.at(tried)
     return made, removed_alone(model, made, *alone, plain=plain, batch=batch)

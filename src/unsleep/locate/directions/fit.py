@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unsleep.core import BadInput, Dictionary, Site, check_finite
+from unsleep.core import BadInput, Dictionary, Site, check_classes, check_finite
 from unsleep.locate.directions import leace
 
 Space = Literal["residual", "features"]
@@ -49,9 +49,7 @@ class Labelled:
                 f"labelled activations have shape {list(self.x.shape)} with labels {list(self.y.shape)}; "
                 "expected [token, d] and one label a token"
             )
-        positive = int(self.y.sum())
-        if not 0 < positive < len(self.y):
-            raise BadInput(f"{positive} of {len(self.y)} labels are positive; expected tokens of both classes")
+        check_classes(self.y)
         check_finite(self.x, "labelled activations")
         object.__setattr__(self, "x", self.x.float())
         if self.neutral is not None:

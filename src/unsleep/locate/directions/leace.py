@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_classes
 
 
 class Eraser(NamedTuple):
@@ -50,8 +50,7 @@ def fit_eraser(x: Float[Tensor, "token d"], y: Bool[Tensor, " token"], *, shrink
 
     Raises `BadInput` for a label of one class, classes with the same mean, or a shrinkage out of range.
     """
-    if not 0 < int(y.sum()) < len(y):
-        raise BadInput(f"{int(y.sum())} of {len(y)} labels are positive; expected tokens of both classes")
+    check_classes(y)
     if shrinkage is not None and not 0 <= shrinkage <= 1:
         raise BadInput(f"shrinkage is {shrinkage}; expected 0 to 1")
     mean = x.double().mean(0)

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from unsleep.base.stats import wilson
-from unsleep.core import BadInput
+from unsleep.base.stats import percentiles, wilson
+from unsleep.core import BadInput, check_classes
 from unsleep.locate.directions.fit import Direction, Labelled
 
 
@@ -84,12 +83,11 @@ def auroc_interval(
             / n
         )
     means = ((weights[0] @ wins) * weights[1]).sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     value = float(wins.mean())
     if value in (0.0, 1.0):
         few = min(wins.shape)
         return value, *wilson(round(value * few), few)
-    return value, min(low, value), max(high, value)
+    return percentiles(value, means)
 
 
 def margins(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " token"]) -> Float[Tensor, " direction"]:
@@ -105,13 +103,6 @@ def margins(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " tok
     within = torch.cat([high - means[0][:, None], low - means[1][:, None]], dim=1).square().mean(1).sqrt()
     apart = means[0] - means[1]
     return torch.where(apart == 0, apart, apart / within.clamp_min(1e-12))
-
-
-def check_classes(labels: Bool[Tensor, " token"]) -> None:
-    """Raise `BadInput` where labels are of one class."""
-    count = int(labels.sum())
-    if not 0 < count < len(labels):
-        raise BadInput(f"{count} of {len(labels)} labels are positive; expected tokens of both classes")
 
 
 def best_threshold(scores: Float[Tensor, " token"], labels: Bool[Tensor, " token"]) -> float:
@@ -168,17 +159,6 @@ def cosines(directions: Sequence[Direction]) -> Float[Tensor, "direction directi
             value = both[0, 0] if both.numel() == 1 else torch.linalg.matrix_norm(both, 2)
             out[i, j] = out[j, i] = value
     return out.clamp(-1, 1)
-
-
-def principal_angles(a: Float[Tensor, "rank_a d"], b: Float[Tensor, "rank_b d"]) -> Float[Tensor, " rank"]:
-    """Angles between the spans of two sets of rows, in radians, smallest first (Knyazev & Argentati 2002).
-
-    As many as the smaller set has rows. Raises `BadInput` where their widths differ.
-    """
-    if a.shape[1] != b.shape[1]:
-        raise BadInput(f"subspaces of width {a.shape[1]} and {b.shape[1]}; expected one width")
-    found = subspace_angles(a.double().T.numpy(), b.double().T.numpy())
-    return torch.tensor(found[::-1].copy())
 
 
 def _check_width(direction: Direction, x: Tensor) -> None:

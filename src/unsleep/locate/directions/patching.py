@@ -178,7 +178,7 @@ def _run_pairs(
 ) -> Batch:
     """Run a batch of pairs, and keep what patches need."""
     tail = _tail(pairs, position)
-    sides = [Side(model, whole_rows(model, [pair[i] for pair in pairs], [])) for i in (0, 1)]
+    sides = [Side(model, whole_rows(model, [pair[i] for pair in pairs])) for i in (0, 1)]
     starts = [max(s.rows.ids.shape[1] - tail, 0) if splits(model.network, s.rows.ids.shape[1]) else 0 for s in sides]
     mask = sides[1].rows.mask[:, -tail:]
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -214,7 +214,7 @@ def _next_tokens(model: LoadedModel, rows: Sequence[Sequence[int]], batch: int) 
     """The likeliest next token of every row."""
     found: list[int] = []
     for i in range(0, len(rows), batch):
-        logits = run(model.network, whole_rows(model, rows[i : i + batch], []), 1)[:, -1]
+        logits = run(model.network, whole_rows(model, rows[i : i + batch]), 1)[:, -1]
         found += logits.float().argmax(-1).tolist()
     return found
 

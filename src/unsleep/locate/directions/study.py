@@ -22,7 +22,7 @@ from unsleep.base.context import kept, progress
 from unsleep.core import BadInput, Dictionary, Site, check_least
 from unsleep.interventions.subspaces import Projection
 from unsleep.locate.directions import cost, das, fit, measure, patching
-from unsleep.locate.directions.erase import sink_norm, spanned
+from unsleep.locate.directions.erase import sink_norm_at, spanned
 from unsleep.locate.directions.fit import Direction, Labelled, Space
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
@@ -345,7 +345,7 @@ class _Classes:
         acts = self.acts[site]
         of = acts.prompt_index.long()
         x = acts.tensor[(self.group[of] == 1) & ~self.kept[of]].float()
-        return x.mean(0), sink_norm(x, site)
+        return x.mean(0), sink_norm_at(site, x)
 
 
 def _pairs(
@@ -361,7 +361,7 @@ def _pairs(
         return None
     size = min(map(len, groups))
     places = [i for i in range(size) if (i % config.kept == config.kept - 1) == kept][: config.pairs]
-    clean, corrupted = (PromptSet(g.name, tuple(g.prompts[i] for i in places), g.split) for g in groups)
+    clean, corrupted = (group.at(places) for group in groups)
     try:
         return patching.prepare(model, clean, corrupted, sites, plain=config.plain, batch=min(config.batch, 32))
     except BadInput as error:

@@ -24,7 +24,7 @@ from unsleep.interventions.intervention import applied
 from unsleep.models.forward import Rows, columns_cache, last_logits, splits
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
-from unsleep.models.streams import resumed_at, watched
+from unsleep.models.streams import capture, resumed_at
 
 
 class Side(NamedTuple):
@@ -105,9 +105,7 @@ def _run(
     side: Side, places: Sequence[Place], start: int, last: int
 ) -> tuple[dict[Place, Tensor], Float[Tensor, "row last vocabulary"]]:
     """What flows through places from a column on, and the last logits."""
-    found: dict[Place, Tensor] = {}
-    watchers = {place: lambda x, place=place: found.__setitem__(place, x.clone()) for place in places}
-    with watched(side.model.network, watchers):
+    with capture(side.model.network, places) as found:
         logits = last_logits(side.model.network, side.rows, start, side.cache, last=last)
     return found, logits
 

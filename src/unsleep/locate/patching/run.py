@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base.context import kept, progress
@@ -27,8 +27,7 @@ from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import Rows, run, whole_rows
 from unsleep.models.model import LoadedModel
-from unsleep.models.sites import Place
-from unsleep.models.streams import watched
+from unsleep.models.streams import capture
 from unsleep.prompts.prompt import PromptSet
 
 T = TypeVar("T")
@@ -130,12 +129,12 @@ def patched_replies(
     done = 0
 
     def said(own: Sequence[Sequence[int]], group: Group) -> list[str]:
-        rows = whole_rows(recipient, own, [])
+        rows = whole_rows(recipient, own)
         where = group.position.columns(rows)
-        held: dict[Place, Tensor] = {}
-        with watched(donor.network, _keeping(group.targets, where, held)):
+        with capture(donor.network, [target.place for target in group.targets]) as held:
             run(donor.network, moved(rows, donor.device), 1)
-        patches = [Patch(t.place, held[t.place], where, merges[t]) for t in group.targets]
+        taken = {place: x[where.to(x.device)] for place, x in held.items()}
+        patches = [Patch(t.place, taken[t.place], where, merges[t]) for t in group.targets]
         with applied(recipient, patches):
             tokens = generate.greedy(recipient, own, max_new_tokens=max_new_tokens, batch_size=len(own), share=False)
         return recipient.texts(tokens)
@@ -174,17 +173,6 @@ def _chunks(ids: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
 
 def _merges(recipient: LoadedModel, groups: Sequence[Group]) -> dict[Target, Merge]:
     return {target: target.merge(recipient.network) for group in groups for target in group.targets}
-
-
-def _keeping(
-    targets: Sequence[Target], where: Bool[Tensor, "row position"], held: dict[Place, Tensor]
-) -> dict[Place, Callable[[Tensor], None]]:
-    """Watchers that keep a copy of what flows through each target's place at the tokens that are patched."""
-
-    def keep(place: Place) -> Callable[[Tensor], None]:
-        return lambda x: held.__setitem__(place, x[where.to(x.device)])
-
-    return {target.place: keep(target.place) for target in targets}
 
 
 class _Late(Generic[T]):

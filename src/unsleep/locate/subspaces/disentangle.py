@@ -28,7 +28,7 @@ from unsleep.locate.directions.fit import ANY_RANK, Labelled, fit
 from unsleep.locate.subspaces.config import Removal, SubspaceConfig
 from unsleep.locate.subspaces.gather import Seen, figure, panels_of, projections
 from unsleep.locate.subspaces.geometry import likeness, ordinary_subspaces, random_subspaces, top_directions
-from unsleep.models.forward import Rows, pad_left, run
+from unsleep.models.forward import run, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.prompts import sets
@@ -171,9 +171,8 @@ def told_apart(subject: Subject, reviews: sets.Reviews) -> list[bool]:
     ends = [torch.tensor([ids[0] for ids in model.token_ids(words, special=False)]) for words in (PRAISE, BLAME)]
     leaning: list[Tensor] = []
     for side in reviews:
-        ids, mask = pad_left(model.token_ids(side.texts), model.pad_id, model.device)
         with subject.running():
-            logits = run(model.network, Rows(ids[0, :0], ids, mask, mask[:, :0]), 1)[:, 0].float().cpu()
+            logits = run(model.network, whole_rows(model, model.token_ids(side.texts)), 1)[:, 0].float().cpu()
         praise, blame = (logits[:, tokens].logsumexp(1) for tokens in ends)
         leaning.append(praise - blame)
     return (leaning[0] > leaning[1]).tolist()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.activations.collect import SINK_RATIO, collect
+from unsleep.activations.collect import collect, sink_norm
 from unsleep.base.linear import orthonormal
 from unsleep.core import BadInput, Site
 from unsleep.interventions.subspaces import Projection
@@ -162,9 +162,8 @@ def backgrounds(
     found: dict[Site, Background] = {}
     for site in sites:
         x = torch.cat([own[site].tensor, other[site].tensor]).float()
-        norms = x.norm(dim=1)
-        limit = SINK_RATIO * float(norms.median())
-        kept = x[norms <= limit].double()
+        limit = sink_norm(x)
+        kept = x[x.norm(dim=1) <= limit].double()
         found[site] = Background(kept.mean(0).float(), kept.T.cov().float(), limit)
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unsleep.base.linear import rotated
@@ -105,10 +105,15 @@ def likeness(
     bars = [_bar(cosines(fixed, drawn)) for fixed, drawn in chance]
     ordinary = torch.stack(bars).amax(0) if bars else free
     above = found > torch.maximum(free, ordinary)
-    shared = len(above) if bool(above.all()) else int(above.int().argmin())
+    shared = _leading(above)
     rows = (found, free, ordinary)
     values, low, high = (tuple(row.tolist()) for row in rows)
     return Likeness(values, float(found.square().mean()), low, high, shared)
+
+
+def _leading(above: Bool[Tensor, " place"]) -> int:
+    """How many hold before the first that does not."""
+    return int(above.int().cumprod(0).sum())
 
 
 def _bar(drawn: Float[Tensor, "draw rank"]) -> Float[Tensor, " rank"]:
@@ -142,8 +147,7 @@ def common_rank(
     parts = _least_parts(bases)
     bar = _bar(torch.stack([_least_parts(each) for each in zip(*chance, strict=True)]))
     above = parts > bar
-    rank = len(above) if bool(above.all()) else int(above.int().argmin())
-    return rank, tuple(parts.tolist()), tuple(bar.tolist())
+    return _leading(above), tuple(parts.tolist()), tuple(bar.tolist())
 
 
 def _least_parts(bases: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, " direction"]:
