@@ -31,7 +31,7 @@ from unsleep.dictionaries.architectures.matryoshka import Matryoshka
 from unsleep.dictionaries.architectures.standard import Standard
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.files import load_dictionary
-from unsleep.dictionaries.files.crosscoders import load_foreign_crosscoder, read_crosscoder_weights
+from unsleep.dictionaries.files.crosscoders import load_foreign_crosscoder
 
 # dictionary_learning
 
@@ -192,8 +192,8 @@ def test_a_batchtopk_crosscoder_compares_scaled_activations(tmp_path: Path, norm
 def test_a_crosscoder_of_two_models_in_the_older_form(tmp_path: Path):
     w = {"W_enc": numbers(2, D, F), "b_enc": numbers(F, seed=1), "W_dec": numbers(F, 2, D), "b_dec": numbers(2, D)}
     write_state(tmp_path / "cc_weights.pt", w)
-    found = read_crosscoder_weights(tmp_path)
-    assert found.k is None
+    found = load_foreign_crosscoder(tmp_path, site=SITE, models=("a", "b"))
+    assert found.k == F
     torch.testing.assert_close(found.W_dec[1], w["W_dec"][:, 1])
 
 
@@ -211,7 +211,7 @@ def test_crosscoders_that_do_not_fit_are_named(tmp_path: Path, change: dict[str,
     w = {"W_enc": numbers(2, D, F), "b_enc": numbers(F), "W_dec": numbers(F, 2, D), "b_dec": numbers(2, D)} | change
     write_state(tmp_path / "cc_weights.pt", {name: t for name, t in w.items() if t is not None})
     with pytest.raises(BadInput, match=rf"cc_weights\.pt.*{words}"):
-        read_crosscoder_weights(tmp_path)
+        load_foreign_crosscoder(tmp_path, site=SITE, models=("a", "b"))
 
 
 def test_a_crosscoder_that_its_weights_do_not_tell_is_refused(tmp_path: Path):
@@ -225,6 +225,6 @@ def test_a_crosscoder_that_its_weights_do_not_tell_is_refused(tmp_path: Path):
     ):
         write_state(tmp_path / "ae.pt", {**w, **more})
         with pytest.raises(BadInput, match=words):
-            read_crosscoder_weights(tmp_path)
+            load_foreign_crosscoder(tmp_path, site=SITE, models=("a", "b"))
     with pytest.raises(BadInput, match="holds no crosscoder"):
-        read_crosscoder_weights(tmp_path / "none")
+        load_foreign_crosscoder(tmp_path / "none", site=SITE, models=("a", "b"))

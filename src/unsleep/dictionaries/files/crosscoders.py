@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base import store
@@ -26,18 +25,6 @@ NORMS = {1: "crosscoder", 2: "sae", 3: "mixed", 4: "none", 5: "decoupled"}
 """crosscoder_learning's `code_normalization_id`: what activations are multiplied by before the threshold."""
 
 
-class CrosscoderWeights(NamedTuple):
-    """The weights of a crosscoder, f = relu(Σ_m x_m W_enc[m] + b_enc) where that is over the threshold."""
-
-    W_enc: Float[Tensor, "model d_model feature"]
-    b_enc: Float[Tensor, " feature"]
-    W_dec: Float[Tensor, "model feature d_model"]
-    b_dec: Float[Tensor, "model d_model"]
-    k: int | None = None
-    """Features that fire on a token on average; `None` for one that was trained with an L1 cost."""
-    threshold: float = 0.0
-
-
 def load_foreign_crosscoder(name: str | Path, *, site: Site, models: Sequence[str]) -> Crosscoder:
     """Read a crosscoder that another library saved.
 
@@ -46,33 +33,9 @@ def load_foreign_crosscoder(name: str | Path, *, site: Site, models: Sequence[st
         site: where its activations are taken; the files do not say it.
         models: fingerprints of its models, in the file's order.
 
-    One that was trained with an L1 cost has no k; its number of features stands for it. Raises `BadInput` as
-    `read_crosscoder_weights` does, and where it is of another number of models.
-    """
-    found = read_crosscoder_weights(name)
-    if len(models) != len(found.W_enc):
-        raise BadInput(f"{name} is of {len(found.W_enc)} models; expected {len(models)}")
-    k = found.k if found.k is not None else found.W_enc.shape[2]
-    with store.reading(str(name)):
-        return Crosscoder(
-            site=site,
-            models=tuple(models),
-            W_enc=found.W_enc,
-            b_enc=found.b_enc,
-            W_dec=found.W_dec,
-            b_dec=found.b_dec,
-            k=k,
-            threshold=found.threshold,
-            scales=(1.0,) * len(models),
-            sink_norms=(torch.inf,) * len(models),
-        )
-
-
-def read_crosscoder_weights(name: str | Path) -> CrosscoderWeights:
-    """The weights of a crosscoder in a folder or on the hub.
-
-    Raises `BadInput` naming the file, the key and the shape that was expected; and where a crosscoder normalises its
-    activations or takes a threshold for each model, which these weights cannot say.
+    One that was trained with an L1 cost has no k; its number of features stands for it. Raises `BadInput` naming the
+    file, the key and the shape that was expected; where it is of another number of models; and where a crosscoder
+    normalises its activations or takes a threshold for each model, which ours cannot say.
     """
     folder = names.find(name, FILES).folder
     there = [folder / file for file in FILES if (folder / file).is_file()]
@@ -81,18 +44,29 @@ def read_crosscoder_weights(name: str | Path) -> CrosscoderWeights:
     path = there[0]
     found = store.read_tensors(path) if path.suffix == ".safetensors" else pickled.read_state(path)
     if "encoder.weight" in found:
-        return _of_crosscoder_learning(found, path)
-    if "W_enc" not in found:
+        weights = _of_crosscoder_learning(found, path)
+    elif "W_enc" in found:
+        weights = _of_two_models(found, path)
+    else:
         raise BadInput(f"{path} has neither 'encoder.weight' nor 'W_enc'; it has {sorted(found)[:12]}")
-    d, features = _sizes(found["W_enc"], path, "W_enc")[1:]
+    count, _, features = weights["W_enc"].shape
+    if len(models) != count:
+        raise BadInput(f"{name} is of {count} models; expected {len(models)}")
+    beside = {"k": features, "threshold": 0.0, "scales": (1.0,) * count, "sink_norms": (torch.inf,) * count}
+    with store.reading(str(name)):
+        return Crosscoder(site=site, models=tuple(models), **{**beside, **weights})
+
+
+def _of_two_models(found: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """The fields that the older form says."""
+    _, d, features = _sizes(found["W_enc"], path, "W_enc")
     shapes = {"W_enc": (2, d, features), "b_enc": (features,), "W_dec": (features, 2, d), "b_dec": (2, d)}
     tensors = facts.checked(found, shapes, path, "expected a crosscoder of two models")
-    return CrosscoderWeights(
-        tensors["W_enc"], tensors["b_enc"], tensors["W_dec"].transpose(0, 1).contiguous(), tensors["b_dec"]
-    )
+    return {**tensors, "W_dec": tensors["W_dec"].transpose(0, 1).contiguous()}
 
 
-def _of_crosscoder_learning(found: dict[str, Tensor], path: Path) -> CrosscoderWeights:
+def _of_crosscoder_learning(found: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """The fields that crosscoder_learning says."""
     models, d, features = _sizes(found["encoder.weight"], path, "encoder.weight")
     shapes = {
         "encoder.weight": (models, d, features),
@@ -107,13 +81,13 @@ def _of_crosscoder_learning(found: dict[str, Tensor], path: Path) -> CrosscoderW
     more += ("activation_mean", "activation_std")
     tensors = facts.checked(found, shapes, path, "expected a crosscoder of crosscoder_learning", more=more)
     w_enc, b_enc, w_dec, b_dec = (tensors[name] for name in shapes)
-    weights = CrosscoderWeights(w_enc, b_enc, w_dec, b_dec)
+    weights: dict[str, Any] = {"W_enc": w_enc, "b_enc": b_enc, "W_dec": w_dec, "b_dec": b_dec}
     if "threshold" not in found:
         return weights
     if found["threshold"].numel() != 1 or "k" not in found:
         raise BadInput(f"{path}: threshold has shape {list(found['threshold'].shape)}; expected [] and a k")
     norm = NORMS.get(int(found.get("code_normalization_id", torch.tensor(1))), "unknown")
-    rows = weights.W_dec.double()
+    rows = w_dec.double()
     by: dict[str, Tensor] = {
         "crosscoder": rows.norm(dim=2).sum(0),
         "sae": rows.norm(dim=(0, 2)),
@@ -121,14 +95,15 @@ def _of_crosscoder_learning(found: dict[str, Tensor], path: Path) -> CrosscoderW
     }
     if norm not in by:
         raise BadInput(f"{path}: code_normalization_id is {norm!r}; expected one of {', '.join(by)}")
-    size, dtype = by[norm].clamp_min(1e-12), weights.W_enc.dtype
-    return weights._replace(
-        W_enc=(weights.W_enc * size).to(dtype),
-        b_enc=(weights.b_enc * size).to(dtype),
-        W_dec=(rows / size[:, None]).to(dtype),
-        k=int(found["k"]),
-        threshold=float(found["threshold"]),
-    )
+    size, dtype = by[norm].clamp_min(1e-12), w_enc.dtype
+    return {
+        "W_enc": (w_enc * size).to(dtype),
+        "b_enc": (b_enc * size).to(dtype),
+        "W_dec": (rows / size[:, None]).to(dtype),
+        "b_dec": b_dec,
+        "k": int(found["k"]),
+        "threshold": float(found["threshold"]),
+    }
 
 
 def _sizes(tensor: Tensor, path: Path, name: str) -> tuple[int, int, int]:
