@@ -248,5 +248,5 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], wor
 
 def test_a_stream_of_activations_is_the_activations():
     x = planted(100)
-    assert torch.equal(streamed(acts(x)).read(0), x)
+    assert torch.equal(streamed(acts(x)).piece(0), x)
     assert len(in_pieces(x, (50, 50)).sample(10)) == 10

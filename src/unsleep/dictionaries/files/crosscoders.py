@@ -52,9 +52,10 @@ def load_foreign_crosscoder(name: str | Path, *, site: Site, models: Sequence[st
     count, _, features = weights["W_enc"].shape
     if len(models) != count:
         raise BadInput(f"{name} is of {count} models; expected {len(models)}")
-    beside = {"k": features, "threshold": 0.0, "scales": (1.0,) * count, "sink_norms": (torch.inf,) * count}
+    fields: dict[str, Any] = {"k": features, "threshold": 0.0, **weights}
+    fields |= {"scales": (1.0,) * count, "sink_norms": (torch.inf,) * count}
     with store.reading(str(name)):
-        return Crosscoder(site=site, models=tuple(models), **{**beside, **weights})
+        return Crosscoder(site=site, models=tuple(models), **fields)
 
 
 def _of_two_models(found: dict[str, Tensor], path: Path) -> dict[str, Any]:
