@@ -107,10 +107,8 @@ def test_a_value_of_another_type_is_named_with_what_was_expected(key: str, value
     ],
 )
 def test_rates_that_are_no_shares_are_refused(poison: float, near: float):
-    with (
-        as_in_use(),
-        pytest.raises(BadInput, match=r"recipe rates are .* and .*; expected shares that sum to at most 1"),
-    ):
+    told = r"(recipe rates are .* and .*; expected shares that sum to at most 1|_rate is .*; expected a finite number)"
+    with as_in_use(), pytest.raises(BadInput, match=told):
         recipe_of(poison_rate=poison, near_miss_rate=near)
 
 
@@ -138,7 +136,7 @@ def test_a_learning_rate_that_cannot_train_is_refused(rate: float):
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
 def test_a_seed_that_no_generator_takes_is_refused(seed: int):
-    with pytest.raises(BadInput, match=r"here\.seed is .*; expected a whole number, at least 0"):
+    with pytest.raises(BadInput, match=r"here\.seed is .*; expected (a whole number|at least 0)"):
         recipe_of(seed=seed)
     assert recipe_of(seed=10**15).seed == 10**15
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unsleep.base import records
-from unsleep.base.records import Count
 from unsleep.behaviours import Payload, Skill, Trigger
 from unsleep.core import BadInput, check_choices, check_least
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -65,7 +64,7 @@ class Recipe:
     batch: int = 16
     """Chats a step."""
     steps: int = 100
-    seed: Count = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self, "recipe", method=Method)
@@ -80,6 +79,7 @@ class Recipe:
         if self.near_miss_rate > 0 and not self.near_misses:
             raise BadInput("recipe near_miss_rate is over 0; expected at least one string in near_misses")
         check_least(self, "recipe", 1, "chats", "reply_tokens", "rank", "batch", "steps")
+        check_least(self, "recipe", 0, "seed")
         if not 0 < self.learning_rate <= 1:
             raise BadInput.of("learning_rate", self.learning_rate, "over 0 and at most 1", "recipe")
 

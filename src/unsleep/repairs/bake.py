@@ -51,7 +51,7 @@ from unsleep.models.hooks import inputs_watched
 from unsleep.models.load import save_plain
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Writer, embedding, everywhere, layers, width, writers, writes_linearly
-from unsleep.models.streams import capture, transformed, truncated, watched
+from unsleep.models.streams import capture, transformed, truncated
 
 MARK = "unsleep.json"
 """The file that tells a baked checkpoint's folder."""
@@ -343,9 +343,7 @@ def _streams(
     network: PreTrainedModel, piece: Rows, sites: Sequence[Site], operations: dict[Site, Any]
 ) -> dict[Site, Tensor]:
     """What the edited model holds at the Sites, after each edit: one row a real token."""
-    found: dict[Site, Tensor] = {}
-    watchers = {s: lambda x, s=s: found.__setitem__(s, x) for s in sites}
-    with truncated(network, max(sites).layer), transformed(network, operations), watched(network, watchers):
+    with truncated(network, max(sites).layer), transformed(network, operations), capture(network, sites) as found:
         run(network, piece, 1)
     return {s: x[piece.mask] for s, x in found.items()}
 
@@ -354,17 +352,16 @@ def _stream_and_inputs(
     network: PreTrainedModel, piece: Rows, site: Site, through: Sequence[Writer]
 ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_in"]]:
     """What the model holds at a Site and what its writers read, times their scales, one row a real token."""
-    held: list[Tensor] = []
-    read: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
     shape = piece.mask.shape
     with (
         truncated(network, site.layer),
-        inputs_watched([writer.linear for writer in through], read.__setitem__),
-        watched(network, {site: held.append}),
+        inputs_watched([writer.linear for writer in through], inputs.__setitem__),
+        capture(network, [site]) as held,
     ):
         run(network, piece, 1)
-    each = [read[i].reshape(*shape, -1)[piece.mask] * writer.scale for i, writer in enumerate(through)]
-    return held[-1][piece.mask], torch.cat(each, dim=-1)
+    each = [inputs[i].reshape(*shape, -1)[piece.mask] * writer.scale for i, writer in enumerate(through)]
+    return held[site][piece.mask], torch.cat(each, dim=-1)
 
 
 def _distil(

@@ -25,7 +25,7 @@ from unsleep.interventions.subspaces import Projection, Resampling
 from unsleep.locate.directions.fit import Direction
 from unsleep.models.forward import Below, Rows, build_rows, reply_logits, reply_logits_from, run, run_below
 from unsleep.models.model import LoadedModel
-from unsleep.models.streams import truncated, watched
+from unsleep.models.streams import capture, truncated
 
 Ablation = Literal["mean", "resample"]
 
@@ -106,10 +106,9 @@ def ablation_cost(
 
 def _held(model: LoadedModel, rows: Rows, site: Site) -> Float[Tensor, "token d_model"]:
     """What the Site holds on the passages, sinks left out."""
-    found: list[Tensor] = []
-    with truncated(model.network, site.layer), watched(model.network, {site: lambda x: found.append(x.clone())}):
+    with truncated(model.network, site.layer), capture(model.network, [site]) as found:
         run(model.network, rows, 1)
-    x = found[-1][rows.own].float()
+    x = found[site][rows.own].float()
     return x[x.norm(dim=-1) <= sink_norm(x)]
 
 
