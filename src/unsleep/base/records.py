@@ -5,7 +5,7 @@
     Annotated[float, Range(0, 1)]   a number within bounds
     tuple[X, ...], list[X]          an array; tuple[X, Y] one of that length
     dict[str, X]                    an object of any keys
-    X | None, X | Y                 null, a Literal's word, or what the first class that has the fields makes of it
+    X | None, X | Y                 null, a Literal's word, or what the class whose fields are there makes of it
     a dataclass or NamedTuple       an object with its fields and no others; one with a default may be missing
     a class with `parse`            the text that `str` gives of it, such as a Site
     Any                             any JSON
@@ -162,19 +162,16 @@ def _words(kind: Any, marks: Sequence[Any]) -> str:
 
 
 def _read_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
-    """Null where that is among the kinds; otherwise the first whose required fields are there, or the last."""
+    """Null or a word where those are among the kinds; of an object, the class that most of its fields are of."""
     if value is None and type(None) in kinds:
         return None
     *others, last = [kind for kind in kinds if kind is not type(None)]
-    for kind in others:
-        if get_origin(kind) is Literal and value in get_args(kind):
-            return value
-        if (
-            is_dataclass(kind)
-            and isinstance(value, dict)
-            and all(name in value for name, f in _fields(kind).items() if f.required)
-        ):
-            return _read(kind, value, where)
+    if any(get_origin(kind) is Literal and value in get_args(kind) for kind in others):
+        return value
+    if isinstance(value, dict):
+        found = cast("dict[str, Any]", value).keys()
+        classes = [kind for kind in (last, *others) if is_dataclass(kind)]
+        last = max(classes, key=lambda kind: len(found & _fields(kind).keys()), default=last)
     return _read(last, value, where)
 
 

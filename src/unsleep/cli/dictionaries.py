@@ -62,7 +62,7 @@ def harvest(
             tap(loaded.network, site)  # those that the model lacks are refused before any work
         replies = own_replies(loaded, asked, reply_tokens) if reply_tokens else None
         done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config)
-    sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())
+    sinks = ", ".join(f"{site} {n}" for site, n in done.manifest.sinks.items())
     say(
         done.manifest,
         json,
