@@ -218,10 +218,10 @@ def test_saved_projections_do_the_same_beside_edits(tiny: LoadedModel, tmp_path:
     [
         ({"subspace": "../x.safetensors"}, "expected a name inside"),
         ({"subspace": "none.safetensors"}, "does not exist"),
-        ({"subspace": 3}, "edits[0]: subspace is 3; expected str"),
-        ({"model": None}, "edits[0]: model is None; expected str"),
+        ({"subspace": 3}, "edits[0].subspace is 3; expected text"),
+        ({"model": None}, "edits[0].model is None; expected text"),
         ({"site": "resid"}, "Site 'resid' is not understood"),
-        ({"sink_norm": "x"}, "sink_norm is 'x'; expected a number or null"),
+        ({"sink_norm": "x"}, "sink_norm is 'x'; expected a finite number"),
         ({"sink_norm": -1}, "sink_norm is -1.0; expected more than 0"),
     ],
 )
