@@ -191,7 +191,7 @@ def test_a_shard_of_another_shape_is_named(tiny: LoadedModel, tmp_path: Path):
         ({"model": None}, "model is None; expected text"),
         ({"sinks": 3}, "sinks is 3; expected an object"),
         ({"shards": {}}, "shards is {}; expected a list"),
-        ({"shards": []}, "shards is (); expected at least one"),
+        ({"shards": []}, "shards are (); expected at least one"),
         ({"shards": [1]}, "shards[0] is 1; expected an object"),
         ({"shards": [{}]}, "shards[0] has no 'file'"),
         ({"file": 5}, "shards[0].file is 5; expected text"),

@@ -83,7 +83,7 @@ def plain(value: Any) -> Any:
         found = {"schema": kind.SCHEMA} if hasattr(kind, "SCHEMA") else dict[str, Any]()
         for name, field in _fields(kind).items():
             held = getattr(value, name)
-            if not (field.default in (None, (), {}) and held == field.default):
+            if not (field.default in (None, "", (), {}) and held == field.default):
                 found[name] = plain(held)
         return found
     if isinstance(value, Mapping):
@@ -144,7 +144,7 @@ def _fits(kind: Any, marks: Sequence[Any], value: Any) -> bool:
     if kind in (int, float):
         bounds = marks[0] if marks else Range()
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return number and max(bounds.low, -LARGEST) <= value <= min(bounds.high, LARGEST)
+        return number and bounds.low <= value <= bounds.high
     return value is None if kind is type(None) else isinstance(value, kind)
 
 
@@ -156,7 +156,7 @@ def _words(kind: Any, marks: Sequence[Any]) -> str:
     word = "a whole number" if kind is int else "a finite number" if bounds == Range() else "a number"
     if bounds == Range(0, 1) and kind is float:
         return "a share from 0 to 1"
-    if bounds.high < LARGEST:
+    if bounds.high != LARGEST:
         return f"{word} from {bounds.low} to {bounds.high}"
     return word if bounds.low <= -LARGEST else f"{word}, at least {bounds.low}"
 
