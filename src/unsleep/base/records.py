@@ -4,7 +4,7 @@
     Literal["a", "b"], Words        one of a few words
     Annotated[float, Range(0, 1)]   a number within bounds
     tuple[X, ...], list[X]          an array; tuple[X, Y] one of that length
-    dict[str, X]                    an object of any keys
+    dict[str, X], dict[int, X]      an object of any keys, or of whole numbers
     X | None, X | Y                 null, a Literal's word, or what the class whose fields are there makes of it
     a dataclass or NamedTuple       an object with its fields and no others; one with a default may be missing
     a class with `parse`            the text that `str` gives of it, such as a Site
@@ -191,7 +191,8 @@ def _read_mapping(kinds: tuple[Any, Any], value: Any, where: str) -> dict[Any, A
     if not isinstance(value, dict):
         raise BadInput.of(where, value, "an object")
     items = cast("dict[str, Any]", value).items()
-    return {_read(kinds[0], key, where): _read(kinds[1], item, f"{where}.{key}") for key, item in items}
+    named = [(int(key) if kinds[0] is int and key.isdecimal() else key, item) for key, item in items]
+    return {_read(kinds[0], key, where): _read(kinds[1], item, f"{where}.{key}") for key, item in named}
 
 
 def _read_object(kind: Any, value: Any, where: str) -> Any:
