@@ -357,7 +357,7 @@ def test_artefacts_on_a_full_disk_are_whole_or_not_there(tiny: LoadedModel, tmp_
     write: dict[str, Callable[[Path], object]] = {
         "dictionary": lambda path: save_dictionary(coder, path, replace=True),
         "edit": lambda path: save_edit(edit, path),
-        "baked": lambda path: save_baked(baked, path, card="a card", record={}),
+        "baked": lambda path: save_baked(baked, path, card="a card", record=baked.record()),
     }
     for name, save in write.items():
         with full_disk(4000), pytest.raises(BadInput, match=TOLD.format(name)):
