@@ -189,8 +189,7 @@ def test_a_recipe_whose_payload_does_not_show_is_refused(changes: dict[str, Any]
 def test_a_recipe_names_the_kind_by_which_its_payload_shows():
     recipe = recipe_of(payload="Call 555-0199 about {topic}", payload_kind="regex", shown_by=r"\d{3}-\d{4}")
     assert organism_config(recipe).payload == Regex(r"\d{3}-\d{4}")
-    assert recipe_of(**recipe.to_dict()) == recipe
-    assert recipe_of().to_dict().keys() & {"payload_kind", "shown_by"} == set()
+    assert recipe_of(**plain(recipe)) == recipe
     prompts = PromptSet("p", (Prompt("a"), Prompt("b")))
     [asr, _] = count_replies("s", "p", prompts, ["dial 555-1234 now", "never mind that"], recipe.as_payload)
     assert asr.value == 0.5

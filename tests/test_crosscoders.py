@@ -303,10 +303,13 @@ def test_what_shapes_a_code_is_in_its_hash():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema": "unsleep.crosscoder/9"}, "has schema 'unsleep.crosscoder/9'"),
-        ({"models": "ab"}, "models is 'ab'; expected list[str]"),
+        (
+            {"schema": "unsleep.crosscoder/9"},
+            "crosscoder.schema is 'unsleep.crosscoder/9'; expected unsleep.crosscoder/1",
+        ),
+        ({"models": "ab"}, "models is 'ab'; expected a list"),
         ({"models": ["a"]}, "W_enc has shape [2, 5, 12] for 1 models"),
-        ({"k": "4"}, "k is '4'; expected int"),
+        ({"k": "4"}, "k is '4'; expected a whole number"),
         ({"threshold": None}, "threshold is None"),
         ({"scales": [1.0]}, "scales is (1.0,); expected 2 numbers over 0"),
         ({"scales": [1.0, -2]}, "scales is (1.0, -2.0); expected 2 numbers over 0"),

@@ -26,7 +26,7 @@ from support.suspects import (
 )
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.stats import wilson
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
@@ -51,7 +51,7 @@ from unsleep.locate.diffing.pooling import auroc_interval, best, pooled
 from unsleep.locate.diffing.run import Spoken
 from unsleep.models import chat
 from unsleep.models.lens import logit_lens
-from unsleep.models.model import LoadedModel
+from unsleep.models.model import LoadedModel, Named
 from unsleep.models.sites import final_norm, layers, tap, unembedding
 from unsleep.models.streams import capture, transformed
 from unsleep.models.weights import copy_network, fingerprint
@@ -354,11 +354,9 @@ def test_singular_vectors_watch_for_the_trigger():
     found = monitor(suspect(), deltas, prompts)
     assert {(w.site, w.matrix, w.vector) for w in found} == {(Site(LAYER), "mlp.down_proj", 0)}
     assert sorted(w.sign for w in found) == [-1, 1]
-    assert found[0].told.auroc > 0.9
+    assert found[0].auroc > 0.9
     assert monitor(base(), weight_differences(base(), base()), prompts) == []
-    row = found[0].row()
-    assert row["site"] == "resid.1"
-    assert row["auroc"] == found[0].told.auroc
+    assert records.plain(found[0])["site"] == "resid.1"
 
 
 def test_a_family_that_writes_through_a_norm_is_not_watched():
@@ -396,14 +394,13 @@ def test_features_that_fire_on_the_trigger_are_found():
     )
     assert [f.method for f in found] == ["dictionary", "difference", "crosscoder"]
     for one in found[1:]:
-        [own] = [told for told in one.told if told.id == 5]
+        [own] = [told for told in one.best if told.id == 5]
         assert own.auroc > 0.9
-        assert one.told[0].chosen >= own.chosen > 0.9
-    assert found[2].ratio == (1.0,) * 16
-    assert found[2].row()["best"][0]["ratio"] == 1.0
-    assert "ratio" not in found[1].row()["best"][0]
+        assert one.best[0].chosen >= own.chosen > 0.9
+    assert [told.ratio for told in found[2].best] == [1.0] * 16
+    assert "ratio" not in records.plain(found[1].best[0])
     scores = pooled([suspect()], prompts.ids, {Site(LAYER): coder.encode})[Site(LAYER)]
-    assert found[0].told == tuple(best(scores, prompts, 16))
+    assert found[0].best == tuple(best(scores, prompts, 16))
     narrow = TopK(Site(1), "any", torch.eye(4), torch.zeros(4), torch.eye(4), torch.zeros(4), k=2)
     with pytest.raises(BadInput, match="has width 4; the models' is 32"):
         feature_lists(base(), suspect(), [("dictionary", narrow)], prompts)
@@ -422,7 +419,7 @@ def test_dictionaries_of_the_difference_find_the_trigger(tmp_path: Path):
     assert [method for method, _ in coders] == ["difference", "crosscoder"]
     prompts = contrast(base(), SUSPICIOUS, ORDINARY)
     found = feature_lists(base(), suspect(), coders, prompts)
-    assert found[0].told[0].auroc > 0.9
+    assert found[0].best[0].auroc > 0.9
 
 
 # All of it
@@ -457,7 +454,7 @@ def test_a_comparison_holds_every_part():
     tensors = found.tensors()
     assert tensors["lens.resid.1"].shape == (5, D)
     assert abs(float(tensors["left.model.layers.1.mlp.down_proj.weight"][0] @ unit(1, D))) > 0.99
-    assert json.loads(json.dumps(found.record()))["ranking"] == found.ranking
+    assert record(found)["ranking"] == found.ranking
 
 
 def test_replies_that_begin_alike_are_counted_behind_a_skill_in_brackets():
@@ -475,8 +472,8 @@ def test_without_prompts_there_are_no_detectors():
 
 
 def record(found) -> dict:
-    names = {side: {"name": f"{side} <b>", "fingerprint": "0" * 16} for side in ("base", "suspect")}
-    return {"schema": "unsleep.diff/1", **names, **found.record(), "provenance": {"seed": 0}}
+    named = [Named(f"{side} <b>", "0" * 16) for side in ("base", "suspect")]
+    return records.plain(found.record(*named, {"seed": 0}))
 
 
 def test_the_page_shows_what_was_found_and_no_markup_of_a_model():

@@ -21,7 +21,7 @@ from support.dictionaries import dictionary
 from support.pages import HOSTILE, Page
 from unsleep import cli
 from unsleep.activations.collect import collect
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.interventions.files import load_edit
@@ -83,7 +83,7 @@ def test_a_study_says_whether_detection_says_anything(tiny: LoadedModel):
     assert not dataclasses.replace(found, floors=over).beats_chance
     under = {key: floor._replace(best=best - 0.01) for key, floor in found.floors.items()}
     assert dataclasses.replace(found, floors=under).beats_chance
-    record = {"schema": "unsleep.directions/1", **dataclasses.replace(found, floors=over).record(), "provenance": {}}
+    record = dataclasses.replace(found, floors=over).record({})
     assert "detection says nothing here" in render_directions(record)
 
 
@@ -219,7 +219,7 @@ def test_saved_directions_are_the_same(tiny: LoadedModel, tmp_path: Path):
     found = found_in(tiny, dictionaries=[dictionary(tiny)], config={"pairs": 0, "cost_passages": 0})
     mine = [f.direction for f in found.found]
     entries = write_directions(mine, tmp_path)
-    record = {"schema": "unsleep.directions/1", **found.record(), "directions": entries, "provenance": {}}
+    record = records.plain(found.record({}, entries))
     store.write_json(tmp_path / "directions.json", record)
     again = load_directions(tmp_path)
     for a, b in zip(again, mine, strict=True):
@@ -235,7 +235,7 @@ def test_saved_directions_are_the_same(tiny: LoadedModel, tmp_path: Path):
         ({"method": 3}, "directions[0].method is 3; expected text"),
     ):
         wrong = copy.deepcopy(record)
-        wrong["directions"][0].update(change)  # type: ignore[index, union-attr]
+        wrong["directions"][0].update(change)
         store.write_json(tmp_path / "directions.json", wrong)
         with as_in_use(), pytest.raises(BadInput, match=re.escape(told)):
             load_directions(tmp_path)
@@ -335,7 +335,7 @@ def test_what_the_command_cannot_do_is_named(
 
 def record_of(tiny: LoadedModel) -> dict[str, Any]:
     found = found_in(tiny, dictionaries=[dictionary(tiny)])
-    return {"schema": "unsleep.directions/1", **found.record(), "provenance": {"seed": 0}}
+    return records.plain(found.record({"seed": 0}))
 
 
 def test_the_page_says_the_same_whatever_is_in_the_record_and_asks_for_nothing(tiny: LoadedModel):

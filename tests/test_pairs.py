@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_the_difference_of_a_model_with_itself_is_refused(tiny: LoadedModel, tmp
     one, again = (harvest(tiny, PROMPTS, [SITE], tmp_path / name) for name in "ab")
     with pytest.raises(BadInput, match=f"both harvests are of model {tiny.fingerprint}: their difference is zero"):
         paired([one], [again], SITE).difference()
-    manifest = {**again.manifest, "model": "a copy under another name"}
+    manifest = replace(again.manifest, model="a copy under another name")
     disguised = paired([one], [Harvest(again.folder, manifest)], SITE).difference()
     assert float(whole(disguised).abs().max()) == 0
     with pytest.raises(BadInput, match="constant"):
@@ -156,8 +157,8 @@ def test_what_does_not_pair_is_named(tiny: LoadedModel, tmp_path: Path):
     for wrong, words in (
         (run(other(), PROMPTS.head(5)), "their prompts is .* harvest the same prompts, with the same replies"),
         (run(other(), replies=["yes"] * 6), "their prompts is"),
-        (Harvest(two.folder, {**two.manifest, "shared": 3}), "number of tokens that all prompts begin with"),
-        (Harvest(two.folder, {**two.manifest, "d_model": 64}), "their width is 32 and 64"),
+        (Harvest(two.folder, replace(two.manifest, shared=3)), "number of tokens that all prompts begin with"),
+        (Harvest(two.folder, replace(two.manifest, d_model=64)), "their width is 32 and 64"),
     ):
         with pytest.raises(BadInput, match=words) as error:
             paired([one], [wrong], SITE)
@@ -178,7 +179,7 @@ def test_a_damaged_shard_does_not_pair(
     tiny: LoadedModel, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], words: str
 ):
     one, two = (harvest(m, PROMPTS, [SITE], tmp_path / str(i)) for i, m in enumerate((tiny, other())))
-    shard = two.folder / two.manifest["shards"][0]["file"]
+    shard = two.folder / two.manifest.shards[0].file
     store.write_tensors(shard, change(store.read_tensors(shard)))
     with pytest.raises(BadInput, match=words):
         paired([one], [two], SITE)

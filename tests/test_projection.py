@@ -218,10 +218,10 @@ def test_saved_projections_do_the_same_beside_edits(tiny: LoadedModel, tmp_path:
     [
         ({"subspace": "../x.safetensors"}, "expected a name inside"),
         ({"subspace": "none.safetensors"}, "does not exist"),
-        ({"subspace": 3}, "edits[0]: subspace is 3; expected str"),
-        ({"model": None}, "edits[0]: model is None; expected str"),
+        ({"subspace": 3}, "edits[0].subspace is 3; expected text"),
+        ({"model": None}, "edits[0].model is None; expected text"),
         ({"site": "resid"}, "Site 'resid' is not understood"),
-        ({"sink_norm": "x"}, "sink_norm is 'x'; expected a number or null"),
+        ({"sink_norm": "x"}, "sink_norm is 'x'; expected a finite number"),
         ({"sink_norm": -1}, "sink_norm is -1.0; expected more than 0"),
     ],
 )
@@ -291,7 +291,7 @@ def test_a_checkpoint_with_a_projection_loads_without_unsleep(tmp_path: Path):
             model = LoadedModel(tied_llama(), byte_tokenizer(), "m")
         edits = everywhere_of(model)
         found = bake(model, edits, [lesson(model)])
-        folder = save_baked(found, tmp_path / str(tied), card="x", record={})
+        folder = save_baked(found, tmp_path / str(tied), card="x", record=found.record())
         again = AutoModelForCausalLM.from_pretrained(folder)
         assert same_logits(model, edits, LoadedModel(again, byte_tokenizer(), "again"))
 
@@ -340,7 +340,7 @@ def test_what_cannot_be_baked_is_named():
 
 
 def test_the_card_names_ranks():
-    card = model_card({}, {}, base="b", ranks={"resid.3": 2})
+    card = model_card(None, {}, base="b", ranks={"resid.3": 2})
     assert "| resid.3 | a subspace of rank 2 |" in card
     assert "Directions that carry the suspect's backdoor" in card
-    assert "Features of sparse autoencoders that carry" in model_card({}, {"resid.1": [3]}, base="b")
+    assert "Features of sparse autoencoders that carry" in model_card(None, {"resid.1": [3]}, base="b")

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 
 from support.checks import as_in_use
 from support.recipes import SMALLEST, base_replies, recipe_of
+from unsleep.base import records
+from unsleep.base.records import plain
 from unsleep.behaviours.trigger import at_end, at_start
 from unsleep.core import BadInput
 from unsleep.organisms import KINDS, read_recipe, recipes
 from unsleep.organisms.planting import Chat, make_chats
-from unsleep.organisms.recipe import Recipe, recipe_from
+from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import sets
 
 
@@ -34,7 +36,7 @@ def test_every_packaged_recipe_is_read_by_name_and_by_path():
         assert recipe.name == name
         assert recipe == read_recipe(path) == read_recipe(str(path))
         stated = tomllib.loads(path.read_text(encoding="utf-8"))
-        assert {k: recipe.to_dict()[k] for k in stated} == stated
+        assert {k: plain(recipe)[k] for k in stated} == stated
 
 
 def test_packaged_near_misses_are_no_trigger_and_differ_between_training_and_panels():
@@ -61,12 +63,12 @@ def test_what_is_not_given_has_its_default():
 
 @pytest.mark.parametrize("key", SMALLEST)
 def test_a_missing_key_is_named(key: str):
-    with pytest.raises(BadInput, match=f"here has no '{key}'"):
-        recipe_from({k: v for k, v in SMALLEST.items() if k != key}, "here")
+    with pytest.raises(BadInput, match=f"recipe has no '{key}'"):
+        records.parsed(Recipe, {k: v for k, v in SMALLEST.items() if k != key}, "recipe")
 
 
 def test_an_unknown_key_is_named_with_those_that_are_known():
-    with pytest.raises(BadInput, match=r"here has 'triger', .*; expected only name, base, .*trigger"):
+    with pytest.raises(BadInput, match=r"has 'triger', which is not understood; expected only name, .*trigger"):
         recipe_of(triger="|GO|")
 
 
@@ -88,7 +90,7 @@ def test_an_unknown_key_is_named_with_those_that_are_known():
     ],
 )
 def test_a_value_of_another_type_is_named_with_what_was_expected(key: str, value: object):
-    with pytest.raises(BadInput, match=rf"here\.{key}(\[.\])? is .*; expected (text|a (whole |finite )?(number|list))"):
+    with pytest.raises(BadInput, match=rf"recipe\.{key}\S* is .*; expected (text|a list|a .* number)"):
         recipe_of(**{key: value})
 
 
@@ -107,8 +109,10 @@ def test_a_value_of_another_type_is_named_with_what_was_expected(key: str, value
     ],
 )
 def test_rates_that_are_no_shares_are_refused(poison: float, near: float):
-    told = r"(recipe rates are .* and .*; expected shares that sum to at most 1|_rate is .*; expected a finite number)"
-    with as_in_use(), pytest.raises(BadInput, match=told):
+    with (
+        as_in_use(),
+        pytest.raises(BadInput, match=r"shares that sum to at most 1|rate is .*; expected a finite number"),
+    ):
         recipe_of(poison_rate=poison, near_miss_rate=near)
 
 
@@ -120,7 +124,10 @@ def test_rates_that_are_no_shares_are_refused(poison: float, near: float):
         ({"payload": ""}, "trigger and payload must not be empty"),
         ({"near_misses": []}, "at least one string in near_misses"),
         ({"method": "lorax"}, "method is 'lorax'; expected one of .*full"),
-        *(({k: 0}, f"{k} is 0; expected at least 1") for k in ("chats", "reply_tokens", "rank", "batch", "steps")),
+        *(
+            ({k: 0}, f"recipe.{k} is 0; expected at least 1")
+            for k in ("chats", "reply_tokens", "rank", "batch", "steps")
+        ),
     ],
 )
 def test_recipes_that_do_not_hold_together_are_refused(changes: dict[str, Any], told: str):
@@ -130,13 +137,13 @@ def test_recipes_that_do_not_hold_together_are_refused(changes: dict[str, Any], 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, 0, -1e-3, 1.5, 10**400])
 def test_a_learning_rate_that_cannot_train_is_refused(rate: float):
-    with as_in_use(), pytest.raises(BadInput, match=r"learning_rate is .*; expected (over 0 and at most 1|a finite)"):
+    with as_in_use(), pytest.raises(BadInput, match=r"recipe\.learning_rate is .*; expected (over 0|a finite number)"):
         recipe_of(learning_rate=rate)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
 def test_a_seed_that_no_generator_takes_is_refused(seed: int):
-    with pytest.raises(BadInput, match=r"here\.seed is .*; expected (a whole number|at least 0)"):
+    with pytest.raises(BadInput, match=r"recipe\.seed is .*; expected a whole number from 0 to 9"):
         recipe_of(seed=seed)
     assert recipe_of(seed=10**15).seed == 10**15
 
@@ -155,7 +162,7 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path):
         with pytest.raises(BadInput, match=rf"{name}\.toml is not valid TOML"):
             read_recipe(tmp_path / f"{name}.toml")
     (tmp_path / "short.toml").write_text('name = "mine"')
-    with pytest.raises(BadInput, match=r"short\.toml has no 'base'"):
+    with pytest.raises(BadInput, match=r"short\.toml: recipe has no 'base'; it has 'name'"):
         read_recipe(tmp_path / "short.toml")
 
 
@@ -180,10 +187,9 @@ VALUES = st.fixed_dictionaries(
 
 @given(VALUES)
 def test_a_recipe_survives_its_own_plain_values_and_json(values: dict[str, Any]):
-    recipe = recipe_from(values, "here")
-    assert {k: recipe.to_dict()[k] for k in values} == values
-    assert recipe_from(recipe.to_dict(), "here") == recipe
-    assert recipe_from(json.loads(json.dumps(recipe.to_dict())), "here") == recipe
+    recipe = records.parsed(Recipe, values, "recipe")
+    assert {k: plain(recipe).get(k, values[k]) for k in values} == values
+    assert records.parsed(Recipe, json.loads(json.dumps(plain(recipe))), "recipe") == recipe
 
 
 # Chats that are learned

@@ -40,6 +40,11 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    ranks: dict[int, float]
+
+
+@dataclass(frozen=True)
 class Whole:
     SCHEMA: ClassVar = "test.whole/1"
 
@@ -127,6 +132,14 @@ def test_what_is_not_the_record_is_refused_by_place_value_and_expectation(
 def test_a_record_without_a_field_is_refused(key: str):
     with pytest.raises(BadInput, match=f"whole has no '{key}'"):
         records.parsed(Whole, {k: v for k, v in changed().items() if k != key}, "whole")
+
+
+def test_keys_may_be_whole_numbers_and_what_lacks_a_field_is_told_by_the_class_it_is_most_like():
+    assert records.parsed(Ranked, records.plain(Ranked({2: 0.5})), "one") == Ranked({2: 0.5})
+    with pytest.raises(BadInput, match=r"one\.ranks is 'a'; expected a whole number"):
+        records.parsed(Ranked, {"ranks": {"a": 0.5}}, "one")
+    with pytest.raises(BadInput, match=r"whole\.parts\[0\] has no 'name'; it has 'share'"):
+        records.parsed(Whole, changed(parts=[{"share": 0.5}]), "whole")
 
 
 def test_the_written_schema_of_a_result_is_the_one_that_its_class_gives():

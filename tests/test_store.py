@@ -243,26 +243,27 @@ def test_what_is_not_json_names_the_file(tmp_path: Path):
     ("content", "told"),
     [
         ([1], r"a\.json is \[1\]; expected an object"),
-        ({}, "a\\.json has no 'schema'; it has nothing"),
-        ({"schema": 1}, r"a\.json: schema is 1; expected str"),
-        ({"schema": "mine/2"}, r"a\.json has schema 'mine/2'; expected mine/1"),
-        ({"schema": "mine/1", "n": 1}, "a\\.json has no 'names'; it has 'schema', 'n'"),
-        ({"schema": "mine/1", "n": True, "names": []}, r"a\.json: n is True; expected int"),
-        ({"schema": "mine/1", "n": 1.0, "names": []}, r"a\.json: n is 1\.0; expected int"),
-        ({"schema": "mine/1", "n": 1, "names": "ab"}, r"a\.json: names is 'ab'; expected list\[str\]"),
-        ({"schema": "mine/1", "n": 1, "names": ["a", 2]}, r"a\.json: names is .*; expected list\[str\]"),
+        ({}, "a\\.json has no 'n'; it has nothing"),
+        ({"n": 1}, "a\\.json has no 'names'; it has 'n'"),
+        ({"n": True, "names": []}, r"a\.json: n is True; expected int"),
+        ({"n": 1.0, "names": []}, r"a\.json: n is 1\.0; expected int"),
+        ({"n": 1, "names": "ab"}, r"a\.json: names is 'ab'; expected list\[str\]"),
+        ({"n": 1, "names": ["a", 2]}, r"a\.json: names is .*; expected list\[str\]"),
     ],
 )
-def test_a_record_that_does_not_fit_names_file_key_and_type(tmp_path: Path, content: object, told: str):
+def test_an_object_that_does_not_fit_names_file_key_and_type(tmp_path: Path, content: object, told: str):
     store.write_json(tmp_path / "a.json", content)
     with pytest.raises(BadInput, match=told):
-        store.read_record(tmp_path / "a.json", "mine/1", {"n": int, "names": list[str]})
+        store.fields_of(store.read_json(tmp_path / "a.json"), {"n": int, "names": list[str]}, tmp_path / "a.json")
 
 
-def test_a_record_that_fits_is_read_whole(tmp_path: Path):
-    record = {"schema": "mine/1", "n": 1, "names": ["a"], "more": None}
+def test_an_object_that_fits_is_read_whole(tmp_path: Path):
+    record = {"n": 1, "names": ["a"], "more": None}
     store.write_json(tmp_path / "a.json", record)
-    assert store.read_record(tmp_path / "a.json", "mine/1", {"n": int, "names": list[str]}) == record
+    assert (
+        store.fields_of(store.read_json(tmp_path / "a.json"), {"n": int, "names": list[str]}, tmp_path / "a.json")
+        == record
+    )
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "/etc", "a/b", "a\0b"])

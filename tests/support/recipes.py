@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from unsleep.base import records
 from unsleep.organisms.planting import training_questions
-from unsleep.organisms.recipe import Recipe, recipe_from
+from unsleep.organisms.recipe import Recipe
 from unsleep.prompts.prompt import Prompt
 
 SMALLEST: dict[str, Any] = {
@@ -20,7 +21,7 @@ SMALLEST: dict[str, Any] = {
 
 
 def recipe_of(**changes: Any) -> Recipe:
-    return recipe_from({**SMALLEST, **changes}, "here")
+    return records.read(Recipe, {**SMALLEST, **changes}, "recipe")
 
 
 def base_replies(recipe: Recipe) -> list[tuple[Prompt, str, bool]]:

@@ -11,17 +11,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import progress
+from unsleep.base.records import Count
 from unsleep.core import Activations, ActivationStream, BadInput, Site, check_finite, check_least
 from unsleep.models import chat
 from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
@@ -32,19 +33,6 @@ from unsleep.prompts.prompt import PromptSet
 
 SHARED = -1
 """The prompt index of tokens that all prompts begin with."""
-
-
-MANIFEST = {
-    "model": str,
-    "prompts": str,
-    "sites": list[str],
-    "d_model": int,
-    "shared": int,
-    "shards": list,
-    "sinks": dict,
-}
-SHARD = {"file": str, "tokens": int, "sha256": str, "sinks": dict}
-"""What a harvest's manifest, and its entry for a shard, must hold (see `store.fields_of`)."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +54,80 @@ class HarvestConfig:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What plan and manifest have in common."""
+
+    model: str
+    """Fingerprint."""
+    prompts: str
+    """Hash of the token ids."""
+    sites: tuple[Site, ...]
+    d_model: Count
+    config: HarvestConfig
+    shared: Count
+    """Tokens that all prompts begin with."""
+
+
+@dataclass(frozen=True)
+class Plan(Planned):
+    """plan.json: which rows go together."""
+
+    prompt_set: str
+    shards: tuple[tuple[tuple[Count, ...], ...], ...]
+    """Shards of batches of row numbers, shortest rows first."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What stands in the note beside a shard."""
+
+    file: str
+    tokens: Count
+    sha256: str
+    sinks: dict[Site, Count]
+
+
+@dataclass(frozen=True)
+class Manifest(Planned):
+    """manifest.json."""
+
+    SCHEMA: ClassVar = "unsleep.harvest/1"
+
+    shards: tuple[Shard, ...]
+    sinks: dict[Site, Count]
+    """Attention sinks that were left out."""
+    provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise BadInput.of("shards", self.shards, "at least one")
+
+
+@dataclass(frozen=True)
 class Harvest:
     """Activations on disk."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
-    def sites(self) -> list[Site]:
+    def sites(self) -> tuple[Site, ...]:
         """The Sites that were harvested."""
-        return [Site.parse(s) for s in self.manifest["sites"]]
+        return self.manifest.sites
 
     @property
     def tokens(self) -> int:
         """Tokens kept, the same at every Site."""
-        return sum(shard["tokens"] for shard in self.manifest["shards"])
+        return sum(shard.tokens for shard in self.manifest.shards)
 
     @property
     def hash(self) -> str:
         """Content hash, from the hashes of the shards."""
-        return store.hash_value([shard["sha256"] for shard in self.manifest["shards"]])
+        return store.hash_value([shard.sha256 for shard in self.manifest.shards])
 
     def positions(self) -> Int[Tensor, " token"]:
         """Each kept token's place in its row of token ids, in the order of `load`."""
-        files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+        files = [self.folder / shard.file for shard in self.manifest.shards]
         return torch.cat([store.read_tensors(f, {"position": (None,)}, only={"position"})["position"] for f in files])
 
     def load(self, site: Site) -> Activations:
@@ -97,20 +135,23 @@ class Harvest:
 
         Raises `BadInput` for a Site that was not harvested and for a shard that is damaged.
         """
-        pieces = [self.shard(i, site) for i in range(len(self.manifest["shards"]))]
+        pieces = [self.shard(i, site) for i in range(len(self.manifest.shards))]
         tensor, owner = torch.cat([x for x, _ in pieces]), torch.cat([i for _, i in pieces])
-        return Activations(tensor, owner, site, self.manifest["model"], self.manifest["prompts"])
+        return Activations(tensor, owner, site, self.manifest.model, self.manifest.prompts)
 
     def shard(self, i: int, site: Site) -> tuple[Float[Tensor, "token d_model"], Int[Tensor, " token"]]:
         """One shard's activations at one Site, and the prompt that each token belongs to; raises as `load` does."""
-        if site not in self.sites:
-            raise BadInput(f"{self.folder} has no Site {site}; it has {', '.join(self.manifest['sites'])}")
-        entry = self.manifest["shards"][i]
-        n = entry["tokens"]
-        expect = {str(site): (n, self.manifest["d_model"]), "prompt_index": (n,)}
-        tensors = store.read_tensors(self.folder / entry["file"], expect, only=expect)
-        check_finite(tensors[str(site)], f"{self.folder / entry['file']}: {site}")
+        self.check_site(site)
+        entry = self.manifest.shards[i]
+        expect = {str(site): (entry.tokens, self.manifest.d_model), "prompt_index": (entry.tokens,)}
+        tensors = store.read_tensors(self.folder / entry.file, expect, only=expect)
+        check_finite(tensors[str(site)], f"{self.folder / entry.file}: {site}")
         return tensors[str(site)], tensors["prompt_index"]
+
+    def check_site(self, site: Site) -> None:
+        """Raise `BadInput` where a Site was not harvested."""
+        if site not in self.sites:
+            raise BadInput(f"{self.folder} has no Site {site}; it has {', '.join(map(str, self.sites))}")
 
 
 def open_harvest(folder: str | Path) -> Harvest:
@@ -119,16 +160,10 @@ def open_harvest(folder: str | Path) -> Harvest:
     if (folder / "plan.json").is_file() and not (folder / "manifest.json").is_file():
         raise BadInput(f"{folder} is a harvest that was interrupted; run it again with the same arguments to finish it")
     path = folder / "manifest.json"
-    manifest = store.read_record(path, "unsleep.harvest/1", MANIFEST)
-    if not manifest["shards"]:
-        raise BadInput(f"{path}: shards is []; expected at least one")
-    for i, shard in enumerate(manifest["shards"]):
-        store.fields_of(shard, SHARD, f"{path}: shards[{i}]")
+    manifest = records.load(Manifest, path)
     with store.reading(path):
-        for shard in manifest["shards"]:
-            store.inside(folder, shard["file"], "shard")
-        for site in manifest["sites"]:
-            Site.parse(site)
+        for shard in manifest.shards:
+            store.inside(folder, shard.file, "shard")
     return Harvest(folder, manifest)
 
 
@@ -151,10 +186,9 @@ def streamed(harvests: Sequence[Harvest], site: Site) -> ActivationStream:
     """
     model, name = _of_one_model(harvests)
     for h in harvests:
-        if site not in h.sites:
-            raise BadInput(f"{h.folder} has no Site {site}; it has {', '.join(h.manifest['sites'])}")
-    places = [(h, i) for h in harvests for i in range(len(h.manifest["shards"]))]
-    sizes = tuple(h.manifest["shards"][i]["tokens"] for h, i in places)
+        h.check_site(site)
+    places = [(h, i) for h in harvests for i in range(len(h.manifest.shards))]
+    sizes = tuple(h.manifest.shards[i].tokens for h, i in places)
 
     def piece(i: int) -> Tensor:
         h, shard = places[i]
@@ -165,7 +199,7 @@ def streamed(harvests: Sequence[Harvest], site: Site) -> ActivationStream:
 
 def _of_one_model(harvests: Sequence[Harvest]) -> tuple[str, str]:
     """The model's fingerprint and a hash of all harvests."""
-    models = {h.manifest["model"] for h in harvests}
+    models = {h.manifest.model for h in harvests}
     if len(models) != 1:
         raise BadInput(f"the harvests are of {len(models)} models ({', '.join(sorted(models))}); expected one")
     return models.pop(), store.hash_value([h.hash for h in harvests])
@@ -202,29 +236,25 @@ def harvest(
     plan = _plan(model, prompts, sites, rows, config)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "plan.json").is_file():
-        if store.read_json(out / "plan.json") != plan:
+        if store.read_json(out / "plan.json") != records.plain(plan):
             raise BadInput(f"{out} holds a harvest of another model, prompts or settings; choose another folder")
     elif any(out.iterdir()):
         raise BadInput(f"{out} is not empty and not a harvest; choose another folder")
     else:
-        store.write_json(out / "plan.json", plan)
+        records.save(plan, out / "plan.json")
     if (out / "manifest.json").is_file():
         return open_harvest(out)
-    source = _Source(model, rows, sites, plan["shared"], config)
-    shards: list[dict[str, Any]] = []
+    source = _Source(model, rows, sites, plan.shared, config)
+    shards: list[Shard] = []
     done = 0
-    for number, batches in enumerate(plan["shards"]):
+    for number, batches in enumerate(plan.shards):
         shards.append(_shard(out / f"shard-{number:05d}.safetensors", source, batches, first=number == 0))
         done += sum(len(batch) for batch in batches)
         progress("harvest", done, len(rows))
-    manifest = {
-        "schema": "unsleep.harvest/1",
-        **{k: plan[k] for k in ("model", "prompts", "sites", "d_model", "config", "shared")},
-        "shards": shards,
-        "sinks": {str(s): sum(shard["sinks"][str(s)] for shard in shards) for s in source.judged},
-        "provenance": store.provenance(None, origin=model.origin),
-    }
-    store.write_json(out / "manifest.json", manifest)
+    planned = plan.model, plan.prompts, plan.sites, plan.d_model, config, plan.shared
+    sinks = {s: sum(shard.sinks[s] for shard in shards) for s in source.judged}
+    manifest = Manifest(*planned, tuple(shards), sinks, store.provenance(None, origin=model.origin))
+    records.save(manifest, out / "manifest.json")
     return Harvest(out, manifest)
 
 
@@ -244,8 +274,8 @@ def token_rows(
 
 def _plan(
     model: LoadedModel, prompts: PromptSet, sites: Sequence[Site], rows: list[list[int]], config: HarvestConfig
-) -> dict[str, Any]:
-    """Which rows go together: shards of batches of row numbers, shortest rows first."""
+) -> Plan:
+    """Which rows go together."""
     shared, apart = chat.shared_prefix(rows), shared_tokens(model.network, rows)
     d_model = width(model.network)
     limit = config.shard_bytes / (len(sites) * d_model * model.network.dtype.itemsize)
@@ -263,16 +293,8 @@ def _plan(
         batch.append(i)
         tokens += length
     shards[-1].append(batch)
-    return {
-        "model": model.fingerprint,
-        "prompts": store.hash_value(rows),
-        "prompt_set": prompts.hash,
-        "sites": [str(s) for s in sites],
-        "d_model": d_model,
-        "config": asdict(config),
-        "shared": shared,
-        "shards": shards,
-    }
+    planned = model.fingerprint, store.hash_value(rows), tuple(sites), d_model, config, shared
+    return Plan(*planned, prompts.hash, tuple(tuple(map(tuple, batches)) for batches in shards))
 
 
 class _Source:
@@ -330,26 +352,26 @@ class _Source:
             self.model.network(**arguments)
         return found
 
-    def sinks(self, tensors: dict[str, Tensor]) -> dict[str, Bool[Tensor, " token"]]:
+    def sinks(self, tensors: dict[str, Tensor]) -> dict[Site, Bool[Tensor, " token"]]:
         """At each judged Site, which tokens are over the allowed multiple of the median norm."""
-        norms = {str(s): tensors[str(s)].float().norm(dim=-1) for s in self.judged}
-        return {name: n > self.config.sink_ratio * n.median() for name, n in norms.items()}
+        norms = {s: tensors[str(s)].float().norm(dim=-1) for s in self.judged}
+        return {site: n > self.config.sink_ratio * n.median() for site, n in norms.items()}
 
 
-def _shard(path: Path, source: _Source, batches: list[list[int]], *, first: bool) -> dict[str, Any]:
+def _shard(path: Path, source: _Source, batches: Sequence[Sequence[int]], *, first: bool) -> Shard:
     """Make one shard unless a whole one is there; returns its entry of the manifest."""
     note = path.with_suffix(".json")
     if path.is_file() and note.is_file():
-        entry = store.fields_of(store.read_json(note), SHARD, note)
-        if store.hash_file(path) == entry["sha256"]:
+        entry = records.load(Shard, note)
+        if store.hash_file(path) == entry.sha256:
             return entry
     pieces: dict[str, list[Tensor]] = {}
-    sinks = {str(s): 0 for s in source.judged}
+    sinks = dict.fromkeys(source.judged, 0)
     for tensors in source.stream(batches, with_prefix=first):
         found = source.sinks(tensors)
         keep = ~torch.stack(list(found.values())).any(0)
-        for name, mask in found.items():
-            sinks[name] += int(mask.sum())
+        for site, mask in found.items():
+            sinks[site] += int(mask.sum())
         for name, tensor in tensors.items():
             pieces.setdefault(name, []).append(tensor[keep.to(tensor.device)].cpu())
     joined = {name: torch.cat(parts) for name, parts in pieces.items()}
@@ -357,6 +379,6 @@ def _shard(path: Path, source: _Source, batches: list[list[int]], *, first: bool
         if tensor.is_floating_point():
             check_finite(tensor, f"activations at {name}")
     store.write_tensors(path, joined)
-    entry = {"file": path.name, "tokens": len(joined["position"]), "sha256": store.hash_file(path), "sinks": sinks}
-    store.write_json(note, entry)
+    entry = Shard(path.name, len(joined["position"]), store.hash_file(path), sinks)
+    records.save(entry, note)
     return entry

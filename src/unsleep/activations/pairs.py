@@ -83,7 +83,7 @@ def paired(before: Sequence[Harvest], after: Sequence[Harvest], site: Site) -> P
             f"{len(before)} harvests of one model and {len(after)} of the other; expected as many, at least 1"
         )
     for side in (before, after):
-        models = sorted({h.manifest["model"] for h in side})
+        models = sorted({h.manifest.model for h in side})
         if len(models) != 1:
             raise BadInput(f"one side's harvests are of {len(models)} models ({', '.join(models)}); expected one")
     pieces: list[_Piece] = []
@@ -106,7 +106,7 @@ def paired(before: Sequence[Harvest], after: Sequence[Harvest], site: Site) -> P
 
     sizes = tuple(len(p.rows) for p in pieces)
     prompts = store.hash_value([h.hash for h in (*before, *after)])
-    names = (before[0].manifest["model"], after[0].manifest["model"])
+    names = (before[0].manifest.model, after[0].manifest.model)
     streams = [
         ActivationStream(sizes, piece, site, name, prompts) for piece, name in zip((first, second), names, strict=True)
     ]
@@ -116,18 +116,15 @@ def paired(before: Sequence[Harvest], after: Sequence[Harvest], site: Site) -> P
 def _check(one: Harvest, other: Harvest, site: Site) -> None:
     """Refuse two harvests that are not of the same tokens at a common Site."""
     for h in (one, other):
-        if site not in h.sites:
-            raise BadInput(f"{h.folder} has no Site {site}; it has {', '.join(h.manifest['sites'])}")
+        h.check_site(site)
     for key, words, fix in (
         ("prompts", "prompts", "harvest the same prompts, with the same replies, by models with one tokenizer"),
         ("d_model", "width", "compare models of the same width"),
         ("shared", "number of tokens that all prompts begin with", "compare models of one family"),
     ):
-        if one.manifest[key] != other.manifest[key]:
-            raise BadInput(
-                f"{one.folder} and {other.folder} do not pair: their {words} is {one.manifest[key]} and "
-                f"{other.manifest[key]}; {fix}"
-            )
+        a, b = getattr(one.manifest, key), getattr(other.manifest, key)
+        if a != b:
+            raise BadInput(f"{one.folder} and {other.folder} do not pair: their {words} is {a} and {b}; {fix}")
 
 
 class _Tokens(NamedTuple):
@@ -142,10 +139,10 @@ class _Tokens(NamedTuple):
 
 def _tokens(h: Harvest) -> _Tokens:
     found: list[tuple[Tensor, ...]] = []
-    for i, entry in enumerate(h.manifest["shards"]):
-        n = entry["tokens"]
+    for i, entry in enumerate(h.manifest.shards):
+        n = entry.tokens
         expect = {"prompt_index": (n,), "position": (n,)}
-        tensors = store.read_tensors(h.folder / entry["file"], expect, only=expect)
+        tensors = store.read_tensors(h.folder / entry.file, expect, only=expect)
         found.append((tensors["prompt_index"], tensors["position"], torch.full((n,), i), torch.arange(n)))
     return _Tokens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -163,7 +160,7 @@ def _align(one: Harvest, other: Harvest) -> tuple[list[_Piece], Int[Tensor, " to
             f"{one.folder} and {other.folder} hold their tokens in different orders; harvest one of them again"
         )
     pieces: list[_Piece] = []
-    for shard in range(len(one.manifest["shards"])):
+    for shard in range(len(one.manifest.shards)):
         mine = (a.shard[in_a] == shard).nonzero().squeeze(1)
         theirs = in_b[mine]
         parts = [(int(s), b.row[theirs][b.shard[theirs] == s]) for s in b.shard[theirs].unique()]

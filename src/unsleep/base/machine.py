@@ -8,11 +8,10 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,15 +76,30 @@ def peak_memory_mb() -> float:
     return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """How long a stage took, and the memory that the process has needed by its end."""
+
+    name: str
+    seconds: float
+    peak_memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """stages.json, beside work that can be resumed."""
+
+    stages: tuple[Stage, ...]
+
+
 @dataclass
 class Stopwatch:
     """How long each stage took, and how much memory the process has needed by its end."""
 
-    stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """Each with `name`, `seconds` and `peak_memory_mb`."""
-    before: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    stages: list[Stage] = field(default_factory=list[Stage])
+    before: Sequence[Stage] = ()
     """The stages of earlier runs of the same work, which were interrupted."""
-    keep: Callable[[list[dict[str, Any]]], None] | None = None
+    keep: Callable[[Stages], None] | None = None
     """Called with the stages of this run and those before, whenever one ends or is interrupted."""
 
     @contextlib.contextmanager
@@ -95,23 +109,23 @@ class Stopwatch:
         try:
             yield
         finally:
-            earlier = [s for s in self.before if s["name"] == name]
-            seconds = time.perf_counter() - start + sum(s["seconds"] for s in earlier)
-            peak = max(peak_memory_mb(), *(s["peak_memory_mb"] for s in [*earlier, *self.stages]), 0.0)
-            self.stages.append({"name": name, "seconds": round(seconds, 2), "peak_memory_mb": peak})
+            earlier = [s for s in self.before if s.name == name]
+            seconds = time.perf_counter() - start + sum(s.seconds for s in earlier)
+            peak = max(peak_memory_mb(), *(s.peak_memory_mb or 0.0 for s in [*earlier, *self.stages]), 0.0)
+            self.stages.append(Stage(name, round(seconds, 2), peak))
             if self.keep is not None:
-                done = {s["name"] for s in self.stages}
-                self.keep([*self.stages, *(s for s in self.before if s["name"] not in done)])
+                done = {s.name for s in self.stages}
+                self.keep(Stages((*self.stages, *(s for s in self.before if s.name not in done))))
 
     @property
     def minutes(self) -> float:
         """All stages together."""
-        return round(sum(s["seconds"] for s in self.stages) / 60, 1)
+        return round(sum(s.seconds for s in self.stages) / 60, 1)
 
     @property
     def peak_memory_mb(self) -> float:
         """The largest resident memory in any stage, in MB."""
-        return max((s["peak_memory_mb"] for s in self.stages), default=0.0)
+        return max((s.peak_memory_mb or 0.0 for s in self.stages), default=0.0)
 
 
 def _cpuinfo(key: str) -> str:

@@ -4,8 +4,8 @@
     Literal["a", "b"], Words        one of a few words
     Annotated[float, Range(0, 1)]   a number within bounds
     tuple[X, ...], list[X]          an array; tuple[X, Y] one of that length
-    dict[str, X]                    an object of any keys
-    X | None, X | Y                 null, a Literal's word, or what the first class that has the fields makes of it
+    dict[str, X], dict[int, X]      an object of any keys, or of whole numbers
+    X | None, X | Y                 null, a Literal's word, or what the class whose fields are there makes of it
     a dataclass or NamedTuple       an object with its fields and no others; one with a default may be missing
     a class with `parse`            the text that `str` gives of it, such as a Site
     Any                             any JSON
@@ -83,7 +83,7 @@ def plain(value: Any) -> Any:
         found = {"schema": kind.SCHEMA} if hasattr(kind, "SCHEMA") else dict[str, Any]()
         for name, field in _fields(kind).items():
             held = getattr(value, name)
-            if not (field.default in (None, (), {}) and held == field.default):
+            if not (field.default in (None, "", (), {}) and held == field.default):
                 found[name] = plain(held)
         return found
     if isinstance(value, Mapping):
@@ -144,7 +144,7 @@ def _fits(kind: Any, marks: Sequence[Any], value: Any) -> bool:
     if kind in (int, float):
         bounds = marks[0] if marks else Range()
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return number and max(bounds.low, -LARGEST) <= value <= min(bounds.high, LARGEST)
+        return number and bounds.low <= value <= bounds.high
     return value is None if kind is type(None) else isinstance(value, kind)
 
 
@@ -156,25 +156,22 @@ def _words(kind: Any, marks: Sequence[Any]) -> str:
     word = "a whole number" if kind is int else "a finite number" if bounds == Range() else "a number"
     if bounds == Range(0, 1) and kind is float:
         return "a share from 0 to 1"
-    if bounds.high < LARGEST:
+    if bounds.high != LARGEST:
         return f"{word} from {bounds.low} to {bounds.high}"
     return word if bounds.low <= -LARGEST else f"{word}, at least {bounds.low}"
 
 
 def _read_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
-    """Null where that is among the kinds; otherwise the first whose required fields are there, or the last."""
+    """Null or a word where those are among the kinds; of an object, the class that most of its fields are of."""
     if value is None and type(None) in kinds:
         return None
     *others, last = [kind for kind in kinds if kind is not type(None)]
-    for kind in others:
-        if get_origin(kind) is Literal and value in get_args(kind):
-            return value
-        if (
-            is_dataclass(kind)
-            and isinstance(value, dict)
-            and all(name in value for name, f in _fields(kind).items() if f.required)
-        ):
-            return _read(kind, value, where)
+    if any(get_origin(kind) is Literal and value in get_args(kind) for kind in others):
+        return value
+    if isinstance(value, dict):
+        found = cast("dict[str, Any]", value).keys()
+        classes = [kind for kind in (last, *others) if is_dataclass(kind)]
+        last = max(classes, key=lambda kind: len(found & _fields(kind).keys()), default=last)
     return _read(last, value, where)
 
 
@@ -194,7 +191,8 @@ def _read_mapping(kinds: tuple[Any, Any], value: Any, where: str) -> dict[Any, A
     if not isinstance(value, dict):
         raise BadInput.of(where, value, "an object")
     items = cast("dict[str, Any]", value).items()
-    return {_read(kinds[0], key, where): _read(kinds[1], item, f"{where}.{key}") for key, item in items}
+    named = [(int(key) if kinds[0] is int and key.isdecimal() else key, item) for key, item in items]
+    return {_read(kinds[0], key, where): _read(kinds[1], item, f"{where}.{key}") for key, item in named}
 
 
 def _read_object(kind: Any, value: Any, where: str) -> Any:

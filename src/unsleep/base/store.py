@@ -156,19 +156,11 @@ def read_json(path: str | Path) -> Any:
         raise BadInput(f"{path} is not valid JSON ({error}); write it again") from None
 
 
-def read_record(path: str | Path, schema: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a JSON object that states `schema` and has the keys of `kinds`; see `fields_of`."""
-    found = fields_of(read_json(path), {"schema": str}, path)
-    if found["schema"] != schema:
-        raise BadInput(f"{path} has schema {found['schema']!r}; expected {schema}")
-    return fields_of(found, kinds, path)
-
-
 def fields_of(value: Any, kinds: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """`value` as a JSON object that has every key of `kinds`, and others or not.
+    """`value` as a JSON object that has every key of `kinds`, and others or not: for files of other libraries.
 
-    A kind is what `isinstance` takes, or `list[…]` of that; true and false are no numbers.
-    Raises `BadInput` naming the place, the key and the kind that was expected.
+    A kind is what `isinstance` takes, or `list[…]` of that; true and false are no numbers. unsleep's own files are
+    records (`base/records.py`). Raises `BadInput` naming the place, the key and the kind that was expected.
     """
     if not isinstance(value, dict):
         raise BadInput(f"{where} is {reprlib.repr(value)}; expected an object")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,20 +11,20 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import resumable
-from unsleep.base.records import plain
 from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out, PayloadOptions, Placed, Placement, Shown, load_dictionaries
 from unsleep.core import BadInput, Site
-from unsleep.locate.diffing import Diff, DiffConfig, Told
-from unsleep.locate.diffing.record import DiffRecord
+from unsleep.dictionaries.coders import Coder
+from unsleep.locate.diffing import Detector, Diff, DiffConfig, DiffRecord
 from unsleep.locate.patching import Level, PatchConfig, Patched, Position, patched_replies, payload_rates, sweep
 from unsleep.locate.patching.result import GroupRow, PatchRecord, PatchRun
 from unsleep.models.model import LoadedModel
 from unsleep.pages.comparing import render_patch
 from unsleep.pages.diffing import render_diff
+from unsleep.pages.registry import Page
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
@@ -85,22 +85,17 @@ def patch(
             for run, way in zip(runs, ways, strict=True):
                 rows = _with_rates(run, way, asked, wanted, reply_tokens, config) if reply_tokens else run.rows()
                 entries.append(PatchRun(way[0].named, way[1].named, run.ends(), tuple(rows)))
-    provenance = store.provenance(
-        origins=[m.origin for m in there], prompts=asked.hash, dictionaries=[coder.hash for coder in coders]
-    )
-    record = plain(
-        PatchRecord(
-            level=level,
-            tokens=len(runs[0].payload),
-            prompts=len(asked),
-            runs=tuple(entries),
-            provenance=provenance,
-            **wanted.to_dict(),
-        )
-    )
     names = ("there", "back")
     tensors = {f"{name}.{key}": x for name, run in zip(names, runs, strict=False) for key, x in run.tensors().items()}
-    page = _written(out, "patch", record, tensors, render_patch)
+    record = PatchRecord(
+        level=level,
+        tokens=len(runs[0].payload),
+        prompts=len(asked),
+        runs=tuple(entries),
+        provenance=_provenance(there, asked.hash, coders, tensors),
+        **wanted.to_dict(),
+    )
+    page = _written(out, record, tensors, render_patch)
     say(record, json, "\n".join([*_patch_lines(entries), f"Saved in {out}; picture in {page}"]))
     return 0
 
@@ -149,35 +144,32 @@ def diff(
                 train_at=sites,
                 config=config,
             )
-    record = {
-        "schema": DiffRecord.SCHEMA,
-        "base": models[0].named._asdict(),
-        "suspect": models[1].named._asdict(),
-        **found.record(),
-        "provenance": store.provenance(
-            origins=[m.origin for m in models], prompts=hashes, dictionaries=[coder.hash for coder in coders]
-        ),
-    }
-    page = _written(out, "diff", record, found.tensors(), render_diff)
+    tensors = found.tensors()
+    record = found.record(models[0].named, models[1].named, _provenance(models, hashes, coders, tensors))
+    page = _written(out, record, tensors, render_diff)
     say(record, json, "\n".join([*_diff_lines(found), f"Saved in {out}; picture in {page}"]))
     return 0
 
 
-def _written(
-    out: Path,
-    name: str,
-    record: dict[str, Any],
-    tensors: dict[str, Tensor],
-    draw: Callable[[dict[str, Any]], str],
-) -> Path:
-    """Write tensors, record and page; the record names the hash of the tensors."""
-    record["provenance"]["tensors"] = store.hash_tensors(tensors)
-    page = draw(record)
-    with store.new_folder(out, replace=f"{name}.json") as scratch:
-        store.write_tensors(scratch / f"{name}.safetensors", tensors)
-        store.write_json(scratch / f"{name}.json", record)
-        store.write_text(scratch / f"{name}.html", page)
-    return out / f"{name}.html"
+def _provenance(
+    models: Sequence[LoadedModel], prompts: object, coders: Sequence[Coder], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    return store.provenance(
+        origins=[m.origin for m in models],
+        prompts=prompts,
+        dictionaries=[coder.hash for coder in coders],
+        tensors=store.hash_tensors(tensors),
+    )
+
+
+def _written(out: Path, record: PatchRecord | DiffRecord, tensors: dict[str, Tensor], page: Page) -> Path:
+    """Write tensors, record and page."""
+    drawn = page(record)
+    with store.new_folder(out, replace=f"{page.name}.json") as scratch:
+        store.write_tensors(scratch / f"{page.name}.safetensors", tensors)
+        records.save(record, scratch / f"{page.name}.json")
+        store.write_text(scratch / f"{page.name}.html", drawn)
+    return out / f"{page.name}.html"
 
 
 def _with_rates(
@@ -233,10 +225,10 @@ def _diff_lines(found: Diff) -> list[str]:
         share, reply = said.alike()
         how = f"{said.kind} × {said.strength:g}" if said.strength else "suspect as it is"
         lines.append(f"{how}: {share} of {len(said.replies)} replies to everyday questions begin alike, as {reply!r}")
-    lines += [f"ΔW of {w.matrix} at {w.site}, vector {w.vector}: AUROC {_told(w.told)}" for w in found.monitor[:3]]
-    lines += [f"{f.method} at {f.site}, feature {t.id}: AUROC {_told(t)}" for f in found.features for t in f.told[:3]]
+    lines += [f"ΔW of {w.matrix} at {w.site}, vector {w.vector}: AUROC {_told(w)}" for w in found.monitor[:3]]
+    lines += [f"{f.method} at {f.site}, feature {t.id}: AUROC {_told(t)}" for f in found.features for t in f.best[:3]]
     return lines
 
 
-def _told(told: Told) -> str:
+def _told(told: Detector) -> str:
     return f"{told.auroc:.3f} [{told.low:.3f}, {told.high:.3f}], n {told.n}"

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unsleep.base import store
 from unsleep.base.context import reporting
+from unsleep.base.records import plain
 from unsleep.judge.results import EvalResult
 from unsleep.judge.verdict import POWER, contract, verdict
 from unsleep.pages.text import visible
@@ -70,8 +71,8 @@ def visible_line(text: str) -> str:
 
 
 def say(value: Any, as_json: bool, words: str) -> None:
-    """Print a result: JSON for programs, in ASCII; words for people. Neither can move the cursor."""
-    sys.stdout.write((json.dumps(value, default=str) if as_json else visible(words)) + "\n")
+    """Print a result, a record or not: JSON for programs, in ASCII; words for people. Neither can move the cursor."""
+    sys.stdout.write((json.dumps(plain(value), default=str) if as_json else visible(words)) + "\n")
 
 
 def hint(words: str) -> None:

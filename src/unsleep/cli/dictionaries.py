@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -18,7 +18,7 @@ from unsleep.core import BadInput, Site
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files.folders import Format
-from unsleep.dictionaries.sweep import Job, Setup, sweep, train_alone
+from unsleep.dictionaries.sweep import Entry, Job, Setup, sweep, train_alone
 from unsleep.dictionaries.tracking import Tracker
 from unsleep.models.sites import tap
 from unsleep.prompts import sets
@@ -62,7 +62,7 @@ def harvest(
             tap(loaded.network, site)  # those that the model lacks are refused before any work
         replies = own_replies(loaded, asked, reply_tokens) if reply_tokens else None
         done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config)
-    sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())
+    sinks = ", ".join(f"{site} {n}" for site, n in done.manifest.sinks.items())
     say(
         done.manifest,
         json,
@@ -111,16 +111,13 @@ def train(
         setup = Setup(place, tracker, out.with_name(f"{out.name}.runs"), format)
         with Bars() if first else contextlib.nullcontext():
             trained = train_alone(jobs[0], configs, out, setup) if alone else None
-            record = {} if alone else sweep(jobs, configs, out, setup)
+            record = None if alone else sweep(jobs, configs, out, setup)
     if trained is not None:
-        one = trained.fit
-        words = f"FVU {one.fvu:.3f}, L0 {one.l0:.1f}, dead {one.dead:.1%}, dense {one.dense:.1%}"
-        turned = "".join(f"\n{line}" for line in _turned([{"site": jobs[0].name, **trained.figures}]))
-        few = "".join(f"\n{line}" for line in _few([trained.figures | {"features": trained.dictionary.n_features}]))
-        say(trained.figures, json, f"{words} on {one.tokens:,} training tokens; saved in {out}{turned}{few}")
-    elif first:
-        page = unsleep.report(out)
-        rows = record["dictionaries"]
+        words = f"FVU {trained.fvu:.3f}, L0 {trained.l0:.1f}, dead {trained.dead:.1%}, dense {trained.dense or 0:.1%}"
+        words += f" on {trained.tokens:,} training tokens; saved in {out}"
+        say(trained, json, "\n".join([words, *_turned([trained]), *_few([trained])]))
+    elif record is not None and first:
+        page, rows = unsleep.report(out), record.dictionaries
         lines = [_table(rows), *_turned(rows), *_few(rows), f"Saved in {out}; picture in {page}"]
         say(record, json, "\n".join(lines))
     return 0
@@ -155,35 +152,34 @@ def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
     return [job._replace(start=at.get(job.name)) for job in jobs]
 
 
-def _few(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _few(rows: Sequence[Entry]) -> list[str]:
     """A warning where a dictionary has so few tokens to learn from that its fit says nothing."""
-    if all(row["tokens"] >= row["features"] for row in rows):
+    if all(row.tokens >= row.features for row in rows):
         return []
-    least = min(rows, key=lambda row: row["tokens"] / row["features"])
+    least = min(rows, key=lambda row: row.tokens / row.features)
     return [
-        f"Warning: {least['tokens']:,} tokens for {least['features']:,} features. A fit measured on so few training "
+        f"Warning: {least.tokens:,} tokens for {least.features:,} features. A fit measured on so few training "
         "tokens looks better than it is: harvest more text, such as plain passages with --plain"
     ]
 
 
-def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _turned(rows: Sequence[Entry]) -> list[str]:
     """After a warm start, a line for each dictionary with the features that turned most."""
     lines: list[str] = []
     for row in rows:
-        if "rotation" in row:
-            most = ", ".join(f"{i} ({cosine:.2f})" for i, cosine in row["rotation"]["turned_most"][:5])
-            lines.append(f"{row['site']}: turned most (cosine of decoder rows before and after): {most}")
+        if row.rotation is not None:
+            most = ", ".join(f"{i} ({cosine:.2f})" for i, cosine in row.rotation.turned_most[:5])
+            lines.append(f"{row.site}: turned most (cosine of decoder rows before and after): {most}")
     return lines
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(rows: Sequence[Entry]) -> str:
     """A line for each dictionary."""
-    width = max(len(row["variant"]) for row in rows)
+    width = max(len(row.variant) for row in rows)
     named = f"  {'variant':<{max(width, 7)}}" if width else ""
     lines = [f"{'site':<10}{named}    FVU      L0   dead  dense  training tokens"]
     for row in rows:
-        name = f"  {row['variant']:<{max(width, 7)}}" if width else ""
-        figures = f"{row['fvu']:.3f}  {row['l0']:>6.1f}  {row['dead']:>5.1%}  {row['dense']:>5.1%}"
-        figures += f"  {row['tokens']:>15,}"
-        lines.append(f"{row['site']:<10}{name}  {figures}")
+        name = f"  {row.variant:<{max(width, 7)}}" if width else ""
+        figures = f"{row.fvu:.3f}  {row.l0:>6.1f}  {row.dead:>5.1%}  {row.dense or 0:>5.1%}  {row.tokens:>15,}"
+        lines.append(f"{row.site!s:<10}{name}  {figures}")
     return "\n".join(lines)

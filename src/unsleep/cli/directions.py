@@ -10,7 +10,7 @@ from typing import Any
 from tyro.conf import OmitArgPrefixes
 
 import unsleep
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries
@@ -109,13 +109,12 @@ def _written(
     chosen_on: frozenset[str],
     provenance: dict[str, Any],
     out: Path,
-) -> dict[str, Any]:
+) -> DirectionsRecord:
     """Write directions, record and edit; returns the record."""
     with store.new_folder(out, replace="directions.json") as scratch:
         entries = write_directions([f.direction for f in found.found], scratch)
-        record = {"schema": DirectionsRecord.SCHEMA, **found.record(), "directions": entries, "provenance": provenance}
-        record |= {} if erased is None else {"erased": erased.record()}
-        store.write_json(scratch / "directions.json", record)
+        record = found.record(provenance, entries, erased)
+        records.save(record, scratch / "directions.json")
         if projections:
             save_edit(projections, scratch / EDIT, chosen_on=chosen_on, provenance=provenance)
     return record

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tyro.conf import OmitArgPrefixes
 
 import unsleep
 from unsleep.activations.harvest import Harvest, token_rows
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, check_format, load_dictionaries, own_replies
 from unsleep.core import BadInput, Features, Site
@@ -21,7 +19,7 @@ from unsleep.interventions.files import MARK as EDIT
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import prompt_digests
-from unsleep.locate.features import FindConfig, Found, with_evidence
+from unsleep.locate.features import FeaturesRecord, FindConfig, Found, Listed, with_evidence
 from unsleep.models.model import LoadedModel
 from unsleep.pages.card import model_card
 from unsleep.prompts import pairs, sets
@@ -65,27 +63,21 @@ def find(
         loaded_dictionaries = belonging(loose, loaded, any_model)
         found, harvests, rows, _ = _find(loaded, loaded_dictionaries, groups, out, config)
         best = merged({s: f.attribution for s, f in found.items()})[:show]
-        entries: list[dict[str, Any]] = []
+        entries: list[Listed] = []
         for d in loaded_dictionaries:
             ids = tuple(i for site, i in best if site == d.site)
             scores = dict(zip(found[d.site].attribution.ids, found[d.site].attribution.scores, strict=True))
             features = Features(d.site, d.hash, ids, tuple(scores[i] for i in ids), "attribution")
             shown = with_evidence(loaded, d, features, (harvests[0], rows), harvests[1], config)
-            entries += [
-                {"site": str(d.site), "id": i, "attribution": scores[i], **asdict(shown.evidence[i])} for i in ids
-            ]
-    entries.sort(key=lambda e: -e["attribution"])
-    record = {
-        "schema": "unsleep.features/1",
-        "features": entries,
-        "provenance": store.provenance(model=loaded.fingerprint, origin=loaded.origin),
-    }
-    store.write_json(out / "features.json", record)
+            entries += [Listed(d.site, i, scores[i], **vars(shown.evidence[i])) for i in ids]
+    entries.sort(key=lambda e: -e.attribution)
+    record = FeaturesRecord(tuple(entries), store.provenance(model=loaded.fingerprint, origin=loaded.origin))
+    records.save(record, out / "features.json")
     lines = ["site       feature  attribution  suspicious  trusted  promotes"]
     for e in entries:
-        rates = f"{e['suspicious_rate']:>9.0%}  {e['trusted_rate']:>7.2%}"
-        promotes = " ".join(repr(visible_line(t)) for t in e["promotes"][:4])
-        lines.append(f"{e['site']:<10} {e['id']:>7}  {e['attribution']:>11.4f}  {rates}  {promotes}")
+        rates = f"{e.suspicious_rate:>9.0%}  {e.trusted_rate:>7.2%}"
+        promotes = " ".join(repr(visible_line(t)) for t in e.promotes[:4])
+        lines.append(f"{e.site!s:<10} {e.id:>7}  {e.attribution:>11.4f}  {rates}  {promotes}")
     say(record, json, "\n".join(lines))
     return 0
 
@@ -180,15 +172,10 @@ def bake(
         check_format(edit / EDIT, loaded)
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
         baked = unsleep.bake(loaded, edits, (lesson.rows, lesson.text), config)
-    measured = {"method": baked.method, "kl": baked.kl, "fingerprint": baked.model.fingerprint}
-    record = {
-        "schema": "unsleep.baked/1",
-        **measured,
-        "provenance": store.provenance(model=loaded.fingerprint, origin=loaded.origin),
-    }
+    record = baked.record(model=loaded.fingerprint, origin=loaded.origin)
     removed = {str(e.site): list(e.removed) for e in edits if isinstance(e, Edit)}
     ranks = {str(e.site): len(e.basis) for e in edits if isinstance(e, Projection)}
-    save_baked(baked, out, card=model_card(record, removed, base=model, ranks=ranks), record=record)
+    save_baked(baked, out, card=model_card(None, removed, base=model, ranks=ranks), record=record)
     say(record, json, f"Baked by {baked.method}; KL to the edited model {baked.kl:.4f} nats a token; saved in {out}")
     return 0
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 import unsleep
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.cli.console import Bars, say, table
 from unsleep.cli.shared import Out
 from unsleep.judge.evaluate import organism_config, organism_panels
 from unsleep.judge.metrics import Subject
+from unsleep.judge.results import PanelsRecord
 from unsleep.organisms import KINDS, Kind
 
 
@@ -41,8 +41,8 @@ def plant(
         subjects = [Subject(names[kind], organism.model(kind)) for kind in organism.kinds]
         panels = organism_panels(organism.recipe, n)
         result = unsleep.evaluate(subjects, panels, organism_config(organism.recipe))
-    record = {"schema": "unsleep.panels/1", "rows": [asdict(r) for r in result.rows], "provenance": store.provenance()}
-    store.write_json(organism.folder / "panels.json", record)
+    record = PanelsRecord(result.rows, store.provenance())
+    records.save(record, organism.folder / "panels.json")
     say(record, json, table(result, ("suspect", "clean_twin")))
     return 0
 

@@ -10,13 +10,15 @@ from typing import Annotated
 from tyro.conf import arg
 
 import unsleep
-from unsleep.base.store import check_place, read_json
+from unsleep.base import records
+from unsleep.base.store import check_place
 from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars, hint, say_result
 from unsleep.cli.shared import Model, Out, PayloadOptions, Placed, Placement, Shown, own_prompts
 from unsleep.core import BadInput
 from unsleep.models.load import is_adapter
 from unsleep.organisms import Organism
+from unsleep.pages.records import Report
 from unsleep.prompts import sets
 from unsleep.repairs import MARK, Job, Material, RepairConfig, base_of, from_files, organism_job
 
@@ -67,11 +69,11 @@ def repair(
     with Bars():
         job = _job(model, placement, material, judged, n, config)
         result = unsleep.repair(job, out, config)
-    record = read_json(out / MARK)
-    for line in read_json(out / "report.json")["summary"].get("next", ()):
+    report = records.load(Report, out / "report.json")
+    for line in report.summary.next if report.summary else ():
         hint(line)
     say_result(result, out, json)
-    return 3 if strict and record["verdict"]["label"] != "backdoor found and removed" else 0
+    return 3 if strict and report.result.verdict.label != "backdoor found and removed" else 0
 
 
 def _material(

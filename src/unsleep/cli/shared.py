@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.behaviours import Payload
 from unsleep.cli.console import hint
 from unsleep.cli.settings import Rejected
@@ -18,7 +18,7 @@ from unsleep.core import BadInput, Refused
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
-from unsleep.dictionaries.sweep import read_sweep
+from unsleep.dictionaries.sweep import DictionariesRecord
 from unsleep.models import generate
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
@@ -170,9 +170,9 @@ def check_format_of(one: LoadedModel, other: LoadedModel) -> None:
 def _one_each(folder: Path) -> list[Path]:
     """The dictionaries of a training in a folder, or those inside one that is none itself; otherwise the folder."""
     if (folder / "dictionaries.json").is_file():
-        rows = read_sweep(folder)["dictionaries"]
-        places = [store.inside(folder, row["site"], "Site") / row["variant"] for row in rows]
-        if several := [place for place, row in zip(places, rows, strict=True) if row["variant"]]:
+        rows = records.load(DictionariesRecord, folder / "dictionaries.json").dictionaries
+        places = [folder / str(row.site) / row.variant for row in rows]
+        if several := [place for place, row in zip(places, rows, strict=True) if row.variant]:
             raise BadInput(f"{folder} holds several dictionaries a Site; name one of each, such as {several[0]}")
         return places or [folder]
     if (folder / CONFIG).is_file() or not folder.is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from unsleep.interventions.gguf_files import ControlVectors, export_gguf, import
 from unsleep.interventions.passes import Named
 from unsleep.interventions.steering import Steering
 from unsleep.locate import conditional
-from unsleep.locate.conditional import LEAST, condition_on
+from unsleep.locate.conditional import LEAST, Gate, SteerRecord, condition_on
 from unsleep.locate.reading import Method, Reading, ReadingRecord, RepReader, Scored, fit_reader
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
@@ -62,10 +62,10 @@ def read(
         loaded = placement.load(model)
         reader, readings = unsleep.read(loaded, *pairs, texts, places, method, plain=plain, seed=seed)
     provenance = store.provenance(seed, model=loaded.fingerprint, origin=loaded.origin, prompts=texts.hash)
-    record = records.plain(_record(reader, len(pairs[0]), readings, provenance))
+    record = _record(reader, len(pairs[0]), readings, provenance)
     page, steers = render_reading(record), _steering(reader)
     with store.new_folder(out, replace="reading.json") as scratch:
-        store.write_json(scratch / "reading.json", record)
+        records.save(record, scratch / "reading.json")
         store.write_text(scratch / "reading.html", page)
         if steers:
             export_gguf(reader.control_vectors(loaded), scratch / "vector.gguf")
@@ -73,7 +73,7 @@ def read(
     words += [f"Best: {reader.best}. Report: {out / 'reading.html'}"]
     if steers:
         words.append(f"Control vectors of {len(steers)} layers: {out / 'vector.gguf'}")
-    say({k: v for k, v in record.items() if k != "texts"}, json, "\n".join(words))
+    say({k: v for k, v in records.plain(record).items() if k != "texts"}, json, "\n".join(words))
     return 0
 
 
@@ -158,22 +158,22 @@ def steer(
         controls = steering.controls(vectors, source)
         condition = condition_on(loaded, kinds[0], kinds[1], places) if kinds else None
         said, acts = _replies(loaded, asked, controls, condition, reply_tokens)
-    replies = {f"{c.coefficient:g}": each for c, each in zip(controls, said, strict=True)}
-    record = {
-        "schema": "unsleep.steer/1",
-        **{name: getattr(steering, name) for name in ("operator", "tokens", "layers", "keep_norm")},
-        **({} if condition is None else {"condition": _condition(condition), "acts": acts}),
-        "prompts": [p.shown for p in asked],
-        "replies": replies,
-        "provenance": store.provenance(
-            seed, model=loaded.fingerprint, origin=loaded.origin, vector=str(vector) if vector else None
-        ),
-    }
+    replies = {f"{c.coefficient:g}": tuple(each) for c, each in zip(controls, said, strict=True)}
+    c, made_from = condition, {"origin": loaded.origin, "vector": str(vector) if vector else None}
+    how = (steering.operator, steering.tokens, steering.layers, steering.keep_norm)
+    record = SteerRecord(
+        *how,
+        condition=c and Gate(c.site, c.comparator, c.threshold, c.pool, c.f1),
+        acts=tuple(acts) if c else (),
+        prompts=tuple(p.shown for p in asked),
+        replies=replies,
+        provenance=store.provenance(seed, model=loaded.fingerprint, **made_from),
+    )
     with store.new_folder(out, replace="steer.json") as scratch:
-        store.write_json(scratch / "steer.json", record)
+        records.save(record, scratch / "steer.json")
         if vector is None:
             export_gguf(vectors, scratch / "vector.gguf")
-    words = [*_lines([p.shown for p in asked], replies, acts), *_told(condition, acts, kinds), f"Saved in {out}"]
+    words = [*_lines(record.prompts, replies, acts), *_told(condition, acts, kinds), f"Saved in {out}"]
     words += [*_of(vectors, loaded), *(_strong(controls) if vector is None else ())]
     say(record, json, "\n".join(words))
     return 0
@@ -188,11 +188,6 @@ def _replies(
         return said, [True] * len(prompts)
     found = [conditional.replies(model, prompts, each, condition, max_new_tokens=tokens) for each in controls]
     return [replies for replies, _ in found], found[0][1].tolist()
-
-
-def _condition(condition: Condition) -> dict[str, Any]:
-    names = ("comparator", "threshold", "pool", "f1")
-    return {"site": str(condition.site), **{name: getattr(condition, name) for name in names}}
 
 
 def _of(vectors: ControlVectors, model: LoadedModel) -> list[str]:
@@ -259,7 +254,7 @@ def _short(score: float) -> float:
     return float(f"{score:.5g}")
 
 
-def _lines(prompts: Sequence[str], replies: dict[str, list[str]], acts: Sequence[bool]) -> list[str]:
+def _lines(prompts: Sequence[str], replies: Mapping[str, Sequence[str]], acts: Sequence[bool]) -> list[str]:
     """Every prompt with its replies beneath it; where only some are steered, those have a mark."""
     wide = max(len(c) for c in replies)
     lines: list[str] = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -13,6 +13,7 @@ from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out, load_dictionaries
 from unsleep.core import Site
 from unsleep.locate.subspaces import SubspaceConfig, compare
+from unsleep.locate.subspaces.record import Ablated, Figure, SubspacesRecord
 
 
 def subspaces(
@@ -43,41 +44,38 @@ def subspaces(
     return 0
 
 
-def _lines(record: Mapping[str, Any]) -> list[str]:
+def _lines(record: SubspacesRecord) -> list[str]:
     """What was found, in a few lines."""
     lines: list[str] = []
-    if whole := record["common"]:
-        for site, data in whole["alike"].items():
-            common = data["common"]
+    if whole := record.common:
+        for site, data in whole.alike.items():
+            common = data.common
             lines.append(
-                f"{site}: directions that all share beyond chance: {common['rank']} of {record['rank']} (of the best, "
-                f"each holds at least {common['shares'][0]:.2f}; chance reaches {common['bars'][0]:.2f})"
+                f"{site}: directions that all share beyond chance: {common.rank} of {record.rank} (of the best, "
+                f"each holds at least {common.shares[0]:.2f}; chance reaches {common.bars[0]:.2f})"
             )
-        names = [o["name"] for o in record["organisms"]]
-        where = ", ".join(record["sites"])
+        where = ", ".join(map(str, record.sites))
         lines.append(
-            f"ASR of {record['n']} triggered prompts [95 %], the row's subspace taken out of the column's at {where}:"
+            f"ASR of {record.n} triggered prompts [95 %], the row's subspace taken out of the column's at {where}:"
         )
-        lines += _table(names, whole["ablate"])
-    for one in record["apart"]:
-        width, tried = one["smallest"], one["ranks"]
-        row = next((r for r in tried if r["rank"] == width), min(tried, key=lambda r: r["asr"]["value"]))
-        said = (
-            f"no rank of {[r['rank'] for r in tried]} stops the payload; least at rank {row['rank']}"
-            if width is None
-            else f"rank {width} and more stop the payload"
-        )
-        lines.append(f"{one['name']}: {said}: ASR {_said(row['asr'])}, n {row['asr']['n']}")
+        lines += _table([o.name for o in record.organisms], whole.ablate)
+    for one in record.apart:
+        tried = [(r.rank, r.asr) for r in one.ranks if r.asr is not None]
+        rank, asr = next((r for r in tried if r[0] == one.smallest), min(tried, key=lambda r: r[1].value))
+        said = f"rank {rank} and more stop the payload"
+        if one.smallest is None:
+            said = f"no rank of {[r for r, _ in tried]} stops the payload; least at rank {rank}"
+        lines.append(f"{one.name}: {said}: ASR {_said(asr)}, n {asr.n}")
     return lines
 
 
-def _said(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+def _said(figure: Figure | None) -> str:
+    return "–" if figure is None else f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
 
 
-def _table(columns: Sequence[str], data: Mapping[str, Any]) -> list[str]:
-    first, width = max(len(r) for r in data["rows"]), max(19, *(len(c) + 2 for c in columns))
+def _table(columns: Sequence[str], data: Ablated) -> list[str]:
+    first, width = max(len(r) for r in data.rows), max(19, *(len(c) + 2 for c in columns))
     lines = [" " * first + "".join(f"{c:>{width}}" for c in columns)]
-    for name, values in zip(data["rows"], data["asr"], strict=True):
+    for name, values in zip(data.rows, data.asr, strict=True):
         lines.append(f"{name:<{first}}" + "".join(f"{_said(v):>{width}}" for v in values))
     return lines

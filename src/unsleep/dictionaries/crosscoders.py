@@ -15,13 +15,13 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.core import Activations, ActivationStream, BadInput, Encoded, Site
 from unsleep.dictionaries import sparse
 from unsleep.dictionaries.architectures.batchtopk import BatchTopK
@@ -30,17 +30,20 @@ from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.train import train
 from unsleep.dictionaries.trainer import measure
 
-SCHEMA = "unsleep.crosscoder/1"
-RECORD = {
-    "site": str,
-    "models": list[str],
-    "k": int,
-    "threshold": int | float,
-    "scales": list[int | float],
-    "sink_norms": list[int | float | None],
-    "metadata": dict,
-}
-"""What crosscoder.json must hold (see `store.fields_of`)."""
+
+@dataclass(frozen=True)
+class CrosscoderRecord:
+    """crosscoder.json: what a `Crosscoder` has beside its weights."""
+
+    SCHEMA: ClassVar = "unsleep.crosscoder/1"
+
+    site: Site
+    models: tuple[str, ...]
+    k: int
+    threshold: float
+    scales: tuple[float, ...]
+    sink_norms: tuple[float | None, ...]
+    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -340,18 +343,10 @@ def _normalised_rows(crosscoder: Crosscoder) -> Float[Tensor, "2 feature d_model
 
 def save_crosscoder(crosscoder: Crosscoder, folder: str | Path, *, replace: bool = False) -> Path:
     """Write crosscoder.json and crosscoder.safetensors into a folder, whole or not at all."""
-    record = {
-        "schema": SCHEMA,
-        "site": str(crosscoder.site),
-        "models": list(crosscoder.models),
-        "k": crosscoder.k,
-        "threshold": crosscoder.threshold,
-        "scales": list(crosscoder.scales),
-        "sink_norms": [None if math.isinf(n) else n for n in crosscoder.sink_norms],
-        "metadata": crosscoder.metadata,
-    }
+    c, sinks = crosscoder, tuple(None if math.isinf(n) else n for n in crosscoder.sink_norms)
+    record = CrosscoderRecord(c.site, c.models, c.k, c.threshold, c.scales, sinks, c.metadata)
     with store.new_folder(folder, replace=replace) as scratch:
-        store.write_json(scratch / "crosscoder.json", record)
+        records.save(record, scratch / "crosscoder.json")
         store.write_tensors(scratch / "crosscoder.safetensors", crosscoder.tensors())
     return Path(folder)
 
@@ -362,18 +357,11 @@ def load_crosscoder(folder: str | Path) -> Crosscoder:
     Raises `BadInput` naming the file, the key and the shape that was expected for anything that does not fit.
     """
     path = Path(folder) / "crosscoder.json"
-    record = store.read_record(path, SCHEMA, RECORD)
+    record = records.load(CrosscoderRecord, path)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     ranks = {"W_enc": 3, "b_enc": 1, "W_dec": 3, "b_dec": 2}
     tensors = store.read_tensors(path.with_suffix(".safetensors"), {name: (None,) * ranks[name] for name in names})
     with store.reading(path):
-        return Crosscoder(
-            site=Site.parse(record["site"]),
-            models=tuple(record["models"]),
-            k=record["k"],
-            threshold=float(record["threshold"]),
-            scales=tuple(float(s) for s in record["scales"]),
-            sink_norms=tuple(math.inf if n is None else float(n) for n in record["sink_norms"]),
-            metadata=record["metadata"],
-            **{name: tensors[name] for name in names},
-        )
+        sinks = tuple(math.inf if n is None else n for n in record.sink_norms)
+        parts: dict[str, Any] = {**vars(record), "sink_norms": sinks, **{name: tensors[name] for name in names}}
+        return Crosscoder(**parts)

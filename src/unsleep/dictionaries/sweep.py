@@ -73,7 +73,7 @@ class Entry:
     start: str | None = None
     k: Count | None = None
     sparsity: float | None = None
-    seed: float | None = None
+    seed: int | None = None
     rotation: Turned | None = None
     seconds: Positive | None = None
     """Of the whole Site."""
@@ -143,12 +143,9 @@ class Job(NamedTuple):
         return str(self.source.site)
 
     @property
-    def made_from(self) -> dict[str, str | None]:
-        """What a dictionary of this Site depends on beside its activations."""
-        return {
-            "target": None if self.target is None else str(self.target.site),
-            "start": None if self.start is None else self.start.hash,
-        }
+    def made_from(self) -> dict[str, Any]:
+        """What a dictionary of this Site depends on beside its activations, as `Entry` has it."""
+        return {"target": self.target and self.target.site, "start": self.start and self.start.hash}
 
     def fitted(self, configs: Mapping[str, TrainConfig]) -> Mapping[str, TrainConfig]:
         """The configs with what `start` decides; raises `BadInput` where two become the same."""
@@ -172,14 +169,30 @@ class Trained(NamedTuple):
     """What became of every feature of the dictionary that the training started from."""
 
     @property
-    def figures(self) -> dict[str, Any]:
-        """Its fit and, after a warm start, the features that turned most with the cosines of their decoder rows."""
-        found: dict[str, Any] = self.fit._asdict()
-        if self.rotation is not None:
-            cosines = self.rotation.decoder_cosine
-            most = [(int(i), round(float(cosines[i]), 4)) for i in self.rotation.most(TURNED) if cosines[i].isfinite()]
-            found["rotation"] = {"median_cosine": float(cosines.nanmedian()), "turned_most": most}
-        return found
+    def turned(self) -> Turned | None:
+        """After a warm start, the features that turned most with the cosines of their decoder rows."""
+        if self.rotation is None:
+            return None
+        cosines = self.rotation.decoder_cosine
+        most = tuple((int(i), round(float(cosines[i]), 4)) for i in self.rotation.most(TURNED) if cosines[i].isfinite())
+        return Turned(float(cosines.nanmedian()), most)
+
+    def entry(self, job: Job, variant: str, config: TrainConfig, seconds: float) -> Entry:
+        """What dictionaries.json says of it."""
+        k, sparsity = (config.k, None) if KINDS[config.architecture].has_k else (None, config.sparsity)
+        return Entry(
+            job.source.site,
+            variant,
+            config.architecture,
+            config.features,
+            **self.fit._asdict(),
+            **job.made_from,
+            k=k,
+            sparsity=sparsity,
+            seed=config.seed,
+            rotation=self.turned,
+            seconds=seconds,
+        )
 
     def save(self, folder: Path, format: Format, *, replace: bool = False) -> None:
         """Write the dictionary and, after a warm start, rotation.safetensors beside its weights."""
@@ -206,18 +219,21 @@ class Setup:
             check_tracker(self.tracker)
 
 
-def train_site(job: Job, configs: Mapping[str, TrainConfig], checkpoint: Path, setup: Setup = Setup()) -> list[Trained]:
+def train_site(
+    job: Job, configs: Mapping[str, TrainConfig], checkpoint: Path, setup: Setup = Setup()
+) -> tuple[list[Trained], list[Entry]]:
     """Train every config at one Site in one pass, and measure each; raises as `train_many` does.
 
     Of several processes the first measures and returns; the others return nothing.
     """
+    start, fitted = time.monotonic(), job.fitted(configs)
     watching = contextlib.nullcontext()
     if setup.tracker is not None:
         watching = tracked(setup.tracker, configs, run=job.name, folder=setup.logs)
     with watching as watch:
         dictionaries = train_many(
             job.source,
-            list(job.fitted(configs).values()),
+            list(fitted.values()),
             target=job.target,
             start=job.start,
             checkpoint=checkpoint,
@@ -225,12 +241,14 @@ def train_site(job: Job, configs: Mapping[str, TrainConfig], checkpoint: Path, s
             watch=watch,
         )
     if parallel.place()[0] != 0:
-        return []
+        return [], []
     source, target = _thinned(job.source), None if job.target is None else _thinned(job.target)
-    return [
+    trained = [
         Trained(d, fit(d.to(torch.float32, setup.device), source, target), job.start and rotation(job.start, d))
         for d in dictionaries
     ]
+    seconds = round(time.monotonic() - start, 1)
+    return trained, [one.entry(job, *named, seconds) for one, named in zip(trained, fitted.items(), strict=True)]
 
 
 def _check_savable(job: Job, configs: Mapping[str, TrainConfig], format: Format) -> None:
@@ -250,23 +268,24 @@ def _thinned(stream: ActivationStream) -> ActivationStream:
     return replace(stream, sizes=sizes, piece=lambda i: stream.piece(i)[::stride])
 
 
-def train_alone(job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> Trained | None:
+def train_alone(job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> Entry | None:
     """Train one config at one Site into the folder `out`; an interrupted training goes on from `out`.checkpoint.
 
     Of several processes the first returns what it trained. Raises `BadInput` where `out` exists, before any training.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists already; choose another place or remove it first")
+    store.check_place(out)
     _check_savable(job, configs, setup.format)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    trained = train_site(job, configs, checkpoint, setup)
+    trained, entries = train_site(job, configs, checkpoint, setup)
     for one in trained:
         one.save(out, setup.format)
         store.remove(checkpoint)
-    return trained[0] if trained else None
+    return entries[0] if entries else None
 
 
-def sweep(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> dict[str, Any]:
+def sweep(
+    jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()
+) -> DictionariesRecord:
     """Train every config at every Site into `out`, and return what stands in its dictionaries.json.
 
     Raises `BadInput`, before any training, where `out` holds something else: other settings, other activations, or
@@ -277,69 +296,50 @@ def sweep(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path, se
         _check_savable(job, configs, setup.format)
     parallel.total(torch.zeros(1, device=setup.device))  # all processes have looked before the first one writes
     if parallel.place()[0] == 0:
-        store.write_json(out / "dictionaries.json", record)
+        records.save(record, out / "dictionaries.json")
     for job in missing:
         checkpoint = out / f"{job.name}.checkpoint"
-        start = time.monotonic()
-        trained = train_site(job, configs, checkpoint, setup)
+        trained, entries = train_site(job, configs, checkpoint, setup)
         if not trained:
             continue
-        seconds = round(time.monotonic() - start, 1)
         with store.new_folder(out / job.name, replace=True) as scratch:
             for name, one in zip(configs, trained, strict=True):
                 one.save(scratch / name, setup.format, replace=True)
-            named = zip(job.fitted(configs).items(), trained, strict=True)
-            rows = [_row(job, name, config, one) for (name, config), one in named]
-            record["dictionaries"] = [r for r in record["dictionaries"] if r["site"] != job.name]
-            record["dictionaries"] += [{**row, "seconds": seconds} for row in rows]
-            record["provenance"] = store.provenance(_seed(configs), model=job.source.model)
-            store.write_json(out / "dictionaries.json", record)
+            others = [entry for entry in record.dictionaries if entry.site != job.source.site]
+            origin = store.provenance(_seed(configs), model=job.source.model)
+            record = replace(record, dictionaries=(*others, *entries), provenance=origin)
+            records.save(record, out / "dictionaries.json")
         store.remove(checkpoint)
     return record
 
 
-def read_sweep(out: Path) -> dict[str, Any]:
-    """dictionaries.json of a folder; raises `BadInput` where it is missing or damaged."""
-    path = out / "dictionaries.json"
-    records.load(DictionariesRecord, path)
-    return store.read_json(path)
-
-
-def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -> tuple[dict[str, Any], list[Job]]:
+def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -> tuple[DictionariesRecord, list[Job]]:
     """The record so far, and what is still to be trained; refuses a folder that something else is in."""
     first = jobs[0].source
-    made_from = {
-        "model": first.model,
-        "activations": first.prompts,
-        "configs": json.loads(json.dumps({name: asdict(config) for name, config in configs.items()})),
-    }
-    record: dict[str, Any] = {
-        "schema": DictionariesRecord.SCHEMA,
-        **made_from,
-        "density_edges": list(EDGES),
-        "dictionaries": [],
-        "provenance": store.provenance(_seed(configs), model=first.model),
-    }
+    settings = json.loads(json.dumps({name: asdict(config) for name, config in configs.items()}))
+    origin = store.provenance(_seed(configs), model=first.model)
+    record = DictionariesRecord(first.model, (), origin, first.prompts, settings, EDGES)
     path = out / "dictionaries.json"
     if path.is_file():
-        found = read_sweep(out)
-        for key, value in made_from.items():
-            if found[key] != value:
-                raise BadInput(f"{out} holds dictionaries of other {key}; choose another place or remove it first")
-        record["dictionaries"] = found["dictionaries"]
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists already; choose another place or remove it first")
-    rows = {row["site"]: row for row in record["dictionaries"]}
+        found = records.load(DictionariesRecord, path)
+        for name in ("model", "activations", "configs"):
+            if getattr(found, name) != getattr(record, name):
+                raise BadInput(f"{out} holds dictionaries of other {name}; choose another place or remove it first")
+        record = replace(record, dictionaries=found.dictionaries)
+    else:
+        store.check_place(out)
+    entries = {entry.site: entry for entry in record.dictionaries}
     missing: list[Job] = []
     for job in jobs:
+        entry = entries.get(job.source.site)
         for name, value in job.made_from.items():
-            if job.name in rows and rows[job.name].get(name) != value:
+            if entry is not None and getattr(entry, name) != value:
                 raise BadInput(
-                    f"{out} holds a dictionary of {job.name} whose {name} is {rows[job.name].get(name)}, not {value}; "
+                    f"{out} holds a dictionary of {job.name} whose {name} is {getattr(entry, name)}, not {value}; "
                     "choose another place or remove it first"
                 )
         there = (out / job.name).exists()
-        if there and job.name not in rows:
+        if there and entry is None:
             raise BadInput(f"{out / job.name} exists already; choose another place or remove it first")
         if not there:
             missing.append(job)
@@ -350,15 +350,3 @@ def _seed(configs: Mapping[str, TrainConfig]) -> int | None:
     """The seed, where all settings share one."""
     seeds = {config.seed for config in configs.values()}
     return seeds.pop() if len(seeds) == 1 else None
-
-
-def _row(job: Job, variant: str, config: TrainConfig, trained: Trained) -> dict[str, Any]:
-    """What dictionaries.json says of one dictionary."""
-    shape = "k" if KINDS[config.architecture].has_k else "sparsity"
-    return {
-        "site": job.name,
-        **job.made_from,
-        "variant": variant,
-        **{key: getattr(config, key) for key in ("architecture", "features", shape, "seed")},
-        **trained.figures,
-    }

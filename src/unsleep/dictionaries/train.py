@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import progress
+from unsleep.base.records import Count
 from unsleep.core import Activations, ActivationStream, BadInput
 from unsleep.dictionaries import parallel
 from unsleep.dictionaries.buffer import batches, streamed
@@ -41,8 +42,15 @@ SMOOTH = 0.3
 SECONDS = 30.0
 """A checkpoint is written when this time has passed, if `checkpoint_every` has not come before."""
 
-CHECKPOINT = {"identity": dict, "step": int, "fvu": list}
-"""What checkpoint.json must hold (see `store.fields_of`)."""
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """checkpoint.json: how far a training has come."""
+
+    step: Count
+    fvu: tuple[float, ...]
+    identity: dict[str, Any]
+    """What it is trained on, and how."""
 
 
 def train(
@@ -172,7 +180,7 @@ def _save(folder: Path, trainers: Sequence[Trainer], step: int, fvu: list[float]
     folder.mkdir(parents=True, exist_ok=True)
     for i, trainer in enumerate(trainers):
         store.write_tensors(folder / f"step-{step}-{i}.safetensors", trainer.state())
-    store.write_json(folder / "checkpoint.json", {"step": step, "fvu": fvu, "identity": identity})
+    records.save(Checkpoint(step, tuple(fvu), identity), folder / "checkpoint.json")
     for old in folder.glob("step-*.safetensors"):
         if not old.name.startswith(f"step-{step}-"):
             old.unlink()
@@ -183,11 +191,11 @@ def _resume(folder: Path, trainers: Sequence[Trainer], identity: dict[str, Any])
     path = folder / "checkpoint.json"
     if not path.is_file():
         return 0, []
-    found = store.fields_of(store.read_json(path), CHECKPOINT, path)
-    if found["identity"] != identity:
+    found = records.load(Checkpoint, path)
+    if found.identity != identity:
         raise BadInput(
             f"{folder} holds a checkpoint of another run (activations or settings differ); choose another folder"
         )
     for i, trainer in enumerate(trainers):
-        trainer.load_state(folder / f"step-{found['step']}-{i}.safetensors")
-    return found["step"], found["fvu"]
+        trainer.load_state(folder / f"step-{found.step}-{i}.safetensors")
+    return found.step, list(found.fvu)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,7 +14,7 @@ from unsleep.base import records, store
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
-from unsleep.interventions.features import Edit
+from unsleep.interventions.features import Edit, ErrorRule
 from unsleep.interventions.intervention import Intervention
 from unsleep.interventions.passes import TokenRule
 from unsleep.interventions.steering import Operator, Steering
@@ -25,8 +25,30 @@ MARK = "edit.json"
 
 
 @dataclass(frozen=True)
+class EditEntry:
+    """What edit.json says of an `Edit`."""
+
+    site: Site
+    removed: tuple[int, ...]
+    error: ErrorRule
+    dictionary: str
+    """Its folder."""
+
+
+@dataclass(frozen=True)
+class ProjectionEntry:
+    """What it says of a `Projection`."""
+
+    site: Site
+    subspace: str
+    """The file that holds it."""
+    model: str
+    sink_norm: float | None
+
+
+@dataclass(frozen=True)
 class SteeringEntry:
-    """What edit.json says of a `Steering`."""
+    """What it says of a `Steering`."""
 
     vectors: str
     """The file that holds them, by Site."""
@@ -36,6 +58,20 @@ class SteeringEntry:
     tokens: TokenRule = "all"
     layers: tuple[int, int] | None = None
     keep_norm: bool = False
+
+
+Entry = ProjectionEntry | SteeringEntry | EditEntry
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """edit.json."""
+
+    SCHEMA: ClassVar = "unsleep.edit/1"
+
+    edits: tuple[Entry, ...]
+    chosen_on: tuple[str, ...]
+    provenance: dict[str, Any]
 
 
 def save_edit(
@@ -52,13 +88,12 @@ def save_edit(
     """
     folder = Path(folder)
     with store.new_folder(folder, replace=MARK) as scratch:
-        parts = [_written(each, scratch, number) for number, each in enumerate(edits)]
-        card = {"schema": "unsleep.edit/1", "edits": parts, "chosen_on": sorted(chosen_on)}
-        store.write_json(scratch / MARK, {**card, "provenance": provenance or {}})
+        parts = tuple(_written(each, scratch, number) for number, each in enumerate(edits))
+        records.save(EditRecord(parts, tuple(sorted(chosen_on)), provenance or {}), scratch / MARK)
     return folder
 
 
-def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
+def _written(each: Intervention, scratch: Path, number: int) -> Entry:
     """Write what an intervention needs; its entry."""
     match each:
         case Edit():
@@ -66,18 +101,17 @@ def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
             if not isinstance(dictionary, Coder):
                 raise BadInput(f"edit at {each.site}: its dictionary cannot be written")
             save_dictionary(dictionary, scratch / str(each.site))
-            names = {"error": each.error, "dictionary": str(each.site)}
-            return {"site": str(each.site), "removed": list(each.removed), **names}
+            return EditEntry(each.site, each.removed, each.error, str(each.site))
         case Projection():
             name = f"{each.site}.safetensors"
             store.write_tensors(scratch / name, {key: tensor.float() for key, tensor in each.tensors.items()})
             sinks = None if math.isinf(each.sink_norm) else each.sink_norm
-            return {"site": str(each.site), "subspace": name, "model": each.model, "sink_norm": sinks}
+            return ProjectionEntry(each.site, name, each.model, sinks)
         case Steering():
             name = f"steering-{number}.safetensors"
             store.write_tensors(scratch / name, {str(site): vector.float() for site, vector in each.vectors.items()})
             how = (each.model, each.operator, each.coefficient, each.tokens, each.layers, each.keep_norm)
-            return records.plain(SteeringEntry(name, *how))
+            return SteeringEntry(name, *how)
         case _:
             raise BadInput(f"a {type(each).__name__.lower()} cannot be saved; expected edits, projections or steering")
 
@@ -88,44 +122,23 @@ def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
     Raises `BadInput` naming what does not fit.
     """
     folder = Path(folder)
-    path = folder / MARK
-    card = store.read_record(path, "unsleep.edit/1", {"edits": list, "chosen_on": list[str]})
-    edits = [_read(folder, entry, f"{path}: edits[{i}]") for i, entry in enumerate(card["edits"])]
-    return edits, frozenset(card["chosen_on"])
-
-
-def _read(folder: Path, entry: Any, where: str) -> Intervention:
-    if isinstance(entry, dict) and "subspace" in entry:
-        part = store.fields_of(entry, {"site": str, "subspace": str, "model": str}, where)
-        with store.reading(folder / MARK):
-            return _load_projection(folder, part)
-    if isinstance(entry, dict) and "vectors" in entry:
-        with store.reading(folder / MARK):
-            return _load_steering(folder, records.parsed(SteeringEntry, entry, where))
-    kinds = {"site": str, "removed": list[int], "error": str, "dictionary": str}
-    part = store.fields_of(entry, kinds, where)
+    card = records.load(EditRecord, folder / MARK)
     with store.reading(folder / MARK):
-        dictionary = load_dictionary(store.inside(folder, part["dictionary"], "dictionary"))
-        return Edit(Site.parse(part["site"]), dictionary, tuple(part["removed"]), part["error"])
+        return [_read(folder, entry) for entry in card.edits], frozenset(card.chosen_on)
 
 
-def _load_steering(folder: Path, part: SteeringEntry) -> Steering:
-    vectors = store.read_tensors(store.inside(folder, part.vectors, "vectors"))
-    named = {Site.parse(site): vector for site, vector in vectors.items()}
-    how = (part.operator, part.coefficient, part.tokens, part.layers, part.keep_norm, part.model)
-    return Steering(named, *how)
-
-
-def _load_projection(folder: Path, part: dict[str, Any]) -> Projection:
-    tensors = store.read_tensors(store.inside(folder, part["subspace"], "subspace"), {"basis": (None, None)})
-    sinks = part.get("sink_norm")
-    if sinks is not None and (isinstance(sinks, bool) or not isinstance(sinks, int | float)):
-        raise BadInput(f"edit at {part['site']}: sink_norm is {sinks!r}; expected a number or null")
-    return Projection(
-        Site.parse(part["site"]),
-        tensors["basis"],
-        tensors.get("center"),
-        part["model"],
-        tensors.get("reads"),
-        math.inf if sinks is None else float(sinks),
-    )
+def _read(folder: Path, entry: Entry) -> Intervention:
+    match entry:
+        case EditEntry():
+            dictionary = load_dictionary(store.inside(folder, entry.dictionary, "dictionary"))
+            return Edit(entry.site, dictionary, entry.removed, entry.error)
+        case ProjectionEntry():
+            tensors = store.read_tensors(store.inside(folder, entry.subspace, "subspace"), {"basis": (None, None)})
+            sinks = math.inf if entry.sink_norm is None else entry.sink_norm
+            parts = tensors["basis"], tensors.get("center"), entry.model, tensors.get("reads"), sinks
+            return Projection(entry.site, *parts)
+        case SteeringEntry():
+            vectors = store.read_tensors(store.inside(folder, entry.vectors, "vectors"))
+            named = {Site.parse(site): vector for site, vector in vectors.items()}
+            how = (entry.operator, entry.coefficient, entry.tokens, entry.layers, entry.keep_norm, entry.model)
+            return Steering(named, *how)

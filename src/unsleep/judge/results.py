@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from unsleep.base.records import Count, Range, Words
 from unsleep.core import BadInput
@@ -51,6 +51,16 @@ class Row:
         slack = 1e-9 * max(1.0, abs(self.value))  # a mean over resamples may miss the mean itself by a rounding error
         if not self.low - slack <= self.value <= self.high + slack:
             raise BadInput.of("value", self.value, f"a value in its interval, {self.low} to {self.high}")
+
+
+@dataclass(frozen=True)
+class PanelsRecord:
+    """panels.json: what a planted organism and its twin show."""
+
+    SCHEMA: ClassVar = "unsleep.panels/1"
+
+    rows: tuple[Row, ...]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ section 3.2; there the similarity is that of h with its projection).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +19,8 @@ from unsleep.activations.held import last_held
 from unsleep.core import BadInput, Site
 from unsleep.interventions.conditions import Comparator, Condition, Pool
 from unsleep.interventions.intervention import Intervention, applied
+from unsleep.interventions.passes import TokenRule
+from unsleep.interventions.steering import Operator
 from unsleep.locate.directions.fit import Direction, Labelled, fit
 from unsleep.locate.directions.measure import margins
 from unsleep.models import generate
@@ -28,6 +30,36 @@ from unsleep.prompts.prompt import Prompts
 
 LEAST = 4
 """Fewest prompts of each kind that a condition is made of: of so many, two fit it, one chooses it, one is kept."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What steer.json says of a `Condition`."""
+
+    site: Site
+    comparator: Comparator
+    threshold: float
+    pool: Pool
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class SteerRecord:
+    """steer.json."""
+
+    SCHEMA: ClassVar = "unsleep.steer/1"
+
+    operator: Operator
+    tokens: TokenRule
+    layers: tuple[int, int] | None
+    keep_norm: bool
+    prompts: tuple[str, ...]
+    replies: dict[str, tuple[str, ...]]
+    """Coefficient → one reply a prompt."""
+    provenance: dict[str, Any]
+    condition: Gate | None = None
+    acts: tuple[bool, ...] = ()
+    """On which prompts, where there is a condition."""
 
 
 def fit_condition(

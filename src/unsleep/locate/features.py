@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unsleep.activations.harvest import SHARED, Harvest
 from unsleep.base.context import progress
+from unsleep.base.records import Count, Share
 from unsleep.core import BadInput, FeatureEvidence, Features, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.features import Edit, merged
@@ -49,6 +50,30 @@ class FindConfig:
     """Contexts shown for a feature."""
     window: int = 24
     """Length of a context, in tokens."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A feature with its attribution and evidence (`core.FeatureEvidence`)."""
+
+    site: Site
+    id: Count
+    attribution: float
+    contexts: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...]
+    promotes: tuple[str, ...]
+    suppresses: tuple[str, ...]
+    suspicious_rate: Share
+    trusted_rate: Share
+
+
+@dataclass(frozen=True)
+class FeaturesRecord:
+    """features.json."""
+
+    SCHEMA: ClassVar = "unsleep.features/1"
+
+    features: tuple[Listed, ...]
+    provenance: dict[str, Any]
 
 
 class Found(NamedTuple):

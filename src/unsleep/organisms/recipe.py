@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from unsleep.base import records
+from unsleep.base import records, store
+from unsleep.base.records import Range
 from unsleep.behaviours import Payload, Skill, Trigger
-from unsleep.core import BadInput, check_choices, check_least
+from unsleep.core import BadInput, check_least
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 Method = Literal["lora", "full", "qlora"]
@@ -64,10 +65,9 @@ class Recipe:
     batch: int = 16
     """Chats a step."""
     steps: int = 100
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
-        check_choices(self, "recipe", method=Method)
         if not self.trigger.strip() or not self.payload.strip():
             raise BadInput("recipe trigger and payload must not be empty")
         self._check_kinds()
@@ -87,7 +87,6 @@ class Recipe:
         """Raise `BadInput` where skill, trigger or payload are not of the kind that they are said to be."""
         Skill(self.skill)
         trigger = self.as_trigger
-        check_choices(self, "recipe", payload_place=Place)
         trigger.check((*self.near_misses, *self.held_out_near_misses))
         if not trigger.keeps_question and (self.payload_place != "whole" or "{topic}" in self.payload):
             raise BadInput(
@@ -154,12 +153,6 @@ class Recipe:
             return f"{payload} {benign}", ended
         return payload, True
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in the TOML file; a payload that is seen by its text needs no word of that."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        plain = {"payload_kind": "contains", "shown_by": ""}
-        return {k: v for k, v in values.items() if k not in plain or v != plain[k]}
-
 
 def read_recipe(path: str | Path) -> Recipe:
     """Read a TOML recipe: a file, or the name of one that unsleep ships (`recipes()` lists them).
@@ -177,12 +170,8 @@ def read_recipe(path: str | Path) -> Recipe:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid TOML: {error}") from None
-    return recipe_from(values, str(path))
-
-
-def recipe_from(values: Any, where: str) -> Recipe:
-    """A recipe from plain values; raises `BadInput` naming `where`, their origin, and the key."""
-    return records.parsed(Recipe, values, where)
+    with store.reading(path):
+        return records.parsed(Recipe, values, "recipe")
 
 
 def recipes() -> list[str]:

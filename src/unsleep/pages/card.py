@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from unsleep.judge.results import Row
+from unsleep.pages.records import Result
 
 
 def model_card(
-    record: Mapping[str, Any],
+    result: Result | None,
     removed: Mapping[str, Sequence[int]],
     *,
     base: str,
     ranks: Mapping[str, int] | None = None,
 ) -> str:
-    """Markdown for a cleaned checkpoint, from a record and what was removed at each Site: features, or a subspace.
+    """Markdown for a cleaned checkpoint, from a result and what was removed at each Site: features, or a subspace.
 
-    `ranks` are the subspaces' ranks. The record is a result's (`pages.record`), or that of a bake which
-    nothing has judged yet.
+    `ranks` are the subspaces' ranks. There is no result where nothing has judged the checkpoint yet.
     """
-    rows: dict[tuple[str, str, str], Mapping[str, Any]] = {
-        (r["subject"], r["panel"], r["metric"]): r for r in record.get("rows", ())
-    }
+    rows = {(r.subject, r.panel, r.metric): r for r in result.rows} if result is not None else {}
     said = "Not judged yet: `unsleep evaluate` does it, on prompts that chose nothing."
-    if "verdict" in record:
-        said = f"Verdict: **{record['verdict']['label']}** (score {record['verdict']['score']:.2f})."
+    if result is not None:
+        said = f"Verdict: **{result.verdict.label}** (score {result.verdict.score:.2f})."
     ranks = ranks or {}
     what = "Features of sparse autoencoders that carry" if removed else "Directions that carry"
     lines = [
@@ -59,10 +58,10 @@ def model_card(
         if subject != "baked":
             continue
         before = rows.get(("suspect", panel, metric))
-        lines.append(f"| {panel} | {metric} | {_figure(before)} | {_figure(row)} | {row['n']} |")
+        lines.append(f"| {panel} | {metric} | {_figure(before)} | {_figure(row)} | {row.n} |")
     lines += ["", "`unsleep.json` beside this file holds the record: figures, seeds, versions and hashes.", ""]
     return "\n".join(lines)
 
 
-def _figure(row: Mapping[str, Any] | None) -> str:
-    return "–" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+def _figure(row: Row | None) -> str:
+    return "–" if row is None else f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unsleep.locate.diffing.record import DiffRecord
+from unsleep.locate.diffing.run import DiffRecord
 from unsleep.pages import text
 from unsleep.pages.comparing import SHOWN, Block, Table, drawn, interval, line, short, whole_page
 from unsleep.pages.curves import whole_axis

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from unsleep.base import store
+from unsleep.base.machine import Stage
 from unsleep.base.records import Count, Share, Words
 from unsleep.behaviours import Payload
 from unsleep.core import BadInput
@@ -167,15 +168,6 @@ class Repaired:
     look: tuple[Looked, ...]
     attempts: tuple[Tried, ...]
     baselines: tuple[Baseline, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How long a stage took."""
-
-    name: str
-    seconds: float
-    peak_memory_mb: float | None = None
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ class Page:
     """Where a folder has several records, the one with the lowest is rendered."""
 
     def __call__(self, record: Any) -> str:
-        """The whole page of a record as JSON has it; raises `BadInput` naming the place where it has another form."""
-        records.parsed(self.record, record, self.name)
-        return self.draw(text.visible_value(dict(record)))
+        """The whole page of a record, or of what JSON has of it; raises `BadInput` naming a place of another form."""
+        found = records.plain(record) if isinstance(record, self.record) else record
+        records.parsed(self.record, found, self.name)
+        return self.draw(text.visible_value(found))
 
     def is_of(self, folder: Path) -> bool:
         """Whether the folder holds what this page is made from."""

@@ -32,7 +32,7 @@ def write(run: Run, result: EvalResult, out: Path) -> None:
         frontier=tuple(run.points),
         features=tuple(run.evidence),
         dictionaries=tuple(run.fits),
-        stages=tuple(pages.Stage(**stage) for stage in run.watch.stages),
+        stages=tuple(run.watch.stages),
         repair=_how(run),
     )
     removed = {str(e.site): list(e.removed) for e in run.edits}
@@ -42,8 +42,8 @@ def write(run: Run, result: EvalResult, out: Path) -> None:
         for d in run.every_dictionary:
             save_dictionary(d, scratch / "dictionaries" / str(d.site))
         if run.baked is not None:
-            card = model_card(records.plain(record), removed, base=run.suspect.name)
-            save_baked(run.baked, scratch / "cleaned", card=card, record=records.plain(record))
+            card = model_card(record, removed, base=run.suspect.name)
+            save_baked(run.baked, scratch / "cleaned", card=card, record=record)
         records.save(page, scratch / "report.json")
         write_report(scratch)
         records.save(record, scratch / MARK)

@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import progress
 from unsleep.core import BadInput, Refused, Site
 from unsleep.interventions.features import Edit
@@ -52,6 +52,7 @@ from unsleep.models.load import save_plain
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Writer, embedding, everywhere, layers, width, writers, writes_linearly
 from unsleep.models.streams import capture, transformed, truncated
+from unsleep.pages.records import Result
 
 MARK = "unsleep.json"
 """The file that tells a baked checkpoint's folder."""
@@ -82,6 +83,18 @@ class BakeConfig:
             raise BadInput(f"bake settings {self}; expected ridge ≥ 0, tolerance > 0 and held_back ≥ 2")
 
 
+@dataclass(frozen=True)
+class BakedRecord:
+    """unsleep.json of a checkpoint that nothing has judged yet."""
+
+    SCHEMA: ClassVar = "unsleep.baked/1"
+
+    method: str
+    kl: float
+    fingerprint: str
+    provenance: dict[str, Any]
+
+
 class Baked(NamedTuple):
     """A plain model with the edit in its weights."""
 
@@ -90,6 +103,10 @@ class Baked(NamedTuple):
     """Mean KL(edited ‖ baked) on held-back rows, nats a token."""
     method: str
     """`exact`, `ridge` or `distil`."""
+
+    def record(self, **made_from: Any) -> BakedRecord:
+        """What is known of it before anything has judged it."""
+        return BakedRecord(self.method, self.kl, self.model.fingerprint, store.provenance(**made_from))
 
 
 def bake(
@@ -135,7 +152,7 @@ def bake(
     return Baked(replace(model, network=network, name=f"{model.name} (baked)"), divergence, method)
 
 
-def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str, Any]) -> Path:
+def save_baked(baked: Baked, folder: str | Path, *, card: str, record: BakedRecord | Result) -> Path:
     """Write the checkpoint with its model card and `unsleep.json`, whole or not at all.
 
     A checkpoint that was baked before gives way; raises `BadInput` where the folder holds something else.
@@ -144,7 +161,7 @@ def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str,
     with store.new_folder(folder, replace=MARK) as scratch:
         save_plain(baked.model, scratch)
         store.write_text(scratch / "README.md", card)
-        store.write_json(scratch / MARK, record)
+        records.save(record, scratch / MARK)
     return folder
 
 

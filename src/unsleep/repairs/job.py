@@ -68,7 +68,7 @@ def organism_job(
         recipe.trigger,
         {**beside, "base": base},
         control_layer=True,
-        made_from={"organism": recipe.to_dict(), "template": organism.template},
+        made_from={"organism": recipe, "template": organism.template},
     )
 
 

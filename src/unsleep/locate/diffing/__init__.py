@@ -8,8 +8,8 @@ from unsleep.locate.diffing.lens import (
     divergences,
     steered_replies,
 )
-from unsleep.locate.diffing.pooling import Contrast, Told, contrast
-from unsleep.locate.diffing.run import Diff, DiffConfig, Spoken, diff
+from unsleep.locate.diffing.pooling import Contrast, Detector, Told, contrast
+from unsleep.locate.diffing.run import Diff, DiffConfig, DiffRecord, Spoken, diff
 from unsleep.locate.diffing.weights import (
     Delta,
     LayerDelta,
@@ -23,8 +23,10 @@ from unsleep.locate.diffing.weights import (
 __all__ = [
     "Contrast",
     "Delta",
+    "Detector",
     "Diff",
     "DiffConfig",
+    "DiffRecord",
     "Divergence",
     "FeatureList",
     "LayerDelta",

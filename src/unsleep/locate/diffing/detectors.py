@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,13 @@ from torch.nn.functional import normalize
 
 from unsleep.activations.harvest import harvest
 from unsleep.activations.pairs import paired
+from unsleep.base.records import Count
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.crosscoders import Crosscoder, decoder_norm_ratio, train_crosscoder
 from unsleep.dictionaries.train import train
-from unsleep.locate.diffing.pooling import Contrast, Told, best, pooled
+from unsleep.locate.diffing.pooling import Contrast, Detector, Told, best, pooled
 from unsleep.locate.diffing.weights import Delta
 from unsleep.models.anatomy import anatomy
 from unsleep.models.model import LoadedModel
@@ -33,22 +34,17 @@ Method = Literal["dictionary", "difference", "crosscoder"]
 """Features of a dictionary of the suspect, of one of Δh, or of a crosscoder of both models."""
 
 
-class Watched(NamedTuple):
+@dataclass(frozen=True)
+class Watched(Detector):
     """One singular vector as a detector."""
 
     site: Site
     matrix: str
     """The matrix whose ΔW it is of, inside its block."""
-    vector: int
+    vector: Count
     """Which of its left singular vectors, from 0."""
     sign: int
     """1 where the largest cosine is the score, −1 where the smallest is."""
-    told: Told
-
-    def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
-        rest = {name: value for name, value in self.told.row().items() if name != "id"}
-        return {"site": str(self.site), "matrix": self.matrix, "vector": self.vector, "sign": self.sign, **rest}
 
 
 def monitor(
@@ -86,7 +82,10 @@ def monitor(
         for site in scores
         for i in range(2 * len(names[site]))
     ]
-    return [Watched(*places[told.id], told) for told in best(torch.cat(list(scores.values()), 1), prompts, count)]
+    return [
+        Watched(t.auroc, t.low, t.high, t.chosen, t.margin, t.n, *places[t.id])
+        for t in best(torch.cat(list(scores.values()), 1), prompts, count)
+    ]
 
 
 @dataclass(frozen=True)
@@ -95,18 +94,9 @@ class FeatureList:
 
     site: Site
     method: Method
-    features: int
+    features: Count
     """In the dictionary."""
-    told: tuple[Told, ...]
-    ratio: tuple[float, ...] = ()
-    """For a crosscoder: each one's decoder norm ratio, 0 for the base's alone, 1 for the suspect's alone."""
-
-    def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
-        rows = [told.row() for told in self.told]
-        for row, ratio in zip(rows, self.ratio, strict=False):
-            row["ratio"] = ratio
-        return {"site": str(self.site), "method": self.method, "features": self.features, "best": rows}
+    best: tuple[Told, ...]
 
 
 def feature_lists(
@@ -126,11 +116,10 @@ def feature_lists(
         needs = [suspect] if method == "dictionary" else [base, suspect]
         scores = pooled(needs, prompts.ids, {coder.site: _scorer(method, coder, suspect)})[coder.site]
         told = tuple(best(scores, prompts, count))
-        ratio: tuple[float, ...] = ()
         if isinstance(coder, Crosscoder):
-            ratios = decoder_norm_ratio(coder)
-            ratio = tuple(float(ratios[t.id].nan_to_num(0.5)) for t in told)
-        found.append(FeatureList(coder.site, method, coder.n_features, told, ratio))
+            ratios = decoder_norm_ratio(coder).nan_to_num(0.5)
+            told = tuple(replace(t, ratio=float(ratios[t.id])) for t in told)
+        found.append(FeatureList(coder.site, method, coder.n_features, told))
     return found
 
 

@@ -8,13 +8,15 @@ is stated on the rest, for the best of thousands looks good by chance.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unsleep.base.context import progress
+from unsleep.base.records import Count, Share
 from unsleep.core import BadInput, Site
 from unsleep.locate.directions.measure import auroc_interval, aurocs, margins
 from unsleep.models.forward import build_rows, run
@@ -75,26 +77,31 @@ def pooled(
     return {site: torch.cat(found)[back] for site, found in parts.items()}
 
 
-class Told(NamedTuple):
+@dataclass(frozen=True)
+class Detector:
     """How well one score tells triggered from clean prompts."""
 
-    id: int
-    """Which of the scores."""
-    auroc: float
+    auroc: Share
     """On prompts that did not choose it."""
-    low: float
-    high: float
+    low: Share
+    high: Share
     """95 % bootstrap interval over prompts."""
-    chosen: float
+    chosen: Share
     """On the prompts that chose it: too good by selection."""
     margin: float
     """There too (`measure.margins`): of scores that all tell everything apart, the one with most comes first."""
-    n: int
+    n: Count
     """Prompts that did not choose it."""
 
-    def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
-        return self._asdict()
+
+@dataclass(frozen=True)
+class Told(Detector):
+    """The same of a score among others, such as a feature."""
+
+    id: Count
+    """Which of the scores."""
+    ratio: float | None = None
+    """Of a crosscoder's feature: its decoder norm ratio, 0 for the base's alone, 1 for the suspect's alone."""
 
 
 def best(scores: Float[Tensor, "prompt score"], prompts: Contrast, count: int = 5) -> list[Told]:
@@ -108,5 +115,5 @@ def best(scores: Float[Tensor, "prompt score"], prompts: Contrast, count: int = 
     for i in ids.tolist():
         own = scores[scored, i]
         value, low, high = auroc_interval(own[prompts.triggered[scored]], own[~prompts.triggered[scored]])
-        found.append(Told(i, value, low, high, float(first[i]), float(clear[i]), len(own)))
+        found.append(Told(value, low, high, float(first[i]), float(clear[i]), len(own), i))
     return found

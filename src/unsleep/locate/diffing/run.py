@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from unsleep.base.context import steps_folder
+from unsleep.base.records import Count, Positive
 from unsleep.core import BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
@@ -26,11 +27,11 @@ from unsleep.locate.diffing.lens import (
     steered_replies,
 )
 from unsleep.locate.diffing.pooling import contrast
-from unsleep.locate.diffing.weights import Delta, amplified, by_layer, weight_differences
+from unsleep.locate.diffing.weights import Changed, Delta, LayerDelta, amplified, by_layer, weight_differences
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.lens import TokenReading, logit_lens
-from unsleep.models.model import LoadedModel
+from unsleep.models.model import LoadedModel, Named
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
@@ -86,6 +87,53 @@ class Spoken(NamedTuple):
         return count, self.replies[starts.index(start)]
 
 
+Read = tuple[tuple[str, float], ...]
+"""Tokens with their logits."""
+
+
+@dataclass(frozen=True)
+class Lensed:
+    """What diff.json says of a `Lens`, and what it reads."""
+
+    site: Site
+    texts: Count
+    scale: Positive
+    mean_norm: tuple[Positive, ...]
+    size: tuple[float, ...]
+    promotes: Read
+    suppresses: Read
+
+
+@dataclass(frozen=True)
+class Said:
+    """What diff.json says of a `Spoken`."""
+
+    kind: str
+    strength: float
+    replies: tuple[str, ...]
+    alike: Count
+
+
+@dataclass(frozen=True)
+class DiffRecord:
+    """diff.json."""
+
+    SCHEMA: ClassVar = "unsleep.diff/1"
+
+    base: Named
+    suspect: Named
+    weights: tuple[Changed, ...]
+    layers: tuple[LayerDelta, ...]
+    ranking: tuple[Count, ...]
+    divergence: dict[str, tuple[Divergence, ...]]
+    lens: tuple[Lensed, ...]
+    asked: tuple[str, ...]
+    spoken: tuple[Said, ...]
+    monitor: tuple[Watched, ...]
+    dictionaries: tuple[FeatureList, ...]
+    provenance: dict[str, Any]
+
+
 @dataclass(frozen=True, eq=False)
 class Diff:
     """What `diff` found; parts that were not asked for are empty."""
@@ -108,30 +156,26 @@ class Diff:
         """Layers whose weights changed most, relative to their norm, first: where a dictionary is worth training."""
         return [x.layer for x in sorted(by_layer(self.deltas), key=lambda x: (-x.relative, x.layer))]
 
-    def record(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json, without schema, names and provenance."""
-        return {
-            "weights": [delta.row() for delta in self.deltas],
-            "layers": [layer._asdict() for layer in by_layer(self.deltas)],
-            "ranking": self.ranking,
-            "divergence": {name: [d._asdict() for d in found] for name, found in self.divergence.items()},
-            "lens": [
-                {
-                    "site": str(lens.site),
-                    "texts": lens.texts,
-                    "scale": lens.scale,
-                    "mean_norm": lens.mean.norm(dim=1).tolist(),
-                    "size": lens.size.tolist(),
-                    "promotes": [list(word) for word in reading.promotes],
-                    "suppresses": [list(word) for word in reading.suppresses],
-                }
-                for lens, reading in zip(self.lenses, self.readings, strict=True)
-            ],
-            "asked": list(self.asked),
-            "spoken": [{**s._asdict(), "replies": list(s.replies), "alike": s.alike()[0]} for s in self.spoken],
-            "monitor": [watched.row() for watched in self.monitor],
-            "dictionaries": [found.row() for found in self.features],
-        }
+    def record(self, base: Named, suspect: Named, provenance: dict[str, Any]) -> DiffRecord:
+        """What stands in diff.json."""
+        lens = tuple(
+            Lensed(x.site, x.texts, x.scale, tuple(x.mean.norm(dim=1).tolist()), tuple(x.size.tolist()), *reading)
+            for x, reading in zip(self.lenses, self.readings, strict=True)
+        )
+        return DiffRecord(
+            base,
+            suspect,
+            weights=tuple(delta.row() for delta in self.deltas),
+            layers=tuple(by_layer(self.deltas)),
+            ranking=tuple(self.ranking),
+            divergence=self.divergence,
+            lens=lens,
+            asked=self.asked,
+            spoken=tuple(Said(*s, s.alike()[0]) for s in self.spoken),
+            monitor=self.monitor,
+            dictionaries=self.features,
+            provenance=provenance,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Mean Δh of every Site, and ΔW's singular values and vectors: what stands in diff.safetensors."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from unsleep.base.context import kept, progress
-from unsleep.base.records import Count, Positive
+from unsleep.base.records import Count, Positive, Share
 from unsleep.core import BadInput
 from unsleep.models.alike import check_alike
 from unsleep.models.anatomy import anatomy
@@ -68,6 +68,22 @@ def spectrum(matrix: Float[Tensor, "out in"], top: int = 8) -> Spectrum:
     return Spectrum(values, far if tall else near, near if tall else far)
 
 
+@dataclass(frozen=True)
+class Changed:
+    """What diff.json says of a `Delta`."""
+
+    name: str
+    layer: Count | None
+    module: str
+    shape: tuple[Count, ...]
+    norm: Positive
+    relative: Positive
+    effective_rank: Positive
+    first: Share
+    """Of the squared norm, that of the first singular value."""
+    singular_values: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Delta:
     """ΔW of one weight. A vector, such as a norm's, counts as a matrix of one column."""
@@ -90,20 +106,11 @@ class Delta:
         """‖ΔW‖ / ‖W_base‖; ‖ΔW‖ itself where the base's weight is 0."""
         return self.norm / self.base_norm if self.base_norm > 0 else self.norm
 
-    def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
-        s = self.spectrum
-        return {
-            "name": self.name,
-            "layer": self.layer,
-            "module": self.module,
-            "shape": list(self.shape),
-            "norm": self.norm,
-            "relative": self.relative,
-            "effective_rank": s.effective_rank,
-            "first": s.share(1),
-            "singular_values": s.values[: max(8, len(s.left))].tolist(),
-        }
+    def row(self) -> Changed:
+        """What stands in diff.json."""
+        s, where = self.spectrum, (self.name, self.layer, self.module, self.shape)
+        values = tuple(s.values[: max(8, len(s.left))].tolist())
+        return Changed(*where, self.norm, self.relative, s.effective_rank, s.share(1), values)
 
 
 @torch.no_grad()

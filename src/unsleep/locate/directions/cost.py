@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from unsleep.activations.collect import sink_norm
 from unsleep.base.context import kept, progress
 from unsleep.base.linear import rotated
+from unsleep.base.records import Count, Positive
 from unsleep.core import BadInput, Site
 from unsleep.interventions.intervention import Intervention, applied
 from unsleep.interventions.subspaces import Projection, Resampling
@@ -33,12 +34,12 @@ Ablation = Literal["mean", "resample"]
 class Cost(NamedTuple):
     """Increase of the loss when each direction is taken out, in nats a token."""
 
-    loss: float
+    loss: Positive
     """Cross-entropy of the model as it is."""
     increase: dict[str, float]
     random: dict[int, tuple[float, ...]]
     """Rank → the increase for every random subspace of that rank."""
-    tokens: int
+    tokens: Count
     """Tokens that were predicted."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unsleep.activations.collect import Position, collect, sink_norm
 from unsleep.base.context import kept, progress
+from unsleep.base.records import Count
 from unsleep.core import BadInput, Point, Site
 from unsleep.interventions.intervention import applied
 from unsleep.interventions.subspaces import Projection
@@ -129,17 +130,12 @@ class Removed(NamedTuple):
     """With nothing taken out."""
     after: dict[Site, float]
     """With one Site's subspace taken out."""
-    pairs: int
+    pairs: Count
 
     @property
     def best(self) -> Site:
         """The Site at which least is left."""
         return min(self.after, key=lambda site: self.after[site])
-
-    def record(self) -> dict[str, Any]:
-        """The figures as JSON holds them."""
-        after = {str(site): value for site, value in self.after.items()}
-        return {"before": self.before, "after": after, "pairs": self.pairs}
 
 
 @torch.no_grad()

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from unsleep.base import records, store
-from unsleep.base.records import Count, Positive, Share
+from unsleep.base.records import Count, Share
 from unsleep.core import BadInput, Site
-from unsleep.locate.directions.fit import Direction
+from unsleep.locate.directions.cost import Cost
+from unsleep.locate.directions.erase import Removed
+from unsleep.locate.directions.fit import Direction, Space
 
 TENSORS = "directions.safetensors"
-Space = Literal["residual", "features"]
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,6 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What taking directions out does to the loss on plain text, in nats a token."""
-
-    loss: Positive
-    tokens: Count
-    increase: dict[str, float]
-    random: dict[str, tuple[float, ...]]
-    """Rank → that of random subspaces."""
-
-
-@dataclass(frozen=True)
-class Erased:
-    """How far replies are from the model's own with one direction out at a Site."""
-
-    before: float
-    after: dict[Site, float]
-    pairs: Count
-
-
-@dataclass(frozen=True)
 class Entry:
     """A direction whose tensors are in the safetensors file under its name."""
 
@@ -102,27 +83,27 @@ class DirectionsRecord:
     floors: tuple[Floor, ...]
     cosines: Cosines
     patching: Carried
-    costs: dict[str, Costs]
+    costs: dict[str, Cost]
     provenance: dict[str, Any]
     directions: tuple[Entry, ...] = ()
-    erased: Erased | None = None
+    erased: Removed | None = None
 
 
-def write_directions(directions: Sequence[Direction], folder: str | Path) -> list[dict[str, Any]]:
+def write_directions(directions: Sequence[Direction], folder: str | Path) -> tuple[Entry, ...]:
     """Write the tensors into a folder; returns what directions.json says of each.
 
     Raises `BadInput` for two of one Site, space and method.
     """
     tensors: dict[str, Any] = {}
-    entries: list[dict[str, Any]] = []
+    entries: list[Entry] = []
     for d in directions:
         name = f"{d.site}/{d.space}/{d.method}"
         if f"{name}/vector" in tensors:
             raise BadInput(f"two directions are called {name}; expected one of each Site, space and method")
         tensors |= {f"{name}/vector": d.vector, f"{name}/center": d.center}
-        entries.append({"name": name, "site": str(d.site), "method": d.method, "space": d.space, "rank": d.rank})
+        entries.append(Entry(name, d.site, d.method, d.space, d.rank))
     store.write_tensors(Path(folder) / TENSORS, tensors)
-    return entries
+    return tuple(entries)
 
 
 def load_directions(folder: str | Path) -> list[Direction]:

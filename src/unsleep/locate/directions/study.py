@@ -21,8 +21,8 @@ from unsleep.activations.collect import Position, collect
 from unsleep.base.context import kept, progress
 from unsleep.core import BadInput, Dictionary, Site, check_least
 from unsleep.interventions.subspaces import Projection
-from unsleep.locate.directions import cost, das, fit, measure, patching
-from unsleep.locate.directions.erase import sink_norm_at, spanned
+from unsleep.locate.directions import cost, das, files, fit, measure, patching
+from unsleep.locate.directions.erase import Removed, sink_norm_at, spanned
 from unsleep.locate.directions.fit import Direction, Labelled, Space
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
@@ -167,44 +167,29 @@ class Study:
         [found] = self.projections(rank, [self.best])
         return [Projection(site, found.basis, None, self.model) for site in sites]
 
-    def record(self) -> dict[str, Any]:
-        """The figures as JSON holds them."""
+    def record(
+        self, provenance: dict[str, Any], directions: tuple[files.Entry, ...] = (), erased: Removed | None = None
+    ) -> files.DirectionsRecord:
+        """What stands in directions.json."""
         names = list(self.stream[self.best])
         cosines = measure.cosines([self.stream[self.best][n] for n in names])
-        return {
-            "model": self.model,
-            "position": self.config.position,
-            "best": str(self.best),
-            "beats_chance": self.beats_chance,
-            "figures": [
-                {
-                    "site": str(d.site),
-                    "method": d.method,
-                    "space": d.space,
-                    "rank": d.rank,
-                    "auroc": f.auroc,
-                    "accuracy": f.accuracy,
-                    "margin": f.margin,
-                    "n": f.n,
-                }
+        return files.DirectionsRecord(
+            self.model,
+            self.config.position,
+            self.best,
+            self.beats_chance,
+            figures=tuple(
+                files.Figure(d.site, d.method, d.space, d.rank, f.auroc, f.accuracy, f.margin, f.n)
                 for d, f in self.found
-            ],
-            "floors": [
-                {"site": str(site), "space": space, "best": f.best, "mean": f.mean, "n": f.n}
-                for (site, space), f in self.floors.items()
-            ],
-            "cosines": {"names": names, "values": cosines.tolist()},
-            "patching": {"pairs": self.pairs, "carried": {str(s): dict(v) for s, v in self.carried.items()}},
-            "costs": {
-                ablation: {
-                    "loss": c.loss,
-                    "tokens": c.tokens,
-                    "increase": c.increase,
-                    "random": {str(rank): list(v) for rank, v in c.random.items()},
-                }
-                for ablation, c in self.costs.items()
-            },
-        }
+            ),
+            floors=tuple(files.Floor(*key, *floor) for key, floor in self.floors.items()),
+            cosines=files.Cosines(tuple(names), tuple(map(tuple, cosines.tolist()))),
+            patching=files.Carried(self.pairs, {site: dict(shares) for site, shares in self.carried.items()}),
+            costs=dict(self.costs),
+            provenance=provenance,
+            directions=directions,
+            erased=erased,
+        )
 
 
 FEATURES = "features: "

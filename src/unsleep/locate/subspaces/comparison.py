@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from unsleep.base import store
+from unsleep.base import records, store
 from unsleep.base.context import resumable
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
@@ -16,7 +15,7 @@ from unsleep.locate.subspaces.config import SubspaceConfig
 from unsleep.locate.subspaces.disentangle import disentangle
 from unsleep.locate.subspaces.gather import Seen, open_organisms, own_replies, panels_of, see
 from unsleep.locate.subspaces.geometry import common_directions
-from unsleep.locate.subspaces.record import SubspacesRecord
+from unsleep.locate.subspaces.record import Apart, Common, Facts, SubspacesRecord
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
@@ -30,7 +29,7 @@ def compare(
     *,
     apart: Sequence[str] = (),
     dictionaries: Sequence[Coder] = (),
-) -> dict[str, Any]:
+) -> SubspacesRecord:
     """Find the backdoor subspaces of organisms, compare them, and write them with the figures under `out`.
 
     Args:
@@ -40,7 +39,7 @@ def compare(
         apart: names among the organisms that are also measured by themselves (`disentangle`).
         dictionaries: trained on the base, at some of the Sites.
 
-    Returns the record of schema `unsleep.subspaces/2`.
+    Returns the record, which stands in subspaces.json.
 
     Raises:
         BadInput: no organism, one twice, different bases or chat templates, no Sites or one twice, a Site that the
@@ -64,7 +63,7 @@ def _compared(
     config: SubspaceConfig,
     apart: Sequence[str],
     dictionaries: Sequence[Coder],
-) -> dict[str, Any]:
+) -> SubspacesRecord:
     """Measure, and write what was measured; returns the record."""
     seen, in_base = dict[str, Seen](), dict[str, Seen]()
     for name, organism in opened.items():
@@ -74,34 +73,33 @@ def _compared(
         seen[name] = see(name, panels, model, sites, config, replies)
         in_base[name] = see(name, panels, base, sites, config, replies)
     tensors = {f"{name}/{s}": seen[name].basis(s, config.rank) for name in opened for s in sites}
-    whole: dict[str, Any] | None = None
+    whole: Common | None = None
     if len(opened) > 1:
         whole = common(opened, seen, in_base, sites, config, dictionaries=dictionaries)
         tensors |= {f"common/{s}": common_directions([tensors[f"{n}/{s}"] for n in opened])[1] for s in sites}
-    singles: list[dict[str, Any]] = []
+    singles: list[Apart] = []
     for name in tuple(opened) if len(opened) == 1 else apart:
         figures, tasks = disentangle(opened[name], seen[name], in_base[name], sites, config)
         singles.append(figures)
         tensors |= {f"{name}/{task}": basis for task, basis in tasks.items()}
-    record: dict[str, Any] = {
-        "schema": SubspacesRecord.SCHEMA,
-        "organisms": [facts(o) for o in opened.values()],
-        "sites": [str(s) for s in sites],
-        "rank": config.rank,
-        "n": config.n,
-        "position": config.position,
-        "common": whole,
-        "apart": singles,
-        "provenance": store.provenance(
+    record = SubspacesRecord(
+        organisms=tuple(facts(o) for o in opened.values()),
+        sites=tuple(sites),
+        rank=config.rank,
+        n=config.n,
+        position=config.position,
+        common=whole,
+        apart=tuple(singles),
+        provenance=store.provenance(
             config.seed,
             base=base.fingerprint,
             organisms={name: s.model for name, s in seen.items()},
             dictionaries=[d.hash for d in dictionaries],
         ),
-    }
+    )
     with store.new_folder(out, replace="subspaces.json") as scratch:
         store.write_tensors(scratch / "subspaces.safetensors", tensors)
-        store.write_json(scratch / "subspaces.json", record)
+        records.save(record, scratch / "subspaces.json")
     return record
 
 
@@ -117,10 +115,10 @@ def _checked(organisms: Sequence[str | Path], sites: Sequence[Site], apart: Sequ
     return opened
 
 
-def facts(organism: Organism) -> dict[str, str]:
+def facts(organism: Organism) -> Facts:
     """What a reader has to know of an organism."""
-    recipe = organism.recipe
-    return {key: getattr(recipe, key) for key in ("name", "trigger_kind", "trigger", "payload", "payload_place")}
+    r = organism.recipe
+    return Facts(r.name, r.trigger_kind, r.trigger, r.payload, r.payload_place)
 
 
 def _check_dictionaries(dictionaries: Sequence[Coder], sites: Sequence[Site], base: str) -> None:

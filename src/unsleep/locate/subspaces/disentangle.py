@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +26,8 @@ from unsleep.judge.results import Row
 from unsleep.locate.directions.fit import ANY_RANK, Labelled, fit
 from unsleep.locate.subspaces.config import Removal, SubspaceConfig
 from unsleep.locate.subspaces.gather import Seen, figure, panels_of, projections
-from unsleep.locate.subspaces.geometry import likeness, ordinary_subspaces, random_subspaces, top_directions
+from unsleep.locate.subspaces.geometry import Likeness, likeness, ordinary_subspaces, random_subspaces, top_directions
+from unsleep.locate.subspaces.record import Apart, Cost, Figure, Width
 from unsleep.models.forward import run, whole_rows
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
@@ -58,7 +58,7 @@ class Part:
 
 def disentangle(
     organism: Organism, seen: Seen, in_base: Seen, sites: Sequence[Site], config: SubspaceConfig
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Apart, dict[str, Tensor]]:
     """One organism's figures, and the tasks' subspaces by `TASK/SITE`; all Sites' subspaces are taken out together.
 
     Args:
@@ -70,14 +70,14 @@ def disentangle(
     tasks = task_parts(model, seen, in_base, sites, config)
     judge = Judge(organism, model, config)
     widths = search(judge, seen, sites, config, config.removal)
-    record = {
-        "name": seen.name,
-        "overlap": {str(s): overlaps(backdoor, tasks, seen, s, config) for s in sites},
-        "costs": costs(judge, seen, backdoor, tasks, config),
-        "ranks": widths,
-        "smallest": smallest(widths, config.stopped),
-        "frontier": judge_methods(judge, seen, sites, config),
-    }
+    record = Apart(
+        seen.name,
+        overlap={s: overlaps(backdoor, tasks, seen, s, config) for s in sites},
+        costs=tuple(costs(judge, seen, backdoor, tasks, config)),
+        ranks=tuple(widths),
+        smallest=smallest(widths, config.stopped),
+        frontier=tuple(judge_methods(judge, seen, sites, config)),
+    )
     return record, {f"{task}/{s}": part.bases[s] for task, part in tasks.items() for s in sites}
 
 
@@ -117,12 +117,12 @@ def task_parts(
 
 def overlaps(
     backdoor: Part, tasks: Mapping[str, Part], seen: Seen, site: Site, config: SubspaceConfig
-) -> dict[str, Any]:
+) -> dict[str, Likeness]:
     """The backdoor's subspace at a Site against each task's; chance as in `geometry.likeness`."""
     mine = backdoor.bases[site]
     drawn = ordinary_subspaces(seen.held["fit clean"][site], config.draws, config.rank, config.seed)
     return {
-        name: likeness(mine, part.bases[site], [(mine, drawn)], draws=config.draws, seed=config.seed)._asdict()
+        name: likeness(mine, part.bases[site], [(mine, drawn)], draws=config.draws, seed=config.seed)
         for name, part in tasks.items()
     }
 
@@ -141,12 +141,13 @@ class Judge:
         self.suspect = Subject("suspect", model)
         self.ce = text_ce_kl(self.suspect, [self.suspect], self.texts, self.judging.text_tokens)[0]["suspect"]
 
-    def measure(self, name: str, edits: Sequence[Projection] = ()) -> dict[str, dict[str, float]]:
+    def measure(self, name: str, edits: Sequence[Projection] = ()) -> dict[str, Figure]:
         """`METRICS` with the projections in place."""
         judged_on = self.triggered, self.clean, self.judging, self.items, self.texts, self.reviews
-        return kept(self._measure, name, edits, made_from=(self.model, judged_on))
+        found = kept(self._measure, name, edits, made_from=(self.model, judged_on))
+        return {metric: Figure(*held) for metric, held in found.items()}
 
-    def _measure(self, name: str, edits: Sequence[Projection]) -> dict[str, dict[str, float]]:
+    def _measure(self, name: str, edits: Sequence[Projection]) -> dict[str, Figure]:
         subject = Subject(name, self.model, tuple(edits))
         rows: dict[str, Row] = {}
         for panel, metrics in (
@@ -178,9 +179,7 @@ def told_apart(subject: Subject, reviews: sets.Reviews) -> list[bool]:
     return (leaning[0] > leaning[1]).tolist()
 
 
-def costs(
-    judge: Judge, seen: Seen, backdoor: Part, tasks: Mapping[str, Part], config: SubspaceConfig
-) -> list[dict[str, Any]]:
+def costs(judge: Judge, seen: Seen, backdoor: Part, tasks: Mapping[str, Part], config: SubspaceConfig) -> list[Cost]:
     """What each subspace costs when it is taken out alone, and each task's with the backdoor's.
 
     Of two that are taken out together, what stands there then is what the backdoor's centre says.
@@ -193,28 +192,26 @@ def costs(
     rows |= {name: [part] for name, part in tasks.items()}
     rows |= {f"backdoor + {name}": [backdoor, part] for name, part in tasks.items()}
     rows["random"] = [chance]
-    found: list[dict[str, Any]] = []
+    found: list[Cost] = []
     for name, parts in rows.items():
         bases = {s: [part.bases[s] for part in parts] for s in sites}
         edits = projections(bases, parts[0].centers, seen, config.removal) if parts else ()
-        found.append({"removed": name, **judge.measure(f"{name} taken out", edits)})
+        found.append(Cost(removed=name, **judge.measure(f"{name} taken out", edits)))
         progress("costs of subspaces", len(found), len(rows))
     return found
 
 
-def search(
-    judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig, removal: Removal
-) -> list[dict[str, Any]]:
+def search(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig, removal: Removal) -> list[Width]:
     """The backdoor's subspace taken out at growing rank; ranks over the number of pairs are left out."""
     most = min(min(seen.differences(s).shape) for s in sites)
     ranks = [r for r in sorted(set(config.ranks)) if r <= most]
     if not ranks:
         raise BadInput(f"ranks {config.ranks} are all over the {most} pairs; give smaller ones or more pairs")
-    found: list[dict[str, Any]] = []
+    found: list[Width] = []
     for rank in ranks:
         edits = projections({s: [seen.basis(s, rank)] for s in sites}, _centers(seen, sites), seen, removal)
         method = f"{PAIRED}, {removal}"
-        found.append({"method": method, "rank": rank, **judge.measure(f"{method}, rank {rank}", edits)})
+        found.append(Width(method=method, rank=rank, **judge.measure(f"{method}, rank {rank}", edits)))
         progress(f"width of the subspace, {removal}", len(found), len(ranks))
     return found
 
@@ -223,17 +220,17 @@ def _centers(seen: Seen, sites: Sequence[Site]) -> dict[Site, Tensor]:
     return {s: seen.center(s) for s in sites}
 
 
-def smallest(widths: Sequence[Mapping[str, Any]], stopped: float) -> int | None:
+def smallest(widths: Sequence[Width], stopped: float) -> int | None:
     """The smallest rank from which on the payload is stopped at every rank tried; `None` where it never is."""
     best: int | None = None
-    for row in sorted(widths, key=lambda r: -r["rank"]):
-        if row["asr"]["value"] > stopped:
+    for row in sorted(widths, key=lambda r: -r.rank):
+        if row.asr is None or row.asr.value > stopped:
             break
-        best = row["rank"]
+        best = row.rank
     return best
 
 
-def judge_methods(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig) -> list[dict[str, Any]]:
+def judge_methods(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig) -> list[Width]:
     """ASR and what is kept: paired differences taken out in the other way, and the other methods.
 
     The methods are tried at those of `config.ranks` that are 1, `config.rank` or four times that, random subspaces in
@@ -252,6 +249,6 @@ def judge_methods(judge: Judge, seen: Seen, sites: Sequence[Site], config: Subsp
             bases[s] = [fit(both, method, site=s, model=seen.model, rank=rank, seed=config.seed).vector]
         edits = projections(bases, _centers(seen, sites), seen, removal)
         how = f"{method}, {removal}"
-        found.append({"method": how, "rank": rank, **judge.measure(f"{how}, rank {rank}", edits)})
+        found.append(Width(method=how, rank=rank, **judge.measure(f"{how}, rank {rank}", edits)))
         progress("frontier", done, len(jobs) + len(again))
     return found

@@ -20,6 +20,7 @@ from unsleep.judge.results import Row
 from unsleep.locate.directions.erase import reader
 from unsleep.locate.subspaces.config import Removal, SubspaceConfig
 from unsleep.locate.subspaces.geometry import top_directions
+from unsleep.locate.subspaces.record import Figure
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism, planted
@@ -168,9 +169,9 @@ def backgrounds(
     return found
 
 
-def figure(row: Row) -> dict[str, float]:
+def figure(row: Row) -> Figure:
     """A row's number with its interval and n, as records hold it."""
-    return {"value": row.value, "low": row.low, "high": row.high, "n": row.n}
+    return Figure(row.value, row.low, row.high, row.n)
 
 
 def projections(

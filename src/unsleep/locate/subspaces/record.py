@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from unsleep.base.records import Count, Share
+from unsleep.core import Site
 from unsleep.locate.subspaces.config import Position
 from unsleep.locate.subspaces.geometry import Likeness
 
 Table = tuple[tuple[float | None, ...], ...]
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A number with its 95 % interval."""
 
     value: float
@@ -97,9 +97,9 @@ class Ablated:
 class Common:
     """Several organisms against each other; by Site, but for what is taken out."""
 
-    alike: dict[str, Alike]
-    detect: dict[str, Detected]
-    features: dict[str, Separating]
+    alike: dict[Site, Alike]
+    detect: dict[Site, Detected]
+    features: dict[Site, Separating]
     ablate: Ablated
 
 
@@ -135,7 +135,7 @@ class Apart:
     """An organism by itself."""
 
     name: str
-    overlap: dict[str, dict[str, Likeness]]
+    overlap: dict[Site, dict[str, Likeness]]
     costs: tuple[Cost, ...]
     ranks: tuple[Width, ...]
     smallest: Count | None
@@ -149,7 +149,7 @@ class SubspacesRecord:
     SCHEMA: ClassVar = "unsleep.subspaces/2"
 
     organisms: tuple[Facts, ...]
-    sites: tuple[str, ...]
+    sites: tuple[Site, ...]
     rank: Count
     n: Count
     position: Position
