@@ -1,4 +1,4 @@
-"""Interventions on disk: a folder that is complete in itself, with the dictionaries and tensors that they need."""
+"""Interventions on disk: a self-contained folder with the dictionaries and tensors that they need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unsleep.interventions.steering import Operator, Steering
 from unsleep.interventions.subspaces import Projection
 
 MARK = "edit.json"
-"""The file that tells an edit's folder."""
+"""File that marks an edit's folder."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SteeringEntry:
     """What it says of a `Steering`."""
 
     vectors: str
-    """The file that holds them, by Site."""
+    """File of the vectors, by Site."""
     model: str
     operator: Operator
     coefficient: float
@@ -83,8 +83,8 @@ def save_edit(
 ) -> Path:
     """Write edits, projections and steering, with the dictionaries and tensors that they need.
 
-    `chosen_on` holds digests of the prompts that chose the edit: an evaluation refuses them. Another edit in the
-    folder gives way; raises `BadInput` where it holds something else, or for an intervention of another kind.
+    `chosen_on` are digests of the prompts that the edit was chosen on: an evaluation refuses them. An earlier edit in
+    the folder is replaced; raises `BadInput` where it contains something else, or for an unsupported intervention.
     """
     folder = Path(folder)
     with store.new_folder(folder, replace=MARK) as scratch:
@@ -94,7 +94,7 @@ def save_edit(
 
 
 def _written(each: Intervention, scratch: Path, number: int) -> Entry:
-    """Write what an intervention needs; its entry."""
+    """Write an intervention's tensors; returns its entry."""
     match each:
         case Edit():
             dictionary = each.dictionary.to(torch.bfloat16)
@@ -117,9 +117,9 @@ def _written(each: Intervention, scratch: Path, number: int) -> Entry:
 
 
 def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
-    """Read what `save_edit` wrote, and the digests of the prompts that chose it.
+    """Read the result of `save_edit`, and the digests of the prompts that it was chosen on.
 
-    Raises `BadInput` naming what does not fit.
+    Raises `BadInput` naming what is invalid.
     """
     folder = Path(folder)
     card = records.load(EditRecord, folder / MARK)

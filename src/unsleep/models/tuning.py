@@ -15,7 +15,7 @@ Schedule = Callable[[int, int], float]
 
 
 def warm_up_and_down(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then linear to zero."""
+    """Learning-rate factor: linear warm-up over a tenth of the steps, then linear decay to zero."""
     warm = max(1, steps // 10)
     return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
 

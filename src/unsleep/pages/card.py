@@ -1,4 +1,4 @@
-"""The model card of a cleaned checkpoint: what was done to it, and what was measured."""
+"""The model card of a cleaned checkpoint: the edit and its evaluation."""
 
 from __future__ import annotations
 

