@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import build
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from support.models import build
 from unsleep.core import BadInput, Site
 from unsleep.models.linearised import Linearisation
 from unsleep.models.sites import layers
@@ -67,7 +67,7 @@ def test_frozen_gradients_do_not_depend_on_where_they_are_taken() -> None:
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "falcon_h1"])
 def test_a_model_that_cannot_be_frozen_is_refused(family: str) -> None:
-    with pytest.raises(BadInput, match="take attribution|that unsleep knows"):
+    with pytest.raises(BadInput, match=r"take attribution|that unsleep knows"):
         Linearisation.of(build(family))
 
 

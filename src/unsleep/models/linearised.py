@@ -107,9 +107,9 @@ class Linearisation:
         streams: list[Tensor] = []
         for share in (0.0, 0.5, 1.0):
             change: dict[Site, Transform] = {Site(0, "embed"): lambda x, share=share: x + share * x.roll(1, -1)}
-            with self.held() if streams else self.recording(), transformed(self.network, change if share else {}):
-                with capture(self.network, [last]) as found:
-                    self.network(input_ids=ids, use_cache=False)
+            run = self.held() if streams else self.recording()
+            with run, transformed(self.network, change if share else {}), capture(self.network, [last]) as found:
+                self.network(input_ids=ids, use_cache=False)
             streams.append(found[last].float())
         self.values.clear()
         half, whole = streams[1] - streams[0], streams[2] - streams[0]

@@ -37,8 +37,8 @@ def repair(job: Job, out: str | Path, config: RepairConfig = RepairConfig()) -> 
     """Repair a suspect, judge the edit and its export, and write all of it into `out`.
 
     `out` then holds `report.html`, `report.json`, `result.json`, `cleaned/` (a plain checkpoint), `edit/` and
-    `dictionaries/`; another repair there gives way. A run that was interrupted goes on where its last step ended, from
-    a hidden folder beside `out`.
+    `dictionaries/`; another repair there gives way. Baselines are added to it once they are judged. A run that was
+    interrupted goes on where its last step ended, from a hidden folder beside `out`.
 
     Raises:
         BadInput: the suspect does not misbehave on the suspicious prompts alone, nobody can say what it should reply,
@@ -58,6 +58,9 @@ def repair(job: Job, out: str | Path, config: RepairConfig = RepairConfig()) -> 
         run = Run(job, config, folder)
         result = run.all()
         write(run, result, out)
+        if config.baselines:
+            result = run.with_baselines(result)
+            write(run, result, out)
     if run.refused is not None:
         raise Refused(f"{run.refused}. The report and the edit are in {out}") from run.refused
     return result
