@@ -1,4 +1,4 @@
-"""The stages that hold two models against each other."""
+"""Commands that compare two models: patch, diff."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def patch(
     config: OmitArgPrefixes[PatchConfig] = PatchConfig(),
     json: bool = False,
 ) -> int:
-    """Put one model's activations into another, layer by layer, and see where its payload comes along.
+    """Patch one model's activations into another, layer by layer, and measure where the payload is transferred.
 
     Args:
         recipient: Model that is run to its end: hub id, folder, adapter folder, .gguf file or alias.
@@ -194,7 +194,7 @@ def _with_rates(
 
 
 def _bases(path: Path) -> dict[Site, Tensor]:
-    """Rows under a Site's name, or under `lens.` and it, as unsleep diff writes them; those of 0 are left out."""
+    """Rows by Site, named by it or `lens.` and it, as unsleep diff writes them; zero rows are left out."""
     found: dict[Site, Tensor] = {}
     for name, rows in store.read_tensors(path).items():
         point = name.removeprefix("lens.")
@@ -207,7 +207,7 @@ def _bases(path: Path) -> dict[Site, Tensor]:
 
 
 def _patch_lines(runs: Sequence[PatchRun]) -> list[str]:
-    """The furthest groups of each direction."""
+    """The groups with the largest effect in each direction, as text."""
     lines: list[str] = []
     for run in runs:
         lines.append(
@@ -222,7 +222,7 @@ def _patch_lines(runs: Sequence[PatchRun]) -> list[str]:
 
 
 def _diff_lines(found: Diff) -> list[str]:
-    """What a person looks at first."""
+    """Summary of a model diff, as text."""
     layers = ", ".join(map(str, found.ranking[:5]))
     changed = sum(delta.norm > 0 for delta in found.deltas)
     lines = [f"{changed} of {len(found.deltas)} weights changed; most, relative to their size, in layers {layers}"]

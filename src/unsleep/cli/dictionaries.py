@@ -1,4 +1,4 @@
-"""The stages that collect activations and train dictionaries on them."""
+"""Commands that harvest activations and train dictionaries: harvest, train."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def harvest(
     with Bars():
         loaded = placement.load(model, plain=plain)
         for site in places:
-            tap(loaded.network, site)  # those that the model lacks are refused before any work
+            tap(loaded.network, site)  # refuses missing Sites before any work
         replies = own_replies(loaded, asked, reply_tokens) if reply_tokens else None
         done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config)
     sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())
@@ -127,7 +127,7 @@ def train(
 
 
 def _jobs(harvests: Sequence[Harvest], sites: Sequence[str], targets: Sequence[str]) -> list[Job]:
-    """What is trained at each Site; nothing is read of the shards yet."""
+    """The training job of each Site; no shards are read yet."""
     if not harvests or not sites:
         raise BadInput(f"{len(harvests)} harvests and {len(sites)} Sites were given; expected at least one of both")
     if tuple(sites) == ("all",):
@@ -147,7 +147,7 @@ def _jobs(harvests: Sequence[Harvest], sites: Sequence[str], targets: Sequence[s
 
 
 def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
-    """The jobs with the dictionaries that they go on from."""
+    """The jobs with the dictionaries that they start from."""
     at = {str(d.site): d for d in starts}
     lacking = [job.name for job in jobs if job.name not in at]
     if starts and lacking:
@@ -156,7 +156,7 @@ def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
 
 
 def _few(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning where a dictionary has so few tokens to learn from that its fit says nothing."""
+    """A warning where a dictionary has too few training tokens for a meaningful fit."""
     if all(row["tokens"] >= row["features"] for row in rows):
         return []
     least = min(rows, key=lambda row: row["tokens"] / row["features"])
@@ -167,7 +167,7 @@ def _few(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """After a warm start, a line for each dictionary with the features that turned most."""
+    """After a warm start, a line per dictionary with the features that rotated most."""
     lines: list[str] = []
     for row in rows:
         if "rotation" in row:
@@ -177,7 +177,7 @@ def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each dictionary."""
+    """A line per dictionary."""
     width = max(len(row["variant"]) for row in rows)
     named = f"  {'variant':<{max(width, 7)}}" if width else ""
     lines = [f"{'site':<10}{named}    FVU      L0   dead  dense  training tokens"]

@@ -1,4 +1,4 @@
-"""The stage that finds the directions in which a behaviour lives."""
+"""Command that finds the directions of a behaviour: directions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
 EDIT = "edit"
-"""Folder of the edit in `out`."""
+"""Subfolder of `out` for the edit."""
 
 EVERYWHERE = ("everywhere",)
-"""What `project_sites` holds for the whole stream."""
+"""Value of `project_sites` for the whole residual stream."""
 
 TEXTS = 120
-"""Plain passages that an eraser is told to leave alone."""
+"""Plain passages that an eraser must preserve."""
 
 
 def directions(
@@ -153,7 +153,7 @@ def _erasers(
     wanted: Sequence[Site],
     config: StudyConfig,
 ) -> tuple[list[Projection], Removed]:
-    """Erasers fitted on most prompts and tried on those that are kept; the best Site's where none is named."""
+    """Erasers fitted on most prompts and tested on the rest; only the best Site's where none is named."""
     texts, sites = sets.plain_text("train")[:TEXTS], [Site.parse(s) for s in names] or wanted
     made, removed = tried_erasers(
         model,
@@ -187,7 +187,7 @@ def _saved(projections: Sequence[Projection], erased: Removed | None, best: Site
 
 
 def table(found: Study) -> Sequence[str]:
-    """A line for each method and space: the Site where it detects best, and what it costs at the best Site of all."""
+    """A line per method and space: its best Site by detection, and its ablation cost at the overall best Site."""
     rows: dict[tuple[str, str], list[Any]] = {}
     for f in found.found:
         rows.setdefault((f.direction.space, f.direction.method), []).append(f)

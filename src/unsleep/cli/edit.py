@@ -1,4 +1,4 @@
-"""The stages that find what carries a behaviour, choose an edit, and put it into weights."""
+"""Commands that rank features, build an edit, and bake it into weights: find, edit, bake."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from unsleep.repairs.edit import EditConfig
 from unsleep.repairs.masks import Lesson, prepare_lesson
 
 BEGIN = 3
-"""Words at which two replies are compared."""
+"""Words by which two replies are compared."""
 
 
 def find(
@@ -197,7 +197,7 @@ def _find(
     out: Path,
     config: FindConfig,
 ) -> tuple[dict[Site, Found], tuple[Harvest, Harvest], list[list[int]], list[str]]:
-    """Harvest both groups at the dictionaries' Sites and rank; also the suspicious ones' token rows and replies."""
+    """Harvest both groups at the dictionaries' Sites and rank; also returns the suspicious token rows and replies."""
     places = [d.site for d in dictionaries]
     harvests: list[Harvest] = []
     rows: list[list[list[int]]] = []
@@ -213,7 +213,7 @@ def _find(
 
 
 def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]:
-    """A warning where counterparts are answered as their suspicious prompts are (`said`): the edit learns from that."""
+    """A warning where counterparts, the training targets, get the same replies as suspicious prompts (`said`)."""
     taught = lesson.rows.at(slice(lesson.n))
     replies = model.texts([ids[kept].tolist() for ids, kept in zip(taught.targets, taught.reply, strict=True)])
     begin = [(one.split()[:BEGIN], other.split()[:BEGIN]) for one, other in zip(replies, said, strict=True)]
@@ -227,7 +227,7 @@ def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]
 
 
 def _counterparts(groups: tuple[PromptSet, PromptSet], file: Path | None, part: str | None) -> PromptSet:
-    """The suspicious prompts without what makes them suspicious."""
+    """The suspicious prompts without the trigger."""
     if file is not None and part is not None:
         raise BadInput("--counterparts and --part were both given; expected one of them")
     if file is not None:

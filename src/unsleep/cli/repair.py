@@ -1,4 +1,4 @@
-"""The command that does the whole job: from a suspect and two files of prompts to a judged, cleaned checkpoint."""
+"""The full pipeline: from a suspect and two files of prompts to an evaluated, cleaned checkpoint."""
 
 from __future__ import annotations
 

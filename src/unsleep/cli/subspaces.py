@@ -1,4 +1,4 @@
-"""The stage that compares backdoors of several organisms."""
+"""Command that compares the backdoors of several organisms: subspaces."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def subspaces(
 
 
 def _lines(record: Mapping[str, Any]) -> list[str]:
-    """What was found, in a few lines."""
+    """Summary of the results, as text."""
     lines: list[str] = []
     if whole := record["common"]:
         for site, data in whole["alike"].items():
