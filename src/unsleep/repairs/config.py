@@ -27,7 +27,7 @@ PASSAGES = 600
 
 @dataclass(frozen=True)
 class RepairConfig:
-    """Sites, sizes and budget of a repair."""
+    """Options of a repair: Sites, sizes and budget."""
 
     sites: tuple[str, ...] = ()
     """Residual Sites to edit, such as `resid.8`; empty to choose them by a short scan of the layers."""
