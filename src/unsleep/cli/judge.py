@@ -57,23 +57,23 @@ def evaluate(
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
-    """Judge a model, its edit and its cleaned checkpoint on prompts that chose nothing.
+    """Evaluate a model, its edit and its cleaned checkpoint on held-out prompts.
 
     Give an organism, or two files and the payload.
 
     Args:
         model: The suspect.
         out: Folder for result.json and report.html.
-        edit: Folder made by `unsleep edit` or `unsleep directions`; the same edit on random features, or of random
-            directions, is judged beside it.
+        edit: Folder made by `unsleep edit` or `unsleep directions`; the same edit on random features, or random
+            directions, is evaluated as a control.
         baked: Cleaned checkpoint made by `unsleep bake`.
         organism: A packaged organism or a folder made by `unsleep plant`, for its held-out panels.
         suspicious: File of triggered prompts; line i is line i of `ordinary` with the trigger.
-        ordinary: File of the same prompts without it.
-        n: Prompts in each panel of an organism; plain passages and multiple-choice items in any case.
+        ordinary: File of the same prompts without the trigger.
+        n: Prompts in each panel of an organism, and plain passages and multiple-choice items.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
-        tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files of one's own.
-        task_limit: Items of each task; all where not given.
+        tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files.
+        task_limit: Items per task; default all.
         json: Print the result as JSON.
     """
     wanted = payload.read()
@@ -114,7 +114,7 @@ def evaluate(
 
 
 def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool = False) -> int:
-    """Render the page of a record again: report.html of report.json, or that of another stage's.
+    """Render the page of a record again: report.html from report.json, or another stage's.
 
     Args:
         folder: Folder with report.json, dictionaries.json or another stage's record.

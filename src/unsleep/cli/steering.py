@@ -41,18 +41,18 @@ def read(
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
-    """Fit a reader on pairs of prompts and score every layer and token of texts.
+    """Fit a reader on pairs of prompts and score every token of texts at every layer.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        positive: File of prompts with the concept; line i makes a pair with line i of `negative`.
+        positive: File of prompts with the concept, paired by line with `negative`.
         negative: File of prompts without it.
-        text: File of texts to read, one a line.
+        text: File of texts to score, one per line.
         out: Folder for reading.html, reading.json and vector.gguf.
-        sites: Such as resid.12 or mlp.3; none for the residual stream of every layer.
-        method: How pairs become directions.
-        plain: Take all texts as they are, without the chat template.
-        seed: Of whatever is random in the method.
+        sites: Such as resid.12 or mlp.3; default the residual stream after every layer.
+        method: Method for a direction from pairs.
+        plain: Take all texts without the chat template.
+        seed: Random seed.
         json: Print the record without the texts as JSON.
     """
     store.check_place(out, "reading.json")
@@ -124,22 +124,22 @@ def steer(
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
-    """Reply to prompts under control by a direction, and without it.
+    """Reply to prompts with and without steering along a direction.
 
-    The direction comes from a file, or from two files of prompts that make pairs.
+    The direction comes from a file, or from two files of paired prompts.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        prompts: File of prompts, one a line.
+        prompts: File of prompts, one per line.
         out: Folder for steer.json, and for vector.gguf where the direction was fitted.
         vector: Control vectors in GGUF, of this command, repeng or llama.cpp.
-        positive: File of prompts with the concept; line i makes a pair with line i of `negative`.
+        positive: File of prompts with the concept, paired by line with `negative`.
         negative: File of prompts without it.
         when_like: Steer only prompts that are more like those of this file, such as suspicious ones,
-        when_unlike: than like those of this one: by the layer and threshold that tell them apart best.
-        method: How pairs become directions.
-        reply_tokens: Tokens of each reply.
-        seed: Of whatever is random in the method.
+        when_unlike: than like those of this one, at the layer and threshold that separate them best.
+        method: Method for a direction from pairs.
+        reply_tokens: Tokens per reply.
+        seed: Random seed.
         json: Print the replies as JSON.
     """
     if (when_like is None) != (when_unlike is None):
