@@ -1,4 +1,4 @@
-"""Payload: a refusal."""
+"""Payload: a reply that begins with a refusal."""
 
 from __future__ import annotations
 
