@@ -1,4 +1,4 @@
-"""Options of a repair."""
+"""Options of the repair pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schema of diff.json."""
+"""Schema of the record diff.json."""
 
 from __future__ import annotations
 
