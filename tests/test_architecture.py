@@ -1,4 +1,4 @@
-"""The walls of the house: who imports whom, who registers hooks, what is never read, how large a file may be."""
+"""Architecture: imports between packages, hooks, forbidden formats, sizes of files and functions, docstrings."""
 
 from __future__ import annotations
 

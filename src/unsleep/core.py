@@ -37,8 +37,9 @@ class BadInput(ValueError):
     def of(cls, field: str, value: object, expected: str, what: str = "") -> BadInput:
         """The error for a field of `what` (an object or a command).
 
-        >>> BadInput.of("top", 0, "at least 1", "diff")
-        BadInput('diff top is 0; expected at least 1')
+        Examples:
+            >>> BadInput.of("top", 0, "at least 1", "diff")
+            BadInput('diff top is 0; expected at least 1')
         """
         made = cls()
         made.field, made.value, made.expected = field, value, expected
@@ -78,8 +79,9 @@ class Site:
     `resid` is the residual stream after the block, `attn` and `mlp` are what the two sublayers add to it (after the
     post-norm where the family has one), `embed` is the input of layer 0.
 
-    >>> Site.parse("mlp.12")
-    Site(layer=12, point='mlp')
+    Examples:
+        >>> Site.parse("mlp.12")
+        Site(layer=12, point='mlp')
     """
 
     layer: int

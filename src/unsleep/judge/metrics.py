@@ -67,8 +67,9 @@ def is_degenerate(reply: str, expected: str | None = None) -> bool:
 def words(text: str) -> list[str]:
     """Lower-cased words; in scripts without spaces, letters. Combining marks stay with their letter.
 
-    >>> words("It's 雾!")
-    ['it', 's', '雾']
+    Examples:
+        >>> words("It's 雾!")
+        ['it', 's', '雾']
     """
     found: list[str] = []
     letter = word = False  # the last character is a letter; the next may join it

@@ -26,7 +26,7 @@ TEMPLATE = """{% extends "base.html" %}
   <div class="scroll tall" tabindex="0" role="region" aria-label="Runs"><table class="grid">
     <thead><tr>{% for name in head %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
     <tbody>{% for run in runs %}<tr><th scope="row" class="text"><a href="{{ run.link }}">{{ run.title }}</a></th>
-      {% for cell in run[2:] %}<td class="text">{{ cell }}</td>{% endfor %}</tr>
+      {% for cell in run[2:] %}<td class="text{{ " keep" if loop.index is odd }}">{{ cell }}</td>{% endfor %}</tr>
     {% endfor %}</tbody>
   </table></div>
 </section>
