@@ -70,7 +70,7 @@ def evaluate(
         organism: A packaged organism or a folder made by `unsleep plant`, for its held-out panels.
         suspicious: File of triggered prompts; line i is line i of `ordinary` with the trigger.
         ordinary: File of the same prompts without the trigger.
-        n: Prompts in each panel of an organism, and plain passages and multiple-choice items.
+        n: Prompts in each panel of an organism; also, with files too, plain passages and multiple-choice items.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
         tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files.
         task_limit: Items per task; default all.

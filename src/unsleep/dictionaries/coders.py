@@ -3,7 +3,8 @@
     pre = (x − b_dec) W_enc + b_enc        f = activate(pre)        x̂ = f W_dec + b_dec [+ x W_skip]
 
 An architecture is a subclass in a file of `architectures/` with its own `activate` and `gradients`; it overrides
-the rest where it differs. A transcoder is any of them with a `target`: it reads one Site and reconstructs another.
+the rest where it differs. A transcoder is any of them with a `target`: it reads one Site and reconstructs another
+(Dunefsky et al. 2024, arXiv:2406.11944; with a skip connection, Paulo et al. 2025, arXiv:2501.18823).
 """
 
 from __future__ import annotations

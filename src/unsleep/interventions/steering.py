@@ -37,7 +37,7 @@ Stream = Float[Tensor, "row position d_model"]
 
 @dataclass(frozen=True, eq=False)
 class Steering(Intervention):
-    """Steer the residual stream at some Sites along their vectors, on some tokens or all.
+    """Steer the residual stream at some Sites along their vectors (Zou et al. 2023, arXiv:2310.01405).
 
     Contrast vectors, one per row, need rows without a shared prefix (`generate.greedy(…, share=False)`).
     """

@@ -87,6 +87,8 @@ class Resampling(Intervention):
     """Resample ablation: replace each token's component in a subspace by another token's.
 
     x' = x − (x − x̃) Bᵀ B,    x̃ drawn anew for every token and pass
+
+    Source: Chan et al. 2022, "Causal scrubbing", Alignment Forum.
     """
 
     site: Site

@@ -40,7 +40,7 @@ def fit_condition(
     thresholds: int = 201,
     plain: bool = False,
 ) -> Condition:
-    """The Site, pool, threshold and comparator with the best F1 at separating positive from negative prompts.
+    """The Site, pool, threshold and comparator with the best F1 (Lee et al. 2024, arXiv:2409.05907, section 3.2).
 
     Ties between Sites and pools go to the largest margin (`measure.margins`): early layers also separate a trigger
     string, but barely. Thresholds form an even grid over the similarities; ties go to the middle of the longest run

@@ -194,7 +194,7 @@ def fit_reader(
     plain: bool = False,
     seed: int = 0,
 ) -> RepReader:
-    """Fit a reader on contrast pairs, from last-token activations.
+    """Fit a reader on contrast pairs, from last-token activations (Zou et al. 2023, arXiv:2310.01405, section 3.1).
 
     Args:
         positive: prompts with the concept, paired by index with `negative`.

@@ -188,6 +188,8 @@ def _merged(setting: Setting) -> Baseline:
 def between(base: LoadedModel, suspect: LoadedModel, share: float) -> LoadedModel:
     """A copy of the suspect with weights interpolated between the base's (`share` 0) and its own (1), rounded once.
 
+    Weight interpolation as in Wortsman et al. 2022 (arXiv:2109.01903).
+
     Raises `BadInput` where the base is not the suspect's (`twin.copy_fitting`).
     """
     ours = dict(weights.named(copy_fitting(base, suspect), shared=True))

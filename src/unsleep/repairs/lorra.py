@@ -64,7 +64,7 @@ def lorra(
     out: str | Path,
     config: LorraConfig = LorraConfig(),
 ) -> list[float]:
-    """Train an adapter into the folder `out`; returns the loss of every step and leaves the model unchanged.
+    """Train a LoRRA adapter (Zou et al. 2023, arXiv:2310.01405) into `out`; returns the loss of every step.
 
     Args:
         prompts: user messages.

@@ -62,7 +62,7 @@ def das(
     *,
     start: Float[Tensor, "rank d_model"] | None = None,
 ) -> Direction:
-    """Train a subspace at a Site on pairs of prompts.
+    """Train a subspace at a Site on pairs of prompts (DAS, Geiger et al. 2023, arXiv:2303.02536).
 
     Args:
         labelled: activations at the Site, clean prompts positive; they determine sign and centre.

@@ -42,7 +42,7 @@ class Eraser(NamedTuple):
 
 
 def fit_eraser(x: Float[Tensor, "token d"], y: Bool[Tensor, " token"], *, shrinkage: float | None = None) -> Eraser:
-    """Fit LEACE for one binary label.
+    """Fit LEACE for one binary label (Belrose et al. 2023, arXiv:2306.03819).
 
     Args:
         shrinkage: weight of the identity in Σ_xx, 0 to 1; `None` for Ledoit and Wolf's. At 0, Σ_xx⁻¹ is the
