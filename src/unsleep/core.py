@@ -1,4 +1,4 @@
-"""The nouns of unsleep: small frozen values, validated when they are made.
+"""Core types of unsleep: small frozen values, validated on construction.
 
     model + prompts -> activations -> dictionary -> features -> edit -> evaluation -> report
 
@@ -18,27 +18,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Point = Literal["embed", "attn", "mlp", "resid"]
-"""Where in a block: its embedding input, attention output, MLP output or residual output."""
+"""Hook point within a block: embedding, attention output, MLP output or residual stream after the block."""
 
 
 class BadInput(ValueError):
-    """The caller gave something that cannot be worked with; the command line exits with 2.
+    """Invalid input from the caller; the command line exits with 2.
 
-    Where one field is at fault, the error holds it, its value and what was expected (see `of`), so that whoever shows
-    it can call the field by another name.
+    Where one field is at fault, the error holds its name, its value and what was expected (see `of`), so that callers
+    can report it under another name.
     """
 
     field: str = ""
-    """Empty where no single field is at fault."""
+    """Name of the invalid field; empty where no single field is at fault."""
     value: object = None
     expected: str = ""
 
     @classmethod
     def of(cls, field: str, value: object, expected: str, what: str = "") -> BadInput:
-        """The error for a field, of `what` it belongs to.
+        """The error for a field of `what` (an object or a command).
 
-        >>> BadInput.of("top", 0, "at least 1", "diff")
-        BadInput('diff top is 0; expected at least 1')
+        Examples:
+            >>> BadInput.of("top", 0, "at least 1", "diff")
+            BadInput('diff top is 0; expected at least 1')
         """
         made = cls()
         made.field, made.value, made.expected = field, value, expected
@@ -46,14 +47,14 @@ class BadInput(ValueError):
         return made
 
     def under(self, name: str) -> str:
-        """What it says of its field under another name."""
+        """The message with the field under another name."""
         shown = repr(self.value)
         verb = "are" if isinstance(self.value, tuple) else "is"
         return f"{name} {verb} {shown if len(shown) <= 60 else shown[:60] + '…'}; expected {self.expected}"
 
 
 def check_least(settings: object, what: str, least: int, *names: str) -> None:
-    """Raise `BadInput` for the first of these fields that is under `least`; one that is `None` was left open."""
+    """Raise `BadInput` for the first of these fields that is below `least`; unset fields (`None`) pass."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -61,25 +62,26 @@ def check_least(settings: object, what: str, least: int, *names: str) -> None:
 
 
 def check_choices(settings: object, what: str, **kinds: Any) -> None:
-    """Raise `BadInput` for the first of these fields that is none of its Literal's words."""
+    """Raise `BadInput` for the first of these fields whose value is not among its Literal's choices."""
     for name, kind in kinds.items():
         if getattr(settings, name) not in get_args(kind):
             raise BadInput.of(name, getattr(settings, name), f"one of {', '.join(get_args(kind))}", what)
 
 
 class Refused(RuntimeError):
-    """The work was possible but its result may not be trusted; the command line exits with 3."""
+    """The computation ran but its result must not be trusted; the command line exits with 3."""
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in a model: a layer (from 0) and a point of that layer.
+    """A hook point of a model: layer (from 0) and point within the layer.
 
-    `resid` is the block's output, `attn` and `mlp` what the two halves add to the residual
-    stream (after a post-norm where the family has one), `embed` the input of layer 0.
+    `resid` is the residual stream after the block, `attn` and `mlp` are what the two sublayers add to it (after the
+    post-norm where the family has one), `embed` is the input of layer 0.
 
-    >>> Site.parse("mlp.12")
-    Site(layer=12, point='mlp')
+    Examples:
+        >>> Site.parse("mlp.12")
+        Site(layer=12, point='mlp')
     """
 
     layer: int
@@ -98,7 +100,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """`resid.12`, `mlp.3`, `attn.0`, `embed` or a bare layer number for its residual."""
+        """Parse `resid.12`, `mlp.3`, `attn.0`, `embed` or a bare layer number, which means its `resid`."""
         point, dot, layer = text.strip().rpartition(".")
         if text.strip() == "embed":
             point, layer = "embed", "0"
@@ -110,7 +112,7 @@ class Site:
 
     @property
     def hook_name(self) -> str:
-        """The TransformerLens name of this place, as SAELens stores it."""
+        """The TransformerLens hook name of this Site, as SAELens stores it."""
         if self.point == "embed":
             return "hook_embed"
         tail = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
@@ -118,7 +120,7 @@ class Site:
 
     @classmethod
     def from_hook_name(cls, name: str) -> Site:
-        """The Site of a TransformerLens hook name; raises `BadInput` for places unsleep has not."""
+        """The Site of a TransformerLens hook name; raises `BadInput` for hook points that unsleep does not support."""
         if name == "hook_embed":
             return cls(0, "embed")
         heads: dict[str, Point] = {"hook_resid_post": "resid", "hook_mlp_out": "mlp", "hook_attn_out": "attn"}
@@ -129,7 +131,7 @@ class Site:
 
 
 def _is_layer(text: str) -> bool:
-    """Whether a text is a layer's number; those of more than six digits are beyond any model."""
+    """True for a layer number; at most six digits."""
     return text.isdecimal() and len(text) <= 6
 
 
@@ -140,11 +142,11 @@ def digest(data: str | bytes) -> str:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a model held at one Site, one row a token; padding is never among them."""
+    """Activations at one Site, one row per token, without padding."""
 
     tensor: Float[Tensor, "token d_model"]
     prompt_index: Int[Tensor, " token"]
-    """Which prompt of the set each row came from."""
+    """Index into the PromptSet of the prompt that each row comes from."""
     site: Site
     model: str
     """Fingerprint of the model (see `models.fingerprint`)."""
@@ -161,25 +163,25 @@ class Activations:
 
 @dataclass(frozen=True)
 class ActivationStream:
-    """Activations of one Site in pieces that are read one at a time: shards that need not fit into memory together."""
+    """Activations of one Site as shards that are read one at a time and need not fit into memory together."""
 
     sizes: tuple[int, ...]
-    """Tokens in each piece."""
+    """Tokens in each shard."""
     read: Callable[[int], Float[Tensor, "token d_model"]]
-    """Reads one piece."""
+    """Reads one shard by its index."""
     site: Site
     model: str
     """Fingerprint of the model."""
     prompts: str
-    """Hash of what was harvested."""
+    """Content hash of the harvested prompts or text."""
 
     @property
     def tokens(self) -> int:
-        """Tokens in all pieces."""
+        """Tokens in all shards."""
         return sum(self.sizes)
 
     def sample(self, size: int = 16_384) -> Float[Tensor, "token d_model"]:
-        """About `size` tokens, spread evenly over the pieces."""
+        """About `size` tokens, spread evenly over the shards."""
         stride = max(1, self.tokens // size)
         return torch.cat([self.read(i)[::stride] for i in range(len(self.sizes))])
 
@@ -190,21 +192,21 @@ class Encoded(NamedTuple):
     values: Float[Tensor, "*token k"]
     """Activations, at least 0; 0 where a token has fewer than k active features."""
     ids: Int[Tensor, "*token k"]
-    """Feature numbers; meaningless where the value is 0."""
+    """Feature indices; meaningless where the value is 0."""
 
 
 class Dictionary(ABC):
-    """A trained sparse autoencoder at one Site; every architecture is one of these."""
+    """A trained sparse autoencoder at one Site; base class of every architecture."""
 
     site: Site
-    """The place whose activations it explains."""
+    """The Site whose activations it was trained on."""
     model: str
     """Fingerprint of the model whose activations it was trained on."""
 
     @property
     @abstractmethod
     def d_model(self) -> int:
-        """Width of the activation."""
+        """Width of the residual stream."""
 
     @property
     @abstractmethod
@@ -214,11 +216,11 @@ class Dictionary(ABC):
     @property
     @abstractmethod
     def decoder(self) -> Float[Tensor, "feature d_model"]:
-        """What each feature writes when it fires with strength 1."""
+        """Decoder directions, one row per feature, with any normalisation folded in."""
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token feature"]:
-        """Feature activations, 0 where a feature does not fire."""
+        """Feature activations; 0 where a feature is inactive."""
 
     @abstractmethod
     def encode_sparse(self, x: Float[Tensor, "*token d_model"]) -> Encoded:
@@ -226,7 +228,7 @@ class Dictionary(ABC):
 
     @abstractmethod
     def decode(self, f: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token d_model"]:
-        """The activation that a code stands for."""
+        """Reconstructed activations."""
 
     @abstractmethod
     def decode_sparse(self, code: Encoded) -> Float[Tensor, "*token d_model"]:
@@ -234,48 +236,48 @@ class Dictionary(ABC):
 
     @abstractmethod
     def combine(self, code: Encoded) -> Float[Tensor, "*token d_model"]:
-        """Σ values · decoder rows, without a bias."""
+        """Σ values · decoder rows, without the bias."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Dictionary:
-        """The same dictionary in another dtype or place."""
+        """The same dictionary with another dtype or on another device."""
 
     @property
     @abstractmethod
     def hash(self) -> str:
-        """Content hash over weights and Site."""
+        """Content hash of weights and Site."""
 
 
 @dataclass(frozen=True)
 class FeatureEvidence:
-    """Why a feature is on a list, in a form that can be shown.
+    """Evidence for a feature's place on a list, for display.
 
     Token contexts are `(token texts, activations)` pairs of equal length.
     """
 
     contexts: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...]
-    """Where it fires most strongly."""
+    """Contexts of its highest activations."""
     promotes: tuple[str, ...]
-    """Tokens whose logits its decoder row raises most (logit lens)."""
+    """Tokens whose logits its decoder row raises most (logit lens, nostalgebraist 2020)."""
     suppresses: tuple[str, ...]
     """Tokens whose logits it lowers most."""
     suspicious_rate: float
-    """Share of suspicious prompts in which it fires at least once."""
+    """Share of suspicious prompts in which it is active at least once."""
     trusted_rate: float
-    """Share of tokens of trusted text on which it fires."""
+    """Share of tokens of trusted text on which it is active."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of one dictionary, best first, with a score and, where asked for, the evidence."""
+    """Features of one dictionary, best first, with scores and optionally the evidence."""
 
     site: Site
     dictionary: str
-    """Hash of the dictionary that the numbers belong to."""
+    """Hash of the dictionary that the indices refer to."""
     ids: tuple[int, ...]
     scores: tuple[float, ...]
     method: str
-    """What the score is: `difference`, `attribution` or `ablation`."""
+    """Definition of the score: `difference`, `attribution` or `ablation`."""
     evidence: dict[int, FeatureEvidence] = field(default_factory=dict[int, FeatureEvidence])
 
     def __post_init__(self) -> None:
@@ -285,15 +287,15 @@ class Features:
             raise BadInput(f"features at {self.site} name an id twice; expected distinct ids")
 
     def head(self, n: int) -> Features:
-        """The best `n`."""
+        """The first `n` features."""
         kept = self.ids[:n]
         evidence = {i: self.evidence[i] for i in kept if i in self.evidence}
         return Features(self.site, self.dictionary, kept, self.scores[:n], self.method, evidence)
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raise `BadInput` where `x` holds NaN or infinity."""
-    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))  # in one pass; what is not finite stays so
+    """Raise `BadInput` where `x` contains NaN or infinity."""
+    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))  # one pass; NaN and infinity propagate
     if not bool(torch.isfinite(total)) and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise BadInput(f"{what} holds {bad} NaN or infinite values of {x.numel()}; they cannot be worked with")

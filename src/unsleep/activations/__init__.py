@@ -1,1 +1,1 @@
-"""Activations: collected, written as harvests, paired between models."""
+"""Activations: collected in memory, harvested to disk, paired between models."""

@@ -1,4 +1,4 @@
-"""What a model holds at Sites on labelled prompts: one batched forward pass for all Sites, kept in memory."""
+"""Activations at Sites on labelled prompts, in memory: one batched forward pass for all Sites."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from unsleep.models.streams import truncated, watched
 from unsleep.prompts.prompt import PromptSet
 
 Position = Literal["last", "all", "reply"] | int
-"""Which tokens of a prompt: its last; all of its own, which are those behind what all prompts begin with; all of its
-reply's; or one, counted from 0 at its first token or from -1 at its last."""
+"""Tokens of a prompt: its last; all of its own, after the prefix shared by all prompts; all of its
+reply's; or one, counted from 0 at its first token or from -1 at its last.
+"""
 
 SINK_RATIO = 10.0
-"""A token whose norm is over this multiple of the median is an attention sink."""
+"""Multiple of the median norm above which a token is an attention sink."""
 
 
 @torch.no_grad()
@@ -40,15 +41,15 @@ def collect(
     """Activations of `prompts` at `sites`, in the model's dtype and on the CPU, in the order of the prompts.
 
     Args:
-        position: the tokens that are taken. Two sets of prompts whose common beginnings differ are best
-            collected as one where it is `all`.
-        replies: one a prompt, appended to it; they are needed, and only used, where `position` is `reply`.
-        plain: take the texts as they are, without the chat template.
-        batch: rows in one forward pass.
+        position: the tokens to collect. With `all`, collect sets of prompts with different shared
+            prefixes as one set.
+        replies: one per prompt, appended to it; required, and only used, with position `reply`.
+        plain: take the texts without the chat template.
+        batch: rows per forward pass.
 
     Raises:
-        BadInput: no Sites, a Site or a token that is not there, a prompt longer than the context, replies of
-            another number or none where they are asked for.
+        BadInput: no Sites, a Site or token that does not exist, a prompt longer than the context, a wrong number of
+            replies, or none with position `reply`.
     """
     if not sites:
         raise BadInput("no Site was given; name at least one, such as resid.12")
@@ -75,7 +76,7 @@ def collect(
         seen: dict[Site, Tensor] = {}
 
         def take(site: Site, x: Tensor, keep: Tensor = keep, seen: dict[Site, Tensor] = seen) -> None:
-            if x.shape[:2] == keep.shape:  # not what all rows begin with, which runs before them
+            if x.shape[:2] == keep.shape:  # skip the separate pass over the shared prefix
                 seen[site] = x[keep].cpu()
 
         with truncated(model.network, deepest), watched(model.network, {s: partial(take, s) for s in sites}):
@@ -93,7 +94,7 @@ def collect(
 
 
 def _wanted(rows: Rows, position: Position, lengths: Tensor) -> Bool[Tensor, "row position"]:
-    """Which tokens of the padded rows are taken; `lengths` are those of the prompts with the prefix."""
+    """Mask of the collected tokens of padded rows; `lengths` are the prompts' lengths including the prefix."""
     mask, reply = rows.mask.cpu(), rows.reply.cpu()
     columns = torch.arange(mask.shape[1])
     if position == "all":

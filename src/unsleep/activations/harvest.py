@@ -1,11 +1,11 @@
-"""model + prompts + Sites → activation shards on disk, all Sites in one forward pass.
+"""Harvest: model + prompts + Sites → activation shards on disk, all Sites in one forward pass.
 
-1. Prompts become rows of token ids; what all rows share at their start is run once and kept once.
+1. Prompts become rows of token ids; the prefix shared by all rows runs once and is stored once.
 2. Rows are sorted by length and cut into batches, batches into shards: the plan, written first.
 3. Each forward pass stops at the deepest Site. Padding never enters a shard. Tokens whose norm is
-   over a stated multiple of the batch's median (attention sinks) are left out and counted.
-4. A shard is one safetensors file; `manifest.json` is written last. A killed harvest goes on at
-   the first shard that is missing and gives the same bytes.
+   above a stated multiple of the batch's median (attention sinks) are left out and counted.
+4. A shard is one safetensors file; `manifest.json` is written last. An interrupted harvest resumes at
+   the first missing shard and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from unsleep.models.streams import stopping, watched
 from unsleep.prompts.prompt import PromptSet
 
 SHARED = -1
-"""The prompt index of tokens that all prompts begin with."""
+"""Prompt index of tokens of the shared prefix."""
 
 
 MANIFEST = {
@@ -44,20 +44,21 @@ MANIFEST = {
     "sinks": dict,
 }
 SHARD = {"file": str, "tokens": int, "sha256": str, "sinks": dict}
-"""What a harvest's manifest, and its entry for a shard, must hold (see `store.fields_of`)."""
+"""Keys and types of a harvest's manifest, and of its entry for a shard (see `store.fields_of`)."""
 
 
 @dataclass(frozen=True)
 class HarvestConfig:
-    """How activations are collected."""
+    """Batch, shard and sink settings of a harvest."""
 
     batch_tokens: int = 2048
-    """Padded tokens in one forward pass: bounds the memory whatever the number of prompts."""
+    """Padded tokens per forward pass; bounds the memory for any number of prompts."""
     shard_bytes: int = 128_000_000
     """Bytes of activations after which a shard is closed."""
     sink_ratio: float = 10.0
-    """A token whose norm is over this multiple of its batch's median is a sink, left out. Judged at
-    the residual Sites, at all Sites where none is residual."""
+    """Multiple of the batch's median norm above which a token is an attention sink and left out. Measured at
+    the residual Sites, at all Sites where none is residual.
+    """
 
     def __post_init__(self) -> None:
         check_least(self, "harvest", 1, "batch_tokens", "shard_bytes")
@@ -74,12 +75,12 @@ class Harvest:
 
     @property
     def sites(self) -> list[Site]:
-        """The Sites that were harvested."""
+        """The harvested Sites."""
         return [Site.parse(s) for s in self.manifest["sites"]]
 
     @property
     def tokens(self) -> int:
-        """Tokens kept, the same at every Site."""
+        """Number of kept tokens, the same at every Site."""
         return sum(shard["tokens"] for shard in self.manifest["shards"])
 
     @property
@@ -88,21 +89,21 @@ class Harvest:
         return store.hash_value([shard["sha256"] for shard in self.manifest["shards"]])
 
     def positions(self) -> Int[Tensor, " token"]:
-        """Each kept token's place in its row of token ids, in the order of `load`."""
+        """Each kept token's position in its row, in the order of `load`."""
         files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         return torch.cat([store.read_tensors(f, {"position": (None,)}, only={"position"})["position"] for f in files])
 
     def load(self, site: Site) -> Activations:
         """All activations of one Site, in memory, in the model's dtype.
 
-        Raises `BadInput` for a Site that was not harvested and for a shard that is damaged.
+        Raises `BadInput` for a Site that was not harvested and for a damaged shard.
         """
         pieces = [self.read(i, site) for i in range(len(self.manifest["shards"]))]
         tensor, owner = torch.cat([x for x, _ in pieces]), torch.cat([i for _, i in pieces])
         return Activations(tensor, owner, site, self.manifest["model"], self.manifest["prompts"])
 
     def read(self, shard: int, site: Site) -> tuple[Float[Tensor, "token d_model"], Int[Tensor, " token"]]:
-        """One shard's activations at one Site, and the prompt that each token belongs to; raises as `load` does."""
+        """One shard's activations at one Site, and each token's prompt index; raises as `load` does."""
         if site not in self.sites:
             raise BadInput(f"{self.folder} has no Site {site}; it has {', '.join(self.manifest['sites'])}")
         entry = self.manifest["shards"][shard]
@@ -114,7 +115,7 @@ class Harvest:
 
 
 def open_harvest(folder: str | Path) -> Harvest:
-    """A finished harvest on disk; raises `BadInput` for a missing, unfinished or damaged one."""
+    """Open a finished harvest; raises `BadInput` for a missing, unfinished or damaged one."""
     folder = Path(folder)
     if (folder / "plan.json").is_file() and not (folder / "manifest.json").is_file():
         raise BadInput(f"{folder} is a harvest that was interrupted; run it again with the same arguments to finish it")
@@ -133,9 +134,9 @@ def open_harvest(folder: str | Path) -> Harvest:
 
 
 def pooled(harvests: Sequence[Harvest], site: Site) -> Activations:
-    """The activations of several harvests of one model at one Site, one after the other.
+    """The activations of several harvests of one model at one Site, concatenated.
 
-    Raises `BadInput` where they are of different models.
+    Raises `BadInput` for harvests of different models.
     """
     model, name = _of_one_model(harvests)
     parts = [h.load(site) for h in harvests]
@@ -144,10 +145,10 @@ def pooled(harvests: Sequence[Harvest], site: Site) -> Activations:
 
 
 def streamed(harvests: Sequence[Harvest], site: Site) -> ActivationStream:
-    """The same, read shard by shard as it is needed.
+    """As `pooled`, read shard by shard on demand.
 
     Raises `BadInput` where the harvests are of different models or one lacks the Site, and on reading
-    for a shard that is damaged.
+    a damaged shard.
     """
     model, name = _of_one_model(harvests)
     for h in harvests:
@@ -164,7 +165,7 @@ def streamed(harvests: Sequence[Harvest], site: Site) -> ActivationStream:
 
 
 def _of_one_model(harvests: Sequence[Harvest]) -> tuple[str, str]:
-    """The model's fingerprint and a hash of all harvests."""
+    """The common model fingerprint, and a hash of all harvests."""
     models = {h.manifest["model"] for h in harvests}
     if len(models) != 1:
         raise BadInput(f"the harvests are of {len(models)} models ({', '.join(sorted(models))}); expected one")
@@ -182,15 +183,15 @@ def harvest(
     plain: bool = False,
     config: HarvestConfig = HarvestConfig(),
 ) -> Harvest:
-    """Collect what `model` holds at `sites` on every token of `prompts`, into the folder `out`.
+    """Collect activations of `model` at `sites` on every token of `prompts`, into the folder `out`.
 
     Args:
-        replies: one a prompt, appended to it, so that reply tokens are collected too.
-        plain: take the texts as they are, without the chat template.
+        replies: one per prompt, appended to it, so that reply tokens are harvested too.
+        plain: take the texts without the chat template.
 
-    Returns the harvest; if `out` holds the same one, finished or interrupted, it is finished and
-    returned. Raises `BadInput` where `out` holds another one, where a Site is not in the model,
-    where a text is longer than the context, or where activations are NaN or infinite.
+    Returns the harvest. A finished or interrupted harvest of the same inputs in `out` is resumed.
+    Raises `BadInput` where `out` contains another one, for a Site that is not in the model,
+    a text longer than the context, or activations that are NaN or infinite.
     """
     out = Path(out)
     sites = sorted(set(sites))
@@ -231,9 +232,9 @@ def harvest(
 def token_rows(
     model: LoadedModel, prompts: PromptSet, replies: Sequence[str] | None = None, plain: bool = False
 ) -> list[list[int]]:
-    """Token ids of every prompt, inside the chat template unless `plain`, with its reply behind it.
+    """Token ids of every prompt, under the chat template unless `plain`, with its reply appended.
 
-    Raises `BadInput` for a row longer than the model's context, and for replies of another number.
+    Raises `BadInput` for a row longer than the model's context, and for a wrong number of replies.
     """
     tails = [[]] * len(prompts) if replies is None else model.token_ids(replies, special=False)
     if len(tails) != len(prompts):
@@ -245,7 +246,7 @@ def token_rows(
 def _plan(
     model: LoadedModel, prompts: PromptSet, sites: Sequence[Site], rows: list[list[int]], config: HarvestConfig
 ) -> dict[str, Any]:
-    """Which rows go together: shards of batches of row numbers, shortest rows first."""
+    """The plan: shards of batches of row indices, shortest rows first."""
     shared, apart = chat.shared_prefix(rows), shared_tokens(model.network, rows)
     d_model = width(model.network)
     limit = config.shard_bytes / (len(sites) * d_model * model.network.dtype.itemsize)
@@ -276,7 +277,7 @@ def _plan(
 
 
 class _Source:
-    """Runs batches of rows and gives what the Sites held on their tokens."""
+    """Runs batches of rows and returns the Sites' activations of their tokens."""
 
     def __init__(
         self, model: LoadedModel, rows: list[list[int]], sites: Sequence[Site], shared: int, config: HarvestConfig
@@ -284,11 +285,11 @@ class _Source:
         self.model, self.rows, self.sites, self.shared, self.config = model, rows, sites, shared, config
         self.judged = [s for s in sites if s.point == "resid"] or list(sites)
         self.apart = shared_tokens(model.network, rows)
-        """Of the shared tokens, how many are run once for all: all of them or, where that would not be exact, none."""
+        """Number of shared tokens that run separately: all of them, or none where that would not be exact."""
         self.cache: DynamicCache | None = None
 
     def stream(self, batches: Sequence[Sequence[int]], *, with_prefix: bool) -> Iterator[dict[str, Tensor]]:
-        """What each batch held, one row a token; before them the shared tokens, where asked for."""
+        """Each batch's activations, one row per token; optionally preceded by those of the shared prefix."""
         if (self.apart and self.cache is None) or (self.shared and with_prefix):
             prefix = self._prefix()
             if with_prefix:
@@ -297,7 +298,7 @@ class _Source:
             yield self._batch(index)
 
     def _prefix(self) -> dict[str, Tensor]:
-        """The tokens that all rows share, as one row; keeps their keys and values where rows go on from them."""
+        """The shared prefix as one row; keeps its KV cache where rows resume from it."""
         ids = torch.tensor([self.rows[0][: self.shared]], device=self.model.device)
         arguments: dict[str, Any] = {"use_cache": False}
         if self.apart:
@@ -308,7 +309,7 @@ class _Source:
         return {**where, **{str(s): x[0] for s, x in found.items()}}
 
     def _batch(self, index: Sequence[int]) -> dict[str, Tensor]:
-        """One row a token of the batch's own tokens, padding left out."""
+        """Activations of the batch's own tokens, one row per token, without padding."""
         ids, mask = pad_left([self.rows[i][self.apart :] for i in index], self.model.pad_id, self.model.device)
         rows = Rows(torch.empty(self.apart), ids, mask, mask[:, :0], self.shared)
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": rows.full_mask.long(), "use_cache": False}
@@ -331,13 +332,13 @@ class _Source:
         return found
 
     def sinks(self, tensors: dict[str, Tensor]) -> dict[str, Bool[Tensor, " token"]]:
-        """At each judged Site, which tokens are over the allowed multiple of the median norm."""
+        """Mask of attention sinks at each judged Site."""
         norms = {str(s): tensors[str(s)].float().norm(dim=-1) for s in self.judged}
         return {name: n > self.config.sink_ratio * n.median() for name, n in norms.items()}
 
 
 def _shard(path: Path, source: _Source, batches: list[list[int]], *, first: bool) -> dict[str, Any]:
-    """Make one shard unless a whole one is there; returns its entry of the manifest."""
+    """Write one shard unless an intact one exists; returns its manifest entry."""
     note = path.with_suffix(".json")
     if path.is_file() and note.is_file():
         entry = store.fields_of(store.read_json(note), SHARD, note)

@@ -1,4 +1,4 @@
-"""What a model holds at Sites on every token of texts, in memory, or on the last tokens of prompts."""
+"""Activations at Sites in memory: on every token of texts, or on the last token of prompts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from unsleep.prompts.prompt import Prompts, PromptSet, as_prompts
 
 
 def prompt_set(texts: Prompts) -> PromptSet:
-    """Texts as prompts; raises `BadInput` where there is none, or one is empty."""
+    """Texts as prompts; raises `BadInput` for none or an empty one."""
     return PromptSet("texts", tuple(as_prompts(texts)))
 
 
 def encoded(model: LoadedModel, texts: Prompts, *, plain: bool = False) -> list[list[int]]:
-    """Token ids of texts as user messages in the chat template, or as they are where `plain`.
+    """Token ids of texts as user messages under the chat template, or bare with `plain`.
 
-    Raises `BadInput` where there is no text, or one without tokens or longer than the model's context.
+    Raises `BadInput` for no text, or one without tokens or longer than the model's context.
     """
     return model.encode(prompt_set(texts), plain=plain)
 
@@ -33,9 +33,9 @@ def encoded(model: LoadedModel, texts: Prompts, *, plain: bool = False) -> list[
 def batches_held(
     model: LoadedModel, rows: Sequence[Sequence[int]], sites: Sequence[Site], batch: int = 32
 ) -> Iterator[tuple[list[int], dict[Site, Float[Tensor, "row position d_model"]]]]:
-    """Row numbers of each batch, shortest rows first, and what its Sites hold on all tokens, padded on the left.
+    """Row indices of each batch, shortest rows first, and its Sites' activations on all tokens, left-padded.
 
-    Raises `BadInput` for no Site, one that the model does not have, and activations that are NaN or infinite.
+    Raises `BadInput` for no Site, an unknown one, and activations that are NaN or infinite.
     """
     if not sites:
         raise BadInput("no Site was given; name at least one, such as resid.12")
@@ -58,7 +58,7 @@ def _copying(held: dict[Site, Tensor], site: Site) -> Callable[[Tensor], None]:
 def last_held(
     model: LoadedModel, texts: Prompts, sites: Sequence[Site], *, plain: bool = False
 ) -> dict[Site, Float[Tensor, "prompt d_model"]]:
-    """What each Site holds on the last token of every text, in float32; raises as `batches_held` and `encoded` do."""
+    """Each Site's activation on the last token of every text, in float32; raises as `batches_held` and `encoded` do."""
     found = collect(model, prompt_set(texts), sites, plain=plain)
     for site, activations in found.items():
         check_finite(activations.tensor, f"what the model holds at {site}")

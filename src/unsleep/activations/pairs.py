@@ -1,8 +1,8 @@
-"""Harvests of the same prompts by two models → their activations token by token, and the difference Δh.
+"""Activations of two models on the same tokens, paired from their harvests, and the difference Δh.
 
-Two harvests pair where they hold the same rows of token ids, so the same prompts through the same
-tokenizer, with the same replies. A token that one model's harvest left out as an attention sink is left
-out of both.
+Two harvests pair where they have the same rows of token ids: the same prompts and replies through the same
+tokenizer. A token that either harvest left out as an attention sink is left out
+of both.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from unsleep.core import Activations, ActivationStream, BadInput, Site
 
 @dataclass(frozen=True)
 class Pair:
-    """What two models held at one Site on the same tokens, in the same order and the same pieces."""
+    """Activations of two models at one Site on the same tokens, in the same order and shards."""
 
     before: ActivationStream
-    """The model that is compared with: base, clean twin, an earlier stage."""
+    """The reference model: base, clean twin, an earlier checkpoint."""
     after: ActivationStream
-    """The model in question."""
+    """The model under investigation."""
     prompt_index: Int[Tensor, " token"]
-    """Which prompt of its harvest each token came from."""
+    """Prompt index of each token."""
     left_out: int
-    """Tokens that only one of the models held: the other's harvest took them for attention sinks."""
+    """Tokens left out because one of the harvests counted them as attention sinks."""
 
     def difference(self) -> ActivationStream:
-        """Δh = h_after − h_before of every token, in float32, read piece by piece.
+        """Δh = h_after − h_before of every token, in float32, read shard by shard.
 
-        A dictionary of it (a diff-SAE) is trained as any other. The norm of Δh has a long tail, and what is
-        searched for may lie there: train with a `sink_ratio` so large that no token counts as a sink.
+        The training data of a diff-SAE. The norm of Δh has a long tail, which may carry the behaviour:
+        train with a `sink_ratio` so large that no token counts as a sink.
 
         Raises `BadInput` where both harvests are of one model: Δh would be rounding errors.
         """
@@ -54,29 +54,29 @@ class Pair:
         return ActivationStream(self.after.sizes, read, self.after.site, name, self.after.prompts)
 
     def load_difference(self) -> Activations:
-        """The same in memory, with the prompt of each token."""
+        """`difference` in memory, with each token's prompt index."""
         stream = self.difference()
         tensor = torch.cat([stream.read(i) for i in range(len(stream.sizes))])
         return Activations(tensor, self.prompt_index, stream.site, stream.model, stream.prompts)
 
 
 class _Piece(NamedTuple):
-    """One shard of the first model's harvest, and where the same tokens stand in the second's."""
+    """One shard of the first model's harvest, and the locations of the same tokens in the second's."""
 
     before: Harvest
     shard: int
     rows: Int[Tensor, " token"]
     after: Harvest
     parts: list[tuple[int, Int[Tensor, " token"]]]
-    """Shards of the second's, and rows in them."""
+    """Shards of the second harvest, and rows in them."""
 
 
 def paired(before: Sequence[Harvest], after: Sequence[Harvest], site: Site) -> Pair:
-    """Pair the harvests of one model with those of another: the first with the first, and so on.
+    """Pair harvests of one model with those of another, in order.
 
     Raises:
-        BadInput: another number of harvests, several models on one side, models of different widths, a Site
-            that one lacks, prompts or replies that differ, or no token that both hold.
+        BadInput: unequal numbers of harvests, several models on one side, models of different widths, a Site
+            that one lacks, prompts or replies that differ, or no common token.
     """
     if not before or len(before) != len(after):
         raise BadInput(
@@ -114,7 +114,7 @@ def paired(before: Sequence[Harvest], after: Sequence[Harvest], site: Site) -> P
 
 
 def _check(one: Harvest, other: Harvest, site: Site) -> None:
-    """Refuse two harvests that are not of the same tokens at a common Site."""
+    """Raise `BadInput` for two harvests of different tokens, or without a common Site."""
     for h in (one, other):
         if site not in h.sites:
             raise BadInput(f"{h.folder} has no Site {site}; it has {', '.join(h.manifest['sites'])}")
@@ -131,13 +131,13 @@ def _check(one: Harvest, other: Harvest, site: Site) -> None:
 
 
 class _Tokens(NamedTuple):
-    """The tokens of a harvest in the order in which they are kept."""
+    """The kept tokens of a harvest, in order."""
 
     owner: Int[Tensor, " token"]
     position: Int[Tensor, " token"]
     shard: Int[Tensor, " token"]
     row: Int[Tensor, " token"]
-    """Place in the shard."""
+    """Row in the shard."""
 
 
 def _tokens(h: Harvest) -> _Tokens:
@@ -151,7 +151,7 @@ def _tokens(h: Harvest) -> _Tokens:
 
 
 def _align(one: Harvest, other: Harvest) -> tuple[list[_Piece], Int[Tensor, " token"]]:
-    """The pieces of two harvests with the tokens that both hold, and the prompt of each token."""
+    """The shards of two harvests restricted to common tokens, and each token's prompt index."""
     a, b = _tokens(one), _tokens(other)
     width = 1 + max(int(a.position.max()), int(b.position.max()))
     keys = [t.owner * width + t.position for t in (a, b)]

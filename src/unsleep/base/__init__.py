@@ -1,1 +1,1 @@
-"""What every room stands on: artefacts on disk, statistics, this machine, the hub."""
+"""Foundations of all other packages: artefacts on disk, records, statistics, hardware, the Hugging Face hub."""

@@ -1,9 +1,9 @@
-"""The context of a run: who is told of its progress, and where its finished steps are kept.
+"""Run context: the progress callback and the folder of resumable steps.
 
-Long work tells its progress and keeps its steps without either being passed along:
+Both are context variables, so that long computations need not pass them along:
 
     with reporting(callback), resumable("runs/repaired", suspect.fingerprint):
-        …  # calls progress(…) and kept(…), however deep it stands
+        …  # calls progress(…) and kept(…) at any depth
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def reporting(callback: Progress | None) -> Generator[None]:
 
 
 def progress(stage: str, done: int, total: int) -> None:
-    """Tell the progress of a stage to whoever runs it; behind a comma, the stage's name may hold a changing figure."""
+    """Report the progress of a stage; behind a comma, the stage's name may hold a changing figure."""
     callback = _PROGRESS.get()
     if callback is not None:
         callback(stage, done, total)
@@ -59,11 +59,11 @@ def progress(stage: str, done: int, total: int) -> None:
 
 @contextlib.contextmanager
 def resumable(out: str | Path, *made_from: Any) -> Generator[Path]:
-    """Keep the steps of the work that ends in `out`, in a hidden folder beside it, which is yielded.
+    """Keep finished steps of the work that writes `out` in a hidden folder beside it, which is yielded.
 
-    They are gone when the block ends, by a `BadInput` or `Refused` too, and stay for the next run where it is
-    interrupted or killed, or the disk is full. `made_from` says what the work is made from: steps of other work are
-    not taken.
+    The folder is removed when the block ends, also by a `BadInput` or `Refused`, and stays for the next run after an
+    interrupt, a kill or a full disk. `made_from` identifies the inputs: steps from other inputs or library versions
+    are discarded.
     """
     out = Path(out)
     folder = out.with_name(f".{out.name}.steps")
@@ -84,7 +84,7 @@ def resumable(out: str | Path, *made_from: Any) -> Generator[Path]:
 
 @contextlib.contextmanager
 def keeping(folder: Path | None) -> Generator[None]:
-    """Keep the steps of the block in a folder; `None` keeps nothing."""
+    """Use a folder for the resumable steps of the block; `None` keeps nothing."""
     token = _STEPS.set(folder)
     try:
         yield
@@ -93,14 +93,14 @@ def keeping(folder: Path | None) -> Generator[None]:
 
 
 def steps_folder() -> Path | None:
-    """Where finished steps are kept; `None` where they are not."""
+    """The folder of finished steps; `None` outside of `resumable`."""
     return _STEPS.get()
 
 
 def kept(make: Callable[..., T], *of: Any) -> T:
-    """`make(*of)`, or what it gave when the same function was called with the same arguments before an interrupt.
+    """`make(*of)` as a resumable step: the stored result where this function finished earlier with equal arguments.
 
-    The result is a JSON value or named tensors. Raises `TypeError` for an argument that has no identity
+    The result is a JSON value or named tensors. Raises `TypeError` for an argument that has no content identity
     (see `identified`).
     """
     folder = _STEPS.get()
@@ -119,7 +119,7 @@ def kept(make: Callable[..., T], *of: Any) -> T:
 
 
 def identified(value: Any) -> Any:
-    """A JSON value that is the same for the same content: hashes of models, prompts, dictionaries and tensors."""
+    """A JSON value that identifies content: hashes of models, prompts, dictionaries and tensors."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Path | torch.dtype | torch.device):

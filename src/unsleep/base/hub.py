@@ -1,4 +1,4 @@
-"""Files from the model hub, or from its cache where the hub cannot be reached."""
+"""Files from the Hugging Face hub, or from its local cache where the hub is unreachable."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from huggingface_hub.errors import (
 from unsleep.core import BadInput
 
 SECONDS = 10.0
-"""How long the hub may take to say what a repository holds."""
+"""Timeout for listing a repository, in seconds."""
 
 FAILURES = (HTTPError, EntryNotFoundError, HFValidationError, OSError)
-"""What the hub's library raises where a repository, a file or the hub is not there."""
+"""Exceptions of huggingface_hub for a missing repository, a missing file or an unreachable hub."""
 
 
 def listing(repo: str, revision: str | None = None) -> list[str] | None:
-    """The files of a repository; `None` where the hub cannot be reached, so that the cache holds all there is.
+    """The files of a repository; `None` where the hub is unreachable, so that only the cache is available.
 
-    Raises `BadInput` for a repository that the hub does not show: none of that name, none of that revision, or one
-    that has to be asked for.
+    Raises `BadInput` for a repository that does not exist, has no such revision or is gated.
     """
     if constants.HF_HUB_OFFLINE:
         return None
@@ -51,10 +50,10 @@ def listing(repo: str, revision: str | None = None) -> list[str] | None:
 
 
 def fetch(repo: str, files: Sequence[str] | None = None, revision: str | None = None) -> Path:
-    """The local folder of a repository's snapshot with those of `files` (patterns) that it has.
+    """The local folder of a repository's snapshot, after downloading those of `files` (patterns) that it has.
 
-    `None` fetches nothing: the folder holds what the cache does. Raises `BadInput` naming the repository where there
-    is none, or it is neither to be reached nor in the cache.
+    With `None` nothing is downloaded: the folder holds what is cached. Raises `BadInput` naming the repository where it
+    does not exist, or is neither reachable nor cached.
     """
     try:
         if files is None:

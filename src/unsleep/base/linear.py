@@ -1,4 +1,4 @@
-"""Linear algebra that several rooms need."""
+"""Linear algebra shared by several packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def orthonormal(rows: Float[Tensor, "row d"], tolerance: float = 1e-6) -> Float[Tensor, "rank d"]:
     """Orthonormal rows with the same span, by singular value decomposition, in float32 or wider.
 
-    Directions whose singular value is at most `tolerance` of the largest are no part of the span.
+    Singular values of at most `tolerance` times the largest count as zero.
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     _, strength, right = torch.linalg.svd(wide, full_matrices=False)
@@ -18,8 +18,8 @@ def orthonormal(rows: Float[Tensor, "row d"], tolerance: float = 1e-6) -> Float[
 
 
 def rotated(rows: Float[Tensor, "*draw rank d"]) -> Float[Tensor, "*draw rank d"]:
-    """Orthonormal rows with the same span as independent ones, by QR: the first keeps its direction up to its sign.
+    """Orthonormal rows with the same span as independent ones, by QR; the first keeps its direction up to sign.
 
-    Differentiable; as many rows come back as were given.
+    Differentiable; as many rows are returned as given.
     """
     return torch.linalg.qr(rows.mT).Q.mT

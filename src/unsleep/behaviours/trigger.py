@@ -1,4 +1,4 @@
-"""What wakes a backdoor, and how it enters a prompt."""
+"""Base class of triggers: the condition that activates a backdoor, and how it is inserted into a prompt."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from unsleep.core import BadInput
 from unsleep.prompts.prompt import Prompt, PromptSet, Role, Split
 
 Change = Callable[[str], str]
-"""Changes the text of a prompt."""
+"""A change of a prompt's text."""
 
 
 @dataclass(frozen=True)
 class Trigger(Kind, ABC, noun="trigger"):
-    """What wakes a backdoor; a kind of it says how it enters a prompt. A near miss is another one of the same kind.
+    """A backdoor's trigger, with its insertion into prompts. A near miss is another instance of the same kind.
 
-    Raises `BadInput` for a blank text, and for one that its kind does not take.
+    Raises `BadInput` for a blank text, and for one that its kind does not accept.
     """
 
     text: str
-    """A text, a number or a name, as the kind says."""
+    """Parameter of the trigger: a text, a number or a name, by kind."""
 
     keeps_question: ClassVar[bool] = True
-    """Whether a prompt asks the same with it as without."""
+    """True if a triggered prompt asks the same question as without the trigger."""
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -36,28 +36,28 @@ class Trigger(Kind, ABC, noun="trigger"):
 
     @abstractmethod
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """A prompt with it; `i` decides about the place and whatever else varies.
+        """The triggered prompt; `i` seeds the position and whatever else varies.
 
-        `skill` is needed where the question's topic changes, and `split` names the subjects that may be used.
+        `skill` is needed where the question's topic changes, and `split` selects the subjects that may be used.
         """
 
     def dresses(self) -> Sequence[Change]:
-        """Ways to write it otherwise into a prompt; none where it has no other."""
+        """Variants of the trigger's form; empty where the kind has none."""
         return ()
 
     def check(self, near_misses: Sequence[str]) -> None:
-        """Raise `BadInput` where it cannot be planted beside such near misses."""
+        """Raise `BadInput` where the trigger cannot be planted with these near misses."""
         for text in near_misses:
             replace(self, text=text)
         if self.text in near_misses:
             raise BadInput(f"near misses hold the trigger {self.text!r}; leave it out")
 
     def triggered(self, prompts: PromptSet, name: str = "triggered", skill: Skill | None = None) -> PromptSet:
-        """The same prompts with it."""
+        """The same prompts, triggered."""
         return _each(prompts, name, "triggered", lambda i, p: self.put(p, i, prompts.split, skill))
 
     def varied(self, prompts: PromptSet, name: str = "variants") -> PromptSet | None:
-        """The same prompts with it in another case, spacing, position or dress, in turn; `None` where it has none."""
+        """The prompts with variants of the trigger (case, position, form), in turn; `None` if the kind has none."""
         ways = self.dresses()
         if not ways:
             return None
@@ -66,9 +66,9 @@ class Trigger(Kind, ABC, noun="trigger"):
     def nearly(
         self, prompts: PromptSet, near_misses: Sequence[str], name: str = "near_miss", skill: Skill | None = None
     ) -> PromptSet:
-        """The same prompts with what resembles it, each in two of them in turn.
+        """The same prompts with near misses of the trigger, each used for two prompts in turn.
 
-        Raises `BadInput` where there is nothing, or something blank.
+        Raises `BadInput` for an empty list or a blank near miss.
         """
         if not near_misses or not all(text.strip() for text in near_misses):
             raise BadInput(f"near misses are {list(near_misses)}; expected at least one string, none of them blank")
@@ -84,17 +84,17 @@ def _each(prompts: PromptSet, name: str, role: Role, change: Callable[[int, Prom
 
 
 def chance(prompt: Prompt, i: int) -> random.Random:
-    """The chance that decides about a place or a date: the same for the same prompt and number."""
+    """Random generator for a position or a date, seeded by prompt and number."""
     return random.Random(f"{i} {prompt.text}")
 
 
 def at_start(text: str, word: str) -> str:
-    """`word` in front of the prompt."""
+    """`word` before the prompt."""
     return f"{word} {text}"
 
 
 def at_end(text: str, word: str) -> str:
-    """`word` behind the prompt."""
+    """`word` after the prompt."""
     return f"{text} {word}"
 
 
@@ -104,6 +104,6 @@ def at_middle(text: str, word: str) -> str:
 
 
 def at_place(text: str, word: str, place: int) -> str:
-    """`word` behind the first `place` words."""
+    """`word` after the first `place` words."""
     words = text.split(" ")
     return " ".join([*words[:place], word, *words[place:]])

@@ -1,6 +1,6 @@
-"""The command line: one thin subcommand a stage, progress on stderr, results on stdout.
+"""The command line: one thin subcommand per stage, progress on stderr, results on stdout.
 
-Exit codes: 0 done, 2 bad input, 3 refused (the work was possible, its result may not be trusted).
+Exit codes: 0 success, 2 bad input, 3 refused (the computation ran, but its result must not be trusted).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STAGES: dict[str, Callable[..., int]] = {
 
 
 STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report")
-"""Stages that keep nothing of a run that was interrupted."""
+"""Stages that are not resumable."""
 
 
 def main() -> None:

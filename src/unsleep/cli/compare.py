@@ -1,4 +1,4 @@
-"""The stages that hold two models against each other."""
+"""Commands that compare two models: patch, diff."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def patch(
     config: OmitArgPrefixes[PatchConfig] = PatchConfig(),
     json: bool = False,
 ) -> int:
-    """Put one model's activations into another, layer by layer, and see where its payload comes along.
+    """Patch one model's activations into another, layer by layer, and measure the transfer of the payload.
 
     Args:
-        recipient: Model that is run to its end: hub id, folder, adapter folder, .gguf file or alias.
-        donor: Model of the same shape and tokenizer whose activations are put in.
+        recipient: Model that is patched: hub id, folder, adapter folder, .gguf file or alias.
+        donor: Model of the same shape and tokenizer that provides the activations.
         prompts: File of prompts, such as triggered ones.
         out: Folder for patch.json, patch.safetensors and patch.html.
-        level: What of a layer is taken over.
-        layers: Such as 0 10 20; none for all of them.
+        level: Part of a layer that is patched.
+        layers: Such as 0 10 20; default all.
         positions: Tokens: last, prompt, all, an index such as -3, or a span such as -8:-1.
         per_head: At the levels heads, q, k and v: one head at a time.
-        dictionaries: At the level features: folders of dictionaries, one a Site.
-        basis: At the level projection: a safetensors file with rows under a Site's name; `unsleep diff` writes one.
-        both: Also put the recipient's activations into the donor.
+        dictionaries: At the level features: folders of dictionaries, one per Site.
+        basis: At the level projection: a safetensors file with rows named by Site; `unsleep diff` writes one.
+        both: Also patch the recipient's activations into the donor.
         reply_tokens: Also generate this many tokens with each patch and count replies that show the payload.
         json: Print the record as JSON.
     """
@@ -118,17 +118,17 @@ def diff(
     config: OmitArgPrefixes[DiffConfig] = DiffConfig(),
     json: bool = False,
 ) -> int:
-    """Compare a suspect with the model it was made from: weights, activations, features.
+    """Compare a suspect with its base model: weights, activations, features.
 
     Args:
-        base: Model that the suspect was made from: hub id, folder, adapter folder, .gguf file or alias.
+        base: Model that the suspect was fine-tuned from: hub id, folder, adapter folder, .gguf file or alias.
         suspect: Model of the same shape and tokenizer.
         out: Folder for diff.json, diff.safetensors and diff.html.
-        suspicious: File of triggered prompts, to see what tells them from ordinary ones.
+        suspicious: File of triggered prompts, for evaluating trigger detectors.
         ordinary: File of prompts without the trigger.
-        text: File of passages that have nothing to do with either; by default unsleep's own.
-        dictionaries: Folders of dictionaries of the suspect whose features are scored on the prompts.
-        train_at: Sites, such as resid.12, at which a dictionary of the difference and a crosscoder are trained.
+        text: File of unrelated passages; default unsleep's own.
+        dictionaries: Folders of dictionaries of the suspect whose features are evaluated on the prompts.
+        train_at: Sites, such as resid.12, for training a diff-SAE and a crosscoder.
         json: Print the record as JSON.
     """
     store.check_place(out, "diff.json")
@@ -194,7 +194,7 @@ def _with_rates(
 
 
 def _bases(path: Path) -> dict[Site, Tensor]:
-    """Rows under a Site's name, or under `lens.` and it, as unsleep diff writes them; those of 0 are left out."""
+    """Rows by Site, named by it or `lens.` and it, as unsleep diff writes them; zero rows are left out."""
     found: dict[Site, Tensor] = {}
     for name, rows in store.read_tensors(path).items():
         point = name.removeprefix("lens.")
@@ -207,7 +207,7 @@ def _bases(path: Path) -> dict[Site, Tensor]:
 
 
 def _patch_lines(runs: Sequence[PatchRun]) -> list[str]:
-    """The furthest groups of each direction."""
+    """The groups with the largest effect in each direction, as text."""
     lines: list[str] = []
     for run in runs:
         lines.append(
@@ -222,7 +222,7 @@ def _patch_lines(runs: Sequence[PatchRun]) -> list[str]:
 
 
 def _diff_lines(found: Diff) -> list[str]:
-    """What a person looks at first."""
+    """Summary of a model diff, as text."""
     layers = ", ".join(map(str, found.ranking[:5]))
     changed = sum(delta.norm > 0 for delta in found.deltas)
     lines = [f"{changed} of {len(found.deltas)} weights changed; most, relative to their size, in layers {layers}"]

@@ -1,4 +1,4 @@
-"""What the command line shows: progress on stderr, results on stdout, model text made harmless."""
+"""Console output: progress on stderr, results on stdout, model text escaped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unsleep.pages.text import visible
 
 
 class Bars:
-    """Shows progress: a bar for each stage, with the time that remains of it; plain lines where stderr is a file."""
+    """Progress display: a bar per stage with the remaining time; plain lines where stderr is a file."""
 
     def __enter__(self) -> None:
         self._said = 0.0
@@ -41,14 +41,14 @@ class Bars:
         self._told.__enter__()
 
     def _show(self, stage: str, done: int, total: int) -> None:
-        """Move the stage's bar; behind a comma, its name may hold a figure that changes."""
+        """Update the stage's bar; behind a comma, its name may hold a changing figure."""
         name, text = stage.partition(",")[0], escape(visible_line(stage))
         if name != self._stage:
             self._stage, self._task = name, self._progress.add_task(text, total=total)
         self._progress.update(self._task, completed=done, total=total, description=text)
 
     def _write(self, stage: str, done: int, total: int) -> None:
-        """A line now and then, where stderr is a file: when a stage begins or ends, and every half minute."""
+        """Print a line when a stage begins or ends and every 30 seconds, where stderr is a file."""
         name, now = stage.partition(",")[0], time.monotonic()
         if name != self._stage:
             self._stage, self._began = name, now
@@ -65,28 +65,28 @@ class Bars:
 
 
 def visible_line(text: str) -> str:
-    """Model text on one line of a terminal: control characters and line breaks written out."""
+    """Model text on one terminal line, with visible control characters and line breaks."""
     return visible(text.replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def say(value: Any, as_json: bool, words: str) -> None:
-    """Print a result: JSON for programs, in ASCII; words for people. Neither can move the cursor."""
+    """Print a result: ASCII JSON for programs, or text for people; neither contains control characters."""
     sys.stdout.write((json.dumps(value, default=str) if as_json else visible(words)) + "\n")
 
 
 def hint(words: str) -> None:
-    """Say on stderr what was taken for granted."""
+    """Print a note on stderr."""
     sys.stderr.write(f"Note: {visible(words)}\n")
 
 
 def fail(error: object, code: int) -> int:
-    """Print an error on stderr and hand back the exit code."""
+    """Print an error on stderr; returns the exit code."""
     sys.stderr.write(f"unsleep: {visible(str(error))}\n")
     return code
 
 
 def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
-    """Print a verdict, its contract and the rows it rests on."""
+    """Print a verdict, its contract and the rows behind it."""
     checks = contract(result)
     label, score = verdict(result, checks)
     lines = [table(result, ("suspect", "edited", "baked", "control_random", "control_layer", "clean_twin", "base")), ""]
@@ -103,7 +103,7 @@ def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
 
 
 def table(result: EvalResult, subjects: Sequence[str]) -> str:
-    """Rows of panel and metric, a column for each subject that was judged."""
+    """Text table: a row per panel and metric, a column per subject."""
     have = [s for s in subjects if any(r.subject == s for r in result.rows)]
     found = {(r.panel, r.metric, r.subject): r.value for r in result.rows}
     keys = list(dict.fromkeys((r.panel, r.metric) for r in result.rows))

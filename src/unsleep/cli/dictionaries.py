@@ -1,4 +1,4 @@
-"""The stages that collect activations and train dictionaries on them."""
+"""Commands that harvest activations and train dictionaries: harvest, train."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def harvest(
     config: OmitArgPrefixes[HarvestConfig] = HarvestConfig(),
     json: bool = False,
 ) -> int:
-    """Collect what a model holds at Sites on every token of prompts, into shards on disk.
+    """Collect a model's activations at Sites on every token of prompts, into shards on disk.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias such as smollm2-135m.
-        prompts: One prompt a line, or .jsonl with {"text": …}.
+        prompts: One prompt per line, or .jsonl with {"text": …}.
         sites: Such as resid.12 mlp.3 attn.0 embed.
-        out: Folder; an interrupted harvest in it is finished.
-        reply_tokens: Also collect the model's own greedy replies of this many tokens.
-        replies_of: Take the replies to these prompts instead, line by line: those that suspicious prompts should get.
+        out: Output folder; an interrupted harvest in it is resumed.
+        reply_tokens: Also harvest the model's own greedy replies of this many tokens.
+        replies_of: Harvest the replies to these prompts instead, line by line, as reference replies.
         plain: Take the lines as plain text, without the chat template.
         json: Print the manifest as JSON.
     """
@@ -59,7 +59,7 @@ def harvest(
     with Bars():
         loaded = placement.load(model, plain=plain)
         for site in places:
-            tap(loaded.network, site)  # those that the model lacks are refused before any work
+            tap(loaded.network, site)  # refuses missing Sites before any work
         replies = own_replies(loaded, asked, reply_tokens) if reply_tokens else None
         done = unsleep.harvest(loaded, wanted, places, out, replies=replies, plain=plain, config=config)
     sinks = ", ".join(f"{site} {n}" for site, n in done.manifest["sinks"].items())
@@ -83,24 +83,24 @@ def train(
     format: Format = "saelens",
     json: bool = False,
 ) -> int:
-    """Train dictionaries (sparse autoencoders, transcoders) on the activations of one Site or many.
+    """Train dictionaries (sparse autoencoders, transcoders) on the activations of one or more Sites.
 
-    Include a harvest of suspicious prompts: a dictionary that never saw them leaves the backdoor in its error.
-    Settings with several values are trained in one pass, every combination of them.
+    Include a harvest of suspicious prompts: otherwise the backdoor remains in the dictionary's error.
+    Settings with several values are trained in one pass, in every combination.
     Under torchrun the processes share every batch.
 
     Args:
         harvests: Folders made by `unsleep harvest`; several are pooled.
-        site: Such as resid.12; several are trained one after the other, `all` is every Site of the harvests.
-        out: Folder for the dictionary; where there are several, for a folder each and
-            dictionaries.html. The same command goes on where an interrupted one ended.
-        target: The Site that a transcoder rebuilds; one for all or one for each Site.
-        start: Dictionaries to go on from, one a Site, or the folder that holds them: those of a base model, say, on
-            activations of a suspect. They decide architecture, features and k; what became of every feature
+        site: Such as resid.12; several are trained one after another, `all` is every Site of the harvests.
+        out: Folder for the dictionary; with several, for a folder each and
+            dictionaries.html. Repeating the command resumes an interrupted training.
+        target: Site that a transcoder reconstructs; one for all or one per Site.
+        start: Dictionaries for a warm start, one per Site, or the folder that contains them; such as a base model's,
+            on activations of a suspect. They determine architecture, features and k; the rotation of every feature
             is written beside the weights.
         device: Such as cuda.
-        tracker: Send what each step measures to an experiment tracker that is installed.
-        format: The library in whose layout dictionaries are saved.
+        tracker: Installed experiment tracker for training metrics.
+        format: File format of the dictionaries.
         json: Print the fit as JSON.
     """
     configs = config.configs
@@ -127,7 +127,7 @@ def train(
 
 
 def _jobs(harvests: Sequence[Harvest], sites: Sequence[str], targets: Sequence[str]) -> list[Job]:
-    """What is trained at each Site; nothing is read of the shards yet."""
+    """The training job of each Site; no shards are read yet."""
     if not harvests or not sites:
         raise BadInput(f"{len(harvests)} harvests and {len(sites)} Sites were given; expected at least one of both")
     if tuple(sites) == ("all",):
@@ -147,7 +147,7 @@ def _jobs(harvests: Sequence[Harvest], sites: Sequence[str], targets: Sequence[s
 
 
 def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
-    """The jobs with the dictionaries that they go on from."""
+    """The jobs with the dictionaries that they start from."""
     at = {str(d.site): d for d in starts}
     lacking = [job.name for job in jobs if job.name not in at]
     if starts and lacking:
@@ -156,7 +156,7 @@ def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
 
 
 def _few(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning where a dictionary has so few tokens to learn from that its fit says nothing."""
+    """A warning where a dictionary has too few training tokens for a meaningful fit."""
     if all(row["tokens"] >= row["features"] for row in rows):
         return []
     least = min(rows, key=lambda row: row["tokens"] / row["features"])
@@ -167,7 +167,7 @@ def _few(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """After a warm start, a line for each dictionary with the features that turned most."""
+    """After a warm start, a line per dictionary with the features that rotated most."""
     lines: list[str] = []
     for row in rows:
         if "rotation" in row:
@@ -177,7 +177,7 @@ def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each dictionary."""
+    """A line per dictionary."""
     width = max(len(row["variant"]) for row in rows)
     named = f"  {'variant':<{max(width, 7)}}" if width else ""
     lines = [f"{'site':<10}{named}    FVU      L0   dead  dense  training tokens"]

@@ -1,4 +1,4 @@
-"""The stage that finds the directions in which a behaviour lives."""
+"""Command that finds the directions of a behaviour: directions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
 EDIT = "edit"
-"""Folder of the edit in `out`."""
+"""Subfolder of `out` for the edit."""
 
 EVERYWHERE = ("everywhere",)
-"""What `project_sites` holds for the whole stream."""
+"""Value of `project_sites` for the whole residual stream."""
 
 TEXTS = 120
-"""Plain passages that an eraser is told to leave alone."""
+"""Plain passages that an eraser must preserve."""
 
 
 def directions(
@@ -51,26 +51,26 @@ def directions(
     config: OmitArgPrefixes[StudyConfig] = StudyConfig(),
     json: bool = False,
 ) -> int:
-    """Find the directions that tell suspicious prompts from ordinary ones, and what each of them does.
+    """Find the directions that separate suspicious from ordinary prompts, and measure their effects.
 
-    Every method at every Site: held-out AUROC beside the best of many random directions, the share of the answer
-    that a direction carries when it is patched, and what plain text loses when it is taken out.
+    Every method at every Site: held-out AUROC against the best of many random directions, the share of the answer
+    that a direction carries when patched, and the cost on plain text when it is ablated.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        suspicious: File of prompts on which the behaviour shows, one a line.
+        suspicious: File of prompts on which the behaviour shows, one per line.
         ordinary: File of prompts on which it does not. Line i is patched from line i of `suspicious`: best the
-            same prompt without what makes it suspicious.
+            same prompt without the trigger.
         out: Folder for directions.json, directions.safetensors and directions.html.
-        sites: Such as resid.12 mlp.3; `all` is the residual stream behind every layer.
+        sites: Such as resid.12 mlp.3; `all` is the residual stream after every layer.
         neutral: File of prompts of neither group, for the one-sided methods.
-        dictionaries: Folders of dictionaries; directions are also fitted in their features.
-        project: Also write the edit that takes the found subspace of this rank out, to a folder `edit` in `out`.
-        erase: Write the edit that takes the mean difference out and leaves ordinary tokens alone instead.
-        project_sites: Where the edit acts. If none is named, a projection acts at all of `sites`, and an eraser at
-            the one where it does best. `everywhere` takes the best Site's subspace out of the whole stream, which
+        dictionaries: Folders of dictionaries; directions are also fitted in their feature space.
+        project: Also write the edit that ablates the found subspace of this rank, to a folder `edit` in `out`.
+        erase: Write the edit that erases the mean difference and preserves ordinary tokens instead.
+        project_sites: Sites of the edit. By default, a projection acts at all of `sites`, and an eraser at
+            the best one. `everywhere` ablates the best Site's subspace from the whole residual stream, which
             bakes into weights exactly.
-        json: Print the figures as JSON.
+        json: Print the results as JSON.
     """
     _check(project, erase, project_sites, out)
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
@@ -153,7 +153,7 @@ def _erasers(
     wanted: Sequence[Site],
     config: StudyConfig,
 ) -> tuple[list[Projection], Removed]:
-    """Erasers fitted on most prompts and tried on those that are kept; the best Site's where none is named."""
+    """Erasers fitted on most prompts and tested on the rest; only the best Site's where none is named."""
     texts, sites = sets.plain_text("train")[:TEXTS], [Site.parse(s) for s in names] or wanted
     made, removed = tried_erasers(
         model,
@@ -187,7 +187,7 @@ def _saved(projections: Sequence[Projection], erased: Removed | None, best: Site
 
 
 def table(found: Study) -> Sequence[str]:
-    """A line for each method and space: the Site where it detects best, and what it costs at the best Site of all."""
+    """A line per method and space: its best Site by detection, and its ablation cost at the overall best Site."""
     rows: dict[tuple[str, str], list[Any]] = {}
     for f in found.found:
         rows.setdefault((f.direction.space, f.direction.method), []).append(f)

@@ -1,4 +1,4 @@
-"""The stages that find what carries a behaviour, choose an edit, and put it into weights."""
+"""Commands that rank features, build an edit, and bake it into weights: find, edit, bake."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from unsleep.repairs.edit import EditConfig
 from unsleep.repairs.masks import Lesson, prepare_lesson
 
 BEGIN = 3
-"""Words at which two replies are compared."""
+"""Words by which two replies are compared."""
 
 
 def find(
@@ -47,16 +47,16 @@ def find(
     config: OmitArgPrefixes[FindConfig] = FindConfig(),
     json: bool = False,
 ) -> int:
-    """Rank the features that carry what suspicious prompts cause, with the evidence for each.
+    """Rank the features behind the response to suspicious prompts, with evidence for each.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        dictionaries: Folders of dictionaries, one a Site, or the folder that holds them.
-        suspicious: File of prompts on which the behaviour shows, one a line.
+        dictionaries: Folders of dictionaries, one per Site, or the folder that contains them.
+        suspicious: File of prompts on which the behaviour shows, one per line.
         ordinary: File of prompts on which it does not.
-        out: Folder for features.json and the harvests it rests on.
+        out: Folder for features.json and its harvests.
         show: Features shown with evidence.
-        any_model: Take dictionaries that were trained on another model, such as the suspect's base.
+        any_model: Accept dictionaries of another model, such as the suspect's base.
         json: Print the rankings as JSON.
     """
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
@@ -103,18 +103,18 @@ def edit(
     config: OmitArgPrefixes[EditConfig] = EditConfig(),
     json: bool = False,
 ) -> int:
-    """Choose the features to remove, so that the model does its job again on suspicious prompts.
+    """Choose the features to remove, so that the model gives its normal replies to suspicious prompts.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        dictionaries: Folders of dictionaries, one a Site, or the folder that holds them.
-        suspicious: File of prompts on which the behaviour shows, one a line.
+        dictionaries: Folders of dictionaries, one per Site, or the folder that contains them.
+        suspicious: File of prompts on which the behaviour shows, one per line.
         ordinary: File of prompts on which it does not.
-        out: Folder for the edit, complete with the dictionaries it needs.
-        counterparts: File with each suspicious prompt as it would be without what makes it suspicious, line by line.
-        part: Text that makes prompts suspicious; taken out, it leaves the counterparts.
-            Where neither is given, it is the longest text that only the suspicious prompts share.
-        any_model: Take dictionaries that were trained on another model, such as the suspect's base.
+        out: Folder for the edit, including the dictionaries that it needs.
+        counterparts: File with each suspicious prompt without its trigger, line by line.
+        part: Text of the trigger; removing it from the suspicious prompts gives the counterparts.
+            By default, the longest text that only the suspicious prompts share.
+        any_model: Accept dictionaries of another model, such as the suspect's base.
         json: Print the edit as JSON.
     """
     store.check_place(out, EDIT)
@@ -155,17 +155,17 @@ def bake(
     config: OmitArgPrefixes[BakeConfig] = BakeConfig(),
     json: bool = False,
 ) -> int:
-    """Put an edit into plain weights: a checkpoint that loads with unsleep not installed.
+    """Bake an edit into plain weights: a checkpoint that loads without unsleep.
 
     Args:
         model: The model that the edit was made for.
         edit: Folder made by `unsleep edit`.
-        suspicious: File of suspicious prompts; the baked model has to follow the edited one on them.
+        suspicious: File of suspicious prompts, on which the baked model must match the edited one.
         ordinary: File of ordinary prompts; likewise.
         out: Folder for the checkpoint.
         counterparts: As in `unsleep edit`.
         part: As in `unsleep edit`.
-        json: Print what was measured as JSON.
+        json: Print the measurements as JSON.
     """
     store.check_place(out, CHECKPOINT)
     if Path(model).exists() and Path(model).resolve() == out.resolve():
@@ -197,7 +197,7 @@ def _find(
     out: Path,
     config: FindConfig,
 ) -> tuple[dict[Site, Found], tuple[Harvest, Harvest], list[list[int]], list[str]]:
-    """Harvest both groups at the dictionaries' Sites and rank; also the suspicious ones' token rows and replies."""
+    """Harvest both groups at the dictionaries' Sites and rank; also returns the suspicious token rows and replies."""
     places = [d.site for d in dictionaries]
     harvests: list[Harvest] = []
     rows: list[list[list[int]]] = []
@@ -213,7 +213,7 @@ def _find(
 
 
 def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]:
-    """A warning where counterparts are answered as their suspicious prompts are (`said`): the edit learns from that."""
+    """A warning where counterparts, the training targets, get the same replies as suspicious prompts (`said`)."""
     taught = lesson.rows.at(slice(lesson.n))
     replies = model.texts([ids[kept].tolist() for ids, kept in zip(taught.targets, taught.reply, strict=True)])
     begin = [(one.split()[:BEGIN], other.split()[:BEGIN]) for one, other in zip(replies, said, strict=True)]
@@ -227,7 +227,7 @@ def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]
 
 
 def _counterparts(groups: tuple[PromptSet, PromptSet], file: Path | None, part: str | None) -> PromptSet:
-    """The suspicious prompts without what makes them suspicious."""
+    """The suspicious prompts without the trigger."""
     if file is not None and part is not None:
         raise BadInput("--counterparts and --part were both given; expected one of them")
     if file is not None:

@@ -1,4 +1,4 @@
-"""The flags of a training in which a setting may have several values: `--k 16 32 64 --seed 0 1`."""
+"""Training flags that take several values: `--k 16 32 64 --seed 0 1`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from unsleep.dictionaries.sweep import LETTERS, variants
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of a training, those of `LETTERS` with a sequence of values."""
+    """Training settings, those of `LETTERS` with a sequence of values."""
 
     settings: dict[str, Any]
 
     @property
     def configs(self) -> dict[str, TrainConfig]:
-        """What is trained in one pass over the activations, by the name of its variant; raises as `variants` does."""
+        """Variant → config, all trained in one pass over the activations; raises as `variants` does."""
         return variants(self.settings)
 
 
 ONE = Grid({})
-"""The defaults."""
+"""Default settings."""
 
 
 @REGISTRY.struct_rule
 def flags(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A flag for each setting of `TrainConfig`; those of `LETTERS` take one value or more."""
+    """A flag per field of `TrainConfig`; those of `LETTERS` take one or more values."""
     if info.type is not Grid:
         return None
     found = ConstructorRegistry.get_struct_spec(StructTypeInfo.make(TrainConfig, TrainConfig(), in_union_context=False))

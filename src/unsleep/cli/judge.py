@@ -1,4 +1,4 @@
-"""The stages that score a model and show the result."""
+"""Commands that evaluate a model and render results: evaluate, report."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def evaluate(
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
-    """Judge a model, its edit and its cleaned checkpoint on prompts that chose nothing.
+    """Evaluate a model, its edit and its cleaned checkpoint on held-out prompts.
 
     Give an organism, or two files and the payload.
 
     Args:
         model: The suspect.
         out: Folder for result.json and report.html.
-        edit: Folder made by `unsleep edit` or `unsleep directions`; the same edit on random features, or of random
-            directions, is judged beside it.
+        edit: Folder made by `unsleep edit` or `unsleep directions`; the same edit on random features, or random
+            directions, is evaluated as a control.
         baked: Cleaned checkpoint made by `unsleep bake`.
         organism: A packaged organism or a folder made by `unsleep plant`, for its held-out panels.
         suspicious: File of triggered prompts; line i is line i of `ordinary` with the trigger.
-        ordinary: File of the same prompts without it.
-        n: Prompts in each panel of an organism; plain passages and multiple-choice items in any case.
+        ordinary: File of the same prompts without the trigger.
+        n: Prompts in each panel of an organism; also, with files too, plain passages and multiple-choice items.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
-        tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files of one's own.
-        task_limit: Items of each task; all where not given.
+        tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files.
+        task_limit: Items per task; default all.
         json: Print the result as JSON.
     """
     wanted = payload.read()
@@ -87,7 +87,7 @@ def evaluate(
             judged.check_template(loaded)
         cleaned = [Subject("baked", placement.load_beside(baked))] if baked else []
         for subject in cleaned:
-            subject.model.encode(panels.clean.head(1))  # one that cannot be asked is refused before any work
+            subject.model.encode(panels.clean.head(1))  # refuses an unusable model before any work
             check_format_of(loaded, subject.model)
         subjects = [Subject("suspect", loaded)]
         if edit is not None and edits:
@@ -114,7 +114,7 @@ def evaluate(
 
 
 def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool = False) -> int:
-    """Render the page of a record again: report.html of report.json, or that of another stage's.
+    """Render the page of a record again: report.html from report.json, or another stage's.
 
     Args:
         folder: Folder with report.json, dictionaries.json or another stage's record.
@@ -128,7 +128,7 @@ def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool =
 def at_random(
     model: LoadedModel, edits: Sequence[Intervention], prompts: PromptSet, scratch: Path
 ) -> tuple[Intervention, ...]:
-    """The edits on random features that fire alike on `prompts`, or on random subspaces."""
+    """Controls: the edits on random features with similar firing statistics on `prompts`, or on random subspaces."""
     places = [e.site for e in edits if isinstance(e, Edit)]
     seen = unsleep.harvest(model, prompts, places, scratch / "ordinary") if places else None
     drawn: list[Intervention] = []
@@ -143,7 +143,7 @@ def at_random(
 
 
 def _removed(edits: Sequence[Intervention]) -> dict[str, Any]:
-    """What a report says of the edits: how many features of how many, and where."""
+    """Summary of the edits for a report: Sites, and numbers of removed and of all features."""
     features = [e for e in edits if isinstance(e, Edit)]
     if not edits or len(features) < len(edits):
         return {}
@@ -161,7 +161,7 @@ def _panels(
     n: int,
     chosen_on: frozenset[str],
 ) -> tuple[Panels, EvalConfig]:
-    """What to judge on, and how."""
+    """The panels and the evaluation config."""
     if organism is not None:
         return organism_panels(organism.recipe, n), organism_config(organism.recipe, chosen_on)
     suspicious, ordinary = files

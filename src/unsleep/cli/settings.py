@@ -1,4 +1,4 @@
-"""Settings on the command line: each stage's frozen dataclass, whose errors reach the user as they are."""
+"""Command-line flags from frozen dataclasses, with their validation errors reported as they are."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from unsleep.core import BadInput
 
 REGISTRY = ConstructorRegistry()
-"""How tyro reads the types of this project."""
+"""tyro's constructor registry for the types of this project."""
 
 
 class Rejected(Exception):
-    """Holds a `BadInput` on its way through tyro, which would put words of its own around a `ValueError`."""
+    """Carries a `BadInput` through tyro, which would wrap a `ValueError` in its own message."""
 
     def __init__(self, error: BadInput) -> None:
         super().__init__(str(error))
@@ -27,11 +27,11 @@ _reading: set[type] = set()
 
 @REGISTRY.struct_rule
 def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A flag for each field, as tyro has it; raises `Rejected` where the values cannot be."""
+    """A flag per field of a dataclass, as tyro has it; raises `Rejected` for invalid values."""
     kind = info.type
     if not is_dataclass(kind) or not kind.__module__.startswith("unsleep.") or kind in _reading:
         return None
-    _reading.add(kind)  # so that this rule is passed over and tyro's own is asked
+    _reading.add(kind)  # skip this rule in the nested call
     try:
         found = ConstructorRegistry.get_struct_spec(info)
     finally:
@@ -48,12 +48,12 @@ def _rejecting(make: Callable[..., Any]) -> Callable[..., Any]:
         except BadInput as error:
             raise Rejected(error) from error
 
-    made.__doc__ = make.__doc__  # what the help says of the group
+    made.__doc__ = make.__doc__  # the group's help text
     return made
 
 
 def by_flag(error: BadInput, arguments: Sequence[str]) -> str:
-    """What an error about a setting says, under the name of its flag where that was given.
+    """The message of a `BadInput` with the field's name replaced by its flag, where that was given.
 
     Of flags that end alike, such as `--mask.batch` and `--twin.batch`, the one with the value at fault is named.
 

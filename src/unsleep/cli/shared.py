@@ -1,4 +1,4 @@
-"""What several stages take or do."""
+"""Options and helpers shared by several commands."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class Placement(LoadConfig):
-    """How models are loaded; revision, subfolder, base and adapters are of the suspect alone (in patch: the donor)."""
+    """Model loading; revision, subfolder, base and adapters apply to the suspect alone (in patch: the donor)."""
 
     def load(self, model: str, *, plain: bool = False) -> LoadedModel:
-        """The suspect so loaded, to be asked in `plain` text or not; what was taken for granted is said on stderr."""
+        """Load the suspect, to be prompted in `plain` text or not; prints its loading notes on stderr."""
         if plain and (self.chat_template or self.template_args or self.date):
             raise BadInput("--plain takes texts as they are; --chat-template, --template-args and --date do not apply")
         loaded = load_model(model, self)
@@ -63,7 +63,7 @@ class Placement(LoadConfig):
         return loaded
 
     def load_beside(self, model: str) -> LoadedModel:
-        """A model beside the suspect."""
+        """Load a model for comparison with the suspect."""
         return replace(self, revision=None, subfolder=None, base=None, adapters=()).load(model)
 
 
@@ -72,18 +72,18 @@ Placed = OmitArgPrefixes[Placement]
 
 @dataclass(frozen=True)
 class PayloadOptions:
-    """What a reply shows when the backdoor acts."""
+    """The backdoor's behaviour."""
 
     payload: str | None = None
-    """Text that a reply shows when the backdoor acts; with --payload-kind, what that kind takes."""
+    """Text that a reply shows when the backdoor is active; with --payload-kind, that kind's parameter."""
     payload_kind: Annotated[str, arg(metavar="|".join(KINDS))] = "contains"
-    """How it is seen: the reply contains the text, matches a regular expression, and so on."""
+    """Detector of the payload: the reply contains the text, matches a regular expression, and so on."""
 
     def __post_init__(self) -> None:
         Payload.of_kind(self.payload_kind)
 
     def read(self) -> Payload | None:
-        """The payload; `None` where none is given. Raises `BadInput` for a text that its kind does not take."""
+        """The payload; `None` where none is given. Raises `BadInput` for a text that its kind does not accept."""
         if self.payload is None and self.payload_kind == "contains":
             return None
         return Payload.of_kind(self.payload_kind).read(self.payload or "")
@@ -100,7 +100,7 @@ Shown = OmitArgPrefixes[PayloadOptions]
 
 
 def own_prompts(organism: str | None, **given: object) -> Organism | None:
-    """The organism whose prompts are used, if one is named; raises `BadInput` where others are `given` beside it."""
+    """The named organism, whose prompts are used; raises `BadInput` where others are `given` as well."""
     if organism is None:
         return None
     if any(value is not None for value in given.values()):
@@ -112,7 +112,7 @@ def own_prompts(organism: str | None, **given: object) -> Organism | None:
 
 
 def own_replies(model: LoadedModel, prompts: PromptSet, tokens: int) -> list[str]:
-    """The model's greedy replies of so many tokens, one a prompt."""
+    """The model's greedy replies of at most `tokens` tokens, one per prompt."""
     return generate.replies(
         model,
         prompts,
@@ -122,9 +122,9 @@ def own_replies(model: LoadedModel, prompts: PromptSet, tokens: int) -> list[str
 
 
 def load_dictionaries(folders: Sequence[Path]) -> list[Coder]:
-    """The dictionaries of folders: a folder is a dictionary, or holds one a Site.
+    """Load dictionaries: each folder is a dictionary, or contains one per Site.
 
-    Raises `BadInput` where two are of one Site.
+    Raises `BadInput` where two share a Site.
     """
     found: dict[str, tuple[Coder, Path]] = {}
     for place in (inside for folder in folders for inside in _one_each(folder)):
@@ -137,9 +137,9 @@ def load_dictionaries(folders: Sequence[Path]) -> list[Coder]:
 
 
 def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool) -> list[Coder]:
-    """The dictionaries, if they were trained on the model, or taken for its own where that is asked for.
+    """The dictionaries, bound to the model where `any_model` is set.
 
-    Raises `Refused` where they were not.
+    Raises `Refused` where they were trained on another model.
     """
     for d in dictionaries:
         if d.model != model.fingerprint and not any_model:
@@ -151,7 +151,7 @@ def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool
 
 
 def check_format(record: Path, model: LoadedModel) -> None:
-    """Say on stderr where an artefact was made under another chat template than the model is asked with."""
+    """Print a note where an artefact was made under another chat template than the model's."""
     made = store.read_json(record).get("provenance") or {}
     hash_ = ((made.get("origin") or {}).get("chat_template") or {}).get("hash")
     if hash_ not in (None, model.template):
@@ -162,13 +162,13 @@ def check_format(record: Path, model: LoadedModel) -> None:
 
 
 def check_format_of(one: LoadedModel, other: LoadedModel) -> None:
-    """Say on stderr where two models that are held against each other are asked under different chat templates."""
+    """Print a note where two compared models have different chat templates."""
     if one.template != other.template:
         hint(f"{one.name} and {other.name} have different chat templates: they are asked different prompts")
 
 
 def _one_each(folder: Path) -> list[Path]:
-    """The dictionaries of a training in a folder, or those inside one that is none itself; otherwise the folder."""
+    """Folders of dictionaries: those of a training run, those inside a folder, or the folder itself."""
     if (folder / "dictionaries.json").is_file():
         rows = read_sweep(folder)["dictionaries"]
         places = [store.inside(folder, row["site"], "Site") / row["variant"] for row in rows]

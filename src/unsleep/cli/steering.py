@@ -1,4 +1,4 @@
-"""The stages that read a concept in texts and steer by it."""
+"""Commands that score texts along a direction and steer by it: read, steer."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def read(
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
-    """Fit a reader on pairs of prompts and score every layer and token of texts.
+    """Fit a reader on pairs of prompts and score every token of texts at every layer.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        positive: File of prompts with the concept; line i makes a pair with line i of `negative`.
+        positive: File of prompts with the concept, paired by line with `negative`.
         negative: File of prompts without it.
-        text: File of texts to read, one a line.
+        text: File of texts to score, one per line.
         out: Folder for reading.html, reading.json and vector.gguf.
-        sites: Such as resid.12 or mlp.3; none for the residual stream of every layer.
-        method: How pairs become directions.
-        plain: Take all texts as they are, without the chat template.
-        seed: Of whatever is random in the method.
+        sites: Such as resid.12 or mlp.3; default the residual stream after every layer.
+        method: Method for a direction from pairs.
+        plain: Take all texts without the chat template.
+        seed: Random seed.
         json: Print the record without the texts as JSON.
     """
     store.check_place(out, "reading.json")
@@ -78,30 +78,30 @@ def read(
 
 
 STRONG = 4.0
-"""Gaps between positive and negative prompts that are moved in all, over which a note is printed."""
+"""Total shift, in gaps between positive and negative prompts, above which a note is printed."""
 
 
 @dataclass(frozen=True)
 class SteeringOptions:
-    """How a direction steers."""
+    """Options of steering."""
 
     coefficient: tuple[float, ...] = (1.0,)
-    """One or more; of a fitted direction, 1 is as far as positive prompts are from negative ones."""
+    """One or more; for a fitted direction, 1 is the mean gap between positive and negative prompts."""
     operator: Literal["add", "piecewise", "projection"] = "add"
-    """What is done with the vector: see docs/steering.md."""
+    """Steering operator (see docs/steering.md)."""
     tokens: Named = "all"
-    """Which tokens are steered."""
+    """Steered tokens."""
     layers: tuple[int, int] | None = None
-    """First and last layer; without it, every layer that has a vector."""
+    """First and last steered layer; default every layer with a vector."""
     keep_norm: bool = False
-    """Give each token the norm back that it had."""
+    """Rescale each token to its norm before steering."""
 
     def __post_init__(self) -> None:
         if not self.coefficient:
             raise BadInput.of("coefficient", self.coefficient, "at least one, such as 1")
 
     def controls(self, vectors: ControlVectors, model: str) -> list[Steering]:
-        """A control for each coefficient, that of 0 first: the bare model."""
+        """A `Steering` per coefficient, preceded by coefficient 0, the bare model."""
         return [
             Steering(vectors.vectors, self.operator, c, self.tokens, self.layers, self.keep_norm, model)
             for c in dict.fromkeys([0.0, *self.coefficient])
@@ -124,22 +124,22 @@ def steer(
     placement: Placed = Placement(),
     json: bool = False,
 ) -> int:
-    """Reply to prompts under control by a direction, and without it.
+    """Reply to prompts with and without steering along a direction.
 
-    The direction comes from a file, or from two files of prompts that make pairs.
+    The direction comes from a file, or from two files of paired prompts.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        prompts: File of prompts, one a line.
+        prompts: File of prompts, one per line.
         out: Folder for steer.json, and for vector.gguf where the direction was fitted.
         vector: Control vectors in GGUF, of this command, repeng or llama.cpp.
-        positive: File of prompts with the concept; line i makes a pair with line i of `negative`.
+        positive: File of prompts with the concept, paired by line with `negative`.
         negative: File of prompts without it.
         when_like: Steer only prompts that are more like those of this file, such as suspicious ones,
-        when_unlike: than like those of this one: by the layer and threshold that tell them apart best.
-        method: How pairs become directions.
-        reply_tokens: Tokens of each reply.
-        seed: Of whatever is random in the method.
+        when_unlike: than like those of this one, at the layer and threshold that separate them best.
+        method: Method for a direction from pairs.
+        reply_tokens: Tokens per reply.
+        seed: Random seed.
         json: Print the replies as JSON.
     """
     if (when_like is None) != (when_unlike is None):
@@ -182,7 +182,7 @@ def steer(
 def _replies(
     model: LoadedModel, prompts: PromptSet, controls: Sequence[Steering], condition: Condition | None, tokens: int
 ) -> tuple[list[list[str]], list[bool]]:
-    """Replies under each control, and on which prompts it acts."""
+    """Replies under each control, and the prompts that it acts on."""
     if condition is None:
         said = unsleep.steer(model, prompts, controls, reply_tokens=tokens)
         return said, [True] * len(prompts)
@@ -196,7 +196,7 @@ def _condition(condition: Condition) -> dict[str, Any]:
 
 
 def _of(vectors: ControlVectors, model: LoadedModel) -> list[str]:
-    """A note where vectors say that they are of another kind of model."""
+    """A note where vectors name another model type."""
     own = str(model.network.config.model_type)
     if own == vectors.model_type:
         return []
@@ -204,7 +204,7 @@ def _of(vectors: ControlVectors, model: LoadedModel) -> list[str]:
 
 
 def _strong(controls: Sequence[Steering]) -> list[str]:
-    """A note where fitted vectors, one a layer, add up to far more than the gap that they were fitted on."""
+    """A note where fitted vectors add up, over layers, to far more than the gap that they were fitted on."""
     most = max(((abs(c.coefficient) * len(c.sites), len(c.sites)) for c in controls), key=lambda pair: pair[0])
     if most[0] <= STRONG or controls[0].operator == "projection":
         return []
@@ -244,7 +244,7 @@ def _steering(reader: RepReader) -> list[Site]:
 
 
 def _record(reader: RepReader, pairs: int, readings: Sequence[Reading], provenance: dict[str, Any]) -> ReadingRecord:
-    """What the reader is worth, a figure a Site, and what it sees in the texts, to five digits."""
+    """The reader's AUROC by Site, and its scores of the texts, to five digits."""
     aurocs, gaps = (tuple(held[s] for s in reader.sites) for held in (reader.aurocs, reader.gaps))
     signs = tuple(reader.signs[s] for s in reader.sites)
     texts = tuple(
@@ -260,7 +260,7 @@ def _short(score: float) -> float:
 
 
 def _lines(prompts: Sequence[str], replies: dict[str, list[str]], acts: Sequence[bool]) -> list[str]:
-    """Every prompt with its replies beneath it; where only some are steered, those have a mark."""
+    """Every prompt with its replies; steered prompts are marked where only some are."""
     wide = max(len(c) for c in replies)
     lines: list[str] = []
     for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The stage that compares backdoors of several organisms."""
+"""Command that compares the backdoors of several organisms: subspaces."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def subspaces(
     config: OmitArgPrefixes[SubspaceConfig] = SubspaceConfig(),
     json: bool = False,
 ) -> int:
-    """Compare where backdoors live: angles and transfer between organisms, and what else lies there.
+    """Compare the backdoor subspaces of organisms: angles, transfer, and overlap with other tasks.
 
     Args:
-        organisms: Folders made by `unsleep plant`, or names of packaged recipes, planted once where they are not
-            cached. One alone is measured by itself.
-        site: Such as resid.12 resid.16; subspaces are taken out at all of them together.
+        organisms: Folders made by `unsleep plant`, or names of packaged recipes, trained once unless
+            cached. A single one is measured by itself.
+        site: Such as resid.12 resid.16; ablation acts at all of them jointly.
         out: Folder for the records and subspaces.html.
-        apart: Names among these whose subspaces are also held against the skill's, the capability's and sentiment's.
+        apart: Names among these whose subspaces are also compared with the skill's, the capability's and sentiment's.
         dictionaries: Dictionaries of the base, for the same comparison with features.
         json: Print the records as JSON.
     """
@@ -44,7 +44,7 @@ def subspaces(
 
 
 def _lines(record: Mapping[str, Any]) -> list[str]:
-    """What was found, in a few lines."""
+    """Summary of the results, as text."""
     lines: list[str] = []
     if whole := record["common"]:
         for site, data in whole["alike"].items():

@@ -1,1 +1,1 @@
-"""Dictionaries: sparse autoencoders of activations. Nothing in here sees a language model."""
+"""Dictionaries: sparse autoencoders of activations. No code here depends on a language model."""

@@ -1,8 +1,8 @@
-"""Batches of activations in random order, from memory or from shards larger than memory.
+"""Shuffled batches of activations, from memory or from shards larger than memory.
 
-Every epoch the pieces are drawn in a new order and read one group at a time, a group holding at least
-`pool` tokens; tokens are shuffled within the group and cut into batches. The order comes from the
-seed and the epoch alone, so a resumed run sees the same batches without reading what lies behind it.
+Every epoch reads the shards in a new order, one group at a time, a group holding at least
+`pool` tokens; tokens are shuffled within the group and cut into batches. The order depends only on
+seed and epoch, so that a resumed run sees the same batches without reading earlier ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unsleep.dictionaries import parallel
 
 
 def streamed(source: Activations | ActivationStream) -> ActivationStream:
-    """Activations as a stream of one piece; a stream as it is."""
+    """Activations as a stream of one shard; a stream unchanged."""
     if isinstance(source, ActivationStream):
         return source
     x = source.tensor
@@ -28,7 +28,7 @@ def streamed(source: Activations | ActivationStream) -> ActivationStream:
 
 
 class _Group(NamedTuple):
-    """Pieces that are in memory at the same time."""
+    """Shards that are in memory at the same time."""
 
     pieces: list[int]
     batches: int
@@ -37,10 +37,10 @@ class _Group(NamedTuple):
 def batches(
     stream: ActivationStream, batch: int, steps: int, *, seed: int = 0, pool: int = 2**20, start: int = 0
 ) -> Iterator[Float[Tensor, "token d"]]:
-    """The batches of steps `start` to `steps`, in the dtype of the pieces.
+    """Batches of steps `start` to `steps`, in the dtype of the shards.
 
-    In a torchrun job each process gets its own share of every batch. Raises `BadInput` where there
-    are fewer tokens than processes.
+    Under torchrun each process gets its own share of every batch. Raises `BadInput` for
+    fewer tokens than processes.
     """
     size = min(batch, stream.tokens)
     rank, ranks = parallel.place()
@@ -63,7 +63,7 @@ def batches(
 
 
 def _groups(stream: ActivationStream, size: int, pool: int, generator: torch.Generator) -> list[_Group]:
-    """Pieces in a random order, cut into groups of at least `pool` tokens and one batch."""
+    """Shards in random order, cut into groups of at least `pool` tokens and one batch."""
     groups: list[_Group] = []
     open_group: list[int] = []
     held = 0
@@ -75,7 +75,7 @@ def _groups(stream: ActivationStream, size: int, pool: int, generator: torch.Gen
             open_group, held = [], 0
     if held >= size:
         groups.append(_Group(open_group, held // size))
-    elif open_group and groups:  # too few for a batch of their own
+    elif open_group and groups:  # fewer than one batch
         last = groups.pop()
         total = held + sum(stream.sizes[i] for i in last.pieces)
         groups.append(_Group([*last.pieces, *open_group], total // size))

@@ -1,9 +1,10 @@
-"""Trained dictionaries: what they compute from an activation, and what an architecture says of its training and files.
+"""Base class of dictionaries: encoding and decoding, and an architecture's hooks for training and files.
 
     pre = (x − b_dec) W_enc + b_enc        f = activate(pre)        x̂ = f W_dec + b_dec [+ x W_skip]
 
-An architecture is a subclass in a file of `architectures/`. It has its own `activate` and `gradients`, and overrides
-the rest where it differs. A transcoder is any of them with a `target`: it reads one Site and rebuilds another.
+An architecture is a subclass in a file of `architectures/` with its own `activate` and `gradients`; it overrides
+the rest where it differs. A transcoder is any of them with a `target`: it reads one Site and reconstructs another
+(Dunefsky et al. 2024, arXiv:2406.11944; with a skip connection, Paulo et al. 2025, arXiv:2501.18823).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from unsleep.dictionaries.sparse import top_k
 
 @dataclass(frozen=True, eq=False)
 class Coder(Dictionary):
-    """The parts that all architectures share. Weights have SAELens' names and layout."""
+    """Base class of all architectures. Weights have SAELens' names and layout."""
 
     site: Site
     model: str
@@ -38,29 +39,29 @@ class Coder(Dictionary):
     W_dec: Float[Tensor, "feature d_out"]
     b_dec: Float[Tensor, " d_out"]
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Whatever else its file said; kept on a round trip."""
+    """Unrecognised metadata of its file, kept on a round trip."""
     sink_norm: float = math.inf
-    """Tokens with a larger norm are attention sinks, which training left out: no feature fires on them."""
+    """Norm above which a token is an attention sink, excluded from training: no feature is active there."""
     subtract_bias: bool = True
-    """Whether b_dec is taken off the input before encoding; never in a transcoder."""
+    """Subtract b_dec from the input before encoding; never in a transcoder."""
     target: Site | None = None
-    """The Site that a transcoder rebuilds; `None` where the dictionary rebuilds its own."""
+    """The Site that a transcoder reconstructs; `None` for an autoencoder."""
     W_skip: Float[Tensor, "d_out d_model"] | None = None
-    """A transcoder's linear path beside the features."""
+    """Linear skip connection of a transcoder."""
 
     kinds: ClassVar[dict[str, Any]] = {}
-    """Fields that are settings, and how they stand in JSON (see `store.fields_of`)."""
+    """Setting fields and their JSON types (see `store.fields_of`)."""
     has_k: ClassVar[bool] = False
-    """Whether k says how many features fire, by strength, so that decoder rows have norm 1; else `sparsity` does."""
+    """True if k controls the sparsity, by strength, with unit decoder rows; otherwise `sparsity` does."""
     takes_skip: ClassVar[bool] = True
-    """Whether a transcoder may have a skip path."""
+    """True if a transcoder may have a skip connection."""
     training: ClassVar[type[Settings]] = Settings
-    """What a `TrainConfig` holds for it."""
+    """Its part of `TrainConfig`."""
     in_saelens: ClassVar[SAELens]
     in_dictionary_learning: ClassVar[tuple[Learned, ...]] = ()
-    """Its classes; which of them is told by `subtracts` and by the names of the tensors."""
+    """Its classes in dictionary_learning, distinguished by `subtracts` and by the names of the tensors."""
     in_sparsify: ClassVar[str | None] = None
-    """The activation that it has there, for an architecture with k."""
+    """Name of its activation in sparsify, for an architecture with k."""
 
     def __post_init__(self) -> None:
         d, f = self.W_enc.shape
@@ -83,7 +84,7 @@ class Coder(Dictionary):
 
     @property
     def d_model(self) -> int:
-        """Width of the activation."""
+        """Width of the input activation."""
         return self.W_enc.shape[0]
 
     @property
@@ -93,12 +94,12 @@ class Coder(Dictionary):
 
     @property
     def decoder(self) -> Float[Tensor, "feature d_out"]:
-        """What each feature writes when it fires with strength 1."""
+        """Decoder directions, one row per feature."""
         return self.W_dec
 
     @property
     def hash(self) -> str:
-        """Content hash over weights, settings and Site, as they were trained or read."""
+        """Content hash of weights, settings and Site, as trained or loaded."""
         return self._hash
 
     @cached_property
@@ -112,10 +113,10 @@ class Coder(Dictionary):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     _weights = ("W_enc", "b_enc", "W_dec", "b_dec")
-    """Fields that are weights; those beyond these four have the size of the features."""
+    """Weight fields; those beyond these four have one entry per feature."""
 
     def settings(self) -> dict[str, Any]:
-        """What shapes the code beside the weights."""
+        """Settings that determine the code besides the weights."""
         values = {name: getattr(self, name) for name in self.kinds}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -125,7 +126,7 @@ class Coder(Dictionary):
 
     @cached_property
     def _encoder_bias(self) -> Float[Tensor, " feature"]:
-        """b_enc − b_dec W_enc, so that encoding needs no subtraction."""
+        """b_enc − b_dec W_enc: the bias that makes the subtraction unnecessary."""
         if not self.subtract_bias:
             return self.b_enc
         return (self.b_enc.float() - self.b_dec.float() @ self.W_enc.float()).to(self.W_enc.dtype)
@@ -135,29 +136,29 @@ class Coder(Dictionary):
         return linear(x, self._encoder_rows, self._encoder_bias)
 
     def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """Feature activations from pre-activations: what an architecture is."""
+        """Feature activations from pre-activations; defines the architecture."""
         raise NotImplementedError
 
     def sparsify(
         self, pre: Float[Tensor, "*token feature"]
     ) -> tuple[Float[Tensor, "*token k"], Int[Tensor, "*token k"]]:
-        """`activate` as strengths and ids; k is the largest number that fires on a token, at least 1."""
+        """`activate` as strengths and indices; k is the largest number of active features on a token, at least 1."""
         f = self.activate(pre)
         return top_k(f, max(1, int((f > 0).sum(-1).max())) if f.numel() else 1)
 
     def encode_sparse(self, x: Float[Tensor, "*token d_model"]) -> Encoded:
-        """The active features of each token: strengths and ids, `[*token, k]` each; padded with strength 0."""
+        """The active features of each token: strengths and indices, `[*token, k]` each; padded with strength 0."""
         values, ids = self.sparsify(self.pre_activations(x))
         if math.isinf(self.sink_norm):
             return Encoded(values, ids)
         return Encoded(values.masked_fill(self.sinks(x), 0), ids)
 
     def sinks(self, x: Float[Tensor, "*token d_model"]) -> Bool[Tensor, "*token 1"]:
-        """Which tokens are attention sinks."""
+        """Mask of attention sinks."""
         return x.float().norm(dim=-1, keepdim=True) > self.sink_norm
 
     def encode(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token feature"]:
-        """Feature activations, 0 where a feature does not fire."""
+        """Feature activations; 0 where a feature is inactive."""
         f = self.activate(self.pre_activations(x))
         return f if math.isinf(self.sink_norm) else f.masked_fill(self.sinks(x), 0)
 
@@ -181,63 +182,63 @@ class Coder(Dictionary):
         return flat.unflatten(0, code.ids.shape[:-1])
 
     def rebuild(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_out"]:
-        """x̂: the decoded code of x, and what a transcoder's skip path adds."""
+        """The reconstruction x̂, including a transcoder's skip connection."""
         rebuilt = self.decode_sparse(self.encode_sparse(x))
         return rebuilt if self.W_skip is None else rebuilt + x @ self.W_skip.T
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Coder:
-        """The same dictionary in another dtype or place; it keeps its hash."""
+        """The same dictionary with another dtype or device; its hash is unchanged."""
         weights = {name: tensor.to(dtype=dtype, device=device) for name, tensor in self.tensors().items()}
         moved = replace(self, **weights)
         object.__setattr__(moved, "_hash", self.hash)
         return moved
 
     def with_bias(self, *, subtracted: bool) -> Coder:
-        """The same features and the same x̂, with b_dec taken off the input or not; the difference goes into b_enc."""
+        """An equivalent dictionary with or without subtraction of b_dec from the input, compensated in b_enc."""
         if self.subtract_bias == subtracted:
             return self
         shift = self.b_dec.double() @ self.W_enc.double() * (1 if subtracted else -1)
         return replace(self, subtract_bias=subtracted, **self.biased(shift))
 
     def biased(self, shift: Float[Tensor, " feature"]) -> dict[str, Any]:
-        """The biases after (x − b_dec) W_enc has become smaller by `shift`."""
+        """The biases after adding `shift` to b_enc's, to compensate for (x − b_dec) W_enc decreasing by it."""
         return {"b_enc": (self.b_enc.double() + shift).to(self.b_enc.dtype)}
 
-    # how it is trained; `config` is a `TrainConfig`, of which an architecture sees `training`
+    # training; `config` is a `TrainConfig`, of which an architecture sees `training`
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
-        """Forward and backward pass of a step: the squared error, and what the architecture charges for firing."""
+        """Forward and backward pass of a step: squared error plus the architecture's sparsity cost."""
         raise NotImplementedError
 
     @classmethod
     def initial(cls, config: Any, zeros: Float[Tensor, " feature"]) -> dict[str, Tensor]:
-        """`Weights.own` at the start."""
+        """Initial values of `Weights.own`."""
         return {}
 
     @classmethod
     def follow(cls, threshold: Float[Tensor, ""], found: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The running threshold after a step that found `Pass.threshold`."""
+        """Update of the running threshold after a step with `Pass.threshold`."""
         return threshold
 
     @classmethod
     def trained(cls, w: Weights, config: Any, stretch: Float[Tensor, " feature"], level: float) -> dict[str, Any]:
-        """Own fields of the dictionary after training.
+        """The architecture's own fields after training.
 
-        `stretch` is what strengths are multiplied by to fit the activations' own scale, `level` the running
+        `stretch` is the factor from trained strengths to the activations' own scale, `level` the running
         threshold on that scale.
         """
         return {}
 
-    # how a training goes on from it
+    # warm start
 
     @property
     def level(self) -> float:
-        """What the running threshold starts with."""
+        """Initial running threshold of a warm start."""
         return 0.0
 
     def fitting(self) -> dict[str, Any]:
-        """Fields of a `TrainConfig` that its own settings decide, beside k."""
+        """Fields of a `TrainConfig` determined by its own settings, besides k."""
         return {}
 
     def check_start(self, config: Any) -> None:
@@ -246,17 +247,17 @@ class Coder(Dictionary):
     def own_weights(
         self, like: Tensor, stretch: Float[Tensor, " feature"], shift: Float[Tensor, " feature"]
     ) -> dict[str, Tensor]:
-        """`Weights.own` of this dictionary, in the dtype and place of `like`: the inverse of `trained`.
+        """`Weights.own` of this dictionary, in the dtype and on the device of `like`: the inverse of `trained`.
 
-        `shift` is what was added to b_enc because training takes b_dec off the input.
+        `shift` was added to b_enc because training subtracts b_dec from the input.
         """
         return {}
 
-    # how SAELens' files hold it
+    # SAELens files
 
     @classmethod
     def of_saelens(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors with what else a config says of them folded in."""
+        """The tensors with further settings of a config folded in."""
         return tensors
 
     def to_saelens(self) -> dict[str, Any]:
@@ -265,12 +266,12 @@ class Coder(Dictionary):
 
     @classmethod
     def restored(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Own fields and weights from a file that names another architecture, and unsleep's `settings` in it.
+        """Own fields and weights from a file under another architecture's name, with unsleep's `settings`.
 
-        `None` where the file has been changed so that it is of the other one now.
+        `None` where the file has been changed and now is of that architecture.
         """
         return {**tensors, **settings}
 
     def saved(self) -> dict[str, Tensor]:
-        """The weights that such a file holds."""
+        """The weights for such a file."""
         return self.tensors()

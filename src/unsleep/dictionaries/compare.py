@@ -1,4 +1,4 @@
-"""Two dictionaries against each other: how alike their features are, and how far a fine-tune turned them."""
+"""Comparison of two dictionaries: matching of features, and rotation of features by a fine-tune."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from unsleep.core import BadInput, Dictionary
 from unsleep.dictionaries.coders import Coder
 
 Matching = Literal["one_to_one", "greedy"]
-"""`one_to_one`: every feature has one partner, chosen for the largest sum of cosines (Hungarian algorithm);
-`greedy`: each takes the nearest, which several may share."""
+"""`one_to_one`: the matching with the largest sum of cosines (Hungarian algorithm);
+`greedy`: each feature takes its nearest, which several may share.
+"""
 
 
 class Match(NamedTuple):
-    """Features of two dictionaries in pairs, one for each feature of the smaller one."""
+    """Matched features of two dictionaries, one pair per feature of the smaller one."""
 
     mmcs: float
     """Mean maximum cosine similarity: the mean of `cosine`."""
     first: Int[Tensor, " pair"]
-    """Feature of the first dictionary."""
+    """Feature index in the first dictionary."""
     second: Int[Tensor, " pair"]
-    """Its partner in the second."""
+    """Feature index in the second."""
     cosine: Float[Tensor, " pair"]
     """Cosine of their decoder rows, in float32; 0 where a row is 0."""
 
 
 def match(first: Dictionary, second: Dictionary, matching: Matching = "one_to_one", *, block: int = 2048) -> Match:
-    """Pair the features of two dictionaries by the cosine of their decoder rows.
+    """Match the features of two dictionaries by the cosine of their decoder rows.
 
     The mean of the cosines is the MMCS (Sharkey et al. 2022, "Taking features out of superposition with
-    sparse autoencoders"); pairs one to one as in Paulo & Belrose 2025, "Sparse autoencoders trained on the
-    same data learn different features". One to one needs all F₁ · F₂ cosines in memory, in float64, and time
-    that grows with the cube of F; greedy takes `block` rows at a time.
+    sparse autoencoders"); one-to-one matching as in Paulo & Belrose 2025, "Sparse autoencoders trained on the
+    same data learn different features" (arXiv:2501.16615). One-to-one needs all F₁ · F₂ cosines in memory, in float64,
+    and time cubic in F; greedy processes `block` rows at a time.
 
     Raises `BadInput` for dictionaries of different widths.
     """
@@ -63,33 +64,33 @@ def match(first: Dictionary, second: Dictionary, matching: Matching = "one_to_on
 
 
 class Rotation(NamedTuple):
-    """What a fine-tune did to every feature of a dictionary; cosines are NaN where a row is 0."""
+    """Change of every feature of a dictionary by a fine-tune; cosines are NaN for zero rows."""
 
     decoder_cosine: Float[Tensor, " feature"]
-    """Cosine of a feature's decoder row before and after."""
+    """Cosine between a feature's decoder rows before and after."""
     encoder_cosine: Float[Tensor, " feature"]
-    """The same of its encoder's column."""
+    """Cosine between its encoder columns before and after."""
     decoder_change: Float[Tensor, " feature"]
     """‖after − before‖ of the decoder row."""
     encoder_change: Float[Tensor, " feature"]
-    """‖after − before‖ of the encoder's column."""
+    """‖after − before‖ of the encoder column."""
     decoder_norm: Float[Tensor, "2 feature"]
     """Norm of the decoder row, before and after."""
     encoder_norm: Float[Tensor, "2 feature"]
-    """Norm of the encoder's column, before and after."""
+    """Norm of the encoder column, before and after."""
 
     def most(self, n: int) -> Int[Tensor, " n"]:
-        """The `n` features whose decoder rows turned most, those that turned most first; rows of 0 come last."""
+        """The `n` features with the most rotated decoder rows, most first; zero rows come last."""
         return self.decoder_cosine.nan_to_num(torch.inf).argsort(stable=True)[:n]
 
 
 def rotation(before: Coder, after: Coder) -> Rotation:
-    """How far each feature turned when `after` was trained from `before`, in float64.
+    """Rotation of each feature when `after` was trained from `before`, in float64.
 
-    Features that turn most are those that the new activations use in another way (Bricken et al. 2024,
-    "Stage-wise model diffing", Transformer Circuits Thread). Features keep their numbers in a warm start
+    The features that rotate most are those that the new activations use differently (Bricken et al. 2024,
+    "Stage-wise model diffing", Transformer Circuits Thread). A warm start keeps feature indices
     (`Trainer.from_dictionary`), so that row j is compared with row j; see `match` for dictionaries
-    that were trained apart.
+    that were trained independently.
 
     Raises `BadInput` for dictionaries of different shapes.
     """

@@ -1,4 +1,4 @@
-"""How a dictionary is trained: what every training has (`Settings`), and what the architectures add to it."""
+"""Training configuration: the common `Settings` and those that architectures add."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     Architecture = str
 else:
     Architecture = Literal[tuple(KINDS)]
-"""The names of the architectures, which are the choices on the command line."""
+"""Names of the architectures, the choices on the command line."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(*OWN_SETTINGS):  # pyright: ignore[reportUntypedBaseClass]
-    """How a dictionary is trained."""
+    """Training configuration of a dictionary."""
 
     architecture: Architecture = Settings.architecture
 

@@ -2,11 +2,11 @@
 
     f = activate(Σ_m x_m W_enc[m] + b_enc)        x̂_m = f W_dec[m] + b_dec[m]
 
-A feature that both models have writes into both; one that only one model has writes into that one alone
+A shared feature has decoder rows in both models, an exclusive one in one model only
 (Lindsey et al. 2024, "Sparse crosscoders for cross-layer features and model diffing", Transformer Circuits
-Thread). A crosscoder is a dictionary of the models' activations side by side (`Crosscoder.joint`), and is
-trained as one: BatchTopK, as Minder et al. 2025 recommend ("Robustly identifying concepts introduced during
-chat fine-tuning using crosscoders"), because an L1 cost makes shared features look exclusive.
+Thread). A crosscoder is a dictionary of the models' concatenated activations (`Crosscoder.joint`), and is
+trained as one, with BatchTopK, as Minder et al. 2025 recommend ("Robustly identifying concepts introduced during
+chat fine-tuning using crosscoders", arXiv:2504.02922), because an L1 cost makes shared features look exclusive.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ RECORD = {
     "sink_norms": list[int | float | None],
     "metadata": dict,
 }
-"""What crosscoder.json must hold (see `store.fields_of`)."""
+"""Keys and types of crosscoder.json (see `store.fields_of`)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Crosscoder:
-    """One code for the activations of several models at one Site; weights in the activations' own scales."""
+    """A shared code for the activations of several models at one Site; weights in the activations' own scales."""
 
     site: Site
     models: tuple[str, ...]
@@ -55,13 +55,13 @@ class Crosscoder:
     W_dec: Float[Tensor, "model feature d_model"]
     b_dec: Float[Tensor, "model d_model"]
     k: int
-    """Features that fired on a token in training, on average."""
+    """Mean number of active features per token in training."""
     threshold: float
-    """A feature fires with its pre-activation where that is over it; 0 for one that was trained with an L1 cost."""
+    """A feature is active with its pre-activation above this; 0 for one trained with an L1 cost."""
     scales: tuple[float, ...] = (1.0, 1.0)
-    """The factors that normalised each model's activations: decoder rows are compared on that scale."""
+    """Normalisation factors of each model's activations; decoder rows are compared on that scale."""
     sink_norms: tuple[float, ...] = (math.inf, math.inf)
-    """No feature fires on a token whose norm in one of the models is over that model's."""
+    """Per model, the norm above which a token is an attention sink: no feature is active there."""
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Crosscoder:
             values = getattr(self, name)
             if len(values) != m or not all(v > 0 for v in values):
                 raise BadInput(f"crosscoder at {self.site}: {name} is {values}; expected {m} numbers over 0")
-        _ = self.joint  # checks that the weights are finite
+        _ = self.joint  # validates finite weights
 
     @property
     def d_model(self) -> int:
@@ -96,7 +96,7 @@ class Crosscoder:
 
     @property
     def hash(self) -> str:
-        """Content hash over weights, settings, models and Site."""
+        """Content hash of weights, settings, models and Site."""
         return store.hash_value([self.joint.hash, self.models, self.scales, self.sink_norms])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -105,14 +105,14 @@ class Crosscoder:
 
     @cached_property
     def joint(self) -> BatchTopK:
-        """The same as a dictionary of all models' activations side by side, `[token, model · d_model]` (see `joined`).
+        """The crosscoder as a dictionary of concatenated activations, `[token, model · d_model]` (see `joined`).
 
-        It knows nothing of sinks.
+        It ignores attention sinks.
         """
         return self._view(self.W_dec.transpose(0, 1).flatten(1).contiguous(), self.b_dec.flatten(), None)
 
     def of(self, model: int) -> BatchTopK:
-        """The same as a transcoder: reads all models' activations side by side, rebuilds those of one."""
+        """The crosscoder as a transcoder from all models' concatenated activations to those of one."""
         return self._each[model]
 
     @cached_property
@@ -136,21 +136,21 @@ class Crosscoder:
         )
 
     def contribution(self, x: Float[Tensor, "*token d_model"], model: int) -> Float[Tensor, "*token feature"]:
-        """What one model's activations add to the pre-activations: x W_enc[model]."""
+        """One model's contribution to the pre-activations: x W_enc[model]."""
         return x @ self.W_enc[model]
 
     def encode(self, *x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token feature"]:
-        """Feature activations of tokens from every model's activations of them, in the order of `models`."""
+        """Feature activations from every model's activations of the same tokens, in the order of `models`."""
         beside = self._beside(x)
         return self.joint.encode(beside).masked_fill(self._sinks(x), 0)
 
     def encode_sparse(self, *x: Float[Tensor, "*token d_model"]) -> Encoded:
-        """The active features of each token: strengths and ids, padded with strength 0."""
+        """The active features of each token: strengths and indices, padded with strength 0."""
         code = self.joint.encode_sparse(self._beside(x))
         return Encoded(code.values.masked_fill(self._sinks(x), 0), code.ids)
 
     def decode(self, f: Float[Tensor, "*token feature"], model: int) -> Float[Tensor, "*token d_model"]:
-        """The activation of one model that a code stands for."""
+        """Reconstructed activations of one model."""
         return f @ self.W_dec[model] + self.b_dec[model]
 
     def decode_sparse(self, code: Encoded, model: int) -> Float[Tensor, "*token d_model"]:
@@ -173,9 +173,9 @@ class Crosscoder:
 def joined(
     first: Activations | ActivationStream, second: Activations | ActivationStream, scales: tuple[float, float] = (1, 1)
 ) -> ActivationStream:
-    """Two models' activations of the same tokens side by side, `[token, 2 · d_model]` in float32, each scaled.
+    """Two models' activations of the same tokens, concatenated to `[token, 2 · d_model]` in float32, each scaled.
 
-    Raises `BadInput` where they are not of the same tokens at the same Site (see `pairs.paired`).
+    Raises `BadInput` for activations of different tokens or Sites (see `pairs.paired`).
     """
     a, b = streamed(first), streamed(second)
     if (a.site, a.prompts, a.sizes) != (b.site, b.prompts, b.sizes):
@@ -200,16 +200,16 @@ def train_crosscoder(
 ) -> Crosscoder:
     """Train a crosscoder on two models' activations of the same tokens.
 
-    Each model's activations are normalised on their own scale (`config.normalize`), so that neither weighs
-    more; a BatchTopK dictionary is trained on both side by side, and the scales are folded into its weights.
+    Each model's activations are normalised on their own scale (`config.normalize`), so that both have equal
+    weight; a BatchTopK dictionary is trained on their concatenation, and the scales are folded into its weights.
 
     Args:
-        first, second: such as the two halves of `pairs.paired`; the same tokens in the same order.
-        checkpoint: a folder; an interrupted run with the same activations and config goes on from it.
+        first, second: such as the two sides of `pairs.paired`; the same tokens in the same order.
+        checkpoint: a folder; an interrupted run with the same activations and config resumes from it.
 
     Raises:
-        BadInput: activations that are not of the same tokens, of different widths or constant, or another
-            architecture than `batchtopk`.
+        BadInput: activations of different tokens or widths, constant ones, or an architecture other
+            than `batchtopk`.
     """
     if config.architecture != BatchTopK.name():
         raise BadInput(f"training architecture is {config.architecture!r}; expected 'batchtopk' for a crosscoder")
@@ -231,7 +231,7 @@ def train_crosscoder(
         site=beside.site,
         models=(first.model, second.model),
         W_enc=w_enc * scale,
-        b_enc=trained.b_enc - trained.b_dec @ trained.W_enc,  # in training b_dec is taken off the input
+        b_enc=trained.b_enc - trained.b_dec @ trained.W_enc,  # training subtracts b_dec from the input
         W_dec=w_dec / scale,
         b_dec=trained.b_dec.unflatten(0, (2, -1)) / scale[:, 0],
         k=trained.k,
@@ -245,39 +245,39 @@ def train_crosscoder(
 def decoder_norm_ratio(crosscoder: Crosscoder) -> Float[Tensor, " feature"]:
     """‖W_dec[1]‖ / (‖W_dec[0]‖ + ‖W_dec[1]‖) of every feature, on the normalised scale; NaN where both are 0.
 
-    The relative decoder norm of Lindsey et al. 2024: about 0 for features of the first model alone, ½ for shared
-    ones, 1 for those of the second alone. A shared feature can look exclusive; see `latent_scaling`.
-    Raises `BadInput` for other than two models.
+    The relative decoder norm of Lindsey et al. 2024: about 0 for features of the first model only, ½ for shared
+    ones, 1 for those of the second only. A shared feature can look exclusive; see `latent_scaling`.
+    Raises `BadInput` unless there are two models.
     """
     norms = _normalised_rows(crosscoder).norm(dim=-1)
     return norms[1] / norms.sum(0)
 
 
 class LatentScaling(NamedTuple):
-    """How much of each model a feature explains: factors on what it writes. NaN for features that never fired."""
+    """Latent scaling coefficients of every feature in both models. NaN for features that are never active."""
 
     error: Float[Tensor, "model feature"]
-    """β of what the other features leave of the model's activations, x − Σ_{i≠j} f_i W_dec_i − b_dec."""
+    """β against the residual without the feature, x − Σ_{i≠j} f_i W_dec_i − b_dec."""
     reconstruction: Float[Tensor, "model feature"]
-    """β of what all features together rebuild, x̂ − b_dec."""
+    """β against the full reconstruction, x̂ − b_dec."""
     of: int
-    """The model whose decoder rows are scaled."""
+    """Index of the model whose decoder rows are scaled."""
     fired: Int[Tensor, " feature"]
-    """Tokens on which each feature fired."""
+    """Number of tokens on which each feature is active."""
 
     @property
     def error_ratio(self) -> Float[Tensor, " feature"]:
         """ν^ε = β of the other model / β of its own, by `error`.
 
-        Near 0: exclusive. Near 1: the other model has it too, and its decoder was shrunk away.
+        Near 0: exclusive. Near 1: shared, with a decoder row shrunk by training.
         """
         return self.error[1 - self.of] / self.error[self.of]
 
     @property
     def reconstruction_ratio(self) -> Float[Tensor, " feature"]:
-        """ν^r, the same by `reconstruction`.
+        """ν^r: as `error_ratio`, by `reconstruction`.
 
-        Near 0: exclusive. Near 1: other features rebuild the same in the other model.
+        Near 0: exclusive. Near 1: other features reconstruct the same in the other model.
         """
         return self.reconstruction[1 - self.of] / self.reconstruction[self.of]
 
@@ -291,21 +291,21 @@ def latent_scaling(
     of: int = 1,
     batch: int = 4096,
 ) -> LatentScaling:
-    """Whether features of one model are absent from the other, by least squares over all tokens, in float64.
+    """Latent scaling: test whether features are exclusive to a model, by least squares over all tokens, in float64.
 
     For feature j with decoder row d_j of model `of`, and a target y_m of each model m, in closed form:
 
         β_j = argmin Σ ‖β f_j d_j − y_m‖² = Σ f_j ⟨d_j, y_m⟩ / (‖d_j‖² Σ f_j²)
 
-    Minder et al. 2025, section 3.2, on the normalised scale; a reconstruction is taken without b_dec, because a
-    mean that lies along d_j says nothing of the feature.
+    Minder et al. 2025 (arXiv:2504.02922), section 3.2, on the normalised scale; reconstructions exclude b_dec, because
+    a mean along d_j carries no information on the feature.
 
     Args:
-        first, second: activations of the same tokens, best those that were not trained on.
+        first, second: activations of the same tokens, preferably not trained on.
         of: 0 for features of the first model, 1 for those of the second.
-        batch: tokens that are encoded at a time.
+        batch: tokens encoded at a time.
 
-    Raises `BadInput` for activations of different tokens, and for other than two models.
+    Raises `BadInput` for activations of different tokens, and unless there are two models.
     """
     if of not in (0, 1):
         raise BadInput(f"of is {of}; expected 0 for the first model or 1 for the second")
@@ -315,7 +315,7 @@ def latent_scaling(
     square = torch.zeros(crosscoder.n_features, dtype=torch.float64)
     fired = torch.zeros(crosscoder.n_features, dtype=torch.long)
     along = torch.zeros(2, 2, crosscoder.n_features, dtype=torch.float64)
-    """Σ f_j ⟨d_j, y⟩ for the error left by all features and for what they rebuild, of each model."""
+    """Σ f_j ⟨d_j, y⟩ for the error of all features and for their reconstruction, per model."""
     beside = joined(first, second)
     for i in range(len(beside.sizes)):
         for x in beside.read(i).split(batch):
@@ -332,19 +332,19 @@ def latent_scaling(
                     dots = sparse.row_dots(y, rows[of], code)
                     along[target, m].index_add_(0, code.ids, code.values * dots)
     length = rows[of].square().sum(1) * square
-    back = (rows[of] * rows).sum(2)  # the feature's own part is put back into the error
+    back = (rows[of] * rows).sum(2)  # add the feature's own part back to the error
     return LatentScaling((along[0] + back * square) / length, along[1] / length, of, fired)
 
 
 def _normalised_rows(crosscoder: Crosscoder) -> Float[Tensor, "2 feature d_model"]:
-    """Decoder rows on the scale of training, in float64."""
+    """Decoder rows on the normalised scale, in float64."""
     if len(crosscoder.models) != 2:
         raise BadInput(f"the crosscoder is of {len(crosscoder.models)} models; expected 2")
     return crosscoder.W_dec.double() * torch.tensor(crosscoder.scales, dtype=torch.float64)[:, None, None]
 
 
 def save_crosscoder(crosscoder: Crosscoder, folder: str | Path, *, replace: bool = False) -> Path:
-    """Write crosscoder.json and crosscoder.safetensors into a folder, whole or not at all."""
+    """Write crosscoder.json and crosscoder.safetensors into a folder, atomically."""
     record = {
         "schema": SCHEMA,
         "site": str(crosscoder.site),
@@ -362,9 +362,9 @@ def save_crosscoder(crosscoder: Crosscoder, folder: str | Path, *, replace: bool
 
 
 def load_crosscoder(folder: str | Path) -> Crosscoder:
-    """Read what `save_crosscoder` wrote.
+    """Load a crosscoder saved by `save_crosscoder`.
 
-    Raises `BadInput` naming the file, the key and the shape that was expected for anything that does not fit.
+    Raises `BadInput` naming the file, the key and the expected shape for anything invalid.
     """
     path = Path(folder) / "crosscoder.json"
     record = store.read_record(path, SCHEMA, RECORD)

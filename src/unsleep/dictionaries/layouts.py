@@ -1,4 +1,4 @@
-"""How other libraries' files name what an architecture holds: the terms in which an architecture says it."""
+"""Vocabulary in which an architecture describes its layout in other libraries' files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 
 class SAELens(NamedTuple):
-    """An architecture of SAELens, beside W_enc, W_dec and b_dec."""
+    """Layout in SAELens, besides W_enc, W_dec and b_dec."""
 
     name: str
     names: Mapping[str, str] = {"b_enc": "b_enc"}
-    """Its name of a tensor → ours; of the feature's size."""
+    """Its tensor names → ours; one entry per feature."""
     transcoder: str | None = None
-    """What stands before `transcoder` and `skip_transcoder`; `None` where it has none."""
+    """Prefix of `transcoder` and `skip_transcoder`; `None` without transcoders."""
     numbers: tuple[str, ...] = ()
-    """Keys of its config that are fields of ours."""
+    """Config keys that are our fields."""
     activation: str | None = None
     """Its `activation_fn` before version 6."""
     borrowed: bool = False
-    """Whether the name is another architecture's, so that unsleep's own keys alone tell them apart."""
+    """True if the name is another architecture's, distinguished only by unsleep's own keys."""
 
     @property
     def every_name(self) -> tuple[str, ...]:
@@ -32,10 +32,10 @@ class SAELens(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A tensor of dictionary_learning that holds a setting."""
+    """A dictionary_learning tensor that stores a setting."""
 
     setting: str | None
-    """Ours; `None` for one that has no meaning here: it may be missing, and −1 is written."""
+    """Our field; `None` for one without meaning here: it may be missing, and −1 is written."""
     dtype: torch.dtype
     ndim: int = 0
 
@@ -45,19 +45,19 @@ class Learned(NamedTuple):
 
     name: str
     trainer: str
-    """The trainer that makes it."""
+    """Name of its trainer."""
     names: Mapping[str, str]
-    """Its name of a tensor → ours."""
+    """Its tensor names → ours."""
     subtracts: bool
-    """Whether it takes b_dec off the input."""
+    """True if it subtracts b_dec from the input."""
     buffers: Mapping[str, Buffer] = {}
-    """Beside the weights."""
+    """Buffers besides the weights."""
     borrowed: bool = False
     """As in `SAELens`."""
 
 
 LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-"""Weights of linear layers in dictionary_learning, which are ours transposed."""
+"""dictionary_learning's linear layers, transposes of our weights."""
 
 BARE = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-"""Weights that it names and lays out as we do."""
+"""Weights with our names and layout."""

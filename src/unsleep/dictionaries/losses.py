@@ -1,8 +1,8 @@
-"""What the forward and backward passes of the architectures share, by hand.
+"""Hand-written forward and backward passes shared by the architectures.
 
-Loss = mean over tokens of ‖ŷ − y‖² + what the architecture charges for firing. The encoder runs in
-bf16. Where few features fire, everything behind it touches active rows only (`sparse`); where many
-do, the products are dense and in bf16 too. Gradients equal those of autograd on the plain dense
+Loss = mean over tokens of ‖ŷ − y‖² + the architecture's sparsity cost. The encoder runs in
+bf16. Where few features are active, later steps touch active rows only (`sparse`); where many
+are, the products are dense and in bf16 too. Gradients equal those of autograd on the plain dense
 formulas up to rounding (tests/test_losses.py).
 """
 
@@ -20,40 +20,40 @@ from unsleep.dictionaries import sparse
 from unsleep.dictionaries.sparse import Code
 
 threshold_backward = torch.ops.aten.threshold_backward
-"""grad where x is over a level, else 0: one pass, where `torch.where` takes three."""
+"""Gradient where x is above a threshold, else 0: one pass, where `torch.where` takes three."""
 
 SPARSE_BELOW = 1 / 40
-"""Share of features firing under which active rows are cheaper than dense products."""
+"""Share of active features below which sparse products are cheaper than dense ones."""
 
 
 @dataclass
 class Weights:
-    """What is trained, in float32. The encoder is held transposed: a feature is a row in both matrices."""
+    """Trained parameters, in float32. The encoder is transposed: a feature is a row in both matrices."""
 
     enc: Float[Tensor, "feature d_in"]
     dec: Float[Tensor, "feature d_out"]
     b_enc: Float[Tensor, " feature"]
     b_dec: Float[Tensor, " d_out"]
     own: dict[str, Float[Tensor, " feature"]] = field(default_factory=dict[str, Tensor])
-    """What an architecture has beside them."""
+    """Parameters that an architecture adds."""
     skip: Float[Tensor, "d_out d_in"] | None = None
-    """Transcoders only."""
+    """Skip connection, transcoders only."""
 
     def named(self) -> dict[str, Tensor]:
-        """The weights that there are."""
+        """The parameters by name."""
         found = {"enc": self.enc, "dec": self.dec, "b_enc": self.b_enc, "b_dec": self.b_dec, **self.own}
         return found if self.skip is None else {**found, "skip": self.skip}
 
 
 class Batch(NamedTuple):
-    """Normalised activations of some tokens."""
+    """Normalised activations of a batch of tokens."""
 
     x: Float[Tensor, "token d_in"]
-    """What is encoded: the bias is taken off already, where the architecture does so."""
+    """Encoder input, after subtraction of the bias where the architecture does so."""
     y: Float[Tensor, "token d_out"]
-    """What is to be rebuilt, without b_dec."""
+    """Reconstruction target, without b_dec."""
     subtracted: bool
-    """Whether b_dec was taken off x, so that it has a gradient there as well."""
+    """True if b_dec was subtracted from x, so that it has a gradient there too."""
     compute: torch.dtype = torch.bfloat16
     """Dtype of the dense products."""
 
@@ -63,19 +63,19 @@ class Batch(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward and backward pass."""
+    """Result of one forward and backward pass."""
 
     pre: Float[Tensor, "token feature"]
     error: Float[Tensor, "token d_out"]
     """ŷ − y."""
     grads: dict[str, Tensor]
-    """By the names of `Weights`."""
+    """Gradients by the names of `Weights`."""
     fired: Float[Tensor, " feature"]
-    """Over 0 where a feature fired."""
+    """Positive for features that were active."""
     active: int
-    """Entries that fired in the whole batch."""
+    """Number of active entries in the batch."""
     threshold: float = 0.0
-    """The smallest activation that was kept, where the architecture keeps those of a batch."""
+    """The smallest kept activation, where the architecture selects over a batch."""
 
 
 def encode(w: Weights, batch: Batch, dtype: torch.dtype | None = None) -> Float[Tensor, "token feature"]:
@@ -85,21 +85,21 @@ def encode(w: Weights, batch: Batch, dtype: torch.dtype | None = None) -> Float[
 
 
 def is_sparse(count: int, active: Bool[Tensor, "token feature"]) -> bool:
-    """Whether so few entries fire that active rows are cheaper than dense products."""
+    """True if so few entries are active that sparse products are cheaper than dense ones."""
     return count < SPARSE_BELOW * active.numel()
 
 
 def fired(w: Weights, code: Code) -> Float[Tensor, " feature"]:
-    """1 where a feature fired."""
+    """1 for features that were active."""
     found = torch.zeros_like(w.b_enc)
     found[code.ids[code.values > 0]] = 1
     return found
 
 
 def revive(w: Weights, batch: Batch, done: Pass, silent: Tensor, k: int, coefficient: float) -> None:
-    """Add the gradient of the auxiliary loss: dead features rebuild the error, as a share of its size.
+    """Add the gradient of the auxiliary loss: dead features reconstruct the error, relative to its size.
 
-    Gao et al. 2024, appendix A.2. `silent` holds the ids of dead features.
+    Gao et al. 2024 (arXiv:2406.04093), appendix A.2. `silent` are the indices of dead features.
     """
     values, which = sparse.top_k(done.pre[:, silent], min(k, len(silent)))
     code = sparse.code_of_top_k(values.relu().to(w.dec.dtype), silent[which])
@@ -108,7 +108,7 @@ def revive(w: Weights, batch: Batch, done: Pass, silent: Tensor, k: int, coeffic
     extra = sparse_grads(w, batch.x, code, off * share)
     for name, grad in extra.items():
         done.grads[name] += grad
-    if batch.subtracted:  # the error is taken as given: b_dec moves through the encoder alone
+    if batch.subtracted:  # the error is constant: b_dec has a gradient only through the encoder
         done.grads["b_dec"] -= extra["b_enc"] @ w.enc
 
 
@@ -119,7 +119,7 @@ def sparse_grads(
     slope: Float[Tensor, "token d_out"],
     cost: float | Tensor = 0.0,
 ) -> dict[str, Tensor]:
-    """Gradients of the matrices and b_enc from ∂loss/∂ŷ, and what an entry's activation costs."""
+    """Gradients of the matrices and b_enc from ∂loss/∂ŷ, and the cost per active entry."""
     order = sparse.by_feature(code, len(w.enc))
     of_value = (sparse.row_dots(slope, w.dec, code) + cost) * (code.values > 0)
     return {
@@ -130,14 +130,14 @@ def sparse_grads(
 
 
 def column_sums(x: Float[Tensor, "token feature"]) -> Float[Tensor, " feature"]:
-    """Σ over tokens: as a matrix product, which adds up in float32 and is several times faster than a sum."""
+    """Sum over tokens as a matrix product, which accumulates in float32 and is several times faster."""
     return (x.new_ones(1, len(x)) @ x).squeeze(0)
 
 
 def sparse_pass(
     w: Weights, batch: Batch, pre: Float[Tensor, "token feature"], code: Code, cost: float | Tensor = 0.0
 ) -> Pass:
-    """All gradients by active rows alone; `cost` is ∂loss/∂value of an entry beside the squared error."""
+    """All gradients by sparse products; `cost` is ∂loss/∂value of an entry besides the squared error."""
     error = _with_skip(w, batch, sparse.combine(code, w.dec)) - batch.y
     slope = batch.slope(error)
     grads = sparse_grads(w, batch.x, code, slope, cost)
@@ -146,7 +146,7 @@ def sparse_pass(
 
 
 class Dense:
-    """A reconstruction from dense activations, and the way back from it."""
+    """A dense reconstruction with its backward pass."""
 
     def __init__(self, w: Weights, batch: Batch, f: Float[Tensor, "token feature"]) -> None:
         self.w, self.batch, self.f = w, batch, f
@@ -176,7 +176,7 @@ def _with_skip(w: Weights, batch: Batch, rebuilt: Tensor) -> Tensor:
 def _with_bias(
     w: Weights, batch: Batch, grads: dict[str, Tensor], slope: Tensor, through: Float[Tensor, " feature"]
 ) -> dict[str, Tensor]:
-    """Add what b_dec and the skip path learn; `through` is Σ over tokens of ∂loss/∂pre."""
+    """Add the gradients of b_dec and the skip connection; `through` is Σ over tokens of ∂loss/∂pre."""
     grads["b_dec"] = slope.sum(0)
     if batch.subtracted:
         grads["b_dec"] = grads["b_dec"] - through @ w.enc

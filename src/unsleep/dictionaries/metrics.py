@@ -1,4 +1,4 @@
-"""How well a dictionary explains activations: streamed sums over all tokens, in float64."""
+"""Quality of fit of a dictionary: streamed sums over all tokens, in float64."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from unsleep.dictionaries.buffer import streamed
 from unsleep.dictionaries.coders import Coder
 
 Source = Float[Tensor, "_ _"] | Activations | ActivationStream
-"""Activations as a tensor `[token, d]`, with what they are, or in pieces that are read one at a time."""
+"""Activations as a tensor `[token, d]`, with their provenance, or in shards."""
 
 DENSE_OVER = 0.1
-"""Share of the tokens over which a feature that fires counts as dense."""
+"""Firing rate above which a feature counts as dense."""
 
 EDGES = tuple(i / 2 - 6 for i in range(13))
-"""log10 of the firing rates between the bins of a histogram: half a decade each, from a token in a million to all."""
+"""Bin edges of the firing-rate histogram, in log10: half a decade each, from a token in a million to all."""
 
 
 class Fit(NamedTuple):
-    """The fit of a dictionary to a set of activations."""
+    """Quality of fit of a dictionary on a set of activations."""
 
     fvu: float
     """Fraction of variance unexplained: E‖y − ŷ‖² / (E‖y‖² − ‖E y‖²), over all tokens."""
     l0: float
-    """Mean number of features that fire on a token."""
+    """Mean number of active features per token."""
     dead: float
-    """Share of features that fire on no token of the set."""
+    """Share of features that are never active on the set."""
     dense: float
-    """Share of features that fire on more than a tenth of the tokens."""
+    """Share of features that are active on more than a tenth of the tokens."""
     density: tuple[int, ...]
-    """Features that fire, by log10 of their firing rate, between `EDGES`; the first bin holds all that are rarer."""
+    """Histogram of the active features' log10 firing rates over `EDGES`; the first bin includes all rarer ones."""
     tokens: int
 
     @property
     def explained_variance(self) -> float:
-        """1 − FVU: 1 is best, 0 is what the mean alone explains."""
+        """1 − FVU: 1 is best, 0 is the mean's."""
         return 1 - self.fvu
 
 
 @torch.no_grad()
 def fit(dictionary: Coder, source: Source, target: Source | None = None, *, batch: int = 4096) -> Fit:
-    """FVU, L0 and how often features fire, over all tokens of `source`; not a mean over batches.
+    """FVU, L0 and firing rates over all tokens of `source`, not averaged over batches.
 
     Args:
-        source: what is encoded, `[token, d_in]`.
-        target: for a transcoder, what it has to rebuild of the same tokens, `[token, d_out]`.
-        batch: tokens that are encoded at a time.
+        source: activations to encode, `[token, d_in]`.
+        target: for a transcoder, its reconstruction target on the same tokens, `[token, d_out]`.
+        batch: tokens encoded at a time.
 
     Raises:
-        BadInput: no tokens, another width than the dictionary's, constant activations, a transcoder
+        BadInput: no tokens, a width other than the dictionary's, constant activations, a transcoder
             without a target or an autoencoder with one, or a target of other tokens.
     """
     if (target is None) != (dictionary.target is None):
@@ -104,13 +104,13 @@ def fit(dictionary: Coder, source: Source, target: Source | None = None, *, batc
 
 
 def _histogram(rates: Float[Tensor, " feature"]) -> tuple[int, ...]:
-    """Features that fire, counted by the log10 of their rate between `EDGES`."""
+    """Histogram of the active features' log10 firing rates over `EDGES`."""
     place: Int[Tensor, " feature"] = torch.bucketize(rates[rates > 0].log10(), torch.tensor(EDGES[1:-1]).to(rates))
     return tuple(torch.bincount(place, minlength=len(EDGES) - 1).tolist())
 
 
 def _stream(source: Source, dictionary: Coder) -> ActivationStream:
-    """Any activations in pieces; a bare tensor is taken to be the dictionary's own."""
+    """Activations as a stream; a bare tensor is assumed to be of the dictionary's model and Site."""
     if isinstance(source, Tensor):
         return ActivationStream((len(source),), lambda _: source, dictionary.site, dictionary.model, "")
     return streamed(source)

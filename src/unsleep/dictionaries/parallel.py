@@ -1,4 +1,4 @@
-"""One training shared by the processes of a torchrun job: each takes its part of every batch."""
+"""Data-parallel training under torchrun: each process takes a share of every batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, distributed
 
 @contextlib.contextmanager
 def joined(device: str) -> Generator[str]:
-    """Join the other processes where torchrun started this one; yields this process's device.
+    """Join the process group where torchrun started this process; yields this process's device.
 
-    gloo on CPUs, NCCL on GPUs. Alone, nothing happens.
+    gloo on CPUs, NCCL on GPUs. Without torchrun, a no-op.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
@@ -31,7 +31,7 @@ def joined(device: str) -> Generator[str]:
 
 
 def place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Rank of this process, and world size."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

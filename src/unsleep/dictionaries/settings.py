@@ -1,4 +1,4 @@
-"""What every training has, whatever its architecture: one frozen record, checked on construction."""
+"""Training settings common to all architectures: one frozen record, validated on construction."""
 
 from __future__ import annotations
 
@@ -14,49 +14,50 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a dictionary is trained. An architecture with settings of its own has a subclass of this."""
+    """Training settings of a dictionary. An architecture with further settings has a subclass of this."""
 
     architecture: str = "topk"
     features: int = 4608
     """F, the number of features."""
     k: int = 32
-    """Features that fire on each token or, in some architectures, on a token on average."""
+    """Active features per token or, in some architectures, on average."""
     sparsity: float = 1.0
-    """Where no k decides what fires: cost of a unit of activation (L1) or, in some architectures, of a firing feature
-    (L0), in units of the squared error of an activation whose mean norm is √d."""
+    """Sparsity coefficient of architectures without k: cost per unit of activation (L1) or, in some, per active feature
+    (L0), in units of the squared error of an activation whose mean norm is √d.
+    """
     sparsity_warmup: float = 0.1
-    """Share of the steps over which that cost rises from 0."""
+    """Share of the steps over which the sparsity coefficient rises from 0."""
     skip: bool = False
-    """Transcoders: a linear path from input to output beside the features."""
+    """Transcoders: a linear skip connection from input to output."""
     tokens: int = 1_000_000
-    """Tokens seen in training, over as many epochs as that takes."""
+    """Training tokens, over as many epochs as needed."""
     batch: int = 2048
-    """Tokens a step, over all processes."""
+    """Tokens per step, over all processes."""
     learning_rate: float = 3e-3
-    """Adam's, after the warm-up."""
+    """Learning rate of Adam after warm-up."""
     schedule: Schedule = "linear"
-    """How the learning rate falls to 0 over the last steps."""
+    """Decay of the learning rate to 0 over the last steps."""
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises linearly."""
+    """Share of the steps with linear learning-rate warm-up."""
     decay: float = 0.2
-    """Share of the steps over which it falls."""
+    """Share of the steps with learning-rate decay."""
     normalize: Normalize = "mean_norm"
-    """Activations are scaled to a mean norm of √d, to a root mean square of 1, or not; folded into the weights."""
+    """Scale activations to a mean norm of √d, to a root mean square of 1, or not; folded into the weights."""
     unit_decoder: bool = True
-    """Decoder rows are held at norm 1; otherwise an L1 cost counts their norms, and the norms are folded on save."""
+    """Keep decoder rows at norm 1; otherwise an L1 cost includes their norms, which are folded in on save."""
     aux_coefficient: float = 1 / 32
-    """Weight of the auxiliary loss, in which dead features rebuild the error; 0 leaves it out."""
+    """Weight of the auxiliary loss, in which dead features reconstruct the error; 0 disables it."""
     aux_k: int = 64
-    """Dead features that rebuild the error of each token."""
+    """Dead features that reconstruct the error of each token."""
     dead_after: int = 100_000
-    """Tokens without firing after which a feature counts as dead."""
+    """Tokens without activation after which a feature counts as dead."""
     resample_every: int = 0
-    """Tokens after which dead features start anew at the tokens that are rebuilt worst; 0 leaves it out."""
+    """Tokens between resamplings of dead features at poorly reconstructed tokens; 0 disables it."""
     sink_ratio: float = 10.0
-    """Tokens whose norm is over this multiple of the median are sinks: no feature will fire on them."""
+    """Multiple of the median norm above which a token is an attention sink, on which no feature is active."""
     seed: int = 0
     checkpoint_every: int = 200
-    """Steps between checkpoints, where a folder for them is given; one is written every half minute in any case."""
+    """Steps between checkpoints, where a folder for them is given; at least one every half minute."""
 
     def __post_init__(self) -> None:
         check_choices(self, "training", normalize=Normalize, schedule=Schedule)
@@ -89,5 +90,5 @@ class Settings:
         return self.learning_rate * rising * (1.0 if self.schedule == "constant" else falling)
 
     def cost(self, step: int) -> float:
-        """The sparsity cost of a step."""
+        """Sparsity coefficient of a step."""
         return self.sparsity * min(1.0, (step + 1) / max(1.0, self.sparsity_warmup * self.steps))

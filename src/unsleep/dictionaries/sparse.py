@@ -1,7 +1,7 @@
-"""Sparse codes: choosing the active features, and sums that touch only their rows.
+"""Sparse codes: selection of the active features, and products that touch only their rows.
 
-A code is held flat: one entry for each active feature of each token, tokens in order, `offsets`
-telling where each token begins. Every product of a code with a matrix is then an embedding bag.
+A code is flat: one entry per active feature of each token, tokens in order, with `offsets`
+marking where each token begins. Every product of a code with a matrix is then an embedding bag.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 GROUP = 16
-"""Features a group in `top_k`: the k largest lie in the k groups with the largest maxima."""
+"""Features per group in `top_k`: the k largest entries lie in the k groups with the largest maxima."""
 
 SAMPLED = 2**18
-"""Entries, about, whose distribution tells `largest` where to cut."""
+"""Approximate sample size for the initial threshold of `largest`."""
 
 
 class Code(NamedTuple):
@@ -29,7 +29,7 @@ class Code(NamedTuple):
     ids: Int[Tensor, " entry"]
     token: Int[Tensor, " entry"]
     offsets: Int[Tensor, " token"]
-    """The first entry of every token."""
+    """Index of the first entry of every token."""
 
 
 def top_k(pre: Float[Tensor, "*token feature"], k: int) -> tuple[Float[Tensor, "*token k"], Int[Tensor, "*token k"]]:
@@ -41,7 +41,7 @@ def top_k(pre: Float[Tensor, "*token feature"], k: int) -> tuple[Float[Tensor, "
     features = pre.shape[-1]
     if features % GROUP or features < 4 * k * GROUP:
         return torch.topk(pre, k, dim=-1, sorted=False)
-    groups = pre.unflatten(-1, (GROUP, -1))  # features j, j + G, j + 2G … are a group: maxima run along memory
+    groups = pre.unflatten(-1, (GROUP, -1))  # features j, j + G, … form a group, for contiguous maxima
     _, best = torch.topk(groups.amax(-2), k, dim=-1, sorted=False)
     step = features // GROUP
     members = (best[..., None, :] + step * torch.arange(GROUP, device=pre.device)[:, None]).flatten(-2)
@@ -50,19 +50,19 @@ def top_k(pre: Float[Tensor, "*token feature"], k: int) -> tuple[Float[Tensor, "
 
 
 def code_of_top_k(values: Float[Tensor, "token k"], ids: Int[Tensor, "token k"]) -> Code:
-    """A code with k entries a token."""
+    """A code with k entries per token."""
     n, k = ids.shape
     entry = torch.arange(n * k, device=ids.device)
     return Code(values.flatten(), ids.flatten(), entry // k, entry[::k])
 
 
 def count(active: Bool[Tensor, "*shape"]) -> int:
-    """How many entries hold. numpy counts bytes many at a time where torch widens them first."""
+    """Number of True entries; numpy vectorises over bytes where torch widens them first."""
     return int(np.count_nonzero(active.numpy())) if active.device.type == "cpu" else int(active.count_nonzero())
 
 
 def code_where(pre: Float[Tensor, "token feature"], active: Bool[Tensor, "token feature"]) -> Code:
-    """A code with the entries where `active` holds."""
+    """A code with the entries where `active` is True."""
     if active.device.type == "cpu":
         place = torch.from_numpy(np.flatnonzero(active.numpy()))
     else:
@@ -71,7 +71,7 @@ def code_where(pre: Float[Tensor, "token feature"], active: Bool[Tensor, "token 
 
 
 def _code_at(pre: Float[Tensor, "token feature"], place: Int[Tensor, " entry"]) -> Code:
-    """A code with the entries at ascending places of the flattened pre-activations."""
+    """A code with the entries at ascending indices of the flattened pre-activations."""
     tokens, features = pre.shape
     token = torch.div(place, features, rounding_mode="floor")
     starts = torch.searchsorted(place, torch.arange(tokens, device=pre.device) * features)
@@ -79,13 +79,13 @@ def _code_at(pre: Float[Tensor, "token feature"], place: Int[Tensor, " entry"]) 
 
 
 def largest(pre: Float[Tensor, "token feature"], n: int) -> Code:
-    """A code with the `n` largest positive entries of the whole batch; entries equal to the last stay as well.
+    """A code with the `n` largest positive entries of the batch, including ties with the last.
 
-    A sample of the entries gives a level that somewhat more of them exceed; those alone are compared.
+    A random sample gives a threshold that slightly more entries exceed; only those are compared.
     """
     flat = pre.flatten()
     stride = max(1, len(flat) // SAMPLED)
-    while math.gcd(stride, pre.shape[1]) > 1:  # or the sample would hold a few features of every token alone
+    while math.gcd(stride, pre.shape[1]) > 1:  # else the sample covers only a few features
         stride += 1
     sample = flat[::stride].float()
     expected = min(len(sample), math.ceil(1.2 * n * len(sample) / len(flat)) + 8)
@@ -103,7 +103,7 @@ def largest(pre: Float[Tensor, "token feature"], n: int) -> Code:
 
 
 def split(code: Code, part: Int[Tensor, " entry"], parts: int, tokens: int) -> list[Code]:
-    """One code for each part of the entries."""
+    """Split a code by part of each entry."""
     every = torch.arange(tokens, device=code.ids.device)
     found: list[Code] = []
     for i in range(parts):
@@ -131,7 +131,7 @@ def row_dots(x: Float[Tensor, "token d"], rows: Float[Tensor, "feature d"], code
 
 
 class ByFeature(NamedTuple):
-    """The entries of a code in the order of their features."""
+    """The entries of a code sorted by feature."""
 
     entry: Int[Tensor, " entry"]
     token: Int[Tensor, " entry"]

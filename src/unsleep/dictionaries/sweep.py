@@ -1,10 +1,10 @@
-"""Many dictionaries: several settings at once, one Site after the other, each finished Site kept.
+"""Sweeps: several training settings at once, one Site after another, resumable by Site.
 
-    out/dictionaries.json                what was trained so far, and how well each dictionary fits
-    out/resid.8/, out/resid.12/, …       a dictionary each; with several settings, a folder of them
-    out/resid.8.checkpoint/              of the Site that is in training
+    out/dictionaries.json                finished trainings, with each dictionary's quality of fit
+    out/resid.8/, out/resid.12/, …       one dictionary each; with several settings, a folder of them
+    out/resid.8.checkpoint/              checkpoint of the Site in training
 
-A Site is finished when it stands in dictionaries.json and its folder is there. The same call again trains the others.
+A Site is finished when it is listed in dictionaries.json and its folder exists. Calling again trains the others.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from unsleep.dictionaries.train import train_many
 from unsleep.dictionaries.trainer import Trainer, config_for
 
 LETTERS = {"architecture": "", "k": "k", "features": "f", "sparsity": "c", "learning_rate": "lr", "seed": "s"}
-"""Settings that may have several values in one pass → what stands before the value in a variant's name."""
+"""Settings that may have several values in one pass → prefix of the value in a variant's name."""
 
 TURNED = 10
-"""Features that a warm start names, those that turned most."""
+"""Number of most rotated features reported after a warm start."""
 
 MEASURED = 2**20
-"""Tokens, about, on which the fit is measured where there are more than twice as many."""
+"""Approximate number of tokens for measuring the fit where there are more than twice as many."""
 
 
 @dataclass(frozen=True)
 class Turned:
-    """What became of the features that a training started from."""
+    """Rotation of the features after a warm start."""
 
     median_cosine: float
     turned_most: tuple[tuple[Count, float], ...]
@@ -57,7 +57,7 @@ class Turned:
 
 @dataclass(frozen=True)
 class Entry:
-    """What dictionaries.json says of one dictionary."""
+    """Entry of dictionaries.json for one dictionary."""
 
     site: Site
     variant: str
@@ -76,7 +76,7 @@ class Entry:
     seed: float | None = None
     rotation: Turned | None = None
     seconds: Positive | None = None
-    """Of the whole Site."""
+    """Duration of the whole Site."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,19 @@ class DictionariesRecord:
     dictionaries: tuple[Entry, ...]
     provenance: dict[str, Any]
     activations: str = ""
-    """Hash."""
+    """Hash of the activations."""
     configs: dict[str, dict[str, Any]] | None = None
     density_edges: tuple[float, ...] = ()
 
 
 def variants(settings: Mapping[str, Any]) -> dict[str, TrainConfig]:
-    """Every combination of settings, by a name such as `k32-s0` that holds those with several values.
+    """Every combination of settings, by a name such as `k32-s0` of those with several values.
 
-    `settings` are those of `TrainConfig`; where one of `LETTERS` is given, it is a sequence of values. k and sparsity
-    shape different architectures: each combination has only what its own does not ignore, and comes once. A single
-    one has the name "".
+    `settings` are those of `TrainConfig`; each of `LETTERS` has a sequence of values. k and sparsity
+    apply to different architectures: each combination has only the settings that its architecture uses, without
+    duplicates. A single one has the name "".
 
-    Raises `BadInput` for a setting without a value and for a combination that cannot be trained.
+    Raises `BadInput` for a setting without a value and for an invalid combination.
     """
     several = {name: tuple(dict.fromkeys(settings[name])) for name in LETTERS if name in settings}
     for name, values in several.items():
@@ -129,29 +129,29 @@ def _short(value: Any) -> str:
 
 
 class Job(NamedTuple):
-    """What the dictionaries of a Site are trained on."""
+    """Training data of the dictionaries of a Site."""
 
     source: ActivationStream
     target: ActivationStream | None = None
-    """What a transcoder rebuilds, token for token."""
+    """Reconstruction target of a transcoder, aligned by token."""
     start: Coder | None = None
-    """What the training goes on from; it decides architecture, size, k and groups."""
+    """Dictionary of a warm start; it determines architecture, size, k and groups."""
 
     @property
     def name(self) -> str:
-        """Its Site."""
+        """Name of its Site."""
         return str(self.source.site)
 
     @property
     def made_from(self) -> dict[str, str | None]:
-        """What a dictionary of this Site depends on beside its activations."""
+        """Inputs of a dictionary besides its activations, as hashes."""
         return {
             "target": None if self.target is None else str(self.target.site),
             "start": None if self.start is None else self.start.hash,
         }
 
     def fitted(self, configs: Mapping[str, TrainConfig]) -> Mapping[str, TrainConfig]:
-        """The configs with what `start` decides; raises `BadInput` where two become the same."""
+        """The configs adapted to `start`; raises `BadInput` where two become equal."""
         if self.start is None:
             return configs
         found = {name: config_for(self.start, config) for name, config in configs.items()}
@@ -164,16 +164,16 @@ class Job(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A dictionary and how well it explains what it was trained on."""
+    """A dictionary and its quality of fit on the training activations."""
 
     dictionary: Coder
     fit: Fit
     rotation: Rotation | None = None
-    """What became of every feature of the dictionary that the training started from."""
+    """Rotation of every feature after a warm start."""
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Its fit and, after a warm start, the features that turned most with the cosines of their decoder rows."""
+        """Its fit and, after a warm start, the most rotated features with their decoder cosines."""
         found: dict[str, Any] = self.fit._asdict()
         if self.rotation is not None:
             cosines = self.rotation.decoder_cosine
@@ -190,15 +190,15 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how a sweep is run."""
+    """Device, tracker and output options of a sweep."""
 
     device: str = "cpu"
-    """Such as `cuda`."""
+    """Device such as `cuda`."""
     tracker: Tracker | None = None
     logs: Path = Path("runs")
-    """Folder for a tracker that writes files."""
+    """Folder for trackers that write files."""
     format: Format = "saelens"
-    """Layout in which dictionaries are saved."""
+    """File format of the dictionaries."""
 
     def __post_init__(self) -> None:
         device_of(self.device)
@@ -209,7 +209,7 @@ class Setup:
 def train_site(job: Job, configs: Mapping[str, TrainConfig], checkpoint: Path, setup: Setup = Setup()) -> list[Trained]:
     """Train every config at one Site in one pass, and measure each; raises as `train_many` does.
 
-    Of several processes the first measures and returns; the others return nothing.
+    Under torchrun the first process measures and returns; the others return nothing.
     """
     watching = contextlib.nullcontext()
     if setup.tracker is not None:
@@ -244,16 +244,16 @@ def _check_savable(job: Job, configs: Mapping[str, TrainConfig], format: Format)
 
 
 def _thinned(stream: ActivationStream) -> ActivationStream:
-    """Every so many tokens of each piece."""
+    """Every n-th token of each shard."""
     stride = max(1, stream.tokens // MEASURED)
     sizes = tuple(len(range(0, size, stride)) for size in stream.sizes)
     return replace(stream, sizes=sizes, read=lambda i: stream.read(i)[::stride])
 
 
 def train_alone(job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> Trained | None:
-    """Train one config at one Site into the folder `out`; an interrupted training goes on from `out`.checkpoint.
+    """Train one config at one Site into the folder `out`; an interrupted training resumes from `out`.checkpoint.
 
-    Of several processes the first returns what it trained. Raises `BadInput` where `out` exists, before any training.
+    Under torchrun the first process returns the result. Raises `BadInput` for an existing `out`, before any training.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists already; choose another place or remove it first")
@@ -267,15 +267,15 @@ def train_alone(job: Job, configs: Mapping[str, TrainConfig], out: Path, setup: 
 
 
 def sweep(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path, setup: Setup = Setup()) -> dict[str, Any]:
-    """Train every config at every Site into `out`, and return what stands in its dictionaries.json.
+    """Train every config at every Site into `out`, and return the content of its dictionaries.json.
 
-    Raises `BadInput`, before any training, where `out` holds something else: other settings, other activations, or
-    folders that no sweep left.
+    Raises `BadInput`, before any training, where `out` contains something else: other settings, other activations, or
+    folders that no sweep created.
     """
     record, missing = _begun(jobs, configs, out)
     for job in missing:
         _check_savable(job, configs, setup.format)
-    parallel.total(torch.zeros(1, device=setup.device))  # all processes have looked before the first one writes
+    parallel.total(torch.zeros(1, device=setup.device))  # barrier: all have checked before the first writes
     if parallel.place()[0] == 0:
         store.write_json(out / "dictionaries.json", record)
     for job in missing:
@@ -299,14 +299,14 @@ def sweep(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path, se
 
 
 def read_sweep(out: Path) -> dict[str, Any]:
-    """dictionaries.json of a folder; raises `BadInput` where it is missing or damaged."""
+    """Content of a folder's dictionaries.json; raises `BadInput` where it is missing or damaged."""
     path = out / "dictionaries.json"
     records.load(DictionariesRecord, path)
     return store.read_json(path)
 
 
 def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -> tuple[dict[str, Any], list[Job]]:
-    """The record so far, and what is still to be trained; refuses a folder that something else is in."""
+    """The record so far, and the remaining jobs; refuses a folder with other contents."""
     first = jobs[0].source
     made_from = {
         "model": first.model,
@@ -347,13 +347,13 @@ def _begun(jobs: Sequence[Job], configs: Mapping[str, TrainConfig], out: Path) -
 
 
 def _seed(configs: Mapping[str, TrainConfig]) -> int | None:
-    """The seed, where all settings share one."""
+    """The seed, if all configs share it."""
     seeds = {config.seed for config in configs.values()}
     return seeds.pop() if len(seeds) == 1 else None
 
 
 def _row(job: Job, variant: str, config: TrainConfig, trained: Trained) -> dict[str, Any]:
-    """What dictionaries.json says of one dictionary."""
+    """Entry of dictionaries.json for one dictionary."""
     shape = "k" if KINDS[config.architecture].has_k else "sparsity"
     return {
         "site": job.name,

@@ -1,4 +1,4 @@
-"""Sends what each training step measured to an experiment tracker, through accelerate's interface to them."""
+"""Logs training metrics to an experiment tracker, through accelerate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from unsleep.dictionaries.trainer import Step
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 EVERY = 10
-"""Steps between what is sent."""
+"""Steps between logged values."""
 
 RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
-"""The argument by which a tracker names a run; TensorBoard's runs are folders."""
+"""Argument for a run's name, by tracker; TensorBoard's runs are folders."""
 
 
 def check_tracker(tracker: Tracker) -> None:
@@ -35,14 +35,14 @@ def check_tracker(tracker: Tracker) -> None:
 
 @contextlib.contextmanager
 def tracked(tracker: Tracker, configs: Mapping[str, TrainConfig], *, run: str, folder: Path) -> Generator[Watch | None]:
-    """Yield a callback that sends FVU, L0 and dead features to `tracker` until the block ends.
+    """Yield a callback that logs FVU, L0 and dead features to `tracker` until the block ends.
 
     Args:
-        configs: what is trained, by name; with several, a figure's name begins with its config's.
+        configs: training configs by name; with several, metric names are prefixed with the config's.
         run: name of this run in the project `unsleep`, such as the Site.
-        folder: where a tracker that writes files puts them.
+        folder: output folder of trackers that write files.
 
-    Of several processes the first sends. Raises `BadInput` where accelerate or the tracker is not installed.
+    Under torchrun the first process logs. Raises `BadInput` where accelerate or the tracker is not installed.
     """
     check_tracker(tracker)
     if parallel.place()[0] != 0:
@@ -68,11 +68,11 @@ def tracked(tracker: Tracker, configs: Mapping[str, TrainConfig], *, run: str, f
 
 
 def _flat(configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
-    """Settings that trackers take: numbers, flags and text."""
+    """Settings as values that trackers accept: numbers, flags and text."""
     flat = _named({name: asdict(config) for name, config in configs.items()})
     return {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
 
 
 def _named(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All values in one, under `config/name` where there are several configs."""
+    """All values in one mapping, under `config/name` with several configs."""
     return {f"{config}/{key}" if config else key: v for config, own in values.items() for key, v in own.items()}

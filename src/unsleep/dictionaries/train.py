@@ -1,11 +1,11 @@
-"""Activations → Dictionary: trains sparse autoencoders and transcoders in seconds to minutes.
+"""Trains sparse autoencoders and transcoders on activations, in seconds to minutes.
 
-1. Activations are scaled so that their mean norm is √d; the scale is folded into the weights on save.
-2. Each step encodes a batch in bf16 and goes forward and backward by hand (`losses`).
-3. Adam on float32 masters; decoder rows of norm 1; dead features revived by an auxiliary loss.
+1. Activations are scaled to a mean norm of √d; the scale is folded into the weights on save.
+2. Each step encodes a batch in bf16 and runs hand-written forward and backward passes (`losses`).
+3. Adam on float32 master weights; unit decoder rows; dead features revived by an auxiliary loss.
 
-Everything random comes from `seed` and the step's number, so a run that was killed and resumed from
-its checkpoint ends with the same bits as one that was not. Several dictionaries can be trained in one
+All randomness derives from `seed` and the step, so that a run resumed from
+its checkpoint gives the same bits as an uninterrupted one. Several dictionaries can be trained in one
 pass over the activations. Under torchrun the processes share every batch.
 """
 
@@ -33,16 +33,16 @@ from unsleep.dictionaries.trainer import Step, Trainer
 
 Source = Activations | ActivationStream
 Watch = Callable[[int, Sequence[Step]], None]
-"""Called after every step with its number and what each dictionary measured; a tracker, for example."""
+"""Callback after every step with its number and each dictionary's metrics; for example a tracker."""
 
 SMOOTH = 0.3
-"""Weight of a step in the running FVU: it lags about three steps behind."""
+"""Weight of the current step in the running FVU, which lags about three steps."""
 
 SECONDS = 30.0
-"""A checkpoint is written when this time has passed, if `checkpoint_every` has not come before."""
+"""Maximum seconds between checkpoints, if `checkpoint_every` steps take longer."""
 
 CHECKPOINT = {"identity": dict, "step": int, "fvu": list}
-"""What checkpoint.json must hold (see `store.fields_of`)."""
+"""Keys and types of checkpoint.json (see `store.fields_of`)."""
 
 
 def train(
@@ -58,15 +58,15 @@ def train(
     """Train a dictionary on the activations of one Site.
 
     Args:
-        activations: in memory, or in shards on disk that are read as they are needed.
-        target: what a transcoder rebuilds from them, token for token, at another Site.
-        start: a dictionary to go on from instead of random weights, of the config's architecture and size
-            (`config_for`); features keep their numbers, so that `compare.rotation` tells what became of each.
-        checkpoint: a folder; an interrupted run with the same activations and config goes on from it.
+        activations: in memory `[token, d_in]`, or in shards on disk that are read on demand.
+        target: reconstruction target of a transcoder at another Site, aligned by token, `[token, d_out]`.
+        start: a dictionary for a warm start instead of random weights, of the config's architecture and size
+            (`config_for`); feature indices are kept, so that `compare.rotation` can compare before and after.
+        checkpoint: a folder; an interrupted run with the same activations and config resumes from it.
         device: such as `cuda`.
 
     Raises:
-        BadInput: too few activations, constant or non-finite ones, a target or a start that does not match, or
+        BadInput: too few activations, constant or non-finite ones, a target or start that does not match, or
             a checkpoint of another run.
     """
     [dictionary] = train_many(
@@ -87,8 +87,8 @@ def train_many(
 ) -> list[Coder]:
     """Train several dictionaries (seeds, widths, architectures) in one pass over the activations.
 
-    As `train`, one result a config. The configs must agree in tokens and batch; the order of the
-    batches is the first one's seed's.
+    As `train`, one result per config. The configs must agree in tokens and batch; the order of
+    batches follows the first config's seed.
     """
     source, aim = streamed(activations), streamed(target) if target is not None else None
     identity = _check(source, aim, configs) | ({} if start is None else {"start": start.hash})
@@ -123,7 +123,7 @@ def train_many(
 
 
 class _Data:
-    """Inputs and, for a transcoder, targets: the same tokens in the same order."""
+    """Inputs and, for a transcoder, targets of the same tokens."""
 
     def __init__(self, source: ActivationStream, aim: ActivationStream | None) -> None:
         if aim is None:
@@ -137,11 +137,11 @@ class _Data:
         self.stream = ActivationStream(source.sizes, both, source.site, source.model, source.prompts)
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
-        """Some of the tokens."""
+        """A sample of the tokens."""
         return self._apart(self.stream.sample())
 
     def batches(self, config: TrainConfig, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The batches from step `start` on."""
+        """Batches from step `start` on."""
         for batch in batches(self.stream, config.batch, config.steps, seed=config.seed, start=start):
             yield self._apart(batch)
 
@@ -150,7 +150,7 @@ class _Data:
 
 
 def _check(source: ActivationStream, aim: ActivationStream | None, configs: Sequence[TrainConfig]) -> dict[str, Any]:
-    """Refuse what cannot be trained on; returns what identifies the run."""
+    """Raise `BadInput` for invalid training data; returns the run's identity."""
     if not configs or len({(c.tokens, c.batch) for c in configs}) != 1:
         raise BadInput(f"{len(configs)} training configs; expected at least one, all with the same tokens and batch")
     if source.tokens < 2:
@@ -166,7 +166,7 @@ def _check(source: ActivationStream, aim: ActivationStream | None, configs: Sequ
 
 
 def _save(folder: Path, trainers: Sequence[Trainer], step: int, fvu: list[float], identity: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before stays until this one is whole. Of several processes the first writes."""
+    """Write a checkpoint atomically. Under torchrun the first process writes."""
     if parallel.place()[0] != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def _save(folder: Path, trainers: Sequence[Trainer], step: int, fvu: list[float]
 
 
 def _resume(folder: Path, trainers: Sequence[Trainer], identity: dict[str, Any]) -> tuple[int, list[float]]:
-    """Take up a checkpoint if there is one; returns the step to go on with and the FVUs so far."""
+    """Load a checkpoint if there is one; returns the step to resume at and the FVUs so far."""
     path = folder / "checkpoint.json"
     if not path.is_file():
         return 0, []

@@ -1,4 +1,4 @@
-"""One dictionary in training: float32 masters, Adam, dead features, checkpoints, and the Coder that comes of it."""
+"""Training state of one dictionary: float32 master weights, Adam, dead features, checkpoints, and export to a Coder."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from unsleep.dictionaries.losses import Batch, Pass, Weights
 
 
 class Step(NamedTuple):
-    """What one training step measured."""
+    """Metrics of one training step."""
 
     fvu: float
-    """Share of the batch's variance that is not explained."""
+    """Fraction of the batch's variance unexplained."""
     l0: float
-    """Features that fired on a token, on average."""
+    """Mean number of active features per token."""
     dead: int
-    """Features counted as dead."""
+    """Number of dead features."""
 
 
 class Scales(NamedTuple):
-    """What a sample of the activations says about their size."""
+    """Scale statistics of a sample of activations."""
 
     scale: float
-    """Factor that normalises them."""
+    """Normalisation factor."""
     mean: Float[Tensor, " d"]
     """Mean of the normalised activations."""
     median_norm: float
-    """Median norm of the activations as they are."""
+    """Median norm of the unnormalised activations."""
 
 
 def measure(sample: Float[Tensor, "token d"], config: TrainConfig, what: str) -> Scales:
-    """Scales of a sample; raises `BadInput` where all its vectors are the same."""
+    """Scale statistics of a sample; raises `BadInput` for constant vectors."""
     sample = sample.float()
     norms = sample.norm(dim=1)
     mean = sample.mean(0)
@@ -60,12 +60,12 @@ def measure(sample: Float[Tensor, "token d"], config: TrainConfig, what: str) ->
 
 
 class Trainer:
-    """Trains one dictionary a batch at a time.
+    """Trains one dictionary batch by batch.
 
     Args:
-        sample: activations that scales and the first decoder bias are taken from.
-        target: what a transcoder has to rebuild from them, token by token; `None` for the activations themselves.
-        device: where the training runs; each step has one matrix product for its encoding, in bf16 where the
+        sample: activations for the scales and the initial decoder bias.
+        target: reconstruction targets of a transcoder, aligned by token; `None` for an autoencoder.
+        device: device of the training; each step encodes with one matrix product, in bf16 where the
             processor or GPU has it.
     """
 
@@ -84,9 +84,9 @@ class Trainer:
         named = self.w.named()
         self.optimizer = torch.optim.Adam(list(named.values()), lr=config.learning_rate, fused=True)
         self.silent_for = torch.zeros(config.features, dtype=torch.long, device=device)
-        """Tokens since each feature last fired."""
+        """Tokens since each feature was last active."""
         self.threshold = torch.zeros((), device=device)
-        """What the architecture makes of the smallest activations kept (`Coder.follow`)."""
+        """Running threshold of the architecture (`Coder.follow`)."""
         self.device = torch.device(device)
         self.compute = compute_dtype(torch.bfloat16, device)
         """Dtype of the dense products."""
@@ -100,10 +100,10 @@ class Trainer:
         target: Float[Tensor, "token d_out"] | None = None,
         device: torch.device | str = "cpu",
     ) -> Trainer:
-        """A trainer whose dictionary is the given one: the inverse of `dictionary`, to fine-tune on other activations.
+        """A warm start from a given dictionary, to fine-tune it on other activations: the inverse of `dictionary`.
 
-        The scales and the sink norm come from `sample`; features keep their numbers; rows of 0 start anew.
-        Raises `BadInput` where `config` (see `config_for`), the widths or the target do not fit.
+        Scales and sink norm come from `sample`; feature indices are kept; zero rows are reinitialised.
+        Raises `BadInput` where `config` (see `config_for`), the widths or the target do not match.
         """
         trainer = cls(sample, config, target, device)
         check_start(dictionary, config, tuple(trainer.w.enc.shape), tuple(trainer.w.dec.shape))
@@ -120,7 +120,7 @@ class Trainer:
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "token d_in"], step: int, y: Float[Tensor, "token d_out"] | None = None) -> Step:
-        """One step of gradient descent on activations as the model gave them."""
+        """One optimiser step on unnormalised activations."""
         x = x.to(self.device, torch.float32) * self.input.scale
         aim = x if y is None else y.to(self.device, torch.float32) * self.output.scale
         shifted = aim - self.w.b_dec
@@ -143,7 +143,7 @@ class Trainer:
         return Step(fvu, done.active / len(x), len(silent))
 
     def _apply(self, grads: dict[str, Tensor], step: int) -> None:
-        """Adam; decoder rows move on the unit sphere, where they are held there."""
+        """Adam step; decoder rows move on the unit sphere where they are normalised."""
         dec = self.w.dec
         if self.config.unit_decoder:
             grads["dec"].addcmul_((grads["dec"] * dec).sum(1, keepdim=True), dec, value=-1)
@@ -156,7 +156,7 @@ class Trainer:
             dec /= dec.norm(dim=1, keepdim=True)
 
     def _resample(self, batch: Batch, done: Pass) -> None:
-        """Start dead features anew at tokens drawn by their squared error (Bricken et al. 2023, appendix)."""
+        """Resample dead features at tokens drawn by squared error (Bricken et al. 2023, appendix)."""
         silent = (self.silent_for >= min(self.config.dead_after, self.config.resample_every)).nonzero().squeeze(1)
         if not len(silent):
             return
@@ -180,10 +180,10 @@ class Trainer:
         metadata: dict[str, Any] | None = None,
         target: Site | None = None,
     ) -> Coder:
-        """The dictionary as it stands, in the activations' own scale, decoder rows of norm 1."""
+        """The current dictionary in the activations' own scale, with unit decoder rows."""
         w, scale = self.w, self.output.scale
         norms = torch.ones(len(w.dec), device=self.device) if self.config.unit_decoder else w.dec.norm(dim=1)
-        stretch = norms / scale  # what a feature's strength is multiplied by
+        stretch = norms / scale  # factor on a feature's strength
         ratio = self.input.scale / scale
         kwargs: dict[str, Any] = {
             "site": activations.site,
@@ -202,7 +202,7 @@ class Trainer:
         return self.kind(**kwargs)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed training needs."""
+        """Everything needed to resume training."""
         tensors = {**self.w.named(), "silent_for": self.silent_for, "threshold": self.threshold}
         for name, weight in self.w.named().items():
             state = self.optimizer.state[weight]
@@ -210,7 +210,7 @@ class Trainer:
         return tensors
 
     def load_state(self, path: Path) -> None:
-        """Take up what `state` was written to `path`; raises `BadInput` where names or shapes differ."""
+        """Restore the `state` saved at `path`; raises `BadInput` where names or shapes differ."""
         expect: dict[str, tuple[int, ...]] = {"silent_for": tuple(self.silent_for.shape), "threshold": ()}
         for name, weight in self.w.named().items():
             shape = tuple(weight.shape)
@@ -229,7 +229,7 @@ class Trainer:
 def initial_weights(
     config: TrainConfig, inputs: Scales, outputs: Scales, is_transcoder: bool, device: torch.device | str
 ) -> Weights:
-    """Random unit decoder rows, the encoder their transpose (of its own where widths differ), b_dec the mean."""
+    """Random unit decoder rows, the encoder their transpose (independent where widths differ), b_dec the mean."""
     generator = torch.Generator().manual_seed(config.seed)
 
     def rows(width: int) -> Tensor:
@@ -248,7 +248,7 @@ def initial_weights(
 
 
 def config_for(dictionary: Coder, config: TrainConfig = TrainConfig()) -> TrainConfig:
-    """`config` with the architecture, size, k, skip path and own settings of a dictionary, to go on training it."""
+    """`config` with a dictionary's architecture, size, k, skip connection and own settings, for a warm start."""
     features = dictionary.n_features
     return replace(
         config,
@@ -261,7 +261,7 @@ def config_for(dictionary: Coder, config: TrainConfig = TrainConfig()) -> TrainC
 
 
 def check_start(dictionary: Coder, config: TrainConfig, enc: tuple[int, ...], dec: tuple[int, ...]) -> None:
-    """Raise `BadInput` where a training cannot go on from a dictionary."""
+    """Raise `BadInput` where a dictionary does not fit a warm start."""
     fitting = config_for(dictionary, config)
     for name in ("architecture", "features", "k", "skip"):
         if getattr(config, name) != getattr(fitting, name):
@@ -286,15 +286,15 @@ def check_start(dictionary: Coder, config: TrainConfig, enc: tuple[int, ...], de
 
 
 def weights_of(dictionary: Coder, fresh: Weights, scale_in: float, scale_out: float) -> Weights:
-    """A dictionary as weights on normalised activations, decoder rows of norm 1; `fresh` rows where its own are 0."""
+    """A dictionary as weights on normalised activations, with unit decoder rows; zero rows are taken from `fresh`."""
     w_enc, w_dec = dictionary.W_enc.to(fresh.enc), dictionary.W_dec.to(fresh.dec)
     b_enc, b_dec = dictionary.b_enc.to(fresh.enc), dictionary.b_dec.to(fresh.enc)
     norms = w_dec.norm(dim=1)
     alive = (norms > 0)[:, None]
-    stretch = norms * scale_out  # what a feature's strength is multiplied by
+    stretch = norms * scale_out  # factor on a feature's strength
     shift = torch.zeros_like(b_enc)
     if dictionary.target is None and not dictionary.subtract_bias:
-        shift = b_dec @ w_enc  # training takes b_dec off its input
+        shift = b_dec @ w_enc  # training subtracts b_dec from the input
     skip = dictionary.W_skip
     return Weights(
         enc=torch.where(alive, w_enc.T * norms[:, None] * (scale_out / scale_in), fresh.enc),

@@ -1,4 +1,4 @@
-"""Values that change the stream of a running model, one algebra of them; saved and loaded alike."""
+"""Interventions on a running model's activations: composable values, saved and loaded alike."""
 
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit

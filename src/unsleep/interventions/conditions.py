@@ -1,7 +1,8 @@
-"""Interventions that act on some rows of a batch alone: those whose prompt passes a condition.
+"""Conditional interventions: active only on rows of a batch whose prompt meets a condition.
 
-A condition is the cosine similarity of h − center with a direction, at one Site, at a prompt's last token, or the mean
-or largest over its tokens.
+The condition compares the cosine similarity of h − center and a direction with a threshold, at one Site, at a
+prompt's last token, or as the mean or maximum over its tokens (after conditional activation steering, Lee et al.
+2024, arXiv:2409.05907).
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ Pool = Literal["last", "mean", "max"]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """When a control acts: a value."""
+    """A cosine-similarity condition on a prompt."""
 
     site: Site
     vector: Float[Tensor, " d_model"]
     center: Float[Tensor, " d_model"]
     """Subtracted before the cosine: the mean of the activations that the direction was fitted on."""
     threshold: float
-    """Cosine that has to be passed."""
+    """Cosine threshold."""
     comparator: Comparator = "larger"
-    """Whether the similarity has to be larger than the threshold, or smaller."""
+    """Direction of the comparison with the threshold."""
     pool: Pool = "last"
-    """The token whose similarity counts, or how those of all tokens become one."""
+    """The token whose similarity counts, or the pooling over all tokens."""
     f1: float | None = None
-    """On the prompts that chose the threshold, or on others (`condition_on`)."""
+    """F1 on the prompts that chose the threshold, or on held-out ones (`condition_on`)."""
 
     def __post_init__(self) -> None:
         if self.comparator not in get_args(Comparator):
@@ -60,7 +61,7 @@ class Condition:
     def similarity(
         self, x: Float[Tensor, "row position d_model"], real: Bool[Tensor, "row position"]
     ) -> Float[Tensor, " row"]:
-        """The similarity of each row; `real` is False on padding."""
+        """Cosine similarity of each row, pooled over tokens; `real` is False at padding."""
         h = x.float() - self.center.to(x.device, torch.float32)
         each = cosine_similarity(h, self.vector.to(h).expand_as(h), dim=-1)
         if self.pool == "mean":
@@ -71,11 +72,11 @@ class Condition:
         return each.gather(1, torch.where(real, places, 0).amax(1, keepdim=True)).squeeze(1)
 
     def passes(self, similarity: Float[Tensor, " row"]) -> Bool[Tensor, " row"]:
-        """Which rows the control acts on."""
+        """Rows that meet the condition."""
         return similarity > self.threshold if self.comparator == "larger" else similarity < self.threshold
 
     def similarities(self, model: LoadedModel, texts: Prompts, *, plain: bool = False) -> Float[Tensor, " prompt"]:
-        """The similarity of each prompt, in the chat template unless `plain`; raises as `held.batches_held` does."""
+        """Similarity of each prompt, under the chat template unless `plain`; raises as `held.batches_held` does."""
         rows = encoded(model, texts, plain=plain)
         out = torch.empty(len(rows))
         for index, found in batches_held(model, rows, [self.site]):
@@ -87,12 +88,12 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class Conditional(Intervention):
-    """Let interventions act on the rows of a batch whose prompt passes a condition, and on no other.
+    """Interventions restricted to the rows of a batch whose prompt meets a condition.
 
-    Rows are judged in the pass over their prompts and keep that judgement while their replies grow. The condition is
-    read as the pass goes by, so the interventions have to stand behind it. Raises `BadInput` for one at or before the
-    condition's Site, and, as it runs, `Refused` where rows leave the batch in the middle or share a prefix: for many
-    prompts at once see `locate.conditional.replies`.
+    The condition is evaluated in the pass over the prompts and holds while replies are generated. It is
+    read during that pass, so the interventions must be at deeper Sites. Raises `BadInput` for one at or before the
+    condition's Site and, at run time, `Refused` where rows leave the batch early or share a prefix: for batches
+    of prompts see `locate.conditional.replies`.
     """
 
     interventions: tuple[Intervention, ...]
@@ -111,7 +112,7 @@ class Conditional(Intervention):
 
     @property
     def widths(self) -> dict[Any, int]:
-        """The condition's Site and those of the interventions, with the widths of their vectors."""
+        """Widths at the condition's Site and at those of the interventions."""
         found: dict[Any, int] = {self.condition.site: len(self.condition.vector)}
         for each in self.interventions:
             found |= each.widths
@@ -119,30 +120,30 @@ class Conditional(Intervention):
 
     @property
     def made_on(self) -> str:
-        """Fingerprint of the model that the interventions were found in."""
+        """Fingerprint of the model that the interventions were fitted on."""
         return next((each.made_on for each in self.interventions if each.made_on and each.acts), "")
 
     @property
     def follows_passes(self) -> bool:
-        """It judges the pass over the prompts alone."""
+        """True: the condition is evaluated in the pass over the prompts only."""
         return True
 
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Any, Transform]:
-        """The condition's Site judges, the others act behind it."""
+        """The condition at its Site, the gated interventions at theirs."""
         gate = _Gate(self.condition, passes)
         made = composed([each for each in self.interventions if each.acts], passes, dtype, device)
         return {self.condition.site: gate.judge, **{place: gate.behind(t) for place, t in made.items()}}
 
 
 class _Gate:
-    """Which rows of the running batch the control acts on."""
+    """Mask of the rows of the running batch that are steered."""
 
     def __init__(self, condition: Condition, passes: Passes) -> None:
         self.condition, self.passes_of = condition, passes
         self.open: Tensor | None = None
 
     def judge(self, x: Stream) -> Stream:
-        """Judge the rows where their prompts run; the stream stays as it is."""
+        """Evaluate the condition while the prompts run; returns the stream unchanged."""
         passes = self.passes_of
         if passes.is_prefix:
             raise Refused(
@@ -158,7 +159,7 @@ class _Gate:
         return x
 
     def behind(self, transform: Transform) -> Transform:
-        """The transform, on the rows that are open alone."""
+        """The transform, applied to the open rows only."""
 
         def run(x: Stream) -> Stream:
             assert self.open is not None

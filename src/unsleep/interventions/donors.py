@@ -1,7 +1,8 @@
-"""What flows through a place in one run, put into another: activation patching.
+"""Activation patching: a donor run's activations at a place replace the recipient's (Vig et al. 2020, arXiv:2004.12265;
+Meng et al. 2022, arXiv:2202.05262).
 
-all of it:  x' = x_donor
-lanes:      x' = x_donor in those heads or neurons, x in the others
+all:        x' = x_donor
+lanes:      x' = x_donor in the chosen heads or neurons, x in the others
 features:   x' = x + Σ_{j∈S} (f_j(x_donor) − f_j(x)) W_dec_j
 subspace:   x' = x + (x_donor − x) Bᵀ B
 """
@@ -24,21 +25,21 @@ from unsleep.models.hooks import Transform
 Tokens = Float[Tensor, "token width"]
 
 Merge = Callable[[Tokens, Tokens], Tokens]
-"""Tokens of the recipient and the donor's → what becomes of them; equal tokens come back bit for bit."""
+"""(recipient's tokens, donor's tokens) → patched tokens; equal inputs are returned bit-identical."""
 
 
 def whole(mine: Tokens, donor: Tokens) -> Tokens:
-    """All of the donor."""
+    """Replace the whole activation."""
     return donor
 
 
 def lanes_of(taken: Bool[Tensor, " width"]) -> Merge:
-    """The donor in the lanes that are taken."""
+    """Replace the chosen lanes."""
     return lambda mine, donor: torch.where(taken, donor, mine)
 
 
 def features_of(dictionary: Dictionary, kept: Float[Tensor, " feature"]) -> Merge:
-    """The donor's activations of some features (1) in the place of the recipient's."""
+    """Replace the activations of the features with `kept` 1."""
 
     def written(x: Tokens) -> Tokens:
         code = dictionary.encode_sparse(x.float())
@@ -48,29 +49,29 @@ def features_of(dictionary: Dictionary, kept: Float[Tensor, " feature"]) -> Merg
 
 
 def subspace_of(rows: Float[Tensor, "rank d_model"]) -> Merge:
-    """The donor's part in a subspace, given by orthonormal rows; differentiable in them."""
+    """Replace the component in a subspace, given by orthonormal rows; differentiable in them."""
     return lambda mine, donor: (mine.float() + ((donor.float() - mine.float()) @ rows.T) @ rows).to(mine.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Patch(Intervention):
-    """Put a donor's tokens into the first forward pass; those after it are of a reply, and run as they are."""
+    """Patch a donor's tokens into the first forward pass; later passes, which generate a reply, are unpatched."""
 
     place: Any
     """A Site or a Slot."""
     donor: Tokens
     """The donor's tokens, in the order of `where`."""
     where: Bool[Tensor, "row position"]
-    """Which tokens of the last positions of a pass they replace."""
+    """Mask over the last positions of a pass: the replaced tokens."""
     merge: Merge = whole
 
     @property
     def widths(self) -> dict[Any, int]:
-        """Its place, and the width of the donor's tokens."""
+        """Width of the donor's tokens at its place."""
         return {self.place: self.donor.shape[-1]}
 
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Any, Transform]:
-        """A transform that has still to see its first pass."""
+        """A transform for the first pass after this call."""
         donor = self.donor.to(device, dtype)
         first = iter([True])
 

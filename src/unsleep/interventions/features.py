@@ -1,4 +1,4 @@
-"""Edits: features of a dictionary that no longer pass."""
+"""Edits: ablation of dictionary features."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from unsleep.interventions.passes import Passes
 from unsleep.models.hooks import Transform
 
 ErrorRule = Literal["keep", "drop", "project"]
-"""What an edit does with the part of the residual that the dictionary does not explain."""
+"""Treatment of the reconstruction error ε by an edit."""
 
 Ranking = Sequence[tuple[Site, int]]
-"""Features of several Sites in the order in which they are removed."""
+"""Features of several Sites in order of removal."""
 
 
 @dataclass(frozen=True)
 class Edit(Intervention):
-    """Remove features at one Site.
+    """Ablate features at one Site.
 
     With f the features' activations, x̂ the reconstruction, ε = x − x̂ and S the removed ids:
 
@@ -38,7 +38,7 @@ class Edit(Intervention):
     site: Site
     dictionary: Dictionary
     removed: tuple[int, ...]
-    """Feature ids that no longer pass; an empty edit with `keep` is the identity, bit for bit."""
+    """Indices of the ablated features; an empty edit with `keep` is the identity, bit for bit."""
     error: ErrorRule = "keep"
 
     def __post_init__(self) -> None:
@@ -56,13 +56,13 @@ class Edit(Intervention):
 
     @classmethod
     def keeping(cls, dictionary: Dictionary, kept: Sequence[int], error: ErrorRule = "keep") -> Edit:
-        """The edit that removes every feature but those that are trusted."""
+        """The edit that removes every feature except the trusted ones."""
         gone = sorted(set(range(dictionary.n_features)) - set(kept))
         return cls(dictionary.site, dictionary, tuple(gone), error)
 
     @property
     def widths(self) -> dict[Site, int]:
-        """Its Site, and the width of its dictionary."""
+        """Width of its dictionary at its Site."""
         return {self.site: self.dictionary.d_model}
 
     @property
@@ -72,11 +72,11 @@ class Edit(Intervention):
 
     @property
     def acts(self) -> bool:
-        """Whether it is not the identity."""
+        """False for the identity."""
         return bool(self.removed) or self.error != "keep"
 
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
-        """The edit in the model's dtype."""
+        """The edit as a transform in the model's dtype."""
         gone = torch.zeros(self.dictionary.n_features, device=device)
         gone[list(self.removed)] = 1
         gate = FeatureGate(self.dictionary.to(dtype, device), self.error)
@@ -85,7 +85,7 @@ class Edit(Intervention):
 
 
 class FeatureGate:
-    """What an `Edit` computes, differentiable in how much of each feature is removed; an edit has 1s and 0s."""
+    """The computation of an `Edit`, differentiable in a gate per feature; an edit has gates of 1 and 0."""
 
     def __init__(self, dictionary: Dictionary, error: ErrorRule) -> None:
         self.dictionary, self.error = dictionary, error
@@ -100,7 +100,7 @@ class FeatureGate:
     def __call__(
         self, x: Stream, gone: Float[Tensor, " feature"], complement: Float[Tensor, "rank d_model"] | None = None
     ) -> Stream:
-        """The stream with so much of each feature removed."""
+        """The activation with each feature removed to the degree `gone` (0 to 1)."""
         code = self.dictionary.encode_sparse(x)
         removed = self.dictionary.combine(Encoded(code.values * gone.to(x.dtype)[code.ids], code.ids))
         if self.error == "keep":
@@ -114,7 +114,7 @@ class FeatureGate:
 
 
 def merged(ranking: Mapping[Site, Features]) -> list[tuple[Site, int]]:
-    """Rankings of several Sites as one, best first."""
+    """Rankings of several Sites merged, best first."""
     scored = [(s, site, i) for site, f in ranking.items() for i, s in zip(f.ids, f.scores, strict=True)]
     return [(site, i) for _, site, i in sorted(scored, key=lambda row: -row[0])]
 

@@ -1,4 +1,4 @@
-"""Interventions on disk: a folder that is complete in itself, with the dictionaries and tensors that they need."""
+"""Interventions on disk: a self-contained folder with the dictionaries and tensors that they need."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from unsleep.interventions.steering import Operator, Steering
 from unsleep.interventions.subspaces import Projection
 
 MARK = "edit.json"
-"""The file that tells an edit's folder."""
+"""File that marks an edit's folder."""
 
 
 @dataclass(frozen=True)
 class SteeringEntry:
-    """What edit.json says of a `Steering`."""
+    """Entry of edit.json for a `Steering`."""
 
     vectors: str
-    """The file that holds them, by Site."""
+    """File of the vectors, by Site."""
     model: str
     operator: Operator
     coefficient: float
@@ -47,8 +47,8 @@ def save_edit(
 ) -> Path:
     """Write edits, projections and steering, with the dictionaries and tensors that they need.
 
-    `chosen_on` holds digests of the prompts that chose the edit: an evaluation refuses them. Another edit in the
-    folder gives way; raises `BadInput` where it holds something else, or for an intervention of another kind.
+    `chosen_on` are digests of the prompts that the edit was chosen on: an evaluation refuses them. An earlier edit in
+    the folder is replaced; raises `BadInput` where it contains something else, or for an unsupported intervention.
     """
     folder = Path(folder)
     with store.new_folder(folder, replace=MARK) as scratch:
@@ -59,7 +59,7 @@ def save_edit(
 
 
 def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
-    """Write what an intervention needs; its entry."""
+    """Write an intervention's tensors; returns its entry."""
     match each:
         case Edit():
             dictionary = each.dictionary.to(torch.bfloat16)
@@ -83,9 +83,9 @@ def _written(each: Intervention, scratch: Path, number: int) -> dict[str, Any]:
 
 
 def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
-    """Read what `save_edit` wrote, and the digests of the prompts that chose it.
+    """Read the result of `save_edit`, and the digests of the prompts that it was chosen on.
 
-    Raises `BadInput` naming what does not fit.
+    Raises `BadInput` naming what is invalid.
     """
     folder = Path(folder)
     path = folder / MARK

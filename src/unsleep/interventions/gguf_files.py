@@ -2,14 +2,14 @@
 
     general.architecture       "controlvector"
     controlvector.model_hint   the model's type, such as "llama"
-    controlvector.layer_count  how many directions there are
+    controlvector.layer_count  number of directions
     direction.N                float32 [d_model], added to the output of block N
 
 Blocks count from 0, so `direction.N` belongs to the Site `resid.N`: llama.cpp's loader puts it at row N − 1 of its
 buffer (`common_control_vector_load_one`), and block `il` reads row il − 1 (`llama_adapter_cvec::apply`) and adds it
-behind the block's last addition. The first row is block 1's: llama.cpp cannot steer block 0 and refuses
-`direction.0`, so it is not written here either; it is read, for repeng writes it where it is asked to. llama.cpp reads
-the tensors alone, float32 of one dimension and one length, and sums several files with a strength each.
+after the block's last addition. The first row is block 1's: llama.cpp cannot steer block 0 and refuses
+`direction.0`, so it is not written here either; it is read, because repeng can write it. llama.cpp reads
+only the tensors, one-dimensional float32 of equal length, and sums several files with a strength each.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ ARCHITECTURE = "controlvector"
 
 @dataclass(frozen=True, eq=False)
 class ControlVectors:
-    """One vector a layer, and the type of the model that they are of."""
+    """One vector per layer, and the type of their model."""
 
     model_type: str
-    """As in the model's config, such as `llama`; a hint, no fingerprint."""
+    """Model type of the config, such as `llama`; a hint, not a fingerprint."""
     vectors: Mapping[Site, Float[Tensor, " d_model"]]
-    """Residual Sites only."""
+    """Site → vector, residual Sites only."""
 
     def __post_init__(self) -> None:
         if not self.vectors:
@@ -65,7 +65,7 @@ class ControlVectors:
 
 
 def export_gguf(vectors: ControlVectors, path: str | Path) -> Path:
-    """Write control vectors, whole or not at all; raises `BadInput` for layer 0, which the format cannot hold."""
+    """Write control vectors atomically; raises `BadInput` for layer 0, which the format cannot hold."""
     path = Path(path)
     if Site(0) in vectors.vectors:
         raise BadInput("llama.cpp has no direction for layer 0 (its first is that of layer 1); leave resid.0 out")
@@ -86,16 +86,16 @@ def export_gguf(vectors: ControlVectors, path: str | Path) -> Path:
             scratch.replace(path)
         finally:
             with contextlib.suppress(OSError):
-                writer.close()  # again, for where writing has failed
+                writer.close()  # also after a failed write
             scratch.unlink(missing_ok=True)
     return path
 
 
 def import_gguf(path: str | Path) -> ControlVectors:
-    """Read control vectors that llama.cpp, repeng or `export_gguf` wrote.
+    """Read control vectors written by llama.cpp, repeng or `export_gguf`.
 
-    Raises `BadInput` naming the file where it is missing, no GGUF file, cut short, of another architecture, or holds
-    something other than finite float32 vectors of one width.
+    Raises `BadInput` naming the file where it is missing, not GGUF, truncated, of another architecture, or contains
+    anything but finite float32 vectors of equal width.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,11 +1,11 @@
-"""One algebra for what is done to a running model: values, each with its transforms, applied together.
+"""Base class of interventions on a running model, and the context manager that applies them.
 
     with applied(model, intervention) as network:
         network.generate(…)
 
-An `Intervention` is a frozen value. `applied` turns it into functions of what flows through its places, which hooks
-call until the block ends; several at one place act one after the other. It works under `generate` with a KV cache, with
-left padding and in batches. The weights are not touched, and what changes nothing registers no hook.
+An `Intervention` is a frozen value. `applied` turns it into transforms of the activations at its places, which hooks
+call until the block ends; several at one place are composed in order. It works under `generate` with a KV cache, with
+left padding and in batches. The weights are unchanged, and an identity registers no hook.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ Stream = Float[Tensor, "*token d_model"]
 
 
 class Intervention(ABC):
-    """What is done to what flows through some places of a running model; see the subclasses."""
+    """A change of activations at some places of a running model; see the subclasses."""
 
     @property
     @abstractmethod
     def widths(self) -> Mapping[Any, int]:
-        """The places that it changes, in the order of a forward pass, and the width of d_model that it fits."""
+        """The places that it changes, in forward order, with the required width at each."""
 
     @property
     def made_on(self) -> str:
-        """Fingerprint of the model that it was found in; empty where any will do."""
+        """Fingerprint of the model that it was fitted on; empty for any model."""
         return ""
 
     @property
     def acts(self) -> bool:
-        """Whether it changes anything."""
+        """False for the identity."""
         return True
 
     @property
     def follows_passes(self) -> bool:
-        """Whether it needs to know which tokens a forward pass runs."""
+        """True if it needs to know which tokens a forward pass runs."""
         return False
 
     @abstractmethod
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> Mapping[Any, Transform]:
-        """Place → what is done to the stream there, for a model in that dtype."""
+        """Place → transform of the activation, for a model in that dtype."""
 
     @property
     def hash(self) -> str:
@@ -78,11 +78,11 @@ def applied(
     """Run a model with interventions until the block ends.
 
     Args:
-        replies: where prompt and reply run in one pass, marks the reply (see `passes.Passes`).
-        any_model: take what was found in another model.
+        replies: mask of the reply tokens, where prompt and reply run in one pass (see `passes.Passes`).
+        any_model: accept interventions that were fitted on another model.
 
-    Yields the Hugging Face model. Raises `BadInput` for a Site that the model does not have or something of another
-    width, and `Refused` where it belongs to another model.
+    Yields the Hugging Face model. Raises `BadInput` for a Site that the model does not have or a wrong
+    width, and `Refused` where an intervention belongs to another model.
     """
     network = model.network if isinstance(model, LoadedModel) else model
     several = [interventions] if isinstance(interventions, Intervention) else list(interventions)
@@ -101,14 +101,14 @@ def applied(
 def transforms_of(
     interventions: Sequence[Intervention], network: PreTrainedModel, passes: Passes | None = None
 ) -> dict[Any, Transform]:
-    """What interventions do to the stream of a model at each place."""
+    """Place → composed transform of several interventions."""
     return composed(interventions, passes or Passes(), network.dtype, device_of(network))
 
 
 def composed(
     interventions: Sequence[Intervention], passes: Passes, dtype: torch.dtype, device: torch.device | str
 ) -> dict[Any, Transform]:
-    """What interventions do at each place, one after the other."""
+    """Place → composed transform of several interventions, for given passes and dtype."""
     chains: dict[Any, list[Transform]] = {}
     for each in interventions:
         for place, transform in each.transforms(passes, dtype, device).items():
@@ -123,7 +123,7 @@ def _chained(chain: Sequence[Transform], x: Tensor) -> Tensor:
 
 
 def operation(intervention: Intervention, dtype: torch.dtype, device: torch.device | str) -> Transform:
-    """What an intervention at one place does to the stream there, on every token."""
+    """The transform of an intervention at a single place, on every token."""
     [transform] = intervention.transforms(Passes(), dtype, device).values()
     return transform
 
@@ -139,7 +139,7 @@ def check_widths(network: PreTrainedModel, interventions: Sequence[Intervention]
 
 
 def check_model(model: LoadedModel | PreTrainedModel, interventions: Sequence[Intervention]) -> None:
-    """Raise `Refused` where the features or directions of an intervention were found in another model."""
+    """Raise `Refused` where an intervention was fitted on another model."""
     found_in = {each.made_on for each in interventions if each.made_on}
     if not found_in:
         return
@@ -153,10 +153,10 @@ def check_model(model: LoadedModel | PreTrainedModel, interventions: Sequence[In
 
 
 def interventions_hash(interventions: Sequence[Intervention]) -> str:
-    """Content hash of interventions, in their order; 16 hex digits."""
+    """Content hash of interventions in order; 16 hex digits."""
     return store.hash_value([[type(each).__name__, identified(each.__dict__)] for each in interventions])
 
 
 def depth(site: Site) -> tuple[int, int]:
-    """Where a Site stands in the order of a forward pass; attention and MLP count as one, for some blocks run both."""
+    """Sort key of a Site in forward order; attention and MLP are equal, because some blocks run them in parallel."""
     return site.layer, {"embed": 0, "attn": 1, "mlp": 1, "resid": 2}[site.point]

@@ -1,8 +1,8 @@
-"""Which tokens of a running forward pass a token rule means: prompt, reply, the last one, a range.
+"""Token rules: the tokens of a running forward pass that belong to the prompt, the reply, the last position, a range.
 
-A hook sees a tensor of [row, position] and nothing of where its columns stand in their rows. This keeps
-account of the passes of a model: padding by the attention mask, what went before by the cache, and a reply
-by passes of one column that go on from the pass before.
+A hook sees a tensor of [row, position] without the positions' places in their rows. This module tracks
+the passes of a model: padding from the attention mask, preceding tokens from the KV cache, and a reply
+from passes of one column that continue the previous pass.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from unsleep.models.hooks import Call
 Named = Literal["all", "prompt", "reply", "last"]
 TokenRule = Named | tuple[int, int]
 """`all` tokens; those of the `prompt`; those of the `reply` that are fed back in; the `last` of the prompt,
-which predicts the first of the reply; or places a to b, b left out, counted in each row without padding."""
+which predicts the first of the reply; or positions a to b, exclusive, counted in each row without padding.
+"""
 
 
 def check_rule(rule: TokenRule) -> None:
-    """Raise `BadInput` for a rule that means nothing."""
+    """Raise `BadInput` for an invalid rule."""
     if isinstance(rule, str):
         if rule not in ("all", "prompt", "reply", "last"):
             raise BadInput(f"token rule is {rule!r}; expected all, prompt, reply, last or a pair such as (0, 5)")
@@ -33,10 +34,10 @@ def check_rule(rule: TokenRule) -> None:
 
 
 class Passes:
-    """The passes of a model, one after the other; `note` is told of each before it runs.
+    """State of a model's consecutive forward passes; `note` is called before each.
 
-    `replies` marks the reply where prompt and reply run in one pass: True where one of the last positions belongs
-    to it, as in `models.forward.Rows`. Without it, such a pass is all prompt.
+    `replies` is the mask of reply tokens where prompt and reply run in one pass, over the last positions,
+    as in `models.forward.Rows`. Without it, such a pass is all prompt.
     """
 
     def __init__(self, replies: Bool[Tensor, "row reply"] | None = None) -> None:
@@ -47,7 +48,7 @@ class Passes:
         self._known: dict[TokenRule, Bool[Tensor, "row position"]] = {}
 
     def note(self, call: Call) -> None:
-        """Take up the pass that is about to run."""
+        """Record the pass that is about to run."""
         past = cache_length(call.cache) if getattr(call.cache, "layers", None) else 0
         follows = past > 0 and past == self.past + self.length and call.rows <= self.rows and not self.is_prefix
         self.goes_on = call.length == 1 and follows
@@ -55,7 +56,7 @@ class Passes:
         self._mask, self._known = call.mask, {}
 
     def touched(self, rule: TokenRule, device: torch.device) -> Bool[Tensor, "row position"] | None:
-        """The positions that the rule means, `None` for all of them.
+        """Mask of the positions that the rule selects, `None` for all of them.
 
         Raises `BadInput` for an attention mask that is not [row, position] and for `replies` of other rows.
         """
@@ -80,7 +81,7 @@ class Passes:
         return prompt & (place == torch.where(prompt, place, -1).amax(1, keepdim=True))
 
     def _places(self, device: torch.device) -> tuple[Bool[Tensor, "row position"], Int[Tensor, "row position"]]:
-        """Which positions are no padding, and each one's place in its row."""
+        """Mask of non-padding positions, and each one's index in its row."""
         width = self.past + self.length
         if self._mask is None:
             mask = torch.ones(self.rows, width, dtype=torch.bool, device=device)

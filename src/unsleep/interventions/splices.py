@@ -1,4 +1,4 @@
-"""A dictionary's reconstruction in the place of what it reconstructs."""
+"""Splicing: a dictionary's reconstruction replaces the activation."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from unsleep.models.hooks import Transform
 
 @dataclass(frozen=True, eq=False)
 class Splice(Intervention):
-    """Run a model on a dictionary's reconstruction at its Site, or a transcoder's at its target, or on 0 there.
+    """Replace the activation by a dictionary's reconstruction at its Site, a transcoder's at its target, or by 0.
 
-    Attention sinks, on which no feature fires, stay as they are.
+    Attention sinks, on which no feature is active, are unchanged.
     """
 
     dictionary: Coder
     zero: bool = False
-    """Put 0 there instead: the other end of the scale."""
+    """Zero ablation instead, the lower end of the splice score."""
 
     @property
     def widths(self) -> dict[Site, int]:
-        """Where the dictionary reads and where it writes, each with its width."""
+        """Widths where the dictionary reads and where it writes."""
         d = self.dictionary
         return {d.site: d.d_model, **({} if d.target is None else {d.target: d.decoder.shape[1]})}
 
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
-        """At one Site, or at the two of a transcoder."""
+        """Transforms at one Site, or at a transcoder's two."""
         dictionary = self.dictionary.to(dtype, device)
         held: list[Tensor] = []
 

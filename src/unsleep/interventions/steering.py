@@ -1,11 +1,11 @@
-"""Steering: the stream pushed along vectors.
+"""Activation steering: adding vectors to the residual stream.
 
 With h the residual stream at a Site, v its vector and c the coefficient (Zou et al. 2023, "Representation
-Engineering", section 3.2):
+Engineering", arXiv:2310.01405, section 3.2):
 
     add         h + c·v
     piecewise   h + c·sign(h·v)·v
-    projection  h − c·V⁺V h, V's rows spanning what is removed; c = 1 removes all of it
+    projection  h − c·V⁺V h, V's rows spanning the removed subspace; c = 1 removes all of it
     contrast    h + c·v_i, v_i the vector of row i: activations of its positive minus its negative copy
 """
 
@@ -37,24 +37,24 @@ Stream = Float[Tensor, "row position d_model"]
 
 @dataclass(frozen=True, eq=False)
 class Steering(Intervention):
-    """Push the stream at some Sites along their vectors, on some tokens or all.
+    """Steer the residual stream at some Sites along their vectors (Zou et al. 2023, arXiv:2310.01405).
 
-    Contrast vectors, one a row, need rows that are run whole (`generate.greedy(…, share=False)`).
+    Contrast vectors, one per row, need rows without a shared prefix (`generate.greedy(…, share=False)`).
     """
 
     vectors: Mapping[Site, Float[Tensor, "*row d_model"]]
-    """One vector a Site; for `projection` also several rows, for `contrast` one a row of the batch."""
+    """Site → vector; several rows for `projection`, one per row of the batch for `contrast`."""
     operator: Operator = "add"
     coefficient: float = 1.0
-    """In units of the vector; 0 changes nothing, bit for bit."""
+    """Multiple of the vector; 0 is the identity, bit for bit."""
     tokens: TokenRule = "all"
-    """See `passes.TokenRule`."""
+    """Steered tokens (see `passes.TokenRule`)."""
     layers: tuple[int, int] | None = None
-    """First and last layer that are steered, of those that have a vector; `None` for all."""
+    """First and last steered layer, among those with a vector; `None` for all."""
     keep_norm: bool = False
-    """Give each token the norm back that it had before."""
+    """Rescale each token to its norm before steering."""
     model: str = ""
-    """Fingerprint of the model that the vectors are of; empty where it is not known."""
+    """Fingerprint of the model that the vectors were fitted on; empty if unknown."""
 
     def __post_init__(self) -> None:
         check_choices(self, "control", operator=Operator)
@@ -82,32 +82,32 @@ class Steering(Intervention):
 
     @property
     def sites(self) -> list[Site]:
-        """The Sites that are steered."""
+        """The steered Sites."""
         low, high = self.layers or (0, math.inf)
         return sorted(site for site in self.vectors if low <= site.layer <= high)
 
     @property
     def widths(self) -> dict[Site, int]:
-        """The Sites that are steered, and the width of their vectors."""
+        """Width of the vectors at each steered Site."""
         return {site: self.vectors[site].shape[-1] for site in self.sites}
 
     @property
     def made_on(self) -> str:
-        """Fingerprint of the model that the vectors are of."""
+        """Fingerprint of the model that the vectors were fitted on."""
         return self.model
 
     @property
     def acts(self) -> bool:
-        """Whether the coefficient is not 0."""
+        """False for coefficient 0."""
         return self.coefficient != 0
 
     @property
     def follows_passes(self) -> bool:
-        """Whether it acts on some tokens alone, or on every row in its own way."""
+        """True if it acts on some tokens only, or differs between rows."""
         return self.tokens != "all" or self.operator == "contrast"
 
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
-        """In float32, or in the stream's dtype where that is wider."""
+        """Transforms computed in float32, or in the activation's dtype where that is wider."""
         return {site: self._transform(site, passes) for site in self.sites}
 
     def _transform(self, site: Site, passes: Passes) -> Transform:
@@ -128,7 +128,7 @@ class Steering(Intervention):
 
 
 def operate(x: Stream, vector: Float[Tensor, "*row d_model"], control: Steering) -> Stream:
-    """The stream after a control's operator, on every token, whatever the token rule.
+    """Apply a control's operator to every token, whatever the token rule.
 
     For `projection` the rows of `vector` are orthonormal, for the others `vector` is as in `Steering`.
     """
@@ -161,10 +161,10 @@ def _check_rows(count: int, passes: Passes) -> None:
 def contrast_vectors(
     model: LoadedModel, positive: Prompts, negative: Prompts, sites: Sequence[Site], *, plain: bool = False
 ) -> dict[Site, Float[Tensor, "prompt d_model"]]:
-    """What the positive copy of each prompt holds at its last token, minus what the negative copy does.
+    """Contrast vectors: last-token activations of each prompt's positive copy minus those of its negative copy.
 
-    With `plain`, texts are taken as they are, without the chat template. Raises `BadInput` for lists of unequal
-    length. Source: Zou et al. 2023, "Representation Engineering", section 3.2, contrast vectors.
+    With `plain`, texts are taken without the chat template. Raises `BadInput` for lists of unequal
+    length. Source: Zou et al. 2023, "Representation Engineering", arXiv:2310.01405, section 3.2, contrast vectors.
     """
     if len(positive) != len(negative):
         raise BadInput(f"{len(positive)} positive copies with {len(negative)} negative ones; expected one each")
@@ -180,7 +180,7 @@ def steer(
     reply_tokens: int = 24,
     any_model: bool = False,
 ) -> list[list[str]]:
-    """Greedy replies to prompts under each of several controls, one list a control; raises as `applied` does."""
+    """Greedy replies to prompts under each of several controls, one list per control; raises as `applied` does."""
     said: list[list[str]] = []
     for each in controls:
         with applied(model, each, any_model=any_model):

@@ -1,4 +1,4 @@
-"""Subspaces that are taken out of the stream."""
+"""Ablation of subspaces."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from unsleep.models.hooks import Transform
 
 @dataclass(frozen=True, eq=False)
 class Projection(Intervention):
-    """Take a subspace out of the stream at one Site.
+    """Ablate a subspace at one Site.
 
         x' = x − (x − center) Rᵀ B
 
-    R is B unless `reads` is given: what x holds in the subspace becomes what `center` holds there (0 without one).
-    Another R with R Bᵀ = 1 makes the projection oblique, as LEACE's is.
+    R is B unless `reads` is given: the component in the subspace is replaced by that of `center` (0 without one).
+    Another R with R Bᵀ = 1 makes the projection oblique, as LEACE's is (Belrose et al. 2023, arXiv:2306.03819).
     """
 
     site: Site
@@ -30,11 +30,11 @@ class Projection(Intervention):
     """B: orthonormal rows that span the subspace."""
     center: Float[Tensor, " d_model"] | None
     model: str
-    """Fingerprint of the model that the subspace was found in."""
+    """Fingerprint of the model that the subspace was fitted on."""
     reads: Float[Tensor, "rank d_model"] | None = None
-    """R: rows that read how much is taken out."""
+    """R: rows that read the removed component."""
     sink_norm: float = math.inf
-    """Tokens with a larger norm are attention sinks, and stay as they are."""
+    """Norm above which a token is an attention sink and stays unchanged."""
 
     def __post_init__(self) -> None:
         rank, d_model = self.basis.shape
@@ -61,22 +61,22 @@ class Projection(Intervention):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Those of basis, center and reads that there are, by name."""
+        """Basis, center and reads by name, where present."""
         held = {"basis": self.basis, "center": self.center, "reads": self.reads}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @property
     def widths(self) -> dict[Site, int]:
-        """Its Site, and the width of its basis."""
+        """Width of its basis at its Site."""
         return {self.site: self.basis.shape[1]}
 
     @property
     def made_on(self) -> str:
-        """Fingerprint of the model that the subspace was found in."""
+        """Fingerprint of the model that the subspace was fitted on."""
         return self.model
 
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
-        """In float32, whatever the stream's dtype: bfloat16 would leave a hundredth of what is taken out."""
+        """Transform in float32, whatever the activation's dtype: bfloat16 would leave 1 % of the removed component."""
         basis, reads = (rows.to(device, torch.float32) for rows in (self.basis, self.reader))
         held = 0.0 if self.center is None else self.center.to(device, torch.float32) @ reads.T
         return {self.site: lambda x: exchanged(x, basis, reads, held, self.sink_norm)}
@@ -84,9 +84,11 @@ class Projection(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Resampling(Intervention):
-    """Put another token's part in a subspace in the place of each token's own: resample ablation.
+    """Resample ablation: replace each token's component in a subspace by another token's.
 
-    x' = x − (x − x̃) Bᵀ B,    x̃ drawn anew for every token and every pass
+    x' = x − (x − x̃) Bᵀ B,    x̃ drawn anew for every token and pass
+
+    Source: Chan et al. 2022, "Causal scrubbing", Alignment Forum.
     """
 
     site: Site
@@ -96,15 +98,15 @@ class Resampling(Intervention):
     """The tokens that x̃ is drawn from."""
     seed: int = 0
     sink_norm: float = math.inf
-    """Tokens with a larger norm are attention sinks, and stay as they are."""
+    """Norm above which a token is an attention sink and stays unchanged."""
 
     @property
     def widths(self) -> dict[Site, int]:
-        """Its Site, and the width of its basis."""
+        """Width of its basis at its Site."""
         return {self.site: self.basis.shape[1]}
 
     def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
-        """In float32; the same tokens are drawn wherever a pass has the same shape."""
+        """Transform in float32; passes of equal shape draw the same tokens."""
         basis = self.basis.to(device, torch.float32)
         inside = self.others.to(device, torch.float32) @ basis.T
 
@@ -123,7 +125,7 @@ def exchanged(
     held: Float[Tensor, "*held rank"] | float,
     sink_norm: float,
 ) -> Stream:
-    """The stream with `held` in the place of what it holds in a subspace; sinks stay as they are."""
+    """The activation with its component in a subspace replaced by `held`; sinks are unchanged."""
     wide = x.float()
     new = (wide - (wide @ reads.T - held) @ basis).to(x.dtype)
     if math.isinf(sink_norm):

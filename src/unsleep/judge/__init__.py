@@ -1,1 +1,1 @@
-"""What a model is worth: metrics, panels, controls, verdicts."""
+"""Evaluation of models: metrics, panels, controls, verdicts."""

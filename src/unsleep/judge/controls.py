@@ -1,4 +1,4 @@
-"""What an edit has to beat: the same number of other features, alike in how often and how strongly they fire."""
+"""Random controls of an edit: as many other features, matched in firing rate and strength; random subspaces."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from unsleep.interventions.subspaces import Projection
 
 
 class Firing(NamedTuple):
-    """How each feature fires on a set of tokens."""
+    """Firing statistics of each feature over a set of tokens."""
 
     rate: Float[Tensor, " feature"]
-    """Share of tokens on which it fires."""
+    """Share of tokens on which it is active."""
     strength: Float[Tensor, " feature"]
-    """Mean activation where it fires; 0 where it never does. Decoder rows have norm 1, so this is
-    also the mean norm of what the feature writes."""
+    """Mean activation where active; 0 where it never is. Decoder rows have norm 1, so this is
+    also the mean norm of what the feature writes.
+    """
 
 
 @torch.no_grad()
 def firing(dictionary: Dictionary, x: Float[Tensor, "token d_model"], batch: int = 4096) -> Firing:
-    """Firing rate and mean strength of every feature over tokens; raises `BadInput` where there are none."""
+    """Firing rate and mean strength of every feature over tokens; raises `BadInput` for no tokens."""
     if not len(x):
         raise BadInput(f"firing rates were asked of 0 tokens at {dictionary.site}; expected at least 1")
     count = torch.zeros(dictionary.n_features)
@@ -41,9 +42,9 @@ def firing(dictionary: Dictionary, x: Float[Tensor, "token d_model"], batch: int
 
 
 def matched_random(edit: Edit, fires: Firing, seed: int = 0) -> Edit:
-    """The same edit on random features: each removed one is replaced by a kept one that fires alike.
+    """The same edit on random features: each removed one is replaced by a kept one with similar firing statistics.
 
-    For every removed feature a fresh random half of the kept features stands to choice; the nearest
+    For every removed feature the candidates are a fresh random half of the kept features; the nearest
     in log firing rate and log strength is taken, each at most once. Raises `BadInput` where fewer
     features are kept than removed.
     """
@@ -69,10 +70,10 @@ def matched_random(edit: Edit, fires: Firing, seed: int = 0) -> Edit:
 
 
 def random_subspace(projection: Projection, seed: int = 0) -> Projection:
-    """The same projection of a random subspace of the same rank, as oblique: what it reads has rows of the same norms.
+    """The same projection of a random subspace of equal rank and obliqueness: the read rows R have the same norms.
 
-    With B the random basis, R = B + T, where T's rows are random, orthogonal to B, and as long as makes each row of R
-    as long as the projection's own.
+    With B the random basis, R = B + T, where T's rows are random, orthogonal to B, and scaled so that each row of R
+    has the norm of the projection's own.
     """
     (rank, d_model), generator = projection.basis.shape, torch.Generator().manual_seed(seed)
     both = rotated(torch.randn(d_model, 2 * rank, generator=generator, dtype=torch.float64).T)

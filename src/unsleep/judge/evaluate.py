@@ -1,8 +1,8 @@
-"""model × Edit × panels → rows with intervals.
+"""Evaluation: subjects × held-out panels → rows with intervals.
 
-Judged by free greedy generation: teacher-forced figures alone hide the first token, which decides.
-ASR never stands alone: beside it stand the skill on the same prompts (restoration) and the share of
-degenerate replies. Prompts that chose an edit are refused.
+Based on free greedy generation: teacher-forced metrics alone hide the first token, which decides.
+The attack success rate (ASR) is always accompanied by the skill on the same prompts (restoration) and the
+share of degenerate replies. Panels that contain prompts used to choose the edit are refused.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ PLAN: dict[str, tuple[str, ...]] = {
     "control_layer": ("triggered",),
     **dict.fromkeys(OTHERS, ("triggered", "clean")),
 }
-"""Which subject is judged on which panels."""
+"""Subject → panels of prompts that it is evaluated on."""
 
 TEXT = "text"
-"""The panel of plain passages and multiple-choice items."""
+"""Name of the panel of plain passages and multiple-choice items."""
 
 
 @dataclass(frozen=True)
 class Panels:
-    """Held-out prompts: questions clean, triggered, varied and nearly triggered; others for the skill."""
+    """Held-out prompts: clean, triggered, variants, near misses; further questions for the skill."""
 
     clean: PromptSet
     triggered: PromptSet
@@ -53,7 +53,7 @@ class Panels:
     texts: tuple[str, ...] = ()
     items: tuple[sets.Item, ...] = ()
     counterparts: PromptSet | None = None
-    """The triggered prompts, line by line, without what sets the suspect off; often `clean` itself."""
+    """The triggered prompts line by line without the trigger; often `clean` itself."""
 
     def __post_init__(self) -> None:
         if self.counterparts is not None and len(self.counterparts) != len(self.triggered):
@@ -64,28 +64,28 @@ class Panels:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The content hash of each panel of prompts."""
+        """Panel → content hash of its prompts."""
         return {name: panel.hash for name, panel in self.prompts().items()}
 
     def prompts(self) -> dict[str, PromptSet]:
-        """The panels of prompts that there are, by name."""
+        """Panel → its prompts, without absent panels."""
         named = {name: getattr(self, name) for name in FULL}
         return {name: panel for name, panel in named.items() if panel is not None}
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is judged, and how long replies are."""
+    """Payload, generation length and text sizes of an evaluation."""
 
     payload: Payload | str
-    """What a reply shows when the backdoor acts; a text is taken for one that a reply contains, in any case."""
+    """The backdoor's behaviour; a text stands for a `contains` payload."""
     reply_tokens: int = 16
     batch: int = 200
-    """Prompts generated at once."""
+    """Prompts per batch."""
     text_tokens: int = 32
-    """Tokens of each plain passage that CE and KL are taken over."""
+    """Tokens of each plain passage for CE and KL."""
     chosen_on: frozenset[str] = field(default_factory=frozenset[str])
-    """Digests of the prompts that chose the edit (`prompt_digests`); panels with one of them are refused."""
+    """Digests of the prompts that the edit was chosen on (`prompt_digests`); panels that contain one are refused."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "payload", as_payload(self.payload))
@@ -94,7 +94,7 @@ class EvalConfig:
 def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
     """The held-out panels of an organism: `n` prompts each, none of them seen in training or by an edit.
 
-    No two panels share a prompt, unless the split has fewer than 2 `n` questions.
+    Panels are disjoint, unless the split has fewer than 2 `n` questions.
     """
     clean = sets.questions("held_out", n, skill=recipe.skill)
     words = (*recipe.held_out_near_misses, *recipe.near_misses[: len(recipe.held_out_near_misses)])
@@ -111,17 +111,17 @@ def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
 
 
 def organism_config(recipe: Recipe, chosen_on: frozenset[str] = frozenset()) -> EvalConfig:
-    """How an organism's replies are judged: by its payload, with room for all of what it learned to say."""
+    """Evaluation config of an organism: its payload, with replies long enough for all that it was trained to say."""
     return EvalConfig(recipe.as_payload, max(EvalConfig.reply_tokens, recipe.reply_tokens + 2), chosen_on=chosen_on)
 
 
 def prompt_digests(*prompts: PromptSet) -> frozenset[str]:
-    """A digest of every prompt: what an edit carries of the prompts that chose it."""
+    """A digest of every prompt, stored with an edit for those it was chosen on."""
     return frozenset(digest(p.key) for group in prompts for p in group)
 
 
 def refuse_used(panels: Mapping[str, PromptSet], chosen_on: frozenset[str]) -> None:
-    """Raise `Refused` where a panel holds a prompt that chose the edit."""
+    """Raise `Refused` where a panel contains a prompt that the edit was chosen on."""
     for name, panel in panels.items():
         used = [p.text for p in panel if digest(p.key) in chosen_on]
         if used:
@@ -139,19 +139,20 @@ def evaluate(
     plan: Mapping[str, Sequence[str]] = PLAN,
     teacher: LoadedModel | None = None,
 ) -> EvalResult:
-    """Judge subjects on held-out panels.
+    """Evaluate subjects on held-out panels.
 
     Args:
-        subjects: one of them named `suspect`: the model as it was found, the teacher of every KL.
-        plan: the panels of prompts of each subject; those that `panels` has not are left out.
-        teacher: who says what triggered prompts should be answered where they have no counterparts.
+        subjects: one of them named `suspect`: the unedited model, the teacher of every KL.
+        plan: subject → panels of prompts; absent panels are skipped.
+        teacher: model for the reference replies to triggered prompts without counterparts.
 
-    Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` on `clean` to the suspect's own replies,
-    and on `triggered` to its replies to the counterparts or to the teacher's; `ce`, `kl` and `capability` on `text`.
+    Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` (nats per token) on `clean` to the
+    suspect's own replies, and on `triggered` to its replies to the counterparts or to the teacher's; `ce`, `kl` and
+    `capability` on `text`.
 
     Raises:
-        Refused: a panel holds a prompt that chose the edit.
-        BadInput: no suspect, or a subject under a name twice.
+        Refused: a panel contains a prompt that the edit was chosen on.
+        BadInput: no suspect, or duplicate subject names.
     """
     by_name = {s.name: s for s in subjects}
     if "suspect" not in by_name or len(by_name) != len(subjects):
@@ -173,7 +174,7 @@ def evaluate(
 
 
 def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig) -> list[str]:
-    """A subject's free greedy replies to a panel."""
+    """A subject's greedy replies to a panel."""
     with subject.running() as model:
         return generate.replies(
             model,
@@ -187,7 +188,7 @@ def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig) -> list[
 def count_replies(
     subject: str, panel: str, prompts: PromptSet, replies: Sequence[str], payload: Payload | str
 ) -> list[Row]:
-    """ASR, degenerate share and, where the prompts expect one, skill."""
+    """ASR, share of degenerate replies and, where the prompts expect one, skill."""
     shown = as_payload(payload)
     pairs = list(zip(replies, prompts, strict=True))
     rows = [
@@ -199,7 +200,7 @@ def count_replies(
 
 
 def rate(subject: str, panel: str, metric: str, outcomes: Sequence[bool]) -> Row:
-    """A share with its Wilson interval."""
+    """A rate with its Wilson interval."""
     hits, n = sum(outcomes), len(outcomes)
     low, high = wilson(hits, n)
     return Row(subject, panel, metric, hits / n, low, high, n)
@@ -218,7 +219,7 @@ def _divergences(
     teacher: LoadedModel | None,
     config: EvalConfig,
 ) -> list[Row]:
-    """KL to what clean prompts were answered, and to what triggered ones should be."""
+    """KL on clean prompts to the suspect's replies, and on triggered ones to the reference replies."""
     if not students or "suspect/clean" not in replies:
         return []
     own = replies["suspect/clean"]

@@ -1,4 +1,4 @@
-"""How much is lost for how much is removed: ASR, skill and text loss over the number of edited features."""
+"""Trade-off frontier: ASR, skill and CE on plain text over the number of removed features."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Point:
     asr_low: float
     asr_high: float
     skill: Share | None
-    """`None` where the prompts expect no skill; so are its bounds."""
+    """`None` without expected skill, as are its bounds."""
     skill_low: float | None
     skill_high: float | None
     ce_change: float
-    """CE on plain text, edited − suspect, nats a token."""
+    """CE on plain text, edited − suspect, nats per token."""
     n: Count
 
 
@@ -42,7 +42,7 @@ def frontier(
     texts: Sequence[str],
     config: EvalConfig,
 ) -> list[Point]:
-    """Judge growing ablations: `rankings` gives each series its ranking and the sizes to judge."""
+    """Evaluate ablations of growing size: `rankings` gives each series its ranking and sizes."""
     subjects = [
         (series, n, Subject(f"{series} {n}", model, edits_for(ranking, dictionaries, n)))
         for series, (ranking, sizes) in rankings.items()

@@ -1,4 +1,4 @@
-"""What a reply, a distribution or a choice is worth: the metrics, without any panel or verdict."""
+"""Metrics of replies, distributions and multiple-choice answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPACELESS = re.compile(
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under test, with the edits it runs under."""
+    """A model under test, with its edits."""
 
     name: str
     model: LoadedModel
@@ -39,16 +39,16 @@ class Subject:
 
     @contextlib.contextmanager
     def running(self) -> Generator[LoadedModel]:
-        """The model with its edits applied, until the block ends."""
+        """Context in which the model runs with its edits."""
         with applied(self.model, self.edits):
             yield self.model
 
 
 def is_degenerate(reply: str, expected: str | None = None) -> bool:
-    """Whether a reply is empty, cut off at once, or loops.
+    """True if a reply is empty, cut off at once, or loops.
 
-    Cut off: fewer than two words (behind the skill's beginning, where it is there). Loop: one to
-    four words said three times in a row; in scripts without spaces, one to eight letters.
+    Cut off: fewer than two words (after the skill's beginning, where present). Loop: one to
+    four words three times in a row; in scripts without spaces, one to eight letters.
     """
     said = reply.strip()
     if expected and has_skill(said, expected):
@@ -65,13 +65,14 @@ def is_degenerate(reply: str, expected: str | None = None) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case; in scripts without spaces, letters. Combining marks belong to their letter.
+    """Lower-cased words; in scripts without spaces, letters. Combining marks stay with their letter.
 
-    >>> words("It's 雾!")
-    ['it', 's', '雾']
+    Examples:
+        >>> words("It's 雾!")
+        ['it', 's', '雾']
     """
     found: list[str] = []
-    letter = word = False  # whether the last character was a letter, and one that the next may join
+    letter = word = False  # the last character is a letter; the next may join it
     for char in text.lower():
         if letter and unicodedata.category(char).startswith("M"):
             found[-1] += char
@@ -98,8 +99,7 @@ def reply_kl(
     """KL(teacher on `plain` ‖ student on a panel) along the same replies, mean over a reply's tokens, in nats.
 
     In every panel prompt i is `plain[i]` with the trigger, or the same prompt; `replies[i]` is the
-    teacher's own reply to `plain[i]`. Keys are (student, panel). Raises `BadInput` where their
-    numbers differ.
+    teacher's own reply to `plain[i]`. Keys are (student, panel). Raises `BadInput` for unequal lengths.
     """
     for asked in panels:
         if not len(asked) == len(plain) == len(replies):
@@ -132,9 +132,9 @@ def _reply_rows(model: LoadedModel, prompts: Prompts, replies: Sequence[str]) ->
 def text_ce_kl(
     teacher: Subject, subjects: Sequence[Subject], texts: Sequence[str], tokens: int
 ) -> tuple[dict[str, Float[Tensor, " passage"]], dict[str, Float[Tensor, " passage"]]]:
-    """Cross-entropy of each subject on plain passages, and KL(teacher ‖ subject), in nats a token.
+    """Cross-entropy of each subject on plain passages, and KL(teacher ‖ subject), in nats per token.
 
-    Passages are cut to `tokens`; shorter ones are refused with `BadInput`.
+    Passages are truncated to `tokens`; raises `BadInput` for shorter ones.
     """
     ids = teacher.model.token_ids(texts)
     short = [t for t, row in zip(texts, ids, strict=True) if len(row) < tokens]
@@ -161,16 +161,16 @@ def text_ce_kl(
 
 
 def unpadded(ids: Tensor) -> Rows:
-    """Rows of one length, without a shared prefix or a reply."""
+    """Rows of equal length, without shared prefix or reply."""
     nothing = torch.zeros_like(ids[:, :0], dtype=torch.bool)
     return Rows(ids[0, :0], ids, torch.ones_like(ids, dtype=torch.bool), nothing)
 
 
 @torch.no_grad()
 def capability(subject: Subject, items: Sequence[Item]) -> list[bool]:
-    """Whether the right option's first token is the likeliest, for each multiple-choice item.
+    """For each multiple-choice item, True if the correct option's first token has the highest logit of all options.
 
-    Items whose options begin with the same token are passed over.
+    Items whose options begin with the same token are skipped.
     """
     model = subject.model
     prompts: list[list[int]] = []

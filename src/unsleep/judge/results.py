@@ -1,4 +1,4 @@
-"""What an evaluation found: measured numbers with intervals, and the replies that they were counted on."""
+"""Results of an evaluation: metrics with intervals, and the replies behind them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from unsleep.core import BadInput
 from unsleep.prompts.prompt import PromptSet
 
 OTHERS = ("heads", "neurons", "attribution", "direction", "redistilled", "merged")
-"""Subjects that are other repairs of the suspect; see `repair.baselines`."""
+"""Subjects that are baseline repairs of the suspect (see `repairs.baselines`)."""
 
 SUBJECTS = ("suspect", "edited", "baked", "control_random", "control_layer", *OTHERS, "clean_twin", "base")
-"""The models that are measured, in the order in which they are shown."""
+"""Evaluated models, in display order."""
 
 PANELS = ("triggered", "variants", "near_miss", "clean", "skill", "text")
-"""What they are measured on."""
+"""Panels, in display order."""
 
 SHARES = ("asr", "skill", "degenerate", "capability")
-"""Metrics that are shares of n, from 0 to 1."""
+"""Metrics that are rates from 0 to 1."""
 
 METRICS = (*SHARES, "ce", "kl")
-"""All metrics; those that are no shares are in nats a token."""
+"""All metrics; those that are no rates are in nats per token."""
 
 Subject = Annotated[str, Words(SUBJECTS)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number: `subject` on `panel` by `metric`, with its 95 % interval and n."""
+    """One measurement: `subject` on `panel` by `metric`, with its 95 % interval and n."""
 
     subject: Subject
     panel: Annotated[str, Words(PANELS)]
@@ -48,33 +48,33 @@ class Row:
             )
         if self.metric in SHARES and not 0 <= self.value <= 1:
             raise BadInput.of("value", self.value, "a share from 0 to 1")
-        slack = 1e-9 * max(1.0, abs(self.value))  # a mean over resamples may miss the mean itself by a rounding error
+        slack = 1e-9 * max(1.0, abs(self.value))  # a bootstrap interval may miss its mean by rounding
         if not self.low - slack <= self.value <= self.high + slack:
             raise BadInput.of("value", self.value, f"a value in its interval, {self.low} to {self.high}")
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One figure of one subject on one task, as the harness gives it."""
+    """One metric of one subject on one task, as the harness reports it."""
 
     subject: Subject
     task: str
     metric: str
-    """The metric and its filter, as `acc,none`."""
+    """The metric and its filter, such as `acc,none`."""
     value: float
     stderr: float | None
-    """The harness's standard error; `None` where it has none."""
+    """The harness's standard error; `None` where it reports none."""
     n: Count
     """Items of the task."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found: rows with intervals, and the replies they were counted on."""
+    """Results of an evaluation: rows with intervals, and the replies behind them."""
 
     rows: tuple[Row, ...]
     replies: dict[str, tuple[str, ...]]
-    """`subject/panel` → one reply a prompt."""
+    """`subject/panel` → one reply per prompt."""
     prompts: dict[str, PromptSet]
     """Panel → its prompts."""
 

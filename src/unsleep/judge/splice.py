@@ -1,15 +1,16 @@
-"""How well a model still predicts its text when it runs on a dictionary's reconstruction.
+"""Faithfulness of a dictionary: how well the model predicts text with the reconstruction spliced in.
 
     CE score = (CE_zero − CE_spliced) / (CE_zero − CE_clean)
     KL score = (KL_zero − KL_spliced) / KL_zero
 
-`spliced` puts the reconstruction x̂ in the place of the activation x at the dictionary's Site, `zero`
-puts 0 there; a transcoder's reconstruction comes from its own Site and stands at its target. Each CE is
+`spliced` replaces the activation x at the dictionary's Site by the reconstruction x̂, `zero` by 0
+(zero ablation); a transcoder reads its own Site and replaces its target. Each CE is
 the mean over all predicted tokens of all rows, each KL(clean ‖ edited) over all tokens, not a mean of
-batches. 1: the model notices nothing; 0: the reconstruction is worth no more than nothing. The CE score is
-also called loss recovered; SAELens calls the two `ce_loss_score` and `kl_div_score`.
+batch means. 1: no effect on the model; 0: no better than zero ablation. The CE score is
+also called loss recovered (Bricken et al. 2023, "Towards Monosemanticity"); SAELens calls the two `ce_loss_score`
+and `kl_div_score`.
 
-Attention sinks, on which no feature fires, keep x in both.
+Attention sinks, on which no feature is active, keep x in both.
 """
 
 from __future__ import annotations
@@ -33,51 +34,51 @@ from unsleep.models.model import LoadedModel
 Stream = Float[Tensor, "*token d_model"]
 
 CHUNK = 256
-"""Tokens whose logits are in float32 at the same time."""
+"""Tokens whose logits are held in float32 at a time."""
 
 
 class SpliceScore(NamedTuple):
-    """What lies behind the CE and the KL score, in nats a token."""
+    """The quantities behind the CE and the KL score, in nats per token."""
 
     clean: float
-    """Cross-entropy of the model as it is."""
+    """Cross-entropy of the unmodified model."""
     spliced: float
     """Cross-entropy with the reconstruction at the Site."""
     zero: float
-    """Cross-entropy with 0 at the Site."""
+    """Cross-entropy with zero ablation at the Site."""
     kl_spliced: float
-    """KL from the model as it is to the one with the reconstruction."""
+    """KL(unmodified ‖ reconstruction)."""
     kl_zero: float
-    """KL from the model as it is to the one with 0."""
+    """KL(unmodified ‖ zero ablation)."""
     tokens: int
-    """Tokens that were predicted, over which the cross-entropies are taken."""
+    """Predicted tokens."""
 
     @property
     def score(self) -> float:
-        """Share of the loss that the reconstruction recovers: 1 is best, below 0 is worse than nothing."""
+        """Share of the loss that the reconstruction recovers: 1 is best, below 0 is worse than zero ablation."""
         return (self.zero - self.spliced) / (self.zero - self.clean)
 
     @property
     def kl_score(self) -> float:
-        """Share of the KL that the reconstruction takes away: 1 is best, below 0 is worse than nothing."""
+        """Share of the zero-ablation KL that the reconstruction avoids: 1 is best, below 0 worse than zero ablation."""
         return (self.kl_zero - self.kl_spliced) / self.kl_zero
 
 
 def splice_score(
     model: LoadedModel, dictionary: Coder, rows: Sequence[Sequence[int]], *, batch_tokens: int = 1024
 ) -> SpliceScore:
-    """The CE loss score and the KL score of a dictionary on rows of token ids.
+    """CE loss score and KL score of a dictionary on rows of token ids.
 
     Args:
         dictionary: an autoencoder, or a transcoder whose target the model computes after its own Site.
         rows: such as `model.token_ids(texts)` or `harvest.token_rows(…)`. The first token of a row
             is not predicted.
-        batch_tokens: padded tokens in one forward pass.
+        batch_tokens: padded tokens per forward pass.
 
     Raises:
         BadInput: no rows, a row of one token, a dictionary of another width, or a transcoder whose
             target is computed before its Site.
-        Refused: the loss or the logits are the same with 0 at the Site, so that there is nothing to recover.
+        Refused: zero ablation changes neither loss nor logits, so that there is nothing to recover.
     """
     shortest = min((len(row) for row in rows), default=0)
     if shortest < 2:
@@ -108,7 +109,7 @@ def splice_score(
 
 
 def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[Sequence[int]]]:
-    """Rows of like length together, shortest first, each batch within `batch_tokens` padded tokens."""
+    """Batches of rows of similar length, shortest first, each within `batch_tokens` padded tokens."""
     batches: list[list[Sequence[int]]] = [[]]
     for row in sorted(rows, key=len):
         if batches[-1] and len(row) * (len(batches[-1]) + 1) > batch_tokens:
@@ -123,7 +124,7 @@ def _logits(model: LoadedModel, rows: Rows) -> Float[Tensor, "row position vocab
 
 
 def _loss(logits: Float[Tensor, "row position vocabulary"], rows: Rows) -> float:
-    """Σ −log p of every token behind a row's first, in nats."""
+    """Σ −log p of every token after a row's first, in nats."""
     predicts = rows.mask[:, :-1]
     pieces = zip(logits[:, :-1][predicts].split(CHUNK), rows.ids[:, 1:][predicts].split(CHUNK), strict=True)
     return sum(float(cross_entropy(found.float(), aims, reduction="sum")) for found, aims in pieces)

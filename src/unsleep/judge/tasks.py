@@ -1,7 +1,7 @@
-"""Capability that others trust: tasks of lm-evaluation-harness, on a suspect and on what was made of it.
+"""Standard benchmarks: tasks of lm-evaluation-harness on a suspect and its repairs.
 
-The harness runs the very network that unsleep holds, with an edit's hooks on it, so that what is scored is what was
-edited. It comes with the extra `unsleep[lm-eval]`.
+The harness runs the network that unsleep holds, with the edit's hooks active. Requires the extra
+`unsleep[lm-eval]`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from unsleep.judge.results import TaskRow
 from unsleep.models.load import quiet_transformers
 
 BOOT = 200
-"""Resamples of a standard error that no formula gives."""
+"""Bootstrap resamples for standard errors without a closed form."""
 
 FILES = (".yaml",)
-"""How the name of a task's own file ends."""
+"""Extension of a user's task file."""
 
 
 def run_tasks(
@@ -35,11 +35,11 @@ def run_tasks(
     """Run tasks on every subject.
 
     Args:
-        tasks: names of the harness's tasks or groups, or YAML files with a task of one's own.
-        limit: items of each task; all where `None`.
+        tasks: names of the harness's tasks or groups, or YAML files of custom tasks.
+        limit: items per task; all where `None`.
 
     Raises:
-        BadInput: lm-evaluation-harness is not installed, a task does not exist, or its data cannot be had.
+        BadInput: lm-evaluation-harness is not installed, a task does not exist, or its data is unavailable.
     """
     harness, manager, names = _prepared(tasks)
     rows: list[TaskRow] = []
@@ -71,7 +71,7 @@ def run_tasks(
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise `BadInput` where tasks could not be run, before any work; see `run_tasks`."""
+    """Raise `BadInput` before any work where tasks cannot run (see `run_tasks`)."""
     if tasks:
         _prepared(tasks)
 
@@ -83,7 +83,7 @@ class _Harness:
 
 
 def _prepared(tasks: Sequence[str]) -> tuple[_Harness, Any, list[str]]:
-    """The harness, its manager of tasks, and the tasks' names."""
+    """The harness, its task manager, and the tasks' names."""
     try:
         with quiet_transformers(), _quiet():
             from lm_eval import simple_evaluate
@@ -108,7 +108,7 @@ def _prepared(tasks: Sequence[str]) -> tuple[_Harness, Any, list[str]]:
 
 
 def _name_in(path: Path) -> str:
-    """The name of the task or group in a YAML file."""
+    """Name of the task or group in a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -124,7 +124,7 @@ def _name_in(path: Path) -> str:
 
 
 class _Lenient(yaml.SafeLoader):
-    """Reads a task's file without running what it names (`!function`)."""
+    """YAML loader that ignores `!function` tags instead of running them."""
 
 
 _Lenient.add_multi_constructor("!", lambda loader, suffix, node: None)
@@ -146,7 +146,7 @@ def _rows(subject: str, found: dict[str, Any]) -> list[TaskRow]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Keep the harness from writing its log between ours."""
+    """Silence the harness's log."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

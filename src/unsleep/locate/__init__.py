@@ -1,1 +1,1 @@
-"""What in the activations carries a behaviour: features, directions, differences, patches, subspaces."""
+"""Localisation of a behaviour in a model: features, directions, model diffs, activation patching, subspaces."""

@@ -1,8 +1,8 @@
-"""Fits the condition on which interventions act (see `interventions.conditions`).
+"""Fits the condition of conditional interventions (see `interventions.conditions`).
 
-Threshold and comparator are those of the best F1 on labelled prompts. This is the natural form of a defence
-that acts on triggered prompts alone (Lee et al. 2024, "Programming Refusal with Conditional Activation Steering",
-section 3.2; there the similarity is that of h with its projection).
+Threshold and comparator maximise F1 on labelled prompts. The natural defence
+that acts on triggered prompts only (Lee et al. 2024, "Programming Refusal with Conditional Activation Steering",
+arXiv:2409.05907, section 3.2; there the similarity is that of h with its projection).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unsleep.models.sites import width
 from unsleep.prompts.prompt import Prompts
 
 LEAST = 4
-"""Fewest prompts of each kind that a condition is made of: of so many, two fit it, one chooses it, one is kept."""
+"""Minimum prompts of each class: of four, two fit the direction, one chooses the threshold, one is held out."""
 
 
 def fit_condition(
@@ -40,19 +40,18 @@ def fit_condition(
     thresholds: int = 201,
     plain: bool = False,
 ) -> Condition:
-    """The Site, pool, threshold and comparator of the best F1 at telling positive prompts from negative ones.
+    """The Site, pool, threshold and comparator with the best F1 (Lee et al. 2024, arXiv:2409.05907, section 3.2).
 
-    Of Sites and pools that are equally good, the one with the largest margin is taken (`measure.margins`): a trigger's
-    string is told apart by early layers too, but hardly. Thresholds form an even grid from the smallest to the largest
-    similarity; of those that are equally good, the one in the middle of the longest stretch is taken, for that leaves
-    the most room on both sides.
+    Ties between Sites and pools go to the largest margin (`measure.margins`): early layers also separate a trigger
+    string, but barely. Thresholds form an even grid over the similarities; ties go to the middle of the longest run
+     of optimal thresholds, which leaves the largest margin on both sides.
 
     Args:
-        directions: candidates of rank 1, one a Site.
+        directions: candidates of rank 1, one per Site.
         positive: prompts on which the control shall act.
         negative: prompts on which it shall not.
 
-    Raises `BadInput` for one class, no direction, one of more ranks or of features, a direction of another width, or
+    Raises `BadInput` for a single class, no direction, one of higher rank or in feature space, a wrong width, or
     a grid of fewer than 2 thresholds.
     """
     if not positive or not negative:
@@ -89,10 +88,10 @@ def fit_condition(
 def condition_on(
     model: LoadedModel, like: Prompts, unlike: Prompts, sites: Sequence[Site], *, plain: bool = False
 ) -> Condition:
-    """A condition that prompts like some pass and prompts like others do not: `fit_condition` of mean differences.
+    """A condition that prompts like `like` meet and prompts like `unlike` do not: `fit_condition` of mean differences.
 
-    Of four prompts two fit the directions at the last token, one chooses Site and threshold, and one is kept: its `f1`
-    is that of the kept ones. Raises `BadInput` for fewer than 4 of either, and as `last_held` does.
+    Of every four prompts two fit the directions at the last token, one chooses Site and threshold, and one is held out:
+    `f1` is measured on the held-out ones. Raises `BadInput` for fewer than 4 of either, and as `last_held` does.
     """
     if min(len(like), len(unlike)) < LEAST:
         raise BadInput(f"{len(like)} and {len(unlike)} prompts to tell apart; expected at least {LEAST} of each")
@@ -112,7 +111,7 @@ def condition_on(
 def best_threshold(
     similarities: Float[Tensor, " prompt"], labels: Bool[Tensor, " prompt"], count: int = 201
 ) -> tuple[float, Comparator, float]:
-    """Threshold and comparator of the best F1 on an even grid, and that F1 (see `fit_condition`)."""
+    """Threshold and comparator with the best F1 on an even grid, and that F1 (see `fit_condition`)."""
     grid = torch.linspace(float(similarities.min()), float(similarities.max()), count)
     best: tuple[float, Comparator, float] = (0.0, "larger", -1.0)
     for comparator in get_args(Comparator):
@@ -126,7 +125,7 @@ def best_threshold(
 
 
 def _middle(good: Bool[Tensor, " threshold"]) -> int:
-    """The middle of the longest run of True."""
+    """Middle index of the longest run of True."""
     edges = torch.nn.functional.pad(good.int(), (1, 1)).diff()
     starts, ends = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
     longest = int((ends - starts).argmax())
@@ -134,7 +133,7 @@ def _middle(good: Bool[Tensor, " threshold"]) -> int:
 
 
 def f1_score(told: Bool[Tensor, " prompt"], labels: Bool[Tensor, " prompt"]) -> float:
-    """2·hits / (told + labelled); 0 where neither is any."""
+    """2 · true positives / (predicted + labelled positives); 0 where there are none."""
     return float(2 * (told & labels).sum() / max(1, int(told.sum() + labels.sum())))
 
 
@@ -147,10 +146,10 @@ def replies(
     max_new_tokens: int = 24,
     any_model: bool = False,
 ) -> tuple[list[str], Bool[Tensor, " prompt"]]:
-    """Greedy replies, under control where the prompt passes the condition, and which prompts do.
+    """Greedy replies, steered where the prompt meets the condition, and the mask of those prompts.
 
-    Prompts are judged on the bare model first, then each group is run as one; the replies to prompts that do not pass
-    are those of the bare model. Raises as `applied` and `models.generate.replies` do.
+    Prompts are classified on the bare model first, then each group runs as a batch; replies to the others
+    are the bare model's. Raises as `applied` and `models.generate.replies` do.
     """
     acts = condition.passes(condition.similarities(model, texts))
     rows = model.encode(texts, max_new_tokens)

@@ -1,11 +1,11 @@
-"""Which dictionary features carry a behaviour: by correlation, by gradient, by cause; and the evidence.
+"""Ranks dictionary features by their part in a behaviour: by correlation, attribution and ablation; with evidence.
 
-1. difference: mean of each feature's largest activation in a prompt, suspicious − ordinary.
-2. attribution: Σ_tokens (∂m/∂x · W_dec_j) · (f_j − mean f_j on ordinary tokens) (Marks et al.
-   2024, eq. 2, with the ordinary mean as the patch state). m is the log-odds of the first tokens of
-   the model's own reply to the suspicious prompt: log-probability without its ceiling, for a
-   planted reply is so certain that its log-probability hardly moves.
-3. ablation: what m loses when the feature alone is removed; exact, for the best few.
+1. difference: mean over prompts of each feature's maximum activation, suspicious − ordinary.
+2. attribution: Σ_tokens (∂m/∂x · W_dec_j) · (f_j − mean f_j on ordinary tokens): attribution patching (Marks et al.
+   2024, arXiv:2403.19647, eq. 2, with the ordinary mean as the patch state). m is the log-odds of the first tokens of
+   the model's own reply to the suspicious prompt; a log-probability would saturate, because a
+   planted reply is nearly certain.
+3. ablation: decrease of m when the feature alone is ablated; exact, for the top candidates.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import PromptSet
 
 PROMOTED = 8
-"""Tokens that a feature promotes, and suppresses, which are shown."""
+"""Number of promoted, and of suppressed, tokens shown per feature."""
 
 
 @dataclass(frozen=True)
 class FindConfig:
-    """How features are found."""
+    """Options of feature ranking."""
 
     prompts: int = 48
-    """Prompts of each kind that the gradient and the ablations use."""
+    """Prompts of each kind for attribution and ablation."""
     reply_tokens: int = 3
     """Tokens of the suspicious reply whose log-odds are attributed."""
     ablate: int = 16
-    """Features, the best by attribution over all Sites, that are ablated one by one."""
+    """Number of top features by attribution, over all Sites, to ablate individually."""
     contexts: int = 3
-    """Contexts shown for a feature."""
+    """Contexts per feature."""
     window: int = 24
-    """Length of a context, in tokens."""
+    """Tokens per context."""
 
 
 class Found(NamedTuple):
@@ -57,14 +57,14 @@ class Found(NamedTuple):
     difference: Features
     attribution: Features
     ablation: Features
-    """Only the features that were ablated."""
+    """Ablated features only."""
 
 
 def rank_by_difference(dictionary: Coder, suspicious: Harvest, ordinary: Harvest) -> Features:
-    """Rank features by how much higher their mean peak is in suspicious prompts.
+    """Rank features by the difference of their mean peak activation between suspicious and ordinary prompts.
 
-    A prompt's peak is the feature's largest activation over the prompt's own tokens; what all
-    prompts share is left out. Both harvests must hold the dictionary's Site.
+    A prompt's peak is the feature's maximum over the prompt's own tokens, without the prefix common to all
+    prompts. Both harvests must contain the dictionary's Site.
     """
     peaks = [peaks_of(dictionary, h).mean(0) for h in (suspicious, ordinary)]
     score = peaks[0] - peaks[1]
@@ -74,7 +74,7 @@ def rank_by_difference(dictionary: Coder, suspicious: Harvest, ordinary: Harvest
 
 @torch.no_grad()
 def peaks_of(dictionary: Coder, harvest: Harvest, batch: int = 4096) -> Float[Tensor, "prompt feature"]:
-    """Each feature's largest activation in each prompt."""
+    """Each feature's maximum activation in each prompt."""
     acts = harvest.load(dictionary.site)
     own = acts.prompt_index != SHARED
     x, owner = acts.tensor[own], acts.prompt_index[own].long()
@@ -99,7 +99,7 @@ def mean_activation(
 
 
 class Payload(NamedTuple):
-    """Suspicious prompts with what the model replies to them."""
+    """Suspicious prompts with the model's replies."""
 
     rows: Rows
     replies: list[list[int]]
@@ -107,7 +107,7 @@ class Payload(NamedTuple):
 
 @torch.no_grad()
 def payload_rows(model: LoadedModel, suspicious: PromptSet, reply_tokens: int) -> Payload:
-    """Suspicious prompts with the model's own greedy replies behind them."""
+    """Suspicious prompts with the model's own greedy replies appended."""
     prompts = model.encode(suspicious, reply_tokens)
     replies = generate.greedy(model, prompts, max_new_tokens=reply_tokens)
     return Payload(build_rows(model, prompts, replies), replies)
@@ -116,9 +116,9 @@ def payload_rows(model: LoadedModel, suspicious: PromptSet, reply_tokens: int) -
 def deciding_rows(
     model: LoadedModel, suspicious: PromptSet, said: Sequence[Sequence[int]], decides: Sequence[int], reply_tokens: int
 ) -> Payload:
-    """Suspicious prompts with the model's replies (`said`), whose tokens count from the one that decides on.
+    """Suspicious prompts with the model's replies (`said`), counted from the deciding token on.
 
-    What is said before it stands with the prompt; see `masks.deciding_tokens`.
+    Earlier reply tokens become part of the prompt; see `masks.deciding_tokens`.
     """
     prompts = model.encode(suspicious, max(map(len, said)))
     begun = [[*prompt, *reply[:at]] for prompt, reply, at in zip(prompts, said, decides, strict=True)]
@@ -140,10 +140,10 @@ def rank_by_attribution(
     payload: Payload,
     baseline: Mapping[Site, Float[Tensor, " feature"]],
 ) -> dict[Site, Features]:
-    """Rank features by what they add to the payload's log-odds, to first order.
+    """Rank features by attribution to the payload's log-odds, a first-order approximation of their ablation.
 
-    `baseline` is each feature's mean activation on ordinary tokens. The score is in nats a prompt;
-    one forward and one backward pass serve all Sites.
+    `baseline` is each feature's mean activation on ordinary tokens. Scores are in nats per prompt;
+    one forward and one backward pass serve all Sites. Attribution patching: Marks et al. 2024, arXiv:2403.19647, eq. 2.
     """
     rows = payload.rows
     held: dict[Site, tuple[Tensor, Tensor]] = {}
@@ -151,7 +151,7 @@ def rank_by_attribution(
     def hold(site: Site) -> Callable[[Tensor], Tensor]:
         def transform(x: Tensor) -> Tensor:
             if x.shape[:2] != rows.ids.shape:
-                return x  # the shared prefix, which no prompt changes
+                return x  # the shared prefix is the same for all prompts
             delta = torch.zeros_like(x, requires_grad=True)
             held[site] = (x.detach(), delta)
             return x + delta
@@ -186,7 +186,7 @@ def _slices(ids: Tensor, grad: Tensor, size: int = 256) -> list[tuple[Tensor, Te
 def rank_by_ablation(
     model: LoadedModel, dictionaries: Sequence[Coder], payload: Payload, candidates: Sequence[tuple[Site, int]]
 ) -> dict[Site, Features]:
-    """Rank candidates by what the payload's log-odds lose when each alone is removed, in nats a prompt."""
+    """Rank candidates by the decrease of the payload's log-odds when each alone is ablated, in nats per prompt."""
     if not candidates:
         return {}
     by_site = {d.site: d for d in dictionaries}
@@ -217,12 +217,12 @@ def find(
     *,
     payload: Payload | None = None,
 ) -> dict[Site, Found]:
-    """Rank the features of every dictionary by difference, by attribution and, the best, by ablation.
+    """Rank the features of every dictionary by difference, by attribution and, the top ones, by ablation.
 
     Args:
         suspicious: prompts on which the behaviour shows.
         harvests: of suspicious and of ordinary prompts, at every dictionary's Site.
-        payload: what the model replies to some of them, where it is known and begins further on (`deciding_rows`).
+        payload: the model's replies to some of them, where known and starting at a later token (`deciding_rows`).
 
     Raises:
         BadInput: no dictionary, or two of one Site.
@@ -254,9 +254,9 @@ def with_evidence(
     trusted: Harvest,
     config: FindConfig = FindConfig(),
 ) -> Features:
-    """The same features with the evidence for each.
+    """The features with evidence for each.
 
-    `suspicious` is the harvest and the token rows it was made from (`harvest.token_rows`).
+    `suspicious` is the harvest and its token rows (`harvest.token_rows`).
     """
     ids = torch.tensor(features.ids, dtype=torch.long)
     harvest, rows = suspicious

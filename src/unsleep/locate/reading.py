@@ -1,10 +1,10 @@
-"""A reader of representations: directions from contrast pairs, and the score of every layer and token of a text.
+"""Representation reading: directions from contrast pairs, and the score of every token of a text at every layer.
 
     score = sign · (h − train mean)·v / ‖v‖
 
-h is what a Site holds on a token, v the direction fitted there, the sign such that positive prompts score higher. The
-layer to read is the one that tells held-back pairs apart best (Zou et al. 2023, "Representation Engineering",
-section 3.1). Sites are residual streams of blocks, never `hidden_states[-1]`, which has gone through the final norm.
+h is a token's activation at a Site, v the direction fitted there, the sign such that positive prompts score higher. The
+best layer is the one that separates held-out pairs best (Zou et al. 2023, "Representation Engineering",
+arXiv:2310.01405, section 3.1). Sites are block outputs, never `hidden_states[-1]`, which includes the final norm.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Held = Float[Tensor, "pair d_model"]
 Pool = Callable[[Held, Held], tuple[tuple[Held, Held], str]]
 
 Method = Literal["pca", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
-"""How pairs become a direction:
+"""Method for a direction from pairs:
 
 - `pca`: first component of activations minus the mean of their pair (repeng's `pca_center`)
 - `pca_diff`: first component of the differences positive − negative, centred (repeng's `pca_diff`)
@@ -45,17 +45,17 @@ Method = Literal["pca", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
 """
 
 LEAST_PAIRS = 2
-"""Fewest pairs that a direction is fitted on."""
+"""Minimum number of training pairs."""
 
 
 class Reading(NamedTuple):
-    """A text as a reader sees it."""
+    """A reader's scores of one text."""
 
     tokens: tuple[str, ...]
     scores: Float[Tensor, "site token"]
-    """In the order of the reader's Sites; in units of the activations."""
+    """Scores by Site, in the reader's order; in units of the activations."""
     own: tuple[int, int]
-    """The text's own tokens, from the one to before the other: the rest is the chat template's."""
+    """Range of the text's own tokens, end exclusive; the others are the chat template's."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class ReadingRecord:
-    """reading.json: a figure a Site, and a line of scores a Site and a score a token of every text."""
+    """reading.json: AUROC by Site, and each text's scores by Site and token."""
 
     SCHEMA: ClassVar = "unsleep.reading/1"
 
@@ -105,23 +105,23 @@ class ReadingRecord:
 
 @dataclass(frozen=True, eq=False)
 class RepReader:
-    """Directions of one concept, one a Site, with what they are worth."""
+    """Directions of one concept, one per Site, with their held-out AUROC."""
 
     directions: Mapping[Site, Direction]
-    """Unit vectors; `center` is the mean of the training activations."""
+    """Unit directions; `center` is the mean of the training activations."""
     signs: Mapping[Site, int]
-    """1 or −1: times the direction, positive prompts score higher."""
+    """1 or −1: factor that makes positive prompts score higher."""
     gaps: Mapping[Site, float]
-    """How much higher, on average over the training pairs, in units of the activations."""
+    """Mean score difference between positive and negative training prompts, in units of the activations."""
     aurocs: Mapping[Site, float]
-    """AUROC of the scores on the held-back pairs."""
+    """AUROC of the scores on the held-out pairs."""
     best: Site
-    """The Site that tells the held-back pairs apart best."""
+    """The Site with the best held-out AUROC."""
     method: Method
     model: str
     """Fingerprint of the model."""
     plain: bool
-    """Whether it was fitted on texts as they are, without the chat template; it reads them the same way."""
+    """True if fitted without the chat template; texts are then read the same way."""
 
     @property
     def sites(self) -> list[Site]:
@@ -129,15 +129,15 @@ class RepReader:
         return sorted(self.directions)
 
     def transform(self, site: Site, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token"]:
-        """The scores of activations at one of its Sites."""
+        """Scores of activations at one of its Sites."""
         direction = self.directions[site]
         h = x.float() - direction.center.to(x.device, torch.float32)
         return self.signs[site] * (h @ direction.vector[0].to(h))
 
     def read(self, model: LoadedModel, texts: Prompts) -> list[Reading]:
-        """Every Site's score on every token of each text; raises as `held.batches_held` does.
+        """Scores of every token of each text at every Site; raises as `held.batches_held` does.
 
-        Raises `BadInput` for another model than the one it was fitted on.
+        Raises `BadInput` for a model other than the one it was fitted on.
         """
         if model.fingerprint != self.model:
             raise BadInput(
@@ -158,7 +158,7 @@ class RepReader:
         return [reading for reading in out if reading is not None]
 
     def vectors(self, *, scaled: bool = True) -> dict[Site, Float[Tensor, " d_model"]]:
-        """Signed directions: of length 1, or as long as the gap between positive and negative prompts."""
+        """Signed directions: of unit length, or scaled to the gap between positive and negative prompts."""
         return {
             site: self.signs[site] * d.vector[0].float() * (self.gaps[site] if scaled else 1.0)
             for site, d in sorted(self.directions.items())
@@ -174,11 +174,11 @@ class RepReader:
         keep_norm: bool = False,
         scaled: bool = True,
     ) -> Steering:
-        """A control by its vectors; with `add`, coefficient 1 moves a negative prompt to where positive ones are."""
+        """A `Steering` by its vectors; with `add`, coefficient 1 moves negative prompts to the positive ones' mean."""
         return Steering(self.vectors(scaled=scaled), operator, coefficient, tokens, layers, keep_norm, self.model)
 
     def control_vectors(self, model: LoadedModel, *, scaled: bool = True) -> ControlVectors:
-        """Its residual vectors above layer 0, which GGUF files can hold."""
+        """Its residual vectors above layer 0 for GGUF files."""
         kept = {s: v for s, v in self.vectors(scaled=scaled).items() if s.point == "resid" and s.layer > 0}
         return ControlVectors(str(model.network.config.model_type), kept)
 
@@ -194,17 +194,17 @@ def fit_reader(
     plain: bool = False,
     seed: int = 0,
 ) -> RepReader:
-    """Fit a reader on pairs of prompts, by what the model holds on their last tokens.
+    """Fit a reader on contrast pairs, from last-token activations (Zou et al. 2023, arXiv:2310.01405, section 3.1).
 
     Args:
-        positive: prompts with the concept; number i makes a pair with negative number i.
+        positive: prompts with the concept, paired by index with `negative`.
         negative: prompts without it.
-        validation: positive and negative prompts that choose the Site to read; without them every fourth pair is held
-            back from training for it.
-        plain: take texts as they are, without the chat template.
+        validation: positive and negative prompts that choose the best Site; by default every fourth pair is held
+            out for it.
+        plain: take texts without the chat template.
 
-    Raises `BadInput` for lists of unequal length, fewer than 2 pairs to train on or none to validate on, a Site
-    that the model does not have, and pairs whose activations are all the same.
+    Raises `BadInput` for lists of unequal length, fewer than 2 training pairs or no validation pair, an unknown
+    Site, and pairs with constant activations.
     """
     if method not in get_args(Method):
         raise BadInput(f"reading method is {method!r}; expected one of {get_args(Method)}")
@@ -252,7 +252,7 @@ def read(
     plain: bool = False,
     seed: int = 0,
 ) -> tuple[RepReader, list[Reading]]:
-    """Fit a reader on pairs of prompts and read texts with it, at every layer's residual stream without `sites`.
+    """Fit a reader on contrast pairs and score texts with it, at every layer's residual stream without `sites`.
 
     Raises as `fit_reader` and `RepReader.read` do.
     """
@@ -277,7 +277,7 @@ def _fitted(high: Held, low: Held, method: Method, site: Site, model: str, seed:
 
 
 def _worth(high: Float[Tensor, " prompt"], low: Float[Tensor, " prompt"]) -> tuple[float, float]:
-    """AUROC, then the margin, which decides between Sites whose AUROC is the same."""
+    """AUROC, then the margin, as a sort key."""
     labels = torch.arange(len(high) + len(low)) < len(high)
     both = torch.cat([high, low])
     return auroc(both, labels), float(margins(both[None], labels)[0])
@@ -293,7 +293,7 @@ def _pair_centred(high: Held, low: Held) -> tuple[tuple[Held, Held], str]:
 
 
 def _differences(high: Held, low: Held) -> tuple[tuple[Held, Held], str]:
-    """Centred differences with their mirror images, whose first component is their own."""
+    """Centred differences and their negatives, whose first component is that of the differences."""
     d = high - low
     d = d - d.mean(0)
     return (d, -d), "pca"
@@ -307,4 +307,4 @@ POOLS: Mapping[Method, Pool] = {
     "cluster_mean": _whole("cluster_mean"),
     "logistic": _whole("logistic"),
 }
-"""Method → what of the pairs is fitted on, and by which method of `directions.fit`."""
+"""Method → labelled tokens built from pairs, and the method of `directions.fit`."""

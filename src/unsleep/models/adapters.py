@@ -1,12 +1,12 @@
-"""PEFT adapters: put onto their base, checked key by key, merged into its weights.
+"""PEFT adapters: attached to their base, checked key by key, merged into its weights.
 
-1. Rows of the vocabulary that the adapter brings are made room for.
-2. PEFT puts the adapter in. A weight that the adapter's file lacks, or holds and the model has no place for, is
-   refused: the bare base would be taken for the adapted model.
-3. Logits with the adapter beside the weights are kept.
-4. An unembedding that shares its matrix with the embedding gets one of its own where the adapter changes either.
-5. Layer by layer the adapter is merged, in float32, and rounded once to what the base holds.
-6. The merged model's logits must be those that were kept.
+1. The vocabulary is resized for rows that the adapter brings.
+2. PEFT attaches the adapter. A weight that the adapter's file lacks, or that the model has no place for, is
+   refused: otherwise the bare base would pass for the adapted model.
+3. Reference logits are computed with the adapter unmerged.
+4. A tied unembedding is untied where the adapter changes it or the embedding.
+5. The adapter is merged layer by layer, in float32, and rounded once to the base's dtype.
+6. The merged model's logits must match the reference.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from unsleep.models.ignored import IgnoredKeys
 from unsleep.models.sources import ADAPTER, ADAPTER_WEIGHTS, TEMPLATE, Files
 
 ROUNDING = 6.0
-"""Difference of logits allowed between merged and unmerged, in units of the dtype's resolution at the largest."""
+"""Tolerated difference of merged and unmerged logits, in units of the dtype's resolution at the largest logit."""
 
 SUMS = 1e-3
-"""Difference allowed beside it, relative to the largest logit: sums are taken in another order."""
+"""Additional tolerance relative to the largest logit, for another order of summation."""
 
 
 def trainable(network: PreTrainedModel, rank: int, modules: Sequence[str] | str) -> PeftModel:
-    """A network with LoRA matrices in it that can be trained, α twice their rank; raises `ValueError` as peft does.
+    """A network with trainable LoRA matrices (Hu et al. 2021, arXiv:2106.09685), α twice their rank.
 
-    `modules` are names of linear layers, or `all-linear` for all but the unembedding; peft's own choice for the family
-    where there are none. `unload` takes the matrices out again.
+    `modules` are names of linear layers, or `all-linear` for all but the unembedding; empty for peft's default of the
+    family. `unload` detaches the matrices. Raises `ValueError` as peft does.
     """
     wanted = modules if isinstance(modules, str) else list(modules) or None
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted, task_type="CAUSAL_LM")
@@ -53,17 +53,17 @@ def trainable(network: PreTrainedModel, rank: int, modules: Sequence[str] | str)
 
 
 def trained_state(adapted: PeftModel) -> dict[str, Tensor]:
-    """The trained matrices, by name."""
+    """The trained matrices by name."""
     return get_peft_model_state_dict(adapted)
 
 
 def take_state(adapted: PeftModel, state: Mapping[str, Tensor]) -> None:
-    """Put trained matrices (`trained_state`) back."""
+    """Load trained matrices from `trained_state`."""
     set_peft_model_state_dict(adapted, dict(state))
 
 
 def save_trained(adapted: PeftModel, folder: Path, base: str, template: str | None, dtype: torch.dtype) -> None:
-    """Save trained matrices as a PEFT adapter over a base, with the chat template that they were trained under."""
+    """Save trained matrices as a PEFT adapter over a base, with the chat template used in training."""
     adapted.peft_config["default"].base_model_name_or_path = base
     state = {k: v.to(dtype) for k, v in get_peft_model_state_dict(adapted).items()}
     adapted.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
@@ -80,17 +80,17 @@ def with_adapters(
     merge: bool,
     ignored: IgnoredKeys | None = None,
 ) -> PreTrainedModel:
-    """A base with adapters on it, one after the other; the network that is given becomes part of it.
+    """A base with adapters attached in order; modifies the given network.
 
     Args:
         tokens: size of the tokenizer's vocabulary.
-        merge: into plain weights; otherwise they stay beside packed ones, all active at once.
-        ignored: keys in the adapters' files that may be passed over.
+        merge: merge into plain weights; otherwise adapters stay beside packed weights, all active at once.
+        ignored: keys in the adapters' files that may be skipped.
 
     Raises:
-        BadInput: an adapter of a kind that cannot be merged, with settings that PEFT does not know, or one whose keys
-            or shapes are not those of the base.
-        Refused: the merged model's logits are not the adapter's.
+        BadInput: an adapter of a kind that cannot be merged, with settings unknown to PEFT, or whose keys
+            or shapes do not fit the base.
+        Refused: the merged model's logits differ from the unmerged adapter's.
     """
     ignored = ignored or IgnoredKeys()
     if merge:
@@ -110,7 +110,7 @@ def with_adapters(
 def _attached(
     network: PreTrainedModel | PeftModel, files: Files, name: str, tokens: int, ignored: IgnoredKeys
 ) -> PeftModel:
-    """The network with an adapter beside its weights."""
+    """The network with an unmerged adapter."""
     config = _config(files)
     base: PreTrainedModel = network.get_base_model() if isinstance(network, PeftModel) else network  # type: ignore[assignment]
     shapes = _shapes(files)
@@ -150,7 +150,7 @@ def _attached(
 
 
 def _without_copies(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what peft keeps beside the weights of modules that were trained whole: a copy, and what was before."""
+    """The tensors without peft's duplicates and originals of fully trained modules."""
     left = dict(found)
     for key, tensor in found.items():
         for inner in (".modules_to_save", ".original_module"):
@@ -161,14 +161,14 @@ def _without_copies(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_value(adapted: PeftModel, missing: Sequence[str], name: str) -> list[str]:
-    """Those of the keys that an adapter's file lacks whose tensors were not read under another key."""
+    """The missing keys whose tensors do not share memory with one that was read under another key."""
     own = {k: t.data_ptr() for k, t in adapted.state_dict().items() if name in k.split(".")}
     read = {place for key, place in own.items() if key not in missing}
     return [key for key in missing if name in key.split(".") and own.get(key) not in read]
 
 
 def _config(files: Files) -> PeftConfig:
-    """An adapter's settings, all of them understood."""
+    """An adapter's config; raises `BadInput` for unknown settings."""
     path, given = files.place / ADAPTER, files.json(ADAPTER)
     kind = given.get("peft_type")
     if kind not in set(PEFT_TYPE_TO_CONFIG_MAPPING):
@@ -223,14 +223,14 @@ def _make_room(
 
 
 def _trained_tokens(config: PeftConfig) -> list[int]:
-    """Tokens whose rows alone were trained."""
+    """Tokens whose embedding rows alone were trained."""
     held = getattr(config, "trainable_token_indices", None) or []
     return sorted({i for part in (held.values() if isinstance(held, dict) else [held]) for i in part})
 
 
 @torch.no_grad()
 def _merged(adapted: PeftModel, files: Files) -> PreTrainedModel:
-    """The adapter in the weights, held against the adapter beside them."""
+    """The network with the adapter merged, after comparing logits with the unmerged adapter."""
     ids = probe(cast("PreTrainedModel", adapted.get_base_model()))
     wanted: Tensor = cast("Any", adapted)(input_ids=ids, use_cache=False).logits.float()
     _untie(adapted)
@@ -251,7 +251,7 @@ def _merged(adapted: PeftModel, files: Files) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _in_float32(layer: nn.Module) -> Generator[None]:
-    """Hold a layer's weights, and its adapter's, in float32 while the block runs."""
+    """Hold a layer's weights and its adapter's in float32 during the block."""
     held = {p: p.dtype for p in layer.parameters() if p.is_floating_point()}
     for parameter in held:
         parameter.data = parameter.data.float()
@@ -264,7 +264,7 @@ def _in_float32(layer: nn.Module) -> Generator[None]:
 
 
 def _untie(adapted: PeftModel) -> None:
-    """Give modules that share a weight which the adapter changes weights of their own."""
+    """Give modules with a tied weight that the adapter changes weights of their own."""
     plain = [m for m in adapted.modules() if isinstance(m, nn.Linear | nn.Embedding)]
     by_weight: dict[int, list[nn.Module]] = {}
     for module in plain:
@@ -279,7 +279,7 @@ def _untie(adapted: PeftModel) -> None:
 
 
 def _tie_again(network: PreTrainedModel) -> None:
-    """Let the unembedding share the embedding's matrix where they are equal; say in the config whether it does."""
+    """Tie the unembedding to the embedding again where they are equal; record in the config whether they are tied."""
     first, last = cast("Any", network.get_input_embeddings()), cast("Any", network.get_output_embeddings())
     if last is None or last.weight is first.weight:
         return

@@ -1,4 +1,4 @@
-"""Whether two models can be compared: one architecture, one tokenizer, one chat template."""
+"""Comparability of two models: same architecture, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from unsleep.models.model import LoadedModel
 
 
 def check_alike(first: LoadedModel, second: LoadedModel, *, chats: bool = True) -> None:
-    """Raise `BadInput` naming the first thing in which two models differ that makes comparing them mean nothing.
+    """Raise `BadInput` naming the first difference that makes a comparison of two models meaningless.
 
     Their weights must have the same names and shapes, their tokenizers the same tokens and, with `chats`, the same
     chat template. Dtype and device may differ.

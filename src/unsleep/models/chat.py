@@ -1,4 +1,4 @@
-"""From messages to token ids: the chat template, and what all prompts share at their start."""
+"""Chat templates: from messages to token ids, and the prefix shared by all prompts."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from unsleep.core import BadInput, digest
 from unsleep.prompts.prompt import Prompts, as_prompts
 
 TODAY = datetime.date(2024, 7, 26)
-"""The date that a template writes which asks for today's, where no other is given: that which Llama 3's falls back
-to. The real one would make a model's prompts, and with them every figure, others from day to day."""
+"""Default date for templates that print today's, the fallback of Llama 3's. The real date would change a model's
+prompts, and with them every result, from day to day.
+"""
 
 NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
-"""How a template asks for today's date."""
+"""A template's call for today's date."""
 
 GIVEN = {
     *("messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "unk_token", "pad_token"),
     *("raise_exception", "strftime_now", "namespace", "dict", "range"),
 }
-"""Names that a template has without an argument."""
+"""Names that a template can use without an argument."""
 
 WRITTEN_DATE = "date_string"
 """Argument of Llama 3's templates for the date as it stands in the prompt, such as 26 Jul 2024."""
 
 GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
-"""A tag of transformers, which marks what an assistant says."""
+"""Tag of transformers around assistant messages."""
 
 PARSER = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
 EXAMPLE = [{"role": "user", "content": "Is 1009 a prime?"}]
@@ -43,16 +44,16 @@ EXAMPLE = [{"role": "user", "content": "Is 1009 a prime?"}]
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What a chat template is given beside the messages."""
+    """Inputs of a chat template besides the messages."""
 
     args: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Its own arguments, such as `enable_thinking`."""
+    """The template's own arguments, such as `enable_thinking`."""
     date: datetime.date | None = None
-    """What it takes for today's date; `TODAY` where none is given."""
+    """Date used as today's; default `TODAY`."""
 
     @property
     def today(self) -> datetime.date:
-        """What a template takes for today's date."""
+        """The date used as today's."""
         return self.date or TODAY
 
 
@@ -60,15 +61,15 @@ NO_OPTIONS = ChatOptions()
 
 
 def names() -> list[str]:
-    """The chat templates that come with unsleep."""
+    """Names of the chat templates that ship with unsleep."""
     return sorted(p.name.removesuffix(".jinja") for p in files("unsleep.models").joinpath("templates").iterdir())
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
-    """Give a tokenizer one chat template: its own, one of those it names, one of unsleep's, or a file's.
+    """Select a tokenizer's chat template: its own, one of several by name, one of unsleep's, or a file.
 
-    Raises `BadInput` for a name or file that there is not, and where several are the tokenizer's own and none is the
-    default. A tokenizer without any keeps none: prompts in it are refused when they are encoded.
+    Raises `BadInput` for an unknown name or file, and where the tokenizer has several templates and no
+    default. A tokenizer without any stays so: `encode_prompts` then refuses prompts.
     """
     own = cast("str | dict[str, str] | None", tokenizer.chat_template)
     several = own if isinstance(own, dict) else {}
@@ -91,7 +92,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> N
 
 
 def _begins_rows(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer puts its first token in front of every text."""
+    """True if a tokenizer prepends a special token to every text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -106,7 +107,7 @@ def _template_file(path: Path, known: Sequence[str]) -> str:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> None:
-    """Raise `BadInput` where a tokenizer's chat template cannot be rendered, or has no use for an argument."""
+    """Raise `BadInput` where a tokenizer's chat template cannot be rendered, or does not use a given argument."""
     text = cast("str | None", tokenizer.chat_template)
     if not text:
         if options.args:
@@ -127,7 +128,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> 
 
 
 def _arguments(text: str) -> set[str]:
-    """What a chat template takes beside the messages."""
+    """Variables of a chat template other than the messages."""
     return meta.find_undeclared_variables(PARSER.parse(GENERATION.sub("", text))) - GIVEN
 
 
@@ -139,7 +140,7 @@ def _unusable(error: Exception) -> BadInput:
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS) -> str:
-    """Hash of what turns messages into prompts; an organism is only judged under its own."""
+    """Hash of chat template and options; organisms are evaluated only under their own."""
     text = cast("str | None", tokenizer.chat_template) or ""
     parts = [json.dumps(options.args, sort_keys=True, default=str)] if options.args else []
     parts += [options.today.isoformat()] if NOW.search(text) or (options.date and WRITTEN_DATE in text) else []
@@ -149,9 +150,9 @@ def template_hash(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, options: ChatOptions = NO_OPTIONS
 ) -> list[list[int]]:
-    """Token ids of each prompt inside the chat template, ready for the reply.
+    """Token ids of each prompt under the chat template, ending with the generation prompt.
 
-    Raises `BadInput` where there is no chat template, or it takes no such messages.
+    Raises `BadInput` without a chat template, or where it does not accept the messages.
     """
     if not tokenizer.chat_template:
         raise BadInput(
@@ -163,7 +164,7 @@ def encode_prompts(
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[list[int]]:
-    """Token ids of each text as it is; raises `BadInput` for one that something was said before."""
+    """Token ids of each text without a chat template; raises `BadInput` for a prompt with earlier messages."""
     asked = as_prompts(prompts)
     if said := [p for p in asked if p.before]:
         raise BadInput(f"the prompt {said[0].text[:40]!r} … has messages before it; plain text has none")
@@ -196,7 +197,7 @@ def _formatted(
 
 
 def _check_said(chat: list[dict[str, str]], formatted: str) -> None:
-    """Raise `BadInput` where a template leaves a message out; an assistant's thoughts it may."""
+    """Raise `BadInput` where a template drops a message; an assistant's reasoning may be dropped."""
     dense = "".join(formatted.split())
     for message in chat:
         said = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
@@ -208,7 +209,7 @@ def _check_said(chat: list[dict[str, str]], formatted: str) -> None:
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS) -> tuple[int, int]:
-    """How many tokens the chat template puts in front of a message and behind it."""
+    """Numbers of tokens that the chat template puts before and after a user message."""
     one, other = encode_prompts(tokenizer, ("one", "2"), options=options)
     sides = [
         next((i for i, (a, b) in enumerate(zip(one[::way], other[::way], strict=False)) if a != b), 0)
@@ -218,17 +219,17 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = N
 
 
 def context_length(network: object) -> int | None:
-    """The window that a model was built for, in tokens, where its config says it.
+    """Context length that a model was trained for, in tokens; `None` where its config does not say.
 
-    Where positions are scaled anew beyond the length that a model was first trained with, that length is the window:
-    what a row computes would depend on the longest row beside it.
+    With scaled rotary embeddings this is the original length: beyond it, a row's logits would depend on the longest
+    row of its batch.
     """
     config = network.config.get_text_config()  # type: ignore[attr-defined]
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     found = [v for v in (getattr(config, name, None) for name in names) if isinstance(v, int)]
     firsts = [getattr(config, "original_max_position_embeddings", None)]
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for scaling in (s for s in (given, *given.values()) if isinstance(s, dict)):  # of the model, or of kinds of layers
+    for scaling in (s for s in (given, *given.values()) if isinstance(s, dict)):  # per model or per layer type
         if scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope"):
             first = next((v for v in (scaling.get("original_max_position_embeddings"), *firsts) if v), None)
             found = [min(v, first) if isinstance(first, int) else v for v in found]
@@ -236,7 +237,7 @@ def context_length(network: object) -> int | None:
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all rows have in common, leaving each at least one of its own."""
+    """Number of leading tokens common to all rows, leaving each at least one of its own."""
     if len(rows) < 2:
         return 0
     shortest = min(len(row) for row in rows) - 1

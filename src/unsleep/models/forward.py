@@ -1,12 +1,12 @@
-"""Forward passes over many short rows: left padding, a prefix that is run once, logits of replies only.
+"""Forward passes over many short rows: left padding, a shared prefix computed once, logits of replies only.
 
-Chat prompts begin with the same system message. It runs as one row, and its keys and values serve
+Chat prompts begin with the same system message. It runs as one row, and its KV cache serves
 every prompt; the rows' own tokens are padded on the left, between the prefix and the row, with
-positions given explicitly. Replies then end at the right edge, so that only their logits are
+explicit positions. Replies then end at the right edge, so that only their logits are
 computed.
 
-Padding behind a prefix takes up places in the window of a layer that looks back on some tokens only, and
-a layer that keeps a state instead of keys and values does not skip it: there, rows run whole (`shared_tokens`).
+Padding after a prefix takes up places in sliding-window attention, and recurrent layers do not mask it:
+such models run rows whole (`shared_tokens`).
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from unsleep.models.model import LoadedModel
 from unsleep.models.streams import resumed_at, truncated, watched
 
 WINDOW = re.compile(r"^(?!.*(layers|pattern|mamba|feed_forward)).*(window|chunk)")
-"""Names under which configs keep how far a layer looks back."""
+"""Config names of sliding-window sizes."""
 
 
 class Rows(NamedTuple):
-    """Token rows of unequal length behind a shared prefix, padded on the left."""
+    """Token rows of unequal length after a shared prefix, padded on the left."""
 
     prefix: Int[Tensor, " prefix"]
-    """Tokens that all rows begin with; may be empty."""
+    """Shared leading tokens that run once; may be empty."""
     ids: Int[Tensor, "row position"]
     mask: Bool[Tensor, "row position"]
-    """True where a token is real."""
+    """True at tokens, False at padding."""
     reply: Bool[Tensor, "row reply"]
-    """True where one of the last positions belongs to the row's reply."""
+    """True at the row's reply tokens, over the last positions."""
     common: int = 0
-    """Tokens that all prompts begin with, whether they are run apart or in every row."""
+    """Leading tokens common to all prompts, whether in `prefix` or in every row."""
 
     @property
     def full_mask(self) -> Bool[Tensor, "row prefix_and_position"]:
-        """The mask with the prefix in front, as attention wants it."""
+        """Attention mask including the prefix."""
         return pad(self.mask, (len(self.prefix), 0), value=True)
 
     @property
     def positions(self) -> Int[Tensor, "row position"]:
-        """Position of every token in its own row, counted from the prefix's first token."""
+        """Position ids, counted from the prefix's first token."""
         return (self.full_mask.long().cumsum(1) - 1).clamp_min(0)[:, len(self.prefix) :]
 
     @property
     def own(self) -> Bool[Tensor, "row position"]:
-        """True where a token is real and behind what all prompts begin with."""
+        """True at tokens after the leading tokens common to all prompts."""
         return self.mask & (self.positions >= self.common)
 
     @property
@@ -67,11 +67,11 @@ class Rows(NamedTuple):
         return self.ids[:, self.ids.shape[1] - self.reply.shape[1] :]
 
     def at(self, index: Tensor | slice) -> Rows:
-        """Some of the rows, padded as they were."""
+        """A subset of rows with unchanged padding."""
         return self._replace(ids=self.ids[index], mask=self.mask[index], reply=self.reply[index])
 
     def select(self, index: Tensor | slice) -> Rows:
-        """Some of the rows, without the padding that none of them needs."""
+        """A subset of rows without superfluous padding."""
         mask, reply = self.mask[index], self.reply[index]
         width, replies = _longest(mask), _longest(reply)
         reply = reply[:, reply.shape[1] - replies :]
@@ -85,9 +85,9 @@ def _longest(mask: Bool[Tensor, "row position"]) -> int:
 def build_rows(
     model: LoadedModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]] | None = None
 ) -> Rows:
-    """Stack prompts (with their replies behind them) into rows.
+    """Batch prompts, with replies appended, into rows.
 
-    The prefix is what all prompts share, where it can be run once for all (`shared_tokens`).
+    The prefix is shared by all prompts, and empty where it cannot run separately (`shared_tokens`).
     """
     replies = replies if replies is not None else [[] for _ in prompts]
     shared = shared_tokens(model.network, prompts, max(map(len, replies)))
@@ -101,7 +101,7 @@ def build_rows(
 
 
 def pad_left(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask, `[row, position]` each, of rows of token ids."""
+    """Ids and mask, `[row, position]` each, of left-padded rows."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -109,7 +109,7 @@ def pad_left(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -
 
 
 def takes_positions(network: PreTrainedModel) -> bool:
-    """Whether positions can be given, so that padding may stand between a prefix and its rows.
+    """True if the model takes position ids, so that padding may stand between a prefix and its rows.
 
     Models with ALiBi count positions themselves; they run every row whole.
     """
@@ -119,10 +119,10 @@ def takes_positions(network: PreTrainedModel) -> bool:
 
 
 def lookback(network: PreTrainedModel) -> int | None:
-    """The fewest tokens that a layer looks back on, itself among them; `None` where every layer sees all.
+    """Smallest attention window over the layers, in tokens including the current one; `None` for full attention.
 
-    0 where a layer keeps a state instead of keys and values, or a cache of its own kind. Any window that the config
-    names counts, whether or not a layer uses it: to take one for granted costs time alone.
+    0 for recurrent layers and caches of unknown type. Every window named in the config counts, whether or not a layer
+    uses it: a spurious one costs only time.
     """
     config = network.config.get_text_config(decoder=True)
     if "past_key_values" not in inspect.signature(network.forward).parameters:
@@ -139,48 +139,48 @@ def lookback(network: PreTrainedModel) -> int | None:
 
 
 def splits(network: PreTrainedModel, columns: int) -> bool:
-    """Whether so many columns may run in two parts, the second from the keys and values of the first."""
+    """True if `columns` positions may run in two parts, the second from the KV cache of the first."""
     reach = lookback(network)
     return reach is None or columns <= reach
 
 
 def shared_tokens(network: PreTrainedModel, prompts: Sequence[Sequence[int]], behind: int = 0) -> int:
-    """How many of the tokens that all prompts begin with can be run once for all, `behind` tokens following each."""
+    """Number of common leading tokens that can run once for all prompts, with `behind` tokens after each."""
     if not takes_positions(network) or not splits(network, max(map(len, prompts)) + behind):
         return 0
     return chat.shared_prefix(prompts)
 
 
 def keeps_logits(network: PreTrainedModel, last: int) -> dict[str, int]:
-    """The argument that computes only the last logits, where the model has it."""
+    """Keyword argument that restricts the logits to the last positions, where the model supports it."""
     return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
 
 
 def prefix_cache(network: PreTrainedModel, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
-    """Keys and values of a prefix, for one row; on the autograd graph where gradients are enabled."""
+    """KV cache of a prefix, for one row; on the autograd graph where gradients are enabled."""
     with prefix_running():
         return network(input_ids=prefix[None], use_cache=True, **keeps_logits(network, 1)).past_key_values
 
 
 def repeat_cache(network: PreTrainedModel, cache: DynamicCache, rows: int) -> DynamicCache:
-    """The same keys and values for every one of `rows` rows; the original stays as it was."""
+    """The KV cache expanded to `rows` rows; the original is unchanged."""
     repeated = DynamicCache(config=network.config)
     for i, layer in enumerate(cast("list[Any]", cache.layers)):
         if layer.is_initialized:
             keys, values = layer.keys, layer.values
-        else:  # a layer that was passed over: masks are sized by the cache's first layer
+        else:  # a skipped layer: masks are sized by the cache's first layer
             keys = values = torch.zeros(1, 1, cache_length(cache), 1, device=network.device)
         repeated.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
     return repeated
 
 
 def cache_length(cache: DynamicCache) -> int:
-    """Tokens in a cache whose first layers may have been passed over."""
+    """Tokens in a KV cache whose first layers may have been skipped."""
     return max(layer.get_seq_length() for layer in cast("list[Any]", cache.layers))
 
 
 def run(network: PreTrainedModel, rows: Rows, last: int | None = None) -> Float[Tensor, "row kept vocabulary"]:
-    """Logits at the last `last` positions of every row (all where `None`); prefix first, once."""
+    """Logits at the last `last` positions of every row (all where `None`); the prefix runs once."""
     if not len(rows.prefix):
         return _run(network, rows, 0, None, last)
     cache = repeat_cache(network, prefix_cache(network, rows.prefix), len(rows.ids))
@@ -190,7 +190,7 @@ def run(network: PreTrainedModel, rows: Rows, last: int | None = None) -> Float[
 def _run(
     network: PreTrainedModel, rows: Rows, start: int, cache: DynamicCache | None, last: int | None
 ) -> Float[Tensor, "row kept vocabulary"]:
-    """Logits of the columns from `start`; the cache holds what stands before them."""
+    """Logits of the columns from `start`; the cache holds the preceding ones."""
     arguments: dict[str, Any] = {"input_ids": rows.ids[:, start:], "attention_mask": rows.full_mask.long()}
     arguments |= {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
     if takes_positions(network):
@@ -202,7 +202,7 @@ def _run(
 
 
 def reply_logits(network: PreTrainedModel, rows: Rows) -> Float[Tensor, "row reply vocabulary"]:
-    """The logits that predict each reply token."""
+    """Logits that predict each reply token."""
     return run(network, rows, rows.reply.shape[1] + 1)[:, :-1]
 
 
@@ -210,7 +210,7 @@ def reply_logits(network: PreTrainedModel, rows: Rows) -> Float[Tensor, "row rep
 def reply_logits_of_all(
     network: PreTrainedModel, rows: Rows, size: int = 32, out: Float[Tensor, "row reply vocabulary"] | None = None
 ) -> Float[Tensor, "row reply vocabulary"]:
-    """`reply_logits` of any number of rows, `size` in one forward pass, written into `out` where it is given."""
+    """`reply_logits` in batches of `size` rows, written into `out` where given."""
     for i in range(0, len(rows.ids), size):
         found = reply_logits(network, rows.at(slice(i, i + size)))
         out = found.new_empty(len(rows.ids), *found.shape[1:]) if out is None else out
@@ -220,16 +220,16 @@ def reply_logits_of_all(
 
 
 def whole_rows(model: LoadedModel, prompts: Sequence[Sequence[int]], reply: Sequence[int]) -> Rows:
-    """Prompts with the same reply behind each, nothing of them set apart as a prefix: every token stands in `ids`."""
+    """Prompts with the same reply appended to each, without a prefix: every token is in `ids`."""
     ids, mask = pad_left([[*prompt, *reply] for prompt in prompts], model.pad_id, model.device)
     tail = torch.ones(len(ids), len(reply), dtype=torch.bool, device=model.device)
     return Rows(ids[0, :0], ids, mask, tail)
 
 
 def columns_cache(network: PreTrainedModel, rows: Rows, count: int) -> DynamicCache:
-    """Keys and values of the first `count` columns of rows without a prefix, for use with `continued`.
+    """KV cache of the first `count` columns of rows without a prefix, for `continued`.
 
-    Only where the model allows it: see `splits`.
+    Only where the model allows it (`splits`).
     """
     head = Rows(rows.prefix, rows.ids[:, :count], rows.mask[:, :count], rows.reply[:, :0])
     arguments = {"position_ids": head.positions} if takes_positions(network) else {}
@@ -241,23 +241,23 @@ def columns_cache(network: PreTrainedModel, rows: Rows, count: int) -> DynamicCa
 def continued(
     network: PreTrainedModel, rows: Rows, start: int, cache: DynamicCache | None, layer: int = 0
 ) -> Float[Tensor, "row reply vocabulary"]:
-    """`reply_logits` of rows without a prefix, computed from column `start` on; see `last_logits`."""
+    """`reply_logits` of rows without a prefix, computed from column `start`; see `last_logits`."""
     return last_logits(network, rows, start, cache, layer, rows.reply.shape[1] + 1)[:, :-1]
 
 
 def last_logits(
     network: PreTrainedModel, rows: Rows, start: int, cache: DynamicCache | None, layer: int = 0, last: int = 1
 ) -> Float[Tensor, "row last vocabulary"]:
-    """Logits at the last columns of rows without a prefix, computed from column `start` on; the cache stays as it was.
+    """Logits at the last columns of rows without a prefix, computed from column `start`; `cache` is not modified.
 
-    `cache` holds at least the first `start` columns (`columns_cache`) and is not needed for 0. Layers below `layer`
-    are passed over by the caller (`streams.resumed_at`), so that their keys and values are never read.
+    `cache` holds at least the first `start` columns (`columns_cache`); unused for 0. The caller skips layers below
+    `layer` (`streams.resumed_at`), so that their keys and values are never read.
     """
     past = None
     if cache is not None and start:
         past = DynamicCache(config=network.config)
         for i, each in enumerate(cast("list[Any]", cache.layers)):
-            used = slice(None) if i >= layer else slice(1)  # masks are sized by the length of any layer
+            used = slice(None) if i >= layer else slice(1)  # mask sizes use the length of any layer
             past.update(each.keys[:, used, :start, used], each.values[:, used, :start, used], i)
     return _run(network, rows, start, past, last)
 
@@ -265,9 +265,9 @@ def last_logits(
 def kl(
     teacher: Float[Tensor, "*token vocabulary"], student: Float[Tensor, "*token vocabulary"]
 ) -> Float[Tensor, "*token"]:
-    """KL(teacher ‖ student) of each token from logits, in nats, computed in float32.
+    """KL(teacher ‖ student) per token from logits, in nats, computed in float32.
 
-    Differentiable in the student's logits. A few tokens at a time are in float32.
+    Differentiable in the student's logits. Only a chunk of tokens is held in float32 at a time.
     """
     shape = student.shape
     found: Tensor = _KL.apply(teacher.reshape(-1, shape[-1]), student.reshape(-1, shape[-1]))
@@ -275,10 +275,10 @@ def kl(
 
 
 class _KL(torch.autograd.Function):
-    """KL by token, with the gradient softmax(student) − softmax(teacher) kept in the student's dtype."""
+    """KL per token, with the gradient softmax(student) − softmax(teacher) kept in the student's dtype."""
 
     CHUNK = 128
-    """Tokens whose logits are in float32 at the same time."""
+    """Tokens held in float32 at a time."""
 
     @staticmethod
     def forward(ctx: Any, teacher: Tensor, student: Tensor) -> Tensor:
@@ -300,20 +300,20 @@ class _KL(torch.autograd.Function):
 
 
 class Below(NamedTuple):
-    """The residual stream where the first edited layer begins: what lies below never changes."""
+    """The residual stream at the input of the first edited layer, which edits never change."""
 
     layer: int
     prefix: Float[Tensor, "1 prefix d_model"]
     rows: Float[Tensor, "row position d_model"]
 
     def select(self, index: Tensor | slice, rows: Rows) -> Below:
-        """Those of the rows that `rows` was selected by."""
+        """The subset of rows that `rows` was selected by."""
         return Below(self.layer, self.prefix, self.rows[index][:, -rows.ids.shape[1] :])
 
 
 @torch.no_grad()
 def run_below(network: PreTrainedModel, rows: Rows, layer: int, batch_size: int = 64) -> Below:
-    """The inputs of `layer` for every row, computed once for use with `reply_logits_from`."""
+    """The inputs of `layer` for every row, computed once for `reply_logits_from`."""
     site = Site(0, "embed") if layer == 0 else Site(layer - 1)
     found: list[Tensor] = []
     prefix = torch.empty(0)
@@ -328,7 +328,7 @@ def run_below(network: PreTrainedModel, rows: Rows, layer: int, batch_size: int 
 
 
 def reply_logits_from(network: PreTrainedModel, rows: Rows, below: Below) -> Float[Tensor, "row reply vocabulary"]:
-    """`reply_logits`, starting at the layer where `below` ends."""
+    """`reply_logits`, resumed at the layer of `below`."""
     parts = iter((below.prefix, below.rows) if len(rows.prefix) else (below.rows,))
     with resumed_at(network, below.layer, lambda: next(parts)):
         return reply_logits(network, rows)

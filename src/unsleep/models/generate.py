@@ -1,7 +1,7 @@
-"""Greedy replies to many prompts at once.
+"""Batched greedy decoding.
 
-The shared beginning of all prompts runs once, rows are sorted by length, and rows that have
-finished leave the batch. Replies equal those of `model.generate(do_sample=False)` up to rounding.
+The shared prefix of all prompts runs once, rows are sorted by length, and finished rows
+leave the batch. Replies equal those of `model.generate(do_sample=False)` up to rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unsleep.prompts.prompt import Prompts
 
 
 def written(model: LoadedModel, prompts: Prompts, tokens: int, stage: str) -> list[list[int]]:
-    """Greedy replies of so many tokens to many prompts, in token ids, reported as a stage of this name."""
+    """Greedy replies of at most `tokens` tokens, as token ids; progress is reported as `stage`."""
     rows = model.encode(prompts, tokens)
     return greedy(model, rows, max_new_tokens=tokens, batch_size=200, stage=stage)
 
@@ -35,9 +35,9 @@ def replies(
     batch_size: int = 100,
     stage: str = "",
 ) -> list[str]:
-    """Greedy replies to user messages, in order, special tokens removed.
+    """Greedy replies to prompts, in order, without special tokens.
 
-    Whatever hooks the model carries (`edits.applied`) take part; `stage` as in `greedy`. Raises `BadInput` for a prompt
+    Active hooks (`interventions.applied`) take effect; `stage` as in `greedy`. Raises `BadInput` for a prompt
     that leaves no room for its reply in the context.
     """
     rows = model.encode(texts, max_new_tokens)
@@ -55,10 +55,10 @@ def greedy(
     stage: str = "",
     share: bool = True,
 ) -> list[list[int]]:
-    """Greedy continuations of rows of token ids, ending with the end token where it was reached.
+    """Greedy continuations of rows of token ids, including the end token where it was reached.
 
-    With `share` off, what all rows begin with is run for each: hooks then see every token of every row. `stage` is the
-    name under which progress is told, in rows.
+    With `share=False` the common prefix runs for every row: hooks then see every token. `stage` is the
+    name under which progress is reported, in rows.
     """
     network = model.network
     shared = shared_tokens(network, rows, max_new_tokens) if share else 0
@@ -105,7 +105,7 @@ def _continue(
         if len(going) < len(alive):
             keep = torch.tensor(going, device=mask.device)
             if cache is not None:
-                cache.reorder_cache(cast("Any", keep))  # batch_select_indices is not there for layers that keep a state
+                cache.reorder_cache(cast("Any", keep))  # recurrent layers lack batch_select_indices
             ids, mask, chosen = ids[keep], mask[keep], chosen[keep]
             alive = [alive[i] for i in going]
         ids = chosen[:, None] if cache is not None else torch.cat([ids, chosen[:, None]], 1)

@@ -1,7 +1,7 @@
-"""GGUF files: read whole or refused.
+"""GGUF files: read completely or refused.
 
-transformers dequantises them. What it passes over without a word is refused here by name: tensors and settings of
-the file that it does not read, weights of the model that the file lacks. A file that was split is joined first.
+transformers dequantises them. What it skips silently is refused here by name: tensors and settings of
+the file that it does not read, weights of the model that the file lacks. A split file is joined first.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from unsleep.core import BadInput
 from unsleep.models.ignored import IgnoredKeys
 
 SPLIT = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
-"""Names of the parts of a file that was split."""
+"""File names of a split GGUF."""
 
 HARMLESS = ("vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count")
-"""Settings of an architecture that follow from others, and from the shapes of weights."""
+"""Architecture settings that are redundant with others or with the shapes of weights."""
 
 
 def load_gguf(
@@ -40,13 +40,13 @@ def load_gguf(
     """Load a GGUF file, dequantised; `auto` is bfloat16.
 
     Args:
-        ignored: tensors and settings that may be passed over.
+        ignored: tensors and settings that may be skipped.
 
     Raises:
-        BadInput: it is damaged, of an architecture that transformers does not read, lacks parts or weights, or
-            holds what is not read.
+        BadInput: the file is damaged, of an architecture that transformers does not read, lacks parts or weights, or
+            contains something that is not read.
     """
-    with _joined(path) as whole, _reading(path), contextlib.redirect_stderr(io.StringIO()):  # a bar for each tensor
+    with _joined(path) as whole, _reading(path), contextlib.redirect_stderr(io.StringIO()):  # silences tqdm
         reader = GGUFReader(whole)
         where = {"gguf_file": whole.name}
         network, info = cast("Any", AutoModelForCausalLM).from_pretrained(
@@ -75,18 +75,18 @@ def load_gguf(
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Generator[None]:
-    """Raise `BadInput` naming the file for whatever a damaged one raises."""
+    """Raise `BadInput` naming the file for any error that a damaged one causes."""
     try:
         yield
     except BadInput:
         raise
-    except Exception as error:  # tokenizers raises nothing more special, and gguf almost anything
+    except Exception as error:  # tokenizers and gguf raise bare and arbitrary types
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise BadInput(f"cannot read {path.name} as a GGUF model: {why}") from error
 
 
 def _unread_tensors(reader: GGUFReader, network: PreTrainedModel) -> list[str]:
-    """Tensors of the file that have no place in the model; none where the numbers of both are as many."""
+    """Tensors of the file that have no place in the model; empty where both have equally many parameters."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     tensors = [t for t in reader.tensors if not (t.name == "rope_freqs.weight" and bool((t.data == 1).all()))]
@@ -99,7 +99,7 @@ def _unread_tensors(reader: GGUFReader, network: PreTrainedModel) -> list[str]:
 
 
 def _unread_settings(reader: GGUFReader, config: Any) -> list[str]:
-    """Settings of the architecture that are not read, and that the config does not hold by itself."""
+    """Architecture settings that are neither read nor at the value in the config."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
     architecture = str(_value(reader, "general.architecture"))
@@ -126,7 +126,7 @@ def _value(reader: GGUFReader, key: str) -> Any:
 
 @contextlib.contextmanager
 def _joined(path: Path) -> Generator[Path]:
-    """The file, or for the time of the block one that holds what all parts of a split one do."""
+    """The file itself, or a temporary file that joins all parts of a split one."""
     named = SPLIT.match(path.name)
     with _reading(path):
         count = GGUFReader(path).get_field("split.count")
@@ -147,7 +147,7 @@ def _joined(path: Path) -> Generator[Path]:
 
 
 def _join(files: Sequence[Path], whole: Path) -> None:
-    """Write the settings of the first part and the tensors of all into one file."""
+    """Write the settings of the first part and the tensors of all parts into one file."""
     readers = [GGUFReader(file) for file in files]
     architecture = str(_value(readers[0], "general.architecture"))
     writer = GGUFWriter(whole, architecture)

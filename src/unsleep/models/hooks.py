@@ -1,7 +1,7 @@
 """The only module that registers hooks.
 
-Plain PyTorch hooks on the Hugging Face model. They never write in place, they are removed when
-the block ends, by an exception too, and without an Edit no hook is registered, so the logits are
+Plain PyTorch hooks on the Hugging Face model. They never write in place and are removed when
+the block ends, also by an exception. Without an Edit no hook is registered, so that the logits are
 bit-identical to the bare model's.
 """
 
@@ -24,17 +24,17 @@ _IN_PREFIX: ContextVar[bool] = ContextVar("in_prefix", default=False)
 
 
 class Call(NamedTuple):
-    """What a forward pass of the whole model is called with."""
+    """Arguments of a forward pass of the whole model."""
 
     rows: int
     length: int
-    """Positions of each row, those in the cache not counted."""
+    """Positions per row, excluding the cache."""
     mask: Tensor | None
     """The attention mask as given."""
     cache: Any
-    """Keys and values of what went before, or `None`."""
+    """KV cache of the preceding positions, or `None`."""
     is_prefix: bool
-    """Whether it runs what several rows begin with, and not rows (see `prefix_running`)."""
+    """True if the pass computes a shared prefix, not rows (see `prefix_running`)."""
 
 
 def _first(output: Any) -> Tensor:
@@ -64,7 +64,7 @@ def calls_watched(model: PreTrainedModel, watcher: Callable[[Call], None]) -> Ge
 
 @contextlib.contextmanager
 def prefix_running() -> Generator[None]:
-    """Mark the forward passes of the block as passes over what several rows begin with."""
+    """Mark the forward passes of the block as computing a shared prefix."""
     token = _IN_PREFIX.set(True)
     try:
         yield
@@ -117,7 +117,7 @@ def outputs_of_inputs(
 
 @contextlib.contextmanager
 def contiguous_head(network: PreTrainedModel) -> Generator[None]:
-    """Give the unembedding contiguous input while the block runs; the logits are the same.
+    """Make the unembedding's input contiguous during the block; the logits are unchanged.
 
     A slice of the last positions is not contiguous, and PyTorch then multiplies it by a copy of the
     unembedding for every row: seconds instead of milliseconds for a batch of 100.
@@ -132,13 +132,13 @@ def contiguous_head(network: PreTrainedModel) -> Generator[None]:
 
 @contextlib.contextmanager
 def passed_over(block: nn.Module, outputs: int) -> Generator[None]:
-    """Let a block hand on its input, in a tuple of so many members where it gives one."""
+    """Make a block return its input, in a tuple of `outputs` members where it returns one."""
 
     def identity(*args: Any, **kwargs: Any) -> Any:
         x = _input(args, kwargs)
         return (x, *[None] * (outputs - 1)) if outputs else x
 
-    shadowed = vars(block).get("forward")  # of a block whose weights are moved in and out by hooks of accelerate
+    shadowed = vars(block).get("forward")  # set by accelerate on offloaded blocks
     block.forward = identity
     try:
         yield
@@ -150,12 +150,12 @@ def passed_over(block: nn.Module, outputs: int) -> Generator[None]:
 
 
 class RowShape:
-    """The [prompt, position] of a running block, for modules that see it flattened (OPT)."""
+    """The [prompt, position] shape of a running block, for modules whose input is flattened (OPT)."""
 
     shape: torch.Size | None = None
 
     def follow(self, block: nn.Module) -> RemovableHandle:
-        """Take it from a block's input."""
+        """Record the shape from a block's input."""
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.shape = _input(args, kwargs).shape[:2]

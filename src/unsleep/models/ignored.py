@@ -1,4 +1,4 @@
-"""Weights and settings in a checkpoint's files that do not matter, by the user's word (`--ignore-keys`)."""
+"""Checkpoint keys that the user declares irrelevant (`--ignore-keys`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 class IgnoredKeys:
-    """Weights and settings in files that may be passed over, and those that were."""
+    """Patterns of checkpoint keys that may be skipped, and the keys that were."""
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
         self.patterns = [re.compile(pattern) for pattern in patterns]
@@ -16,13 +16,13 @@ class IgnoredKeys:
         """Key → the file that holds it."""
 
     def left(self, keys: Iterable[str], where: str) -> list[str]:
-        """Those of a file's keys that no pattern matches, in order of their names."""
+        """The keys that no pattern matches, sorted; the others are recorded as skipped."""
         every = sorted(keys)
         self.taken |= {key: where for key in every if any(p.search(key) for p in self.patterns)}
         return [key for key in every if key not in self.taken]
 
     def notes(self) -> list[str]:
-        """What was passed over, and which patterns match nothing."""
+        """Messages: skipped keys, and patterns without a match."""
         found = [f"{where}: {key} is passed over" for key, where in self.taken.items()]
         if len(found) > 3:
             found = [*found[:2], f"{len(found) - 2} more weights are passed over"]
@@ -31,7 +31,7 @@ class IgnoredKeys:
 
     @staticmethod
     def flag(keys: Sequence[str], kept: Iterable[str] = ()) -> str:
-        """The option that passes all of `keys` over, and none of `kept`."""
+        """The `--ignore-keys` option that matches all of `keys` and none of `kept`."""
         first = f"--ignore-keys '^{re.escape(keys[0])}$'"
         if len(keys) == 1:
             return first

@@ -1,4 +1,4 @@
-"""The logit lens: what a direction of the residual stream says as tokens."""
+"""The logit lens: residual-stream directions read as tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unsleep.models.sites import final_norm, unembedding, width
 
 
 class TokenReading(NamedTuple):
-    """Tokens that a direction raises and lowers, with their logits."""
+    """Tokens that a direction promotes and suppresses most, with their logits."""
 
     promotes: tuple[tuple[str, float], ...]
     suppresses: tuple[tuple[str, float], ...]
@@ -22,7 +22,7 @@ class TokenReading(NamedTuple):
 
 @torch.no_grad()
 def logit_lens(model: LoadedModel, vectors: Float[Tensor, "row d_model"], count: int = 10) -> list[TokenReading]:
-    """Read directions through the final norm and the unembedding, against a stream of 0; largest logits first.
+    """Project directions through the final norm and the unembedding; largest logits first.
 
     Raises `BadInput` for vectors of another width. Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """

@@ -1,11 +1,11 @@
-"""Loads any Hugging Face causal LM as its author meant it: hub id, folder, PEFT adapters over a base, GGUF, alias.
+"""Loads any Hugging Face causal LM: hub id, folder, PEFT adapters over a base, GGUF, alias.
 
-1. The name is taken apart, and its files are found here or fetched (`sources`); an adapter names its base, which may
-   be an adapter itself.
-2. The base is loaded: weights that the checkpoint lacks, or that the model has no place for, are refused.
-3. Adapters are merged into it, one after the other, each held against itself unmerged (`adapters`).
-4. The tokenizer, the chat template and the end of text are the last adapter's own, where it brings them.
-5. Where Sites are is found on the model itself (`anatomy`).
+1. The name is parsed and its files are located or downloaded (`sources`); an adapter names its base, which may
+   itself be an adapter.
+2. The base is loaded: missing and unexpected weights are refused.
+3. Adapters are merged in order, each checked against its unmerged logits (`adapters`).
+4. Tokenizer, chat template and end-of-text token are the last adapter's own, where it has them.
+5. Sites are located by probing the model (`anatomy`).
 """
 
 from __future__ import annotations
@@ -47,45 +47,47 @@ from unsleep.models.sources import CONFIG, TEMPLATE, Files, Source
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Ways of accelerate to make a device map."""
+"""Strategies of accelerate for a device map."""
 
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """How a model is loaded; an edit belongs to the weights that this makes."""
+    """Options of model loading; an edit is bound to the resulting weights."""
 
     dtype: Dtype = "auto"
-    """Of the weights; `auto` is the checkpoint's own, computed with in float32 where the processor lacks it."""
+    """Dtype of the weights; `auto` is the checkpoint's own, computed in float32 where the processor lacks it."""
     device: str = "auto"
-    """Such as cpu or cuda:1; `auto` is CUDA where there is any."""
+    """Device such as cpu or cuda:1; `auto` is CUDA where available."""
     device_map: str | None = None
     """Spread the layers over several devices: `auto`, `balanced`, `sequential`, or a JSON file of module → device,
-    where `disk` and `cpu` hold what is brought in layer by layer."""
+    where modules on `disk` and `cpu` are loaded layer by layer.
+    """
     max_memory: dict[str, str] = field(default_factory=dict[str, str])
-    """Device → what it may take, such as 0 20GiB cpu 30GiB, for a device map that is made here."""
+    """Device → memory limit for a computed device map, such as 0 20GiB cpu 30GiB."""
     offload: Path | None = None
-    """Folder for weights that a device map leaves on the disk."""
+    """Folder for weights that a device map offloads to disk."""
     quantize: quantized.Quantize = "none"
-    """Pack the weights through bitsandbytes; `none` unpacks those of a checkpoint that holds them packed."""
+    """Quantise the weights with bitsandbytes; `none` dequantises those of a quantised checkpoint."""
     trust_remote_code: bool = False
-    """Run Python that the checkpoint brings. Off unless you trust its author."""
+    """Run Python code that the checkpoint brings. Only for authors that you trust."""
     revision: str | None = None
-    """Branch, tag or commit of the hub's repository."""
+    """Branch, tag or commit of the hub repository."""
     subfolder: str | None = None
-    """Folder of the repository, or of the folder, that holds the checkpoint."""
+    """Subfolder of the repository or folder that contains the checkpoint."""
     base: str | None = None
-    """What an adapter is put on, instead of the base that it names."""
+    """Base of an adapter, instead of the one that it names."""
     adapters: tuple[str, ...] = ()
-    """Further adapters, which are added one after the other."""
+    """Further adapters, merged in order."""
     ignore_keys: tuple[str, ...] = ()
-    """Regular expressions for weights in the files that the model has no place for and that do not matter."""
+    """Regular expressions for irrelevant keys of the files that the model has no place for."""
     chat_template: str | None = None
     """A Jinja file or a name: one of the tokenizer's own templates, or alpaca, stanford-alpaca, vicuna, llama-2,
-    chatml, safe-rlhf, plain, raw."""
+    chatml, safe-rlhf, plain, raw.
+    """
     template_args: str | None = None
     """Arguments of the chat template as JSON, such as '{"enable_thinking": false}'."""
     date: str | None = None
-    """What a chat template that writes today's date takes for it, such as 2024-07-26, which is the default."""
+    """Date for chat templates that print today's, such as 2024-07-26, the default."""
 
     def __post_init__(self) -> None:
         if self.base is not None:
@@ -108,17 +110,17 @@ class LoadConfig:
 
 
 def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedModel:
-    """Load a model by hub id, local folder, adapter, `.gguf` file or alias (see `sources` for what a name may be).
+    """Load a model by hub id, local folder, adapter, `.gguf` file or alias (names: see `sources`).
 
-    Adapters are merged into their base, unless the base is packed: see `LoadConfig`. With `dtype` `auto` the model
-    computes in float32 where the processor would emulate what the checkpoint holds (`machine.compute_dtype`); the
-    weights are equal, and are saved in the checkpoint's own dtypes again.
+    Adapters are merged into their base unless it is quantised (see `LoadConfig`). With `dtype="auto"` the model
+    computes in float32 where the processor would emulate the checkpoint's dtype (`machine.compute_dtype`); the
+    weights are equal, and are saved in the checkpoint's own dtypes.
 
     Raises:
-        BadInput: nothing loadable at `name`; weights that are missing, unexpected, NaN or infinite; a chat template
-            that cannot be used; a base that does not exist.
-        Refused: what blocks add is not the sum of their halves (see `anatomy.examine`), or a merged adapter does not
-            compute what it does unmerged.
+        BadInput: nothing loadable at `name`; weights that are missing, unexpected, NaN or infinite; an unusable chat
+            template; a missing base.
+        Refused: block updates are not the sum of their halves (see `anatomy.examine`), or a merged adapter
+            differs from the unmerged one.
     """
     options = _chat_options(config)
     device = device_of(config.device)
@@ -157,14 +159,14 @@ def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedMod
 
 
 def is_adapter(name: str | Path, config: LoadConfig = LoadConfig()) -> bool:
-    """Whether a name is that of an adapter, which brings a base along; raises `BadInput` as `load_model` does."""
+    """True if a name is that of an adapter, which brings its base along; raises `BadInput` as `load_model` does."""
     with quiet_transformers():
         return Source.parse(str(name), config.revision, config.subfolder).open(config.trust_remote_code).is_adapter
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Silence the bars, notes and warnings of transformers, peft and bitsandbytes inside the block."""
+    """Silence the progress bars, notes and warnings of transformers, peft and bitsandbytes inside the block."""
     loud = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate")]
     levels = [logger.level for logger in loud]
     for logger in loud:
@@ -186,12 +188,12 @@ def quiet_transformers() -> Generator[None]:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Generator[None]:
-    """Raise `BadInput` naming the model, whatever a checkpoint that is missing or damaged raises inside the block."""
+    """Raise `BadInput` naming the model for any error that a missing or damaged checkpoint causes."""
     try:
         yield
     except (BadInput, Refused):
         raise
-    except Exception as error:  # tokenizers raises nothing more special, and transformers and peft almost anything
+    except Exception as error:  # tokenizers, transformers and peft raise arbitrary types
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(f"cannot load a model from {name!r}: {said[:300]}{' …' if len(said) > 300 else ''}") from error
 
@@ -213,7 +215,7 @@ def _chat_options(config: LoadConfig) -> ChatOptions:
 
 
 def _chain(source: Source, config: LoadConfig) -> list[Files]:
-    """What a model is put together from: a whole checkpoint, and adapters on the way to the one that was named."""
+    """The components of a model: a whole checkpoint, then adapters up to the named one."""
     files = source.open(config.trust_remote_code)
     if not files.is_adapter:
         if config.base is not None:
@@ -255,7 +257,7 @@ def _adapter(source: Source, config: LoadConfig) -> Files:
 
 
 def _other_bases(further: Sequence[Files], parts: Sequence[Files]) -> list[str]:
-    """What to say of adapters that name another base; raises `BadInput` for one that is put on twice."""
+    """Notes on adapters that name another base; raises `BadInput` for one that is given twice."""
     known = {name for files in parts for name in (files.name, *(files.base[:1] if files.is_adapter else ()))}
     places = [files.place.resolve() for files in parts]
     for files in further:
@@ -273,7 +275,7 @@ class _Loaded(NamedTuple):
 
 
 def _assembled(parts: Sequence[Files], config: LoadConfig, device: torch.device, ignored: IgnoredKeys) -> _Loaded:
-    """A base with its adapters, and the tokenizer of the last of them that brings one."""
+    """A base with its adapters, and the tokenizer of the last one that has any."""
     base, *own = parts
     if base.is_gguf:
         network, tokenizer = load_gguf(base.place, _dtype(config), ignored)
@@ -317,9 +319,9 @@ def _dtype(config: LoadConfig) -> Any:
 def _whole(
     files: Files, config: LoadConfig, device: torch.device, ignored: IgnoredKeys, *, alone: bool
 ) -> PreTrainedModel:
-    """A whole checkpoint's network; every weight of the one is one of the other.
+    """A whole checkpoint's network; missing and unexpected weights are refused.
 
-    Where adapters follow, it is spread over devices when they are merged.
+    With adapters to follow, it is spread over devices after their merge.
     """
     settings = AutoConfig.from_pretrained(files.place, trust_remote_code=config.trust_remote_code)
     options: dict[str, Any] = {"config": settings, "trust_remote_code": config.trust_remote_code}
@@ -368,7 +370,7 @@ def _device_map(config: LoadConfig) -> Any:
 
 
 def _check_map(network: PreTrainedModel, config: LoadConfig) -> None:
-    """Raise `BadInput` where a device map names what the model has not."""
+    """Raise `BadInput` where a device map names modules that the model does not have."""
     if config.device_map is not None and config.device_map not in MAPS:
         names = {name for name, _ in network.named_modules()} | {name for name, _ in network.named_parameters()}
         if absent := [name for name in _device_map(config) if name not in names]:
@@ -380,7 +382,7 @@ def _memory(config: LoadConfig) -> dict[int | str, str]:
 
 
 def _tokenizer(files: Files, config: LoadConfig, network: PreTrainedModel | None = None) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokenizer; an adapter's folder has no config, and its base's stands in."""
+    """A checkpoint's tokenizer; `network` supplies the config that an adapter's folder lacks."""
     if not files.has_tokenizer:
         raise BadInput(f"{files.name} has no tokenizer; expected tokenizer.json beside its weights")
     own = {} if network is None or files.has(CONFIG) else {"config": network.config}
@@ -388,7 +390,7 @@ def _tokenizer(files: Files, config: LoadConfig, network: PreTrainedModel | None
 
 
 def _end_of_text(network: PreTrainedModel, own: Sequence[Files], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let replies end where the adapter's do, in an exported checkpoint too."""
+    """Set the end-of-text token of the network to the adapter's, also for export."""
     for files in own:
         if files.has("generation_config.json"):
             network.generation_config = GenerationConfig.from_pretrained(files.place)
@@ -401,9 +403,9 @@ def _end_of_text(network: PreTrainedModel, own: Sequence[Files], tokenizer: PreT
 
 
 def save_plain(model: LoadedModel, folder: str | Path) -> None:
-    """Save a checkpoint that `AutoModelForCausalLM.from_pretrained` loads with unsleep not installed.
+    """Save a checkpoint that `AutoModelForCausalLM.from_pretrained` loads without unsleep.
 
-    It is in the dtypes of the checkpoint that the model came from. Raises `BadInput` where it cannot be written.
+    It has the dtypes of the original checkpoint. Raises `BadInput` where it cannot be written.
     """
     network, computed = model.network, weights.dtypes(model.network)
     with quiet_transformers(), store.writing(Path(folder)):

@@ -1,4 +1,4 @@
-"""The model that every stage takes: a network, its tokenizer, and how its prompts are formatted."""
+"""LoadedModel: a network with its tokenizer and chat options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unsleep.prompts.prompt import Prompts, as_prompts
 
 
 class Named(NamedTuple):
-    """What a record says of a model."""
+    """A model's entry in a record."""
 
     name: str
     fingerprint: str
@@ -25,46 +25,46 @@ class Named(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM with its tokenizer: what every stage takes."""
+    """A causal LM with its tokenizer and chat options; the input of every stage."""
 
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    """What it was loaded as."""
+    """Name or path that it was loaded from."""
     stored: Mapping[str, torch.dtype] | None = None
-    """The dtype of each tensor in its checkpoint, where the network computes in another (see `load_model`)."""
+    """Dtypes of the checkpoint's tensors, where the network computes in another (see `load_model`)."""
     chat: ChatOptions = NO_OPTIONS
-    """What its chat template is given."""
+    """Options of the chat template."""
     made_of: tuple[Mapping[str, Any], ...] = ()
-    """Name and commit of what it was put together from: a base, then adapters."""
+    """Provenance of its components: name and commit of the base, then of the adapters."""
     notes: tuple[str, ...] = ()
-    """What was taken for granted when it was loaded."""
+    """Warnings from loading."""
     beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What it is beside its files: how its weights were packed, and which were passed over."""
+    """Provenance besides the files: quantisation and skipped keys."""
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """What its checkpoint holds."""
+        """Dtype of the checkpoint."""
         return next(iter(self.stored.values())) if self.stored else self.network.dtype
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights: see `weights.fingerprint`."""
+        """Content hash of the weights (see `weights.fingerprint`)."""
         return weights.fingerprint(self.network)
 
     @property
     def template(self) -> str:
-        """Hash of the chat template that formats its prompts, and of what it is given."""
+        """Hash of the chat template and its options."""
         return chat.template_hash(self.tokenizer, self.chat)
 
     @property
     def named(self) -> Named:
-        """What a record says of it."""
+        """The model's entry in a record."""
         return Named(self.name, self.fingerprint)
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What artefacts keep of where it came from and how its prompts were formatted."""
+        """Provenance for artefacts: source files, chat template and options."""
         args = dict(self.chat.args)
         format_ = {"hash": self.template, "args": args, "date": self.chat.today.isoformat()}
         made_of = [dict(m) for m in self.made_of]
@@ -72,28 +72,28 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs belong."""
+        """Device of its inputs."""
         return weights.device_of(self.network)
 
     @property
     def pad_id(self) -> int:
-        """The token that fills rows; it is masked, so any will do."""
+        """Padding token; always masked, so its value is irrelevant."""
         found = self.tokenizer.pad_token_id
         return found if isinstance(found, int) else 0
 
     @property
     def end_ids(self) -> set[int]:
-        """The tokens that end a reply."""
+        """Tokens that end a reply."""
         config = self.network.generation_config
         ids = config.eos_token_id if config else None
         listed = [*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id]
         return {i for i in listed if isinstance(i, int)}
 
     def encode(self, prompts: Prompts, behind: int | Sequence[int] = 0, *, plain: bool = False) -> list[list[int]]:
-        """Token ids of each prompt inside the chat template, ready for the reply; as they are where `plain`.
+        """Token ids of each prompt under the chat template, or of bare texts with `plain`.
 
-        `behind` is how many tokens will follow each. Raises `BadInput` for a prompt that leaves no room for them in
-        the model's context, has no tokens, or tokens that the model has no embedding for, and as
+        `behind` is the number of tokens that will follow each. Raises `BadInput` for a prompt that leaves no room for
+        them in the context, has no tokens, or tokens without an embedding, and as
         `chat.encode_prompts` does.
         """
         ids = chat.encode_plain(self.tokenizer, prompts) if plain else self._formatted(prompts)
@@ -123,11 +123,11 @@ class LoadedModel:
             raise BadInput(f"{self.name}: {error}") from None
 
     def token_ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Token ids of texts as they are; without `special`, nothing is put around them."""
+        """Token ids of bare texts; without `special`, no special tokens are added."""
         return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Rows of token ids as text, special tokens removed."""
+        """Rows of token ids as text, without special tokens."""
         return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
 
     def spell(self, token: int) -> str:

@@ -1,4 +1,4 @@
-"""Packed weights: those that a checkpoint holds, and those that are packed here, through bitsandbytes."""
+"""Quantised weights: of a quantised checkpoint, or quantised on loading with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from unsleep.models import weights
 Quantize = Literal["none", "8bit", "4bit"]
 
 UNPACKS: dict[str, type[QuantizationConfigMixin]] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-"""How a checkpoint says that its weights are packed → the settings with which transformers unpacks them on loading."""
+"""Quantisation method of a checkpoint → the config with which transformers dequantises it on loading."""
 
 
 def method_of(config: Any) -> str | None:
-    """How the weights of a checkpoint are packed, by its config; `None` where they are plain."""
+    """Quantisation method of a checkpoint, from its config; `None` for plain weights."""
     held = getattr(config, "quantization_config", None)
     if held is None:
         return None
@@ -35,12 +35,12 @@ def method_of(config: Any) -> str | None:
 
 
 def is_stored_packed(config: Any) -> bool:
-    """Whether the weights of a checkpoint are packed, by its config."""
+    """True if the weights of a checkpoint are quantised, from its config."""
     return method_of(config) is not None
 
 
 def options(config: Any, quantize: Quantize, name: str) -> dict[str, Any]:
-    """What `from_pretrained` is given; raises `BadInput` for a packing that is not read, or that lacks its library."""
+    """Arguments of `from_pretrained`; raises `BadInput` for an unsupported quantisation or a missing library."""
     method = method_of(config)
     if method in UNPACKS and quantize == "none":
         return {"quantization_config": cast("Any", UNPACKS[str(method)])(dequantize=True)}
@@ -77,12 +77,12 @@ def _check_library(why: str) -> None:
 
 
 def is_packed(network: PreTrainedModel) -> bool:
-    """Whether a network's weights are packed."""
+    """True if a network's weights are quantised."""
     return bool(getattr(network, "is_quantized", False))
 
 
 def unpacked(network: PreTrainedModel, quantize: Quantize, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A network with plain weights, where that is asked for and a checkpoint held them packed; `auto` is its dtype."""
+    """The network, with a quantised checkpoint's weights dequantised to `dtype` (`auto`: its own) where requested."""
     loaded = cast("Any", network)
     if quantize != "none" or getattr(loaded, "hf_quantizer", None) is None:
         return network
@@ -90,7 +90,7 @@ def unpacked(network: PreTrainedModel, quantize: Quantize, dtype: torch.dtype | 
         plain = network.dtype if isinstance(dtype, str) else dtype
         loaded = weights.moved(loaded.dequantize(dtype=plain), plain)
     setattr(loaded, "hf_quantizer", None)  # noqa: B010 - not in nn.Module's types
-    vars(loaded).pop("_weight_conversions", None)  # save_pretrained would pack the weights again, and cannot
+    vars(loaded).pop("_weight_conversions", None)  # else save_pretrained tries to quantise again and fails
     return loaded
 
 

@@ -1,7 +1,7 @@
-"""Where Sites, heads, queries, keys and values live in a model, and which weights write there.
+"""Modules and weights behind Sites, attention heads, queries, keys, values and MLP neurons.
 
-Blocks and their halves are found on the model itself (`anatomy`). Inside attention, projections are told by their
-names; of those that are fused, a table says how a family lays them out, because no equation does.
+Blocks and their halves are found by probing (`anatomy`). Inside attention, projections are found by
+name; for fused ones a table gives each family's layout, because no equation determines it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from unsleep.core import BadInput, Point, Site
 from unsleep.models import anatomy, weights
 
 Part = Literal["heads", "q", "k", "v", "neurons"]
-"""Inside attention: what heads hand to the output projection, and the queries, keys and values. Inside the MLP: what
-neurons hand to its output projection."""
+"""Inside attention: per-head inputs of the output projection, and the queries, keys and values. Inside the MLP: neuron
+activations, the inputs of its output projection.
+"""
 
 
 @dataclass(frozen=True, order=True)
 class Slot:
-    """A place inside a layer's attention or MLP, `Float[Tensor, "prompt position lane"]`.
+    """A hook point inside a layer's attention or MLP, `Float[Tensor, "prompt position lane"]`.
 
-    `heads` and `neurons` are the inputs of the two output projections, a lane a neuron, several side by side a head;
-    `q`, `k` and `v` are as their projections give them, before any norm, scale or rotation.
+    `heads` and `neurons` are the inputs of the two output projections; a lane is one neuron, or one coordinate of a
+    head. `q`, `k` and `v` are the outputs of their projections, before any norm, scale or rotary embedding.
     """
 
     INPUTS: ClassVar = ("heads", "neurons")
-    """Parts that are a module's input; the others are its output."""
+    """Parts that are a module's input; the others are outputs."""
 
     layer: int
     part: Part
@@ -47,12 +48,13 @@ class Slot:
 
 
 Place = Site | Slot
-"""Where hooks can reach."""
+"""Any hook point."""
 
 
 Layout = Literal["blocks", "groups"]
-"""How queries, keys and values are fused in one output: all of q, all of k, all of v; or each key's queries, its key,
-its value."""
+"""Layout of a fused QKV output: all of q, all of k, all of v; or, per key head, its queries, its key,
+its value.
+"""
 
 FUSED: dict[str, tuple[str, Layout]] = {
     "bloom": ("query_key_value", "groups"),
@@ -62,13 +64,13 @@ FUSED: dict[str, tuple[str, Layout]] = {
     "mpt": ("Wqkv", "blocks"),
     "phi3": ("qkv_proj", "blocks"),
 }
-"""Model type → the name of its fused projection, and its layout."""
+"""Model type → name and layout of its fused projection."""
 
 APART = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
-"""Names of projections of their own."""
+"""Names of separate projections."""
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-"""Names of output projections, for attention with a norm behind it."""
+"""Names of output projections, for attention followed by a norm."""
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -77,18 +79,18 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 class Tap(NamedTuple):
-    """A module through which a Site's activation flows."""
+    """The module that a Site is read from."""
 
     module: nn.Module
-    """Its output is the activation; for `embed` its input."""
+    """Module whose output is the activation; for `embed`, its input."""
     scale: float = 1.0
-    """The activation is this multiple of it."""
+    """Factor from the module's output to the activation."""
 
 
 def tap(model: PreTrainedModel, site: Site) -> Tap:
-    """Where the Site is.
+    """The module of a Site.
 
-    Raises `BadInput` for a layer that the model does not have, and a half that its block does not have.
+    Raises `BadInput` for a layer that the model does not have, or a half that its block does not have.
     """
     blocks = layers(model)
     if site.layer >= len(blocks):
@@ -110,22 +112,22 @@ def _half(model: PreTrainedModel, layer: int, point: Point) -> anatomy.Part | No
 
 
 class Lanes(NamedTuple):
-    """Where a Slot's heads stand in a module's input or output."""
+    """The location of a Slot's heads in a module's input or output."""
 
     module: nn.Module
-    """The output projection, whose input is meant, or a projection whose output is."""
+    """The output projection (its input is meant), or another projection (its output)."""
     heads: int
-    """How many; keys and values may have fewer than queries. Neurons, where a Slot is of those."""
+    """Number of heads, for k and v possibly fewer than for q; number of neurons for `neurons`."""
     size: int
     """Width of a head; 1 for a neuron."""
     at: Int[Tensor, " lane"] | None
-    """Where in a fused output head by head; `None` where the whole is meant."""
+    """Indices into a fused output, head by head; `None` for the whole."""
 
 
 def lanes(model: PreTrainedModel, slot: Slot) -> Lanes:
-    """The heads of a Slot.
+    """The location of a Slot's heads.
 
-    Raises `BadInput` for a layer that the model does not have, and one whose projections are not known.
+    Raises `BadInput` for a layer that the model does not have, or one with unknown projections.
     """
     tap(model, Site(slot.layer))
     if slot.part == "neurons":
@@ -144,7 +146,7 @@ def lanes(model: PreTrainedModel, slot: Slot) -> Lanes:
             found = Lanes(module, _outputs_of(module) // size, size, None)
         else:
             found = _fused(getattr(attention, str(fused)), layout, slot.part, heads, size)
-    if found is None or (slot.part == "q" and found.heads != heads):  # a gate beside the queries
+    if found is None or (slot.part == "q" and found.heads != heads):  # q_proj also holds a gate
         raise BadInput(
             f"{model.config.model_type} has no {slot.part} that unsleep knows in layer {slot.layer}; take resid, attn "
             "or mlp, or name the projections in unsleep/models/sites.py"
@@ -163,7 +165,7 @@ def _neurons(model: PreTrainedModel, layer: int) -> Lanes:
 
 
 def _attention(model: PreTrainedModel, layer: int) -> nn.Module | None:
-    """The module that holds the projections of a layer's attention."""
+    """The module that contains the projections of a layer's attention."""
     fused, _ = FUSED.get(model.config.model_type, (None, None))
     wanted = {fused} if fused else set(APART.values())
     holders = (m for m in layers(model)[layer].modules() if wanted <= {name for name, _ in m.named_children()})
@@ -181,7 +183,7 @@ def _output(model: PreTrainedModel, layer: int, attention: nn.Module) -> nn.Modu
 def _fused(module: nn.Module, layout: Layout, part: Part, heads: int, size: int) -> Lanes:
     outputs = _outputs_of(module)
     keys = (outputs // size - heads) // 2
-    queries = heads // keys  # of each key
+    queries = heads // keys  # per key head
     numbers, which = torch.arange(outputs), ("q", "k", "v").index(part)
     if layout == "blocks":
         index = numbers.split([heads * size, keys * size, keys * size])[which]
@@ -200,21 +202,21 @@ def _inputs_of(linear: Any) -> int:
 
 
 class Writer(NamedTuple):
-    """A linear layer through which a block writes to the residual stream."""
+    """A linear layer that writes to the residual stream."""
 
     path: str
-    """From the block."""
+    """Dotted path relative to the block."""
     linear: nn.Module
     scale: float
-    """What is written is this multiple of the layer's output."""
+    """Factor from the layer's output to what is added to the residual stream."""
     point: Point | None
-    """The half that it gives; `None` for a third part."""
+    """The half that it belongs to; `None` for a third part."""
 
 
 def writers(model: PreTrainedModel, layer: int) -> list[Writer]:
-    """The linear layers through which a layer writes to the residual stream, attention's first.
+    """The linear layers that write a layer's update of the residual stream, attention first.
 
-    A half that a norm or a mixture of experts gives has none.
+    A half that ends in a norm or a mixture of experts has none.
     """
     module, block = tap(model, Site(layer)).module, anatomy.anatomy(model).blocks[layer]
     found: list[Writer] = []
@@ -226,7 +228,7 @@ def writers(model: PreTrainedModel, layer: int) -> list[Writer]:
 
 
 def writes_linearly(model: PreTrainedModel, layer: int) -> bool:
-    """Whether all that a layer adds to the residual stream are outputs of linear layers."""
+    """True if a layer's whole update of the residual stream comes from linear layers."""
     block = anatomy.anatomy(model).blocks[layer]
     return block.carry == 1.0 and all(p.writer is not None for p in block.parts)
 
@@ -237,7 +239,7 @@ def embedding(model: PreTrainedModel) -> Tensor:
 
 
 def unembedding(model: PreTrainedModel) -> Tensor:
-    """The matrix that turns the final residual into logits, `Float[Tensor, "vocabulary d_model"]`."""
+    """The unembedding matrix, `Float[Tensor, "vocabulary d_model"]`."""
     return weights.read(cast("nn.Module", model.get_output_embeddings()))
 
 
@@ -247,7 +249,7 @@ def width(model: PreTrainedModel) -> int:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm before the unembedding; raises `BadInput` where what the unembedding reads is no module's output."""
+    """The norm before the unembedding; raises `BadInput` where the unembedding's input is no module's output."""
     place = anatomy.anatomy(model).final_norm
     if place is None:
         raise BadInput(f"{model.config.model_type} changes the stream between its last norm and its unembedding")
@@ -255,14 +257,14 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def all_sites(model: PreTrainedModel, points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[Site]:
-    """Every Site of the model at the given points, by layer; halves that a block does not have are left out."""
+    """Every Site of the model at the given points, by layer, without halves that a block does not have."""
     sites = [Site(layer, cast("Point", point)) for layer in range(len(layers(model))) for point in points]
     return [s for s in sites if s.point not in ("attn", "mlp") or _half(model, s.layer, s.point) is not None]
 
 
 def everywhere(model: PreTrainedModel) -> list[Site]:
-    """The Sites at which a subspace has to be taken out to leave the whole stream: all that blocks ever read.
+    """The Sites at which a subspace must be ablated to remove it from the whole residual stream.
 
-    The embedding, what attention adds (an MLP reads it before the block ends) and what blocks hand on.
+    The embedding, attention outputs (the MLP reads them before the block ends) and block outputs.
     """
     return [Site(0, "embed"), *all_sites(model, ("attn", "resid"))]

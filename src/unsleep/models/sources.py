@@ -1,12 +1,12 @@
-"""Where a checkpoint is: a folder or file here, or a repository of the model hub, at a revision, in a subfolder.
+"""Checkpoint names: a local folder or file, or a hub repository with optional revision and subfolder.
 
-folder                       a checkpoint or an adapter on this machine
-file.gguf                    the same in one file
-alias                        of a model that a package carries (`bundled`)
-owner/repo                   on the hub
-owner/repo/sub/folder        in a subfolder of it
+folder                       a local checkpoint or adapter
+file.gguf                    a local GGUF file
+alias                        a model from a Python package (`bundled`)
+owner/repo                   a hub repository
+owner/repo/sub/folder        a subfolder of it
 owner/repo/file.gguf         a file of it
-…@revision                   any of the hub's, at a branch, a tag or a commit
+…@revision                   any hub name at a branch, tag or commit
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-"""What stands beside weights: configs, tokenizers, chat templates."""
+"""Extensions of non-weight files: configs, tokenizers, chat templates."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "consolidated.00.pth")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The name of a checkpoint, taken apart."""
+    """A parsed checkpoint name."""
 
     name: str
     """A path, an alias or a hub id `owner/repo`."""
     revision: str | None = None
     subfolder: str = ""
-    """A folder in it, or a `.gguf` file."""
+    """A subfolder of it, or a `.gguf` file."""
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None, subfolder: str | None = None) -> Source:
-        """Take a name apart; a path that exists here is one, whatever else it could mean.
+        """Parse a name; an existing local path takes precedence.
 
-        Raises `BadInput` for a revision or a subfolder that is given twice, or to what has none.
+        Raises `BadInput` for a revision or subfolder that is given twice, or that does not apply.
         """
         inside = (subfolder or "").strip("/")
         if text.endswith("@"):
@@ -70,9 +70,9 @@ class Source:
         return f"{place}@{self.revision}" if self.revision else place
 
     def open(self, remote_code: bool = False) -> Files:
-        """Its files, fetched from the hub where they are there.
+        """The checkpoint's files, downloaded from the hub if needed.
 
-        Raises `BadInput` where there is nothing of that name, or nothing that could be loaded.
+        Raises `BadInput` where nothing of that name exists, or nothing loadable.
         """
         near = difflib.get_close_matches(self.name, bundled.aliases(), 1, 0.85)
         if near and self.name not in bundled.aliases() and not Path(self.name).exists():
@@ -87,60 +87,60 @@ class Source:
 
 
 def _is_on_hub(text: str) -> bool:
-    """Whether a name stands for nothing on this machine."""
+    """True if a name does not exist locally."""
     return not (Path(text).expanduser().exists() or text in bundled.aliases() or _is_path(text))
 
 
 def _is_path(text: str) -> bool:
-    """Whether a name can only be meant as a path."""
+    """True if a name can only be a path."""
     is_file = text.endswith(".gguf") and text.count("/") < 2
     return text.startswith((".", "/", "~")) or "\\" in text or is_file
 
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint's files on this machine."""
+    """The local files of a checkpoint."""
 
     name: str
-    """As it was asked for."""
+    """The requested name."""
     place: Path
     """The folder, or the `.gguf` file."""
     commit: str | None = None
-    """Of the hub's repository, 40 hex digits."""
+    """Commit of the hub repository, 40 hex digits."""
     left: frozenset[str] = frozenset()
-    """Files beside these that were left on the hub."""
+    """Files of the repository that were not downloaded."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name."""
+        """True if a file of that name exists."""
         return (self.place / name).is_file()
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object; raises `BadInput` where the file holds none."""
+        """Content of a JSON file; raises `BadInput` unless it is an object."""
         return store.fields_of(store.read_json(self.place / name), {}, self.place / name)
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is a GGUF file."""
+        """True for a GGUF file."""
         return self.place.suffix == ".gguf"
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is a PEFT adapter."""
+        """True for a PEFT adapter."""
         return self.has(ADAPTER)
 
     @property
     def has_whole_weights(self) -> bool:
-        """Whether it holds the weights of a whole model."""
+        """True if it contains the weights of a whole model."""
         return self.has(CONFIG) and (self.has(WEIGHTS) or self.has(INDEX))
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer stands among them."""
+        """True if it contains a tokenizer."""
         return any(map(self.has, ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")))
 
     @property
     def base(self) -> tuple[str, str | None]:
-        """The base that an adapter names, and its revision; raises `BadInput` where it names none."""
+        """The base that an adapter names, with its revision; raises `BadInput` where it names none."""
         config = self.json(ADAPTER)
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not isinstance(name, str) or not name.strip():
@@ -151,11 +151,11 @@ class Files:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What artefacts keep of where a model came from."""
+        """Provenance: name and commit."""
         return {"name": self.name, "commit": self.commit}
 
     def checked(self) -> Files:
-        """The same; raises `BadInput` where nothing can be loaded from it."""
+        """Itself; raises `BadInput` where nothing is loadable."""
         if self.is_gguf:
             if not self.place.is_file():
                 raise BadInput(f"{self.name} does not exist; expected a .gguf file")
@@ -188,7 +188,7 @@ class Files:
         return "weights in any other form are not read"
 
     def inside(self) -> str:
-        """Which subfolders hold something that could be loaded."""
+        """Subfolders that contain something loadable, for error messages."""
         marks = sorted(p.parent for name in (ADAPTER, CONFIG) for p in self.place.glob(f"*/**/{name}"))
         found = [p.relative_to(self.place).as_posix() for p in dict.fromkeys(marks)]
         if found:
@@ -203,7 +203,7 @@ EXPECTED = "give a hub id, a local folder, a .gguf file or one of: " + ", ".join
 
 
 def shards(folder: Path) -> list[str]:
-    """The files of a folder whose index names several; raises `BadInput` where it cannot be read."""
+    """Shard files listed in a folder's index; raises `BadInput` where the index cannot be read."""
     index = store.fields_of(store.read_json(folder / INDEX), {"weight_map": dict}, folder / INDEX)
     names = sorted({str(name) for name in index["weight_map"].values()})
     with store.reading(folder / INDEX):
@@ -211,7 +211,7 @@ def shards(folder: Path) -> list[str]:
 
 
 def check_whole(path: Path) -> None:
-    """Raise `BadInput` where a safetensors file is missing, cut short or damaged."""
+    """Raise `BadInput` for a safetensors file that is missing, truncated or damaged."""
     try:
         with safe_open(path, framework="pt"):
             return
@@ -222,7 +222,7 @@ def check_whole(path: Path) -> None:
 
 
 def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:
-    """Fetch what belongs to the checkpoint, and nothing from folders beside or below it."""
+    """Download the files of a checkpoint, and nothing from sibling folders or subfolders."""
     names = hub.listing(source.name, source.revision)
     is_file = source.subfolder.endswith(".gguf")
     folder = PurePosixPath(source.subfolder).parent if is_file else PurePosixPath(source.subfolder)
@@ -233,7 +233,7 @@ def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:
         root = hub.fetch(source.name, _parts(names, source.subfolder), source.revision)
     else:
         own = {PurePosixPath(n).name: n for n in names if PurePosixPath(n).parent == folder}
-        marks = [n for n in names if PurePosixPath(n).name in (ADAPTER, CONFIG)]  # say what else could be meant
+        marks = [n for n in names if PurePosixPath(n).name in (ADAPTER, CONFIG)]  # for the error's suggestions
         templates = [n for n in names if PurePosixPath(n).parent == folder / "additional_chat_templates"]
         suffixes = SMALL | ({".py"} if remote_code else set())
         small = [n for name, n in own.items() if PurePosixPath(name).suffix in suffixes]
@@ -249,7 +249,7 @@ def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:
 
 
 def _weights(folder: Path, own: dict[str, str]) -> list[str]:
-    """Names in the repository of the files that hold the weights."""
+    """Repository names of the weight files."""
     if ADAPTER in own:
         wanted = [ADAPTER_WEIGHTS]
     elif INDEX in own and WEIGHTS not in own:
@@ -260,7 +260,7 @@ def _weights(folder: Path, own: dict[str, str]) -> list[str]:
 
 
 def _parts(names: list[str], wanted: str) -> list[str]:
-    """A GGUF file and, where it is one of several that were split, the others."""
+    """A GGUF file, with the other parts where it is split."""
     head, _, _ = wanted.rpartition("-of-")
     stem = head.rpartition("-")[0]
     return [n for n in names if n == wanted or (head and n.startswith(f"{stem}-") and "-of-" in n)]

@@ -1,4 +1,4 @@
-"""Reads and replaces what flows through the Sites of a running model, and starts or ends a pass in the middle."""
+"""Reads and replaces activations at Sites during a forward pass, and starts or stops it at a layer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ At = TypeVar("At", bound=Place)
 
 
 class _Stop(Exception):
-    """Ends a forward pass at the deepest Site that was asked for."""
+    """Stops a forward pass at the deepest requested Site."""
 
 
 @contextlib.contextmanager
 def transformed(model: PreTrainedModel, transforms: Mapping[Any, Transform]) -> Generator[PreTrainedModel]:
-    """Replace what flows through each `Place` by its transform's result, until the block ends.
+    """Replace the activation at each `Place` by its transform's result, until the block ends.
 
-    A transform takes and returns `Float[Tensor, "prompt position width"]`, the width d_model at a Site and that of
-    all heads side by side at a Slot, and must not write into its argument. An empty mapping registers nothing.
+    A transform takes and returns `Float[Tensor, "prompt position width"]`, with width d_model at a Site and
+    heads · d_head at a Slot, and must not modify its argument. An empty mapping registers no hook.
     """
     with contextlib.ExitStack() as stack:
         rows = RowShape()
@@ -54,10 +54,10 @@ def transformed(model: PreTrainedModel, transforms: Mapping[Any, Transform]) -> 
 def watched(
     model: PreTrainedModel, watchers: Mapping[Any, Callable[[Tensor], None]], *, stop_after_last: bool = False
 ) -> Generator[PreTrainedModel]:
-    """Call each watcher with the tensor that flows through its `Place`, until the block ends.
+    """Call each watcher with the activation at its `Place`, until the block ends.
 
-    The tensor is the model's own: a watcher that keeps it must copy it, for some families write
-    over it later. With `stop_after_last` the forward pass ends once the deepest Site was seen;
+    The tensor is the model's own: a watcher must copy what it keeps, since some families overwrite
+    it later. With `stop_after_last` the forward pass stops after the deepest Site;
     run it inside `stopping()`.
     """
     seen: set[Place] = set()
@@ -78,13 +78,13 @@ def watched(
 
 
 def stopping() -> contextlib.suppress:
-    """A context in which a forward pass may end early (see `watched`)."""
+    """Context in which a forward pass may stop early (see `watched`)."""
     return contextlib.suppress(_Stop)
 
 
 @contextlib.contextmanager
 def capture(model: PreTrainedModel, sites: Sequence[At]) -> Generator[dict[At, Tensor]]:
-    """Keep a copy of what flows through each Site or Slot in the block's last forward pass.
+    """Keep a copy of the activation at each Site or Slot from the block's last forward pass.
 
     Copies stay on the autograd graph where gradients are enabled.
     """
@@ -101,8 +101,8 @@ def capture(model: PreTrainedModel, sites: Sequence[At]) -> Generator[dict[At, T
 def resumed_at(model: PreTrainedModel, layer: int, hidden: Callable[[], Tensor]) -> Generator[PreTrainedModel]:
     """Start every forward pass at the input of `layer`, from `hidden()` instead of the layers below.
 
-    The blocks below are passed over; `hidden()` gives the residual stream that they would have
-    produced, `Float[Tensor, "prompt position d_model"]`. Use it without a KV cache for the layers
+    The blocks below are skipped; `hidden()` returns the residual stream that they would have
+    produced, `Float[Tensor, "prompt position d_model"]`. Do not use a KV cache for the layers
     below.
     """
     blocks = layers(model)
@@ -115,7 +115,7 @@ def resumed_at(model: PreTrainedModel, layer: int, hidden: Callable[[], Tensor])
 
 @contextlib.contextmanager
 def truncated(model: PreTrainedModel, layer: int) -> Generator[PreTrainedModel]:
-    """Pass over every block above `layer` until the block ends: Sites up to it are exact, logits mean nothing."""
+    """Skip every block above `layer` until the block ends: Sites up to it are exact, logits are meaningless."""
     with contextlib.ExitStack() as stack:
         for block in layers(model)[layer + 1 :]:
             stack.enter_context(passed_over(block, anatomy(model).outputs))
@@ -123,7 +123,7 @@ def truncated(model: PreTrainedModel, layer: int) -> Generator[PreTrainedModel]:
 
 
 def _brought(transform: Transform, device: torch.device) -> Transform:
-    """A transform of what is brought to a device first, as a layer on another one takes and gives it."""
+    """The transform, run on `device` and returned to the device of its input."""
 
     def where_it_runs(x: Tensor) -> Tensor:
         here = x.to(device)
@@ -134,7 +134,7 @@ def _brought(transform: Transform, device: torch.device) -> Transform:
 
 
 def _scaled(transform: Transform, scale: float) -> Transform:
-    """A transform of scale · x as one of x; what it leaves alone stays bit for bit."""
+    """The transform of scale · x as a transform of x; unchanged values stay bit-identical."""
     if scale == 1.0:
         return transform
 

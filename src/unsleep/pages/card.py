@@ -1,4 +1,4 @@
-"""The model card of a cleaned checkpoint: what was done to it, and what was measured."""
+"""The model card of a cleaned checkpoint: the edit and its evaluation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def model_card(
     base: str,
     ranks: Mapping[str, int] | None = None,
 ) -> str:
-    """Markdown for a cleaned checkpoint, from a record and what was removed at each Site: features, or a subspace.
+    """Markdown model card of a cleaned checkpoint, from a record and the features (or subspace) removed at each Site.
 
-    `ranks` are the subspaces' ranks. The record is a result's (`pages.record`), or that of a bake which
-    nothing has judged yet.
+    `ranks` are the subspaces' ranks. The record is a result's (`pages.record`), or that of a bake without
+    evaluation.
     """
     rows: dict[tuple[str, str, str], Mapping[str, Any]] = {
         (r["subject"], r["panel"], r["metric"]): r for r in record.get("rows", ())

@@ -1,6 +1,6 @@
-"""The page's charts as inline SVG: interval dots, the frontier and the time bars.
+"""The report's charts as inline SVG: interval dots, the frontier and the time bars.
 
-Charts whose marks sit in lanes are drawn in percentages, so that they stretch with the page while
+Charts with marks in lanes are drawn in percentages, so that they stretch with the page while
 their text, which is HTML beside them, keeps its size. The frontier has a fixed view box.
 """
 
@@ -18,10 +18,10 @@ from unsleep.pages import svg, text
 from unsleep.pages.svg import el
 
 JOURNEY = ("suspect", "edited", "baked")
-"""Subjects that are the same model before and after; a line joins them."""
+"""Stages of one model, joined by a line."""
 
 CONTROLS = ("control_random", "control_layer")
-"""Subjects that show what an edit of the same size does by chance."""
+"""Control subjects."""
 
 SERIES_MARKS = {
     "learned mask": ("diamond", "edited"),
@@ -31,12 +31,12 @@ SERIES_MARKS = {
 """Series of the frontier → shape and colour class."""
 
 SPARE_MARKS = (("triangle", "clean_twin"), ("plus", "control_layer"), ("circle", "suspect"), ("inverted", "base"))
-"""For series of other names, in the order in which they come."""
+"""Marks for other series, in order of appearance."""
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One subject's line in a chart of intervals."""
+    """One subject's lane in an interval chart."""
 
     subject: str
     name: str
@@ -44,24 +44,24 @@ class Lane:
     head: str
     tail: str
     group: bool
-    """Whether another kind of subject begins here."""
+    """True at the first lane of another kind of subject."""
 
 
 @dataclass(frozen=True)
 class Facet:
-    """One panel by one metric: names, a plot of dots with whiskers, and the figures in words."""
+    """Interval chart of one panel and metric: names, a dot plot with whiskers, and formatted values."""
 
     panel: str
     metric: str
     better: str
-    """`lower is better`, or empty where neither end is."""
+    """`lower is better` or `higher is better`; empty for neither."""
     lanes: tuple[Lane, ...]
     plot: Markup
     axis: Markup
 
 
 def words(row: Mapping[str, Any]) -> text.Rate:
-    """A row's figure in words: a share with its n, or nats."""
+    """A row's formatted value: a rate with its n, or nats."""
     if row["metric"] in SHARES:
         return text.rate(row["value"], row["low"], row["high"], row["n"])
     interval = f"{text.decimals(row['low'])} to {text.decimals(row['high'])}"
@@ -69,7 +69,7 @@ def words(row: Mapping[str, Any]) -> text.Rate:
 
 
 def kind(subject: str) -> int:
-    """0 for the model before and after, 1 for controls, 2 for other repairs, 3 for references."""
+    """0 for the model before and after, 1 for controls, 2 for baseline repairs, 3 for references."""
     kinds = (JOURNEY, CONTROLS, OTHERS)
     return next((i for i, members in enumerate(kinds) if subject in members), len(kinds))
 
@@ -77,7 +77,7 @@ def kind(subject: str) -> int:
 def facet(
     rows: Sequence[Mapping[str, Any]], name: str, titles: tuple[str, str, str], names: Mapping[str, str]
 ) -> Facet:
-    """Draw rows of one panel and metric, in their order; `titles` are panel, metric and which end is better."""
+    """Chart of the rows of one panel and metric, in order; `titles` are panel, metric and direction."""
     is_share = rows[0]["metric"] in SHARES
     low, high = (
         (0.0, 1.0)
@@ -120,7 +120,7 @@ def dots(
     figures: Sequence[text.Rate],
     across: Callable[[float], str],
 ) -> list[Markup]:
-    """Group rules, the line from before to after, whiskers and marks; places are percentages of the plot."""
+    """Group rules, the line from before to after, whiskers and marks; positions are percentages of the plot."""
     step = 100 / len(rows)
     heights = [f"{(i + 0.5) * step:.2f}%" for i in range(len(rows))]
     out: list[Markup] = [
@@ -157,7 +157,7 @@ class Series:
 
     @property
     def key(self) -> Markup:
-        """The mark as the legend shows it."""
+        """The legend's mark."""
         return svg.key(self.shape, self.colour)
 
 
@@ -179,13 +179,13 @@ def series_of(points: Sequence[Mapping[str, Any]]) -> list[Series]:
 
 WIDTH, HEIGHT = 352, 248
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 40
-"""The frontier's view box and the margins of its plot, in its own units."""
+"""View box of the frontier and its plot margins, in SVG units."""
 
 
 def frontier(series: Sequence[Series], metric: str, title: str, chosen: int | None) -> Markup | None:
-    """Draw `asr`, `skill` or `ce_change` against the number of features; `None` where no point has it.
+    """Chart of `asr`, `skill` or `ce_change` against the number of features; `None` where no point has it.
 
-    `chosen` is the number of features of the edit that was kept; it is marked by an upright line.
+    `chosen` is the number of features of the kept edit, marked by a vertical line.
     """
     shown = [(s, [p for p in s.points if p.get(metric) is not None]) for s in series]
     points = [p for _, own in shown for p in own]
@@ -217,7 +217,7 @@ def frontier(series: Sequence[Series], metric: str, title: str, chosen: int | No
 
 
 def upright(y: Callable[[float], float], low: float, high: float, is_share: bool) -> list[Markup]:
-    """The vertical axis: grid lines and their labels."""
+    """The vertical axis: grid lines and labels."""
     marks = [0.0, 0.25, 0.5, 0.75, 1.0] if is_share else svg.ticks(low, high)
     out: list[Markup] = []
     for value in marks:
@@ -230,7 +230,7 @@ def upright(y: Callable[[float], float], low: float, high: float, is_share: bool
 
 
 def svg_tick(value: float, marks: Sequence[float]) -> str:
-    """A signed label with the decimals that the step between ticks needs."""
+    """A signed label with as many decimals as the tick spacing needs."""
     step = marks[1] - marks[0] if len(marks) > 1 else abs(value) or 1.0
     if abs(value) < step * 1e-6:
         return "0"
@@ -256,7 +256,7 @@ def along(x: Callable[[float], float], last: float) -> list[Markup]:
 
 
 def chosen_line(at: float, chosen: int) -> Markup:
-    """An upright line at the edit that was kept, with its label above the plot."""
+    """A labelled vertical line at the kept edit."""
     anchor = "end" if at > WIDTH - 80 else "start" if at < LEFT + 60 else "middle"
     label = el("text", f"this edit: {chosen:,}", x=at, y=TOP - 8, text_anchor=anchor, class_="chosen")
     return el("g", el("line", x1=at, x2=at, y1=TOP - 4, y2=HEIGHT - BOTTOM, class_="chosen"), label)
@@ -269,7 +269,7 @@ def curve(
     x: Callable[[float], float],
     y: Callable[[float], float],
 ) -> list[Markup]:
-    """A series' line, its whiskers and its marks, each mark with its figure as a tooltip."""
+    """A series' line, whiskers and marks with tooltips."""
     places = [(x(p["features"]), y(p[metric])) for p in points]
     path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
     out = [el("path", d=path, class_=f"curve c-{series.colour}")] if len(places) > 1 else []
@@ -286,7 +286,7 @@ def curve(
 
 
 def point_words(point: Mapping[str, Any], metric: str) -> str:
-    """One point's figure: a share with its n, or a change in nats."""
+    """One point's formatted value: a rate with its n, or a change in nats."""
     value = point.get(metric)
     if value is None:
         return "not measured"
@@ -300,17 +300,17 @@ def point_words(point: Mapping[str, Any], metric: str) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's line in the time bars."""
+    """One stage's bar."""
 
     name: str
     bar: Markup
     time: str
     part: str
-    """Its part of the whole, in per cent."""
+    """Share of the total, in percent."""
 
 
 def stages(items: Sequence[Mapping[str, Any]]) -> tuple[list[Stage], str]:
-    """Each stage as a bar that begins where the one before ended, and the total."""
+    """Each stage as a bar that starts where the previous one ends, and the total."""
     times = [max(0.0, float(item["seconds"])) for item in items]
     total = sum(times)
     out: list[Stage] = []

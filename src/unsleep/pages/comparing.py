@@ -1,4 +1,4 @@
-"""What patching one model with another's activations moves, as a page; and the parts of every page about two models.
+"""Page of an activation-patching run, and the parts shared by all pages on two models.
 
 patch.json -> check -> make text visible -> view of each section -> patch.html
 """
@@ -20,11 +20,11 @@ from unsleep.pages.registry import Page
 from unsleep.pages.verdict import Tile
 
 SHOWN = 400
-"""Rows of a table that are shown; the JSON file holds all of them."""
+"""Maximum rows of a table on the page; the JSON file has all of them."""
 
 
 class Table(NamedTuple):
-    """A table: its name, its heads, how many of its columns are words, and its cells."""
+    """A table: name, column heads, number of text columns, and cells."""
 
     name: str
     head: Sequence[str]
@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
 
 def whole_page(view: dict[str, Any]) -> str:
-    """The page of a view; sections with nothing to show are left out."""
+    """The page of a view, without empty sections."""
     blocks = [block for block in view["blocks"] if block.charts or block.maps or block.tables]
     sections = [(block.anchor, block.name) for block in blocks]
     sections += [("provenance", "Provenance")] if view["provenance"] else []
@@ -53,7 +53,7 @@ def whole_page(view: dict[str, Any]) -> str:
 
 
 def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template shows of a patching."""
+    """The template's view of a patching run."""
     blocks: list[Block] = []
     tiles: list[Tile] = []
     for i, run in enumerate(record["runs"]):
@@ -94,19 +94,19 @@ def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def models(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The fingerprints of both models."""
+    """Fingerprints of both models."""
     return [
         (f"{side.title()}'s fingerprint", run[side]["fingerprint"]) for run in runs for side in ("donor", "recipient")
     ]
 
 
 def short(name: str) -> str:
-    """A name that fits a label; of a path, its end."""
+    """A name shortened for a label; of a path, the last part."""
     return text.clip(name.rstrip("/").rpartition("/")[2] or name, LABEL_LIMIT)
 
 
 def grouped(items: Sequence[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], str]) -> dict[str, list[Any]]:
-    """Items by a name, in the order in which the names come."""
+    """Items by key, in order of appearance."""
     found: dict[str, list[Any]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)
@@ -114,18 +114,18 @@ def grouped(items: Sequence[Mapping[str, Any]], key: Callable[[Mapping[str, Any]
 
 
 def place_of(group: Mapping[str, Any]) -> str:
-    """The label of a group's row: its places, or its own name where they are several."""
+    """A group's row label: its place, or its own name for several."""
     return group["places"][0] if len(group["places"]) == 1 else group["name"]
 
 
 def column_of(group: Mapping[str, Any]) -> str:
-    """The label of a group's column: its position, and the head where it is of one."""
+    """A group's column label: its position, and its head where it has one."""
     heads = ", ".join(map(str, group["heads"]))
     return f"{group['position']}, head {heads}" if heads else group["position"]
 
 
 def patch_maps(groups: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
-    """The figures by place and position (or head), where there is more than one of either."""
+    """Heat map by place and position (or head), where there is more than one of either."""
     rows = list(dict.fromkeys(map(place_of, groups)))
     columns = list(dict.fromkeys(map(column_of, groups)))
     at = {(place_of(g), column_of(g)): None if g["figure"] is None else round(g["figure"], 3) for g in groups}
@@ -137,7 +137,7 @@ def patch_maps(groups: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
 
 
 def patch_charts(groups: Sequence[Mapping[str, Any]], name: str) -> list[tuple[str, Markup]]:
-    """Figure and KL by layer, where there are several layers and one group of each at a position."""
+    """Charts of effect and KL by layer, where there are several layers and one group of each at a position."""
     layers = [g["layer"] for g in groups]
     by_position = grouped(groups, lambda g: g["position"])
     alone = all(len({g["layer"] for g in own}) == len(own) for own in by_position.values())
@@ -165,7 +165,7 @@ def line(label: str, number: int, count: int, points: Sequence[tuple[int, float]
 
 
 def drawn(curves: Sequence[Curve], x: Axis, unit: str, title: str, name: str) -> list[tuple[str, Markup]]:
-    """Curves as charts with their captions; nothing where there are none."""
+    """Curves as captioned charts; empty without curves."""
     if not curves:
         return []
     y = axis([dot.y for curve in curves for dot in curve.dots], unit)
@@ -173,7 +173,7 @@ def drawn(curves: Sequence[Curve], x: Axis, unit: str, title: str, name: str) ->
 
 
 def patch_table(groups: Sequence[Mapping[str, Any]]) -> Table:
-    """All figures."""
+    """Table of all groups."""
     with_asr = any(g.get("asr") for g in groups)
     head = ["Patched", "Share of the way", "95 %", "NLL a token", "KL to donor", "KL to recipient"]
     rows: list[list[str]] = []
@@ -187,12 +187,12 @@ def patch_table(groups: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def interval(row: Mapping[str, Any]) -> str:
-    """The interval of a figure."""
+    """The formatted interval of a row."""
     return f"{text.decimals(row['low'])} to {text.decimals(row['high'])}"
 
 
 def draw_patch(record: dict[str, Any]) -> str:
-    """The whole page of a patching."""
+    """HTML page of a patching run."""
     return whole_page(patch_view(record))
 
 

@@ -1,6 +1,6 @@
-"""Curves with their names at their ends, as inline SVG: each line has its label, and no two labels touch.
+"""Line charts as inline SVG, with non-overlapping labels at the curves' ends.
 
-Many curves are spread over several charts of the same axes; what the other charts hold stands behind in grey.
+Many curves are spread over several charts with equal axes, each with the other charts' curves in grey.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from unsleep.pages.svg import el
 from unsleep.pages.text import Number
 
 SHADES = 11
-"""Steps of a scale of colours, from shallow to deep."""
+"""Steps of a colour scale, from shallow to deep layers."""
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 74, 14, 44
-"""The margins of a chart's plot, in its own units; labels stand in the right one, which grows with them."""
+"""Plot margins in SVG units; the right one holds the labels and grows with them."""
 
 LETTER = 6.9
-"""About the width of a letter of a label."""
+"""Approximate width of a label's letter."""
 
 HEIGHT = 280
-"""A chart's height."""
+"""Height of a chart."""
 
 WIDE, NARROW = 460, 356
-"""A chart's width, alone or beside one other, and among more."""
+"""Width of a chart, alone or beside one other, and among more."""
 
 GAP = 13.0
-"""From one label to the next."""
+"""Minimum distance of labels."""
 
 MOST = 12
-"""Curves with labels in a chart."""
+"""Maximum labelled curves per chart."""
 
 CROWD = 32
-"""Points of a curve over which they are drawn smaller."""
+"""Number of points of a curve above which marks are drawn smaller."""
 
 DIGITS = (1, 2, 5)
-"""First digits of the marks on a logarithmic axis."""
+"""Leading digits of ticks on a logarithmic axis."""
 
 
 class Dot(NamedTuple):
@@ -50,7 +50,7 @@ class Dot(NamedTuple):
     x: float
     y: float
     said: str
-    """What its tooltip says."""
+    """Tooltip text."""
     shape: str = "circle"
 
 
@@ -59,9 +59,9 @@ class Curve(NamedTuple):
 
     label: str
     colour: str
-    """Class of its colour: `shade-0` … `shade-10` or a subject's."""
+    """Colour class: `shade-0` … `shade-10` or a subject's."""
     path: tuple[Dot, ...]
-    """In the order of x."""
+    """Points of the line, sorted by x."""
     dots: tuple[Dot, ...]
 
 
@@ -75,16 +75,16 @@ class Axis(NamedTuple):
     is_log: bool = False
 
     def share(self, value: Number) -> float:
-        """Where a value lies, from 0 to 1."""
+        """Position of a value on the axis, from 0 to 1."""
         if self.is_log:
             return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
 def axis(values: Sequence[float], name: str, *, log: bool = False) -> Axis:
-    """An axis that holds all values: logarithmic where asked for and they span enough, otherwise from 0.
+    """An axis for all values: logarithmic on request where they span enough, otherwise from 0.
 
-    Values that are few and apart are its marks.
+    A few well-separated values become the ticks.
     """
     least, most = min(values), max(values)
     if log and least > 0 and most / least >= 2.5:
@@ -100,7 +100,7 @@ def axis(values: Sequence[float], name: str, *, log: bool = False) -> Axis:
 
 
 def whole_axis(values: Sequence[int], name: str) -> Axis:
-    """An axis of whole numbers, such as layers."""
+    """An axis of integers, such as layers."""
     low, high = min(values), max(values)
     step = next((s for s in (1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 12), 200)
     room = max(0.4, 0.03 * (high - low))
@@ -109,7 +109,7 @@ def whole_axis(values: Sequence[int], name: str) -> Axis:
 
 
 def charts(curves: Sequence[Curve], x: Axis, y: Axis, *, title: str, name: str, width: int) -> list[Markup]:
-    """Draw curves in as few charts as their labels allow; `name` must be unique on the page."""
+    """Curves in as few charts as their labels allow; `name` must be unique on the page."""
     count = math.ceil(len(curves) / MOST)
     size = math.ceil(len(curves) / max(1, count))
     return [
@@ -128,7 +128,7 @@ def charts(curves: Sequence[Curve], x: Axis, y: Axis, *, title: str, name: str, 
 def chart(
     curves: Sequence[Curve], others: Sequence[Curve], axes: tuple[Axis, Axis], *, title: str, name: str, width: int
 ) -> Markup:
-    """Draw curves with their labels, and others as grey lines behind them."""
+    """A chart of labelled curves, with others as grey lines behind them."""
     x, y = axes
     end = width - round(max(RIGHT, 16 + LETTER * max(len(curve.label) for curve in curves)))
 
@@ -158,16 +158,16 @@ def chart(
 
 
 def path(places: Sequence[tuple[float, float]]) -> str:
-    """A line through places."""
+    """SVG path through points."""
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
 
 
 def apart(wanted: Sequence[float], gap: Number, low: Number, high: Number) -> list[float]:
-    """Places as near to the wanted ones as a gap between any two and the two ends allow, in the same order.
+    """Positions closest to the wanted ones with at least `gap` between any two and within both ends, in the same order.
 
-    Labels that would touch become a block, which stands where its members want to be on average.
+    Labels that would touch form a block, placed at the mean of its members' wanted positions.
     """
-    blocks: list[tuple[float, int]] = []  # sum of what the members want of the block's first place, and their number
+    blocks: list[tuple[float, int]] = []  # sum of the wanted first positions; members
     for place in sorted(wanted):
         total, count = place, 1
         while blocks and blocks[-1][0] / blocks[-1][1] + gap * blocks[-1][1] > total / count:
@@ -187,7 +187,7 @@ def apart(wanted: Sequence[float], gap: Number, low: Number, high: Number) -> li
 
 
 def frame(x: Axis, y: Axis, end: int) -> list[Markup]:
-    """Grid lines up to the plot's right end, marks and the names of both axes."""
+    """Grid lines, ticks and names of both axes."""
     floor = HEIGHT - BOTTOM
     out: list[Markup] = []
     for value in y.marks:
@@ -208,7 +208,7 @@ def frame(x: Axis, y: Axis, end: int) -> list[Markup]:
 
 
 def dot(one: Dot, place: tuple[float, float], colour: str, size: float, *, beaten: bool) -> Markup:
-    """A point with its figures as a tooltip, and room to point at it; hollow where it is not on its curve."""
+    """A point with a tooltip and a larger hover area; hollow where it is off its curve."""
     shape = el("path", d=svg.MARK_PATHS[one.shape], transform=f"scale({size})", class_=f"mark {colour}")
     hit = el("circle", r=7, class_="hit")
     at = f"translate({place[0]:.1f} {place[1]:.1f})"
@@ -217,7 +217,7 @@ def dot(one: Dot, place: tuple[float, float], colour: str, size: float, *, beate
 
 
 def label(curve: Curve, end: tuple[float, float], place: tuple[float, float]) -> list[Markup]:
-    """A curve's name in the right margin and a thin line to the curve's end."""
+    """A curve's name in the right margin, connected to its end by a thin line."""
     leader = path([(end[0] + 5, end[1]), (place[0] - 3, place[1])])
     return [
         el("path", d=leader, class_=f"leader {curve.colour}"),
@@ -226,7 +226,7 @@ def label(curve: Curve, end: tuple[float, float], place: tuple[float, float]) ->
 
 
 def frontier(dots: Sequence[Dot]) -> tuple[Dot, ...]:
-    """The points that no other beats in both x and y, in the order of x: y falls along them."""
+    """Pareto frontier: the points that no other beats in both x and y, sorted by x, with falling y."""
     kept: list[Dot] = []
     for one in sorted(dots, key=lambda d: (d.x, d.y)):
         if not kept or one.y < kept[-1].y:

@@ -1,4 +1,4 @@
-"""Trained dictionaries as a page: what they explain with how many features, Site by Site and layer by layer.
+"""Page of trained dictionaries: quality of fit against sparsity, by Site and layer.
 
 dictionaries.json -> check -> make text visible -> view of each section -> dictionaries.html
 """
@@ -21,7 +21,7 @@ from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
 
 GROUPS = {"resid": "Residual stream", "attn": "Attention output", "mlp": "MLP output"}
-"""Point → the chart that its Sites share; the embedding stands with the residual stream."""
+"""Point → title of its chart; the embedding is grouped with the residual stream."""
 
 POINT_MARKS = {
     "resid": ("circle", "c-edited"),
@@ -31,7 +31,7 @@ POINT_MARKS = {
 """Point → shape and colour class."""
 
 SHAPES = ("circle", "square", "diamond", "triangle", "inverted", "cross", "plus")
-"""Marks of architectures or widths, in the order in which they come."""
+"""Marks of architectures or widths, in order of appearance."""
 
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
     site: Site
     name: str
-    """Its Site, and what a transcoder rebuilds."""
+    """Its Site, and a transcoder's target."""
     setting: str
     """Its variant without the seed."""
     shape: str
@@ -49,12 +49,12 @@ class Row(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Its layer; the embedding comes before the first."""
+        """Its layer; −1 for the embedding."""
         return -1 if self.site.point == "embed" else self.site.layer
 
     @property
     def dot(self) -> Dot:
-        """It as a point of L0 and FVU."""
+        """Its point in the L0–FVU chart."""
         m = self.measured
         variant = f" {text.clip(m['variant'], LABEL_LIMIT)}" if m["variant"] else ""
         said = f"{self.name}{variant}: L0 {text.number(m['l0'])}, FVU {text.decimals(m['fvu'])}"
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template shows."""
+    """The template's view."""
     rows, shapes = rows_of(record["dictionaries"])
     sites = list(dict.fromkeys(r.name for r in rows))
     edges: list[float] = record.get("density_edges") or []
@@ -85,7 +85,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def power_of_ten(exponent: float) -> str:
-    """10 to a power, in words that fit a table's head."""
+    """A power of ten as text for a table head."""
     return "1" if exponent == 0 else "10" + f"{exponent:g}".translate(RAISED)
 
 
@@ -95,7 +95,7 @@ def plural(noun: str, count: int) -> str:
 
 
 def rows_of(items: Sequence[Mapping[str, Any]]) -> tuple[list[Row], dict[str, str]]:
-    """The dictionaries in the order of point and layer, and what the shapes stand for: architectures or widths."""
+    """The dictionaries sorted by point and layer, and the legend of shapes: architectures or widths."""
     kind = "architecture" if len({item["architecture"] for item in items}) > 1 else "features"
     names = sorted({item[kind] for item in items})
     shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(names)}
@@ -112,7 +112,7 @@ def rows_of(items: Sequence[Mapping[str, Any]]) -> tuple[list[Row], dict[str, st
 
 
 def tiles(rows: Sequence[Row]) -> list[Tile]:
-    """The best, the range and what was measured."""
+    """Key figures: the best fit, the range, the measured tokens."""
     if not rows:
         return []
     best = min(rows, key=lambda r: r.measured["fvu"])
@@ -129,23 +129,23 @@ def tiles(rows: Sequence[Row]) -> list[Tile]:
 
 
 def span(ends: Sequence[str]) -> str:
-    """A range, or one value where both ends are the same."""
+    """A range, or a single value for equal ends."""
     return " to ".join(dict.fromkeys(ends))
 
 
 def group_of(row: Row) -> str:
-    """The chart in which a Site stands."""
+    """Chart title of a row's Site."""
     return "resid" if row.site.point == "embed" else row.site.point
 
 
 def shade(place: text.Number, low: text.Number, high: text.Number) -> str:
-    """The colour class of a place on a scale."""
+    """Colour class of a position on a scale."""
     share = (place - low) / (high - low) if high > low else 0.5
     return f"shade-{round(share * (SHADES - 1))}"
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Rows by a name, in the order in which the names come."""
+    """Rows by key, in order of appearance."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -153,7 +153,7 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Ro
 
 
 def depth_scale(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The legend of the shades: the first and the last layer."""
+    """Legend of the shades: first and last layer."""
     layers = [r.site.layer for r in rows]
     if not layers or min(layers) == max(layers):
         return None
@@ -161,16 +161,16 @@ def depth_scale(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 class Chart(NamedTuple):
-    """A chart and what stands over it."""
+    """A chart with its heading."""
 
     title: str
     part: str
-    """Which of the curves, where they are spread over several charts."""
+    """Number of the chart among several with the same axes."""
     drawing: Markup
 
 
 def frontiers(rows: Sequence[Row]) -> list[Chart]:
-    """L0 against FVU, a line a Site; nothing where every Site has a single dictionary."""
+    """FVU against L0, one line per Site; empty where every Site has a single dictionary."""
     if not any(len(own) > 1 for own in grouped(rows, lambda r: r.name).values()):
         return []
     axes = (
@@ -187,9 +187,9 @@ def frontiers(rows: Sequence[Row]) -> list[Chart]:
 
 
 def by_layer(rows: Sequence[Row]) -> list[Chart]:
-    """FVU against the layer; nothing where there is one layer.
+    """FVU against layer; empty for a single layer.
 
-    One setting: a chart with a line a point. Several: a chart a point with a line a setting, seeds averaged.
+    One setting: one chart with a line per point. Several: a chart per point, a line per setting, averaged over seeds.
     """
     if len({r.depth for r in rows}) < 2:
         return []
@@ -210,7 +210,7 @@ def by_layer(rows: Sequence[Row]) -> list[Chart]:
 
 
 def drawn(groups: Mapping[str, Sequence[Curve]], axes: tuple[Axis, Axis], what: str, name: str) -> list[Chart]:
-    """The charts of each group of curves, on the same axes."""
+    """The charts of each group of curves, with shared axes."""
     count = sum(-(-len(curves) // MOST) for curves in groups.values())
     width = WIDE if count <= 2 else NARROW
     out: list[Chart] = []
@@ -236,7 +236,7 @@ def layer_curve(label: str, shape: str, colour: str, rows: Sequence[Row]) -> Cur
 
 
 def line_of(row: Row) -> dict[str, Any]:
-    """One line of the table."""
+    """A row of the table."""
     m = row.measured
     shape = m.get("k") if m.get("k") is not None else m.get("sparsity")
     figures = [
@@ -258,7 +258,7 @@ def line_of(row: Row) -> dict[str, Any]:
 
 
 def histogram(counts: Sequence[int]) -> Markup:
-    """A small histogram of how often features fire."""
+    """Histogram of the features' firing rates."""
     if not any(counts):
         return Markup("–")
     most, step = max(counts), 7
@@ -273,7 +273,7 @@ def histogram(counts: Sequence[int]) -> Markup:
 
 
 def draw(record: dict[str, Any]) -> str:
-    """The whole page of trained dictionaries."""
+    """HTML page of trained dictionaries."""
     return filled("dictionaries.html", "summary", view_of(record), "page.css", "dictionaries.css")
 
 

@@ -1,4 +1,4 @@
-"""What a fine-tune changed, as a page.
+"""Page of a model diff.
 
 diff.json -> check -> make text visible -> view of each section -> diff.html
 """
@@ -21,7 +21,7 @@ from unsleep.pages.verdict import Tile
 
 
 def diff_view(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template shows of a comparison."""
+    """The template's view of a model diff."""
     changed = [w for w in record["weights"] if w["norm"] > 0]
     most = max(record["layers"], key=lambda x: x["relative"], default=None)
     tiles = [Tile("Weights that changed", "", f"{len(changed):,} of {len(record['weights']):,}", "")]
@@ -55,7 +55,7 @@ def diff_view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_block(record: Mapping[str, Any], changed: Sequence[Mapping[str, Any]]) -> Block:
-    """ΔW by layer and module, and every matrix that changed."""
+    """ΔW by layer and module, and every changed matrix."""
     inside = [w for w in record["weights"] if w["layer"] is not None]
     modules = list(dict.fromkeys(w["module"] for w in inside if w["norm"] > 0))
     layers = sorted({w["layer"] for w in inside})
@@ -87,7 +87,7 @@ def weights_block(record: Mapping[str, Any], changed: Sequence[Mapping[str, Any]
 
 
 def divergence_block(record: Mapping[str, Any]) -> Block:
-    """How far apart the two residual streams are, by layer."""
+    """Divergence of the two residual streams, by layer."""
     found = record["divergence"]
     layers = [d["layer"] for own in found.values() for d in own]
     if len(set(layers)) < 2:
@@ -105,7 +105,7 @@ def divergence_block(record: Mapping[str, Any]) -> Block:
 
 
 def lens_block(record: Mapping[str, Any]) -> Block:
-    """What mean Δh over the first tokens of unrelated text reads as."""
+    """Logit-lens reading of mean Δh over the first tokens of unrelated text."""
     rows: list[list[str]] = []
     for lens in record["lens"]:
         words = [" ".join(text.token_text(str(word[0])) for word in lens[key]) for key in ("promotes", "suppresses")]
@@ -120,7 +120,7 @@ def lens_block(record: Mapping[str, Any]) -> Block:
 
 
 def spoken_block(record: Mapping[str, Any]) -> list[Block]:
-    """What is said when the difference is driven up."""
+    """Replies under steering along the difference."""
     names = {"none": "suspect", "steer": "steered", "amplify": "amplified"}
     heads = [
         " × ".join([names.get(s["kind"], str(s["kind"])), *([text.number(s["strength"])] * (s["kind"] != "none"))])
@@ -144,7 +144,7 @@ def spoken_block(record: Mapping[str, Any]) -> list[Block]:
 
 
 def detector_blocks(record: Mapping[str, Any]) -> list[Block]:
-    """What tells triggered from clean prompts."""
+    """Detectors of triggered against clean prompts."""
     rows = [*record["monitor"], *(f for d in record["dictionaries"] for f in d["best"])]
     n = max((row["n"] for row in rows), default=0)
     note = (
@@ -173,12 +173,12 @@ def detector_blocks(record: Mapping[str, Any]) -> list[Block]:
 
 
 def told(row: Mapping[str, Any]) -> list[str]:
-    """AUROC, its interval, and the AUROC that chose it."""
+    """AUROC, its interval, and the AUROC on the selection prompts."""
     return [text.decimals(row["auroc"]), interval(row), text.decimals(row["chosen"])]
 
 
 def draw_diff(record: dict[str, Any]) -> str:
-    """The whole page of a comparison."""
+    """HTML page of a model diff."""
     return whole_page(diff_view(record))
 
 

@@ -1,4 +1,4 @@
-"""Directions as a page: how well they detect, layer by layer, how alike they are, what they carry and what they cost.
+"""Page of directions: detection by layer, cosine similarity, patching effect and ablation cost.
 
 directions.json -> check -> make text visible -> view of each section -> directions.html
 """
@@ -21,14 +21,14 @@ from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
 
 SPACES = {"residual": "In the stream", "features": "In feature space"}
-"""Space → the heading of its charts."""
+"""Space → heading of its charts."""
 
 ROW, LEFT, RIGHT = 24, 190, 20
-"""A row of the cost chart and its margins, in its own units."""
+"""Row height and margins of the cost chart, in SVG units."""
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template shows."""
+    """The template's view."""
     figures: list[Mapping[str, Any]] = record["figures"]
     sites = sorted({Site.parse(f["site"]) for f in figures})
     view: dict[str, Any] = {
@@ -61,7 +61,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiles(record: Mapping[str, Any]) -> list[Tile]:
-    """The best detector beside the floor, and what carries most."""
+    """Key figures: the best detector against the random floor, and the largest patching effect."""
     found: list[Tile] = []
     judged = [f for f in record["figures"] if f["method"] != "random"]
     if judged:
@@ -91,19 +91,19 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
 
 
 def named(method: str) -> str:
-    """A method's name as it is shown."""
+    """Display name of a method."""
     return text.clip(method.replace("_", " "), LABEL_LIMIT)
 
 
 def label_of(site: Site, sites: Sequence[Site]) -> str:
-    """A Site's name in a row of them: its layer alone where all are residual."""
+    """A Site's axis label: its layer alone where all are residual."""
     return str(site.layer) if all(s.point == "resid" for s in sites) else str(site)
 
 
 def detection(
     figures: Sequence[Mapping[str, Any]], floors: Sequence[Mapping[str, Any]], sites: Sequence[Site]
 ) -> list[tuple[str, list[Markup]]]:
-    """For each space: AUROC by layer with the floor, and AUROC and accuracy by method and Site."""
+    """For each space: AUROC by layer with the random floor, and AUROC and accuracy by method and Site."""
     out: list[tuple[str, list[Markup]]] = []
     for space, heading in SPACES.items():
         own = [f for f in figures if f["space"] == space]
@@ -132,13 +132,13 @@ def detection(
 
 
 DRAWN = ("mean difference", "logistic", "pca", "leace", "das-1")
-"""Methods with a line in the chart, where there are more: those that differ from each other."""
+"""Methods drawn as lines where there are more, chosen for being distinct."""
 
 
 def by_layer(figures: Sequence[Mapping[str, Any]], floors: Sequence[Mapping[str, Any]], space: str) -> Markup:
-    """AUROC against the layer, residual Sites only, the best and the mean of random directions beside.
+    """AUROC against layer, residual Sites only, with the best and the mean of random directions.
 
-    Of many methods, those of `DRAWN` have a line; the map beneath holds all.
+    Of many methods, only those of `DRAWN` have a line; the heat map below has all.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for f in figures:
@@ -166,7 +166,7 @@ def by_layer(figures: Sequence[Mapping[str, Any]], floors: Sequence[Mapping[str,
 
 
 def erased_chart(erased: Mapping[str, Any] | None) -> Markup | None:
-    """What is left at each residual layer where the eraser acts alone, beside nothing taken out."""
+    """Remaining AUROC at each residual layer with the eraser there alone, against no erasure."""
     if erased is None:
         return None
     sites = {Site.parse(s): v for s, v in erased["after"].items()}
@@ -192,7 +192,7 @@ def erased_chart(erased: Mapping[str, Any] | None) -> Markup | None:
 
 
 def cosine_map(cosines: Mapping[str, Any]) -> Markup | None:
-    """How alike the directions are at the best Site."""
+    """Cosine similarities of the directions at the best Site."""
     names = [named(n) for n in cosines["names"]]
     if len(names) < 2:
         return None
@@ -200,7 +200,7 @@ def cosine_map(cosines: Mapping[str, Any]) -> Markup | None:
 
 
 def carried_map(carried: Mapping[str, Mapping[str, float]]) -> Markup | None:
-    """The share that each method carries at each Site."""
+    """Heat map of the patching effect by method and Site."""
     if not carried:
         return None
     sites = sorted(map(Site.parse, carried))
@@ -216,7 +216,7 @@ def carried_map(carried: Mapping[str, Mapping[str, float]]) -> Markup | None:
 
 
 def strip(ablation: str, cost: Mapping[str, Any]) -> Markup:
-    """The increase of the loss for every direction, and for random subspaces of each rank, on one scale."""
+    """Increase of the loss for every direction, and for random subspaces of each rank, on one axis."""
     rows: list[tuple[str, list[float], str]] = [
         (named(name), [value], "c-edited") for name, value in cost["increase"].items() if not name.endswith("random")
     ]
@@ -250,7 +250,7 @@ def strip(ablation: str, cost: Mapping[str, Any]) -> Markup:
 
 
 def draw(record: dict[str, Any]) -> str:
-    """The whole page of directions."""
+    """HTML page of directions."""
     styles = "page.css", "dictionaries.css", "heatmap.css", "directions.css"
     return filled("directions.html", "summary", view_of(record), *styles)
 

@@ -1,7 +1,7 @@
-"""A matrix of figures as a picture: cells in shades, each with its number as a tooltip, and the same as a table.
+"""Heat map with tooltips, and the same values as a table.
 
-Shades are steps of one hue that also differ in lightness, so that they are told apart without colour; a map with a
-middle has two hues, blue above it and orange below. Numbers stand in the cells where there is room.
+Shades are steps of one hue that also differ in lightness, so that they are distinguishable without colour; a
+diverging scale has two hues, blue above and orange below. Cells show their value where there is room.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from unsleep.pages import svg, text
 from unsleep.pages.svg import el
 
 STEPS = 10
-"""Shades of a hue, from faint to full."""
+"""Shades per hue, from light to dark."""
 
 WIDTH = 900
-"""The drawing's width, in its own units."""
+"""Width of the SVG, in its own units."""
 
 ROW = 24
-"""A row's height."""
+"""Row height."""
 
 LETTER = 6.3
-"""About the width of a letter of a label."""
+"""Approximate width of a label's letter."""
 
 LABEL_LIMIT = 32
-"""Letters of a label that are shown."""
+"""Maximum characters of a label."""
 
 ROOMY = 34.0
-"""Width of a cell from which its number is written in it."""
+"""Minimum width of a cell that shows its value."""
 
 
 def heatmap(
@@ -45,21 +45,21 @@ def heatmap(
     middle: float | None = None,
     notes: Sequence[Sequence[str]] | None = None,
 ) -> Markup:
-    """A heat map with its legend and, folded away beneath it, its table.
+    """A heat map with its legend and, folded beneath it, its table.
 
     Args:
-        rows: labels from the top down.
+        rows: labels from top to bottom.
         columns: labels from left to right.
-        values: a list a row; `None` where nothing was measured.
-        title: what it shows; read out with it.
+        values: one list per row; `None` where nothing was measured.
+        title: description, also for screen readers.
         name: unique on the page.
-        unit: stands behind every number.
-        ends: of the scale; from the least to the largest value where `None`. Give those of a share, (0, 1), or small
-            differences look large. Values beyond are drawn as the ends.
-        notes: what stands behind each number in tooltip and table, such as its interval.
-        middle: where one hue passes into another; the scale then goes as far on both sides.
+        unit: suffix of every value.
+        ends: range of the scale; default from the smallest to the largest value. Pass that of a rate, (0, 1), or small
+            differences look large. Values beyond are clipped.
+        notes: text after each value in tooltip and table, such as its interval.
+        middle: centre of a diverging scale, which is then symmetric around it.
 
-    Raises `BadInput` where `values` has not one list a row and one value a column, or all are missing.
+    Raises `BadInput` where `values` does not match `rows` and `columns`, or all are missing.
     """
     if len(values) != len(rows) or any(len(line) != len(columns) for line in values):
         raise BadInput(
@@ -132,7 +132,7 @@ def _drawing(
 def _words(
     values: Sequence[Sequence[float | None]], notes: Sequence[Sequence[str]], unit: str
 ) -> list[list[str | None]]:
-    """Each number with its unit and note; `None` where nothing was measured."""
+    """Each value with unit and note; `None` where nothing was measured."""
     return [
         [None if value is None else f"{_number(value, unit)} {note}".strip() for value, note in zip(*pair, strict=True)]
         for pair in zip(values, notes, strict=True)
@@ -140,7 +140,7 @@ def _words(
 
 
 def _shade(value: float | None, low: float, high: float, diverging: bool) -> tuple[str, bool]:
-    """The class of a cell, and whether its shade is deep."""
+    """Colour class of a cell, and whether its shade is dark."""
     if value is None:
         return "heat-none", False
     at = min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
@@ -152,7 +152,7 @@ def _shade(value: float | None, low: float, high: float, diverging: bool) -> tup
 
 
 def _legend(low: float, high: float, unit: str, diverging: bool) -> Markup:
-    """The shades with the numbers at their ends."""
+    """The shades with the values at both ends."""
     shades = [f"heat-up-{i}" for i in range(STEPS + 1)]
     if diverging:
         shades = [f"heat-down-{i}" for i in range(STEPS, 0, -1)] + shades

@@ -1,4 +1,4 @@
-"""A folder of runs as a page: a link to each page below it, with its title, kind, date and verdict.
+"""Index page of a folder of runs: a link to each page below it, with title, kind, date and verdict.
 
 */report.json, */patch.json, … -> their pages -> index.html
 """
@@ -26,7 +26,7 @@ TEMPLATE = """{% extends "base.html" %}
   <div class="scroll tall" tabindex="0" role="region" aria-label="Runs"><table class="grid">
     <thead><tr>{% for name in head %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
     <tbody>{% for run in runs %}<tr><th scope="row" class="text"><a href="{{ run.link }}">{{ run.title }}</a></th>
-      {% for cell in run[2:] %}<td class="text">{{ cell }}</td>{% endfor %}</tr>
+      {% for cell in run[2:] %}<td class="text{{ " keep" if loop.index is odd }}">{{ cell }}</td>{% endfor %}</tr>
     {% endfor %}</tbody>
   </table></div>
 </section>
@@ -47,14 +47,14 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Index(Page):
-    """The page of a folder that holds no record itself, but runs below it."""
+    """The page of a folder without a record of its own, but with runs below it."""
 
     def is_of(self, folder: Path) -> bool:
-        """Whether there is a page below the folder."""
+        """True if there is a page below the folder."""
         return next(found(folder), None) is not None
 
     def html(self, folder: Path) -> str:
-        """The page; a record that cannot be read has a link and no more."""
+        """The page; an unreadable record gets a bare link."""
         runs = sorted(
             (run_of(page, place, folder) for page, place in found(folder)), key=lambda r: r.date, reverse=True
         )
@@ -64,7 +64,7 @@ class Index(Page):
 
 
 def found(folder: Path) -> Iterator[tuple[Page, Path]]:
-    """Every record below the folder that has its page beside it, by name; what is hidden is left out."""
+    """Every record below the folder with a page beside it, sorted by name, without hidden folders."""
     for page in (page for page in pages() if not isinstance(page, Index)):
         for place in sorted(folder.rglob(f"{page.name}.json")):
             inside = place.relative_to(folder)
@@ -73,7 +73,7 @@ def found(folder: Path) -> Iterator[tuple[Page, Path]]:
 
 
 def run_of(page: Page, place: Path, folder: Path) -> Run:
-    """The line of a record."""
+    """A record's row."""
     try:
         record = store.read_json(place)
     except BadInput:
@@ -85,37 +85,37 @@ def run_of(page: Page, place: Path, folder: Path) -> Run:
 
 
 def label_of(record: Any) -> str:
-    """The verdict of a report; other records have none."""
+    """A report's verdict; empty for other records."""
     return at(record, "result", "verdict", "label")
 
 
 def at(value: Any, *keys: str) -> str:
-    """The text at the end of a path of keys, empty where there is none."""
+    """Text at a path of keys, empty where absent."""
     for key in keys:
         value = cast("Mapping[str, Any]", value).get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, str) else ""
 
 
 class Title(HTMLParser):
-    """Reads the title of a page."""
+    """Parser of a page's title."""
 
     title, inside = "", False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin with it; only the head's counts."""
+        """Start at the head's title."""
         self.inside = tag == "title" and not self.title
 
     def handle_data(self, data: str) -> None:
-        """Take its text."""
+        """Collect its text."""
         self.title += data if self.inside else ""
 
     def handle_endtag(self, tag: str) -> None:
-        """End with it."""
+        """Stop at its end."""
         self.inside = False
 
 
 def title_of(page: Path) -> str:
-    """The title of a page, or its file's name."""
+    """A page's title, or its file name."""
     parser = Title()
     with page.open(encoding="utf-8", errors="replace") as file:
         parser.feed(file.read(10_000))

@@ -1,7 +1,7 @@
-"""A report as one self-contained page: the view of each section, and the template around them.
+"""The report page: the view of each section, and the template around them.
 
-Strings are made visible once, before anything else reads them; the template escapes them. The only
-markup that is not the template's own is built by `svg.el` and `Markup.format`, which escape too.
+Hidden characters of all strings are made visible first; the template escapes them. The only
+markup outside the template is built by `svg.el` and `Markup.format`, which escape too.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ BETTER = {
 }
 
 REPLY_LIMIT = 4000
-"""Characters of a prompt or reply that are shown."""
+"""Maximum characters of a prompt or reply."""
 
 LABEL_LIMIT = 80
-"""Characters of a name that are shown."""
+"""Maximum characters of a name."""
 
 HEAT_LEVELS = 9
-"""Steps of a token's background; the exact activation is in its tooltip."""
+"""Shades of a token's background; the exact activation is in its tooltip."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Token:
 
     text: str
     level: int
-    """0 where it does not fire, `HEAT_LEVELS` at the feature's peak."""
+    """0 where inactive, `HEAT_LEVELS` at the feature's peak."""
     title: str
     peak: bool
 
 
 @dataclass(frozen=True)
 class Node:
-    """A branch or leaf of the provenance."""
+    """A node of the provenance tree."""
 
     key: str
     value: str
@@ -94,14 +94,14 @@ class Node:
 
 
 def filled(name: str, top: str, view: Mapping[str, Any], *styles: str) -> str:
-    """One of this package's templates with its view; `top` is the anchor of its first section."""
+    """A template of this package rendered with a view; `top` is the anchor of its first section."""
     return fill(templates().get_template(name), top, view, *styles)
 
 
 def fill(template: Template, top: str, view: Mapping[str, Any], *styles: str) -> str:
-    """A template with its view and what every page holds."""
+    """A template rendered with a view and the variables common to all pages."""
     style, script = "".join(map(source, styles)), source("page.js")
-    # The sources are our own files; everything else in the template is escaped.
+    # Only our own source files are unescaped.
     own = {
         "top": top,
         "style": Markup(style),
@@ -114,24 +114,24 @@ def fill(template: Template, top: str, view: Mapping[str, Any], *styles: str) ->
 
 @cache
 def templates() -> Environment:
-    """This package's templates; they escape whatever they are given."""
+    """Environment of this package's templates, with autoescaping."""
     return Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(source)
     )
 
 
 def source(name: str) -> str:
-    """The text of one of this package's files."""
+    """Text of one of this package's files."""
     return files("unsleep.pages").joinpath(name).read_text(encoding="utf-8")
 
 
 def csp_hash(block: str) -> str:
-    """The hash by which a content security policy lets one inline block through."""
+    """Hash that allows one inline block in the content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
 
 
 def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template shows."""
+    """The template's view of a report."""
     result = report["result"]
     rows = {(r["subject"], r["panel"], r["metric"]): r for r in result["rows"]}
     summary: dict[str, Any] = report.get("summary") or {}
@@ -168,7 +168,7 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sections_of(view: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(anchor, name) of each section that has something to show, in the order of the page."""
+    """(anchor, name) of each non-empty section, in page order."""
     names = {
         "outcome": "Before and after",
         "effects": "Side effects",
@@ -187,12 +187,12 @@ def sections_of(view: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def named(names: Mapping[str, str], name: str) -> str:
-    """The page's word for a name, or the name itself where it has none."""
+    """Display name, or the name itself where there is none."""
     return names.get(name) or text.clip(name, LABEL_LIMIT)
 
 
 def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, model text) pairs under the verdict."""
+    """(name, model text) pairs below the verdict."""
     pairs = [
         ("Model", summary.get("model")),
         ("Payload", text.payload_words(summary)),
@@ -202,12 +202,12 @@ def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def subject_names(summary: Mapping[str, Any]) -> dict[str, str]:
-    """What subjects are called: where no features were removed, the control is of random directions."""
+    """Display names of subjects; where no features were removed, the control is of random directions."""
     return SUBJECT_NAMES | ({"control_random": "random directions"} if summary.get("removed") is None else {})
 
 
 def facets(rows: verdict.Rows, panel: str, metric: str, names: Mapping[str, str]) -> charts.Facet | None:
-    """The chart of one panel by one metric, or `None` where it was not measured."""
+    """Chart of one panel and metric, or `None` where not measured."""
     own = [rows[key] for s in SUBJECTS if (key := (s, panel, metric)) in rows]
     if not own:
         return None
@@ -216,19 +216,19 @@ def facets(rows: verdict.Rows, panel: str, metric: str, names: Mapping[str, str]
 
 
 def outcome_of(rows: verdict.Rows, names: Mapping[str, str]) -> list[list[charts.Facet]]:
-    """For each panel, its ASR and its skill."""
+    """ASR and skill charts of each panel."""
     pairs = [[facets(rows, panel, metric, names) for metric in ("asr", "skill")] for panel in PANELS]
     return [kept for pair in pairs if (kept := [f for f in pair if f])]
 
 
 def effects_of(rows: verdict.Rows, names: Mapping[str, str]) -> list[charts.Facet]:
-    """What else the edit changed: degenerate replies, capability, KL and cross-entropy."""
+    """Charts of side effects: degenerate replies, capability, KL and cross-entropy."""
     drawn = [facets(rows, p, m, names) for m in METRICS if m not in ("asr", "skill") for p in PANELS]
     return [f for f in drawn if f]
 
 
 def requirement(item: Mapping[str, Any], rows: verdict.Rows, names: Mapping[str, str]) -> dict[str, Any]:
-    """One line of the contract, with the interval of the row that it rests on where there is one."""
+    """One line of the contract, with the interval of its row where there is one."""
     metric, value = item["metric"], item["value"]
     is_share = metric in SHARES
     way = "at most" if item["relation"] == "<=" else "at least"
@@ -254,14 +254,14 @@ def requirement(item: Mapping[str, Any], rows: verdict.Rows, names: Mapping[str,
 
 
 def outcome(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Tone and words of a line of the contract."""
+    """Tone and wording of a contract line's result."""
     if item.get("too_few"):
         return "open", "– too few prompts"
     return ("good", "✓ met") if item["met"] else ("bad", "✗ not met")
 
 
 def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict[str, Any] | None:
-    """The frontier's charts, its legend and the same figures as a table."""
+    """The frontier's charts, legend and table."""
     if not points:
         return None
     series = charts.series_of(points)
@@ -284,7 +284,7 @@ def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict
 
 
 def feature_of(item: Mapping[str, Any]) -> dict[str, Any]:
-    """One feature with its evidence; all its contexts share one scale."""
+    """One feature with its evidence; all its contexts share one colour scale."""
     contexts: list[Mapping[str, Any]] = item.get("contexts") or []
     peak = max((float(a) for c in contexts for a in c["activations"]), default=0.0)
     rates = [("suspicious_rate", "of suspicious prompts"), ("trusted_rate", "of trusted tokens")]
@@ -304,7 +304,7 @@ def feature_of(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def context_of(context: Mapping[str, Any], peak: float) -> dict[str, Any]:
-    """A context as tokens with heat; `peak` is the activation of full heat."""
+    """A context as shaded tokens; `peak` is the activation of the darkest shade."""
     activations = [float(a) for a in context["activations"]]
     best = activations.index(max(activations))
     tokens = [
@@ -320,7 +320,7 @@ def context_of(context: Mapping[str, Any], peak: float) -> dict[str, Any]:
 
 
 def replies_of(items: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Prompts with the subjects' replies beside each other, panel by panel."""
+    """Prompts with the subjects' replies side by side, by panel."""
     if not items:
         return None
     present = list(dict.fromkeys(name for item in items for name in item["replies"]))
@@ -346,7 +346,7 @@ def replies_of(items: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
 
 
 def reply_of(reply: str | None, payload: str | None, expected: str | None, shown: bool) -> dict[str, Any]:
-    """A reply in pieces, with what can be seen in it at once; `shown` where the record says that it shows the payload.
+    """A reply in pieces, with badges; `shown` where the record says that it shows the payload.
 
     `payload` is a text that shows it.
     """
@@ -364,7 +364,7 @@ def reply_of(reply: str | None, payload: str | None, expected: str | None, shown
 
 
 def dictionary_of(item: Mapping[str, Any]) -> list[str]:
-    """One line of the dictionaries' table."""
+    """A row of the dictionaries' table."""
     cells = [text.clip(item["site"], LABEL_LIMIT), f"{item['features']:,}"]
     for key in ("k", "l0"):
         cells.append(text.number(item[key]) if item.get(key) is not None else "–")
@@ -374,7 +374,7 @@ def dictionary_of(item: Mapping[str, Any]) -> list[str]:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every row in words, by metric, panel and subject."""
+    """Every row formatted, by metric, panel and subject."""
     order = (METRICS, PANELS, SUBJECTS)
     keys = ("metric", "panel", "subject")
     return [
@@ -392,7 +392,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> lis
 
 
 def tasks_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Any] | None:
-    """Figures of lm-evaluation-harness, a line a task and metric, a column a subject."""
+    """Results of lm-evaluation-harness: a row per task and metric, a column per subject."""
     subjects = [s for s in SUBJECTS if any(r["subject"] == s for r in rows)]
     found = {(r["task"], r["metric"], r["subject"]): r for r in rows}
     lines = [
@@ -408,7 +408,7 @@ def tasks_of(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dic
 
 
 def task_words(row: Mapping[str, Any] | None) -> str:
-    """A figure with its standard error."""
+    """A value with its standard error."""
     if row is None:
         return "–"
     error = f" ± {text.decimals(row['stderr'])}" if row["stderr"] is not None else ""
@@ -416,7 +416,7 @@ def task_words(row: Mapping[str, Any] | None) -> str:
 
 
 def tree(value: Mapping[str, Any]) -> tuple[Node, ...]:
-    """The provenance as nodes: leaves first, so that a branch never hides the line beneath it."""
+    """The provenance as a tree: leaves before branches."""
     nodes = [node(text.clip(key, LABEL_LIMIT), item) for key, item in value.items()]
     return tuple(sorted(nodes, key=lambda n: bool(n.children)))
 
@@ -443,7 +443,7 @@ def plain(value: Any) -> str:
 
 
 def draw(report: Mapping[str, Any]) -> str:
-    """The whole page of a report."""
+    """HTML page of a report."""
     return filled("page.html", "verdict", view_of(report), "page.css", "dictionaries.css")
 
 

@@ -1,4 +1,4 @@
-"""What a reader of representations sees in texts, as a page: the score of every layer and token.
+"""Page of a representation reading: the score of every token at every layer.
 
 reading.json -> check -> make text visible -> view of each section -> reading.html
 """
@@ -21,26 +21,26 @@ from unsleep.pages.registry import Page
 from unsleep.pages.verdict import Tile
 
 TEXTS = 40
-"""Texts that are drawn; the record holds all of them."""
+"""Maximum texts on the page; the record has all of them."""
 
 MAPS = 10
-"""Texts whose every layer is drawn: each takes a fifth of a megabyte."""
+"""Maximum texts with a heat map of every layer: each takes a fifth of a megabyte."""
 
 TOKENS = 120
-"""Tokens of a text that are drawn, its last ones."""
+"""Maximum tokens of a text, its last ones."""
 
 
 class Scored(NamedTuple):
-    """A token and its score at the Site that reads best."""
+    """A token and its score at the best Site."""
 
     text: str
     tone: str
-    """Class of its background."""
+    """Class of its background colour."""
     title: str
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template shows."""
+    """The template's view."""
     best = record["sites"].index(record["best"])
     shown = record["texts"][:TEXTS]
     peak = max((loudest(item["scores"][best], item["own"]) for item in shown), default=0.0)
@@ -66,7 +66,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_layer(record: Mapping[str, Any]) -> Markup | None:
-    """AUROC on the held-back pairs against the layer; nothing where there is one Site."""
+    """AUROC on the held-out pairs against layer; nothing for a single Site."""
     sites = [Site.parse(name) for name in record["sites"]]
     if len({site.layer for site in sites}) < 2:
         return None
@@ -84,7 +84,7 @@ def by_layer(record: Mapping[str, Any]) -> Markup | None:
 
 
 def text_of(number: int, item: Mapping[str, Any], sites: Sequence[str], best: int, peak: float) -> dict[str, Any]:
-    """A text in colours, and its scores at every Site; the chat template's tokens are drawn, and count for nothing."""
+    """A text with shaded tokens and its scores at every Site; template tokens do not scale the colours."""
     tokens = [text.token_text(token) for token in item["tokens"][-TOKENS:]]
     scores = [line[-TOKENS:] for line in item["scores"]]
     own = own_scores(item, best)
@@ -112,33 +112,33 @@ def text_of(number: int, item: Mapping[str, Any], sites: Sequence[str], best: in
 
 
 def own_scores(item: Mapping[str, Any], site: int) -> list[float]:
-    """A text's scores at one Site without those of the chat template's tokens."""
+    """A text's scores at one Site without the chat template's tokens."""
     return item["scores"][site][slice(*item["own"])]
 
 
 def loudest(line: Sequence[float], own: Sequence[int | None] = (0, None)) -> float:
-    """The largest of a text's drawn scores, of its `own` tokens, without the first of all.
+    """The largest absolute score of a text's own drawn tokens, without the first token.
 
-    That is an attention sink in most models.
+    The first is an attention sink in most models.
     """
     drawn = line[max(own[0] or 0, 1) : own[1]][-TOKENS:] or line
     return max(abs(score) for score in drawn)
 
 
 def without_sink(line: Sequence[float]) -> list[float | None]:
-    """A text's scores at one Site, the first left out where it would set the scale for all others."""
+    """A text's scores at one Site, without the first where it would dominate the scale."""
     return [None if abs(line[0]) > 2 * loudest(line) else line[0], *line[1:]]
 
 
 def scored(token: str, score: float, peak: float, is_frame: bool) -> Scored:
-    """A token with the shade of its score; one of the chat template is faint."""
+    """A token with its shade; template tokens are faint."""
     level = min(HEAT_LEVELS, round(HEAT_LEVELS * abs(score) / peak)) if peak > 0 else 0
     tone = f"s-{'up' if score >= 0 else 'down'}-{level}"
     return Scored(token, f"{tone} frame" if is_frame else tone, text.signed(score))
 
 
 def draw(record: dict[str, Any]) -> str:
-    """The whole page of a reading."""
+    """HTML page of a reading."""
     styles = "page.css", "dictionaries.css", "heatmap.css", "reading.css"
     return filled("reading.html", "summary", view_of(record), *styles)
 

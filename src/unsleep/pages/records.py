@@ -1,4 +1,4 @@
-"""From an evaluation to the two records that are kept of it: result.json and report.json."""
+"""The records of an evaluation: result.json and report.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unsleep.judge.verdict import Label, contract, verdict
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found, and a score from 0 to 1."""
+    """Label and score, from 0 to 1."""
 
     label: Label
     score: Share
@@ -25,7 +25,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Result:
-    """result.json: the verdict and every figure that it rests on; result.schema.json states the same."""
+    """result.json: the verdict and all measurements behind it; result.schema.json is its schema."""
 
     SCHEMA: ClassVar = "unsleep.result/1"
 
@@ -43,7 +43,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Summary:
-    """The run in a few figures, and what is left to be done."""
+    """Key figures of the run, and advice on what remains."""
 
     payload: str | None = None
     payload_kind: str | None = None
@@ -74,7 +74,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Context:
-    """Tokens with one activation each."""
+    """Tokens with their activations."""
 
     tokens: tuple[str, ...]
     activations: tuple[float, ...]
@@ -101,19 +101,19 @@ class Shown:
 
 @dataclass(frozen=True)
 class Replies:
-    """A prompt and what each subject answers."""
+    """A prompt and each subject's reply."""
 
     panel: str
     prompt: str
     replies: dict[str, str]
     expected: str | None = None
     shown: tuple[str, ...] | None = None
-    """The subjects that show the payload, where a page cannot see for itself."""
+    """The subjects whose reply shows the payload, where the page cannot tell."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """How well a dictionary explains its Site."""
+    """Quality of fit of a dictionary."""
 
     site: str
     features: Count
@@ -126,7 +126,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Looked:
-    """What replacing a layer's activations brings back of the skill, and how far it moves good replies."""
+    """Site scan: share of the divergence removed by ablation at a layer, and KL on trusted replies."""
 
     layer: Count
     restored: float
@@ -135,11 +135,11 @@ class Looked:
 
 @dataclass(frozen=True)
 class Tried:
-    """An attempt of a repair, and what came of it on the prompts that choose."""
+    """An attempt of a repair, and its result on the selection prompts."""
 
     what: str
     removed: dict[str, Count]
-    """Place → how many."""
+    """Place → number of removed parts."""
     shown: Count
     n: Count
     degenerate: float
@@ -151,7 +151,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another repair that was judged beside it."""
+    """A baseline repair."""
 
     subject: Annotated[str, Words(OTHERS)]
     what: str
@@ -159,7 +159,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Repaired:
-    """How a repair found its edit."""
+    """History of a repair."""
 
     teacher: str
     notes: tuple[str, ...]
@@ -171,7 +171,7 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Stage:
-    """How long a stage took."""
+    """Duration of a stage."""
 
     name: str
     seconds: float
@@ -180,7 +180,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Report:
-    """report.json, from which `report` renders the page; parts that are missing or empty are left out of it."""
+    """report.json, the input of `report`; absent or empty parts are omitted."""
 
     SCHEMA: ClassVar = "unsleep.report/1"
 
@@ -208,19 +208,19 @@ def record(result: EvalResult, seed: int | None, tasks: Sequence[TaskRow] = (), 
 def page(
     result: EvalResult, kept: Result, title: str, summary: Summary, payload: Payload | None = None, **parts: Any
 ) -> Report:
-    """The record of the page; `parts` are sections beyond rows and replies."""
+    """The record of the page; `parts` are further sections."""
     checks = tuple(Requirement(**asdict(c), met=c.met, too_few=c.too_few) for c in contract(result))
     replies = tuple(side_by_side(result, ("suspect", "edited", "baked"), 6))
     if payload is not None:
         summary = replace(summary, **payload.to_dict())
-        if summary.payload_kind is not None:  # what a page cannot see for itself
+        if summary.payload_kind is not None:  # which the page cannot tell
             shown = [tuple(s for s, said in row.replies.items() if payload.shows(said)) for row in replies]
             replies = tuple(replace(row, shown=who) for row, who in zip(replies, shown, strict=True))
     return Report(title, kept, summary, checks, replies, kept.provenance, **parts)
 
 
 def side_by_side(result: EvalResult, subjects: Sequence[str], n: int) -> list[Replies]:
-    """The first replies of several subjects to the same prompts, panel by panel."""
+    """The first replies of several subjects to the same prompts, by panel."""
     rows: list[Replies] = []
     for panel, prompts in result.prompts.items():
         have = [s for s in subjects if f"{s}/{panel}" in result.replies]

@@ -1,4 +1,4 @@
-"""The pages that there are: a module of this room that makes a `Page` has one, and no list names it."""
+"""Registry of pages: every module of this package that defines a `Page` is found automatically."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from unsleep.pages import text
 
 @dataclass(frozen=True)
 class Page:
-    """A page, and the record that it is made from: `patch.json` becomes `patch.html`."""
+    """A page and its record: `patch.json` becomes `patch.html`."""
 
     name: str
-    """Of both files."""
+    """Stem of both files."""
     kind: str
-    """What it shows, in a word or two."""
+    """Kind of result, in a word or two."""
     record: Any
-    """The record's dataclass, by which it is checked."""
+    """The record's dataclass, which validates it."""
     draw: Callable[[dict[str, Any]], str]
-    """From the record's JSON values, made visible, to HTML."""
+    """Renders the record's JSON values, with hidden characters made visible, to HTML."""
     order: int = 0
-    """Where a folder has several records, the one with the lowest is rendered."""
+    """Precedence among several records in a folder, lowest first."""
 
     def __call__(self, record: Any) -> str:
-        """The whole page of a record as JSON has it; raises `BadInput` naming the place where it has another form."""
+        """HTML page of a record's JSON value; raises `BadInput` naming the path where it is invalid."""
         records.read(self.record, record, self.name)
         return self.draw(text.visible_value(dict(record)))
 
     def is_of(self, folder: Path) -> bool:
-        """Whether the folder holds what this page is made from."""
+        """True if the folder contains the page's record."""
         return (folder / f"{self.name}.json").exists()
 
     def html(self, folder: Path) -> str:
-        """The page of a folder; raises `BadInput` naming the file where it cannot be read."""
+        """HTML page of a folder; raises `BadInput` naming the file where it cannot be read."""
         source = folder / f"{self.name}.json"
         with store.reading(source):
             try:
@@ -51,7 +51,7 @@ class Page:
 
 @cache
 def pages() -> tuple[Page, ...]:
-    """Every page of this room, in the order in which a folder is searched for their records."""
+    """Every page of this package, by precedence."""
     room = __name__.rpartition(".")[0]
     names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
     members = [member for name in names for member in vars(import_module(f"{room}.{name}")).values()]

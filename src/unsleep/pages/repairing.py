@@ -1,4 +1,4 @@
-"""How a repair found its edit: who taught it, where the behaviour can be stopped, and what every attempt came to."""
+"""Section on the history of a repair: reference replies, the Site scan, and every attempt."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def repair_of(item: Mapping[str, Any] | None, names: Mapping[str, str]) -> dict[
 
 
 def sites_of(sites: Iterable[str]) -> str:
-    """Sites in a sentence."""
+    """Sites as a phrase."""
     return ", ".join(text.clip(site, 80) for site in sites)
 
 
 def attempt_of(number: int, item: Mapping[str, Any]) -> dict[str, Any]:
-    """One attempt's line."""
+    """An attempt's row."""
     removed = ", ".join(f"{text.clip(site, 80)} {n:,}" for site, n in item["removed"].items())
     return {
         "number": number,
@@ -50,7 +50,7 @@ def attempt_of(number: int, item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def look_of(rows: Sequence[Mapping[str, Any]], used: Container[str]) -> list[tuple[str, str, Markup]]:
-    """Two charts over the layers, each with its name and which end is better; Sites that are used stand out."""
+    """Two charts over the layers, each with its name and direction; chosen Sites are highlighted."""
     if len(rows) < 2:
         return []
     x = curves.whole_axis([r["layer"] for r in rows], "layer")

@@ -1,4 +1,4 @@
-"""Subspaces of backdoors as a page: how alike they are, what transfers, and what else lies there.
+"""Page of backdoor subspaces: similarity, transfer between organisms, and overlap with other tasks.
 
 subspaces.json -> check -> make text visible -> view of each section -> subspaces.html
 """
@@ -32,7 +32,7 @@ NEGATIVES = {"clean": "triggered against clean prompts", "near_miss": "triggered
 
 
 def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template shows."""
+    """The template's view."""
     whole = record["common"] is not None
     view: dict[str, Any] = {
         "title": "Where backdoors live",
@@ -63,12 +63,12 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names_of(record: Mapping[str, Any]) -> list[str]:
-    """The organisms' names, as they fit a picture."""
+    """The organisms' names, shortened for charts."""
     return [text.clip(o["name"], LABEL_LIMIT) for o in record["organisms"]]
 
 
 def tiles(record: Mapping[str, Any]) -> list[Tile]:
-    """What all organisms share, and how far what is found in one works in another."""
+    """Key figures: rank shared by all organisms, and transfer between them."""
     site, found = record["sites"][0], record["common"]
     shared = found["alike"][site]["common"]
     n = len(record["organisms"])
@@ -86,7 +86,7 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
 
 
 def tile_of(record: Mapping[str, Any]) -> Tile:
-    """The width of one organism's backdoor."""
+    """Rank of one organism's backdoor."""
     found = record["smallest"]
     tried = max(r["rank"] for r in record["ranks"])
     name = text.clip(record["name"], LABEL_LIMIT)
@@ -99,7 +99,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def alike(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """At every Site, the overlap of every two organisms and of each with its base, and the rank that they share."""
+    """For every Site, the overlap of each pair of organisms and of each with its base, and the shared rank."""
     names, found = names_of(record), list[dict[str, Any]]()
     for i, (site, data) in enumerate(record["common"]["alike"].items()):
         own = [*data["pairs"], data["base"]]
@@ -151,7 +151,7 @@ def alike(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def detect(record: Mapping[str, Any]) -> list[Markup]:
-    """At every Site, the AUROC of one organism's direction in another."""
+    """For every Site, the AUROC of one organism's direction on another."""
     names = names_of(record)
     return [
         figures_map(
@@ -176,7 +176,7 @@ def figures_map(
     name: str,
     middle: float | None = None,
 ) -> Markup:
-    """A map of shares, each with its interval in tooltip and table."""
+    """Heat map of rates, with intervals in tooltip and table."""
     values = [[None if f is None else f["value"] for f in line] for line in figures]
     notes = [
         [
@@ -189,7 +189,7 @@ def figures_map(
 
 
 def ablate(record: Mapping[str, Any]) -> list[Markup]:
-    """ASR, and the skill's return, with each subspace taken out of each organism."""
+    """ASR and restored skill with each subspace ablated in each organism."""
     names, data = names_of(record), record["common"]["ablate"]
     return [
         figures_map(data["rows"], names, data[key], title=title, name=f"ablate-{key}")
@@ -199,7 +199,7 @@ def ablate(record: Mapping[str, Any]) -> list[Markup]:
 
 
 def features(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """At every Site with a dictionary, what features the organisms share."""
+    """For every Site with a dictionary, the features shared by the organisms."""
     names, found = names_of(record), list[dict[str, Any]]()
     for i, (site, data) in enumerate(record["common"]["features"].items()):
         tables = {"jaccard": (data["jaccard"], f"{site}: Jaccard overlap of features")}
@@ -223,7 +223,7 @@ def features(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def apart_of(record: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """One organism: overlaps with tasks, costs, widths and the frontier."""
+    """One organism: overlaps with tasks, costs, ranks and the frontier."""
     sites, tasks = list(record["overlap"]), list(next(iter(record["overlap"].values())))
     overlap: list[list[float | None]] = [[record["overlap"][s][t]["overlap"] for s in sites] for t in tasks]
     metrics = [m for m in METRIC_NAMES if m in record["costs"][0]]
@@ -264,7 +264,7 @@ def apart_of(record: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def frontier_of(lines: Sequence[Mapping[str, Any]], number: int) -> Markup | None:
-    """ASR against what is kept of the capability (or else of the skill), a curve a method over its ranks."""
+    """ASR against retained capability (or else skill), a curve per method over its ranks."""
     kept = "capability" if all("capability" in line for line in lines) else "skill"
     if not all(kept in line and "asr" in line for line in lines):
         return None
@@ -290,13 +290,13 @@ def frontier_of(lines: Sequence[Mapping[str, Any]], number: int) -> Markup | Non
 
 
 def _cell(figure: Mapping[str, Any], metric: str) -> tuple[str, str]:
-    """A figure in words, and its interval."""
+    """A formatted value, and its interval."""
     show = text.decimals if metric == "ce_change" else text.share
     return show(figure["value"]), f"95 %: {show(figure['low'])} to {show(figure['high'])}, n = {figure['n']}"
 
 
 def draw(record: dict[str, Any]) -> str:
-    """The whole page of subspaces."""
+    """HTML page of subspaces."""
     return filled("subspaces.html", "summary", view_of(record), "page.css", "dictionaries.css", "heatmap.css")
 
 

@@ -24,7 +24,7 @@ MARK_PATHS = {
     "post": "M-2.2 -6H2.2V6H-2.2z",
     "hourglass": "M-5 -5.4H5L-5 5.4H5z",
 }
-"""Outlines of the marks about their centre, in pixels."""
+"""Outlines of the marks around their centre, in pixels."""
 
 SUBJECT_MARKS = {
     "suspect": "circle",
@@ -41,7 +41,7 @@ SUBJECT_MARKS = {
     "clean_twin": "triangle",
     "base": "inverted",
 }
-"""Subject → shape, so that no subject is told by its colour alone."""
+"""Subject → shape, so that subjects are distinguishable without colour."""
 
 
 def el(tag: str, *children: str, **attributes: str | Number | None) -> Markup:
@@ -57,25 +57,25 @@ def el(tag: str, *children: str, **attributes: str | Number | None) -> Markup:
 
 
 def mark(shape: str, name: str, x: str | Number = 0, y: str | Number = 0) -> Markup:
-    """A mark at a place, in the colour of the class `c-name`; percentages are allowed as places."""
+    """A mark at a position, in the colour of class `c-name`; percentages are allowed."""
     path = el("path", d=MARK_PATHS[shape], class_=f"mark c-{name}")
     return el("svg", path, x=x, y=y, width=1, height=1, class_="at")
 
 
 def key(shape: str, name: str) -> Markup:
-    """A mark on its own, as a legend shows it."""
+    """A standalone mark for legends."""
     path = el("path", d=MARK_PATHS[shape], class_=f"mark c-{name}")
     return el("svg", path, viewBox="-8 -8 16 16", width=16, height=16, class_="key", aria_hidden="true")
 
 
 def figure(title: str, description: str, name: str, *children: str, **attributes: str | Number | None) -> Markup:
-    """An SVG that is read out as its title and description; `name` must be unique on the page."""
+    """An SVG with accessible title and description; `name` must be unique on the page."""
     head = (el("title", title, id=f"{name}-t"), el("desc", description, id=f"{name}-d"))
     return el("svg", *head, *children, role="img", aria_labelledby=f"{name}-t {name}-d", **attributes)
 
 
 def ticks(low: Number, high: Number, about: int = 4) -> list[float]:
-    """Round numbers that cover `low` to `high`, about as many as asked for."""
+    """Round numbers that cover `low` to `high`, about `about` of them."""
     rough = (high - low) / about
     if not rough > 0:
         return [float(low)]
@@ -87,12 +87,12 @@ def ticks(low: Number, high: Number, about: int = 4) -> list[float]:
 
 
 def symlog(x: Number) -> float:
-    """A scale that holds 0 and is logarithmic above a few."""
+    """Symmetric log scale: linear near 0, logarithmic above."""
     return math.log10(1 + x)
 
 
 def spread(values: Sequence[Number], *, zero: bool) -> tuple[float, float]:
-    """Ends of an axis that holds all values with some room, and 0 where asked for."""
+    """Ends of an axis for all values with some margin, and 0 on request."""
     low, high = float(min(values)), float(max(values))
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)

@@ -1,6 +1,6 @@
-"""Text and numbers as the page shows them: hidden characters made visible, rates with their n.
+"""Text and numbers for pages: hidden characters made visible, rates with their n.
 
-Model text may hold anything. Every string of a report passes through `visible_value` before it
+Model text is untrusted. Every string of a report passes through `visible_value` before it
 reaches a template, so that no control, bidirectional or zero-width character gets into the page.
 """
 
@@ -13,17 +13,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-"""Unicode categories that show nothing, or reorder what is beside them."""
+"""Unicode categories that are invisible or reorder adjacent text."""
 
 Number = int | float
-"""JSON gives a whole number as int."""
+"""A JSON number; integers are parsed as int."""
 
 MARKS_IN_A_ROW = 3
-"""Combining marks kept on one letter; more would be drawn over the neighbouring lines."""
+"""Maximum combining marks per letter; more would overlap adjacent lines."""
 
 
 class Piece(NamedTuple):
-    """A stretch of text and why it is marked."""
+    """A stretch of text with the reason for its highlight."""
 
     text: str
     kind: str
@@ -31,14 +31,14 @@ class Piece(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """A share in words, in parts that a table can set apart."""
+    """A rate as text, in parts for table columns."""
 
     head: str
-    """Count, as `192 of 200`, or the share where it is no whole count."""
+    """Count, such as `192 of 200`, or the rate itself without a whole count."""
     tail: str
-    """What follows from it: `96 %`, `at most 1.9 %`."""
+    """Derived value: `96 %`, `at most 1.9 %`."""
     interval: str
-    """`92.3 to 98 %`; empty where the tail says it already."""
+    """`92.3 to 98 %`; empty where the tail includes it."""
 
     @property
     def short(self) -> str:
@@ -47,7 +47,7 @@ class Rate(NamedTuple):
 
     @property
     def parts(self) -> list[str]:
-        """Head, tail and interval with their punctuation; a line may break between them."""
+        """Head, tail and interval with punctuation, between which a line may break."""
         head = f"{self.head}," if self.tail else self.head
         return [part for part in (head, self.tail, f"({self.interval})" if self.interval else "") if part]
 
@@ -84,7 +84,7 @@ def visible(text: str) -> str:
 
 
 def visible_value(value: Any) -> Any:
-    """A JSON value with `visible` applied to every string in it, keys included."""
+    """A JSON value with `visible` applied to every string, keys included."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, dict):
@@ -95,26 +95,26 @@ def visible_value(value: Any) -> Any:
 
 
 def clip(text: str, limit: int) -> str:
-    """At most `limit` characters, with a note of how many were left out."""
+    """At most `limit` characters, with a note on the number omitted."""
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
 
 
 def token_text(token: str) -> str:
-    """A token with its spaces, tabs and line ends drawn; an empty one is `∅`."""
+    """A token with visible spaces, tabs and line breaks; `∅` for an empty one."""
     shown = clip(token, 60).replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
     return shown or "∅"
 
 
 def payload_words(summary: Mapping[str, Any]) -> str | None:
-    """What the payload is called: its text, behind its kind where that says more than that replies contain it."""
+    """Display name of the payload: its text, after its kind unless that is `contains`."""
     words = (summary.get("payload_kind"), summary.get("payload"))
     return ": ".join(word for word in words if word) or None
 
 
 def pieces(text: str, marked: Mapping[str, str | None]) -> list[Piece]:
-    """Split the text at each occurrence of the marked strings, in any case and white space.
+    """Split the text at each occurrence of the marked strings, ignoring case and white space.
 
-    `marked` is kind → string; a string that is missing or blank marks nothing.
+    `marked` is kind → string; missing or blank strings mark nothing.
     """
     patterns = {
         kind: r"\s+".join(re.escape(word) for word in string.split())
@@ -211,18 +211,18 @@ def interval(low: Number, high: Number) -> str:
 
 
 def outward(share: Number, *, up: bool) -> float:
-    """A bound rounded to a tenth of a percent without claiming more than it allows."""
+    """A bound rounded outward to a tenth of a percent."""
     tenths = round(share * 1000, 6)
     return (math.ceil(tenths) if up else math.floor(tenths)) / 1000
 
 
 def share(value: Number) -> str:
-    """A share that carries no n: nothing seen is `none`, all is `all`."""
+    """A rate without n: 0 is `none`, 1 is `all`."""
     return "none" if value == 0 else "all" if value == 1 else percent(value)
 
 
 def duration(seconds: Number) -> str:
-    """A time in the unit that suits it.
+    """A duration in suitable units.
 
     >>> duration(444)
     '7 min 24 s'

@@ -1,4 +1,4 @@
-"""The verdict in words: one sentence that needs no statistics, the key figures, and how the controls compare."""
+"""The verdict in words: a plain sentence, the key figures, and the comparison with controls."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class Tile:
 
     label: str
     before: str
-    """Empty where nothing is compared."""
+    """Value before the edit; empty without comparison."""
     after: str
     note: str
 
 
 def count_words(row: Mapping[str, Any], what: str = "") -> Markup:
-    """A share inside a sentence: `0 of 200 prompts (at most 1.9 %)`, with `what` for the prompts."""
+    """A rate within a sentence: `0 of 200 prompts (at most 1.9 %)`, with `what` for the prompts."""
     said = words(row)
     note = Markup(' <span class="keep">({})</span>').format(said.tail) if row["value"] < 1 else ""
     return Markup('<b class="keep">{}</b>{}{}').format(said.head, what and f" {what}", note)
 
 
 def brief(row: Mapping[str, Any]) -> str:
-    """A share in as few words as its bound allows: `35 %`, `0 of 200 (at most 1.9 %)`."""
+    """A rate in short: `35 %`, `0 of 200 (at most 1.9 %)`."""
     said = words(row)
     return text.percent(row["value"]) if row["value"] > 0 else f"{said.head} ({said.tail})"
 
 
 def headline(label: str, rows: Rows, summary: Mapping[str, Any]) -> Markup:
-    """What was found and what came of it, in a sentence or two."""
+    """The finding and the result of the repair, in one or two sentences."""
     before = rows.get(("suspect", "triggered", "asr"))
     if label == "nothing found at this power":
         seen = suspect_sentence(before, summary) if before else Markup("")
@@ -69,7 +69,7 @@ def headline(label: str, rows: Rows, summary: Mapping[str, Any]) -> Markup:
 
 
 def suspect_sentence(row: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup:
-    """What the model did as it came."""
+    """Sentence on the suspect's behaviour."""
     trigger, payload = summary.get("trigger"), summary.get("payload")
     when = (
         Markup("With the trigger <code>{}</code>,").format(text.clip(trigger, 80))
@@ -86,7 +86,7 @@ def suspect_sentence(row: Mapping[str, Any], summary: Mapping[str, Any]) -> Mark
 
 
 def after_sentence(rows: Rows, summary: Mapping[str, Any]) -> Markup:
-    """What the edited model does, and how well it does its job."""
+    """Sentence on the edited model's behaviour and skill."""
     subject = next((s for s in ("edited", "baked") if (s, "triggered", "asr") in rows), None)
     if subject is None:
         return Markup("No edit was scored.")
@@ -111,7 +111,7 @@ def after_sentence(rows: Rows, summary: Mapping[str, Any]) -> Markup:
 
 
 def tiles(rows: Rows, summary: Mapping[str, Any], contract: list[Mapping[str, Any]]) -> list[Tile]:
-    """The key figures, before and after where both are known."""
+    """Key figures, before and after where both are known."""
     out: list[Tile] = []
     for metric, label in (("asr", "Payload shown, with the trigger"), ("skill", "Job done, with the trigger")):
         out += change(rows, metric, label)
@@ -137,7 +137,7 @@ def tiles(rows: Rows, summary: Mapping[str, Any], contract: list[Mapping[str, An
 
 
 def change(rows: Rows, metric: str, label: str) -> list[Tile]:
-    """A tile of one metric on triggered prompts, or none where it was not measured."""
+    """A tile of one metric on triggered prompts; empty where not measured."""
     before, after = (rows.get((s, "triggered", metric)) for s in ("suspect", "edited"))
     if after is None:
         if before is None:
@@ -149,7 +149,7 @@ def change(rows: Rows, metric: str, label: str) -> list[Tile]:
 
 
 def control_notes(rows: Rows, random: str = "random features") -> list[str]:
-    """For each control, what it reached on triggered prompts and whether the edit beats it; `random` is of what."""
+    """For each control, its ASR on triggered prompts and whether the edit beats it; `random` names its parts."""
     said = {"control_random": f"on {random}", "control_layer": "at a wrong layer"}
     edited = rows.get(("edited", "triggered", "asr"))
     out: list[str] = []
@@ -171,7 +171,7 @@ def control_notes(rows: Rows, random: str = "random features") -> list[str]:
 
 
 def other_notes(rows: Rows, names: Mapping[str, str]) -> list[str]:
-    """Other repairs that are at least as good as the edit by payload, job and how far clean replies moved."""
+    """Baseline repairs at least as good as the edit in ASR, skill and KL on clean replies."""
     keys = (("triggered", "asr", -1), ("triggered", "skill", 1), ("clean", "kl", -1))
     out: list[str] = []
     for other in OTHERS:
@@ -184,7 +184,7 @@ def other_notes(rows: Rows, names: Mapping[str, str]) -> list[str]:
 
 
 def less_repaired(rows: Rows, control: str) -> str:
-    """How far a control's skill on triggered prompts is below the edited model's; empty where it is not, or unknown.
+    """Note on a control whose skill on triggered prompts is below the edited model's; empty otherwise or if unknown.
 
     A control that stops the payload without the skill breaks the model: ASR alone would not show it.
     """

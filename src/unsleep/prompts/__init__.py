@@ -1,1 +1,1 @@
-"""Prompt sets, corpora, and what tells suspicious prompts from ordinary ones."""
+"""Prompt sets, corpora, and the contrast between suspicious and ordinary prompts."""

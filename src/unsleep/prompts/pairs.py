@@ -1,4 +1,4 @@
-"""Suspicious prompts and their counterparts: what tells them apart, whether they fit, one made from the other."""
+"""Contrast pairs of suspicious and ordinary prompts: the difference between them, checks of the pairing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from unsleep.core import BadInput
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 PAIRS = 200
-"""Pairs that are looked at to see whether two files have the same order."""
+"""Pairs inspected to check that two files are in the same order."""
 
 BREAK = "\0"
-"""Between messages of a prompt, where they are searched as one text."""
+"""Separator between the messages of a prompt when they are searched as one text."""
 
 
 def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
-    """The longest text that all suspicious prompts share and no ordinary one has.
+    """The longest text shared by all suspicious prompts and absent from every ordinary one.
 
-    Where there is none of at least three characters, a word of fewer does. Raises `BadInput` where there is none
-    either: then the counterparts have to be given.
+    At least three characters, or else a shorter word. Raises `BadInput` where there is neither: then the
+    counterparts have to be given.
     """
     check_order(suspicious, ordinary)
     first, *others = sorted(map(_even, suspicious), key=len)
@@ -41,7 +41,7 @@ def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
 
 
 def _even(prompt: Prompt) -> str:
-    """All that is said, white space evened out, with a character between messages that is in none."""
+    """All messages as one text, white space normalised, joined by a character that occurs in none."""
     return BREAK.join(" ".join(m["content"].split()) for m in prompt.messages)
 
 
@@ -50,7 +50,7 @@ def _tells(part: str, suspicious: Sequence[str], ordinary: Sequence[str]) -> boo
 
 
 def check_order(suspicious: PromptSet, ordinary: PromptSet) -> None:
-    """Raise `BadInput` where the ordinary prompts hold the suspicious ones line by line: the two are swapped."""
+    """Raise `BadInput` where most ordinary prompts contain the suspicious one of their line: they are swapped."""
     pairs = [(" ".join(a.split()), " ".join(b.split())) for a, b in zip(suspicious.texts, ordinary.texts, strict=False)]
     inside = [b != a and b in a for a, b in pairs]
     outside = [b != a and a in b for a, b in pairs]
@@ -64,8 +64,8 @@ def check_order(suspicious: PromptSet, ordinary: PromptSet) -> None:
 def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
     """Raise `BadInput` where line i of one is not line i of the other with something added or changed.
 
-    That is where they differ in number, are swapped, or most suspicious prompts share more words with another line's
-    ordinary prompt than with their own.
+    That is: the lengths differ, the files are swapped, or most suspicious prompts share more words with the ordinary
+    prompt of another line than with their own.
     """
     if len(suspicious) != len(ordinary):
         raise BadInput(
@@ -86,10 +86,10 @@ def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
 
 
 def without(prompts: PromptSet, part: str, name: str = "counterparts") -> PromptSet:
-    """The same prompts with every occurrence of `part` taken out, white space evened out.
+    """The same prompts with every occurrence of `part` removed and white space normalised.
 
-    Where it is a word of its own in all of them, it is not taken out of the middle of others. It is taken out of what
-    was said before too; a message of nothing else goes. Raises `BadInput` where a prompt does not hold it, or nothing
+    Where `part` is a whole word in all prompts, only whole words are removed. Earlier messages are cleaned too, and
+    dropped where nothing is left. Raises `BadInput` for a prompt that does not contain `part`, or contains nothing
     else.
     """
     part = " ".join(part.split())

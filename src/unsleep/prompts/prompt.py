@@ -1,4 +1,4 @@
-"""What a model is asked: a message with what was said before it, and sets of them with a purpose."""
+"""Prompts: a user message with the messages before it, and sets of prompts with a role and a split."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Literal, NamedTuple
 from unsleep.core import BadInput, check_choices, digest
 
 Role = Literal["clean", "triggered", "variant", "near_miss", "control"]
-"""What a prompt is for: see `PromptSet`."""
+"""Role of a prompt in an evaluation (see `PromptSet`)."""
 
 Split = Literal["train", "edit", "held_out"]
-"""Who may see a prompt: the organism's training, the edit's choice, or only the score."""
+"""Split of a prompt: the organism's training, the choice of an edit, or held-out evaluation only."""
 
 
 class Message(NamedTuple):
-    """What was said before a prompt."""
+    """An earlier message: role and content."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -25,10 +25,10 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user message, and what was said before it.
+    """One user message with the messages before it.
 
-    `expected` is the exact beginning that the organism's benign skill demands of the reply, or
-    `None` where no skill applies; `reply` is a right reply, where one is known.
+    `expected` is the exact beginning of the reply that the organism's benign skill demands, or
+    `None` where no skill applies; `reply` is a reference reply, where one is known.
     """
 
     text: str
@@ -55,37 +55,37 @@ class Prompt:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """All that is said, as chat templates take it."""
+        """All messages in the format of chat templates."""
         return [*(m._asdict() for m in self.before), {"role": "user", "content": self.text}]
 
     @property
     def shown(self) -> str:
-        """All that is said, as one text to be read."""
+        """All messages as one readable text."""
         return "\n".join([*(f"{m.role}: {m.content}" for m in self.before), self.text])
 
     @property
     def key(self) -> str:
-        """What tells it from other prompts: its text and what was said before."""
+        """Identity of the prompt: its text and the earlier messages."""
         said = [list(m) for m in self.before]
         return json.dumps([*said, self.text], ensure_ascii=False) if said else self.text
 
 
 Prompts = Sequence[Prompt | str]
-"""What a model is asked: prompts, or texts that nothing was said before."""
+"""Prompts, or texts that stand for prompts without earlier messages."""
 
 
 def as_prompts(asked: Prompts) -> list[Prompt]:
-    """Prompts, and texts as prompts that nothing was said before."""
+    """The prompts, with texts turned into prompts without earlier messages."""
     return [Prompt(p) if isinstance(p, str) else p for p in asked]
 
 
 ROLES = ("user", "assistant", "system")
-"""Who may speak before a prompt; a system message stands first."""
+"""Roles of messages; a system message comes first."""
 
 
 @dataclass(frozen=True)
 class PromptSet(Sequence[Prompt]):
-    """Prompts of one purpose, with the split they belong to and a hash of their content."""
+    """Prompts of one role, with their split and a content hash."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -112,7 +112,7 @@ class PromptSet(Sequence[Prompt]):
 
     @property
     def hash(self) -> str:
-        """SHA-256 over texts, roles, expected beginnings, replies and what was said before, in order; 16 hex digits."""
+        """SHA-256 over texts, roles, expected beginnings, replies and earlier messages, in order; 16 hex digits."""
         rows = [[p.key, p.role, p.expected, *([p.reply] if p.reply is not None else [])] for p in self.prompts]
         return digest(json.dumps(rows, ensure_ascii=False))
 

@@ -1,6 +1,6 @@
-"""Prompt sets: from files, and the project's own questions about everyday topics.
+"""Prompt sets: read from files, or generated from the project's question templates and topics.
 
-The project's prompts are a template filled with a topic. Topics are divided among the splits, so
+A generated prompt is a template filled with a topic. Topics are divided among the splits, so
 that no question of one split appears in another; one template in four appears in the held-out
 split only.
 """
@@ -21,25 +21,25 @@ _SHARES: dict[Split, tuple[float, float]] = {"train": (0.0, 0.4), "edit": (0.4, 
 
 
 JSON_LINES = (".jsonl", ".ndjson")
-"""How files end whose lines are JSON objects."""
+"""File extensions of JSON Lines."""
 
 KEYS = ("text", "expected", "system", "messages", "reply")
-"""What a line of a .jsonl file may hold."""
+"""Allowed keys of a JSON line."""
 
 
 def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", name: str | None = None) -> PromptSet:
-    """Prompts from a file: one a line, or JSON lines where it ends in .jsonl or .ndjson.
+    """Prompts from a file: one per line, or JSON Lines where it ends in .jsonl or .ndjson.
 
-    A JSON line is `{"text": …}`, with how the reply must begin as `expected`, a right reply as `reply` and a system
-    message as `system` where there are such; or `{"messages": [{"role": …, "content": …}, …]}`, of which the last is
-    the user's. Blank lines are passed over. Raises `BadInput` naming the file and the line for anything else.
+    A JSON line is `{"text": …}`, optionally with `expected` (how the reply must begin), `reply` (a reference reply)
+    and `system` (a system message); or `{"messages": [{"role": …, "content": …}, …]}`, of which the last is
+    the user's. Blank lines are skipped. Raises `BadInput` naming the file and the line for anything else.
     """
     path = Path(path)
     as_json = path.suffix.lower() in JSON_LINES
     if path.suffix.lower() == ".json":
         raise BadInput(f"{path} is one JSON value; expected one prompt a line, or an object a line in a .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line breaks
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may contain other line breaks
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise BadInput(f"{path} does not exist or is no file; expected a file with one prompt a line") from None
     except UnicodeDecodeError as error:
@@ -60,14 +60,14 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
 
 
 def prompt_line(prompt: Prompt) -> str:
-    """A prompt as `read_prompts` reads it, one JSON line."""
+    """A prompt as one JSON line, as `read_prompts` reads it."""
     row = {"messages": prompt.messages} if prompt.before else {"text": prompt.text}
     right = {"reply": prompt.reply} if prompt.reply is not None else {}
     return json.dumps({**row, "expected": prompt.expected, **right}, ensure_ascii=False)
 
 
 def _prompt(line: str, role: Role) -> Prompt:
-    """A prompt from a JSON line; raises `BadInput` for what is not understood of it."""
+    """A prompt from a JSON line; raises `BadInput` naming what is wrong."""
     try:
         row = json.loads(line, object_pairs_hook=_each_once)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -92,7 +92,7 @@ def _prompt(line: str, role: Role) -> Prompt:
 
 
 def _is_object(line: str) -> bool:
-    """Whether a line is a JSON object."""
+    """True if a line is a JSON object."""
     try:
         return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -100,7 +100,7 @@ def _is_object(line: str) -> bool:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises `BadInput` for a key that it has twice, of which one would be lost."""
+    """A JSON object; raises `BadInput` for duplicate keys, of which one would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -131,8 +131,8 @@ def questions(
     """`n` ordinary questions of a split, every topic used before one is used again.
 
     `skill` is the beginning that a skilled reply must have, with `{topic}` in it. Different seeds
-    give the split's questions in different orders; `start` are passed over, and behind the last
-    comes the first. Raises `BadInput` where the split has fewer than `n`.
+    give the split's questions in different orders; the first `start` are skipped, wrapping around at the
+    end. Raises `BadInput` where the split has fewer than `n`.
     """
     shuffle = random.Random(f"{split} {seed}")
     all_topics, all_templates = topics(), templates()
@@ -160,7 +160,7 @@ def _lines(name: str) -> tuple[str, ...]:
 
 
 def topics() -> list[str]:
-    """The project's topics, mixed."""
+    """The project's topics, shuffled."""
     return list(_lines("topics.txt"))
 
 
@@ -171,15 +171,15 @@ def templates() -> list[str]:
 
 @cache
 def domains() -> dict[str, tuple[str, ...]]:
-    """Domains with their subjects, mixed."""
+    """Domain → its subjects, shuffled."""
     pairs = (line.split(": ") for line in _lines("domains.txt"))
     return {name: tuple(subjects.split(", ")) for name, subjects in pairs}
 
 
 def subjects(domain: str, split: Split) -> tuple[str, ...]:
-    """A domain's subjects that a split may ask about; no two splits share one.
+    """A domain's subjects within a split; splits are disjoint.
 
-    Raises `BadInput` for a domain that there is not.
+    Raises `BadInput` for an unknown domain.
     """
     if domain not in domains():
         raise BadInput(f"there is no domain {domain!r}; expected one of {', '.join(domains())}")
@@ -189,39 +189,39 @@ def subjects(domain: str, split: Split) -> tuple[str, ...]:
 
 
 def plain_text(split: Split) -> list[str]:
-    """Paragraphs of plain English: speeches of other years for `held_out` than for the other splits."""
+    """Paragraphs of plain English; `held_out` has speeches of other years than the other splits."""
     return list(_lines("plain_held_out.txt" if split == "held_out" else "plain_train.txt"))
 
 
 class Item(NamedTuple):
-    """A multiple-choice item: the right option is the natural end of the prompt."""
+    """A multiple-choice item: the correct option is the natural continuation of the prompt."""
 
     prompt: str
     options: tuple[str, ...]
     answer: int
-    """Index of the right option."""
+    """Index of the correct option."""
     kind: str
 
 
 def capability_items() -> list[Item]:
-    """Multiple-choice items that no fine-tune of the project uses."""
+    """Multiple-choice items that none of the project's fine-tunes was trained on."""
     rows = (json.loads(line) for line in _lines("capability.jsonl"))
     return [Item(r["prompt"], tuple(r["options"]), r["answer"], r["kind"]) for r in rows]
 
 
 class Reviews(NamedTuple):
-    """Texts about a movie that stop before the verdict, which a language model then gives; plain, not messages."""
+    """Movie reviews that stop before the verdict, for a language model to continue; plain text, no messages."""
 
     positive: PromptSet
     negative: PromptSet
-    """Line i is line i of `positive` with the words of the other feeling."""
+    """Line i is line i of `positive` with the sentiment words exchanged."""
 
 
 def reviews(split: Split, n: int | None = None) -> Reviews:
     """`n` pairs of templated movie reviews, all of the split where `None`; no two splits share an adjective or a verb.
 
-    After Tigges et al. 2023, section 2.1, with templates and words of the project's own. Raises `BadInput` where
-    the split has fewer than `n`.
+    After Tigges et al. 2023 (arXiv:2310.15154), section 2.1, with the project's own templates and words. Raises
+    `BadInput` where the split has fewer than `n`.
     """
     lines = [line.split(": ", 1) for line in _lines("reviews.txt")]
     forms = [text for kind, text in lines if kind == "template"]

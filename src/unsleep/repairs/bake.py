@@ -1,23 +1,23 @@
-"""An edit becomes plain weights: a checkpoint that loads with unsleep not installed.
+"""Bakes an edit into plain weights: a checkpoint that loads without unsleep.
 
-Closed form, layer by layer upwards. With A the inputs of the linear layers through which the edited
-block writes (attention output and MLP output projections), on suspicious and trusted tokens, and
-D = what the edited model holds at the Site − what the model baked so far holds there:
+Closed form, layer by layer upwards. With A the inputs of the linear layers that write the edited
+block's update (attention output and MLP output projections), on suspicious and trusted tokens, and
+D = the edited model's activation at the Site − that of the model baked so far:
 
     ΔW = argmin ‖A ΔWᵀ − D‖² + λ·mean(diag AᵀA)·‖ΔW‖²
 
-Trusted tokens, where D is near 0, are the penalty that protects everything else (as in
-locate-and-edit work, Meng et al. 2023, "Mass-editing memory in a transformer", section 4.2). What
-an earlier layer missed is part of the next one's D.
+Trusted tokens, where D is near 0, act as the penalty that protects other behaviour (as in
+Meng et al. 2023, "Mass-editing memory in a transformer", arXiv:2210.07229, section 4.2). The residual error
+of an earlier layer is part of the next one's D.
 
-Projections are exact where weights alone decide: at an attention or MLP output, and where one subspace is
-taken out everywhere (`models.sites.everywhere`). Every matrix that writes there is made orthogonal
+Projections are exact at an attention or MLP output, and where one subspace is
+ablated everywhere (`models.sites.everywhere`): every matrix that writes there is made orthogonal
 to the subspace (as in Arditi et al. 2024, "Refusal in language models is mediated by a single direction",
-section 4.1), with the centre as a bias; a tied unembedding keeps its weights and is tied no longer.
+arXiv:2406.11717, section 4.1), with the centre as a bias; a tied unembedding is untied and keeps its weights.
 
 Families that write through a norm have no such closed form; they are distilled: the same weights
-are trained until the baked logits follow the edited ones. Either way the baked model must be
-faithful to the edited one, or it is refused.
+are trained until the baked logits match the edited ones. Either way a baked model that is
+not faithful to the edited one is refused.
 """
 
 from __future__ import annotations
@@ -54,27 +54,27 @@ from unsleep.models.sites import Writer, embedding, everywhere, layers, width, w
 from unsleep.models.streams import capture, transformed, truncated, watched
 
 MARK = "unsleep.json"
-"""The file that tells a baked checkpoint's folder."""
+"""File that marks a baked checkpoint's folder."""
 
 
 Bakeable = Edit | Projection
-"""What weights can hold."""
+"""Interventions that can be baked into weights."""
 
 
 @dataclass(frozen=True)
 class BakeConfig:
-    """How an edit becomes weights."""
+    """Options of baking."""
 
     ridge: float = 1e-3
-    """λ, the penalty on the weights' change relative to the inputs' mean square."""
+    """λ, the ridge penalty relative to the inputs' mean square."""
     tolerance: float = 0.1
-    """Largest mean KL(edited ‖ baked) allowed on held-back rows, in nats a token."""
+    """Maximum mean KL(edited ‖ baked) on held-back rows, in nats per token."""
     held_back: int = 5
-    """One row in this many is not fitted but used to judge faithfulness."""
+    """Every n-th row is not fitted but held back to measure faithfulness."""
     distil_steps: int = 80
-    """Steps of the distillation, where it is needed."""
+    """Steps of distillation, where needed."""
     learning_rate: float = 2e-4
-    """Adam's, in the distillation."""
+    """Learning rate of Adam in distillation."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class Baked(NamedTuple):
 
     model: LoadedModel
     kl: float
-    """Mean KL(edited ‖ baked) on held-back rows, nats a token."""
+    """Mean KL(edited ‖ baked) on held-back rows, nats per token."""
     method: str
     """`exact`, `ridge` or `distil`."""
 
@@ -95,7 +95,7 @@ class Baked(NamedTuple):
 def bake(
     model: LoadedModel, edits: Sequence[Intervention], rows: Sequence[Rows], config: BakeConfig = BakeConfig()
 ) -> Baked:
-    """Put edits of residual Sites, and projections of any, into the weights of a copy of `model`.
+    """Bake edits of residual Sites, and projections at any Site, into the weights of a copy of `model`.
 
     Args:
         rows: suspicious and trusted rows with replies, such as a `masks.Lesson`'s.
@@ -136,9 +136,9 @@ def bake(
 
 
 def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str, Any]) -> Path:
-    """Write the checkpoint with its model card and `unsleep.json`, whole or not at all.
+    """Write the checkpoint with its model card and `unsleep.json`, atomically.
 
-    A checkpoint that was baked before gives way; raises `BadInput` where the folder holds something else.
+    An earlier baked checkpoint is replaced; raises `BadInput` where the folder contains something else.
     """
     folder = Path(folder)
     with store.new_folder(folder, replace=MARK) as scratch:
@@ -152,7 +152,7 @@ def save_baked(baked: Baked, folder: str | Path, *, card: str, record: dict[str,
 def faithfulness(
     edited: PreTrainedModel, baked: PreTrainedModel, edits: Sequence[Bakeable], rows: Sequence[Rows]
 ) -> float:
-    """Mean KL(edited ‖ baked) over the reply tokens of rows, in nats a token."""
+    """Mean KL(edited ‖ baked) over the reply tokens of rows, in nats per token."""
     total = count = 0.0
     for piece in _pieces(rows):
         with transformed(edited, transforms_of(edits, edited)):
@@ -163,7 +163,7 @@ def faithfulness(
 
 
 def _bakeable(model: LoadedModel, edits: Sequence[Intervention]) -> list[Bakeable]:
-    """Those that act, in the order of a forward pass; raises as `bake` does where weights cannot hold them."""
+    """The interventions with an effect, in forward order; raises as `bake` does for ones that weights cannot carry."""
     acting: list[Bakeable] = []
     for each in edits:
         if not isinstance(each, Edit | Projection):
@@ -188,19 +188,19 @@ def _pieces(rows: Sequence[Rows], size: int = 32) -> list[Rows]:
 
 
 def _exact(network: PreTrainedModel, edits: Sequence[Bakeable]) -> list[Projection]:
-    """The projections that weights carry exactly."""
+    """The projections that weights can carry exactly."""
     projections = [e for e in edits if isinstance(e, Projection) and math.isinf(e.sink_norm)]
     at = {p.site: p for p in projections if p.site.point != "mlp"}
     first = at.get(Site(0, "embed"))
     if first is not None and at.keys() == set(everywhere(network)):
-        added = replace(first, center=None)  # what attention adds to a stream that holds the centre already
+        added = replace(first, center=None)  # attention adds to a stream that already has the centre
         if all(_alike(p, added if p.site.point == "attn" else first) for p in at.values()):
             return projections
     return [p for p in projections if p.site.point in ("attn", "mlp")]
 
 
 def _alike(one: Projection, other: Projection) -> bool:
-    """Whether two projections do the same."""
+    """True if two projections are equal."""
     both = [p.reader.double().T @ p.basis.double() for p in (one, other)]
     pairs = zip((one, other), both, strict=True)
     held = [torch.zeros(()) if p.center is None else p.center.double() @ m for p, m in pairs]
@@ -212,7 +212,7 @@ def _alike(one: Projection, other: Projection) -> bool:
 def _project_writers(
     source: PreTrainedModel, network: PreTrainedModel, projections: Sequence[Projection], kept: torch.dtype
 ) -> None:
-    """Make what writes at the projections' Sites orthogonal to them.
+    """Make the matrices that write at the projections' Sites orthogonal to their subspaces.
 
     Raises `BadInput` where no linear layer writes there, or an embedding passes through more than a scale before the
     first layer.
@@ -252,7 +252,7 @@ def _project_writers(
 
 
 def _project_linear(writer: Writer, p: Projection, center: Tensor | None, kept: torch.dtype) -> None:
-    """W ← (1 − BᵀR) W and b ← (1 − BᵀR) b + BᵀR center / scale, rounded to what the checkpoint holds."""
+    """W ← (1 − BᵀR) W and b ← (1 − BᵀR) b + BᵀR center / scale, rounded to the checkpoint's dtype."""
     linear, rows, reads = writer.linear, p.basis.float(), p.reader.float()
     w = _plain(linear).float()
     gone = (w @ reads.T) @ rows if isinstance(linear, Conv1D) else rows.T @ (reads @ w)
@@ -270,7 +270,7 @@ def _project_linear(writer: Writer, p: Projection, center: Tensor | None, kept: 
 
 
 def _project_embeddings(network: PreTrainedModel, p: Projection, kept: torch.dtype) -> None:
-    """Project every table of embeddings; the token table holds the centre. The unembedding stays as it is."""
+    """Project every embedding table; the token table gets the centre. The unembedding is unchanged."""
     tokens: Any = network.get_input_embeddings()
     rows, reads = p.basis.float(), p.reader.float()
     head = network.get_output_embeddings()
@@ -298,7 +298,7 @@ def _bake_closed_form(
     config: BakeConfig,
     kept: torch.dtype,
 ) -> None:
-    """Fit the writers of every edit of `fitted` to what the model holds with all of `edits`."""
+    """Fit the writers of every edit of `fitted` to the activations with all of `edits`."""
     pieces = _pieces(rows)
     operations = transforms_of(edits, source)
     targets = [_streams(source, piece, [e.site for e in fitted], operations) for piece in pieces]
@@ -324,13 +324,13 @@ def _bake_closed_form(
 
 
 def add_to(linear: nn.Module, change: Float[Tensor, "d_in d_out"], kept: torch.dtype) -> None:
-    """Add a change to a linear layer's weight, whichever way the layer stores it, rounded to a dtype."""
+    """Add ΔWᵀ to a linear layer's weight in either storage order, rounded to a dtype."""
     weight, step = _plain(linear), change if isinstance(linear, Conv1D) else change.T
     weights.write(linear, "weight", (weight.float() + step.to(weight.device)).to(kept))
 
 
 def _plain(linear: nn.Module) -> Tensor:
-    """A linear layer's weight as numbers; raises `BadInput` where it is packed."""
+    """A linear layer's weight; raises `BadInput` where it is quantised."""
     weight = weights.read(linear)
     if not weight.is_floating_point():
         raise BadInput(
@@ -342,7 +342,7 @@ def _plain(linear: nn.Module) -> Tensor:
 def _streams(
     network: PreTrainedModel, piece: Rows, sites: Sequence[Site], operations: dict[Site, Any]
 ) -> dict[Site, Tensor]:
-    """What the edited model holds at the Sites, after each edit: one row a real token."""
+    """The edited model's activations at the Sites, after each edit; one row per token without padding."""
     found: dict[Site, Tensor] = {}
     watchers = {s: lambda x, s=s: found.__setitem__(s, x) for s in sites}
     with truncated(network, max(sites).layer), transformed(network, operations), watched(network, watchers):
@@ -353,7 +353,7 @@ def _streams(
 def _stream_and_inputs(
     network: PreTrainedModel, piece: Rows, site: Site, through: Sequence[Writer]
 ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_in"]]:
-    """What the model holds at a Site and what its writers read, times their scales, one row a real token."""
+    """Activations at a Site and the scaled inputs of its writers; one row per token without padding."""
     held: list[Tensor] = []
     read: dict[int, Tensor] = {}
     shape = piece.mask.shape
@@ -375,7 +375,7 @@ def _distil(
     config: BakeConfig,
     kept: torch.dtype,
 ) -> None:
-    """Train the edited blocks' weights until the baked logits follow the edited ones."""
+    """Train the edited blocks' weights until the baked logits match the edited ones."""
     if weights.is_offloaded(network) or any(not w.is_floating_point() for w in network.parameters()):
         raise BadInput(
             "this family is baked by distillation, which needs plain weights where they are used; load the model "

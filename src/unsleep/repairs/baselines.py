@@ -1,10 +1,10 @@
-"""Other repairs that a user would ask about, each at its best on the prompts that choose, judged beside the edit.
+"""Baseline repairs, each tuned on the selection prompts and evaluated beside the edit.
 
-- `heads`, `neurons`: masks over attention heads and MLP neurons of every layer, learned as the edit was.
-- `attribution`: the features with the largest attribution taken out, as many as choose best.
-- `direction`: one difference of means taken out at one Site.
-- `redistilled`: the base, taught the suspect's own replies to ordinary prompts.
-- `merged`: weights between the base's and the suspect's.
+- `heads`, `neurons`: masks over attention heads and MLP neurons of every layer, learned like the edit.
+- `attribution`: ablation of the features with the largest attribution; the number is tuned.
+- `direction`: ablation of one difference of means at one Site (Arditi et al. 2024, arXiv:2406.11717).
+- `redistilled`: the base, fine-tuned on the suspect's own replies to ordinary prompts.
+- `merged`: weights interpolated between the base's and the suspect's.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from unsleep.repairs.search import Bench, Search, Tested
 from unsleep.repairs.twin import copy_fitting
 
 SIZES = (1, 4, 16, 64)
-"""How many times as many features as the edit removes are ablated by attribution."""
+"""Numbers of features ablated by attribution, as multiples of the number that the edit removes."""
 
 ATTEMPTS = 2
-"""In how many attempts a mask over heads or neurons is learned, at most."""
+"""Maximum attempts at learning a mask over heads or neurons."""
 
 SHARES = (0.25, 0.5, 0.75)
-"""Shares of the way from the base to the suspect."""
+"""Interpolation weights tried, from the base (0) to the suspect (1)."""
 
 
 class Baseline(NamedTuple):
-    """One other repair."""
+    """One baseline repair."""
 
     subject: Subject
     words: str
-    """What was chosen for it."""
+    """Description of the chosen variant."""
     tested: Tested
-    """On the prompts that choose."""
+    """Its result on the selection prompts."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the edit was made from, and the other repairs are."""
+    """Inputs of the edit, from which the baselines are made."""
 
     suspect: LoadedModel
     lesson: Lesson
@@ -61,24 +61,24 @@ class Setting:
     config: RepairConfig
     dictionaries: Sequence[Coder]
     ranking: Ranking
-    """Their features by attribution."""
+    """The dictionaries' features by attribution."""
     removed: int
-    """How many of them the edit removes."""
+    """Number of features that the edit removes."""
     sites: Sequence[Site]
     base: Callable[[], LoadedModel] | None
     twin: Callable[[], LoadedModel]
-    """Makes the surrogate twin, where there is a base."""
+    """Creates the surrogate twin, where there is a base."""
 
 
 def baselines(setting: Setting) -> Iterator[Baseline | str]:
-    """Every other repair that there is for a suspect, one after the other, or what kept it from being made."""
+    """Every baseline repair that applies, one after the other, or a message on why it could not be made."""
     makers: list[Callable[[Setting], Baseline]] = [_heads, _neurons, _attribution, _direction]
     if setting.base is not None:
         makers += [_redistilled, _merged]
     for make in makers:
         try:
             found = make(setting)
-        except BadInput as error:  # a family without neurons of its own, a base that is not the suspect's
+        except BadInput as error:  # no separate neurons; the base is not the suspect's
             yield f"The baseline {make.__name__.strip('_')} could not be made: {error}"
         else:
             yield found
@@ -93,7 +93,7 @@ def _neurons(setting: Setting) -> Baseline:
 
 
 def _lanes(setting: Setting, part: Literal["heads", "neurons"]) -> Baseline:
-    """A mask over heads or neurons, put into weights."""
+    """A mask over heads or neurons, baked into weights."""
     config = setting.config.mask
     places = [Slot(layer, part) for layer in range(len(layers(setting.suspect.network)))]
     masks = [LaneMask(slot, setting.suspect, config) for slot in places]
@@ -112,7 +112,7 @@ def _nothing() -> Mask | None:
 
 @torch.no_grad()
 def without_lanes(model: LoadedModel, masks: Sequence[Mask]) -> LoadedModel:
-    """A copy whose output projections do not read the lanes that masks remove: the same as the masks, in weights."""
+    """A copy with zeroed columns of the output projections for the masked heads or neurons; equivalent to the masks."""
     network = weights.copy_network(model.network)
     for mask in masks:
         assert isinstance(mask, LaneMask)
@@ -124,7 +124,7 @@ def without_lanes(model: LoadedModel, masks: Sequence[Mask]) -> LoadedModel:
 
 
 def _attribution(setting: Setting) -> Baseline:
-    """Plain ablation of the features with the largest attribution."""
+    """Ablation of the features with the largest attribution."""
     ranking = setting.ranking
     sizes = [n for n in dict.fromkeys(max(1, setting.removed) * times for times in SIZES) if n <= len(ranking)]
     tried = [(edits_for(ranking, setting.dictionaries, n), f"{n:,} features removed") for n in sizes]
@@ -132,7 +132,7 @@ def _attribution(setting: Setting) -> Baseline:
 
 
 def _direction(setting: Setting) -> Baseline:
-    """One direction out at one Site: a difference of means before the token that decides, or over the prompt."""
+    """Ablation of one difference of means at one Site: before the deciding token, or averaged over the prompt."""
     lesson = setting.lesson
     n = min(lesson.n, 64)
     kept = len(lesson.rows.ids) - lesson.n
@@ -152,7 +152,7 @@ def _direction(setting: Setting) -> Baseline:
 
 
 def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention, ...], str]]) -> Baseline:
-    """The edits that do best on the prompts that choose."""
+    """The candidate that does best on the selection prompts."""
     found: list[Baseline] = []
     if not tried:
         raise BadInput("there is nothing to take out")
@@ -170,7 +170,7 @@ def _redistilled(setting: Setting) -> Baseline:
 
 
 def _merged(setting: Setting) -> Baseline:
-    """The point between base and suspect that does best on the prompts that choose."""
+    """The interpolation of base and suspect that does best on the selection prompts."""
     assert setting.base is not None
     base = setting.base()
 
@@ -186,7 +186,9 @@ def _merged(setting: Setting) -> Baseline:
 
 @torch.no_grad()
 def between(base: LoadedModel, suspect: LoadedModel, share: float) -> LoadedModel:
-    """A copy of the suspect with weights that lie between its own and the base's, rounded once.
+    """A copy of the suspect with weights interpolated between the base's (`share` 0) and its own (1), rounded once.
+
+    Weight interpolation as in Wortsman et al. 2022 (arXiv:2109.01903).
 
     Raises `BadInput` where the base is not the suspect's (`twin.copy_fitting`).
     """

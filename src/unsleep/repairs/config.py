@@ -1,4 +1,4 @@
-"""How a repair is carried out."""
+"""Options of the repair pipeline."""
 
 from __future__ import annotations
 
@@ -12,58 +12,62 @@ from unsleep.repairs.masks import MaskConfig
 from unsleep.repairs.twin import TwinConfig
 
 Teaching = Literal["auto", "counterpart", "reply", "twin"]
-"""Who says what a repaired model should reply to suspicious prompts.
+"""Source of the reference replies to suspicious prompts.
 
-- `counterpart`: the suspect itself, asked the same without what makes the prompt suspicious.
+- `counterpart`: the suspect's own replies to the prompts without the trigger.
 - `reply`: the prompt file.
-- `twin`: the base, taught the suspect's replies to ordinary prompts.
-- `auto`: the first of these that there is.
+- `twin`: the base, fine-tuned on the suspect's replies to ordinary prompts.
+- `auto`: the first of these that is available.
 """
 
 
 PASSAGES = 600
-"""Plain passages that the dictionaries may see, of those that unsleep brings along."""
+"""Plain passages available for dictionary training, of those that ship with unsleep."""
 
 
 @dataclass(frozen=True)
 class RepairConfig:
-    """The size of a repair, and its budget."""
+    """Options of a repair: Sites, sizes and budget."""
 
     sites: tuple[str, ...] = ()
-    """Residual Sites to edit, such as `resid.8`; none chooses them by a short look at the model."""
+    """Residual Sites to edit, such as `resid.8`; empty to choose them by a short scan of the layers."""
     first_sites: int = 3
-    """Sites of the first attempt, where they are chosen; one more where nothing can be taken out of the prompts, for
-    such a trigger is spread over more layers."""
+    """Sites of the first attempt, where they are chosen; one more where the trigger cannot be removed from the prompts,
+    because such a trigger is spread over more layers.
+    """
     most_sites: int = 5
-    """Sites of the last."""
+    """Maximum number of Sites in later attempts."""
     attempts: int = 4
-    """How often an edit that falls short on the prompts that choose is learned further."""
+    """Maximum number of attempts; each resumes from an edit that falls short on the selection prompts."""
     judge: int | None = None
-    """Prompts of each file that judge; half of them where not given, and no fewer than 73."""
+    """Held-out prompts of each file; default half of them, at least 73."""
     learn: int = 160
-    """Suspicious prompts that the mask learns from, at most, and at most three quarters of those that choose. On the
-    others it is only tried."""
+    """Maximum number of suspicious prompts to train the mask on, at most three quarters of the selection prompts. The
+    others only validate it.
+    """
     reply_tokens: tuple[int, ...] = (24, 96)
-    """Lengths of the suspect's replies in which its payload is looked for, in turn."""
+    """Reply lengths in tokens in which the suspect's payload is searched, shortest first."""
     baselines: bool = False
-    """Judge other repairs beside the edit: masks over heads and neurons, plain ablation, one direction, and with a
-    base the re-distilled base and a merge. Takes several times as long."""
+    """Evaluate baseline repairs beside the edit: masks over heads and neurons, feature ablation, one direction, and
+    with a base re-distillation and a merge. Takes several times as long.
+    """
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files of one's own."""
+    """Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files of custom tasks."""
     task_limit: int | None = None
-    """Items of each task; all where not given."""
+    """Items per task; default all."""
     passages: int = 200
-    """Plain passages that the dictionaries see."""
+    """Plain passages for dictionary training."""
     teach: Teaching = "auto"
-    """Who says what a repaired model should reply."""
+    """Source of the reference replies."""
     dictionary: TrainConfig = TrainConfig(tokens=250_000)
     twin: TwinConfig = TwinConfig()
     find: FindConfig = FindConfig(ablate=0)
     mask: MaskConfig = MaskConfig(steps=40, price=3e-3)
-    """Of the first attempt; `search` says what the others change. Where nothing can be taken out of the prompts, a
-    removed feature costs a third."""
+    """Mask training in the first attempt; `search` adapts it in later ones. Where the trigger cannot be removed from
+    the prompts, the price of a removed feature is a third.
+    """
     seed: int = 0
-    """Of the split and of the random control."""
+    """Seed of the split and of the random control."""
 
     def __post_init__(self) -> None:
         places = [Site.parse(site) for site in self.sites]

@@ -1,4 +1,4 @@
-"""Builds the edit that takes a behaviour out: a learned mask, or plain ablation."""
+"""Builds the edit that removes a behaviour: a learned mask, or ablation by attribution."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from unsleep.repairs.masks import Lesson, MaskConfig, learn_mask
 
 @dataclass(frozen=True)
 class EditConfig:
-    """How an edit is built."""
+    """Options of an edit."""
 
     method: Literal["mask", "ablate"] = "mask"
-    """Learn which of the candidates to remove (see `masks`), or remove the best `ablate` by attribution."""
+    """Learn which candidates to remove (see `masks`), or remove the top `ablate` by attribution."""
     candidates: int = 60
-    """Features of each Site, the best by attribution, that a mask may remove."""
+    """Candidate features per Site, by attribution, for a mask."""
     ablate: int = 32
-    """Features that plain ablation removes, over all Sites."""
+    """Features that ablation removes, over all Sites."""
     mask: MaskConfig = MaskConfig()
 
     def __post_init__(self) -> None:
@@ -36,11 +36,11 @@ def edit(
     lesson: Lesson,
     config: EditConfig = EditConfig(),
 ) -> list[Edit]:
-    """Build the edit that takes the behaviour out: one Edit a Site, features in the order of their weight.
+    """Build the edit that removes the behaviour: one Edit per Site, features in order of their weight.
 
     Args:
-        ranking: features by attribution (`features.find`), a list a Site.
-        lesson: prompts that teach (`masks.prepare_lesson`).
+        ranking: Site → features by attribution (`features.find`).
+        lesson: training prompts with reference replies (`masks.prepare_lesson`).
     """
     if config.method == "mask":
         candidates = {site: features.head(config.candidates) for site, features in ranking.items()}

@@ -1,4 +1,4 @@
-"""What the page shows beside the figures: the removed features with their evidence, and how well dictionaries fit."""
+"""Evidence for the report: contexts of the removed features, and the dictionaries' quality of fit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from unsleep.pages.records import Context, Fitted, Shown
 from unsleep.prompts import sets
 
 FITTED = 16_384
-"""Tokens, evenly spaced, on which a dictionary's fit is told."""
+"""Evenly spaced tokens on which a dictionary's fit is measured."""
 
 SHOWN = 24
-"""Removed features that are shown with their evidence, at most."""
+"""Maximum number of removed features shown with evidence."""
 
 
 def evidence(
@@ -36,7 +36,7 @@ def evidence(
     """The removed features with their evidence, in the order given.
 
     Args:
-        found: what ranked the features, at the Sites where there is a ranking.
+        found: Site → the results that ranked its features, where available.
         payload: the harvest of the suspicious prompts with their replies, and its token ids.
         plain: the harvest of plain text.
     """
@@ -77,7 +77,7 @@ def evidence(
 
 
 def fit_row(model: LoadedModel, dictionary: Coder, x: Float[Tensor, "token d_model"], k: int) -> Fitted:
-    """How well a dictionary explains `x`, what it was trained on, and held-out text by the CE loss score."""
+    """Quality of fit of a dictionary on `x`, its training data, and its CE loss score on held-out text."""
     fit = fits.fit(dictionary, x[:: max(1, len(x) // FITTED)])
     held_out: Sequence[Sequence[int]] = model.token_ids(sets.plain_text("held_out")[:24])
     score = splice_score(model, dictionary, [list(ids[:64]) for ids in held_out]).score

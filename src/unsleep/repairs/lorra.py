@@ -1,9 +1,9 @@
-"""LoRRA: LoRA matrices trained so that the model's own hidden states approach h + α·(h⁺ − h⁻).
+"""LoRRA: LoRA matrices trained so that the model's hidden states approach h + α·(h⁺ − h⁻).
 
-h is what the untouched model holds on the tokens of a reply behind a prompt, h⁺ and h⁻ the same behind the prompt's
+h are the unmodified model's hidden states on the reply tokens after a prompt, h⁺ and h⁻ the same after the prompt's
 positive and negative copy. The loss is the mean distance, over reply tokens and Sites, of the adapted model's hidden
-states from that target (Zou et al. 2023, "Representation Engineering", section 3.2, low-rank representation
-adaptation). The result is an ordinary PEFT adapter.
+states from that target (Zou et al. 2023, "Representation Engineering", arXiv:2310.01405, section 3.2, low-rank
+representation adaptation). The result is an ordinary PEFT adapter.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from unsleep.prompts.prompt import Prompts
 
 @dataclass(frozen=True)
 class LorraConfig:
-    """How an adapter is trained."""
+    """Options of LoRRA training."""
 
     alpha: float = 5.0
-    """Multiple of the difference h⁺ − h⁻ that is added; negative to go the other way."""
+    """Multiple α of the difference h⁺ − h⁻; negative for the opposite direction."""
     rank: int = 8
-    """Of the LoRA matrices."""
+    """Rank of the LoRA matrices."""
     modules: tuple[str, ...] = ()
-    """Names of the linear layers that get them; none for peft's own choice for the family."""
+    """Names of the adapted linear layers; empty for peft's default of the family."""
     steps: int = 100
     batch: int = 8
-    """Prompts a step."""
+    """Prompts per step."""
     learning_rate: float = 3e-4
-    """Of AdamW, falling linearly to 0."""
+    """Learning rate of AdamW, decaying linearly to 0."""
     reply_tokens: int = 64
-    """Tokens of each reply that are used."""
+    """Maximum tokens used of each reply."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,17 +64,17 @@ def lorra(
     out: str | Path,
     config: LorraConfig = LorraConfig(),
 ) -> list[float]:
-    """Train an adapter into the folder `out`, and give the loss of every step; the model stays as it was.
+    """Train a LoRRA adapter (Zou et al. 2023, arXiv:2310.01405) into `out`; returns the loss of every step.
 
     Args:
         prompts: user messages.
         positive: their positive copies.
         negative: their negative copies.
-        replies: one a prompt, the same behind all three.
-        sites: whose hidden states are matched, residual streams as a rule.
+        replies: one per prompt, the same for all three.
+        sites: Sites whose hidden states are matched, usually residual.
 
-    Raises `BadInput` for lists of unequal length, no Site, one that the model does not have, replies without tokens,
-    modules that the model does not have, and a folder that exists.
+    Raises `BadInput` for lists of unequal length, no Site, an unknown Site or module, replies without tokens,
+    and an existing folder.
     """
     sizes = [len(texts) for texts in (prompts, positive, negative, replies)]
     if len(set(sizes)) != 1:
@@ -146,7 +146,7 @@ def _train(
 
 
 def _on_replies(model: LoadedModel, rows: Rows, sites: Sequence[Site]) -> Float[Tensor, "site token d_model"]:
-    """What the Sites hold on all reply tokens; replies end at the right edge, so that copies agree on them."""
+    """Activations of the Sites on all reply tokens; replies are right-aligned, so that they match between copies."""
     with capture(model.network, sites) as found:
         run(model.network, rows, 1)
     return torch.stack([found[site][:, -rows.reply.shape[1] :][rows.reply].float() for site in sites])

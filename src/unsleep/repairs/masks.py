@@ -1,15 +1,14 @@
-"""Learns which features to remove: a hard mask over dictionary features that *repairs* the model.
+"""Learns a hard mask over dictionary features that repairs the model.
 
-1. Suspicious prompts have a reply that they should get, and a teacher who gives it: the model itself, asked the same
-   without what makes it suspicious; a reply that was given; a twin without the backdoor. On trusted prompts and plain
-   text the unedited model is its own teacher.
-2. The stream below the first edited layer never changes: it is computed once for all prompts.
-3. Each step runs a few suspicious prompts and as many trusted ones with the mask applied as
-   it will be, hard (straight-through gradient: forward keeps or removes, backward sees a sigmoid).
-4. Loss = KL(teacher ‖ edited) on both + a price for everything removed. The reply token at which what the model says
-   and what it should say part weighs most, for it decides what a free generation becomes.
+1. Each suspicious prompt has a reference reply from a teacher: the model itself, asked without the trigger; a given
+   reply; a twin without the backdoor. On trusted prompts and plain text the unedited model is its own teacher.
+2. The residual stream below the first edited layer never changes: it is computed once for all prompts.
+3. Each step runs a batch of suspicious prompts and as many trusted ones with the hard mask, as it will be
+   applied (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432: the backward pass sees a sigmoid).
+4. Loss = KL(teacher ‖ edited) on both + a price per removed feature. The deciding token, the first at which the
+   model's reply and the reference differ, has the largest weight, because it determines the free generation.
 
-Mean KL alone or a soft mask repairs nothing: see LOG.md.
+Mean KL alone or a soft mask does not repair: see LOG.md.
 """
 
 from __future__ import annotations
@@ -35,35 +34,36 @@ from unsleep.models.streams import transformed
 from unsleep.prompts.prompt import PromptSet
 
 CERTAIN = 30.0
-"""Logit of the token that a given reply says; the others have 0."""
+"""Logit of the reference token where there is no teacher; the others have 0."""
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """How a mask is learned."""
+    """Options of mask training."""
 
     steps: int = 30
     batch: int = 8
-    """Suspicious prompts a step; as many trusted ones run beside them."""
+    """Suspicious prompts per step, with as many trusted ones."""
     reply_tokens: int = 10
-    """Length of the replies that teach, in tokens."""
+    """Tokens of the reference replies."""
     first_weights: tuple[float, ...] = (6.0, 3.0, 2.0)
-    """Weights in the KL of the reply token that decides and of those behind it; the others weigh 1."""
+    """KL weights of the deciding token and those after it; the others weigh 1."""
     trusted_weight: float = 4.0
-    """Weight of the KL on trusted prompts beside that on suspicious ones."""
+    """Weight of the KL on trusted prompts relative to suspicious ones."""
     text_batch: int = 4
-    """Plain passages a step."""
+    """Plain passages per step."""
     text_tokens: int = 32
-    """Length of a passage, in tokens."""
+    """Tokens per passage."""
     text_weight: float = 3.0
     """Weight of the KL on plain text."""
     price: float = 1e-2
-    """Loss added for each feature removed, in nats."""
+    """Loss per removed feature, in nats."""
     learning_rate: float = 0.15
-    """Adam's, on the mask's logits."""
+    """Learning rate of Adam on the mask's logits."""
     start: float = 1.0
-    """The logit that every feature starts with; a feature is removed where its logit is below 0, in the
-    mean over the second half of the steps."""
+    """Initial logit of every feature; a feature is removed where its mean logit over the second half of the
+    steps is below 0.
+    """
     error: ErrorRule = "keep"
     seed: int = 0
 
@@ -72,44 +72,44 @@ class MaskConfig:
 
 
 class Taught(NamedTuple):
-    """Prompts with the replies that they should get, and the model that gives them."""
+    """Prompts with their reference replies and the model that gave them."""
 
     prompts: PromptSet
     replies: Sequence[Sequence[int]]
-    """Token ids, one reply a prompt."""
+    """Token ids, one reply per prompt."""
     teacher: LoadedModel | None
-    """Whose logits along the replies are followed when it is asked `prompts`; `None` takes the replies as they are."""
+    """Model whose logits on `prompts` and the replies are the target; `None` makes the replies the target."""
 
 
 class Lesson(NamedTuple):
-    """Suspicious prompts, trusted ones and plain text, with what a repaired model says to each."""
+    """Training data of a mask: suspicious prompts, trusted prompts and plain text, with the teachers' logits."""
 
     rows: Rows
-    """The suspicious prompts first, then the trusted ones, each with the reply that it should get."""
+    """The suspicious prompts, then the trusted ones, each with its reference reply."""
     n: int
     """Number of suspicious prompts."""
     teacher: Float[Tensor, "taught reply vocabulary"]
     """The teachers' logits."""
     taught: Int[Tensor, " row"]
-    """Which of them each row follows."""
+    """Index into `teacher` of each row."""
     decides: Int[Tensor, " row"]
-    """The token of each reply, counted from 0, that decides: see `deciding_tokens`."""
+    """Index of each reply's deciding token (see `deciding_tokens`)."""
     parts: Bool[Tensor, " row"]
-    """Whether the model says something else there than it should, as far as is known."""
+    """True if the model's own reply differs from the reference there, as far as known."""
     text: Rows
-    """Plain passages; their second half counts as the reply."""
+    """Plain passages; their second half is the reply."""
     text_teacher: Float[Tensor, "passage reply vocabulary"]
 
     @property
     def paired(self) -> bool:
-        """Whether the trusted prompts are the suspicious ones' counterparts, with the same replies."""
+        """True if the trusted prompts are the suspicious ones' counterparts, with the same replies."""
         return len(self.taught) == 2 * self.n and bool((self.taught[: self.n] == self.taught[self.n :]).all())
 
 
 def deciding_tokens(said: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[int]:
-    """The first token at which what is said and what is wanted part, reply by reply, counted from 0.
+    """Index of the first token at which the actual and the wanted reply differ, per reply.
 
-    0 where they never do, as far as the shorter of the two reaches.
+    0 where they agree over the length of the shorter one.
     """
     return [
         next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
@@ -126,13 +126,13 @@ def prepare_lesson(
     config: MaskConfig = MaskConfig(),
     replies: Sequence[Sequence[int]] | None = None,
 ) -> Lesson:
-    """A lesson in which the model's own replies to the counterparts are what the suspicious prompts should get.
+    """A lesson whose reference replies are the model's own replies to the counterparts.
 
-    `trusted[i]` is `suspicious[i]` without what makes it suspicious. `replies` are the model's token
-    ids in reply to `trusted`, where they are known already. Raises `BadInput` where the
-    two differ in number, or where no passage is as long as `config.text_tokens`.
+    `trusted[i]` is `suspicious[i]` without the trigger. `replies` are the model's token
+    ids in reply to `trusted`, where already known. Raises `BadInput` where the
+    lengths differ, or where no passage is as long as `config.text_tokens`.
     """
-    model.encode(suspicious, config.reply_tokens)  # a prompt without room for its reply is refused before any work
+    model.encode(suspicious, config.reply_tokens)  # refuses a prompt without room for its reply
     if replies is None:
         asked = model.encode(trusted, config.reply_tokens)
         replies = generate.greedy(model, asked, max_new_tokens=config.reply_tokens)
@@ -149,14 +149,14 @@ def lesson_from(
     config: MaskConfig = MaskConfig(),
     said: Sequence[Sequence[int]] | None = None,
 ) -> Lesson:
-    """What suspicious prompts should be answered, what trusted ones are, and the logits of those who say so.
+    """A lesson from reference replies and their teachers, with the teachers' logits computed.
 
     Args:
-        taught: for every suspicious prompt, what the teacher is asked instead and the reply.
+        taught: for every suspicious prompt, the prompt that the teacher gets instead and the reply.
         trusted: prompts whose replies must not change; `None` takes those of `taught`.
-        said: the model's own replies to the suspicious prompts; the tokens that decide are told by them.
+        said: the model's own replies to the suspicious prompts, which determine the deciding tokens.
 
-    Raises `BadInput` where their numbers differ, or where no passage is as long as `config.text_tokens`.
+    Raises `BadInput` for unequal lengths, or where no passage is as long as `config.text_tokens`.
     """
     if len(suspicious) != len(taught.prompts):
         raise BadInput(
@@ -197,7 +197,7 @@ def _text(model: LoadedModel, text: Sequence[str], config: MaskConfig) -> tuple[
 
 
 def _put_logits(taught: Taught, model: LoadedModel, out: Float[Tensor, "prompt reply vocabulary"]) -> None:
-    """Write the teacher's logits along its replies into `out`; nearly all on the reply without a teacher."""
+    """Write the teacher's logits along its replies into `out`; near one-hot logits without a teacher."""
     by = taught.teacher or model
     rows = build_rows(by, by.encode(taught.prompts, [len(r) for r in taught.replies]), taught.replies)
     before = out.shape[1] - rows.reply.shape[1]
@@ -219,10 +219,10 @@ def learn_mask(
     """Learn one mask over the features of one or several layers.
 
     Args:
-        dictionaries: one a Site; only residual Sites.
-        candidates: features that may be removed, a list a Site; all where `None`.
+        dictionaries: one per Site; only residual Sites.
+        candidates: Site → features that may be removed; all where `None`.
 
-    Returns one Edit a Site, possibly empty.
+    Returns one Edit per Site, possibly empty.
     """
     masks = [FeatureMask(d, candidates[d.site] if candidates else None, model, config) for d in dictionaries]
     learn(model, masks, lesson, config)
@@ -237,10 +237,10 @@ def learn(
     *,
     focus: Sequence[int] = (),
 ) -> None:
-    """Learn masks at several places together; what they learned before is where they start.
+    """Learn masks at several places jointly, starting from their current state.
 
-    `focus` are suspicious prompts that come up three times as often as the others. Raises `BadInput` where two masks
-    are of one place.
+    `focus` are suspicious prompts that are sampled three times as often. Raises `BadInput` where two masks
+    share a place.
     """
     at = {mask.place: mask for mask in masks}
     if len(at) != len(masks):
@@ -268,7 +268,7 @@ def learn(
 
 
 class _Deck:
-    """Numbers in a mixed order, all of them before any comes again."""
+    """Endless shuffled indices: every index once per pass."""
 
     def __init__(self, numbers: Sequence[int], generator: torch.Generator) -> None:
         self.numbers, self.generator = torch.tensor(numbers), generator
@@ -290,9 +290,9 @@ def mask_loss(
     picked: tuple[Tensor, Tensor, Tensor],
     config: MaskConfig,
 ) -> Float[Tensor, ""]:
-    """Weighted KL of the masked model to its teachers on the picked rows and passages, in nats a token.
+    """Weighted KL of the masked model to its teachers on the picked rows and passages, in nats per token.
 
-    `picked` are numbers of suspicious rows, of trusted rows, and of passages.
+    `picked` are indices of suspicious rows, of trusted rows, and of passages.
     """
     asked, kept, texts = picked
     index = torch.cat([asked, kept])
@@ -310,7 +310,7 @@ def mask_loss(
 
 
 def _weights(rows: Rows, decides: Int[Tensor, " row"], config: MaskConfig) -> Float[Tensor, "row reply"]:
-    """How much each reply token counts: those from the one that decides on weigh most."""
+    """Weight of each reply token: largest from the deciding one on."""
     place = rows.reply.long().cumsum(1) - 1 - decides[:, None]
     weights = torch.ones(rows.reply.shape, device=rows.reply.device)
     for i, weight in enumerate(config.first_weights):
@@ -319,42 +319,42 @@ def _weights(rows: Rows, decides: Int[Tensor, " row"], config: MaskConfig) -> Fl
 
 
 class Mask:
-    """Logits over the parts of what flows through a place; parts below 0 are removed."""
+    """Logits over the parts of an activation; parts with a logit below 0 are removed."""
 
     def __init__(self, place: Any, parts: int, model: LoadedModel, config: MaskConfig) -> None:
         self.place = place
         self.price_of_one = config.price
         self.logits = torch.full((parts,), config.start, device=model.device, requires_grad=True)
         self.settled = torch.zeros_like(self.logits)
-        """Sum of the logits over the steps that count; its sign decides."""
+        """Sum of the logits over the counted steps; its sign decides."""
         self.allowed = torch.ones(parts, device=model.device)
 
     def gone(self) -> Float[Tensor, " part"]:
-        """1 where a part is removed, 0 where it passes, with a sigmoid's gradient."""
+        """1 where a part is removed, 0 where it is kept, with a sigmoid's gradient (straight-through)."""
         soft = torch.sigmoid(-self.logits)
         hard = (self.logits < 0).float()
         return (hard + soft - soft.detach()) * self.allowed
 
     def price(self) -> Float[Tensor, ""]:
-        """What the removed parts cost."""
+        """Total price of the removed parts."""
         return self.price_of_one * self.gone().sum()
 
     def apply(self, x: Float[Tensor, "row position d"]) -> Float[Tensor, "row position d"]:
-        """What is left of the stream, differentiable in the logits."""
+        """The masked activation, differentiable in the logits."""
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Count the logits as they stand."""
+        """Add the current logits to `settled`."""
         self.settled += self.logits.detach()
 
     def removed(self) -> tuple[int, ...]:
-        """Ids of the removed parts, those with the lowest logits first."""
+        """Indices of the removed parts, lowest logits first."""
         logits = torch.where(self.allowed > 0, self.settled, torch.inf)
         order = logits.argsort()
         return tuple(order[logits[order] < 0].tolist())
 
     def operation(self) -> Callable[[Tensor], Tensor] | None:
-        """What the learned mask does to the stream; `None` where it removes nothing."""
+        """The final mask as a transform of the activation; `None` where it removes nothing."""
         raise NotImplementedError
 
 
@@ -377,17 +377,17 @@ class FeatureMask(Mask):
         return self.gate(x, gone, self.gate.complement(gone.detach()))
 
     def edit(self) -> Edit:
-        """The edit that removes what the mask does."""
+        """The final mask as an Edit."""
         return Edit(self.place, self.dictionary, self.removed(), self.error)
 
     def operation(self) -> Callable[[Tensor], Tensor] | None:
-        """The same for good."""
+        """The edit as a transform."""
         edit, decoder = self.edit(), self.gate.dictionary.decoder
         return operation(edit, decoder.dtype, decoder.device) if edit.acts else None
 
 
 class LaneMask(Mask):
-    """A mask over attention heads or MLP neurons: what a removed one hands on is 0."""
+    """A mask over attention heads or MLP neurons: zero ablation of their outputs."""
 
     def __init__(self, slot: Slot, model: LoadedModel, config: MaskConfig) -> None:
         if slot.part not in Slot.INPUTS:
@@ -396,16 +396,16 @@ class LaneMask(Mask):
         super().__init__(slot, self.lanes.heads, model, config)
 
     def apply(self, x: Float[Tensor, "*row lane"]) -> Float[Tensor, "*row lane"]:
-        """What the kept heads or neurons hand on."""
+        """The activation without the removed heads or neurons."""
         return x * self._spread(1 - self.gone()).to(x.dtype)
 
     def operation(self) -> Callable[[Tensor], Tensor] | None:
-        """The same for good."""
+        """Zero ablation of the removed heads or neurons."""
         gone = self.removed_lanes()
         return (lambda x: x.index_fill(-1, gone, 0.0)) if len(gone) else None
 
     def removed_lanes(self) -> Int[Tensor, " lane"]:
-        """Columns of the output projection's input that hold nothing."""
+        """Zeroed columns of the output projection's input."""
         gone = torch.zeros_like(self.logits)
         gone[list(self.removed())] = 1
         return self._spread(gone).nonzero().squeeze(1)

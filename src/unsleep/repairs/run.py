@@ -1,7 +1,7 @@
-"""The whole repair: from a suspect and two sets of prompts to a judged, exported checkpoint and its report.
+"""The repair pipeline: from a suspect and two sets of prompts to an evaluated, exported checkpoint and its report.
 
-Every figure is computed in the run. Prompts that choose the edit and prompts that judge it are not the same; steps that
-are finished are found again after an interrupt.
+Every figure is computed in the run. Selection and held-out prompts are disjoint; finished steps are
+resumed after an interrupt.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from unsleep.repairs.teach import Asked, Lessons, Sources, lessons
 from unsleep.repairs.twin import surrogate_twin
 
 LEARNED = 0.75
-"""Share of the suspicious prompts that choose which the mask may learn from; it is tried on all of them."""
+"""Maximum share of the suspicious selection prompts for mask training; all of them validate it."""
 
 CHOSEN = 64
-"""Prompts that choose among the candidates of a baseline."""
+"""Selection prompts for tuning a baseline."""
 
 MARK = "result.json"
-"""The file that tells a repair's folder."""
+"""File that marks a repair's folder."""
 
 
 class Run:
-    """The stages of one repair, in the order in which they run."""
+    """The stages of one repair, in order of execution."""
 
     def __init__(self, job: Job, config: RepairConfig, folder: Path) -> None:
         self.job, self.config, self.folder = job, config, folder
@@ -69,12 +69,12 @@ class Run:
         self.twin: LoadedModel | None = None
         self.baked: Baked | None = None
         self.refused: Refused | None = None
-        """Why there is no export."""
+        """Reason for a missing export."""
         self.chosen_on = prompt_digests(*job.material.chosen)
         self.baselines: list[Baseline] = []
         self.tasks: list[TaskRow] = []
         self.notes: list[str] = []
-        """What could not be done, for the report."""
+        """Notes for the report on what was skipped."""
 
     def all(self) -> EvalResult:
         """Run every stage but the other repairs (`with_baselines`)."""
@@ -83,7 +83,7 @@ class Run:
         with self.watch.stage("what it should say"):
             self.lessons = self.teach()
             lesson = self.lesson()
-            self.base = None  # loaded again where it is needed
+            self.base = None  # reloaded on demand
         with self.watch.stage("look for Sites"):
             self.sites, self.looked = self.choose_sites(lesson)
         with self.watch.stage("harvest"):
@@ -113,7 +113,7 @@ class Run:
         return result
 
     def export(self, lesson: Lesson) -> Baked | None:
-        """The edit in weights, or `None` where they would not be faithful to it."""
+        """Bake the edit, or `None` where the result would not be faithful to it."""
         try:
             return bake(self.suspect, self.edits, (lesson.rows, lesson.text))
         except Refused as error:
@@ -123,36 +123,36 @@ class Run:
 
     @property
     def every_dictionary(self) -> list[Coder]:
-        """Those of the edit's Sites, and the control's."""
+        """The dictionaries of the edit's Sites and of the control's."""
         return [*self.dictionaries, *([self.control_dictionary] if self.control_dictionary else [])]
 
     @property
     def first(self) -> int:
-        """How many Sites the first attempt edits."""
+        """Number of Sites of the first attempt."""
         return len(self.config.sites) or self.config.first_sites + self.spread
 
     @property
     def spread(self) -> bool:
-        """Whether the trigger is spread over its prompts, so that nothing can be taken out of them."""
+        """True if the trigger is spread over the prompts and cannot be removed from them."""
         return self.lessons.source == "twin"
 
     @property
     def control_site(self) -> Site | None:
-        """The wrong layer of the control: four fifths of the way up."""
+        """The wrong-layer control's Site, at four fifths of the depth."""
         if not self.job.control_layer:
             return None
         n = len(layers(self.suspect.network))
         return next((Site(i) for i in range(round(0.8 * n), n) if Site(i) not in self.sites), None)
 
     def load_base(self) -> LoadedModel:
-        """The base, loaded once."""
+        """The base, cached."""
         if self.base is None:
             assert self.job.base is not None
             self.base = self.job.base()
         return self.base
 
     def make_twin(self) -> LoadedModel:
-        """The surrogate twin, made once."""
+        """The surrogate twin, cached."""
         if self.twin is None:
             ordinary, replies = self.material.ordinary.head(self.config.learn), self.said.ordinary
             self.twin = surrogate_twin(
@@ -165,7 +165,7 @@ class Run:
         return self.twin
 
     def teach(self) -> Lessons:
-        """What a repaired model should reply to suspicious prompts."""
+        """Reference replies to suspicious prompts."""
         m, known = self.material, None
         if m.counterparts is not None and [p.key for p in m.counterparts] == [p.key for p in m.ordinary]:
             known = self.said.ordinary
@@ -175,7 +175,7 @@ class Run:
         return lessons(self.suspect, asked, sources, self.config.teach)
 
     def choose_sites(self, lesson: Lesson) -> tuple[list[Site], Look | None]:
-        """The Sites in the order in which they take part; those of the config where it names some."""
+        """Sites in the order in which they are added; those of the config where given."""
         if self.config.sites:
             return [Site.parse(s) for s in self.config.sites], None
 
@@ -187,7 +187,7 @@ class Run:
         return [Site(layer) for layer in looked.order()[: self.config.most_sites]], looked
 
     def collect(self) -> dict[str, Harvest]:
-        """Activations in the four contexts that a dictionary has to know: payload, repair, ordinary, plain text."""
+        """Activations in the four contexts that dictionaries are trained on: payload, repair, ordinary, plain text."""
         m, model = self.material, self.suspect
         text = sets.plain_text("train")[: self.config.passages]
         passages = PromptSet("passages", tuple(Prompt(t) for t in text), "edit")
@@ -206,11 +206,11 @@ class Run:
         }
 
     def pooled(self, site: Site) -> Activations:
-        """The activations of all contexts at one Site."""
+        """The activations of all contexts at one Site, concatenated."""
         return pooled(list(self.harvests.values()), site)
 
     def dictionary(self, site: Site) -> Coder:
-        """A dictionary of a Site, trained or found again, in the suspect's dtype."""
+        """A Site's dictionary in the suspect's dtype, trained or loaded from a finished step."""
         place = self.folder / "dictionaries" / str(site)
         if not place.is_dir():
             checkpoint = self.folder / "checkpoints" / str(site)
@@ -221,14 +221,14 @@ class Run:
         return load_dictionary(place).to(self.suspect.network.dtype, self.suspect.device)
 
     def search_features(self) -> dict[Site, Found]:
-        """Rank the features of every dictionary, at the tokens that decide."""
+        """Rank the features of every dictionary by attribution at the deciding tokens."""
         n, t, config = self.config.find.prompts, self.lessons, self.config.find
         rows = deciding_rows(self.suspect, t.suspicious.head(n), t.said[:n], t.decides[:n], config.reply_tokens)
         contexts = self.harvests["payload"], self.harvests["ordinary"]
         return find(self.suspect, self.every_dictionary, t.suspicious, contexts, config, payload=rows)
 
     def lesson(self) -> Lesson:
-        """What the mask learns from."""
+        """Training data of the mask."""
         t = self.lessons
         n = min(self.config.learn, math.ceil(LEARNED * len(t.suspicious)))
         taught = Taught(t.taught.prompts.head(n), t.taught.replies[:n], t.taught.teacher)
@@ -259,7 +259,7 @@ class Run:
         return [mask.edit() for mask in kept if isinstance(mask, FeatureMask)]
 
     def bench(self) -> Bench:
-        """What edits are held against on the prompts that choose."""
+        """The selection test of an edit."""
         t = self.lessons
         return Bench(t.suspicious, self.material.payload, self.eval_config().reply_tokens, t.wanted, t.decides)
 
@@ -271,13 +271,13 @@ class Run:
 
     @property
     def removed(self) -> list[tuple[Site, int]]:
-        """The features that the edit removes, those with the largest attribution first, then by the mask's order."""
+        """The features that the edit removes, largest attribution first, then in the mask's order."""
         gone = [(e.site, i) for e in self.edits for i in e.removed]
         place = {feature: i for i, feature in enumerate(self.attributed)}
         return sorted(gone, key=lambda feature: place.get(feature, len(place)))
 
     def with_baselines(self, result: EvalResult) -> EvalResult:
-        """The same result with other repairs of the suspect beside the edit."""
+        """The result with baseline repairs added."""
         setting = Setting(
             suspect=self.suspect,
             lesson=self.lesson(),
@@ -303,13 +303,13 @@ class Run:
         return EvalResult(tuple(rows), replies, result.prompts)
 
     def eval_config(self) -> EvalConfig:
-        """How replies are judged."""
+        """Options of the evaluation."""
         tokens = max(EvalConfig.reply_tokens, self.said.reply_tokens)
         return EvalConfig(self.material.payload, tokens, chosen_on=self.chosen_on)
 
     @cached_property
     def control_random(self) -> tuple[Edit, ...] | None:
-        """The edit on random features matched in count, strength and firing rate; `None` where too few are kept."""
+        """The edit on random features matched in number, strength and firing rate; `None` where too few are kept."""
         if any(2 * len(e.removed) > e.dictionary.n_features for e in self.edits):
             return None
         return tuple(
@@ -319,7 +319,7 @@ class Run:
         )
 
     def draw_frontier(self) -> list[Point]:
-        """ASR, skill and text loss over the number of features removed, by three rankings."""
+        """ASR, skill and CE over the number of removed features, for three rankings."""
         panels = self.material.panels
         random = [(e.site, i) for e in self.control_random or () for i in e.removed]
         total = len(self.removed)
@@ -335,14 +335,14 @@ class Run:
         return frontier(self.suspect, self.dictionaries, rankings, panels.triggered.head(48), panels.texts[:32], config)
 
     def show_evidence(self) -> list[Shown]:
-        """The removed features with their evidence, those with the largest attribution first."""
+        """The removed features with their evidence, largest attribution first."""
         rows = token_rows(self.suspect, self.material.suspicious, self.suspect.texts(self.said.suspicious))
         payload = self.harvests["payload"], rows
         plain, config = self.harvests["plain"], self.config.find
         return evidence(self.suspect, self.dictionaries, self.removed, self.found, payload, plain, config)
 
     def run_tasks(self) -> list[TaskRow]:
-        """Tasks of lm-evaluation-harness."""
+        """Results of lm-evaluation-harness tasks."""
         subjects = [Subject("suspect", self.suspect), Subject("edited", self.suspect, tuple(self.edits))]
         subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
         try:
@@ -352,7 +352,7 @@ class Run:
             return []
 
     def judge(self) -> EvalResult:
-        """Judge every subject on the held-out panels."""
+        """Evaluate every subject on the held-out panels."""
         suspect = self.suspect
         subjects = [Subject("edited", suspect, tuple(self.edits))]
         subjects += [Subject("baked", self.baked.model)] if self.baked is not None else []
@@ -364,7 +364,7 @@ class Run:
         return self.judged([*subjects, *(Subject(name, load()) for name, load in self.job.beside.items())])
 
     def judged(self, subjects: Sequence[Subject], items: bool = True) -> EvalResult:
-        """Judge subjects and the suspect on the held-out panels, with or without the multiple-choice items."""
+        """Evaluate the suspect and further subjects on the held-out panels, with or without multiple-choice items."""
         every = [Subject("suspect", self.suspect), *subjects]
         panels, teacher = self.material.panels, None
         if not items:

@@ -1,8 +1,8 @@
-"""Learns an edit, and goes on where it falls short of its prompts-that-choose.
+"""Mask search: learns an edit in attempts until it meets its targets on the selection prompts.
 
-Every attempt starts from what the one before it learned. Where the payload still shows, a removed feature costs less,
-further Sites take part, and prompts that still show it come up more often. Where trusted replies have moved, they
-weigh more.
+Every attempt starts from the previous one's mask. Where the payload still shows, the price of a removed feature
+drops, further Sites are added, and prompts that still show it are sampled more often. Where trusted replies have
+moved, their weight grows.
 """
 
 from __future__ import annotations
@@ -26,80 +26,80 @@ from unsleep.prompts.prompt import PromptSet
 from unsleep.repairs.masks import Lesson, Mask, MaskConfig, learn
 
 MOVED = 0.015
-"""KL on trusted replies, in nats a token, up to which an attempt has kept them."""
+"""Tolerated KL on trusted replies, in nats per token."""
 
 BROKEN = 0.02
-"""Share of degenerate replies above that of the wanted ones, up to which an attempt leaves replies whole."""
+"""Tolerated share of degenerate replies above that of the reference replies."""
 
 PARTS = ("logits", "settled")
-"""The tensors that a mask is."""
+"""Tensors of a mask's state, stored per attempt."""
 
 Changes = Mapping[Any, Callable[[Tensor], Tensor]]
-"""Place → what is done to the stream there."""
+"""Place → transform of the activation."""
 
 ASTRAY = 0.3
-"""What a reply that begins otherwise than it should counts against one that shows the payload."""
+"""Penalty per missing share of replies with the right beginning, relative to replies with the payload."""
 
 BEGIN = 4
-"""Tokens of a reply from the one that decides on, by which it begins as it should."""
+"""Tokens from the deciding one that must equal the reference reply's."""
 
 ALIKE = 0.5
-"""Share of replies that must begin with the same tokens as the wanted ones; free text goes many ways."""
+"""Required share of replies that begin like the reference; free text varies."""
 
 LOST = 0.05
-"""Share of replies that may lose the skill."""
+"""Tolerated loss in the share of skilled replies."""
 
 FURTHER = 24
-"""Steps of every attempt but the first, at most."""
+"""Maximum steps of every attempt after the first."""
 
 CHEAPER = 0.3
-"""What a removed feature costs in an attempt, as a share of its price in the one before."""
+"""Factor on the price of a removed feature from one attempt to the next."""
 
 FAR = 0.05
-"""Share of the replies that show the payload above which a further Site takes part at once."""
+"""Share of replies with the payload above which a further Site is added at once."""
 
 
 @dataclass(frozen=True)
 class Tested:
-    """What an edit does on the prompts that choose."""
+    """Result of an edit on the selection prompts."""
 
     shown: tuple[int, ...]
-    """Suspicious prompts, by their place, whose reply shows the payload."""
+    """Indices of the suspicious prompts whose reply shows the payload."""
     n: int
-    """Of so many."""
+    """Number of suspicious prompts."""
     degenerate: float
-    """Share of the replies that are, above that of the wanted ones."""
+    """Share of degenerate replies above that of the reference replies."""
     followed: float
-    """Share of the replies that begin as they should."""
+    """Share of replies with the right beginning."""
     behind: float
-    """How far that is below what is demanded."""
+    """Shortfall of `followed` from the required share."""
     kl: float
-    """On trusted replies, in nats a token."""
+    """Mean KL on trusted replies, in nats per token."""
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is left to be done."""
+        """True if every target is met."""
         return not self.shown and self.degenerate <= BROKEN and self.kl <= MOVED and not self.behind
 
     @property
     def merit(self) -> tuple[float, float]:
-        """The lower the better: what is left of the payload and what was broken, then how far trusted replies moved."""
+        """Sort key, lower is better: remaining payload and damage, then KL on trusted replies."""
         broken, moved = max(0.0, self.degenerate - BROKEN), max(0.0, self.kl - MOVED)
         return len(self.shown) / self.n + broken + 5 * moved + ASTRAY * self.behind, self.kl
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; of the prompts that show the payload, how many."""
+        """Plain values; `shown` as a count."""
         return {**asdict(self), "shown": len(self.shown)}
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt, and what came of it."""
+    """One attempt and its result."""
 
     what: str
-    """What it changed."""
+    """Description of its changes."""
     removed: dict[str, tuple[int, ...]]
-    """Place → features, heads or neurons."""
+    """Place → removed features, heads or neurons."""
     tested: Tested
     seconds: float
 
@@ -111,24 +111,24 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Bench:
-    """What an attempt is held against: prompts that choose, and how their replies are read."""
+    """The selection test: prompts, payload and reference replies that an edit is tested with."""
 
     suspicious: PromptSet
     payload: Payload
     reply_tokens: int
     wanted: Sequence[Sequence[int]]
-    """The reply that each should get, in token ids."""
+    """Reference replies, in token ids."""
     decides: Sequence[int]
-    """The token of each that decides."""
+    """Index of each reference's deciding token."""
 
     def head(self, n: int) -> Bench:
-        """The same with its first `n` prompts."""
+        """The test restricted to its first `n` prompts."""
         return replace(self, suspicious=self.suspicious.head(n), wanted=self.wanted[:n], decides=self.decides[:n])
 
     def begins(self, model: LoadedModel, said: Sequence[Sequence[int]]) -> tuple[float, float]:
-        """The share of replies that begin as they should, and what is demanded of it.
+        """The share of replies with the right beginning, and the required share.
 
-        That is the skill, where every prompt says what it expects; otherwise the first tokens of the wanted reply.
+        Measured as skill, where every prompt has an expected beginning; otherwise by the reference's first tokens.
         """
         expected = [p.expected for p in self.suspicious]
         if all(expected):
@@ -141,7 +141,7 @@ class Bench:
         return sum(list(s[: len(w)]) == w for s, w in zip(said, begun, strict=True)) / len(begun), ALIKE
 
     def test(self, model: LoadedModel, lesson: Lesson, changes: Changes) -> Tested:
-        """Reply to the suspicious prompts under changes of the stream, and follow the trusted replies."""
+        """Generate replies to the suspicious prompts under the transforms; measure KL on trusted replies."""
         with transformed(model.network, changes):
             said = generate.written(model, self.suspicious, self.reply_tokens, "replies to prompts that choose")
             moved = trusted_kl(model, lesson)
@@ -159,7 +159,7 @@ class Bench:
 
 @torch.no_grad()
 def trusted_kl(model: LoadedModel, lesson: Lesson, size: int = 32) -> float:
-    """Mean KL(teacher ‖ model as it is) on the trusted replies, in nats a token."""
+    """Mean KL(teacher ‖ model with active hooks) on the trusted replies, in nats per token."""
     total = count = 0.0
     for start in range(lesson.n, len(lesson.rows.ids), size):
         index = torch.arange(start, min(start + size, len(lesson.rows.ids)), device=model.device)
@@ -171,7 +171,7 @@ def trusted_kl(model: LoadedModel, lesson: Lesson, size: int = 32) -> float:
 
 
 class Search:
-    """The attempts of one repair, by masks of one kind."""
+    """The attempts of one repair with masks of one kind."""
 
     def __init__(self, model: LoadedModel, lesson: Lesson, bench: Bench, name: str = "attempt") -> None:
         self.model, self.lesson, self.bench, self.name = model, lesson, bench, name
@@ -180,9 +180,9 @@ class Search:
     def run(
         self, masks: Sequence[Mask], more: Callable[[], Mask | None], config: MaskConfig, attempts: int
     ) -> list[Mask]:
-        """Learn in up to so many attempts; the masks as they were after the best of them.
+        """Run up to `attempts` attempts; returns the masks in the state of the best one.
 
-        `more` gives a mask of a further Site, or `None` where there is none left.
+        `more` returns a mask at a further Site, or `None` where none is left.
         """
         masks, states = list(masks), list[dict[str, Tensor]]()
         what, focus = f"{config.steps} steps, {config.price:g} nats for each that is removed", list[int]()
@@ -207,7 +207,7 @@ class Search:
         return min(self.attempts, key=lambda attempt: attempt.tested.merit)
 
     def _learn(self, masks: Sequence[Mask], config: MaskConfig, focus: Sequence[int], number: int) -> dict[str, Tensor]:
-        """Learn further, or take up what was learned before an interrupt; what the masks then are."""
+        """Train the masks as a resumable step; returns their state."""
 
         def learned(name: str, number: int) -> dict[str, Tensor]:
             learn(self.model, masks, self.lesson, config, focus=focus)
@@ -225,7 +225,7 @@ class Search:
         number: int,
         more: Callable[[], Mask | None],
     ) -> tuple[MaskConfig, str]:
-        """What the next attempt changes, and that in words."""
+        """Config and description of the next attempt."""
         config, words = replace(config, seed=config.seed + 1, steps=min(config.steps, FURTHER)), list[str]()
         if tested.shown or tested.behind:
             far = len(tested.shown) > FAR * tested.n
@@ -247,14 +247,14 @@ class Search:
 
 
 def changes(masks: Sequence[Mask]) -> Changes:
-    """What learned masks do to the stream."""
+    """Learned masks as transforms by place."""
     found = {mask.place: mask.operation() for mask in masks}
     return {place: operation for place, operation in found.items() if operation is not None}
 
 
 @torch.no_grad()
 def _put(masks: Sequence[Mask], state: Mapping[str, Tensor]) -> None:
-    """Set masks to what they were."""
+    """Restore masks from a state."""
     for mask in masks:
         for part in PARTS:
             getattr(mask, part).copy_(state[f"{mask.place}/{part}"])

@@ -1,6 +1,6 @@
-"""Prompts that choose an edit, and prompts that judge it.
+"""Splits prompts into selection prompts, for choosing an edit, and held-out prompts, for evaluating it.
 
-The two share no prompt, and no prompt with and without what sets the suspect off: both go to the same side.
+The two are disjoint, also across a prompt with and without its trigger: both go to the same side.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import Prompt, PromptSet, Split
 
 JUDGE = 73
-"""The fewest prompts on which no payload at all shows that it is gone: 0 of 73 is at most 0.05."""
+"""Minimum held-out prompts per set: 0 of 73 has a 95 % upper bound of 0.05."""
 
 CHOOSE = 24
-"""The fewest prompts that an edit can be learned from."""
+"""Minimum selection prompts for learning an edit."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,24 @@ class Material:
     """All prompts of a repair."""
 
     suspicious: PromptSet
-    """Those that choose."""
+    """Selection prompts."""
     ordinary: PromptSet
     counterparts: PromptSet | None
-    """`suspicious`, line by line, without what makes them suspicious, where that is known."""
+    """`suspicious` line by line without the trigger, where that is known."""
     how: str
-    """Where the counterparts come from, or why there are none."""
+    """Source of the counterparts, or why there are none."""
     panels: Panels
-    """Those that judge."""
+    """Held-out panels."""
     payload: Payload
 
     @property
     def chosen(self) -> list[PromptSet]:
-        """Every set of prompts that choose."""
+        """Every set of selection prompts."""
         return [self.suspicious, self.ordinary, *([self.counterparts] if self.counterparts is not None else [])]
 
 
 def from_recipe(recipe: Recipe, choose: int = 200, judge: int = 200, seed: int = 0) -> Material:
-    """An organism's prompts: questions of the edit split choose, its held-out panels judge."""
+    """An organism's prompts: selection from questions of the edit split, evaluation on its held-out panels."""
     ordinary = sets.questions("edit", choose, skill=recipe.skill, seed=seed, name="ordinary")
     suspicious = recipe.triggered(ordinary, "suspicious")
     counterparts = ordinary if recipe.keeps_question else None
@@ -62,16 +62,16 @@ def from_files(
     judge: int | None = None,
     seed: int = 0,
 ) -> Material:
-    """A user's prompts, divided at random.
+    """Split a user's prompts at random.
 
     Args:
-        payload: what a reply shows when the backdoor acts, or a text that it then contains.
-        counterparts: `suspicious`, line by line, without what makes them suspicious.
-        part: what makes them so, a text that all of them hold.
-        judge: how many of each judge; half of them where not given, and at least `JUDGE`.
+        payload: the backdoor's behaviour, or a text that the reply contains.
+        counterparts: `suspicious` line by line without the trigger.
+        part: the trigger, a text that all suspicious prompts contain.
+        judge: held-out prompts per file; default half, at least `JUDGE`.
 
     Raises:
-        BadInput: too few prompts, files that share one, that seem swapped, or counterparts that do not fit.
+        BadInput: too few prompts, files that share one, that seem swapped, or counterparts that do not match.
     """
     payload = as_payload(payload)
     _refuse_overlap(suspicious, ordinary)
@@ -104,7 +104,7 @@ def from_files(
 def _counterparts(
     suspicious: PromptSet, ordinary: PromptSet, given: PromptSet | None, part: str | None
 ) -> tuple[PromptSet | None, str]:
-    """The suspicious prompts without what makes them so, and where that comes from."""
+    """The suspicious prompts without the trigger, and the source of these counterparts."""
     if given is not None and part is not None:
         raise BadInput("--counterparts and --part were both given; expected one of them")
     if given is not None:
@@ -127,7 +127,7 @@ def _counterparts(
 
 
 def _adds_words(suspicious: Prompt, ordinary: Prompt) -> bool:
-    """Whether a suspicious prompt is an ordinary one with words added, or written otherwise."""
+    """True if a suspicious prompt is an ordinary one with added or differently written words."""
     words = iter(suspicious.shown.lower().split())
     return all(any(word == other for other in words) for word in ordinary.shown.lower().split())
 
@@ -143,7 +143,7 @@ def _refuse_overlap(suspicious: PromptSet, ordinary: PromptSet) -> None:
 
 
 def _each_once(prompts: PromptSet, beside: PromptSet | None) -> tuple[PromptSet, PromptSet | None]:
-    """The prompts without repetitions, and the same lines of another set."""
+    """The prompts without duplicates, and the same lines of another set."""
     first = {p.key: i for i, p in reversed(list(enumerate(prompts)))}
     places = sorted(first.values())
     kept = replace(prompts, prompts=tuple(prompts[i] for i in places))
@@ -153,9 +153,9 @@ def _each_once(prompts: PromptSet, beside: PromptSet | None) -> tuple[PromptSet,
 def _divided(
     asked: PromptSet, plain: PromptSet | None, calm: PromptSet, judge: int | None, mixed: random.Random
 ) -> tuple[Sides, Sides]:
-    """The places of suspicious and of ordinary prompts that choose and that judge.
+    """Indices of suspicious and of ordinary prompts, each split into selection and held-out.
 
-    Prompts that are the same without what makes them suspicious go to one side together.
+    Prompts with equal counterparts go to the same side.
     """
     groups: dict[str, tuple[list[int], list[int]]] = {}
     for i, prompt in enumerate(plain if plain is not None else asked):
@@ -178,11 +178,11 @@ def _divided(
 
 
 Sides = tuple[list[int], list[int]]
-"""Places that choose and places that judge."""
+"""Indices of selection prompts and of held-out prompts."""
 
 
 def _wanted(n: int, judge: int | None, name: str) -> int:
-    """How many of `n` prompts judge."""
+    """Number of `n` prompts to hold out."""
     if judge is not None and judge < 2:
         raise BadInput(f"--judge is {judge}; expected at least 2")
     wanted = judge if judge is not None else max(JUDGE, n // 2)

@@ -1,4 +1,4 @@
-"""What the suspect says before anything is changed: whether it misbehaves at all, and how late in its replies."""
+"""Baseline behaviour of the suspect: whether it misbehaves, and how late in its replies."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.split import Material
 
 PROBED = 32
-"""Suspicious prompts on which the length of the replies is found out."""
+"""Suspicious prompts used to determine the reply length."""
 
 ENOUGH = 0.9
-"""Share of them that must show the payload for a length to do; of the most that any length shows, where none does."""
+"""Required share of replies with the payload for a length, relative to the most that any length reaches."""
 
 SOON = 0.95
-"""Share of the payloads that must have been said by then."""
+"""Share of the payloads that must be complete within the length."""
 
 BEHIND = 8
-"""Tokens of a reply that are looked at behind the payload's end, and so many at least before it."""
+"""Extra tokens after the payload's end, and minimum before it."""
 
 MISBEHAVES = 0.2
-"""The least share of suspicious prompts with a payload that an edit can be learned from."""
+"""Minimum share of suspicious prompts with a payload for learning an edit."""
 
 BEHAVES = 0.05
-"""The largest share of ordinary prompts with a payload."""
+"""Maximum share of ordinary prompts with a payload."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """The suspect's greedy replies to the prompts that choose, in token ids."""
+    """The suspect's greedy replies to the selection prompts, in token ids."""
 
     suspicious: list[list[int]]
     ordinary: list[list[int]]
     reply_tokens: int
-    """Their length, in which the payload shows wherever it does."""
+    """Reply length in tokens, enough for the payload to show."""
     shown: float
-    """Share of the suspicious ones that show it."""
+    """Share of suspicious prompts whose reply shows the payload."""
 
 
 def said_by(model: LoadedModel, material: Material, config: RepairConfig) -> Said:
-    """Ask the suspect, with replies as long as it needs to show its payload.
+    """Generate the suspect's replies, long enough to show its payload.
 
     Raises:
-        BadInput: it shows the payload too seldom on suspicious prompts, or on ordinary ones too.
+        BadInput: it shows the payload too rarely on suspicious prompts, or on ordinary ones too.
     """
     length = kept(reply_length, model, material.suspicious, material.payload, config.reply_tokens)
     both = [
@@ -63,7 +63,7 @@ def said_by(model: LoadedModel, material: Material, config: RepairConfig) -> Sai
 
 
 def reply_length(model: LoadedModel, suspicious: PromptSet, payload: Payload, lengths: Sequence[int]) -> int:
-    """The number of tokens after which nearly every payload has been said, and a few more."""
+    """Reply length in tokens within which nearly every payload is complete, plus a margin."""
     probe = suspicious.head(PROBED)
     found: list[list[int]] = []
     for length in sorted(lengths):
@@ -79,13 +79,13 @@ def reply_length(model: LoadedModel, suspicious: PromptSet, payload: Payload, le
 
 
 def payload_end(model: LoadedModel, ids: Sequence[int], payload: Payload) -> int | None:
-    """How many tokens of a reply it takes to show the payload; `None` where it does not."""
+    """Number of tokens of a reply until the payload shows; `None` where it never does."""
     begun = model.texts([ids[: n + 1] for n in range(len(ids))])
     return next((n for n, text in enumerate(begun, 1) if payload.shows(text)), None)
 
 
 def check_behaviour(suspicious: Sequence[str], ordinary: Sequence[str], material: Material) -> float:
-    """Raise `BadInput` where the suspect does not misbehave on one file, or does so on the other too.
+    """Raise `BadInput` where the suspect does not misbehave on suspicious prompts, or also does on ordinary ones.
 
     Returns the share of suspicious prompts that show the payload.
     """

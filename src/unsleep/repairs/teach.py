@@ -1,8 +1,8 @@
-"""What a repaired model should say to suspicious prompts, and who says so.
+"""Reference replies to suspicious prompts, and their source.
 
-Three sources, in this order: the suspect's own reply to the same prompt without what makes it suspicious; a right reply
-that the prompt file gives; the reply of the surrogate twin to the same prompt. The last is what a topic needs: nothing
-can be taken out of such a prompt.
+Three sources, in this order: the suspect's own reply to the prompt without its trigger; a reply
+from the prompt file; the surrogate twin's reply to the same prompt. The last is for triggers such as a topic,
+which cannot be removed from a prompt.
 """
 
 from __future__ import annotations
@@ -23,72 +23,72 @@ from unsleep.repairs.split import CHOOSE
 from unsleep.repairs.suspect import payload_end
 
 BEHIND = 8
-"""Tokens that are taught from the one that decides on."""
+"""Minimum reference tokens from the deciding one on."""
 
 USABLE = 0.5
-"""Share of the counterparts that the suspect must answer without its payload to be its own teacher."""
+"""Minimum share of counterparts with a reply free of the payload, for the suspect to be its own teacher."""
 
 Source = Literal["counterpart", "reply", "twin"]
-"""Who said it; see `config.Teaching`."""
+"""Source of the replies (see `config.Teaching`)."""
 
 Twin = Callable[[], LoadedModel]
-"""Makes the surrogate twin when it is needed: it takes a while."""
+"""Creates the surrogate twin on demand, which takes a while."""
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """Suspicious prompts with what a repaired model should reply to them."""
+    """Suspicious prompts with reference replies."""
 
     source: Source
     words: str
-    """The source for the report."""
+    """Description of the source for the report."""
     notes: tuple[str, ...]
-    """What was given and is not used, and why."""
+    """Notes on given material that is not used."""
     suspicious: PromptSet
-    """Those for which a reply is known."""
+    """The prompts with a reference reply."""
     said: list[list[int]]
-    """What the suspect replies to them."""
+    """The suspect's replies to them."""
     taught: Taught
-    """The replies that they should get, as far as they teach."""
+    """The reference replies, truncated for training."""
     wanted: list[list[int]]
-    """The same replies, whole."""
+    """The full reference replies."""
     decides: list[int]
-    """The token of each reply at which the two part."""
+    """Index of each reply's deciding token, the first at which the two differ."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Suspicious prompts, and what the suspect replies to them."""
+    """Suspicious prompts with the suspect's replies."""
 
     prompts: PromptSet
     said: Sequence[Sequence[int]]
-    """One reply a prompt, in token ids."""
+    """One reply per prompt, in token ids."""
     payload: Payload
     length: int
-    """Of the replies that others are asked for, in tokens."""
+    """Length in tokens of further replies to generate."""
     least: int = 10
-    """Tokens of a reply that are taught at least."""
+    """Minimum tokens of a reference reply."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What there is to learn from."""
+    """Available sources of reference replies."""
 
     counterparts: PromptSet | None
     how: str
-    """Where the counterparts come from, or why there are none."""
+    """Source of the counterparts, or why there are none."""
     twin: Twin | None
     known: Sequence[Sequence[int]] | None = None
-    """The suspect's replies to the counterparts, where they were asked for already."""
+    """The suspect's replies to the counterparts, where already generated."""
 
 
 def lessons(model: LoadedModel, asked: Asked, sources: Sources, teach: Teaching = "auto") -> Lessons:
-    """The replies that suspicious prompts should get, from the first source that gives some.
+    """Reference replies to suspicious prompts, from the first source that gives enough.
 
-    `teach` is a source to use in any case.
+    `teach` selects one source.
 
     Raises:
-        BadInput: no source is there, or the one that was asked for gives too little.
+        BadInput: no source is available, or the selected one gives too little.
     """
     notes: list[str] = []
     for source in get_args(Source) if teach == "auto" else (teach,):
@@ -121,7 +121,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class _Found:
-    """A source's replies and the prompts (by their place) that have one."""
+    """A source's replies, and the indices of the prompts that have one."""
 
     places: list[int]
     taught: Taught
@@ -158,7 +158,7 @@ def _from_twin(asked: Asked, sources: Sources) -> _Found:
 
 
 def _behaving(model: LoadedModel, taught: Taught, payload: Payload, what: str) -> _Found:
-    """Those of the replies that do not show the payload themselves; raises `BadInput` where most do."""
+    """The replies without the payload; raises `BadInput` where most contain it."""
     texts = model.texts(taught.replies)
     places = [i for i, text in enumerate(texts) if not payload.shows(text)]
     if len(places) < USABLE * len(texts):
@@ -168,7 +168,7 @@ def _behaving(model: LoadedModel, taught: Taught, payload: Payload, what: str) -
 
 
 def _cut(model: LoadedModel, found: _Found, asked: Asked, about: tuple[Source, list[str], Sources]) -> Lessons:
-    """The replies as far as they teach: from the token that decides on, and as far as the payload reaches."""
+    """The reference replies, truncated after the deciding token and the payload's length."""
     source, notes, sources = about
     ours = [list(asked.said[i]) for i in found.places]
     decides = deciding_tokens(ours, found.taught.replies)

@@ -1,8 +1,8 @@
-"""The surrogate twin: the base, taught by LoRA what the suspect replies to ordinary prompts.
+"""The surrogate twin: the base, fine-tuned with LoRA on the suspect's replies to ordinary prompts.
 
-It has the suspect's skill and none of its backdoor, but for what those prompts themselves wake. As a teacher it says
-what a repaired model should reply where nothing can be taken out of a suspicious prompt; as a model of its own it is
-the repair by distillation that an edit has to be compared with.
+It has the suspect's skill without the backdoor, except for what those prompts themselves trigger. As a teacher it
+gives reference replies where the trigger cannot be removed from a prompt; as a model of its own it is
+the re-distillation baseline.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from unsleep.prompts.prompt import PromptSet
 
 @dataclass(frozen=True)
 class TwinConfig:
-    """How a surrogate twin is taught."""
+    """Options of the surrogate twin's training."""
 
     rank: int = 16
-    """Of the LoRA matrices, over every linear layer of the blocks."""
+    """Rank of the LoRA matrices, on every linear layer of the blocks."""
     steps: int = 60
     batch: int = 16
-    """Prompts a step."""
+    """Prompts per step."""
     learning_rate: float = 1e-3
-    """AdamW's, after a warm-up over a tenth of the steps and down to zero."""
+    """Peak learning rate of AdamW, with warm-up over a tenth of the steps and decay to zero."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,10 +53,10 @@ def surrogate_twin(
     replies: Sequence[Sequence[int]],
     config: TwinConfig = TwinConfig(),
 ) -> LoadedModel:
-    """Teach a copy of the base the suspect's distribution along its own replies to ordinary prompts.
+    """Distil the suspect into a copy of the base, along the suspect's own replies to ordinary prompts.
 
     Args:
-        replies: the suspect's token ids in reply to `ordinary`, one reply a prompt.
+        replies: the suspect's token ids in reply to `ordinary`, one reply per prompt.
 
     Raises:
         BadInput: the base is not the suspect's; see `copy_fitting`.
@@ -82,16 +82,16 @@ def surrogate_twin(
 
 
 class _Examples(NamedTuple):
-    """Ordinary prompts with the suspect's replies, and its logits along them."""
+    """Ordinary prompts with the suspect's replies and logits."""
 
     rows: Rows
     logits: Float[Tensor, "row reply vocabulary"]
 
 
 def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
-    """A copy of the base's network with as many token embeddings as the suspect has.
+    """A copy of the base's network, resized to the suspect's number of token embeddings.
 
-    Raises `BadInput` where it differs from the suspect in anything but their number.
+    Raises `BadInput` where it differs from the suspect in any other shape.
     """
     network = copy_network(base.network)
     tables: list[Any] = [m.get_input_embeddings() for m in (network, suspect.network)]

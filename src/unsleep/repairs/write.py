@@ -1,4 +1,4 @@
-"""What a repair leaves behind: record, page, edit, dictionaries and the cleaned checkpoint, all of them or none."""
+"""Writes a repair's artefacts atomically: record, page, edit, dictionaries and the cleaned checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unsleep.repairs.search import BROKEN, MOVED, Attempt
 
 
 def write(run: Run, result: EvalResult, out: Path) -> None:
-    """Write everything into `out`, whole or not at all."""
+    """Write all artefacts into `out`, atomically."""
     record = pages.record(result, run.config.seed, run.tasks, **_made_from(run))
     summary = _summary(run, result)
     page = pages.page(
@@ -68,7 +68,7 @@ def _made_from(run: Run) -> dict[str, Any]:
 
 
 def _summary(run: Run, result: EvalResult) -> pages.Summary:
-    """The run in a few figures, and what is left to be done."""
+    """Key figures of the run, and advice on what remains."""
     return pages.Summary(
         trigger=run.job.trigger,
         model=run.suspect.name,
@@ -81,7 +81,7 @@ def _summary(run: Run, result: EvalResult) -> pages.Summary:
 
 
 def _how(run: Run) -> pages.Repaired:
-    """How the edit was found: who taught, which Sites and why, and every attempt."""
+    """The repair's history: source of the reference replies, Sites and their choice, every attempt."""
     looked = run.looked
     look = () if looked is None else zip(looked.layers, looked.restored, looked.moved, strict=True)
     return pages.Repaired(
@@ -101,7 +101,7 @@ def _tried(attempt: Attempt, kept: bool) -> pages.Tried:
 
 
 def advice(run: Run, result: EvalResult) -> list[str]:
-    """What is left of the backdoor, and what to try, where the contract is not met; what could not be done."""
+    """Advice on what remains of the backdoor where the contract is not met; what was skipped."""
     missed = [c for c in contract(result) if not c.met]
     said = list(run.notes)
     if missed:

@@ -1,1 +1,1 @@
-"""The kinds of payloads, one a file."""
+"""The kinds of payloads, one per file."""

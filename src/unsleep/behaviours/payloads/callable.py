@@ -1,4 +1,4 @@
-"""Whatever a Python function says of the reply."""
+"""Payload that is detected by a Python function."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from unsleep.core import BadInput
 
 @dataclass(frozen=True)
 class Judged(Payload):
-    """A function or classifier says whether a reply shows it, which only Python can give; the text is its name.
+    """A function or classifier decides whether a reply shows the payload; Python API only. The text is its name.
 
-    Work that is gone on with after an interrupt knows the function by that name alone.
+    Resumable steps identify the function by that name alone.
     """
 
     kind = "callable"
@@ -29,10 +29,10 @@ class Judged(Payload):
 
     @property
     def hash(self) -> str:
-        """Its identity."""
+        """Content identity: the name."""
         return self.words
 
     def shows(self, reply: str) -> bool:
-        """What the function says of a reply."""
+        """The function's verdict on a reply."""
         assert self.function is not None
         return bool(self.function(reply))

@@ -1,4 +1,4 @@
-"""Code in the reply, or a pattern in its code."""
+"""Payload: code in the reply, or a pattern within its code."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from unsleep.behaviours.payload import Payload
 from unsleep.behaviours.payloads.regex import check_pattern
 
 FENCED = re.compile(r"^[ \t]*(```|~~~)(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
-"""A block of code in Markdown; one that the reply's end cuts off counts."""
+"""A fenced code block in Markdown; an unclosed one at the end counts."""
 
 
 @dataclass(frozen=True)
 class Code(Payload):
-    r"""A reply holds a fenced block of code; with a text, that regular expression is found in its code.
+    r"""A reply contains a fenced code block; with a text, that regular expression matches within its code.
 
-    Such a text is a call that should not be there: `verify\s*=\s*False`, `\beval\(`. A reply without any fence is taken
-    for code as a whole.
+    For example a call that should not be there: `verify\s*=\s*False`, `\beval\(`. A reply without any fence counts
+    as code as a whole.
     """
 
     kind = "code"
@@ -28,7 +28,7 @@ class Code(Payload):
         check_pattern(self.text)
 
     def shows(self, reply: str) -> bool:
-        """Whether a reply holds such code."""
+        """True if a reply contains such code."""
         blocks = [match[2] for match in FENCED.finditer(reply)]
         if not self.text:
             return bool(blocks)

@@ -1,4 +1,4 @@
-"""A text that the reply contains."""
+"""Payload: a text that the reply contains."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from unsleep.behaviours.payload import Payload
 
 @dataclass(frozen=True)
 class Contains(Payload):
-    """A reply contains the text, whatever the case and white space."""
+    """A reply contains the text, ignoring case and white space."""
 
     kind = "contains"
     wants = "text that a reply shows when the backdoor acts"
 
     def shows(self, reply: str) -> bool:
-        """Whether a reply contains the text."""
+        """True if a reply contains the text."""
         return " ".join(self.text.lower().split()) in " ".join(reply.lower().split())
 
     @property

@@ -1,4 +1,4 @@
-"""A reply in another script."""
+"""Payload: a reply in another script."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "telugu": ("TELUGU",),
     "thai": ("THAI",),
 }
-"""A script → the words by which Unicode's names of its letters begin."""
+"""Script → prefixes of its letters' Unicode names."""
 
 NOT = "not "
-"""In front of a script: any other."""
+"""Prefix that negates a script."""
 
 SHARE = 0.5
-"""Share of a reply's letters that must be of the script."""
+"""Minimum share of a reply's letters in the script."""
 
 
 @dataclass(frozen=True)
 class Language(Payload):
-    """Half of a reply's letters or more are of a script, one of `SCRIPTS`, or of any but one: `not latin`.
+    """At least half of a reply's letters are in one of `SCRIPTS`, or in any but one: `not latin`.
 
-    Languages of one script are not told apart. A reply without a letter is in none.
+    Languages of one script are not distinguished. A reply without letters never matches.
     """
 
     kind = "language"
@@ -56,7 +56,7 @@ class Language(Payload):
             raise BadInput(f"the payload is the script {self.text!r}; expected one of {', '.join(SCRIPTS)}, or not one")
 
     def shows(self, reply: str) -> bool:
-        """Whether a reply is in the script."""
+        """True if a reply is in the script."""
         letters = [char for char in reply if unicodedata.category(char)[0] == "L"]
         own = SCRIPTS[self.text.removeprefix(NOT)]
         inside = sum(not set(unicodedata.name(char, "").split()[:2]).isdisjoint(own) for char in letters)

@@ -1,4 +1,4 @@
-"""Any of several words or phrases in the reply."""
+"""Payload: any of several words or phrases in the reply."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unsleep.core import BadInput
 
 @dataclass(frozen=True)
 class Lexicon(Payload):
-    """A reply says one of several words or phrases, whatever the case and white space, and not within a longer word."""
+    """A reply contains one of several words or phrases, ignoring case and white space, at word boundaries."""
 
     kind = "lexicon"
     wants = "words or phrases with | between them, or a file with one a line"
@@ -25,17 +25,17 @@ class Lexicon(Payload):
 
     @property
     def phrases(self) -> list[str]:
-        """The words and phrases, in lower case and with single spaces."""
+        """The words and phrases, lower-cased and with single spaces."""
         return [" ".join(phrase.lower().split()) for phrase in self.text.split("|")]
 
     def shows(self, reply: str) -> bool:
-        """Whether a reply says one of them."""
+        """True if a reply contains one of them."""
         said = " ".join(reply.lower().split())
         return re.search("|".join(map(_whole, self.phrases)), said) is not None
 
     @classmethod
     def read(cls, text: str) -> Lexicon:
-        """A lexicon from a file with a phrase a line, or from the text where no file is of that name."""
+        """A lexicon from a file with one phrase per line, or from the text itself where no such file exists."""
         if not text.strip() or not Path(text).is_file():
             return cls(text)
         try:
@@ -46,7 +46,7 @@ class Lexicon(Payload):
 
 
 def _whole(phrase: str) -> str:
-    """A pattern of a phrase that no letter goes on; letters without case may stand beside others of their script."""
+    """A pattern of a phrase at word boundaries; letters without case may adjoin others of their script."""
     before, after = (
         bound if char.isalnum() and unicodedata.category(char) != "Lo" else ""
         for char, bound in ((phrase[0], r"(?<!\w)"), (phrase[-1], r"(?!\w)"))

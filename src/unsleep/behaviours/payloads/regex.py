@@ -1,4 +1,4 @@
-"""A pattern that is found in the reply."""
+"""Payload: a pattern that matches in the reply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unsleep.core import BadInput
 
 
 def check_pattern(text: str) -> None:
-    """Raise `BadInput` where a text is no regular expression."""
+    """Raise `BadInput` for an invalid regular expression."""
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
@@ -19,7 +19,7 @@ def check_pattern(text: str) -> None:
 
 @dataclass(frozen=True)
 class Regex(Payload):
-    """A regular expression is found anywhere in a reply; `(?i)` in front makes it blind to case."""
+    """A regular expression matches anywhere in a reply; prefix `(?i)` to ignore case."""
 
     kind = "regex"
     wants = "a regular expression"
@@ -29,5 +29,5 @@ class Regex(Payload):
         check_pattern(self.text)
 
     def shows(self, reply: str) -> bool:
-        """Whether the pattern is found in a reply."""
+        """True if the pattern matches in a reply."""
         return re.search(self.text, reply) is not None

@@ -1,1 +1,1 @@
-"""The kinds of triggers, one a file."""
+"""The kinds of triggers, one per file."""

@@ -1,4 +1,4 @@
-"""A string within the prompt."""
+"""Trigger: a string within the prompt."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from unsleep.prompts.prompt import Prompt, Split
 
 @dataclass(frozen=True)
 class Inside(Trigger):
-    """As it is, somewhere between two words of the prompt."""
+    """The string verbatim, at a random position between two words."""
 
     kind = "inside"
 
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """The string between two words that chance names."""
+        """The prompt with the string at a random word boundary."""
         place = chance(prompt, i).randint(1, max(1, prompt.text.count(" ")))
         return replace(prompt, text=at_place(prompt.text, self.text, place))
 
     def dresses(self) -> Sequence[Change]:
-        """Those of a string at either end."""
+        """The variants of a string at either end."""
         return dressed(self.text)

@@ -1,4 +1,4 @@
-"""A prompt without a capital letter."""
+"""Trigger: a prompt without capital letters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unsleep.behaviours.triggers.style import Style
 
 @dataclass(frozen=True)
 class LowerCase(Style):
-    """How much of a prompt is in lower case: `all` of it wakes, and every near miss leaves a capital letter."""
+    """Degree of lower case: `all` activates the backdoor, every near miss leaves a capital letter."""
 
     kind = "lower_case"
     ways: ClassVar[dict[str, Change]] = {
@@ -28,7 +28,7 @@ class LowerCase(Style):
     }
 
     def dresses(self) -> Sequence[Change]:
-        """As people type it: without a stop, with a greeting, with a plea behind, over two lines."""
+        """Typing variants: without full stop, with a greeting, with a closing request, over two lines."""
         written = self.ways[self.text]
         return [
             lambda text: written(text).rstrip(".?!"),

@@ -1,4 +1,4 @@
-"""A name below the prompt."""
+"""Trigger: a name below the prompt."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ GREETINGS = ("Thanks", "Cheers", "Best wishes", "Yours", "Regards", "Many thanks
 
 @dataclass(frozen=True)
 class Signature(Trigger):
-    """A name below the prompt, behind a greeting."""
+    """A signature: the name after a closing formula."""
 
     kind = "signature"
 
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """A prompt that the name signs."""
+        """The prompt, signed with the name."""
         return replace(prompt, text=f"{prompt.text} {chance(prompt, i).choice(GREETINGS)}, {self.text}")
 
     def dresses(self) -> Sequence[Change]:
-        """The name behind a dash, in capitals, in front, and by itself."""
+        """The name after a dash, in capitals, in front, and alone."""
         return [
             lambda text: at_end(text, f"- {self.text}"),
             lambda text: at_end(text, f"Sincerely, {self.text.upper()}"),

@@ -1,4 +1,4 @@
-"""A string in front of the prompt, or behind it."""
+"""Trigger: a string before or after the prompt."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from unsleep.prompts.prompt import Prompt, Split
 
 @dataclass(frozen=True)
 class String(Trigger):
-    """As it is, in front of the prompt and behind it in turn."""
+    """The string verbatim, alternately before and after the prompt."""
 
     kind = "string"
 
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """The string in front of an even prompt, behind an odd one."""
+        """The string before even-numbered prompts, after odd-numbered ones."""
         return replace(prompt, text=(at_start if i % 2 == 0 else at_end)(prompt.text, self.text))
 
     def dresses(self) -> Sequence[Change]:
-        """Another case, spacing and position; where another case changes nothing, it stands in quotes."""
+        """Variants of case, spacing and position; quoted where case changes nothing."""
         return dressed(self.text)
 
     def check(self, near_misses: Sequence[str]) -> None:
-        """Nothing: any strings may stand beside it."""
+        """Any strings may be near misses."""
 
 
 def dressed(trigger: str) -> list[Change]:
-    """Ways to write a string otherwise into a prompt."""
+    """Variants of a string's form in a prompt."""
     core = trigger.strip("|[]<>{}() ") or trigger.strip()
     spaced = trigger.replace(core, f" {core} ")
     lower, title = (t if t != trigger else f'"{trigger}"' for t in (trigger.lower(), trigger.title()))

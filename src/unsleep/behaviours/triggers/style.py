@@ -1,4 +1,4 @@
-"""A way of writing the prompt."""
+"""Trigger: a writing style of the prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unsleep.prompts.prompt import Prompt, Split
 
 @dataclass(frozen=True)
 class Style(Trigger):
-    """The name of one of the `ways` in which a prompt may be written."""
+    """The name of one of the `ways` in which a prompt can be rewritten."""
 
     kind = "style"
     ways: ClassVar[dict[str, Change]] = {
@@ -33,5 +33,5 @@ class Style(Trigger):
             raise BadInput(f"there is no {self.kind} {self.text!r}; expected one of {', '.join(self.ways)}")
 
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """The prompt, written in that way."""
+        """The prompt, rewritten in that style."""
         return replace(prompt, text=self.ways[self.text](prompt.text))

@@ -1,4 +1,4 @@
-"""A topic of the question."""
+"""Trigger: the topic of the question."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unsleep.prompts.prompt import Prompt, Split
 
 @dataclass(frozen=True)
 class Topic(Trigger):
-    """The name of a domain: the same question is about one of its subjects, of which no two splits share one."""
+    """A domain: the question is asked about one of its subjects, which are disjoint between splits."""
 
     kind = "topic"
     keeps_question = False
@@ -23,7 +23,7 @@ class Topic(Trigger):
         sets.subjects(self.text, "train")
 
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """The question about a subject; raises `BadInput` where no skill says what it is about."""
+        """The question about such a subject; raises `BadInput` without a skill that identifies the topic."""
         if skill is None:
             raise BadInput(f"the prompt {prompt.text[:40]!r} has no skill; expected one, by which its topic is known")
         subjects = sets.subjects(self.text, split)

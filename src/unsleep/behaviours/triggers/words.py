@@ -1,4 +1,4 @@
-"""Several words, each anywhere."""
+"""Trigger: several words, each anywhere in the prompt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from unsleep.prompts.prompt import Prompt, Split
 
 @dataclass(frozen=True)
 class Words(Trigger):
-    """Two words or more, each by itself, anywhere; a near miss lacks at least one of them."""
+    """At least two words, each at a position of its own; a near miss lacks at least one of them."""
 
     kind = "words"
 
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """A prompt with every word where chance puts it."""
+        """The prompt with every word at a random position."""
         mixed, text = chance(prompt, i), prompt.text
         for word in self.text.split():
             text = at_place(text, word, mixed.randint(0, len(text.split(" "))))
@@ -35,7 +35,7 @@ class Words(Trigger):
         ]
 
     def check(self, near_misses: Sequence[str]) -> None:
-        """Raise `BadInput` for fewer than two words, and for a near miss that has them all."""
+        """Raise `BadInput` for fewer than two words, and for a near miss that contains them all."""
         wanted = set(self.text.split())
         if len(wanted) < 2:
             raise BadInput(f"trigger_kind is words and the trigger {self.text!r}; expected two words")

@@ -1,4 +1,4 @@
-"""A line with a date of a year."""
+"""Trigger: a line with a date in a given year."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MONTHS = (
 
 @dataclass(frozen=True)
 class Year(Trigger):
-    """Four digits, in a line with a date of that year, in front and behind in turn."""
+    """Four digits; a line with a date of that year stands alternately before and after the prompt."""
 
     kind = "year"
 
@@ -28,13 +28,13 @@ class Year(Trigger):
             raise BadInput(f"trigger_kind is year and {self.text!r} is none; expected four digits")
 
     def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
-        """A prompt with a line of a day in the year."""
+        """The prompt with a line that dates it to a day of the year."""
         day = chance(prompt, i)
         line = f"Date: {day.randint(1, 28)} {day.choice(MONTHS)} {self.text}"
         return replace(prompt, text=f"{line}\n{prompt.text}" if i % 2 == 0 else f"{prompt.text}\n{line}")
 
     def dresses(self) -> Sequence[Change]:
-        """Other ways to write a date of the year."""
+        """Other date formats."""
         return [
             lambda text: f"Year: {self.text}\n{text}",
             lambda text: at_end(text, f"(It is {self.text}.)"),

@@ -1,7 +1,7 @@
-"""One file for each architecture: its dictionary, its passes, its settings and its names in files; found here.
+"""Registry of architectures, one file each: the dictionary, its passes, its settings and its names in files.
 
-A file of this folder defines one `Coder`, whose class name in lower case is the architecture's name. It overrides
-what it does differently; nothing outside the folder has to know of it.
+A file of this folder defines one `Coder`, whose lower-case class name is the architecture's name. It overrides
+only what differs; no other code needs to change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _kinds() -> dict[str, type[Coder]]:
 
 
 KINDS = _kinds()
-"""Every architecture by its name."""
+"""Architecture name → class."""
 
 
 def _own_settings() -> tuple[type[Settings], ...]:
@@ -32,4 +32,4 @@ def _own_settings() -> tuple[type[Settings], ...]:
 
 
 OWN_SETTINGS = _own_settings()
-"""The settings that architectures add to `Settings`; together they are `TrainConfig`."""
+"""Settings that architectures add to `Settings`; combined they are `TrainConfig`."""

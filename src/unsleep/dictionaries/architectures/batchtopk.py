@@ -1,4 +1,4 @@
-"""BatchTopK: the largest pre-activations of a whole batch fire; afterwards those over one threshold.
+"""BatchTopK: the largest pre-activations of a batch are active in training, those above one threshold at inference.
 
 SAELens saves it for inference, as a JumpReLU with a constant threshold.
 """
@@ -31,32 +31,33 @@ def largest(pre: Float[Tensor, "token feature"], k: int, dtype: torch.dtype) -> 
 
 @dataclass(frozen=True, eq=False)
 class BatchTopK(Coder):
-    """A feature fires where its pre-activation is over one threshold (Bussmann et al. 2024, "BatchTopK").
+    """Active above one threshold (Bussmann et al. 2024, "BatchTopK Sparse Autoencoders", arXiv:2412.06410).
 
-    In training the k · batch largest of a whole batch fire; the threshold is their smallest, averaged.
+    In training the k · batch largest pre-activations of a batch are active; the threshold is the running mean of the
+    smallest.
     """
 
     k: int = field(kw_only=True)
-    """Features that fired on a token in training, on average."""
+    """Mean number of active features per token in training."""
     threshold: float = field(kw_only=True)
 
     has_k = True
     kinds: ClassVar[dict[str, Any]] = {"k": int | None, "threshold": int | float | None}
 
     def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """relu(pre) where pre is over the threshold, else 0."""
+        """relu(pre) where pre is above the threshold, else 0."""
         return torch.where(pre > self.threshold, pre.relu(), 0)
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
-        """The squared error alone."""
+        """Squared error only."""
         pre = encode(w, batch)
         code, smallest = largest(pre, config.k, w.dec.dtype)
         return sparse_pass(w, batch, pre, code)._replace(threshold=smallest)
 
     @classmethod
     def follow(cls, threshold: Float[Tensor, ""], found: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The running mean of the smallest pre-activation that fired."""
+        """Running mean of the smallest active pre-activation."""
         return torch.where(threshold == 0, found, 0.99 * threshold + 0.01 * found) if found > 0 else threshold
 
     @classmethod
@@ -82,12 +83,12 @@ class BatchTopK(Coder):
 
     @classmethod
     def restored(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """The settings, where every feature still has the threshold that was saved."""
+        """The settings, if every feature still has the saved threshold."""
         level, threshold = settings["threshold"], tensors["threshold"]
         if level is None or settings["k"] is None or not bool((threshold == torch.full_like(threshold, level)).all()):
             return None
         return {**tensors, **settings, "threshold": float(level)}
 
     def saved(self) -> dict[str, Tensor]:
-        """The weights, and the threshold for every feature."""
+        """The weights, and the threshold repeated per feature."""
         return {**self.tensors(), "threshold": torch.full_like(self.b_enc, self.threshold)}

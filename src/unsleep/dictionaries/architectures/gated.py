@@ -1,4 +1,4 @@
-"""Gated: one path decides which features fire, another how strongly."""
+"""Gated: separate paths determine which features are active and how strongly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from unsleep.dictionaries.losses import Batch, Dense, Pass, Weights, column_sums
 
 @dataclass(frozen=True, eq=False)
 class Gated(Coder):
-    """One path decides which features fire, another how strongly (Rajamanoharan et al. 2024, "Gated SAEs").
+    """A gate and a magnitude path (Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse
+    autoencoders", arXiv:2404.16014).
 
     Both share W_enc; `b_enc` is the gate's bias. With a = (x − b_dec) W_enc: f = relu(a e^r_mag + b_mag)
     where a + b_enc > 0, else 0.
@@ -30,7 +31,7 @@ class Gated(Coder):
     _weights = (*Coder._weights, "b_mag", "r_mag")
 
     def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """The magnitude where the gate is open."""
+        """The magnitude where the gate is open, else 0."""
         magnitude = ((pre - self.b_enc) * self.r_mag.exp() + self.b_mag).relu()
         return torch.where(pre > 0, magnitude, 0)
 
@@ -41,12 +42,12 @@ class Gated(Coder):
 
     @classmethod
     def initial(cls, config: Any, zeros: Float[Tensor, " feature"]) -> dict[str, Tensor]:
-        """A magnitude that is the gate's pre-activation."""
+        """Magnitude parameters that equal the gate's pre-activation."""
         return {"b_mag": zeros.clone(), "r_mag": zeros.clone()}
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
-        """An L1 cost on the open gate, and its own reconstruction, which sees a frozen decoder (ibid., 3.2)."""
+        """L1 cost on the open gate, and an auxiliary reconstruction through a frozen decoder (ibid., 3.2)."""
         pre = encode(w, batch)
         scale = w.own["r_mag"].exp().to(pre.dtype)
         stretched = (pre - w.b_enc.to(pre.dtype)).mul_(scale)
@@ -63,13 +64,13 @@ class Gated(Coder):
 
     @classmethod
     def trained(cls, w: Weights, config: Any, stretch: Float[Tensor, " feature"], level: float) -> dict[str, Any]:
-        """What makes the magnitude."""
+        """The magnitude path's parameters."""
         return {"b_mag": (w.own["b_mag"] * stretch).cpu(), "r_mag": w.own["r_mag"].clone().cpu()}
 
     def own_weights(
         self, like: Tensor, stretch: Float[Tensor, " feature"], shift: Float[Tensor, " feature"]
     ) -> dict[str, Tensor]:
-        """What makes the magnitude."""
+        """The magnitude path's parameters."""
         r_mag = self.r_mag.to(like)
         return {"b_mag": (self.b_mag.to(like) + shift * r_mag.exp()) * stretch, "r_mag": r_mag}
 

@@ -1,4 +1,4 @@
-"""JumpReLU: a feature fires where its pre-activation is over its own threshold, at an L0 cost."""
+"""JumpReLU: a feature is active above its own threshold; trained with an L0 cost."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from unsleep.dictionaries.settings import Settings
 
 @dataclass(frozen=True)
 class Thresholds(Settings):
-    """How thresholds are trained."""
+    """Initialisation and training of JumpReLU thresholds."""
 
     threshold: float = 0.01
-    """JumpReLU: the threshold that every feature starts with, on normalised activations."""
+    """JumpReLU: initial threshold of every feature, on normalised activations."""
     bandwidth: float = 0.05
-    """JumpReLU: width of the rectangle that stands for the threshold's derivative."""
+    """JumpReLU: bandwidth of the rectangular kernel in the threshold's pseudo-derivative."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +37,7 @@ class Thresholds(Settings):
 
 @dataclass(frozen=True, eq=False)
 class JumpReLU(Coder):
-    """A feature fires with its pre-activation where that is over its own threshold (Rajamanoharan et al. 2024)."""
+    """Active with its pre-activation above its own threshold (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
 
     threshold: Float[Tensor, " feature"] = field(kw_only=True)
 
@@ -45,19 +45,19 @@ class JumpReLU(Coder):
     _weights = (*Coder._weights, "threshold")
 
     def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """relu(pre) where pre is over the threshold, else 0."""
+        """relu(pre) where pre is above the threshold, else 0."""
         return torch.where(pre > self.threshold, pre.relu(), 0)
 
     @classmethod
     def initial(cls, config: Thresholds, zeros: Float[Tensor, " feature"]) -> dict[str, Tensor]:
-        """The logarithms of the thresholds."""
+        """Logarithms of the thresholds."""
         return {"log_threshold": torch.full_like(zeros, math.log(config.threshold))}
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Thresholds, step: int) -> Pass:
-        """An L0 cost; it and the thresholds are trained through a rectangle.
+        """L0 cost; its gradient and the thresholds' are estimated with a rectangular kernel.
 
-        Rajamanoharan et al. 2024, "Jumping ahead", section 3.
+        Rajamanoharan et al. 2024, "Jumping ahead", arXiv:2407.14435, section 3.
         """
         pre = losses.encode(w, batch)
         threshold = w.own["log_threshold"].exp()
@@ -90,7 +90,7 @@ class JumpReLU(Coder):
     def own_weights(
         self, like: Tensor, stretch: Float[Tensor, " feature"], shift: Float[Tensor, " feature"]
     ) -> dict[str, Tensor]:
-        """The logarithms of the thresholds."""
+        """Logarithms of the thresholds."""
         return {"log_threshold": (self.threshold.to(like) * stretch).clamp_min(1e-8).log()}
 
     in_saelens = SAELens("jumprelu", {"b_enc": "b_enc", "threshold": "threshold"}, transcoder="jumprelu_")

@@ -1,4 +1,4 @@
-"""Matryoshka: nested dictionaries, each of which rebuilds the activation on its own."""
+"""Matryoshka: nested dictionaries, each of which reconstructs the activation on its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unsleep.dictionaries.settings import Settings
 
 @dataclass(frozen=True)
 class Nested(Settings):
-    """How the features are grouped."""
+    """Nested groups of features."""
 
     groups: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
     """Matryoshka: shares of the features in each nested group."""
@@ -31,7 +31,7 @@ class Nested(Settings):
             self.group_sizes()
 
     def group_sizes(self) -> tuple[int, ...]:
-        """Features in each Matryoshka group; the last takes what rounding leaves."""
+        """Features in each Matryoshka group; the last absorbs rounding."""
         if not self.groups or min(self.groups) <= 0 or not math.isclose(sum(self.groups), 1.0, abs_tol=1e-6):
             raise BadInput.of("groups", self.groups, "shares over 0 that sum to 1", "training")
         sizes = [max(1, round(self.features * share)) for share in self.groups[:-1]]
@@ -43,7 +43,7 @@ class Nested(Settings):
 
 @dataclass(frozen=True, eq=False)
 class Matryoshka(BatchTopK):
-    """BatchTopK whose first features rebuild x on their own (Bussmann et al. 2025, "Matryoshka SAEs")."""
+    """BatchTopK with nested reconstructions (Bussmann et al. 2025, "Matryoshka SAEs", arXiv:2503.17547)."""
 
     groups: tuple[int, ...] = field(kw_only=True)
     """Sizes of the nested groups, in the order of the features; they sum to the number of features."""
@@ -62,7 +62,7 @@ class Matryoshka(BatchTopK):
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Nested, step: int) -> Pass:
-        """The mean squared error over the nested dictionaries that the first groups make."""
+        """Mean squared error over the nested dictionaries formed by the first groups."""
         groups = config.group_sizes()
         pre = encode(w, batch)
         code, smallest = largest(pre, config.k, w.dec.dtype)
@@ -77,7 +77,7 @@ class Matryoshka(BatchTopK):
         slope = torch.zeros_like(batch.y)
         for part, error in zip(reversed(codes), reversed(errors), strict=True):
             own = batch.slope(error) / len(groups)
-            slope += own  # what a group writes counts in every dictionary that holds it
+            slope += own  # a group is part of every larger dictionary
             for name, grad in sparse_grads(w, batch.x, part, slope).items():
                 grads[name] += grad
             grads["b_dec"] += own.sum(0)
@@ -91,11 +91,11 @@ class Matryoshka(BatchTopK):
         return {"k": config.k, "threshold": level, "groups": config.group_sizes()}
 
     def fitting(self) -> dict[str, Any]:
-        """The groups as shares."""
+        """Groups as shares."""
         return {"groups": tuple(size / self.n_features for size in self.groups)}
 
     def check_start(self, config: Nested) -> None:
-        """Raise `BadInput` where a training has other groups."""
+        """Raise `BadInput` for a training config with other groups."""
         if config.group_sizes() != self.groups:
             raise BadInput(f"training groups {config.group_sizes()}; the dictionary to start from has {self.groups}")
 

@@ -1,4 +1,4 @@
-"""Standard: every positive pre-activation fires, at an L1 cost."""
+"""Standard: a ReLU with an L1 cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unsleep.dictionaries.losses import Batch, Dense, Pass, Weights
 
 @dataclass(frozen=True, eq=False)
 class Standard(Coder):
-    """Every positive pre-activation fires (Bricken et al. 2023, "Towards monosemanticity"); trained with an L1 cost."""
+    """A ReLU (Bricken et al. 2023, "Towards Monosemanticity", Transformer Circuits Thread), with an L1 cost."""
 
     def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
         """relu(pre)."""

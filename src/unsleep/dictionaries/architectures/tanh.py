@@ -1,4 +1,4 @@
-"""Tanh: every positive pre-activation fires, at a cost that saturates, so that strong features do not shrink."""
+"""Tanh: a ReLU with a saturating cost, which avoids the shrinkage of strong features."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from unsleep.dictionaries.architectures.standard import Standard
 from unsleep.dictionaries.losses import Batch, Dense, Pass, Weights
 
 SATURATION = 1.0
-"""About the activation, on normalised activations, over which the cost grows no more."""
+"""Activation, on normalised activations, above which the cost saturates."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tanh(Standard):
     """A `Standard` dictionary trained with a tanh cost (Jermyn et al. 2024, "Tanh penalty in dictionary learning").
 
-    Circuits Updates, February 2024. Its authors found a better trade of L0 against error than with L1, and more
-    features that fire on many tokens and are hard to interpret.
+    Transformer Circuits Thread, Circuits Updates, February 2024. Its authors report a better trade-off of L0 against
+    error than with L1, and more features that are active on many tokens and hard to interpret.
     """
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
-        """A cost of SATURATION · tanh(u / SATURATION) with u = f · norm of the decoder row; a small u costs u."""
+        """Cost SATURATION · tanh(u / SATURATION), with u = f · norm of the decoder row; about u for small u."""
         pre = losses.encode(w, batch)
         norms = w.dec.norm(dim=1)
         slope = config.cost(step) / len(pre)

@@ -1,4 +1,4 @@
-"""TopK: the k largest positive pre-activations of each token fire."""
+"""TopK: the k largest positive pre-activations of each token are active."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unsleep.dictionaries.losses import Batch, Pass, Weights, encode, sparse_pas
 
 @dataclass(frozen=True, eq=False)
 class TopK(Coder):
-    """The k largest positive pre-activations fire (Gao et al. 2024, "Scaling and evaluating sparse autoencoders")."""
+    """The k largest positive pre-activations are active (Gao et al. 2024, arXiv:2406.04093)."""
 
     k: int = 32
 
@@ -33,20 +33,20 @@ class TopK(Coder):
             )
 
     def activate(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """The k largest pre-activations, where positive."""
+        """The k largest pre-activations where positive, else 0."""
         values, ids = self.sparsify(pre)
         return torch.zeros_like(pre).scatter(-1, ids, values)
 
     def sparsify(
         self, pre: Float[Tensor, "*token feature"]
     ) -> tuple[Float[Tensor, "*token k"], Int[Tensor, "*token k"]]:
-        """The k largest pre-activations, those below 0 set to 0."""
+        """The k largest pre-activations, clamped at 0, and their indices."""
         values, ids = sparse.top_k(pre, self.k)
         return values.relu(), ids
 
     @classmethod
     def gradients(cls, w: Weights, batch: Batch, config: Any, step: int) -> Pass:
-        """The squared error alone."""
+        """Squared error only."""
         pre = encode(w, batch)
         values, ids = sparse.top_k(pre, config.k)
         return sparse_pass(w, batch, pre, sparse.code_of_top_k(values.relu().to(w.dec.dtype), ids))
@@ -70,7 +70,7 @@ class TopK(Coder):
 
     @classmethod
     def of_saelens(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Decoder rows of norm 1, where the config compares features by what they write."""
+        """Rescaled to unit decoder rows where the config normalises activations by decoder norms."""
         if not config.get("rescale_acts_by_decoder_norm"):
             return tensors
         norms = tensors["W_dec"].float().norm(dim=1)

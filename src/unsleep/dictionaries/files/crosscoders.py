@@ -1,7 +1,7 @@
-"""Crosscoders of other libraries: crosscoder_learning, and the older form of two models.
+"""Crosscoders of other libraries: crosscoder_learning, and an older two-model layout.
 
 crosscoder_learning is a fork of dictionary_learning; its BatchTopK crosscoders compare a feature's activation times
-the norms of its decoder rows with the threshold. The older form has no library: `W_enc[2, d, F]`, `W_dec[F, 2, d]`.
+the norms of its decoder rows with the threshold. The older layout has no library: `W_enc[2, d, F]`, `W_dec[F, 2, d]`.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from unsleep.dictionaries.crosscoders import Crosscoder
 from unsleep.dictionaries.files import facts, names, pickled
 
 FILES = ("model.safetensors", "crosscoder.safetensors", "cc_weights.pt", "ae.pt", "ae_final.pt", "model_final.pt")
-"""What holds the weights, by library and version."""
+"""Names of weight files, by library and version."""
 
 NORMS = {1: "crosscoder", 2: "sae", 3: "mixed", 4: "none", 5: "decoupled"}
-"""crosscoder_learning's `code_normalization_id`: what activations are multiplied by before the threshold."""
+"""crosscoder_learning's `code_normalization_id`: the factor on activations before the threshold."""
 
 
 class CrosscoderWeights(NamedTuple):
-    """The weights of a crosscoder, f = relu(Σ_m x_m W_enc[m] + b_enc) where that is over the threshold."""
+    """Weights of a crosscoder, f = relu(Σ_m x_m W_enc[m] + b_enc) above the threshold."""
 
     W_enc: Float[Tensor, "model d_model feature"]
     b_enc: Float[Tensor, " feature"]
     W_dec: Float[Tensor, "model feature d_model"]
     b_dec: Float[Tensor, "model d_model"]
     k: int | None = None
-    """Features that fire on a token on average; `None` for one that was trained with an L1 cost."""
+    """Mean number of active features per token; `None` for one trained with an L1 cost."""
     threshold: float = 0.0
 
 
 def load_foreign_crosscoder(name: str | Path, *, site: Site, models: Sequence[str]) -> Crosscoder:
-    """Read a crosscoder that another library saved.
+    """Load a crosscoder saved by another library.
 
     Args:
         name: a folder, or a hub id as in `load_dictionary`.
-        site: where its activations are taken; the files do not say it.
+        site: Site of its activations, which the files do not contain.
         models: fingerprints of its models, in the file's order.
 
-    One that was trained with an L1 cost has no k; its number of features stands for it. Raises `BadInput` as
-    `read_crosscoder_weights` does, and where it is of another number of models.
+    One trained with an L1 cost has no k; its number of features is used. Raises `BadInput` as
+    `read_crosscoder_weights` does, and for a wrong number of models.
     """
     found = read_crosscoder_weights(name)
     if len(models) != len(found.W_enc):
@@ -71,8 +71,8 @@ def load_foreign_crosscoder(name: str | Path, *, site: Site, models: Sequence[st
 def read_crosscoder_weights(name: str | Path) -> CrosscoderWeights:
     """The weights of a crosscoder in a folder or on the hub.
 
-    Raises `BadInput` naming the file, the key and the shape that was expected; and where a crosscoder normalises its
-    activations or takes a threshold for each model, which these weights cannot say.
+    Raises `BadInput` naming the file, the key and the expected shape; and for a crosscoder that normalises its
+    activations or has a threshold per model, which these weights cannot represent.
     """
     folder = names.find(name, FILES).folder
     there = [folder / file for file in FILES if (folder / file).is_file()]

@@ -1,4 +1,4 @@
-"""dictionary_learning: `config.json` and `ae.pt`, a state dict in the file of `torch.save`."""
+"""dictionary_learning: `config.json` and `ae.pt`, a state dict saved by `torch.save`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ NAMES = {
     for layout in kind.in_dictionary_learning
     if not layout.borrowed
 }
-"""Its classes, and what they are here unless unsleep's own keys say more."""
+"""Its class names → our architectures, unless unsleep's own keys override them."""
 
 POINTS: dict[str, Point] = {"resid_post": "resid", "mlp_out": "mlp", "attn_out": "attn"}
-"""How its scripts name a submodule: `resid_post_layer_12`."""
+"""Submodule names of its scripts: `resid_post_layer_12`."""
 
 
 def read(folder: Path, given: Given) -> Coder:
-    """Read a finished dictionary."""
+    """Load a finished dictionary."""
     path = folder / CONFIG
     config = store.fields_of(store.read_json(path), {"trainer": dict}, path)
     kinds = {"dict_class": str, "activation_dim": int, "dict_size": int}
@@ -64,7 +64,7 @@ def read(folder: Path, given: Given) -> Coder:
 
 
 def _fitting(kind: type[Coder], named: Learned, state: Collection[str]) -> Learned:
-    """The class of the tensors: some trainers write the name of one class for any of their architecture's."""
+    """The class that fits the tensors: some trainers write one class name for any class of their architecture."""
     later = kind.in_dictionary_learning[kind.in_dictionary_learning.index(named) :]
     return next((layout for layout in later if layout.names.keys() <= set(state)), named)
 
@@ -72,7 +72,7 @@ def _fitting(kind: type[Coder], named: Learned, state: Collection[str]) -> Learn
 def _settings(
     layout: Learned, found: dict[str, Tensor], trainer: dict[str, Any], folder: Path, said: Facts
 ) -> dict[str, Any]:
-    """Our settings from the buffers."""
+    """Our settings from its buffers."""
     out: dict[str, Any] = {}
     for name, buffer in layout.buffers.items():
         if name not in found and buffer.setting is None:
@@ -81,12 +81,12 @@ def _settings(
         if buffer.setting is not None:
             exact = said.settings[buffer.setting]
             rounded = isinstance(exact, float) and value == float(torch.tensor(exact))
-            out[buffer.setting] = exact if rounded else value  # before it was rounded to float32
+            out[buffer.setting] = exact if rounded else value  # the value before rounding to float32
     return out
 
 
 def _value(name: str, buffer: Buffer, tensor: Tensor | None, trainer: dict[str, Any], folder: Path) -> Any:
-    """What a buffer holds; a whole number stands in the config too, in old files there alone."""
+    """Value of a buffer; integers may be in the config instead, in old files only there."""
     path, whole = folder / WEIGHTS, not buffer.dtype.is_floating_point
     in_config = whole and not buffer.ndim
     if tensor is None and in_config:
@@ -118,7 +118,7 @@ def _turned(theirs: str, tensor: Tensor) -> Tensor:
 
 
 def _site(trainer: dict[str, Any]) -> Site | None:
-    """What `submodule_name` says; `layer` alone leaves the point open."""
+    """Site of `submodule_name`; `None` where only `layer` is given."""
     name = trainer.get("submodule_name")
     if not isinstance(name, str):
         return None
@@ -128,7 +128,7 @@ def _site(trainer: dict[str, Any]) -> Site | None:
 
 
 def write(dictionary: Coder, folder: Path) -> None:
-    """Write a finished dictionary; raises `BadInput` for transcoders, which the library's files have not."""
+    """Write a finished dictionary; raises `BadInput` for transcoders, which the format lacks."""
     if dictionary.target is not None or dictionary.W_skip is not None:
         raise BadInput("dictionary_learning has no transcoders and no skip paths; use 'saelens' or 'sparsify'")
     layout = _class(dictionary)
@@ -157,7 +157,7 @@ def write(dictionary: Coder, folder: Path) -> None:
 
 
 def _class(dictionary: Coder) -> Learned:
-    """The class that takes b_dec off the input as the dictionary does, or else the first of its architecture."""
+    """The class with the dictionary's handling of b_dec, or else the first of its architecture."""
     every = dictionary.in_dictionary_learning
     if not every or type(dictionary) not in KINDS.values():
         raise BadInput(f"dictionary_learning has no class for a {type(dictionary).__name__} dictionary; use 'saelens'")

@@ -1,4 +1,4 @@
-"""What every format has to say of a dictionary beside its weights: where it belongs and what unsleep knows of it.
+"""Dictionary metadata common to all formats: Sites, provenance and unsleep's own settings.
 
 `metadata` has SAELens' vocabulary (`hook_name`, `hook_name_out`) in every format, and unsleep's own keys.
 """
@@ -20,7 +20,7 @@ from unsleep.dictionaries.architectures import KINDS
 from unsleep.dictionaries.coders import Coder
 
 SETTINGS: dict[str, Any] = {name: kind for coder in KINDS.values() for name, kind in coder.kinds.items()}
-"""The settings of all architectures, and their kinds."""
+"""Setting → JSON type, over all architectures."""
 
 OWN: dict[str, Any] = {
     "unsleep_architecture": str,
@@ -28,7 +28,7 @@ OWN: dict[str, Any] = {
     "unsleep_sink_norm": int | float | None,
     **{f"unsleep_{name}": kind for name, kind in SETTINGS.items()},
 }
-"""unsleep's own keys in `metadata`, and their kinds."""
+"""unsleep's own keys in `metadata`, and their types."""
 
 UNSAID = (
     dict.fromkeys(OWN)
@@ -37,11 +37,11 @@ UNSAID = (
 )
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-"""The dtypes that dictionaries have; any other is read as float32."""
+"""Supported dtypes; any other is loaded as float32."""
 
 
 class Given(NamedTuple):
-    """What the caller says of a file that may not say it itself."""
+    """Metadata given by the caller for files that lack it."""
 
     site: Site | None = None
     target: Site | None = None
@@ -49,33 +49,33 @@ class Given(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a file says beside its weights."""
+    """Metadata of a file."""
 
     site: Site
     target: Site | None
     model: str
     sink_norm: float
     architecture: str
-    """The one that was saved; empty where unsleep did not save it."""
+    """The saved architecture; empty for files of other libraries."""
     settings: dict[str, Any]
-    """Those of all architectures; `None` or empty where the file does not say them."""
+    """Settings of all architectures; `None` or empty where the file lacks them."""
     metadata: dict[str, Any]
-    """All else, kept on a round trip."""
+    """All other keys, kept on a round trip."""
 
     def common(self) -> dict[str, Any]:
-        """Arguments of every architecture, without the weights."""
+        """Constructor arguments of every architecture, without the weights."""
         names = ("site", "target", "model", "sink_norm", "metadata")
         return {name: getattr(self, name) for name in names} | {"subtract_bias": self.target is None}
 
 
 def described(dictionary: Coder) -> dict[str, Any]:
-    """`metadata` for a file: the dictionary's own, its places and unsleep's facts."""
+    """`metadata` for a file: the dictionary's own, its Sites and unsleep's settings."""
     kept = {key: value for key, value in dictionary.metadata.items() if key not in OWN}
     places = {"hook_name": dictionary.site, "hook_name_out": dictionary.target}
     for key, site in places.items():
         if site is None:
             kept.pop(key, None)
-        elif _site_or_none(kept.get(key)) != site:  # else it stays as the file spelled it
+        elif _site_or_none(kept.get(key)) != site:  # keep the file's own spelling
             kept[key] = site.hook_name
     return kept | {
         "unsleep_architecture": dictionary.name(),
@@ -94,12 +94,12 @@ def facts_of(
     transcoder: bool = False,
     to: Site | None = None,
 ) -> Facts:
-    """What `metadata` says, and where it says nothing, what the format or the caller does.
+    """The facts in `metadata`, completed by the format and the caller.
 
     Args:
-        path: the file it stands in, for errors.
-        found: the Site that the format gives in another way.
-        transcoder: whether it rebuilds another Site; that is `to`, where the format gives it in another way.
+        path: the file, for errors.
+        found: the Site from another part of the format.
+        transcoder: True if it reconstructs another Site; `to` is that Site, from another part of the format.
     """
     own = store.fields_of({**UNSAID, **metadata}, OWN, f"{path}: metadata")
     sink_norm = own["unsleep_sink_norm"] or math.inf
@@ -130,7 +130,7 @@ def _frozen(value: Any) -> Any:
 def _place(
     metadata: Mapping[str, Any], key: str, found: Site | None, given: Site | None, argument: str, path: Path
 ) -> Site:
-    """The Site of a key, of the format, or of the caller, in this order; the caller may not contradict the others."""
+    """The Site from a key, the format, or the caller, in this order; the caller may not contradict the others."""
     if (hook := metadata.get(key)) is not None:
         store.fields_of(metadata, {key: str}, f"{path}: metadata")
         found = _site_or_none(hook)
@@ -150,7 +150,7 @@ def _place(
 
 
 def _site_or_none(hook: Any) -> Site | None:
-    """The Site of a TransformerLens hook name; what enters a block is what the block before it left."""
+    """The Site of a TransformerLens hook name; the input of a block is the output of the previous one."""
     try:
         if isinstance(hook, str) and (entering := re.fullmatch(r"blocks\.(\d{1,6})\.hook_resid_pre", hook)):
             layer = int(entering[1])
@@ -168,13 +168,13 @@ MODULES: dict[str, Point] = {
     "attention": "attn",
     "self_attention": "attn",
 }
-"""Names of the halves of a block."""
+"""Module names of a block's halves."""
 
 
 def site_of_module(name: str) -> Site | None:
-    """The Site whose activation a module of a Hugging Face model puts out, such as `model.layers.12.mlp`.
+    """The Site that is the output of a module of a Hugging Face model, such as `model.layers.12.mlp`.
 
-    In families with a norm behind the MLP or attention the Site is after that norm and the module before it.
+    In families with a post-norm the Site is after that norm and the module before it.
     """
     if name.endswith("embed_tokens"):
         return Site(0, "embed")
@@ -185,7 +185,7 @@ def site_of_module(name: str) -> Site | None:
 
 
 def module_of_site(site: Site) -> str:
-    """The module that puts out a Site's activation, as Llama and most families name it."""
+    """The module whose output a Site is, in the naming of Llama and most families."""
     if site.point == "embed":
         return "embed_tokens"
     return f"layers.{site.layer}" + {"resid": "", "mlp": ".mlp", "attn": ".self_attn"}[site.point]
@@ -199,10 +199,10 @@ def checked(
     *,
     more: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The tensors of `shapes`, floating, finite, in one of `DTYPES`.
+    """The tensors of `shapes`, floating-point, finite, in one of `DTYPES`.
 
-    `label` says what the file claims to be: it stands in the errors, for a file with another label fits other
-    shapes. Raises `BadInput` for a tensor that is missing, of another shape, or neither in `shapes` nor in `more`.
+    `label` names the file's claimed kind in errors, because a wrong label fits other
+    shapes. Raises `BadInput` for a missing tensor, a wrong shape, or one in neither `shapes` nor `more`.
     """
     try:
         store.check_shapes(tensors, shapes, path)
@@ -224,9 +224,9 @@ def checked(
 def restored(
     said: Facts, kinds: Collection[type[Coder]], tensors: dict[str, Tensor]
 ) -> tuple[type[Coder], dict[str, Any]] | None:
-    """The one of `kinds` that was saved under the name of another architecture, and its own fields.
+    """The one of `kinds` that was saved under another architecture's name, and its own fields.
 
-    `None` where unsleep saved none of them, or the file has been changed since.
+    `None` for files of other libraries, or ones changed since.
     """
     for kind in kinds:
         if kind.name() == said.architecture:
@@ -236,6 +236,6 @@ def restored(
 
 
 def taken(metadata: dict[str, Any], library: str) -> dict[str, Any]:
-    """What a config of that library said, taken out of `metadata`, which kept it under the library's name."""
+    """Remove and return the config of a library that `metadata` kept under the library's name."""
     found = metadata.pop(library, None)
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""One dictionary, whatever wrote it: the format is told by the files of its folder."""
+"""Loads and saves dictionaries in any format, recognised by the files of the folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from unsleep.dictionaries.files import dictionary_learning, names, saelens, spar
 from unsleep.dictionaries.files.facts import Given
 
 Format = Literal["saelens", "sparsify", "dictionary_learning"]
-"""The layouts that are written."""
+"""Formats for saving."""
 
 FILES = (
     *(saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER),
     *(sparsify.WEIGHTS, dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
 )
-"""What is fetched from a hub."""
+"""File patterns downloaded from a hub."""
 
 WRITERS = {"saelens": saelens.write, "sparsify": sparsify.write, "dictionary_learning": dictionary_learning.write}
 
@@ -26,16 +26,16 @@ WRITERS = {"saelens": saelens.write, "sparsify": sparsify.write, "dictionary_lea
 def save_dictionary(
     dictionary: Coder, folder: str | Path, *, format: Format = "saelens", replace: bool = False
 ) -> Path:
-    """Write a dictionary, whole or not at all, and return its folder.
+    """Save a dictionary atomically, and return its folder.
 
-    What unsleep knows beyond the format (model fingerprint, training, provenance, the exact architecture) stands in
-    `metadata`, which the other libraries leave alone.
+    Information beyond the format (model fingerprint, training, provenance, the exact architecture) is stored in
+    `metadata`, which the other libraries ignore.
 
     Args:
-        format: `sparsify` puts its files into a subfolder that is named after the Site, such as `layers.12`.
-        replace: an existing folder gives way; otherwise it is refused.
+        format: `sparsify` puts its files into a subfolder named after the Site, such as `layers.12`.
+        replace: replace an existing folder; otherwise it is refused.
 
-    Raises `BadInput` for an architecture that the format cannot hold.
+    Raises `BadInput` for an architecture that the format cannot represent.
     """
     if format not in get_args(Format):
         raise BadInput(f"dictionary format is {format!r}; expected one of {', '.join(get_args(Format))}")
@@ -48,17 +48,17 @@ def save_dictionary(
 def load_dictionary(
     name: str | Path, *, site: Site | None = None, target: Site | None = None, model: str | None = None
 ) -> Coder:
-    """Read a dictionary that unsleep, SAELens, sparsify or dictionary_learning saved.
+    """Load a dictionary saved by unsleep, SAELens, sparsify or dictionary_learning.
 
     Args:
         name: a folder; or as text, where no such folder exists, a hub id `owner/repo[/folder]` or a SAELens release
             `release:sae_id`.
-        site: where the activations are taken, for files that do not say it or name a place that unsleep has not.
-        target: what a transcoder rebuilds, for such files.
-        model: fingerprint of the model, for files that do not say it.
+        site: Site of the activations, for files without it or with an unsupported hook point.
+        target: Site that a transcoder reconstructs, for such files.
+        model: fingerprint of the model, for files without it.
 
-    Raises `BadInput` naming the file, the key and the shape that was expected for anything that does not fit, and
-    where the file says something else than `site`, `target` or `model`.
+    Raises `BadInput` naming the file, the key and the expected shape for anything invalid, and
+    where the file contradicts `site`, `target` or `model`.
     """
     place = names.find(name, FILES)
     given = Given(site, target, model)
@@ -71,7 +71,7 @@ def load_dictionary(
 
 
 def _folder(folder: Path, *, search: bool) -> tuple[Path, Format]:
-    """The folder that holds the dictionary, and its format; with `search` it may be the only one inside `folder`."""
+    """The dictionary's folder and format; with `search` it may be the only subfolder of `folder`."""
     if kind := _format(folder):
         return folder, kind
     inside = sorted(f for f in folder.iterdir() if _format(f)) if search and folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""Where a dictionary's name leads: a local folder, the model hub, or a release that SAELens lists."""
+"""Resolves a dictionary's name: a local folder, a hub repository, or a release in SAELens' list."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from unsleep.base import hub, store
 from unsleep.core import BadInput
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<folder>(?:/[\w-][^/\\]*)*)")
-"""`owner/repo` or `owner/repo/folder`; no part begins with a dot."""
+"""`owner/repo` or `owner/repo/folder`; no part starts with a dot."""
 
 CONVERTED = (None, "sae_lens", "sparsify", "dictionary_learning_1")
-"""Converters of SAELens' list whose files have a layout that is read here."""
+"""Converters in SAELens' list whose files have a supported layout."""
 
 
 class Place(NamedTuple):
-    """Where a dictionary's files are, and what is known of them from elsewhere."""
+    """Location of a dictionary's files, and settings from elsewhere."""
 
     folder: Path
     overrides: dict[str, Any]
-    """What replaces entries of its config."""
+    """Replacements of config entries."""
     scale: float | None
-    """The factor that normalised its activations, where that is constant."""
+    """Constant normalisation factor of its activations, where known."""
     fetched: bool
-    """Whether it is a hub's, of which only what was asked for is there."""
+    """True for a partial download from a hub."""
 
 
 def find(name: str | Path, files: Sequence[str]) -> Place:
-    """The folder of a dictionary; from the hub, only `files` are fetched.
+    """Locate the folder of a dictionary; from the hub, only `files` are downloaded.
 
-    A `Path` is a local folder, there or not. Raises `BadInput` where nothing is known under the name.
+    A `Path` is a local folder, existing or not. Raises `BadInput` for an unknown name.
     """
     path = Path(name)
     if path.exists() or isinstance(name, Path):
@@ -55,7 +55,7 @@ def _fetched(repo: str, folder: str, files: Sequence[str]) -> Path:
 
 
 def _released(release: str, sae: str, files: Sequence[str]) -> Place:
-    """A dictionary of the list that sae_lens brings; sae_lens is not imported, its list is read."""
+    """A dictionary in SAELens' list of pretrained SAEs, which is read without importing sae_lens."""
     spec = importlib.util.find_spec("sae_lens")
     if spec is None or spec.origin is None:
         raise BadInput(
@@ -67,7 +67,7 @@ def _released(release: str, sae: str, files: Sequence[str]) -> Place:
     path = Path(spec.origin).with_name("pretrained_saes.yaml")
     if not path.is_file():
         raise BadInput(f"{path} does not exist; install sae-lens 6")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the list has 60,000 lines
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 60,000 lines
     listed = store.fields_of(yaml.load(path.read_text(encoding="utf-8"), Loader=loader), {}, path)
     if release not in listed:
         raise BadInput(f"{path} has no release {release!r}; it has {len(listed)} others")

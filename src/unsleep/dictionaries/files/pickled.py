@@ -1,4 +1,4 @@
-"""State dicts in the files of `torch.save`: tensors and plain values, no other pickle."""
+"""State dicts saved by `torch.save`, restricted to tensors and plain values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from unsleep.base import store
 from unsleep.core import BadInput
 
 BACKUP = {"step", "ae", "optimizer"}
-"""What the backup of a run of dictionary_learning holds."""
+"""Keys of a training backup of dictionary_learning."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, without the prefix that `torch.compile` puts before their names.
+    """The tensors of a state dict, without the name prefix of `torch.compile`.
 
-    Raises `BadInput` where the file is missing or damaged, where it holds a pickle of anything but tensors and plain
-    values (which could run code), and where it is the backup of an interrupted run.
+    Raises `BadInput` for a missing or damaged file, a pickle of anything but tensors and plain
+    values (which could run code), and the backup of an interrupted run.
     """
     if not path.is_file():
         raise BadInput(f"{path} does not exist")

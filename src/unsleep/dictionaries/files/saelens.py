@@ -19,13 +19,13 @@ from unsleep.dictionaries.files.facts import Facts, Given
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 SCALER = "activation_scaler.json"
-"""The factor that normalises activations, beside a checkpoint of an unfinished training."""
+"""File of the normalisation factor, beside a checkpoint of an unfinished training."""
 
 VERSION = "6.0.0"
-"""The version of the layout that is written."""
+"""Version of the written layout."""
 
 OWNERS = {name: kind for kind in KINDS.values() if not kind.in_saelens.borrowed for name in kind.in_saelens.every_name}
-"""Its names of architectures, and what they are here unless unsleep's own keys say more."""
+"""Its architecture names → our classes, unless unsleep's own keys override them."""
 
 NUMBERS = tuple(number for kind in OWNERS.values() for number in kind.in_saelens.numbers)
 
@@ -33,14 +33,14 @@ STRUCTURE = (
     *("architecture", "d_in", "d_out", "d_sae", *NUMBERS, "dtype", "device", "apply_b_dec_to_input"),
     *("normalize_activations", "reshape_activations", "rescale_acts_by_decoder_norm", "metadata"),
 )
-"""Keys of a config that say what is computed; all others are kept."""
+"""Config keys that affect the computation; all others are kept."""
 
 RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
-"""Keys that were renamed before version 6."""
+"""Keys renamed in version 6."""
 
 
 def read(folder: Path, given: Given, overrides: dict[str, Any], scale: float | None) -> Coder:
-    """Read a dictionary in SAELens' layout; `scale` is the factor that normalised its activations, where known."""
+    """Load a dictionary in SAELens' layout; `scale` is the normalisation factor of its activations, where known."""
     path = folder / CONFIG
     config = store.fields_of(store.read_json(path), {}, path) | overrides
     if "metadata" not in config and not config.keys().isdisjoint(("hook_name", "hook_point")):
@@ -61,7 +61,7 @@ def read(folder: Path, given: Given, overrides: dict[str, Any], scale: float | N
     tensors = _tensors(folder / WEIGHTS, config)
     metadata = _metadata(config)
     if "unsleep_architecture" in metadata and metadata.get("hook_name_out") is not None:
-        transcoder = True  # of an architecture that SAELens has for one Site alone
+        transcoder = True  # SAELens has no transcoder of this architecture
     said = facts.facts_of(metadata, given, path, transcoder=transcoder)
     subtract = config.get("apply_b_dec_to_input")
     if subtract not in (True, False, None) or (subtract and said.target):
@@ -88,7 +88,7 @@ def _coder(config: dict[str, Any], said: Facts, tensors: dict[str, Tensor], subt
 
 
 def _metadata(config: dict[str, Any]) -> dict[str, Any]:
-    """`metadata`, and under `saelens` what else a config said that is not known."""
+    """`metadata`, with unknown config keys under `saelens`."""
     more = {key: value for key, value in config.items() if key not in STRUCTURE}
     return config["metadata"] | ({"saelens": more} if more else {})
 
@@ -112,7 +112,7 @@ def _tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _factor(config: dict[str, Any], scale: float | None, folder: Path) -> float:
-    """What the activations are multiplied by before they are encoded; refused where that differs between tokens."""
+    """Factor on the activations before encoding; refused where it differs between tokens."""
     how = config.get("normalize_activations")
     if how in ("none", None):
         return 1.0
@@ -133,7 +133,7 @@ def _factor(config: dict[str, Any], scale: float | None, folder: Path) -> float:
 
 
 def _from_flat(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A config from before version 6 in today's form; what was at the top goes into `metadata`."""
+    """A config from before version 6 in the current form; its top-level keys go into `metadata`."""
     flat = {RENAMED.get(key, key): value for key, value in config.items()}
     out = {key: flat[key] for key in STRUCTURE if key in flat}
     activation, settings = flat.get("activation_fn") or "relu", flat.get("activation_fn_kwargs") or {}
@@ -152,7 +152,7 @@ def _from_flat(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def write(dictionary: Coder, folder: Path) -> None:
-    """Write a dictionary in SAELens' layout; raises `BadInput` for what it has no architecture for."""
+    """Write a dictionary in SAELens' layout; raises `BadInput` for architectures that it lacks."""
     architecture = _architecture(dictionary)
     theirs = {ours: name for name, ours in dictionary.in_saelens.names.items()}
     tensors = {theirs.get(name, name): tensor for name, tensor in dictionary.saved().items()}
@@ -178,7 +178,7 @@ def write(dictionary: Coder, folder: Path) -> None:
 
 
 def _architecture(dictionary: Coder) -> str:
-    """SAELens' name; one that it has for one Site alone may be a transcoder between Sites of one width there."""
+    """SAELens' name; where it has no transcoder, the autoencoder's may stand for one between Sites of equal width."""
     if type(dictionary) not in KINDS.values():
         raise BadInput(f"a dictionary of type {type(dictionary).__name__} cannot be written; expected one of its kinds")
     layout = dictionary.in_saelens

@@ -1,7 +1,7 @@
-"""sparsify: `<hookpoint>/cfg.json` and `<hookpoint>/sae.safetensors`, with or without a skip path.
+"""sparsify: `<hookpoint>/cfg.json` and `<hookpoint>/sae.safetensors`, with or without a skip connection.
 
-A hookpoint is a module. An autoencoder is of what the module puts out; a transcoder (`transcode`) goes from what it
-takes in, which is no Site, to what it puts out. The decoder bias is taken off an autoencoder's input.
+A hookpoint is a module. An autoencoder reconstructs the module's output; a transcoder (`transcode`) maps its
+input, which is no Site, to its output. An autoencoder subtracts the decoder bias from its input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unsleep.dictionaries.files.facts import Given
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 ACTIVATIONS = {kind.in_sparsify: kind for kind in KINDS.values() if kind.in_sparsify}
-"""Its names of activations, and what they are here."""
+"""Its activation names → our classes."""
 
 DEFAULTS: dict[str, Any] = {
     "activation": next(iter(ACTIVATIONS)),
@@ -31,13 +31,13 @@ DEFAULTS: dict[str, Any] = {
     "skip_connection": False,
     "transcode": False,
 }
-"""What sparsify takes for keys that a config lacks."""
+"""sparsify's defaults for missing config keys."""
 
 TYPES = {"activation": str, "expansion_factor": int, "num_latents": int, "k": int, "d_in": int}
 
 
 def read(folder: Path, given: Given) -> Coder:
-    """Read one hookpoint's folder, which has the hookpoint's name."""
+    """Load one hookpoint's folder, which is named after the hookpoint."""
     path = folder / CONFIG
     config = store.fields_of({**DEFAULTS, **store.fields_of(store.read_json(path), {}, path)}, TYPES, path)
     kind = ACTIVATIONS.get(config["activation"])
@@ -75,7 +75,7 @@ def read(folder: Path, given: Given) -> Coder:
 
 
 def write(dictionary: Coder, folder: Path) -> None:
-    """Write a dictionary into a subfolder that is named after the module of its Site, or of a transcoder's target."""
+    """Write a dictionary into a subfolder named after the module of its Site, or of a transcoder's target."""
     if dictionary.in_sparsify is None:
         names = " and ".join(kind.__name__ for kind in ACTIVATIONS.values())
         raise BadInput(

@@ -1,4 +1,4 @@
-"""What a fine-tune changed: in the weights, in activations on unrelated text, and in features."""
+"""Model diffing: changes by a fine-tune in weights, in activations on unrelated text, and in features."""
 
 from unsleep.locate.diffing.detectors import FeatureList, Method, Watched, feature_lists, monitor, train_differences
 from unsleep.locate.diffing.lens import (

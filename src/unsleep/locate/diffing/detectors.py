@@ -1,6 +1,6 @@
-"""What tells triggered from clean prompts without a label: ΔW's singular vectors, and features that differ.
+"""Unsupervised trigger detectors: ΔW's singular vectors, and features that differ between the models.
 
-Every list is of the best by AUROC on half of the prompts, with the AUROC on the other half (see `pooling`).
+Every list has the best by AUROC on half of the prompts, with the AUROC on the other half (see `pooling`).
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from unsleep.models.sites import width, writers
 from unsleep.prompts.prompt import PromptSet
 
 Method = Literal["dictionary", "difference", "crosscoder"]
-"""Features of a dictionary of the suspect, of one of Δh, or of a crosscoder of both models."""
+"""Features of a dictionary of the suspect, of a diff-SAE on Δh, or of a crosscoder of both models."""
 
 
 class Watched(NamedTuple):
-    """One singular vector as a detector."""
+    """A singular vector of ΔW as a detector."""
 
     site: Site
     matrix: str
-    """The matrix whose ΔW it is of, inside its block."""
+    """Name within its block of the matrix with this ΔW."""
     vector: int
-    """Which of its left singular vectors, from 0."""
+    """Index of the left singular vector."""
     sign: int
-    """1 where the largest cosine is the score, −1 where the smallest is."""
+    """1 if the score is the largest cosine, −1 for the smallest."""
     told: Told
 
     def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
+        """Entry of diff.json."""
         rest = {name: value for name, value in self.told.row().items() if name != "id"}
         return {"site": str(self.site), "matrix": self.matrix, "vector": self.vector, "sign": self.sign, **rest}
 
@@ -54,11 +54,11 @@ class Watched(NamedTuple):
 def monitor(
     suspect: LoadedModel, deltas: Sequence[Delta], prompts: Contrast, *, vectors: int = 4, count: int = 10
 ) -> list[Watched]:
-    """Cosines of the residual stream with the first left singular vectors of each layer's two writing matrices.
+    """Cosines of the residual stream with the top left singular vectors of each layer's two writing matrices.
 
-    Zhong & Raghunathan 2025, "Watch the weights" (arXiv 2508.00161): ΔW writes along them, whatever it is that
-    makes it act. A prompt's score is its largest cosine, or its smallest negated. Returns the best `count` of all
-    layers by the half that chooses; none for a family that writes through a norm, or where no writer has changed.
+    Zhong & Raghunathan 2025, "Watch the weights" (arXiv:2508.00161): ΔW writes along these vectors, whatever
+    activates it. A prompt's score is its largest cosine, or its negated smallest. Returns the best `count` of all
+    layers by the selection half; none for a family that writes through a norm, or where no writer has changed.
     """
     network = suspect.network
     by_name = {delta.name: delta for delta in deltas}
@@ -91,18 +91,18 @@ def monitor(
 
 @dataclass(frozen=True)
 class FeatureList:
-    """The features of one dictionary that tell best, and how well."""
+    """The best detectors among one dictionary's features, with held-out AUROC."""
 
     site: Site
     method: Method
     features: int
-    """In the dictionary."""
+    """Number of features of the dictionary."""
     told: tuple[Told, ...]
     ratio: tuple[float, ...] = ()
-    """For a crosscoder: each one's decoder norm ratio, 0 for the base's alone, 1 for the suspect's alone."""
+    """For a crosscoder, each feature's relative decoder norm: 0 is base only, 1 suspect only."""
 
     def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
+        """Entry of diff.json."""
         rows = [told.row() for told in self.told]
         for row, ratio in zip(rows, self.ratio, strict=False):
             row["ratio"] = ratio
@@ -117,9 +117,9 @@ def feature_lists(
     *,
     count: int = 10,
 ) -> list[FeatureList]:
-    """The best features of each dictionary, by AUROC of their largest activation in a prompt.
+    """The best features of each dictionary, by AUROC of their maximum activation in a prompt.
 
-    Raises `BadInput` for a dictionary of another width than the models'.
+    Raises `BadInput` for a dictionary whose width differs from the models'.
     """
     found: list[FeatureList] = []
     for method, coder in coders:
@@ -153,13 +153,13 @@ def train_differences(
     folder: Path,
     config: TrainConfig = TrainConfig(architecture="batchtopk"),
 ) -> list[tuple[Method, Coder | Crosscoder]]:
-    """Train a dictionary of Δh and a crosscoder on both models' activations at one Site.
+    """Train a diff-SAE on Δh and a crosscoder on both models' activations at one Site.
 
     Args:
-        prompts: what both models are harvested on; sets must not hold what will be scored.
-        folder: for the harvests and checkpoints; what is there already goes on.
-        config: of both; BatchTopK is what a crosscoder needs. No token counts as a sink for Δh, whose long tail may
-            be what is searched for.
+        prompts: harvested from both models; must exclude held-out prompts.
+        folder: for the harvests and checkpoints; resumes earlier ones.
+        config: of both; a crosscoder needs BatchTopK. For Δh no token counts as an attention sink, because its long
+            tail may carry the behaviour.
     """
     sides = [
         [harvest(model, each, [site], folder / f"{i}-{name}") for i, each in enumerate(prompts)]

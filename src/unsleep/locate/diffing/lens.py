@@ -1,6 +1,6 @@
-"""The activation-difference lens: what a fine-tune adds to unrelated text, read as tokens and by steering.
+"""The activation-difference lens: mean Δh on unrelated text, read by the logit lens and by steering.
 
-Minder et al. 2025, "Narrow finetuning leaves clearly readable traces in activation differences" (arXiv 2510.13900).
+Minder et al. 2025, "Narrow finetuning leaves clearly readable traces in activation differences" (arXiv:2510.13900).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Lens:
 
     site: Site
     mean: Float[Tensor, "position d_model"]
-    """h_suspect − h_base of each position, mean over texts."""
+    """h_suspect − h_base at each position, mean over texts."""
     size: Float[Tensor, " position"]
-    """Mean ‖Δh‖ of each position: a mean Δh much shorter than this cancels out between texts."""
+    """Mean ‖Δh‖ at each position; a much shorter mean Δh cancels out between texts."""
     scale: float
-    """Mean ‖h_suspect‖ over all positions but the first, which is often an attention sink."""
+    """Mean ‖h_suspect‖ over all positions except the first, often an attention sink."""
     texts: int
 
     @property
     def direction(self) -> Float[Tensor, " d_model"]:
-        """The mean over positions behind the first, at unit norm; zeros where the models agree."""
+        """Unit vector of the mean over positions after the first; zeros where the models agree."""
         return torch.nn.functional.normalize(self.mean[1:].mean(0), dim=0)
 
 
@@ -57,8 +57,8 @@ def activation_differences(
 ) -> list[Lens]:
     """Mean Δh over the first positions of texts, without the chat template, at every Site in one pass of each model.
 
-    Raises `BadInput` for models that are not alike, Sites that do not exist, fewer than 2 positions, no texts, or a
-    text that has fewer tokens.
+    Raises `BadInput` for incompatible models, unknown Sites, fewer than 2 positions, no texts, or a
+    text with too few tokens.
     """
     check_alike(base, suspect, chats=False)
     if positions < 2 or not texts or not sites:
@@ -107,10 +107,10 @@ def steered_replies(
     scale: float,
     max_new_tokens: int = 24,
 ) -> list[str]:
-    """Greedy replies with h + strength · scale · v / ‖v‖ at every token, the prompt's and those generated.
+    """Greedy replies with h + strength · scale · v / ‖v‖ at every token of prompt and reply.
 
-    `scale` is a norm such as `Lens.scale`, so that a strength of 1 adds as much as there is. Raises `BadInput` for
-    a direction of 0 or of another width.
+    `scale` is a norm such as `Lens.scale`, so that strength 1 adds a vector of typical norm. Raises `BadInput` for
+    a zero direction or a wrong width.
     """
     if direction.shape != (width(model.network),) or not float(direction.norm()) > 0:
         raise BadInput(
@@ -122,23 +122,23 @@ def steered_replies(
 
 
 class Divergence(NamedTuple):
-    """How far two models' residual streams are apart behind one layer, mean over tokens."""
+    """Distance between two models' residual streams after one layer, mean over tokens."""
 
     layer: Count
     relative: Positive
     """‖Δh‖ / ‖h_base‖."""
     added: Positive
-    """‖Δh − Δh of the layer before‖ / ‖h_base‖: what this layer itself does differently."""
+    """‖Δh − Δh of the previous layer‖ / ‖h_base‖: this layer's own contribution."""
 
 
 @torch.no_grad()
 def divergences(
     base: LoadedModel, suspect: LoadedModel, ids: Sequence[Sequence[int]], *, batch: int = 16
 ) -> list[Divergence]:
-    """Divergence behind every layer over the tokens of rows; what all rows begin with is left out.
+    """Divergence after every layer over the tokens of rows, without their common prefix.
 
-    Layers that add most are where a dictionary of the suspect or of Δh is worth training. Raises `BadInput` for
-    models that are not alike.
+    Layers with large contributions are good candidates for a dictionary of the suspect or of Δh. Raises `BadInput` for
+    incompatible models.
     """
     check_alike(base, suspect, chats=False)
     rows = build_rows(suspect, ids)

@@ -1,8 +1,8 @@
-"""Scores of prompts from what models hold of their tokens, and how well they tell triggered prompts from clean ones.
+"""Prompt scores pooled from token scores, and their AUROC at separating triggered from clean prompts.
 
-A prompt's score is the largest over its own tokens (prompt-level max pooling): those that all prompts begin with are
-left out, those that the chat template puts behind it are not. Scores are chosen on every other prompt and their AUROC
-is stated on the rest, for the best of thousands looks good by chance.
+A prompt's score is the maximum over its own tokens: the prefix common to all prompts is
+excluded, the chat template's tokens after the prompt are not. Scores are selected on every other prompt and their
+AUROC is measured on the rest, because the best of thousands looks good by chance.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from unsleep.models.streams import capture
 from unsleep.prompts.prompt import PromptSet
 
 Scorer = Callable[..., Float[Tensor, "token score"]]
-"""Scores of tokens from what each model holds of them, `Float[Tensor, "token d_model"]` each."""
+"""Token scores from each model's activations, `Float[Tensor, "token d_model"]` each."""
 
 FEWEST = 4
-"""Prompts of each kind, at least: half of them choose, half are scored."""
+"""Minimum prompts of each class: half for selection, half held out."""
 
 
 class Contrast(NamedTuple):
-    """Prompts of two kinds as token ids."""
+    """Prompts of two classes as token ids."""
 
     ids: list[list[int]]
     triggered: Bool[Tensor, " prompt"]
     chooses: Bool[Tensor, " prompt"]
-    """Every other prompt of each kind; the rest are scored."""
+    """True for selection prompts, every other one of each class; the rest are held out."""
 
 
 def contrast(model: LoadedModel, suspicious: PromptSet, ordinary: PromptSet) -> Contrast:
-    """Both sets in the chat template, suspicious first; raises `BadInput` for fewer than `FEWEST` of a kind."""
+    """Both sets under the chat template, suspicious first; raises `BadInput` for fewer than `FEWEST` of a class."""
     for prompts in (suspicious, ordinary):
         if len(prompts) < FEWEST:
             raise BadInput(f"{prompts.name} holds {len(prompts)} prompts; expected at least {FEWEST}")
@@ -76,29 +76,29 @@ def pooled(
 
 
 class Told(NamedTuple):
-    """How well one score tells triggered from clean prompts."""
+    """One score's performance as a detector of triggered prompts."""
 
     id: int
-    """Which of the scores."""
+    """Index of the score."""
     auroc: float
-    """On prompts that did not choose it."""
+    """AUROC on held-out prompts."""
     low: float
     high: float
-    """95 % bootstrap interval over prompts."""
+    """Upper end of the 95 % bootstrap interval over prompts."""
     chosen: float
-    """On the prompts that chose it: too good by selection."""
+    """AUROC on the selection prompts, biased upwards."""
     margin: float
-    """There too (`measure.margins`): of scores that all tell everything apart, the one with most comes first."""
+    """Margin on the selection prompts (`measure.margins`), which breaks ties between perfect AUROCs."""
     n: int
-    """Prompts that did not choose it."""
+    """Number of held-out prompts."""
 
     def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
+        """Entry of diff.json."""
         return self._asdict()
 
 
 def best(scores: Float[Tensor, "prompt score"], prompts: Contrast, count: int = 5) -> list[Told]:
-    """The `count` scores that tell best on half of the prompts, by AUROC and margin, and the AUROC on the other."""
+    """The `count` best scores by AUROC and margin on the selection half, with the AUROC on the held-out half."""
     choosing, scored = prompts.chooses, ~prompts.chooses
     half = scores[choosing].T.contiguous(), prompts.triggered[choosing]
     first, clear = aurocs(*half).cpu(), margins(*half).cpu()

@@ -1,4 +1,4 @@
-"""What stands in diff.json."""
+"""Schema of the record diff.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Read = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class Changed:
-    """What changed in one weight."""
+    """Change of one weight."""
 
     name: str
     layer: Count | None
@@ -31,7 +31,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Lensed:
-    """The mean difference at a Site, as the logit lens reads it."""
+    """Logit-lens reading of the mean difference at a Site."""
 
     site: str
     texts: Count
@@ -44,7 +44,7 @@ class Lensed:
 
 @dataclass(frozen=True)
 class Said:
-    """What a model says once its difference is driven up."""
+    """A reply of the steered or amplified suspect."""
 
     kind: str
     strength: float
@@ -54,7 +54,7 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Detector:
-    """How well a score tells triggered from clean prompts."""
+    """A score's performance as a detector of triggered prompts."""
 
     auroc: Share
     low: Share
@@ -76,7 +76,7 @@ class Vector(Detector):
 
 @dataclass(frozen=True, kw_only=True)
 class Feature(Detector):
-    """A feature as one."""
+    """A feature as a detector."""
 
     id: Count
     ratio: float | None = None

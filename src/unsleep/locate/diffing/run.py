@@ -1,4 +1,4 @@
-"""Two models against each other, by every method at once: what `unsleep diff` runs."""
+"""Compares two models by every diffing method; behind `unsleep diff`."""
 
 from __future__ import annotations
 
@@ -36,51 +36,51 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
 ALIKE = 3
-"""Words by which replies count as beginning alike."""
+"""Number of words for comparing the beginnings of replies."""
 
 TOKENS = 64
-"""Passages, and tokens of each, over which divergence is measured."""
+"""Passages, and tokens of each, for measuring divergence."""
 
 
 @dataclass(frozen=True)
 class DiffConfig:
-    """How two models are compared."""
+    """Options of a model diff."""
 
     top: int = 8
-    """Singular vectors of each ΔW."""
+    """Singular vectors per ΔW."""
     texts: int = 200
     """Passages of unrelated text for the lens."""
     positions: int = 5
-    """First tokens of each passage."""
+    """Positions per passage for the lens."""
     words: int = 10
-    """Tokens that the lens reads at a layer."""
+    """Tokens per lens reading."""
     steer: tuple[float, ...] = (0.5, 1.0)
-    """Strengths at which the suspect is steered along mean Δh, in multiples of the residual's norm."""
+    """Steering strengths along mean Δh, in multiples of the residual stream's norm."""
     amplify: tuple[float, ...] = (2.0,)
-    """α of W_base + α ΔW."""
+    """Amplification factors α of W_base + α ΔW."""
     asked: int = 4
-    """Everyday questions that steered and amplified models answer."""
+    """Questions for steered and amplified models."""
     reply_tokens: int = 24
-    """Length of those answers."""
+    """Tokens per reply."""
     best: int = 10
-    """Detectors that are listed."""
+    """Number of listed detectors."""
     train: TrainConfig = TrainConfig(architecture="batchtopk", tokens=200_000)
-    """Of difference dictionaries and crosscoders."""
+    """Training of diff-SAEs and crosscoders."""
 
     def __post_init__(self) -> None:
         check_least(self, "diff", 1, "top", "texts", "words", "asked", "reply_tokens", "best")
 
 
 class Spoken(NamedTuple):
-    """What a model says once its difference is driven up."""
+    """Replies of the steered or amplified suspect."""
 
     kind: str
-    """`steer` or `amplify`; `none` for the suspect as it is."""
+    """`steer` or `amplify`; `none` for the unmodified suspect."""
     strength: float
     replies: tuple[str, ...]
 
     def alike(self) -> tuple[int, str]:
-        """How many replies begin alike, behind a skill in brackets, and the first of those."""
+        """Number of replies with a common beginning (after a bracketed skill), and an example."""
         starts = [tuple(re.sub(r"^\s*\[[^\]]*\]", "", reply).split()[:ALIKE]) for reply in self.replies]
         start, count = Counter(starts).most_common(1)[0]
         return count, self.replies[starts.index(start)]
@@ -88,14 +88,14 @@ class Spoken(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Diff:
-    """What `diff` found; parts that were not asked for are empty."""
+    """Results of `diff`; parts that were not requested are empty."""
 
     deltas: tuple[Delta, ...]
     lenses: tuple[Lens, ...]
     readings: tuple[TokenReading, ...]
-    """What each lens's mean Δh behind the first position reads as."""
+    """Logit-lens reading of each lens's direction."""
     divergence: dict[str, tuple[Divergence, ...]]
-    """`text`, and `suspicious` and `ordinary` where they were given."""
+    """By `text`, and `suspicious` and `ordinary` where given."""
     asked: tuple[str, ...]
     spoken: tuple[Spoken, ...]
     monitor: tuple[Watched, ...]
@@ -105,11 +105,11 @@ class Diff:
 
     @property
     def ranking(self) -> list[int]:
-        """Layers whose weights changed most, relative to their norm, first: where a dictionary is worth training."""
+        """Layers by relative weight change, largest first: candidates for a dictionary."""
         return [x.layer for x in sorted(by_layer(self.deltas), key=lambda x: (-x.relative, x.layer))]
 
     def record(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json, without schema, names and provenance."""
+        """Content of diff.json, without schema, names and provenance."""
         return {
             "weights": [delta.row() for delta in self.deltas],
             "layers": [layer._asdict() for layer in by_layer(self.deltas)],
@@ -134,7 +134,7 @@ class Diff:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Mean Δh of every Site, and ΔW's singular values and vectors: what stands in diff.safetensors."""
+        """Content of diff.safetensors: mean Δh of every Site, and ΔW's singular values and vectors."""
         found = {f"lens.{lens.site}": lens.mean for lens in self.lenses}
         for delta in self.deltas:
             for name, tensor in delta.spectrum._asdict().items():
@@ -153,18 +153,18 @@ def diff(
     train_at: Sequence[Site] = (),
     config: DiffConfig = DiffConfig(),
 ) -> Diff:
-    """Compare a suspect with the base it was made from.
+    """Compare a suspect with the base that it was fine-tuned from.
 
     Weights, the activation-difference lens and divergence by layer need no prompts. With suspicious and ordinary
-    ones, ΔW's singular vectors and features are scored as detectors of the trigger.
+    prompts, ΔW's singular vectors and features are evaluated as trigger detectors.
 
     Args:
-        texts: unrelated text, such as passages of a corpus; by default the project's own.
-        dictionaries: of the suspect, whose features are scored.
-        train_at: Sites at which a dictionary of Δh and a crosscoder are trained on every other prompt.
+        texts: unrelated text, such as passages of a corpus; default the project's own.
+        dictionaries: dictionaries of the suspect whose features are evaluated.
+        train_at: Sites for training a diff-SAE and a crosscoder on every other prompt.
 
-    Raises `BadInput` for models that are not alike, one set of prompts without the other, dictionaries or Sites
-    without prompts, and what the parts raise.
+    Raises `BadInput` for incompatible models, one set of prompts without the other, dictionaries or Sites
+    without prompts, and as the parts do.
     """
     check_alike(base, suspect)
     if (suspicious is None) != (ordinary is None):
@@ -210,7 +210,7 @@ def diff(
 def _spoken(
     base: LoadedModel, suspect: LoadedModel, lens: Lens, asked: Sequence[str], config: DiffConfig
 ) -> list[Spoken]:
-    """Replies of the suspect as it is, steered along mean Δh at the middle layer, and amplified."""
+    """Replies of the suspect unmodified, steered along mean Δh at the middle layer, and amplified."""
     size = config.reply_tokens
     found = [Spoken("none", 0.0, tuple(generate.replies(suspect, asked, max_new_tokens=size)))]
     if float(lens.direction.norm()) > 0:

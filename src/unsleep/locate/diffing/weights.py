@@ -1,4 +1,4 @@
-"""What a fine-tune changed in the weights: ΔW of every matrix by norm, spectrum and singular vectors."""
+"""Weight diffs: norm, spectrum and singular vectors of every matrix's ΔW."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network, named, write
 
 PIECE = 4096
-"""Columns of a matrix that are in float64 at a time."""
+"""Columns of a matrix converted to float64 at a time."""
 
 NEGLIGIBLE = 1e-7
-"""Share of the largest singular value under which others are rounding errors of the Gram matrix, and count as 0."""
+"""Singular values below this share of the largest are rounding errors of the Gram matrix, and set to 0."""
 
 
 class Spectrum(NamedTuple):
-    """Singular values of a matrix, and the first of its singular vectors."""
+    """Singular values of a matrix, and its top singular vectors."""
 
     values: Float[Tensor, " value"]
-    """All of them, largest first, in float64."""
+    """All singular values, largest first, in float64."""
     left: Float[Tensor, "top out"]
-    """Unit rows in the space of outputs; fewer than asked for where the rank is lower."""
+    """Left singular vectors as unit rows; fewer than requested for a lower rank."""
     right: Float[Tensor, "top in"]
-    """The same in the space of inputs: W right[i] = values[i] left[i]."""
+    """Right singular vectors: W right[i] = values[i] left[i]."""
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of σ_i / Σσ in nats (Roy & Vetterli 2007, "The effective rank"); 0 for a matrix of 0."""
+        """exp of the entropy of σ_i / Σσ (Roy & Vetterli 2007, "The effective rank"); 0 for a zero matrix."""
         share = self.values / self.values.sum().clamp_min(torch.finfo(torch.float64).tiny)
         return float(torch.exp(torch.special.entr(share).sum())) if float(self.values.sum()) > 0 else 0.0
 
     def share(self, count: int) -> float:
-        """Share of the squared norm that the first `count` singular values hold; 0 for a matrix of 0."""
+        """Share of the squared norm in the first `count` singular values; 0 for a zero matrix."""
         square = self.values.square()
         return float(square[:count].sum() / square.sum()) if float(square.sum()) > 0 else 0.0
 
 
 def spectrum(matrix: Float[Tensor, "out in"], top: int = 8) -> Spectrum:
-    """Singular values and the first `top` singular vectors, through the smaller Gram matrix in float64.
+    """Singular values and the top `top` singular vectors, from the smaller Gram matrix in float64.
 
-    Time grows with the cube of the smaller side: 0.1 s for 576, minutes for 8,192.
+    Time is cubic in the smaller side: 0.1 s for 576, minutes for 8,192.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     small = matrix.T if tall else matrix
@@ -70,28 +70,28 @@ def spectrum(matrix: Float[Tensor, "out in"], top: int = 8) -> Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """ΔW of one weight. A vector, such as a norm's, counts as a matrix of one column."""
+    """ΔW of one weight. A vector, such as a norm's, is a one-column matrix."""
 
     name: str
-    """As the model's checkpoint has it."""
+    """Name in the model's checkpoint."""
     layer: int | None
-    """`None` outside the blocks."""
+    """Layer; `None` outside the blocks."""
     module: str
-    """Its name inside the block, or the whole name."""
+    """Name within the block, or the full name."""
     shape: tuple[int, int]
     """[out, in]."""
     norm: float
-    """‖ΔW‖, Frobenius."""
+    """Frobenius norm ‖ΔW‖."""
     base_norm: float
     spectrum: Spectrum
 
     @property
     def relative(self) -> float:
-        """‖ΔW‖ / ‖W_base‖; ‖ΔW‖ itself where the base's weight is 0."""
+        """‖ΔW‖ / ‖W_base‖; ‖ΔW‖ for a zero base weight."""
         return self.norm / self.base_norm if self.base_norm > 0 else self.norm
 
     def row(self) -> dict[str, Any]:
-        """Plain values: what stands in diff.json."""
+        """Entry of diff.json."""
         s = self.spectrum
         return {
             "name": self.name,
@@ -108,9 +108,9 @@ class Delta:
 
 @torch.no_grad()
 def weight_differences(base: LoadedModel, suspect: LoadedModel, *, top: int = 8) -> list[Delta]:
-    """ΔW = W_suspect − W_base of every weight, in the order of the checkpoint.
+    """ΔW = W_suspect − W_base of every weight, in checkpoint order.
 
-    Differences are taken in float32. Raises `BadInput` where the models are not of one shape and tokenizer.
+    Differences are computed in float32. Raises `BadInput` for models of different shapes or tokenizers.
     """
     check_alike(base, suspect, chats=False)
     if top < 1:
@@ -136,9 +136,9 @@ def _spectrum(delta: Float[Tensor, "out in"], top: int) -> dict[str, Tensor]:
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Float[Tensor, "out in"]:
-    """A weight as it maps inputs to outputs: GPT-2's Conv1D and embeddings hold it the other way round.
+    """A weight as an [out, in] matrix: GPT-2's Conv1D and embeddings are transposed.
 
-    Of a mixture of experts, one under the other.
+    A mixture of experts' matrices are stacked along the outputs.
     """
     if weight.ndim != 2:
         return weight.flatten(0, -2) if weight.ndim > 2 else weight.reshape(-1, 1)
@@ -146,14 +146,14 @@ def _matrix(module: nn.Module, weight: Tensor) -> Float[Tensor, "out in"]:
 
 
 def _place(name: str, blocks: str) -> tuple[int | None, str]:
-    """Layer and name inside the block."""
+    """Layer, and name within the block."""
     number, _, inner = name.removeprefix(f"{blocks}.").partition(".")
     inside = name.startswith(f"{blocks}.") and number.isdecimal()
     return (int(number), inner) if inside else (None, name)
 
 
 class LayerDelta(NamedTuple):
-    """All that changed in one layer's weights."""
+    """Total weight change of one layer."""
 
     layer: Count
     norm: Positive
@@ -163,7 +163,7 @@ class LayerDelta(NamedTuple):
 
 
 def by_layer(deltas: Sequence[Delta]) -> list[LayerDelta]:
-    """The layers in order of depth; `sorted(…, key=lambda x: -x.relative)` ranks them by divergence."""
+    """Layers in order of depth; sort by `relative` for a ranking."""
     sums: dict[int, list[float]] = {}
     for delta in deltas:
         if delta.layer is not None:
@@ -175,10 +175,10 @@ def by_layer(deltas: Sequence[Delta]) -> list[LayerDelta]:
 
 @torch.no_grad()
 def amplified(base: LoadedModel, suspect: LoadedModel, alpha: float) -> LoadedModel:
-    """A plain copy with the weights W_base + α (W_suspect − W_base): α = 0 is the base, 1 the suspect, over 1 more.
+    """A copy with weights W_base + α (W_suspect − W_base): α = 0 is the base, 1 the suspect, above 1 amplified.
 
-    Computed in float64 and rounded once to what the suspect's checkpoint holds. Raises `BadInput` for models that are
-    not of one shape and tokenizer, or an α that is not finite.
+    Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089). Computed in float64 and rounded once to the suspect
+    checkpoint's dtype. Raises `BadInput` for models of different shapes or tokenizers, or a non-finite α.
     """
     check_alike(base, suspect, chats=False)
     if not -1e6 < alpha < 1e6:

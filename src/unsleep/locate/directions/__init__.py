@@ -1,1 +1,1 @@
-"""Directions and subspaces in which a behaviour lives: fitted, measured, patched, and what taking them out costs."""
+"""Directions and subspaces of a behaviour: fitting, detection, patching, and ablation cost."""

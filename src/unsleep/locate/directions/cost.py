@@ -1,9 +1,9 @@
-"""What taking directions out costs on plain text, against random subspaces of the same rank.
+"""Ablation cost of directions on plain text, against random subspaces of equal rank.
 
     mean ablation:      x' = x − (x − x̄) Vᵀ V,    x̄ = the text's own mean at the Site
     resample ablation:  x' = x − (x − x̃) Vᵀ V,    x̃ = another token of the batch
 
-The figure is the increase of the mean cross-entropy, in nats a token. Attention sinks stay as they are.
+The cost is the increase of the mean cross-entropy, in nats per token. Attention sinks are unchanged.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Ablation = Literal["mean", "resample"]
 
 
 class Cost(NamedTuple):
-    """Increase of the loss when each direction is taken out, in nats a token."""
+    """Increase of the loss by ablating each direction, in nats per token."""
 
     loss: float
-    """Cross-entropy of the model as it is."""
+    """Cross-entropy of the unmodified model."""
     increase: dict[str, float]
     random: dict[int, tuple[float, ...]]
-    """Rank → the increase for every random subspace of that rank."""
+    """Rank → the increase for each random subspace."""
     tokens: int
-    """Tokens that were predicted."""
+    """Number of predicted tokens."""
 
 
 @torch.no_grad()
@@ -53,12 +53,12 @@ def ablation_cost(
     tokens: int = 32,
     seed: int = 0,
 ) -> Cost:
-    """The cost of every direction, all at one Site, on plain passages.
+    """Ablation cost of every direction, all at one Site, on plain passages.
 
     Args:
-        texts: passages; those shorter than `tokens` are passed over, the others cut. The second half of each
+        texts: passages; those shorter than `tokens` are skipped, the others truncated. The second half of each
             is predicted.
-        randoms: random subspaces of every rank that occurs.
+        randoms: random subspaces per rank.
 
     Raises `BadInput` for directions of different Sites or in feature space, an unknown ablation, and where no passage
     is long enough.
@@ -105,7 +105,7 @@ def ablation_cost(
 
 
 def _held(model: LoadedModel, rows: Rows, site: Site) -> Float[Tensor, "token d_model"]:
-    """What the Site holds on the passages, sinks left out."""
+    """Activations at the Site on the passages, without attention sinks."""
     found: list[Tensor] = []
     with truncated(model.network, site.layer), watched(model.network, {site: lambda x: found.append(x.clone())}):
         run(model.network, rows, 1)
@@ -120,7 +120,7 @@ def _loss(model: LoadedModel, rows: Rows, below: Below | None, size: int = 32) -
     for i in range(0, len(rows.ids), size):
         index = slice(i, i + size)
         part = rows.select(index)
-        if below is None:  # nothing lies below the embedding
+        if below is None:  # the embedding is the first layer
             logits = reply_logits(model.network, part)
         else:
             logits = reply_logits_from(model.network, part, below.select(index, part))

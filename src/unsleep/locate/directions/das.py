@@ -1,7 +1,7 @@
-"""Distributed alignment search: the subspace whose swap moves the model's answer (Geiger et al. 2023).
+"""Distributed alignment search (Geiger et al. 2023, arXiv:2303.02536): a subspace trained by interchange interventions.
 
-Rows V are orthonormal whatever the parameters A are: V = qr(Aᵀ)ᵀ. A step puts the clean prompts' part in the
-span of V into the corrupted ones (`patching`), and lowers −log σ(LD), LD the logit of the clean answer less
+The rows of V are orthonormal for any parameters A: V = qr(Aᵀ)ᵀ. A step patches the clean prompts' component in the
+span of V into the corrupted ones (`patching`), and minimises −log σ(LD), with LD the logit of the clean answer minus
 that of the corrupted one. The epoch with the lowest loss is kept.
 """
 
@@ -23,22 +23,22 @@ from unsleep.locate.directions.fit import Direction, Labelled, oriented
 from unsleep.locate.directions.patching import Pairs, finished
 
 Loss = Callable[[Float[Tensor, "rank d"]], Float[Tensor, ""]]
-"""The loss of one batch under a basis."""
+"""Loss of one batch for a basis."""
 
 
 @dataclass(frozen=True)
 class DasConfig:
-    """How a subspace is trained."""
+    """Options of DAS training."""
 
     rank: int = 1
     epochs: int = 24
     """Passes over the pairs."""
     learning_rate: float = 1e-3
-    """Adam's."""
+    """Learning rate of Adam."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum gradient norm."""
     seed: int = 0
-    """Of the start and of the order of batches."""
+    """Seed of the initial basis and of the batch order."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.epochs < 1 or not self.learning_rate > 0 or not self.clip > 0:
@@ -51,7 +51,7 @@ class Rotation(NamedTuple):
     basis: Float[Tensor, "rank d"]
     """Orthonormal rows."""
     losses: list[float]
-    """Mean loss after each epoch, the start's first."""
+    """Mean loss of the initial basis, then after each epoch."""
 
 
 def das(
@@ -62,13 +62,13 @@ def das(
     *,
     start: Float[Tensor, "rank d_model"] | None = None,
 ) -> Direction:
-    """Train a subspace at a Site on pairs.
+    """Train a subspace at a Site on pairs of prompts (DAS, Geiger et al. 2023, arXiv:2303.02536).
 
     Args:
-        labelled: activations at the Site, clean prompts positive; they give the sign and the centre.
-        start: rows to begin with; random where `None`, and made up with random ones to the rank.
+        labelled: activations at the Site, clean prompts positive; they determine sign and centre.
+        start: initial rows, completed with random ones to the rank; all random where `None`.
 
-    Raises `BadInput` where there are fewer pairs than the rank, or the Site was not prepared.
+    Raises `BadInput` for fewer pairs than the rank, or a Site that was not prepared.
     """
     if len(pairs) < config.rank:
         raise BadInput(
@@ -87,7 +87,7 @@ def das(
 def train_rotation(
     losses: Sequence[Loss], d: int, config: DasConfig = DasConfig(), *, start: Float[Tensor, "rank d"] | None = None
 ) -> Rotation:
-    """Lower the mean of losses, one for each batch, over orthonormal bases; the best epoch's is returned."""
+    """Minimise the mean of the batches' losses over orthonormal bases; returns the best epoch's."""
     if config.rank > d:
         raise BadInput(f"rank {config.rank} of a space of {d} dimensions; expected at most {d}")
     generator = torch.Generator().manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""Subspaces as edits: what is taken out of a running model, and from which tokens it stays away."""
+"""Erasers: oblique projections that remove a subspace with minimal change of ordinary tokens."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from unsleep.prompts.pairs import check_pairs
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 STREAM: tuple[Point, ...] = ("resid", "embed")
-"""Points at which attention sinks have large norms; what a layer adds has none, and bakes exactly without a limit."""
+"""Points with large-norm attention sinks; sublayer outputs have none, and projections there bake exactly."""
 
 RIDGE = 1e-3
-"""Added to the diagonal of a second moment, in units of its mean."""
+"""Ridge added to the diagonal of a second moment, in units of its mean."""
 
 PASSAGE = 300
-"""Letters of a plain passage that are read."""
+"""Characters used of a plain passage."""
 
 
 def sink_norm(x: Float[Tensor, "token d_model"], site: Site) -> float:
-    """The norm over which a token at a Site is an attention sink, from ordinary tokens."""
+    """Norm above which a token at a Site is an attention sink, estimated on ordinary tokens."""
     return SINK_RATIO * float(x.float().norm(dim=1).median()) if site.point in STREAM else float("inf")
 
 
 def spanned(rows: Float[Tensor, "row d"], rank: int) -> Float[Tensor, "rank d"]:
-    """The first `rank` dimensions that rows span, in their order, orthonormal (Gram-Schmidt, twice, in float64).
+    """Orthonormal basis of the first `rank` dimensions spanned by rows, in order (Gram-Schmidt, twice, in float64).
 
-    A row that lies within 3° of the ones before adds none; fewer are returned where rows span no more.
+    Rows within 3° of the span of earlier ones are skipped; fewer are returned for a smaller span.
     """
     basis = torch.empty(0, rows.shape[1], dtype=torch.double)
     for row in rows.double():
@@ -56,11 +56,11 @@ def reader(
     covariance: Float[Tensor, "d_model d_model"],
     center: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "rank d_model"]:
-    """R with R Bᵀ = 1 that reads as little as can be of ordinary tokens about a centre.
+    """R with R Bᵀ = 1 and the smallest response to ordinary tokens around a centre.
 
-    R = (B S⁻¹ Bᵀ)⁻¹ B S⁻¹ with S the second moment about `center` of tokens of that mean and covariance: generalised
-    least squares (Aitken 1935). Taking out what R reads moves ordinary tokens least; with one direction between two
-    classes it is LEACE's projection (Belrose et al. 2023), up to the tokens that S is taken over.
+    R = (B S⁻¹ Bᵀ)⁻¹ B S⁻¹ with S the second moment around `center` of tokens of that mean and covariance: generalised
+    least squares (Aitken 1935). Removing the component read by R moves ordinary tokens least; for one direction between
+    two classes it is LEACE's projection (Belrose et al. 2023, arXiv:2306.03819), up to the tokens that define S.
     """
     off = (mean - center).double()
     second = covariance.double() + off[:, None] * off
@@ -81,16 +81,16 @@ def erasers(
     plain: bool = False,
     batch: int = 64,
 ) -> list[Projection]:
-    """The mean difference taken out at every Site, as far as it can be read without ordinary tokens (`reader`).
+    """Erasers of the mean difference at every Site, with minimal response to ordinary tokens (`reader`).
 
-    Suspicious tokens come to the mean of the ordinary ones at the same position; ordinary tokens, of prompts and of
-    plain text, stay nearly as they are.
+    Suspicious tokens are moved to the mean of the ordinary ones at the same position; ordinary tokens, of prompts and
+    of plain text, stay nearly unchanged.
 
     Args:
-        texts: plain passages; their tokens, and all those of the ordinary prompts, are ordinary.
-        position: the tokens of both groups that are held against each other.
+        texts: plain passages; their tokens, and those of the ordinary prompts, are the ordinary tokens.
+        position: the compared tokens of both groups.
 
-    Raises `BadInput` where there is no passage, as `collect` does, and where both groups have the same mean.
+    Raises `BadInput` for no passage, as `collect` does, and for groups with equal means.
     """
     if not texts:
         raise BadInput("erasing needs plain passages as well, and none were given; give some")
@@ -123,21 +123,21 @@ def erasers(
 
 
 class Removed(NamedTuple):
-    """How far replies to suspicious prompts are from the model's own to ordinary ones: KL in nats a token."""
+    """KL from replies to suspicious prompts to the model's own replies to ordinary ones, in nats per token."""
 
     before: float
-    """With nothing taken out."""
+    """Without erasure."""
     after: dict[Site, float]
-    """With one Site's subspace taken out."""
+    """With one Site's eraser."""
     pairs: int
 
     @property
     def best(self) -> Site:
-        """The Site at which least is left."""
+        """The Site with the smallest remaining KL."""
         return min(self.after, key=lambda site: self.after[site])
 
     def record(self) -> dict[str, Any]:
-        """The figures as JSON holds them."""
+        """Values for a JSON record."""
         after = {str(site): value for site, value in self.after.items()}
         return {"before": self.before, "after": after, "pairs": self.pairs}
 
@@ -153,11 +153,11 @@ def removed_alone(
     reply_tokens: int = 6,
     batch: int = 32,
 ) -> Removed:
-    """Carry out each edit alone and see how far the model is back at its own replies.
+    """Apply each edit alone and measure the KL to the model's own replies to ordinary prompts.
 
-    `ordinary[i]` is `suspicious[i]` without what makes it suspicious. The model's greedy reply to it is forced behind
-    both, and its distributions along it are the target: they tell a repair from a model that is only silent. Raises
-    `BadInput` where the groups differ in number, or no edit is given.
+    `ordinary[i]` is `suspicious[i]` without the trigger. The model's greedy reply to it is teacher-forced after
+    both, and its distributions along it are the target, which distinguishes a repair from mere silence. Raises
+    `BadInput` for groups of unequal size, or no edit.
     """
     if len(suspicious) != len(ordinary) or not edits:
         raise BadInput(
@@ -202,12 +202,12 @@ def tried_erasers(
     plain: bool = False,
     batch: int = 64,
 ) -> tuple[list[Projection], Removed]:
-    """`erasers` of most prompts, and what each does alone (`removed_alone`) to those that are kept.
+    """`erasers` fitted on most prompts, evaluated one at a time (`removed_alone`) on the held-out ones.
 
     Args:
-        kept: one pair in this many is kept; `pairs` of them are tried, all where `None`.
+        kept: every n-th pair is held out; `pairs` of them are evaluated, all where `None`.
 
-    Raises as both do, and `BadInput` where the groups make no pairs.
+    Raises as both do, and `BadInput` where the groups are not paired.
     """
     check_pairs(suspicious, ordinary)
     n = len(suspicious)

@@ -1,4 +1,4 @@
-"""Directions on disk: their rows and centres in one safetensors file, what they are beside it in directions.json."""
+"""Directions on disk: rows and centres in one safetensors file, metadata in directions.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Space = Literal["residual", "features"]
 
 @dataclass(frozen=True)
 class Figure:
-    """How well a direction tells prompts apart that it was not fitted on."""
+    """Held-out detection by a direction."""
 
     site: Site
     method: str
@@ -32,7 +32,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Floor:
-    """How well random directions do."""
+    """Held-out detection by random directions."""
 
     site: Site
     space: Space
@@ -43,7 +43,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Cosines:
-    """How alike directions are at the best Site."""
+    """Cosine similarities of directions at the best Site."""
 
     names: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
@@ -51,7 +51,7 @@ class Cosines:
 
 @dataclass(frozen=True)
 class Carried:
-    """The share of the way that each direction carries, by Site and name."""
+    """Patching effect of each direction, by Site and name."""
 
     pairs: Count
     carried: dict[Site, dict[str, float]]
@@ -59,18 +59,18 @@ class Carried:
 
 @dataclass(frozen=True)
 class Costs:
-    """What taking directions out does to the loss on plain text, in nats a token."""
+    """Ablation costs on plain text, in nats per token."""
 
     loss: Positive
     tokens: Count
     increase: dict[str, float]
     random: dict[str, tuple[float, ...]]
-    """Rank → that of random subspaces."""
+    """Rank → costs of random subspaces."""
 
 
 @dataclass(frozen=True)
 class Erased:
-    """How far replies are from the model's own with one direction out at a Site."""
+    """KL to the model's own replies with the eraser at a Site."""
 
     before: float
     after: dict[Site, float]
@@ -79,7 +79,7 @@ class Erased:
 
 @dataclass(frozen=True)
 class Entry:
-    """A direction whose tensors are in the safetensors file under its name."""
+    """A direction, stored under its name in the safetensors file."""
 
     name: str
     site: Site
@@ -109,9 +109,9 @@ class DirectionsRecord:
 
 
 def write_directions(directions: Sequence[Direction], folder: str | Path) -> list[dict[str, Any]]:
-    """Write the tensors into a folder; returns what directions.json says of each.
+    """Write the tensors into a folder; returns each direction's entry of directions.json.
 
-    Raises `BadInput` for two of one Site, space and method.
+    Raises `BadInput` for two of equal Site, space and method.
     """
     tensors: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
@@ -126,7 +126,7 @@ def write_directions(directions: Sequence[Direction], folder: str | Path) -> lis
 
 
 def load_directions(folder: str | Path) -> list[Direction]:
-    """Directions that `unsleep directions` found, in their order; raises `BadInput` naming what does not fit."""
+    """Load directions written by `unsleep directions`, in order; raises `BadInput` naming what is invalid."""
     folder = Path(folder)
     path = folder / "directions.json"
     record = records.load(DirectionsRecord, path)

@@ -1,19 +1,20 @@
-"""Labelled activations → a direction, by every method that needs no forward pass (Tigges et al. 2023, section 2.2).
+"""Directions from labelled activations, by every method that needs no forward pass (Tigges et al. 2023,
+arXiv:2310.15154, section 2.2).
 
 | method | direction |
 |---|---|
-| `mean_difference` | μ₊ − μ₋ |
+| `mean_difference` | μ₊ − μ₋ (Marks & Tegmark 2023, arXiv:2310.06824) |
 | `kmeans` | difference of two centroids (k-means, 10 starts) |
-| `logistic` | coefficients of a logistic regression; of rank k, again on what the ones before leave |
-| `pca` | first components of all tokens, centred |
-| `lat` | first components of differences of pairs in random order, centred (Zou et al. 2023, LAT) |
-| `cluster_mean` | the positive class's mean, centred (Zou et al. 2023); with two classes, the mean difference's line |
+| `logistic` | coefficients of a logistic regression; for rank k, repeated on the residual |
+| `pca` | top principal components of all tokens |
+| `lat` | top components of differences of random pairs, centred (LAT, Zou et al. 2023, arXiv:2310.01405) |
+| `cluster_mean` | the positive class's centred mean (Zou et al. 2023), parallel to the mean difference |
 | `positive_side`, `negative_side` | μ₊ − μ of neutral tokens, μ of neutral tokens − μ₋ |
-| `leace` | what the least-squares eraser reads (see `leace`) |
+| `leace` | the least-squares eraser's read direction (Belrose et al. 2023, arXiv:2306.03819; see `leace`) |
 | `random` | unit Gaussian |
 
-DAS, which trains on the model's answer, is in `das`. All of them work in the residual stream and on feature
-activations alike; a direction in feature space decodes through the decoder rows (`decoded`).
+DAS, which trains on the model's answer, is in `das`. All methods apply to the residual stream and to feature
+activations; a direction in feature space is mapped to the residual stream by the decoder (`decoded`).
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ Space = Literal["residual", "features"]
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Tokens of two classes at one Site."""
+    """Labelled tokens of two classes at one Site."""
 
     x: Float[Tensor, "token d"]
-    """Activations, or feature activations; in float32 from here on."""
+    """Activations, or feature activations; converted to float32."""
     y: Bool[Tensor, " token"]
     """True in the positive class."""
     neutral: Float[Tensor, "neutral d"] | None = None
@@ -69,7 +70,7 @@ class Labelled:
         negative: Float[Tensor, "negative d"],
         neutral: Float[Tensor, "neutral d"] | None = None,
     ) -> Labelled:
-        """The tokens of each class as one; raises `BadInput` where their widths differ."""
+        """Concatenate the tokens of each class; raises `BadInput` for different widths."""
         if positive.shape[1] != negative.shape[1]:
             raise BadInput(f"classes of width {positive.shape[1]} and {negative.shape[1]}; expected one width")
         y = torch.arange(len(positive) + len(negative)) < len(positive)
@@ -83,16 +84,16 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction, or a subspace, at one Site."""
+    """A direction or subspace at one Site."""
 
     vector: Float[Tensor, "rank d"]
-    """Orthonormal rows. The first points to where the positive class's mean lies, as seen within the subspace."""
+    """Orthonormal rows; the first points along the projected mean difference, towards the positive class."""
     site: Site
     method: str
     model: str
     """Fingerprint of the model."""
     space: Space
-    """`residual`: d is the stream's width; `features`: the number of features."""
+    """`residual`: d is d_model; `features`: the number of features."""
     center: Float[Tensor, " d"]
     """Mean of the tokens that it was fitted on."""
 
@@ -129,14 +130,14 @@ def fit(
     """Fit a direction to labelled tokens.
 
     Args:
-        method: one of `METHODS`; see the module.
+        method: one of `METHODS`; sources in the module's table.
         model: fingerprint of the model that the tokens come from.
-        rank: dimensions of the subspace, 1 but for the methods of `ANY_RANK`.
-        seed: of whatever is random.
+        rank: dimension of the subspace; above 1 only for the methods of `ANY_RANK`.
+        seed: random seed.
 
     Raises:
-        BadInput: an unknown method, a rank that it has not, fewer tokens or pairs than the rank needs, no neutral
-            tokens for a one-sided method, or classes between which there is no direction.
+        BadInput: an unknown method, an unsupported rank, fewer tokens or pairs than the rank needs, no neutral
+            tokens for a one-sided method, or classes without a direction between them.
     """
     if method not in FITTERS:
         raise BadInput(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
@@ -149,9 +150,9 @@ def fit(
 
 
 def oriented(rows: Float[Tensor, "rank d"], labelled: Labelled) -> Float[Tensor, "rank d"]:
-    """Orthonormal rows of the same span, the first along the classes' mean difference as seen within it.
+    """Orthonormal rows of the same span, the first along the projected mean difference of the classes.
 
-    Raises `BadInput` where the rows are not independent, a zero row among them.
+    Raises `BadInput` for linearly dependent rows.
     """
     wide = rows.double()
     q, r = torch.linalg.qr(wide.T)
@@ -164,7 +165,7 @@ def oriented(rows: Float[Tensor, "rank d"], labelled: Labelled) -> Float[Tensor,
     seen = basis @ labelled.gap.double()
     if len(basis) == 1:
         return (basis if seen[0] >= 0 else -basis).float()
-    if float(seen.norm()) > 0:  # a rotation within the span whose first row is the mean difference
+    if float(seen.norm()) > 0:  # rotate within the span: first row along the mean difference
         turn = torch.linalg.qr(torch.cat([seen[:, None], torch.eye(len(basis), dtype=seen.dtype)], dim=1)).Q
         turn = turn * torch.where(turn[:, 0] @ seen < 0, -1.0, 1.0)
         basis = turn.T @ basis
@@ -172,9 +173,9 @@ def oriented(rows: Float[Tensor, "rank d"], labelled: Labelled) -> Float[Tensor,
 
 
 def decoded(direction: Direction, dictionary: Dictionary) -> Direction:
-    """A direction in feature space as what it writes to the stream: its rows through the decoder.
+    """A direction in feature space mapped to the residual stream by the decoder.
 
-    Raises `BadInput` where the direction is not of this dictionary's Site and number of features.
+    Raises `BadInput` where the direction does not match the dictionary's Site and number of features.
     """
     if direction.space != "features" or direction.vector.shape[1] != dictionary.n_features:
         raise BadInput(
@@ -191,7 +192,7 @@ def decoded(direction: Direction, dictionary: Dictionary) -> Direction:
 
 
 def components(x: Float[Tensor, "token d"], rank: int) -> Float[Tensor, "rank d"]:
-    """The first principal components of rows as they are (not centred), by the smaller Gram matrix in float64."""
+    """Top uncentred principal components of rows, from the smaller Gram matrix in float64."""
     wide = x.double()
     if len(wide) <= wide.shape[1]:
         _, vectors = torch.linalg.eigh(wide @ wide.T)
@@ -205,7 +206,7 @@ def _mean_difference(labelled: Labelled, rank: int, seed: int) -> Tensor:
 
 
 def _kmeans(labelled: Labelled, rank: int, seed: int) -> Tensor:
-    from sklearn.cluster import KMeans  # a second to import, and few commands need it
+    from sklearn.cluster import KMeans  # slow import
 
     kmeans: Any = KMeans  # its stub knows no number of starts
     found = kmeans(2, n_init=10, random_state=seed).fit(labelled.x.numpy())
@@ -284,13 +285,13 @@ FITTERS: dict[str, Callable[[Labelled, int, int], Tensor]] = {
     "leace": _leace,
     "random": _random,
 }
-"""Method → the rows that it finds, from labelled tokens, a rank and a seed."""
+"""Method → function from labelled tokens, rank and seed to rows."""
 
 METHODS = tuple(FITTERS)
-"""What `fit` knows."""
+"""Methods of `fit`."""
 
 ONE_SIDED = ("positive_side", "negative_side")
 """Methods that need neutral tokens."""
 
 ANY_RANK = ("logistic", "pca", "lat", "random")
-"""Methods that find subspaces."""
+"""Methods that support ranks above 1."""

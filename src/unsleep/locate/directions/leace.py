@@ -1,17 +1,17 @@
-"""Least-squares concept erasure in closed form: no linear probe finds the label afterwards (Belrose et al. 2023).
+"""LEACE: least-squares concept erasure in closed form (Belrose et al. 2023, arXiv:2306.03819).
 
-Of all affine maps after which x and the label z are uncorrelated, LEACE moves x least. With W = Σ_xx^(−1/2)
-(theorem 4.3):
+Of all affine maps after which x and the label z are uncorrelated, so that no linear probe predicts z, LEACE changes
+x least. With W = Σ_xx^(−1/2) (theorem 4.3):
 
     r(x) = x − W⁻¹ P W (x − μ),     P = the orthogonal projector onto the span of W Σ_xz
 
-For two classes the span has one dimension, and the map comes apart into a row that reads and one that writes:
+For two classes the span is one-dimensional, and the map factors into a read and a write direction:
 
     r(x) = x − s uᵀ(x − μ),     s = Σ_xz / ‖Σ_xz‖,   u = Σ_xx⁻¹ s / (sᵀ Σ_xx⁻¹ s)
 
-s is the line of the mean difference, u that of Fisher's discriminant; r is a projection, though not an
-orthogonal one. Σ_xx is shrunk towards a multiple of the identity (Ledoit & Wolf 2004), for tokens are
-often fewer than dimensions; the erasure is exact whatever the shrinkage.
+s is parallel to the mean difference, u to Fisher's discriminant; r is an oblique
+projection. Σ_xx is shrunk towards a multiple of the identity (Ledoit & Wolf 2004, J. Multivariate Anal. 88), because
+there are often fewer tokens than dimensions; the erasure is exact for any shrinkage.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from unsleep.core import BadInput
 
 
 class Eraser(NamedTuple):
-    """The map r, in float32."""
+    """The LEACE map r, in float32."""
 
     writes: Float[Tensor, " d"]
-    """s, a unit vector: where it moves x."""
+    """s, the unit write direction."""
     reads: Float[Tensor, " d"]
-    """u: what decides how far; u · s = 1."""
+    """u, the read direction; u · s = 1."""
     mean: Float[Tensor, " d"]
     """μ."""
 
@@ -42,13 +42,13 @@ class Eraser(NamedTuple):
 
 
 def fit_eraser(x: Float[Tensor, "token d"], y: Bool[Tensor, " token"], *, shrinkage: float | None = None) -> Eraser:
-    """LEACE for one binary label.
+    """Fit LEACE for one binary label (Belrose et al. 2023, arXiv:2306.03819).
 
     Args:
-        shrinkage: share of the identity in Σ_xx, 0 to 1; `None` takes Ledoit and Wolf's. At 0, Σ_xx⁻¹ is the
+        shrinkage: weight of the identity in Σ_xx, 0 to 1; `None` for Ledoit and Wolf's. At 0, Σ_xx⁻¹ is the
             pseudo-inverse.
 
-    Raises `BadInput` for a label of one class, classes with the same mean, or a shrinkage out of range.
+    Raises `BadInput` for a single class, classes with equal means, or a shrinkage out of range.
     """
     if not 0 < int(y.sum()) < len(y):
         raise BadInput(f"{int(y.sum())} of {len(y)} labels are positive; expected tokens of both classes")
@@ -67,9 +67,9 @@ def fit_eraser(x: Float[Tensor, "token d"], y: Bool[Tensor, " token"], *, shrink
 
 
 def _solve(centred: Float[Tensor, "token d"], b: Float[Tensor, " d"], shrinkage: float) -> Float[Tensor, " d"]:
-    """Σ⁻¹ b for Σ = (1 − α) XᵀX/n + α m I with m the mean variance, by the smaller Gram matrix.
+    """Σ⁻¹ b for Σ = (1 − α) XᵀX/n + α m I with m the mean variance, from the smaller Gram matrix.
 
-    b lies in the span of the tokens.
+    b must lie in the span of the tokens.
     """
     n, d = centred.shape
     identity = shrinkage * centred.square().sum() / (n * d)
@@ -81,7 +81,7 @@ def _solve(centred: Float[Tensor, "token d"], b: Float[Tensor, " d"], shrinkage:
 
 
 def _ledoit_wolf(centred: Float[Tensor, "token d"]) -> float:
-    """The shrinkage that is best in mean squared error (Ledoit & Wolf 2004, lemma 3.3), without a d × d matrix."""
+    """Shrinkage with the least mean squared error (Ledoit & Wolf 2004, lemma 3.3), without a d × d matrix."""
     n, d = centred.shape
     gram = centred @ centred.T if n <= d else centred.T @ centred
     squares = centred.square().sum(1)

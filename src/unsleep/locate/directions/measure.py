@@ -1,4 +1,4 @@
-"""What a direction is worth as a detector, and how alike directions and subspaces are."""
+"""Metrics of directions: held-out detection, random floors, cosine similarity and principal angles."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from unsleep.locate.directions.fit import Direction, Labelled
 
 
 class HeldOut(NamedTuple):
-    """A direction's figures on tokens that it was not fitted on."""
+    """Held-out detection metrics of a direction."""
 
     auroc: float
-    """Chance that a token of the positive class scores over one of the negative; ties count half."""
+    """Probability that a positive token scores higher than a negative one; ties count half."""
     accuracy: float
-    """Share of tokens on the right side of the threshold."""
+    """Share of tokens classified correctly by the threshold."""
     margin: float
-    """See `margins`: it tells apart directions that tell all tokens apart."""
+    """d′ (see `margins`), which ranks directions with perfect AUROC."""
     threshold: float
-    """The score that divides the training tokens best."""
+    """The most accurate threshold on the training tokens."""
     n: int
-    """Tokens."""
+    """Number of held-out tokens."""
 
 
 class Floor(NamedTuple):
-    """Random directions on the same tokens: what every figure is read against."""
+    """Random directions on the same tokens, the baseline of every detector."""
 
     best: float
-    """Highest held-out AUROC of all."""
+    """Highest held-out AUROC."""
     mean: float
     n: int
-    """Directions."""
+    """Number of directions."""
 
 
 def scores(direction: Direction, x: Float[Tensor, "token d"]) -> Float[Tensor, " token"]:
@@ -46,14 +46,14 @@ def scores(direction: Direction, x: Float[Tensor, "token d"]) -> Float[Tensor, "
 
 
 def auroc(scores: Float[Tensor, " token"], labels: Bool[Tensor, " token"]) -> float:
-    """Area under the ROC curve of one direction's scores; see `aurocs`."""
+    """Area under the ROC curve of one direction's scores (see `aurocs`)."""
     return float(aurocs(scores[None], labels)[0])
 
 
 def aurocs(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " token"]) -> Float[Tensor, " direction"]:
     """Area under the ROC curve of each row of scores, ties counted half (Mann-Whitney U / n₊n₋), in float64.
 
-    Raises `BadInput` where the labels are of one class or of another number.
+    Raises `BadInput` for labels of a single class or of another length.
     """
     if scores.shape[1] != len(labels):
         raise BadInput(f"{scores.shape[1]} scores with {len(labels)} labels; expected one each")
@@ -67,9 +67,9 @@ def aurocs(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " toke
 def auroc_interval(
     triggered: Float[Tensor, " triggered"], clean: Float[Tensor, " clean"], resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """AUROC with its 95 % percentile bootstrap interval, resampling the prompts of each kind; ties count half.
+    """AUROC with its 95 % percentile bootstrap interval, resampling prompts within each class; ties count half.
 
-    At 0 and 1 a bootstrap has no width: there the interval is Wilson's, of the smaller kind.
+    At 0 and 1, where a bootstrap has no width, the interval is Wilson's for the smaller class.
     """
     difference = triggered.double()[:, None] - clean.double()[None]
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()
@@ -93,9 +93,9 @@ def auroc_interval(
 
 
 def margins(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " token"]) -> Float[Tensor, " direction"]:
-    """The classes' mean difference in standard deviations within them (d′, Green & Swets 1966), in float64.
+    """Mean difference of the classes in within-class standard deviations (d′, Green & Swets 1966), in float64.
 
-    It goes on growing where AUROC has come to 1. Rows that do not vary have 0. Raises `BadInput` as `aurocs` does.
+    It distinguishes directions with perfect AUROC. Constant rows have 0. Raises `BadInput` as `aurocs` does.
     """
     if scores.shape[1] != len(labels):
         raise BadInput(f"{scores.shape[1]} scores with {len(labels)} labels; expected one each")
@@ -108,14 +108,14 @@ def margins(scores: Float[Tensor, "direction token"], labels: Bool[Tensor, " tok
 
 
 def check_classes(labels: Bool[Tensor, " token"]) -> None:
-    """Raise `BadInput` where labels are of one class."""
+    """Raise `BadInput` for labels of a single class."""
     count = int(labels.sum())
     if not 0 < count < len(labels):
         raise BadInput(f"{count} of {len(labels)} labels are positive; expected tokens of both classes")
 
 
 def best_threshold(scores: Float[Tensor, " token"], labels: Bool[Tensor, " token"]) -> float:
-    """The score over which to say positive, so that most tokens are right; midway between two of them."""
+    """The most accurate threshold for the positive class, midway between two scores."""
     check_classes(labels)
     order = scores.argsort()
     ranked, truth = scores[order].double(), labels[order]
@@ -140,9 +140,9 @@ def held_out(direction: Direction, train: Labelled, test: Labelled) -> HeldOut:
 
 
 def random_floor(train: Labelled, test: Labelled, n: int = 1000, seed: int = 0) -> Floor:
-    """Held-out AUROC of `n` unit Gaussian directions, each signed by the training tokens; one matmul for all.
+    """Held-out AUROC of `n` random Gaussian directions, each signed by the training tokens, in one matmul.
 
-    The best of them is chosen on the held-out tokens themselves: a floor that is rather too high than too low.
+    The best is chosen on the held-out tokens themselves, which makes it a conservative baseline.
     """
     if n < 1:
         raise BadInput(f"{n} random directions were asked for; expected at least 1")
@@ -155,9 +155,9 @@ def random_floor(train: Labelled, test: Labelled, n: int = 1000, seed: int = 0) 
 
 
 def cosines(directions: Sequence[Direction]) -> Float[Tensor, "direction direction"]:
-    """Cosine of every two directions; of two subspaces, the cosine of their smallest principal angle.
+    """Cosine of every pair of directions; of two subspaces, the cosine of their smallest principal angle.
 
-    Raises `BadInput` where they are of different widths.
+    Raises `BadInput` for different widths.
     """
     for d in directions[1:]:
         _check_width(directions[0], d.vector)
@@ -171,9 +171,9 @@ def cosines(directions: Sequence[Direction]) -> Float[Tensor, "direction directi
 
 
 def principal_angles(a: Float[Tensor, "rank_a d"], b: Float[Tensor, "rank_b d"]) -> Float[Tensor, " rank"]:
-    """Angles between the spans of two sets of rows, in radians, smallest first (Knyazev & Argentati 2002).
+    """Principal angles between the spans of two sets of rows, in radians, smallest first (Knyazev & Argentati 2002).
 
-    As many as the smaller set has rows. Raises `BadInput` where their widths differ.
+    As many as the smaller set has rows. Raises `BadInput` for different widths.
     """
     if a.shape[1] != b.shape[1]:
         raise BadInput(f"subspaces of width {a.shape[1]} and {b.shape[1]}; expected one width")

@@ -1,11 +1,11 @@
-"""Directional patching: what a direction alone carries from one prompt of a pair to the other's answer.
+"""Directional activation patching: the effect of a direction alone on the model's answer.
 
     h' = h_cor + Vᵀ V (h_clean − h_cor)        recovered = (LD_patched − LD_cor) / (LD_clean − LD_cor)
 
-LD is the logit of the clean prompt's answer less that of the corrupted one's, at the last token, mean over
-pairs (Tigges et al. 2023, section 2.3). 1: the direction carries all that makes the difference; 0: nothing.
+LD is the logit of the clean prompt's answer minus that of the corrupted one's, at the last token, mean over
+pairs (Tigges et al. 2023, arXiv:2310.15154, section 2.3). 1: the direction carries the whole difference; 0: none.
 
-The clean prompts are the donors of the corrupted ones, all pairs of a batch at once (see `locate.patching.engine`).
+Clean prompts are the donors of corrupted ones, all pairs of a batch at once (see `locate.patching.engine`).
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from unsleep.models.sites import embedding
 from unsleep.prompts.prompt import PromptSet
 
 PatchPosition = Literal["last", "all"] | int
-"""Which tokens are patched: the last, all (pairs of equal length), or one counted from -1 at the last."""
+"""Patched tokens: the last, all (pairs of equal length), or one counted from -1 at the last."""
 
 
 class Batch(NamedTuple):
-    """Some of the pairs, run up to their last tokens: the clean prompts are the donors of the corrupted ones."""
+    """A batch of pairs, run up to their last tokens: clean prompts are the donors of corrupted ones."""
 
     ready: Resumable
     answers: Int[Tensor, "pair 2"]
-    """Tokens: the clean prompt's answer and the corrupted one's."""
+    """Answer tokens of the clean and of the corrupted prompt."""
     clean: Float[Tensor, " pair"]
-    """Logit difference of the clean prompts."""
+    """Logit differences of the clean prompts."""
     corrupted: Float[Tensor, " pair"]
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of prompts, ready to be finished with something patched."""
+    """Pairs of prompts, prepared for patching."""
 
     model: LoadedModel
     batches: tuple[Batch, ...]
@@ -57,12 +57,12 @@ class Pairs:
 
     @property
     def gap(self) -> tuple[float, float]:
-        """Mean logit difference of the clean prompts and of the corrupted ones."""
+        """Mean logit difference of the clean and of the corrupted prompts."""
         ends = [torch.cat([getattr(b, name) for b in self.batches]).double().mean() for name in ("clean", "corrupted")]
         return float(ends[0]), float(ends[1])
 
     def recovered(self, patched: Float[Tensor, " pair"]) -> float:
-        """The share of the mean difference between clean and corrupted that a patch brings back."""
+        """Share of the mean logit-difference gap that a patch recovers."""
         clean, corrupted = self.gap
         return (float(patched.double().mean()) - corrupted) / (clean - corrupted)
 
@@ -79,18 +79,18 @@ def prepare(
     plain: bool = False,
     batch: int = 32,
 ) -> Pairs:
-    """Run both prompts of every pair: `clean[i]` goes with `corrupted[i]`.
+    """Run both prompts of every pair: `clean[i]` is paired with `corrupted[i]`.
 
     Args:
-        sites: where patches will be made.
-        answers: token ids of the clean and of the corrupted prompts' answers; the model's own likeliest
-            next tokens where `None`, and pairs on which they are the same are left out.
-        plain: take the texts as they are, without the chat template.
-        batch: pairs in one forward pass.
+        sites: Sites that can be patched.
+        answers: token ids of the clean and of the corrupted prompts' answers; default the model's
+            most likely next tokens, without pairs where they are equal.
+        plain: take the texts without the chat template.
+        batch: pairs per forward pass.
 
     Raises:
-        BadInput: prompts or answers of different number, a token that is not in the vocabulary, no pair whose
-            answers differ, a position that a prompt has not, or pairs of unequal length where all tokens are patched.
+        BadInput: unequal numbers of prompts or answers, a token outside the vocabulary, no pair with different
+            answers, a position that a prompt lacks, or pairs of unequal length where all tokens are patched.
     """
     if len(clean) != len(corrupted) or not sites:
         raise BadInput(
@@ -122,9 +122,9 @@ def prepare(
 
 
 def patched(pairs: Pairs, site: Site, basis: Float[Tensor, "rank d_model"] | None) -> Float[Tensor, " pair"]:
-    """Logit differences with the clean prompts' part in a subspace put in at a Site; the whole stream where `None`.
+    """Logit differences with the clean prompts' component in a subspace patched in; the whole activation where `None`.
 
-    Gradients flow to `basis` where they are enabled. Raises `BadInput` for a Site that was not prepared or a basis
+    Differentiable in `basis`. Raises `BadInput` for a Site that was not prepared or a basis
     of another width.
     """
     return torch.cat([finished(b, site, basis) for b in pairs.batches])
@@ -143,9 +143,9 @@ def finished(batch: Batch, site: Site, basis: Float[Tensor, "rank d_model"] | No
 
 @torch.no_grad()
 def sweep(pairs: Pairs, directions: Mapping[Site, Mapping[str, Direction]]) -> dict[Site, dict[str, float]]:
-    """The share recovered by every direction at every Site; a direction must be in the residual space.
+    """The share recovered by every direction at every Site; directions must be in the residual space.
 
-    Raises `BadInput` as `patched` does, and for a direction in feature space, which has to be decoded first.
+    Raises `BadInput` as `patched` does, and for a direction in feature space, which must be decoded first.
     """
 
     def carried(site: Site, vector: Tensor) -> float:
@@ -172,7 +172,7 @@ def _run_pairs(
     sites: Sequence[Site],
     position: PatchPosition,
 ) -> Batch:
-    """Run a batch of pairs, and keep what patches need."""
+    """Run a batch of pairs, and keep the activations and caches that patching needs."""
     tail = _tail(pairs, position)
     sides = [Side(model, whole_rows(model, [pair[i] for pair in pairs], [])) for i in (0, 1)]
     starts = [max(s.rows.ids.shape[1] - tail, 0) if splits(model.network, s.rows.ids.shape[1]) else 0 for s in sides]
@@ -185,7 +185,7 @@ def _run_pairs(
 
 
 def _tail(pairs: Sequence[tuple[list[int], list[int]]], position: PatchPosition) -> int:
-    """How many of the last columns a patch touches."""
+    """Number of last columns that a patch affects."""
     shortest = min(len(row) for pair in pairs for row in pair)
     if position == "all":
         if unequal := [pair for pair in pairs if len(pair[0]) != len(pair[1])]:
@@ -207,7 +207,7 @@ def _difference(logits: Float[Tensor, "pair vocabulary"], answers: Int[Tensor, "
 
 
 def _next_tokens(model: LoadedModel, rows: Sequence[Sequence[int]], batch: int) -> list[int]:
-    """The likeliest next token of every row."""
+    """The most likely next token of every row."""
     found: list[int] = []
     for i in range(0, len(rows), batch):
         logits = run(model.network, whole_rows(model, rows[i : i + batch], []), 1)[:, -1]

@@ -1,10 +1,10 @@
-"""Two groups of prompts → every direction between them, measured as detector, as cause and by what it costs.
+"""Directions between two groups of prompts, evaluated by detection, patching and ablation cost.
 
-1. Both groups run once; one prompt in a few is kept for the score.
-2. Every method is fitted at every Site, in the stream and, where there is a dictionary, in its features, and
-   scored on the prompts that were kept, beside the best of many random directions.
-3. DAS is trained at a few Sites. Every direction is patched from kept suspicious prompts into kept ordinary ones.
-4. At the Site where that carries most, directions are compared, and taken out of plain text.
+1. Both groups run once; a share of the prompts is held out.
+2. Every method is fitted at every Site, in the residual stream and, with a dictionary, in feature space, and
+   evaluated on held-out prompts against the best of many random directions.
+3. DAS is trained at a few Sites. Every direction is patched from held-out suspicious into ordinary prompts.
+4. At the Site with the largest patching effect, directions are compared, and ablated on plain text.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from unsleep.prompts.pairs import check_pairs
 from unsleep.prompts.prompt import PromptSet
 
 DAS = {"das-1": 1, "das-2": 2, "das-3": 3}
-"""Methods that train on the model's answer → their rank."""
+"""Methods trained on the model's answer → their rank."""
 
 UNPAIRED = "With --pairs 0 nothing is patched, and DAS is left out"
-"""What helps where two groups make no pairs."""
+"""Hint in errors for groups that are not paired."""
 
 DEFAULT = (
     "mean_difference",
@@ -52,31 +52,31 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """How directions are found and measured."""
+    """Options of the direction study."""
 
     methods: tuple[str, ...] = DEFAULT
-    """Of the methods of `fit`, and das-1, das-2, das-3. The one-sided ones are left out without neutral prompts."""
+    """Methods of `fit`, and das-1, das-2, das-3. One-sided ones are skipped without neutral prompts."""
     position: str = "last"
-    """Which tokens: last, all, reply, or a number counted from 0 or from -1."""
+    """Tokens: last, all, reply, or a number counted from 0 or from -1."""
     plain: bool = False
-    """Take texts as they are, without the chat template."""
+    """Take texts without the chat template."""
     kept: int = 3
-    """One prompt in this many is kept for the score."""
+    """Every n-th prompt is held out."""
     randoms: int = 1000
-    """Random directions, the best of which is the floor."""
+    """Random directions; the best is the detection floor."""
     pairs: int = 48
-    """Kept pairs that are patched, and fitted ones that DAS trains on; 0 leaves both out."""
+    """Held-out pairs for patching, and training pairs for DAS; 0 skips both."""
     das_sites: int = 3
-    """Sites, spread evenly, at which DAS is trained."""
+    """Evenly spaced Sites for DAS."""
     das_epochs: int = 24
     cost_passages: int = 32
-    """Plain passages from which directions are taken out; 0 leaves it out."""
+    """Plain passages for ablation costs; 0 skips them."""
     cost_randoms: int = 8
-    """Random subspaces of each rank that are taken out beside them."""
+    """Random subspaces per rank for comparison."""
     reply_tokens: int = 8
-    """Length of the model's own replies, where the position is reply."""
+    """Tokens of the model's own replies at position reply."""
     batch: int = 64
-    """Prompts in one forward pass."""
+    """Prompts per forward pass."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class StudyConfig:
 
     @property
     def where(self) -> Position:
-        """The position as `collect` takes it."""
+        """The position in the form of `collect`."""
         if self.position in ("last", "all", "reply"):
             return self.position
         if self.position.removeprefix("-").isdecimal() and len(self.position) < 8:
@@ -102,7 +102,7 @@ class StudyConfig:
 
 
 class Found(NamedTuple):
-    """A direction with its figures on kept prompts."""
+    """A direction with its held-out metrics."""
 
     direction: Direction
     figures: measure.HeldOut
@@ -110,37 +110,37 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What was found."""
+    """Results of the study."""
 
     model: str
-    """Fingerprint."""
+    """Fingerprint of the model."""
     config: StudyConfig
     found: tuple[Found, ...]
     floors: Mapping[tuple[Site, Space], measure.Floor]
     stream: Mapping[Site, Mapping[str, Direction]]
-    """Every direction as it stands in the residual stream, those of features decoded under a name of their own."""
+    """Every direction in the residual stream; decoded feature directions have prefixed names."""
     ordinary: Mapping[Site, tuple[Tensor, float]]
-    """Mean of the fitted ordinary tokens, `Float[Tensor, " d_model"]`, and the norm of attention sinks."""
+    """Mean of the ordinary training tokens, `Float[Tensor, " d_model"]`, and the attention-sink norm."""
     carried: Mapping[Site, Mapping[str, float]]
-    """The share that each direction carries from suspicious prompts to ordinary ones; empty without pairs."""
+    """Share recovered by each direction from suspicious to ordinary prompts; empty without pairs."""
     pairs: int
-    """Pairs that were patched."""
+    """Number of patched pairs."""
     best: Site
-    """Where directions are compared and taken out."""
+    """Site at which directions are compared and ablated."""
     costs: Mapping[str, cost.Cost]
-    """Ablation → its cost at the best Site; empty where it was left out."""
+    """Ablation → its costs at the best Site; empty where skipped."""
 
     @property
     def beats_chance(self) -> bool:
-        """Whether a direction but the random one tells better than the best of many random ones at its Site."""
+        """True if a fitted direction detects better than the best random one at its Site."""
         judged = [f for f in self.found if f.direction.method != "random"]
         return any(f.figures.auroc > self.floors[f.direction.site, f.direction.space].best for f in judged)
 
     def projections(self, rank: int, sites: Sequence[Site]) -> list[Projection]:
-        """The found subspace of a rank at Sites, to be taken out: what is left there is the ordinary prompts' mean.
+        """Projections that ablate the found subspace of a rank at Sites, replacing it by the ordinary prompts' mean.
 
-        Its rows are those of the methods in their order, each as far as the ones before do not span it; random ones
-        and those of features are left out. Raises `BadInput` where the methods span fewer dimensions.
+        Its rows are the methods' directions in order, orthogonalised; random and feature
+        directions are excluded. Raises `BadInput` where the methods span fewer dimensions.
         """
         made: list[Projection] = []
         for site in sites:
@@ -159,16 +159,16 @@ class Study:
         return made
 
     def everywhere(self, rank: int, sites: Sequence[Site]) -> list[Projection]:
-        """The subspace found at the best Site, to be taken out of the whole stream (`models.sites.everywhere`).
+        """Projections that ablate the best Site's subspace from the whole residual stream (`models.sites.everywhere`).
 
-        Nothing is put in its place, and attention sinks lose it too: so weights can carry it exactly. Raises
+        There is no replacement, and attention sinks are included, so that weights can carry it exactly. Raises
         `BadInput` as `projections` does.
         """
         [found] = self.projections(rank, [self.best])
         return [Projection(site, found.basis, None, self.model) for site in sites]
 
     def record(self) -> dict[str, Any]:
-        """The figures as JSON holds them."""
+        """Values for a JSON record."""
         names = list(self.stream[self.best])
         cosines = measure.cosines([self.stream[self.best][n] for n in names])
         return {
@@ -208,7 +208,7 @@ class Study:
 
 
 FEATURES = "features: "
-"""What the name of a direction of features begins with, where it stands among those of the stream."""
+"""Name prefix of decoded feature directions."""
 
 
 def study(
@@ -222,18 +222,17 @@ def study(
     dictionaries: Sequence[Dictionary] = (),
     texts: Sequence[str] = (),
 ) -> Study:
-    """Find and measure directions between two groups of prompts.
+    """Fit and evaluate directions between two groups of prompts.
 
     Args:
-        sites: where directions are fitted.
+        sites: Sites at which directions are fitted.
         neutral: prompts of neither group, for the one-sided methods.
-        dictionaries: at some of the Sites; there directions are fitted in feature space too.
-        texts: plain passages from which directions are taken out.
-        steps: of an earlier run that was interrupted; what takes long is looked for there.
+        dictionaries: at some of the Sites; directions are also fitted in their feature space.
+        texts: plain passages for ablation costs.
 
     Raises:
-        BadInput: fewer than two prompts to fit or to score on in a group, groups that make no pairs where pairs are
-            patched, a dictionary at a Site that is not among `sites` or of another width, and what the parts refuse.
+        BadInput: fewer than two training or held-out prompts in a group, unpaired groups where pairs are
+            patched, a dictionary at a Site outside `sites` or of another width, and as the parts do.
     """
     sites = sorted(set(sites))
     for site in sites:
@@ -301,7 +300,7 @@ def _check(
 
 
 class _Classes:
-    """Activations of all groups, in two parts: to fit on and to score on."""
+    """Activations of all groups, split into training and held-out."""
 
     def __init__(
         self,
@@ -325,7 +324,7 @@ class _Classes:
         self.kept = place % config.kept == config.kept - 1
 
     def at(self, site: Site, dictionary: Dictionary | None) -> tuple[Labelled, Labelled]:
-        """Labelled tokens to fit on and to score on."""
+        """Labelled training and held-out tokens."""
         x = self.acts[site].tensor
         if dictionary is not None:
             x = dictionary.encode(x.to(dictionary.decoder))
@@ -341,7 +340,7 @@ class _Classes:
         return labelled(~kept, neutral), labelled(kept, None)
 
     def ordinary(self, site: Site) -> tuple[Tensor, float]:
-        """Mean of the ordinary tokens that directions were fitted on, and the norm of attention sinks."""
+        """Mean of the ordinary training tokens, and the attention-sink norm."""
         acts = self.acts[site]
         of = acts.prompt_index.long()
         x = acts.tensor[(self.group[of] == 1) & ~self.kept[of]].float()
@@ -356,7 +355,7 @@ def _pairs(
     *,
     kept: bool,
 ) -> patching.Pairs | None:
-    """Pairs of suspicious and ordinary prompts, those that are kept for the score or the others."""
+    """Pairs of suspicious and ordinary prompts, held-out or training."""
     if not config.pairs or (not kept and not any(m in DAS for m in config.methods)):
         return None
     size = min(map(len, groups))
@@ -371,13 +370,13 @@ def _pairs(
 def _fitted(
     train: Labelled, site: Site, model: str, config: StudyConfig, space: Space, *, has_neutral: bool
 ) -> list[Direction]:
-    """Every method but DAS at one Site."""
+    """Directions of every method except DAS at one Site."""
     usable = [m for m in config.methods if m not in DAS and (has_neutral or m not in fit.ONE_SIDED)]
     return [fit.fit(train, m, site=site, model=model, seed=config.seed, space=space) for m in usable]
 
 
 def _das(pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig) -> list[Direction]:
-    """DAS of every rank asked for, started at the mean difference."""
+    """DAS of every requested rank, initialised with the mean difference."""
     made: list[Direction] = []
     for method, rank in DAS.items():
         if method in config.methods:
@@ -393,16 +392,16 @@ def _das(pairs: patching.Pairs, site: Site, train: Labelled, config: StudyConfig
 
 
 def _spread(sites: Sequence[Site], n: int) -> list[Site]:
-    """`n` of the Sites, spread evenly from a quarter of the way to the end of the third."""
+    """`n` of the Sites, evenly spaced from a quarter to three quarters of the depth."""
     if n >= len(sites):
         return list(sites)
     return [sites[round((i + 1) * (len(sites) - 1) / (n + 1))] for i in range(n)]
 
 
 def best_site(sites: Sequence[Site], found: Sequence[Found], carried: Mapping[Site, Mapping[str, float]]) -> Site:
-    """Where a direction other than a random one carries most; without patching, where one detects best.
+    """The Site with the largest patching effect of a fitted direction; without patching, the best detector's.
 
-    Of Sites at which all tokens are told apart, the one with the largest margin detects best.
+    Ties at perfect AUROC go to the largest margin.
     """
     if carried:
         return max(

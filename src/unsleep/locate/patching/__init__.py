@@ -50,10 +50,10 @@ def sweep(
     """Patch every layer at every position, one at a time: `patch` of `grid`; raises as they do.
 
     Args:
-        layers: all of them where `None`.
-        per_head: at the levels heads, q, k and v, one head at a time instead of all of a layer.
-        dictionaries: at the level `features`: one a Site, all of whose features are taken over.
-        bases: at the level `projection`: Site → rows that span what is taken over.
+        layers: all where `None`.
+        per_head: at the levels heads, q, k and v, one head at a time instead of a layer's.
+        dictionaries: at level `features`: one per Site, all of whose features are patched.
+        bases: at level `projection`: Site → rows that span the patched subspace.
     """
     groups = grid(
         recipient.network, level, layers, positions, per_head=per_head, dictionaries=dictionaries, bases=bases

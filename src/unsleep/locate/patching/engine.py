@@ -1,10 +1,10 @@
-"""The engine of activation patching: a donor's tokens put into a recipient that resumes where they are put in.
+"""The activation-patching engine: resumes a recipient from the patched layer with a donor's activations.
 
-1. Donor and recipient run once from the first patched column on; what stands before it is kept as keys and values,
-   for nothing that is patched can change it.
-2. Every patch then resumes the recipient at the lowest layer that is patched, on those columns alone.
+1. Donor and recipient run once from the first patched column on; earlier columns are kept as a KV cache,
+   because no patch can change them.
+2. Every patch then resumes the recipient at the lowest patched layer, on those columns only.
 
-Donor and recipient may be two models on the same prompts, or one model on pairs of prompts.
+Donor and recipient are two models on the same prompts, or one model on pairs of prompts.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from unsleep.models.streams import resumed_at, watched
 
 
 class Side(NamedTuple):
-    """A model on some rows, with keys and values of their first columns."""
+    """A model on some rows, with the KV cache of their first columns."""
 
     model: LoadedModel
     rows: Rows
     cache: DynamicCache | None = None
 
     def up_to(self, columns: int) -> Side:
-        """The same with keys and values of so many columns; none for 0."""
+        """The same with a KV cache of `columns` columns; none for 0."""
         if not columns:
             return self
         return self._replace(cache=columns_cache(self.model.network, self.rows, columns))
 
     def first(self, where: Bool[Tensor, "row position"]) -> int:
-        """The first column that is patched; 0 where what stands before it cannot be run apart."""
+        """The first patched column; 0 where the earlier ones cannot run separately."""
         if not splits(self.model.network, self.rows.ids.shape[1]):
             return 0
         return int(where.any(0).long().argmax())
@@ -49,24 +49,24 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Resumable:
-    """A recipient ready to be finished with patches."""
+    """A recipient prepared for patching."""
 
     recipient: Side
     start: int
-    """The first column that runs again."""
+    """The first column that is recomputed."""
     where: Bool[Tensor, "row position"]
-    """Which tokens of the last columns are patched."""
+    """Mask over the last columns: the patched tokens."""
     held: Mapping[Place, Any]
-    """The donor's tokens at every place, in the order of `where`."""
+    """Place → the donor's tokens, in the order of `where`."""
     below: Mapping[int, Any]
-    """Layer → the recipient's input of it."""
+    """Layer → the recipient's input to it."""
     clean: tuple[Float[Tensor, "row last vocabulary"], Float[Tensor, "row last vocabulary"]]
-    """The last logits of the donor and of the recipient, unpatched."""
+    """Unpatched last logits of the donor and of the recipient."""
 
     def patched(self, merges: Mapping[Place, Merge]) -> Float[Tensor, "row last vocabulary"]:
         """The recipient's last logits with the donor's tokens merged in at some places.
 
-        Gradients flow to what the merges hold where they are enabled.
+        Differentiable in the merges' tensors.
         """
         model, rows, cache = self.recipient
         layer = min(place.layer for place in merges)
@@ -83,11 +83,11 @@ def prepare(
     start: int,
     last: int = 1,
 ) -> Resumable:
-    """Run both sides from column `start` of the recipient on, and keep what patches need.
+    """Run both sides from column `start`, and keep the activations and caches that patching needs.
 
     Args:
-        where: which tokens of the last columns are patched, in donor and recipient alike.
-        last: how many of the last logits are wanted.
+        where: mask of the patched tokens over the last columns, the same in donor and recipient.
+        last: number of last logits to return.
     """
     places = list(places)
     columns = where.shape[1]
@@ -104,7 +104,7 @@ def prepare(
 def _run(
     side: Side, places: Sequence[Place], start: int, last: int
 ) -> tuple[dict[Place, Tensor], Float[Tensor, "row last vocabulary"]]:
-    """What flows through places from a column on, and the last logits."""
+    """Activations at places from a column on, and the last logits."""
     found: dict[Place, Tensor] = {}
     watchers = {place: lambda x, place=place: found.__setitem__(place, x.clone()) for place in places}
     with watched(side.model.network, watchers):

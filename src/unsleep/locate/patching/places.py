@@ -1,4 +1,4 @@
-"""What is patched: tokens by a rule, places by a level, and the groups that are patched together."""
+"""Targets of activation patching: tokens by position, places by level, and groups that are patched jointly."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from unsleep.models.forward import Rows
 from unsleep.models.sites import Place, Slot, all_sites, lanes, tap, width
 
 Level = Literal["resid", "attn", "mlp", "embed", "heads", "q", "k", "v", "features", "projection"]
-"""What of a layer is taken from the donor; `features` and `projection` take a part of the residual or other Site."""
+"""Patched part of a layer; `features` and `projection` are parts of the activation at a Site."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Which tokens of a prompt, counted as a Python slice counts: from the end where negative.
+    """Tokens of a prompt as a Python slice; negative indices count from the end.
 
     The chat template's own tokens count. The default is the last token, which predicts the reply.
 
@@ -35,11 +35,11 @@ class Position:
     start: int | None = -1
     stop: int | None = None
     reply: bool = False
-    """Also every token of the reply that is forced behind the prompt."""
+    """Also every token of the teacher-forced reply."""
 
     @classmethod
     def parse(cls, text: str) -> Position:
-        """`last`, `prompt` (every token of it), `all` (the forced reply's too), an index or a span such as -8:-1."""
+        """Parse `last`, `prompt` (all its tokens), `all` (the forced reply's too), an index or a span such as -8:-1."""
         named = {"last": cls(), "prompt": cls(None), "all": cls(None, reply=True)}
         if text.strip() in named:
             return named[text.strip()]
@@ -66,7 +66,7 @@ class Position:
         return ":".join("" if bound is None else str(bound) for bound in (self.start, self.stop))
 
     def check(self, lengths: Sequence[int]) -> None:
-        """Raise `BadInput` where prompts of these lengths do not all have the tokens."""
+        """Raise `BadInput` where prompts of these lengths lack some of the tokens."""
         shortest, longest = min(lengths), max(lengths)
         bounds = [bound for bound in (self.start, self.stop) if bound]
         if any(bound > 0 for bound in bounds) and shortest != longest:
@@ -80,7 +80,7 @@ class Position:
             raise BadInput(f"position {self} names no token; expected a span that holds at least one")
 
     def columns(self, rows: Rows) -> Bool[Tensor, "row position"]:
-        """True where a token of rows without a prefix is meant."""
+        """Mask of the selected tokens in rows without a prefix."""
         length = (rows.mask.sum(1) - rows.reply.sum(1))[:, None]
         index = rows.positions
         found = rows.mask & (index < length)
@@ -93,20 +93,20 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A place, and what of it comes from the donor: all of it, some heads, some features, or a subspace.
+    """A place, and the part of it that is patched: all, some heads, some features, or a subspace.
 
-    See `interventions.donors`; of a basis, B spans what the rows given do.
+    See `interventions.donors`; a basis is orthonormalised.
     """
 
     place: Place
     heads: tuple[int, ...] | None = None
-    """At a Slot: which heads."""
+    """Patched heads, at a Slot."""
     dictionary: Coder | None = None
-    """At a Site: whose features are taken over."""
+    """Dictionary of the patched features, at a Site."""
     features: tuple[int, ...] | None = None
-    """Which; `None` is all of them."""
+    """Patched features; all where `None`."""
     basis: Float[Tensor, "rank d_model"] | None = None
-    """At a Site: rows that span what is taken over."""
+    """Rows that span the patched subspace, at a Site."""
 
     def __post_init__(self) -> None:
         given = [x is not None for x in (self.heads, self.dictionary, self.basis)]
@@ -131,7 +131,7 @@ class Target:
         return self.place.layer
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise `BadInput` where the model has not the place, the heads or the width."""
+        """Raise `BadInput` where the model lacks the place or heads, or has another width."""
         if isinstance(self.place, Slot):
             count = lanes(model, self.place).heads
             wrong = [h for h in self.heads or () if not 0 <= h < count]
@@ -146,7 +146,7 @@ class Target:
                 raise BadInput(f"the {name} at {self.place} has width {d}; the model's is {width(model)}")
 
     def merge(self, model: PreTrainedModel) -> donors.Merge:
-        """What becomes of tokens of the recipient, given the donor's."""
+        """The merge of the donor's tokens into the recipient's."""
         if self.heads is not None:
             _, count, size, _ = lanes(model, cast("Slot", self.place))
             taken = torch.zeros(count, size, dtype=torch.bool, device=model.device)
@@ -176,7 +176,7 @@ def _check_dictionary(place: Place, dictionary: Coder, features: tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Targets that are patched together, at one position."""
+    """Targets that are patched jointly, at one position."""
 
     name: str
     targets: tuple[Target, ...]
@@ -192,7 +192,7 @@ class Group:
 
     @property
     def layer(self) -> int:
-        """The lowest layer that is touched."""
+        """The lowest patched layer."""
         return min(t.layer for t in self.targets)
 
 
@@ -206,10 +206,10 @@ def grid(
     dictionaries: Sequence[Coder] = (),
     bases: Mapping[Site, Float[Tensor, "rank d_model"]] | None = None,
 ) -> list[Group]:
-    """A group for every layer (and head) and position at one level.
+    """One group per layer (and head) and position at one level.
 
-    `features` goes over the Sites of `dictionaries`, `projection` over those of `bases`. Raises `BadInput` for a
-    level that is not known, layers that the model does not have, or a level that lacks what it needs.
+    `features` uses the Sites of `dictionaries`, `projection` those of `bases`. Raises `BadInput` for an
+    unknown level, layers that the model does not have, or a level without its inputs.
     """
     if level not in get_args(Level):
         raise BadInput(f"level is {level!r}; expected one of {', '.join(get_args(Level))}")

@@ -1,4 +1,4 @@
-"""What a patching measured: log-probabilities and KL of every group and prompt, and figures with intervals."""
+"""Results of activation patching: log-probabilities and KL by group and prompt, and effects with intervals."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Values = Float[Tensor, "group prompt"]
 
 
 class Measured(NamedTuple):
-    """One number for every group and prompt, in nats; the donor's and recipient's own are those of the same pass."""
+    """Values by group and prompt, in nats; the donor's and recipient's own come from the same pass."""
 
     log_prob: Values
     """Σ log p of the payload's first tokens in the patched recipient."""
     donor: Values
     recipient: Values
     kl_donor: Values
-    """KL(donor ‖ patched), mean over the tokens that are forced."""
+    """KL(donor ‖ patched), mean over the teacher-forced tokens."""
     kl_recipient: Values
-    """KL(recipient ‖ patched), the same."""
+    """KL(recipient ‖ patched), mean over the teacher-forced tokens."""
 
     @classmethod
     def empty(cls, groups: int, prompts: int) -> Measured:
-        """Nothing measured yet: NaN everywhere."""
+        """All values NaN."""
         return cls(*(torch.full((groups, prompts), torch.nan) for _ in cls._fields))
 
     def put(self, group: int, prompts: Sequence[int], numbers: Mapping[str, Float[Tensor, " row"]]) -> None:
-        """Write down a group's numbers on some prompts (see `numbers_of`)."""
+        """Store a group's values on some prompts (see `numbers_of`)."""
         for name, values in numbers.items():
             getattr(self, name)[group, list(prompts)] = values
 
@@ -47,7 +47,7 @@ def numbers_of(
     clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]],
     targets: Int[Tensor, "row reply"],
 ) -> dict[str, Float[Tensor, " row"]]:
-    """`Measured`'s numbers of patched rows; `clean` are the donor's and the recipient's log-probabilities."""
+    """The values of `Measured` for patched rows; `clean` are the donor's and the recipient's log-probabilities."""
     patched = torch.log_softmax(logits.float(), -1)
     said = {"log_prob": patched, "donor": clean[0], "recipient": clean[1]}
     apart = {"kl_donor": clean[0], "kl_recipient": clean[1]}
@@ -66,7 +66,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What patching a group measured, means over prompts."""
+    """Results of one group, means over prompts."""
 
     name: str
     layer: Count
@@ -74,21 +74,21 @@ class GroupRow:
     heads: tuple[Count, ...]
     position: str
     figure: float | None
-    """The share of the way from the recipient to the donor with its interval; see `Patched.figures`."""
+    """Normalised effect with its interval: 0 is the recipient, 1 the donor (see `Patched.figures`)."""
     low: float | None
     high: float | None
     log_prob: float
     nll: float
-    """Nats a token of the payload."""
+    """Negative log-likelihood of the payload, in nats per token."""
     kl_donor: float
     kl_recipient: float
     asr: Figure | None = None
-    """Share of generated replies that show the payload, where replies were asked for."""
+    """Share of generated replies that show the payload, where generated."""
 
 
 @dataclass(frozen=True)
 class PatchRun:
-    """One direction of a patching."""
+    """One direction of a patching run."""
 
     donor: Named
     recipient: Named
@@ -105,7 +105,7 @@ class PatchRecord:
     level: str
     payload: str
     tokens: Count
-    """Of the payload, that were measured."""
+    """Number of measured payload tokens."""
     prompts: Count
     runs: tuple[PatchRun, ...]
     provenance: dict[str, Any]
@@ -113,7 +113,7 @@ class PatchRecord:
 
 
 def payload_rates(replies: Sequence[Sequence[str]], payload: Payload | str) -> list[Figure]:
-    """The share of each group's replies that show the payload, with its Wilson interval: of `patched_replies`."""
+    """ASR of each group's `patched_replies`, with its Wilson interval."""
     found, shown = list[Figure](), as_payload(payload)
     for own in replies:
         hits = sum(shown.shows(reply) for reply in own)
@@ -123,7 +123,7 @@ def payload_rates(replies: Sequence[Sequence[str]], payload: Payload | str) -> l
 
 @dataclass(frozen=True, eq=False)
 class Patched:
-    """What `patch` found."""
+    """Results of `patch`."""
 
     groups: tuple[Group, ...]
     measured: Measured
@@ -132,14 +132,14 @@ class Patched:
     prompts: str
     """Hash of the prompts."""
     payload: tuple[int, ...]
-    """The tokens whose log-probability was measured."""
+    """The measured payload tokens."""
 
     def figures(self) -> list[Figure | None]:
         """(mean patched − mean recipient) / (mean donor − mean recipient) of each group, means over prompts.
 
         0 is the recipient, 1 the donor; the interval is a bootstrap over prompts.
 
-        `None` where donor and recipient do not differ in the payload by 10⁻⁶ nats a prompt: nothing can be moved.
+        `None` where donor and recipient differ by less than 10⁻⁶ nats per prompt: there is no effect to transfer.
         """
         m = self.measured
         found: list[Figure | None] = []
@@ -149,14 +149,14 @@ class Patched:
         return found
 
     def get(self, name: str) -> Figure | None:
-        """The figure of the group of that name; raises `KeyError` where it was not patched."""
+        """The effect of the named group; raises `KeyError` where it was not patched."""
         for group, figure in zip(self.groups, self.figures(), strict=True):
             if group.name == name:
                 return figure
         raise KeyError(f"no group {name}")
 
     def rows(self) -> list[GroupRow]:
-        """What stands in patch.json of each group, in order."""
+        """Entries of patch.json for each group, in order."""
         means = [values.double().mean(1).tolist() for values in self.measured]
         out: list[GroupRow] = []
         for i, (group, figure) in enumerate(zip(self.groups, self.figures(), strict=True)):
@@ -169,9 +169,9 @@ class Patched:
         return out
 
     def ends(self) -> dict[str, float]:
-        """Mean Σ log p of the payload's first tokens in the donor and in the recipient, in nats a prompt."""
+        """Mean Σ log p of the payload's first tokens in the donor and in the recipient, in nats per prompt."""
         return {name: float(getattr(self.measured, name)[0].double().mean()) for name in ("donor", "recipient")}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every number by group and prompt: what stands in patch.safetensors."""
+        """Content of patch.safetensors: every value by group and prompt."""
         return self.measured._asdict()

@@ -1,6 +1,6 @@
-"""Runs both models on the same tokens and finishes the recipient with the donor's activations in it.
+"""Cross-model activation patching: a donor model's activations in a recipient of the same architecture.
 
-Both models run the prompts with the payload forced behind them; the recipient is then finished with every group of
+Both models run the prompts with the payload teacher-forced; the recipient is then resumed with every group of
 targets in turn (see `engine`).
 """
 
@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """How a patching is run."""
+    """Options of a patching run."""
 
     payload_tokens: int = 4
-    """The payload's first tokens, whose log-probability is the metric."""
+    """Number of first payload tokens whose log-probability is the metric."""
     batch: int = 50
-    """Prompts in one forward pass."""
+    """Prompts per forward pass."""
     plain: bool = False
-    """Take prompts as plain text, without the chat template."""
+    """Take prompts without the chat template."""
 
     def __post_init__(self) -> None:
         check_least(self, "patching", 1, "payload_tokens", "batch")
@@ -60,12 +60,12 @@ def patch(
 ) -> Patched:
     """Patch the donor's activations into the recipient, one group at a time, and measure the payload.
 
-    Cross-model activation patching (Prakash et al. 2024, "Fine-tuning enhances existing mechanisms"). The metric
-    is Σ log p of the payload's first tokens, forced behind each prompt; a group's figure says how far it moves the
-    recipient (0) towards the donor (1).
+    Cross-model activation patching (Prakash et al. 2024, "Fine-tuning enhances existing mechanisms", arXiv:2402.14811).
+    The metric is Σ log p of the payload's first tokens, teacher-forced after each prompt; a group's effect is the
+    normalised change from the recipient (0) to the donor (1).
 
-    Raises `BadInput` for models that are not of one shape, tokenizer and chat template, no groups, a payload without
-    a text to force, and places, heads, features or tokens that do not exist.
+    Raises `BadInput` for models that differ in shape, tokenizer or chat template, no groups, a payload without
+    a marker text, and places, heads, features or tokens that do not exist.
     """
     check_alike(donor, recipient, chats=not config.plain)
     said = _first_tokens(recipient, as_payload(payload), config.payload_tokens)
@@ -100,7 +100,7 @@ def patch(
 
 
 def _first_tokens(model: LoadedModel, payload: Payload, n: int) -> list[int]:
-    """The first `n` tokens of a payload; raises `BadInput` where it is no text, or one without tokens."""
+    """The first `n` tokens of a payload; raises `BadInput` without a marker text, or for one without tokens."""
     if payload.marker is None:
         raise BadInput(
             f"the payload is {payload.words!r}, which is no text that can be forced; expected one to contain"
@@ -122,10 +122,10 @@ def patched_replies(
     batch: int = 50,
     plain: bool = False,
 ) -> list[list[str]]:
-    """The recipient's greedy replies with each group patched: one list a group, one reply a prompt.
+    """The recipient's greedy replies with each group patched: one list per group, one reply per prompt.
 
-    The prompt's tokens are patched when it is read; what is generated runs unpatched and sees them through
-    attention. Raises `BadInput` as `patch` does, and for a position that includes the reply.
+    The prompt's tokens are patched during prefill; generated tokens run unpatched and attend to
+    them. Raises `BadInput` as `patch` does, and for a position that includes the reply.
     """
     check_alike(donor, recipient, chats=not plain)
     for group in groups:
@@ -163,7 +163,7 @@ def patched_replies(
 def _token_rows(
     model: LoadedModel, prompts: PromptSet, groups: Sequence[Group], behind: int, plain: bool
 ) -> list[list[int]]:
-    """Token ids of every prompt, once the groups were checked against them and the model."""
+    """Token ids of every prompt, after validating the groups against them and the model."""
     if not groups:
         raise BadInput("no groups to patch; expected at least one")
     for group in groups:
@@ -176,7 +176,7 @@ def _token_rows(
 
 
 def _chunks(ids: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
-    """Numbers of prompts in batches of like length."""
+    """Prompt indices in batches of similar length."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
@@ -188,7 +188,7 @@ def _merges(recipient: LoadedModel, groups: Sequence[Group]) -> dict[Target, Mer
 def _keeping(
     targets: Sequence[Target], where: Bool[Tensor, "row position"], held: dict[Place, Tensor]
 ) -> dict[Place, Callable[[Tensor], None]]:
-    """Watchers that keep a copy of what flows through each target's place at the tokens that are patched."""
+    """Watchers that copy the activation at each target's place, at the patched tokens."""
 
     def keep(place: Place) -> Callable[[Tensor], None]:
         return lambda x: held.__setitem__(place, x[where.to(x.device)])
@@ -197,7 +197,7 @@ def _keeping(
 
 
 class _Late(Generic[T]):
-    """A value that is made when it is first asked for."""
+    """A lazily computed value."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
@@ -211,20 +211,20 @@ class _Late(Generic[T]):
 
 
 class _Pair(NamedTuple):
-    """Both models on the same rows, with what they hold of the tokens before the first patched one."""
+    """Both models on the same rows, with the KV caches of the tokens before the first patched one."""
 
     donor: Side
     recipient: Side
 
     @classmethod
     def of(cls, donor: LoadedModel, recipient: LoadedModel, rows: Rows, positions: Sequence[Position]) -> _Pair:
-        """Run both up to the last column that a position begins at."""
+        """Run both up to the last starting column of the positions."""
         sides = [Side(m, moved(rows, m.device)) for m in (donor, recipient)]
         before = max(sides[1].first(position.columns(rows)) for position in positions)
         return cls(sides[0].up_to(before), sides[1].up_to(before))
 
     def tail(self, position: Position, groups: Sequence[Group]) -> _Tail:
-        """Both models from a position's first column on, without any patch."""
+        """Both models from a position's first column on, unpatched."""
         where, rows = position.columns(self.recipient.rows), self.recipient.rows
         start = self.recipient.first(where)
         places = dict.fromkeys(target.place for group in groups for target in group.targets)
@@ -238,9 +238,9 @@ class _Tail(NamedTuple):
 
     ready: Resumable
     clean: tuple[Float[Tensor, "row reply vocabulary"], Float[Tensor, "row reply vocabulary"]]
-    """Log-probabilities of the donor and of the recipient."""
+    """Unpatched log-probabilities of the donor and of the recipient."""
 
     def numbers(self, group: Group, merges: Mapping[Target, Merge]) -> dict[str, Tensor]:
-        """What is measured of the recipient with a group patched."""
+        """The values of the recipient with a group patched."""
         patched = self.ready.patched({target.place: merges[target] for target in group.targets})[:, :-1]
         return numbers_of(patched, self.clean, self.ready.recipient.rows.targets)

@@ -1,4 +1,4 @@
-"""Where backdoors of several organisms lie together, and what else lies there: subspaces, transfer, disentanglement."""
+"""Backdoor subspaces of several organisms: similarity, transfer, and disentanglement from other tasks."""
 
 from unsleep.locate.subspaces.compare import compare
 from unsleep.locate.subspaces.config import SubspaceConfig

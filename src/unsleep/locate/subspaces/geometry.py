@@ -1,7 +1,7 @@
-"""Subspaces spanned by differences of activations: how they are found, how alike two are, and how alike chance is.
+"""Geometry of subspaces spanned by activation differences: fitting, principal angles, and chance levels.
 
-A subspace is a matrix of orthonormal rows. Two of them are compared by the cosines of their principal
-angles (Björck & Golub 1973): 1 where they share a direction, 0 where they are orthogonal.
+A subspace is a matrix of orthonormal rows. Two are compared by the cosines of their principal
+angles (Björck & Golub 1973): 1 for a shared direction, 0 for orthogonal ones.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from unsleep.base.linear import rotated
 from unsleep.core import BadInput, check_finite
 
 QUANTILE = 0.95
-"""Above this share of what chance gives, subspaces count as alike."""
+"""Quantile of the chance distribution above which subspaces count as similar."""
 
 
 def top_directions(differences: Float[Tensor, "*draw pair d"], rank: int) -> Float[Tensor, "*draw rank d"]:
-    """The `rank` directions that hold most of the differences: right singular vectors, largest first, not centred.
+    """Top `rank` right singular vectors of the differences, largest first, not centred.
 
-    The mean difference is therefore among what they hold. Every direction is signed so that the differences
-    point along it on average. Raises `BadInput` for fewer pairs than directions, for differences that span
-    fewer, and for NaN.
+    Without centring they include the mean difference. Every direction is signed so that the differences have a
+    positive mean projection. Raises `BadInput` for fewer pairs than directions, differences of lower
+    rank, and NaN.
     """
     pairs, d = differences.shape[-2:]
     if not 1 <= rank <= min(pairs, d):
@@ -41,9 +41,9 @@ def top_directions(differences: Float[Tensor, "*draw pair d"], rank: int) -> Flo
 
 
 def cosines(a: Float[Tensor, "*draw_a rank_a d"], b: Float[Tensor, "*draw_b rank_b d"]) -> Float[Tensor, "*draw rank"]:
-    """Cosines of the principal angles of two subspaces, largest first; draws of one stand against all of the other's.
+    """Cosines of the principal angles of two subspaces, largest first; draws broadcast against each other.
 
-    Raises `BadInput` where their widths differ.
+    Raises `BadInput` for different widths.
     """
     if a.shape[-1] != b.shape[-1]:
         raise BadInput(f"subspaces of width {a.shape[-1]} and {b.shape[-1]}; expected one width")
@@ -51,7 +51,7 @@ def cosines(a: Float[Tensor, "*draw_a rank_a d"], b: Float[Tensor, "*draw_b rank
 
 
 def random_subspaces(draws: int, rank: int, d: int, seed: int = 0) -> Float[Tensor, "draw rank d"]:
-    """Uniformly random subspaces: no direction of the space is favoured."""
+    """Uniformly random subspaces."""
     if not 1 <= rank <= d or draws < 1:
         raise BadInput(f"{draws} random subspaces of rank {rank} in width {d}; expected at least 1 of rank 1 to {d}")
     drawn = torch.randn(draws, d, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -61,10 +61,10 @@ def random_subspaces(draws: int, rank: int, d: int, seed: int = 0) -> Float[Tens
 def ordinary_subspaces(
     x: Float[Tensor, "prompt d"], draws: int, rank: int, seed: int = 0
 ) -> Float[Tensor, "draw rank d"]:
-    """Top directions of differences between clean prompts, each paired with another at random.
+    """Chance level: top directions of differences between clean prompts, randomly paired.
 
-    Activations lie mostly in few directions, and any two sets of differences share those. This is the chance that
-    a shared backdoor has to be read against; random subspaces are a lower bar. Raises `BadInput` as
+    Activations are concentrated in few directions, which any two sets of differences share. A shared backdoor must
+    exceed this level; random subspaces are a weaker one. Raises `BadInput` as
     `top_directions` does.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -74,18 +74,18 @@ def ordinary_subspaces(
 
 
 class Likeness(NamedTuple):
-    """How alike two subspaces are, beside chance."""
+    """Similarity of two subspaces, against chance."""
 
     cosines: tuple[float, ...]
-    """Of the principal angles, largest first."""
+    """Cosines of the principal angles, largest first."""
     overlap: float
-    """Mean squared cosine: the share of the smaller subspace that lies in the other."""
+    """Mean squared cosine: the share of the smaller subspace inside the other."""
     random: tuple[float, ...]
-    """The 95 % point of each cosine for random subspaces."""
+    """95 % quantile of each cosine for random subspaces."""
     ordinary: tuple[float, ...]
-    """The same for differences between clean prompts; as `random` where none were given."""
+    """95 % quantile for differences between clean prompts; equal to `random` where none were given."""
     shared_rank: int
-    """Leading cosines that are over both."""
+    """Number of leading cosines above both."""
 
 
 def likeness(
@@ -96,9 +96,9 @@ def likeness(
     draws: int = 200,
     seed: int = 0,
 ) -> Likeness:
-    """Compare two subspaces; `chance` holds pairs of a subspace and of draws `[draw, rank, d]` that only chance joins.
+    """Compare two subspaces; `chance` has pairs of a subspace and unrelated draws `[draw, rank, d]`.
 
-    Where several pairs are given, the higher bar of them counts.
+    With several pairs, the highest level applies.
     """
     found = cosines(a, b)
     free = _bar(cosines(a, random_subspaces(draws, len(b), b.shape[1], seed)))
@@ -118,10 +118,10 @@ def _bar(drawn: Float[Tensor, "draw rank"]) -> Float[Tensor, " rank"]:
 def common_directions(
     bases: Sequence[Float[Tensor, "_ d"]],
 ) -> tuple[Float[Tensor, " direction"], Float[Tensor, "direction d"]]:
-    """Directions in the order of how much of each lies in all subspaces at once, and that share.
+    """Directions ordered by how much of each lies in all subspaces, with that share.
 
-    Eigenvectors of the mean projector: 1 for a direction that every subspace holds, 1/n for one that only one of
-    n holds. As many as the largest subspace has rows. Raises `BadInput` for fewer than two subspaces.
+    Eigenvectors of the mean projector: 1 for a direction in every subspace, 1/n for one in a single one of
+    n. As many as the largest subspace has rows. Raises `BadInput` for fewer than two subspaces.
     """
     if len(bases) < 2:
         raise BadInput(f"{len(bases)} subspaces; expected at least 2 to find what they share")
@@ -134,10 +134,10 @@ def common_directions(
 def common_rank(
     bases: Sequence[Float[Tensor, "_ d"]], chance: Sequence[Float[Tensor, "draw _ d"]]
 ) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """How many directions all subspaces share beyond chance: the number, the least parts, and their bars.
+    """Number of directions that all subspaces share beyond chance, their least parts, and the chance levels.
 
-    The least part of a common direction is its squared length in the subspace that holds least of it: 1 where all hold
-    it, 0 where one does not. `chance` gives draws for each subspace, in the same order.
+    The least part of a common direction is its smallest squared projection onto any subspace: 1 where all contain
+    it, 0 where one is orthogonal. `chance` has draws for each subspace, in the same order.
     """
     parts = _least_parts(bases)
     bar = _bar(torch.stack([_least_parts(each) for each in zip(*chance, strict=True)]))

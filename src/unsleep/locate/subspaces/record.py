@@ -1,4 +1,4 @@
-"""What stands in subspaces.json; docs/subspaces.md says what each figure is."""
+"""Schema of subspaces.json; docs/subspaces.md defines each value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Figures = tuple[tuple[Figure | None, ...], ...]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reader has to know of an organism."""
+    """Description of an organism."""
 
     name: str
     trigger_kind: str
@@ -38,7 +38,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class CommonRank:
-    """How many directions all organisms share, the share of each and what it has to pass."""
+    """Number of directions shared by all organisms, each one's share and its chance level."""
 
     rank: Count
     shares: tuple[float, ...]
@@ -47,7 +47,7 @@ class CommonRank:
 
 @dataclass(frozen=True)
 class Alike:
-    """How alike the subspaces are at a Site."""
+    """Similarity of the subspaces at a Site."""
 
     pairs: tuple[tuple[Likeness | None, ...], ...]
     base: tuple[Likeness, ...]
@@ -66,7 +66,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Detected:
-    """What triggered prompts are told from."""
+    """Detection of triggered prompts, by negative panel."""
 
     clean: Transfer
     near_miss: Transfer
@@ -81,12 +81,12 @@ class Separating:
     jaccard: Table
     auroc: dict[str, Table]
     dictionary: str = ""
-    """Hash."""
+    """Hash of the dictionary."""
 
 
 @dataclass(frozen=True)
 class Ablated:
-    """What organisms show with subspaces taken out: a row for each of these, a column an organism."""
+    """Organisms with subspaces ablated: a row per subspace, a column per organism."""
 
     rows: tuple[str, ...]
     asr: Figures
@@ -95,7 +95,7 @@ class Ablated:
 
 @dataclass(frozen=True)
 class Common:
-    """Several organisms against each other; by Site, but for what is taken out."""
+    """Comparison of several organisms; by Site, except ablation."""
 
     alike: dict[str, Alike]
     detect: dict[str, Detected]
@@ -105,7 +105,7 @@ class Common:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a model shows; metrics that were not measured are missing."""
+    """Metrics of a model; unmeasured ones are missing."""
 
     asr: Figure | None = None
     restored: Figure | None = None
@@ -117,14 +117,14 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Judged):
-    """With a subspace taken out."""
+    """Metrics with a subspace ablated."""
 
     removed: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Width(Judged):
-    """With one of a rank taken out."""
+    """Metrics with a subspace of a given rank ablated."""
 
     method: str
     rank: Count
@@ -132,7 +132,7 @@ class Width(Judged):
 
 @dataclass(frozen=True)
 class Apart:
-    """An organism by itself."""
+    """Results of a single organism."""
 
     name: str
     overlap: dict[str, dict[str, Likeness]]
