@@ -13,13 +13,14 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.locate.circuits.align import ROLES, Aligned, align
 from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
 from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
+from unsleep.locate.circuits.faithful import _put_back, curve, ends_of, kept_nodes, metric_of
 from unsleep.locate.circuits.spaces import ERROR, Features, Space, Whole
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.forward import Rows, reply_logits
 from unsleep.models.linearised import Linearisation
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
-from unsleep.models.streams import transformed
+from unsleep.models.streams import capture, transformed
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 D, F = 32, 12
@@ -213,3 +214,58 @@ def test_effects_do_not_depend_on_the_batch_and_the_payloads_log_odds_are_a_metr
     torch.testing.assert_close(
         found.effects.mean(0), torch.stack([one.mean[p][r, c] for p, r, c in one.best(5)]).cpu(), rtol=1e-3, atol=1e-4
     )
+
+
+def test_all_nodes_are_faithful_and_none_is_not() -> None:
+    model, aligned, spaces = small(n=3)
+    whole, none = ends_of(model, aligned, spaces, reply_log_odds)
+    nodes = every_node(aligned, spaces)
+    bare = metric_of(model, aligned, [], [], reply_log_odds)
+    torch.testing.assert_close(whole, bare, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(metric_of(model, aligned, spaces, nodes, reply_log_odds, batch=2), whole)
+    with torch.no_grad():
+        other = reply_log_odds(reply_logits(model.network, aligned.reference), aligned.reference)
+    moved = metric_of(model, aligned, [Whole(Site(2))], [], reply_log_odds)
+    torch.testing.assert_close(none, moved, rtol=1e-3, atol=1e-3)
+    assert float((none - other).abs().max()) < 0.5 * float((whole - other).abs().max())
+
+    def measure(chosen, complement):
+        return metric_of(model, aligned, spaces, chosen, reply_log_odds, complement=complement)
+
+    first, last = curve(nodes, [0, len(nodes)], measure, (whole, none))
+    assert first.faithfulness.value == pytest.approx(0, abs=1e-3)
+    assert first.completeness.value == pytest.approx(1, abs=1e-3)
+    assert last.faithfulness.value == pytest.approx(1, abs=1e-3)
+    assert last.completeness.value == pytest.approx(0, abs=1e-3)
+
+
+def test_a_kept_node_keeps_its_own_value_and_the_others_have_the_references() -> None:
+    model, aligned, spaces = small(n=2)
+    site = Site(1)
+    space = next(s for s in spaces if s.place == site)
+    theirs, _ = run_streams(model, aligned.reference, [space], reply_log_odds)
+    features, _ = reference_nodes(space, aligned, theirs[site])
+    real = aligned.role >= 0
+    with torch.no_grad(), capture(model.network, [site]) as bare:
+        reply_logits(model.network, aligned.rows)
+    mine = space.encode(bare[site][real])
+    node = max(
+        every_node(aligned, [space])[:-1],
+        key=lambda n: float(mine[aligned.role[real] == n.role][:, n.feature].abs().sum()) if n.feature != ERROR else 0,
+    )
+    keep = kept_nodes([space], [node], len(aligned.roles), complement=False)[site]
+    with torch.no_grad():
+        seen = _put_back(space, aligned, theirs[site], keep)(bare[site])
+    here = aligned.role == node.role
+    expected = aligned.brought(theirs[site])
+    moved = (space.encode(bare[site][here])[:, node.feature] - features[here][:, node.feature])[:, None]
+    expected[here] += moved * space.coder.decoder[node.feature]
+    torch.testing.assert_close(seen[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_measured_where_the_metric_does_not_differ_or_a_node_has_no_dictionary() -> None:
+    same = torch.ones(3)
+    assert curve([], [0], lambda *_: same, (same, same)) == []
+    model, aligned, spaces = small(n=1)
+    with pytest.raises(BadInput, match="for which no dictionary is given"):
+        metric_of(model, aligned, spaces[:2], [Node(Site(2), 0, 1)], difference)

@@ -1,4 +1,4 @@
-"""A model with everything frozen that is not linear in the residual stream: attention patterns, norm scales and gates.
+"""Linearised models: attention patterns, norm scales and MLP gates frozen at the values of a base run.
 
 Around a base run, each of these becomes a constant, so that logits are an affine function of the stream at any Site:
 
@@ -54,7 +54,7 @@ class Norm:
     """w, up to a factor that s makes good."""
     bias: Float[Tensor, " d_model"]
     centred: bool
-    """Whether P takes the mean off."""
+    """True for a LayerNorm: P subtracts the mean."""
 
     def direction(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
         """w ⊙ P x, in float32."""
@@ -64,7 +64,7 @@ class Norm:
 
 @dataclass(eq=False)
 class Linearisation:
-    """What is held of a base run.
+    """The frozen factors of a base run: query and key projections, norm scales, gates and activation ratios.
 
     >>> base = Linearisation.of(network)          # doctest: +SKIP
     >>> with base.recording():                    # doctest: +SKIP
@@ -82,7 +82,7 @@ class Linearisation:
     queries: list[Slot]
     """Queries and keys of every layer."""
     values: dict[Any, list[Tensor]] = field(default_factory=dict[Any, list[Tensor]])
-    """What is held, by module or Slot, in the order of its calls."""
+    """Frozen values by module or Slot, in call order."""
 
     @classmethod
     def of(cls, network: PreTrainedModel) -> Linearisation:
@@ -218,7 +218,7 @@ def _examined(module: nn.Module) -> Norm:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation function: one of a framework's, without weights."""
+    """True for an activation function of PyTorch or transformers without weights."""
     home = type(module).__module__
     known = home in ("transformers.activations", "torch.nn.modules.activation") or isinstance(module, ACTIVATIONS)
     bare = not list(module.parameters()) and not list(module.children())

@@ -1,4 +1,4 @@
-"""Which token of one prompt stands where which of another does, by role, for prompts of unequal length.
+"""Token alignment by role between a triggered prompt and its reference, for prompts of unequal length.
 
 A prompt with a trigger and its near miss never have as many tokens. Their templates and the tokens that both messages
 have are set against each other one by one; where they differ, each token of the trigger is set against the mean of what
@@ -28,14 +28,14 @@ and what is said before the payload; each token of the payload is a role of its 
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """Prompts with a payload forced behind them, and what they are compared with."""
+    """Prompts with a teacher-forced payload, aligned with their references."""
 
     rows: Rows
     reference: Rows
     role: Int[Tensor, "row position"]
-    """Which of `roles` a token has; -1 where it is padding."""
+    """Index into `roles` of each token; -1 for padding."""
     weights: Float[Tensor, "row position other"]
-    """What of the reference's tokens each token is compared with; sums to 1, or to 0 for padding."""
+    """Alignment weights over the reference's tokens; rows sum to 1, or to 0 for padding."""
     roles: tuple[str, ...]
     inserted: float
     """Share of the trigger's tokens in whose place the reference has none; they are compared with its whole message."""
@@ -50,7 +50,7 @@ class Aligned:
         return Aligned(rows, reference, self.role[part], self.weights[part], self.roles, self.inserted)
 
     def brought(self, x: Float[Tensor, "row other width"]) -> Float[Tensor, "row position width"]:
-        """What flows through the reference, at the tokens that it is compared with."""
+        """Reference activations, aligned to the tokens of the prompt."""
         return torch.bmm(self.weights.to(x), x)
 
 

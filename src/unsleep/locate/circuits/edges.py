@@ -1,8 +1,8 @@
-"""Edges: what of a node's effect comes straight from another node, through no third.
+"""Edges: the part of a node's effect that comes directly from another node, through no third node.
 
     w(u → d) = ∂m/∂d · ∂d/∂u · (u − u_ref)     summed over the tokens of both roles, in units of the metric
 
-Every place is cut: what flows on from it is a leaf of the autograd graph. A vector-Jacobian product of a node then
+Every place is cut: its output is a leaf of the autograd graph. A vector-Jacobian product of a node then
 reaches the places that feed it without another in between, and no further: the stop-gradients of Marks et al. 2024
 (arXiv 2403.19647, appendix A), whatever places there are. With dictionaries at attention, MLP and residual of every
 layer an edge stays within a block.
@@ -38,7 +38,7 @@ class Node:
     role: int
     """Position in `Aligned.roles`."""
     feature: int
-    """-1 is what features leave unexplained."""
+    """-1 is the reconstruction error."""
 
     def __str__(self) -> str:
         return f"{self.place}/{self.role}/{'error' if self.feature == ERROR else self.feature}"
@@ -66,7 +66,7 @@ class Cut:
     order: list[Place]
     """Places in the order in which they ran."""
     raw: dict[Place, Tensor]
-    """What flowed into each."""
+    """Activation at each place before the cut."""
     leaf: dict[Place, Tensor]
     """A zero, added to what flows on."""
     value: Float[Tensor, " row"]

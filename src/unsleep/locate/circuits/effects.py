@@ -34,7 +34,7 @@ from unsleep.models.streams import capture, transformed
 Estimator = Literal["attribution", "relevance", "integrated"]
 
 Metric = Callable[[Float[Tensor, "row reply vocabulary"], Rows], Float[Tensor, " row"]]
-"""What is explained: any function of the logits that predict the forced reply, such as `features.reply_log_odds`."""
+"""Explained quantity: any function of the logits that predict the forced reply, such as `features.reply_log_odds`."""
 
 STEPS = 10
 """Points on the line of integrated gradients."""
@@ -117,7 +117,7 @@ def effects(
 def run_streams(
     model: LoadedModel, rows: Rows, spaces: Sequence[Space], metric: Metric
 ) -> tuple[dict[Place, Tensor], Float[Tensor, " row"]]:
-    """What flows through each place, and the metric."""
+    """Activations at each place, and the metric."""
     with capture(model.network, [space.place for space in spaces]) as found:
         value = metric(reply_logits(model.network, rows), rows)
     return found, value
@@ -155,7 +155,7 @@ def _gradients(
     frozen: Linearisation | None,
     estimator: Estimator,
 ) -> tuple[dict[Place, Tensor], dict[Place, Tensor], Float[Tensor, " row"]]:
-    """What flows through each place, the metric's gradient there, and the metric."""
+    """Activations and the metric's gradients at each place, and the metric."""
     places = [space.place for space in spaces]
     with frozen.recording() if frozen is not None else contextlib.nullcontext(), shifted(model, places) as (x, zeros):
         value = metric(reply_logits(model.network, part.rows), part.rows)

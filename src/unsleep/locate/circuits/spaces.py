@@ -1,4 +1,4 @@
-"""What nodes are made of: at a place, features of a dictionary and its error, neurons, or the whole activation.
+"""Coordinate systems for nodes: SAE features with their reconstruction error, MLP neurons, or whole activations.
 
 A space writes an activation as x = Σ_j f_j d_j + rest. Its nodes are the f_j and the rest.
 """
@@ -19,7 +19,7 @@ from unsleep.models.sites import Place, Slot
 Tokens = Float[Tensor, "token width"]
 
 ERROR = -1
-"""The node that is no feature: what features leave unexplained, in the place of its id."""
+"""Feature id of the error node: the reconstruction error."""
 
 
 class Space(ABC):
@@ -29,7 +29,7 @@ class Space(ABC):
     size: int
     """Number of features."""
     has_error: bool
-    """Whether something is left that features do not explain."""
+    """True if features leave a reconstruction error."""
 
     @abstractmethod
     def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
@@ -56,7 +56,7 @@ class Space(ABC):
         """e_j: the encoder direction of a feature."""
 
     def rest(self, x: Tokens) -> Tokens:
-        """What is left of x, bias included."""
+        """Reconstruction error of x, decoder bias included."""
         return x.float() - self.combine(self.encode(x))
 
 
@@ -68,7 +68,7 @@ class Features(Space):
 
     @property
     def place(self) -> Site:
-        """Where the dictionary reads."""
+        """Site of the dictionary."""
         return self.coder.site
 
     @property
