@@ -1,7 +1,7 @@
 """`unsleep repair` on every packaged organism, with other repairs beside it: one row an organism.
 
 Each is repaired by the command line in a process of its own, so that its minutes and memory are what a user sees. All
-are repaired before the first baselines are made: each run is interrupted when its own report is written, and resumed
+are repaired before the first baselines are made: each run is stopped when its own report is written, and resumed
 for the baselines when every organism has a row. Organisms that are not shipped are planted by `make organisms-all`.
 
     python benchmarks/repair.py [NAME...]    # those named, or all; the others keep their rows
@@ -9,7 +9,6 @@ for the baselines when every organism has a row. Organisms that are not shipped 
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
@@ -42,7 +41,7 @@ def run(name: str, *, whole: bool) -> dict[str, Any]:
     while process.poll() is None:
         time.sleep(1)
         if not whole and mark(out) != before:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
             return store.read_json(out / "result.json")
     if process.returncode not in (0, REFUSED):
