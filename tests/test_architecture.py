@@ -1,4 +1,4 @@
-"""The walls of the house: who imports whom, who registers hooks, what is never read, how large a file may be."""
+"""Architecture: imports between packages, hooks, forbidden formats, sizes of files and functions, docstrings."""
 
 from __future__ import annotations
 
@@ -338,3 +338,15 @@ def test_every_module_says_what_it_is():
         assert isinstance(tree, ast.Module)
         doc = ast.get_docstring(tree) or ""
         assert len(doc.splitlines()[0]) > 20, path
+
+
+def test_docstrings_name_what_they_describe():
+    opening = re.compile(r"(What|Where|Which|How|Whether|Who|Whom|When|Why)\b")
+    found = {
+        f"{name_of(path)}:{node.lineno}": node.value.value.splitlines()[0]
+        for path, tree in trees(MODULES)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if opening.match(node.value.value)
+    }
+    assert found == {}

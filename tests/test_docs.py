@@ -382,6 +382,11 @@ def test_every_page_is_in_the_navigation():
     assert sorted(nav) == sorted(d.name for d in (ROOT / "docs").glob("*.md"))
 
 
+@pytest.mark.parametrize("name", unsleep.__all__)
+def test_every_name_of_the_facade_is_in_the_api_reference(name: str):
+    assert f"::: {getattr(unsleep, name).__module__}\n" in (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+
+
 # Figures
 
 

@@ -56,7 +56,7 @@ class HarvestConfig:
 
 @dataclass(frozen=True)
 class Planned:
-    """What plan and manifest have in common."""
+    """Fields shared by plan and manifest."""
 
     model: str
     """Fingerprint."""
@@ -80,7 +80,7 @@ class Plan(Planned):
 
 @dataclass(frozen=True)
 class Shard:
-    """What stands in the note beside a shard."""
+    """Note beside a shard."""
 
     file: str
     tokens: Count
@@ -276,7 +276,7 @@ def token_rows(
 def _plan(
     model: LoadedModel, prompts: PromptSet, sites: Sequence[Site], rows: list[list[int]], config: HarvestConfig
 ) -> Plan:
-    """Which rows go together."""
+    """Row indices of each batch."""
     shared, apart = chat.shared_prefix(rows), shared_tokens(model.network, rows)
     d_model = width(model.network)
     limit = config.shard_bytes / (len(sites) * d_model * model.network.dtype.itemsize)

@@ -78,7 +78,7 @@ def peak_memory_mb() -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """How long a stage took, and the memory that the process has needed by its end."""
+    """Duration of a stage, and the peak memory of the process at its end."""
 
     name: str
     seconds: float

@@ -144,7 +144,7 @@ class Job(NamedTuple):
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What a dictionary of this Site depends on beside its activations, as `Entry` has it."""
+        """Inputs of a dictionary of this Site besides its activations, as in `Entry`."""
         return {"target": self.target and self.target.site, "start": self.start and self.start.hash}
 
     def fitted(self, configs: Mapping[str, TrainConfig]) -> Mapping[str, TrainConfig]:
@@ -178,7 +178,7 @@ class Trained(NamedTuple):
         return Turned(float(cosines.nanmedian()), most)
 
     def entry(self, job: Job, variant: str, config: TrainConfig, seconds: float) -> Entry:
-        """What dictionaries.json says of it."""
+        """Record of dictionaries.json."""
         k, sparsity = (config.k, None) if KINDS[config.architecture].has_k else (None, config.sparsity)
         return Entry(
             job.source.site,

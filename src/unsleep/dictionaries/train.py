@@ -50,7 +50,7 @@ class Checkpoint:
     step: Count
     fvu: tuple[float, ...]
     identity: dict[str, Any]
-    """What it is trained on, and how."""
+    """Training data and settings."""
 
 
 def train(

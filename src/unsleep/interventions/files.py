@@ -26,7 +26,7 @@ MARK = "edit.json"
 
 @dataclass(frozen=True)
 class EditEntry:
-    """What edit.json says of an `Edit`."""
+    """Entry of edit.json for an `Edit`."""
 
     site: Site
     removed: tuple[int, ...]
@@ -37,7 +37,7 @@ class EditEntry:
 
 @dataclass(frozen=True)
 class ProjectionEntry:
-    """What it says of a `Projection`."""
+    """Entry of edit.json for a `Projection`."""
 
     site: Site
     subspace: str
@@ -48,7 +48,7 @@ class ProjectionEntry:
 
 @dataclass(frozen=True)
 class SteeringEntry:
-    """What it says of a `Steering`."""
+    """Entry of edit.json for a `Steering`."""
 
     vectors: str
     """File of the vectors, by Site."""

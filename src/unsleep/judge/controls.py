@@ -27,7 +27,7 @@ class Firing(NamedTuple):
 
 
 def firing(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> Firing:
-    """How every feature fires on tokens; raises `BadInput` where there are none."""
+    """Firing rate and mean strength of every feature over tokens; raises `BadInput` for no tokens."""
     if not len(x):
         raise BadInput(f"firing rates were asked of 0 tokens at {dictionary.site}; expected at least 1")
     count = torch.zeros(dictionary.n_features)

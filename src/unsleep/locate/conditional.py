@@ -34,7 +34,7 @@ LEAST = 4
 
 @dataclass(frozen=True)
 class Gate:
-    """What steer.json says of a `Condition`."""
+    """Entry of steer.json for a `Condition`."""
 
     site: Site
     comparator: Comparator

@@ -35,7 +35,7 @@ Held = Float[Tensor, "pair d_model"]
 Pool = Callable[[Held, Held], tuple[tuple[Held, Held], str]]
 
 Method = Literal["pca_center", "pca_diff", "lat", "mean", "cluster_mean", "logistic"]
-"""How pairs become a direction:
+"""Method for a direction from pairs:
 
 - `pca_center`: first component of activations minus the mean of their pair (repeng)
 - `pca_diff`: first component of the differences positive − negative, centred (repeng)

@@ -101,6 +101,21 @@ def observed(
 
 
 @contextlib.contextmanager
+def outputs_of_inputs(
+    replaced: Iterable[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
+) -> Generator[None]:
+    """Replace each module's output by a function of its input and its output, until the block ends."""
+    with contextlib.ExitStack() as stack:
+        for module, make in replaced:
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, make: Any = make) -> Tensor:
+                return make(_input(args, kwargs), output)
+
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextlib.contextmanager
 def contiguous_head(network: PreTrainedModel) -> Generator[None]:
     """Make the unembedding's input contiguous during the block; the logits are unchanged.
 

@@ -1,4 +1,4 @@
-"""How weights are trained: AdamW, gradients of norm 1 at most, and a learning rate that follows a schedule."""
+"""Training loop for weights: AdamW, gradient norm clipped to 1, learning rate schedule."""
 
 from __future__ import annotations
 

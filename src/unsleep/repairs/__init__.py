@@ -37,8 +37,8 @@ def repair(job: Job, out: str | Path, config: RepairConfig = RepairConfig()) -> 
     """Repair a suspect, evaluate the edit and its export, and write everything into `out`.
 
     `out` then contains `report.html`, `report.json`, `result.json`, `cleaned/` (a plain checkpoint), `edit/` and
-    `dictionaries/`; an earlier repair there is replaced. An interrupted run resumes after its last finished step, from
-    a hidden folder beside `out`.
+    `dictionaries/`; an earlier repair there is replaced. Baselines are added once they are evaluated. An interrupted
+    run resumes after its last finished step, from a hidden folder beside `out`.
 
     Raises:
         BadInput: the suspect does not misbehave on the suspicious prompts alone, there is no source of reference
@@ -58,6 +58,9 @@ def repair(job: Job, out: str | Path, config: RepairConfig = RepairConfig()) -> 
         run = Run(job, config, folder)
         result = run.all()
         write(run, result, out)
+        if config.baselines:
+            result = run.with_baselines(result)
+            write(run, result, out)
     if run.refused is not None:
         raise Refused(f"{run.refused}. The report and the edit are in {out}") from run.refused
     return result

@@ -105,7 +105,7 @@ class Baked(NamedTuple):
     """`exact`, `ridge` or `distil`."""
 
     def record(self, **made_from: Any) -> BakedRecord:
-        """What is known of it before anything has judged it."""
+        """Its record before any evaluation."""
         return BakedRecord(self.method, self.kl, self.model.fingerprint, store.provenance(**made_from))
 
 

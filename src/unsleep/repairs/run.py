@@ -76,7 +76,7 @@ class Run:
         """Notes for the report on what was skipped."""
 
     def all(self) -> EvalResult:
-        """Run every stage."""
+        """Run every stage but the other repairs (`with_baselines`)."""
         with self.watch.stage("the suspect's own replies"):
             self.said = said_by(self.suspect, self.material, self.config)
         with self.watch.stage("what it should say"):
@@ -109,9 +109,6 @@ class Run:
         if self.config.tasks:
             with self.watch.stage("tasks"):
                 self.tasks = self.run_tasks()
-        if self.config.baselines:
-            with self.watch.stage("baselines"):
-                result = self.with_baselines(result)
         return result
 
     def export(self, lesson: Lesson) -> Baked | None:
@@ -289,14 +286,15 @@ class Run:
             twin=self.make_twin,
         )
         rows, replies = list(result.rows), dict(result.replies)
-        for found in baselines(setting):
-            if isinstance(found, str):
-                self.notes.append(found)
-                continue
-            judged = self.judged([found.subject], items=False)
-            rows += [row for row in judged.rows if row.subject != "suspect"]
-            replies |= judged.replies
-            self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
+        with self.watch.stage("baselines"):
+            for found in baselines(setting):
+                if isinstance(found, str):
+                    self.notes.append(found)
+                    continue
+                judged = self.judged([found.subject], items=False)
+                rows += [row for row in judged.rows if row.subject != "suspect"]
+                replies |= judged.replies
+                self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
         return EvalResult(tuple(rows), replies, result.prompts)
 
     def eval_config(self) -> EvalConfig:

@@ -93,7 +93,7 @@ Read = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class Lensed:
-    """What diff.json says of a `Lens`, and what it reads."""
+    """Entry of diff.json for a `Lens` and its logit-lens reading."""
 
     site: Site
     texts: Count
@@ -106,7 +106,7 @@ class Lensed:
 
 @dataclass(frozen=True)
 class Said:
-    """What diff.json says of a `Spoken`."""
+    """Entry of diff.json for a `Spoken`."""
 
     kind: str
     strength: float
@@ -157,7 +157,7 @@ class Diff:
         return [x.layer for x in sorted(by_layer(self.deltas), key=lambda x: (-x.relative, x.layer))]
 
     def record(self, base: Named, suspect: Named, provenance: dict[str, Any]) -> DiffRecord:
-        """What stands in diff.json."""
+        """Content of diff.json."""
         lens = tuple(
             Lensed(x.site, x.texts, x.scale, tuple(x.mean.norm(dim=1).tolist()), tuple(x.size.tolist()), *reading)
             for x, reading in zip(self.lenses, self.readings, strict=True)

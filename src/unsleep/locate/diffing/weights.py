@@ -70,7 +70,7 @@ def spectrum(matrix: Float[Tensor, "out in"], top: int = 8) -> Spectrum:
 
 @dataclass(frozen=True)
 class Changed:
-    """What diff.json says of a `Delta`."""
+    """Entry of diff.json for a `Delta`."""
 
     name: str
     layer: Count | None
@@ -107,7 +107,7 @@ class Delta:
         return self.norm / self.base_norm if self.base_norm > 0 else self.norm
 
     def row(self) -> Changed:
-        """What stands in diff.json."""
+        """Entry of diff.json."""
         s, where = self.spectrum, (self.name, self.layer, self.module, self.shape)
         values = tuple(s.values[: max(8, len(s.left))].tolist())
         return Changed(*where, self.norm, self.relative, s.effective_rank, s.share(1), values)

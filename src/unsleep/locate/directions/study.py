@@ -170,7 +170,7 @@ class Study:
     def record(
         self, provenance: dict[str, Any], directions: tuple[files.Entry, ...] = (), erased: Removed | None = None
     ) -> files.DirectionsRecord:
-        """What stands in directions.json."""
+        """Content of directions.json."""
         names = list(self.stream[self.best])
         cosines = measure.cosines([self.stream[self.best][n] for n in names])
         return files.DirectionsRecord(

@@ -112,7 +112,7 @@ def likeness(
 
 
 def _leading(above: Bool[Tensor, " place"]) -> int:
-    """How many hold before the first that does not."""
+    """Length of the leading run of true values."""
     return int(above.int().cumprod(0).sum())
 
 

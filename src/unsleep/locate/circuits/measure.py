@@ -1,0 +1,150 @@
+"""Edges measured: a node is put back to its reference, its neighbours answer, and everything else stays.
+
+Every place is held at what it is in the run, but for the source's, so that only straight paths are left. With patterns,
+norms and gates held too, the measured weight is the one predicted in the frozen model; with nothing held beside the
+places it shows what the linearisation leaves out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.base.context import progress
+from unsleep.locate.circuits.align import Aligned
+from unsleep.locate.circuits.edges import OUTPUT, Cut, Node
+from unsleep.locate.circuits.effects import Metric, by_role, reference_nodes, run_streams
+from unsleep.locate.circuits.spaces import ERROR, Features, Space
+from unsleep.models.forward import reply_logits
+from unsleep.models.hooks import Transform
+from unsleep.models.linearised import Linearisation
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import Place
+from unsleep.models.streams import transformed
+
+Pair = tuple[Node, Node | None]
+
+
+class Measured(NamedTuple):
+    """Weights of edges, in units of the metric; NaN where the model cannot be frozen."""
+
+    frozen: Float[Tensor, "prompt edge"]
+    free: Float[Tensor, "prompt edge"]
+
+
+def measured(
+    model: LoadedModel,
+    aligned: Aligned,
+    spaces: Sequence[Space],
+    pairs: Sequence[Pair],
+    metric: Metric,
+    *,
+    relevance: bool,
+    reference: LoadedModel | None = None,
+    batch: int = 16,
+) -> Measured:
+    """Measure edges, one forward pass a source, frozen and free.
+
+    Args:
+        pairs: source and target of each edge.
+        relevance: whether the model can be frozen, and the metric's gradient is taken in the frozen model.
+    """
+    sources = list(dict.fromkeys(source for source, _ in pairs))
+    by_place = {space.place: space for space in spaces}
+    found: list[Tensor] = []
+    for start in range(0, len(aligned), batch):
+        part = aligned.batch(start, batch)
+        theirs, _ = run_streams(reference or model, part.reference, spaces, metric)
+        base = Linearisation.of(model.network) if relevance else None
+        with base.recording() if base is not None else contextlib.nullcontext():
+            cut = Cut.run(model, part, list(by_place), metric)
+        done = _Bench(model, part, by_place, cut, theirs, metric)
+        weights = torch.full((2, len(part), len(pairs)), torch.nan)
+        for number, source in enumerate(sources, 1):
+            own = [(i, target) for i, (s, target) in enumerate(pairs) if s == source]
+            for which, freeze in enumerate((base, None)):
+                if which == 0 and base is None:
+                    continue
+                answers = done.answers(source, [target for _, target in own], freeze)
+                weights[which][:, [i for i, _ in own]] = answers.cpu()
+            progress("measuring edges", start * len(sources) + number * len(part), len(aligned) * len(sources))
+        found.append(weights)
+    return Measured(*torch.cat(found, 1)) if found else Measured(torch.zeros(0, 0), torch.zeros(0, 0))
+
+
+class _Bench:
+    """Prompts on which edges are measured."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        part: Aligned,
+        spaces: Mapping[Place, Space],
+        cut: Cut,
+        theirs: Mapping[Place, Tensor],
+        metric: Metric,
+    ) -> None:
+        self.model, self.part, self.spaces, self.cut, self.theirs = model, part, spaces, cut, theirs
+        self.metric = metric
+        self.total, _ = cut.gradients()
+        self.base = {place: x.detach() for place, x in cut.raw.items()}
+        self.value = cut.value.detach()
+
+    @torch.no_grad()
+    def answers(
+        self, source: Node, targets: Sequence[Node | None], freeze: Linearisation | None
+    ) -> Float[Tensor, "row target"]:
+        """Drop of each target's contribution when the source is patched with its reference."""
+        change = self._change(source)
+        raw: dict[Place, Tensor] = {}
+
+        def at(place: Place) -> Transform:
+            def held(x: Tensor) -> Tensor:
+                raw[place] = x
+                return self.base[place] - change if place == source.place else self.base[place]
+
+            return held
+
+        network, frozen = self.model.network, freeze.held() if freeze is not None else contextlib.nullcontext()
+        with frozen, transformed(network, {place: at(place) for place in self.base}):
+            value = self.metric(reply_logits(network, self.part.rows), self.part.rows)
+        return torch.stack([self.value - value if t is OUTPUT else self._lost(t, raw[t.place]) for t in targets], 1)
+
+    def _change(self, source: Node) -> Float[Tensor, "row position width"]:
+        """u − u_ref at the source's tokens, as a change of the activation."""
+        space, x = self.spaces[source.place], self.base[source.place]
+        features, rest = reference_nodes(space, self.part, self.theirs[source.place])
+        flat = x.flatten(0, 1)
+        if source.feature == ERROR:
+            change = space.rest(flat).view_as(x) - rest
+        else:
+            moved = space.encode(flat) - features.flatten(0, 1)
+            only = torch.zeros_like(moved)
+            only[:, source.feature] = moved[:, source.feature]
+            change = space.combine(only).view_as(x)
+        return (change * (self.part.role == source.role)[..., None]).to(x.dtype)
+
+    def _lost(self, target: Node, now: Float[Tensor, "row position width"]) -> Float[Tensor, " row"]:
+        """∂m/∂d · (d − d now), summed over the target's tokens; the set of features that fire is held."""
+        real = self.part.role >= 0
+        space, g = self.spaces[target.place], self.total[target.place][real]
+        before, lost = self.base[target.place][real], (self.base[target.place] - now)[real].float()
+        slopes = space.slopes(before)
+        if target.feature == ERROR:
+            taken = _pre(space, lost) * slopes if space.size else None
+            each = (g.float() * (lost if taken is None else lost - space.combine(taken))).sum(-1)
+        else:
+            each = (lost @ space.reads(target.feature)) * slopes[:, target.feature]
+            each = each * space.read(g)[:, target.feature]
+        return by_role(self.part, each[:, None])[:, target.role, 0]
+
+
+def _pre(space: Space, change: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
+    """Change of the pre-activations due to a change of the activation."""
+    assert isinstance(space, Features)
+    return change @ space.coder.W_enc.float()

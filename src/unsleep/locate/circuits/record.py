@@ -1,0 +1,94 @@
+"""circuit.json: nodes, edges and how faithful they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from unsleep.base.records import Count, Share
+from unsleep.locate.circuits.effects import Estimator
+from unsleep.locate.circuits.faithful import CurvePoint
+from unsleep.models.model import Named
+
+Kind = Literal["feature", "error", "token", "neuron"]
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One node of the circuit, aggregated over prompts and over the tokens of a role."""
+
+    place: str
+    """Such as resid.12."""
+    layer: Count
+    role: str
+    kind: Kind
+    feature: Count | None
+    """Of its dictionary; none for errors and tokens."""
+    effect: float
+    """Mean over prompts, in units of the metric."""
+    low: float
+    high: float
+    activation: float
+    """Mean over prompts of its strength at the role's tokens; the norm, for errors and tokens."""
+    reference: float
+    """The same in the reference."""
+
+
+@dataclass(frozen=True)
+class EdgeRow:
+    """Direct effect of one node through another."""
+
+    source: Count
+    """Index of its node."""
+    target: Count | None
+    """None is the metric itself."""
+    weight: float
+    """Predicted by the gradient: mean over prompts, in units of the metric."""
+    low: float
+    high: float
+    frozen: float | None = None
+    """Measured: the source patched with its reference, nonlinearities frozen."""
+    free: float | None = None
+    """The same with nothing frozen."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Faithfulness and completeness of ever larger circuits."""
+
+    name: str
+    """`features`, `features, every error kept`, `neurons` or `random features`."""
+    points: tuple[CurvePoint, ...]
+    """None where such nodes alone carry nothing: the metric is the same with all of them put back."""
+
+
+@dataclass(frozen=True)
+class CircuitRecord:
+    """A circuit."""
+
+    SCHEMA: ClassVar = "unsleep.circuit/1"
+
+    model: Named
+    reference: Named
+    payload: str
+    tokens: tuple[str, ...]
+    """Of the payload, whose log-odds are the metric."""
+    estimator: Estimator
+    prompts: Count
+    roles: tuple[str, ...]
+    inserted: Share
+    """Share of the trigger's tokens in whose place the reference has none."""
+    metric: float
+    """Mean at the prompts."""
+    metric_reference: float
+    """Mean with every node put back to its reference."""
+    candidates: Count
+    """Nodes with an effect, of which the circuit keeps those with the largest."""
+    errors: Share
+    """Share of the kept nodes' |effect| that is of errors."""
+    nodes: tuple[NodeRow, ...]
+    edges: tuple[EdgeRow, ...]
+    curves: tuple[Curve, ...]
+    dictionaries: dict[str, str]
+    """Site → hash."""
+    provenance: dict[str, Any]

