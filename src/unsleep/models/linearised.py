@@ -6,8 +6,8 @@ Around a base run, each of these becomes a constant, so that logits are an affin
     norm        y = w ⊙ P x · s + b with the scale s held (P takes the mean off in a LayerNorm)
     MLP         act(x) = x ⊙ r with r = act(x) / x held, or, where act(x) gates another projection, act(x) itself held
 
-Gradients of the frozen model are those of relevance propagation in the form of Jafari et al. 2025, "RelP"
-(arXiv 2508.21258), except that a gate is held instead of sharing its product's relevance with what it gates.
+Gradients of the frozen model are those of relevance propagation in the form of Rezaei Jafari et al. 2025, "RelP"
+(arXiv:2508.21258), except that a gate is held instead of sharing its product's relevance with what it gates.
 """
 
 from __future__ import annotations

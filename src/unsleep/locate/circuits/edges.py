@@ -4,7 +4,7 @@
 
 Every place is cut: its output is a leaf of the autograd graph. A vector-Jacobian product of a node then
 reaches the places that feed it without another in between, and no further: the stop-gradients of Marks et al. 2024
-(arXiv 2403.19647, appendix A), whatever places there are. With dictionaries at attention, MLP and residual of every
+(arXiv:2403.19647, appendix A), whatever places there are. With dictionaries at attention, MLP and residual of every
 layer an edge stays within a block.
 """
 

@@ -3,7 +3,7 @@
     effect(u) = g · (u − u_ref)     summed over the tokens of a role, in units of the metric
 
 `u` is a feature f_j, for which g is ∂m/∂x · d_j, or the rest of an activation, for which g is ∂m/∂x. Summed over all
-nodes of a place that is m to first order. Estimators (Marks et al. 2024, "Sparse feature circuits", arXiv 2403.19647):
+nodes of a place that is m to first order. Estimators (Marks et al. 2024, "Sparse feature circuits", arXiv:2403.19647):
 
 - `attribution`: the gradient at the prompt itself. One forward and one backward pass, for all places at once.
 - `relevance`: the same in the frozen model (`models.linearised`).
