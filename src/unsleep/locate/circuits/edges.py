@@ -94,7 +94,9 @@ class Cut:
         if not before or not output.requires_grad:
             return {}
         leaves = [self.leaf[place] for place in before]
-        found = torch.autograd.grad(output, leaves, vector, retain_graph=True, allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            output, leaves, vector, retain_graph=True, allow_unused=True
+        )
         return {place: g for place, g in zip(before, found, strict=True) if g is not None}
 
     def gradients(self) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:

@@ -94,9 +94,10 @@ def _put_back(space: Space, part: Aligned, theirs: Tensor, keep: Kept) -> Transf
     role = part.role[real]
     other = part.brought(theirs.float())[real]
     any_feature, any_error = bool(keep.features.any()), bool(keep.error.any()) and space.has_error
-    if any_feature or any_error:
-        features, rest = (x[real] for x in reference_nodes(space, part, theirs))
-        own, wide = keep.features.to(role.device)[role], keep.error.to(role.device)[role][:, None]
+    if not any_feature and not any_error:
+        return lambda x: x.masked_scatter(real[..., None], other.to(x.dtype))
+    features, rest = (x[real] for x in reference_nodes(space, part, theirs))
+    own, wide = keep.features.to(role.device)[role], keep.error.to(role.device)[role][:, None]
 
     def run(x: Tensor) -> Tensor:
         mine, new = x[real], other

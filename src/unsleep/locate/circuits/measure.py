@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unsleep.base.context import progress
 from unsleep.locate.circuits.align import Aligned
-from unsleep.locate.circuits.edges import OUTPUT, Cut, Node
+from unsleep.locate.circuits.edges import Cut, Node
 from unsleep.locate.circuits.effects import Metric, by_role, reference_nodes, run_streams
 from unsleep.locate.circuits.spaces import ERROR, Features, Space
 from unsleep.models.forward import reply_logits
@@ -113,7 +113,8 @@ class _Bench:
         network, frozen = self.model.network, freeze.held() if freeze is not None else contextlib.nullcontext()
         with frozen, transformed(network, {place: at(place) for place in self.base}):
             value = self.metric(reply_logits(network, self.part.rows), self.part.rows)
-        return torch.stack([self.value - value if t is OUTPUT else self._lost(t, raw[t.place]) for t in targets], 1)
+        lost = [self.value - value if target is None else self._lost(target, raw[target.place]) for target in targets]
+        return torch.stack(lost, 1)
 
     def _change(self, source: Node) -> Float[Tensor, "row position width"]:
         """u − u_ref at the source's tokens, as a change of the activation."""

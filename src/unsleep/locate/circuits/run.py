@@ -15,7 +15,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.edges import OUTPUT, Edges, Node, edges
 from unsleep.locate.circuits.effects import Effects, Estimator, effects, reference_nodes, run_streams
-from unsleep.locate.circuits.faithful import curve, differ, ends_of, metric_of
+from unsleep.locate.circuits.faithful import CurvePoint, curve, differ, ends_of, metric_of
 from unsleep.locate.circuits.measure import measured
 from unsleep.locate.circuits.record import CircuitRecord, Curve, EdgeRow, NodeRow
 from unsleep.locate.circuits.spaces import ERROR, Features, Neurons, Space, Whole
@@ -146,8 +146,30 @@ def _curves(
     reference: LoadedModel | None,
 ) -> tuple[tuple[Curve, ...], tuple[Tensor, Tensor]]:
     """Curves of the circuit, of its nodes without errors, of random features and of neurons; and the metric's ends."""
-    options = {"reference": reference, "batch": config.batch}
-    ends = ends_of(model, aligned, spaces, reply_log_odds, **options)
+
+    def measure(among: Sequence[Space], chosen: Sequence[Node], complement: bool, with_errors: bool = False) -> Tensor:
+        return metric_of(
+            model,
+            aligned,
+            among,
+            chosen,
+            reply_log_odds,
+            complement=complement,
+            with_errors=with_errors,
+            reference=reference,
+            batch=config.batch,
+        )
+
+    def points(
+        chosen: Sequence[Node], among: Sequence[Space], ends: tuple[Tensor, Tensor], with_errors: bool = False
+    ) -> tuple[CurvePoint, ...]:
+        sizes = sorted({min(size, len(chosen)) for size in config.sizes if chosen})
+        return tuple(curve(chosen, sizes, lambda part, rest: measure(among, part, rest, with_errors), ends))
+
+    def limits(among: Sequence[Space]) -> tuple[Tensor, Tensor]:
+        return ends_of(model, aligned, among, reply_log_odds, reference=reference, batch=config.batch)
+
+    ends = limits(spaces)
     if not differ(ends):
         raise BadInput(
             f"the payload's log-odds are {float(ends[0].mean()):.2f} on the prompts and {float(ends[1].mean()):.2f} "
@@ -155,32 +177,22 @@ def _curves(
             "which it does not"
         )
     features = [node for node in nodes if node.feature != ERROR]
-
-    def points(chosen: Sequence[Node], spaces: Sequence[Space], ends: tuple[Tensor, Tensor], **more: bool):
-        sizes = sorted({min(size, len(chosen)) for size in config.sizes if chosen})
-
-        def measure(part: Sequence[Node], complement: bool) -> Tensor:
-            return metric_of(model, aligned, spaces, part, reply_log_odds, complement=complement, **options, **more)
-
-        return tuple(curve(chosen, sizes, measure, ends))
-
-    bare = metric_of(model, aligned, spaces, [], reply_log_odds, with_errors=True, **options)
+    bare = ends[0], measure(spaces, [], False, True)
     found = [
         Curve("features and errors", points(nodes, spaces, ends)),
-        Curve("features, every error kept", points(features, spaces, (ends[0], bare), with_errors=True)),
+        Curve("features, every error kept", points(features, spaces, bare, True)),
         Curve("random features", points(_random(features, spaces, config.seed), spaces, ends)),
     ]
     if config.neurons:
-        inside = [Neurons(Slot(i, "neurons"), _width(model, i)) for i in range(len(layers(model.network)))]
-        slots: list[Space] = list(inside)
-        theirs = effects(model, aligned, slots, reply_log_odds, config.estimator, **options)
-        own = ranked(theirs, slots, max(config.sizes))
-        found.append(Curve("neurons", points(own, slots, ends_of(model, aligned, slots, reply_log_odds, **options))))
+        slots: list[Space] = [Neurons(Slot(i, "neurons"), _width(model, i)) for i in range(len(layers(model.network)))]
+        theirs = effects(
+            model, aligned, slots, reply_log_odds, config.estimator, reference=reference, batch=config.batch
+        )
+        found.append(Curve("neurons", points(ranked(theirs, slots, max(config.sizes)), slots, limits(slots))))
         mlp = [space for space in spaces if isinstance(space.place, Site) and space.place.point == "mlp"]
         if mlp:
             own = [node for node in nodes if node.place in {space.place for space in mlp}]
-            limits = ends_of(model, aligned, mlp, reply_log_odds, **options)
-            found.append(Curve("features and errors of MLPs", points(own, mlp, limits)))
+            found.append(Curve("features and errors of MLPs", points(own, mlp, limits(mlp))))
     return tuple(found), ends
 
 
@@ -221,8 +233,8 @@ def _node_rows(
         real = part.role >= 0
         for space in used:
             x = mine[space.place][real]
-            pairs = [(space.encode(x), space.rest(x))]
-            pairs.append(tuple(each[real] for each in reference_nodes(space, part, theirs[space.place])))
+            other = reference_nodes(space, part, theirs[space.place])
+            pairs = [(space.encode(x), space.rest(x)), (other[0][real], other[1][real])]
             for which, (features, rest) in enumerate(pairs):
                 for i in own[space.place]:
                     here = part.role[real] == nodes[i].role
