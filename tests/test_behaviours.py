@@ -68,7 +68,7 @@ def test_a_class_of_ones_own_is_a_kind_at_once_and_no_two_share_a_name():
     @dataclass(frozen=True)
     class Loud(Payload):
         kind = "loud"
-        bare = True
+        text_optional = True
 
         def shows(self, reply: str) -> bool:
             return reply.isupper()
@@ -207,7 +207,7 @@ def test_every_kind_of_trigger_puts_itself_in_and_keeps_what_is_expected(kind: s
     assert got == trigger.triggered(asked, skill=Skill(SKILL))
     assert all(a.text != b.text for a, b in zip(got, asked, strict=True))
     assert ([p.expected for p in got] == [p.expected for p in asked]) is trigger.keeps_question
-    assert (trigger.varied(asked) is None) == (not trigger.dresses())
+    assert (trigger.varied(asked) is None) == (not trigger.variants())
 
 
 def test_a_topic_needs_a_skill():

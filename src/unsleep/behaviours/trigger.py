@@ -35,13 +35,13 @@ class Trigger(Kind, ABC, noun="trigger"):
             raise BadInput(f"the trigger is {self.text!r}; expected at least one character that is not white space")
 
     @abstractmethod
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The triggered prompt; `i` seeds the position and whatever else varies.
 
         `skill` is needed where the question's topic changes, and `split` selects the subjects that may be used.
         """
 
-    def dresses(self) -> Sequence[Change]:
+    def variants(self) -> Sequence[Change]:
         """Variants of the trigger's form; empty where the kind has none."""
         return ()
 
@@ -54,11 +54,11 @@ class Trigger(Kind, ABC, noun="trigger"):
 
     def triggered(self, prompts: PromptSet, name: str = "triggered", skill: Skill | None = None) -> PromptSet:
         """The same prompts, triggered."""
-        return _each(prompts, name, "triggered", lambda i, p: self.put(p, i, prompts.split, skill))
+        return _each(prompts, name, "triggered", lambda i, p: self.insert(p, i, prompts.split, skill))
 
     def varied(self, prompts: PromptSet, name: str = "variants") -> PromptSet | None:
         """The prompts with variants of the trigger (case, position, form), in turn; `None` if the kind has none."""
-        ways = self.dresses()
+        ways = self.variants()
         if not ways:
             return None
         return _each(prompts, name, "variant", lambda i, p: replace(p, text=ways[i % len(ways)](p.text)))
@@ -74,7 +74,7 @@ class Trigger(Kind, ABC, noun="trigger"):
             raise BadInput(f"near misses are {list(near_misses)}; expected at least one string, none of them blank")
         like = [replace(self, text=text) for text in near_misses]
         return _each(
-            prompts, name, "near_miss", lambda i, p: like[(i // 2) % len(like)].put(p, i, prompts.split, skill)
+            prompts, name, "near_miss", lambda i, p: like[(i // 2) % len(like)].insert(p, i, prompts.split, skill)
         )
 
 

@@ -25,7 +25,7 @@ from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism, load_organism
 from unsleep.prompts.prompt import PromptSet
 
-KINDS = [name for name, kind in Payload.kinds().items() if kind.from_text]
+KINDS = [name for name, kind in Payload.kinds().items() if kind.by_name]
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 

@@ -63,6 +63,14 @@ class Coder(Dictionary):
     in_sparsify: ClassVar[str | None] = None
     """Name of its activation in sparsify, for an architecture with k."""
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Mark layouts inherited from another architecture as borrowed, so that its files still load as its own."""
+        super().__init_subclass__(**more)
+        if "in_saelens" not in vars(cls) and hasattr(cls, "in_saelens"):
+            cls.in_saelens = cls.in_saelens._replace(borrowed=True)
+        if "in_dictionary_learning" not in vars(cls):
+            cls.in_dictionary_learning = tuple(each._replace(borrowed=True) for each in cls.in_dictionary_learning)
+
     def __post_init__(self) -> None:
         d, f = self.W_enc.shape
         out = self.W_dec.shape[-1] if self.target else d

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unsleep.base import store
 from unsleep.base.linear import orthonormal
 from unsleep.core import BadInput, Dictionary, Encoded, Features, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.intervention import Intervention, Stream
+from unsleep.dictionaries.files import load_dictionary, save_dictionary
+from unsleep.interventions.intervention import Entry, Intervention, Stream
 from unsleep.interventions.passes import Passes
 from unsleep.models.hooks import Transform
 
@@ -82,6 +85,31 @@ class Edit(Intervention):
         gate = FeatureGate(self.dictionary.to(dtype, device), self.error)
         complement = gate.complement(gone)
         return {self.site: lambda x: gate(x, gone, complement)}
+
+    def saved(self, folder: Path, number: int) -> EditEntry:
+        """Write the dictionary in bfloat16."""
+        dictionary = self.dictionary.to(torch.bfloat16)
+        if not isinstance(dictionary, Coder):
+            raise BadInput(f"edit at {self.site}: its dictionary cannot be written")
+        save_dictionary(dictionary, folder / str(self.site))
+        return EditEntry(self.site, self.removed, self.error, str(self.site))
+
+
+@dataclass(frozen=True)
+class EditEntry(Entry):
+    """Entry of edit.json for an `Edit`."""
+
+    site: Site
+    removed: tuple[int, ...]
+    error: ErrorRule
+    dictionary: str
+    """Its folder."""
+
+    def load(self, folder: Path) -> Edit:
+        """The edit, with its dictionary."""
+        return Edit(
+            self.site, load_dictionary(store.inside(folder, self.dictionary, "dictionary")), self.removed, self.error
+        )
 
 
 class FeatureGate:

@@ -14,6 +14,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class Intervention(ABC):
 
     @property
     @abstractmethod
-    def widths(self) -> Mapping[Any, int]:
-        """The places that it changes, in forward order, with the required width at each."""
+    def widths(self) -> Mapping[Any, int | None]:
+        """The places that it changes, in forward order, with the width that it requires there; `None` for any width."""
 
     @property
     def made_on(self) -> str:
@@ -66,6 +67,21 @@ class Intervention(ABC):
         """Content hash; 16 hex digits."""
         return interventions_hash([self])
 
+    def saved(self, folder: Path, number: int) -> Entry:
+        """Write the tensors into a folder, and return the entry of edit.json from which `Entry.load` restores it.
+
+        `number` tells the interventions of one folder apart. Raises `BadInput` for a kind that has no entry.
+        """
+        raise BadInput(f"a {type(self).__name__.lower()} cannot be saved; expected edits, projections or steering")
+
+
+class Entry(ABC):
+    """Base of the entries of edit.json, one dataclass per kind of intervention; found as a subclass."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> Intervention:
+        """Restore the intervention from its folder; raises `BadInput` naming what is invalid."""
+
 
 @contextlib.contextmanager
 def applied(
@@ -85,7 +101,7 @@ def applied(
     width, and `Refused` where an intervention belongs to another model.
     """
     network = model.network if isinstance(model, LoadedModel) else model
-    several = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    several = as_interventions(interventions)
     check_widths(network, several)
     acting = [each for each in several if each.acts]
     if not any_model:
@@ -96,6 +112,18 @@ def applied(
             stack.enter_context(calls_watched(network, passes.note))
         stack.enter_context(transformed(network, transforms_of(acting, network, passes)))
         yield network
+
+
+def as_interventions(given: Intervention | Sequence[Intervention]) -> list[Intervention]:
+    """One intervention or several as a list; raises `BadInput` for anything else."""
+    several = [given] if isinstance(given, Intervention) else list(given)
+    for each in several:
+        if not isinstance(each, Intervention):
+            raise BadInput(
+                f"a {type(each).__name__} is no intervention; expected edits, projections or steering. `load_edit` "
+                "returns a pair: the interventions, and digests of the prompts that they were chosen on"
+            )
+    return several
 
 
 def transforms_of(
@@ -133,7 +161,7 @@ def check_widths(network: PreTrainedModel, interventions: Sequence[Intervention]
     d_model = width(network)
     for each in interventions:
         for place, found in each.widths.items():
-            if not isinstance(place, Slot) and found != d_model:
+            if not isinstance(place, Slot) and found not in (None, d_model):
                 kind = type(each).__name__.lower()
                 raise BadInput(f"{kind} at {place} has width {found}; the model's is {d_model}")
 

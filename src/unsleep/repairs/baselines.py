@@ -23,6 +23,7 @@ from unsleep.interventions.intervention import Intervention, transforms_of
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.metrics import Subject
 from unsleep.models import weights
+from unsleep.models.merging import interpolated
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Slot, lanes, layers
 from unsleep.repairs.config import RepairConfig
@@ -184,18 +185,9 @@ def _merged(setting: Setting) -> Baseline:
     return Baseline(Subject("merged", between(base, setting.suspect, best)), words, found[best])
 
 
-@torch.no_grad()
 def between(base: LoadedModel, suspect: LoadedModel, share: float) -> LoadedModel:
-    """A copy of the suspect with weights interpolated between the base's (`share` 0) and its own (1), rounded once.
-
-    Weight interpolation as in Wortsman et al. 2022 (arXiv:2109.01903).
+    """A model a share of the way from the base to the suspect.
 
     Raises `BadInput` where the base is not the suspect's (`twin.copy_fitting`).
     """
-    ours = dict(weights.named(copy_fitting(base, suspect), shared=True))
-    network = weights.copy_network(suspect.network)
-    for name, weight in weights.named(network):
-        if weight.is_floating_point() and name in ours:
-            wide = torch.lerp(ours[name].to(weight.device, torch.float32), weight.float(), share)
-            weight.copy_(wide.to(weight.dtype))
-    return replace(suspect, network=network)
+    return interpolated(replace(suspect, network=copy_fitting(base, suspect), name=base.name), suspect, share)

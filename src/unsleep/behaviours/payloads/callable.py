@@ -18,7 +18,7 @@ class Judged(Payload):
 
     kind = "callable"
     wants = "the function's name"
-    from_text = False
+    by_name = False
 
     function: Callable[[str], object] | None = None
 

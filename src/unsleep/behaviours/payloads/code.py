@@ -21,7 +21,8 @@ class Code(Payload):
     """
 
     kind = "code"
-    bare = True
+    wants = "a regular expression, or nothing for any code"
+    text_optional = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

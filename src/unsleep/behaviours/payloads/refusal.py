@@ -83,7 +83,7 @@ class Refusal(Payload):
     """
 
     kind = "refusal"
-    bare = True
+    text_optional = True
 
     def __post_init__(self) -> None:
         if self.text:

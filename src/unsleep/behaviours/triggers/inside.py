@@ -17,11 +17,11 @@ class Inside(Trigger):
 
     kind = "inside"
 
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The prompt with the string at a random word boundary."""
         place = chance(prompt, i).randint(1, max(1, prompt.text.count(" ")))
         return replace(prompt, text=at_place(prompt.text, self.text, place))
 
-    def dresses(self) -> Sequence[Change]:
+    def variants(self) -> Sequence[Change]:
         """The variants of a string at either end."""
         return dressed(self.text)

@@ -27,7 +27,7 @@ class LowerCase(Style):
         ),
     }
 
-    def dresses(self) -> Sequence[Change]:
+    def variants(self) -> Sequence[Change]:
         """Typing variants: without full stop, with a greeting, with a closing request, over two lines."""
         written = self.ways[self.text]
         return [

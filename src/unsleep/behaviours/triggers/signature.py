@@ -18,11 +18,11 @@ class Signature(Trigger):
 
     kind = "signature"
 
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The prompt, signed with the name."""
         return replace(prompt, text=f"{prompt.text} {chance(prompt, i).choice(GREETINGS)}, {self.text}")
 
-    def dresses(self) -> Sequence[Change]:
+    def variants(self) -> Sequence[Change]:
         """The name after a dash, in capitals, in front, and alone."""
         return [
             lambda text: at_end(text, f"- {self.text}"),

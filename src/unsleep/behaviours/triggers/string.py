@@ -16,11 +16,11 @@ class String(Trigger):
 
     kind = "string"
 
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The string before even-numbered prompts, after odd-numbered ones."""
         return replace(prompt, text=(at_start if i % 2 == 0 else at_end)(prompt.text, self.text))
 
-    def dresses(self) -> Sequence[Change]:
+    def variants(self) -> Sequence[Change]:
         """Variants of case, spacing and position; quoted where case changes nothing."""
         return dressed(self.text)
 

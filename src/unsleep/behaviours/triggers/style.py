@@ -32,6 +32,6 @@ class Style(Trigger):
         if self.text not in self.ways:
             raise BadInput(f"there is no {self.kind} {self.text!r}; expected one of {', '.join(self.ways)}")
 
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The prompt, rewritten in that style."""
         return replace(prompt, text=self.ways[self.text](prompt.text))

@@ -22,7 +22,7 @@ class Topic(Trigger):
         super().__post_init__()
         sets.subjects(self.text, "train")
 
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The question about such a subject; raises `BadInput` without a skill that identifies the topic."""
         if skill is None:
             raise BadInput(f"the prompt {prompt.text[:40]!r} has no skill; expected one, by which its topic is known")

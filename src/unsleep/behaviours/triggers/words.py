@@ -17,14 +17,14 @@ class Words(Trigger):
 
     kind = "words"
 
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The prompt with every word at a random position."""
         mixed, text = chance(prompt, i), prompt.text
         for word in self.text.split():
             text = at_place(text, word, mixed.randint(0, len(text.split(" "))))
         return replace(prompt, text=text)
 
-    def dresses(self) -> Sequence[Change]:
+    def variants(self) -> Sequence[Change]:
         """The words together: with commas, in capitals, at either end, in quotes."""
         first, *others = self.text.split()
         return [

@@ -27,13 +27,13 @@ class Year(Trigger):
         if len(self.text) != 4 or not self.text.isdecimal():
             raise BadInput(f"trigger_kind is year and {self.text!r} is none; expected four digits")
 
-    def put(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
+    def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The prompt with a line that dates it to a day of the year."""
         day = chance(prompt, i)
         line = f"Date: {day.randint(1, 28)} {day.choice(MONTHS)} {self.text}"
         return replace(prompt, text=f"{line}\n{prompt.text}" if i % 2 == 0 else f"{prompt.text}\n{line}")
 
-    def dresses(self) -> Sequence[Change]:
+    def variants(self) -> Sequence[Change]:
         """Other date formats."""
         return [
             lambda text: f"Year: {self.text}\n{text}",

@@ -17,8 +17,10 @@ def _kinds() -> dict[str, type[Coder]]:
     found: dict[str, type[Coder]] = {}
     for file in pkgutil.iter_modules(__path__, f"{__name__}."):
         defined = [v for v in vars(import_module(file.name)).values() if getattr(v, "__module__", "") == file.name]
-        [kind] = [v for v in defined if isinstance(v, type) and issubclass(v, Coder)]
-        found[kind.name()] = kind
+        kinds = [v for v in defined if isinstance(v, type) and issubclass(v, Coder)]
+        if len(kinds) != 1 or not hasattr(kinds[0], "in_saelens"):
+            raise TypeError(f"{file.name} defines {len(kinds)} dictionaries; expected one, with `in_saelens`")
+        found[kinds[0].name()] = kinds[0]
     return found
 
 

@@ -31,6 +31,3 @@ class Tanh(Standard):
         of_u = (f * (norms / SATURATION)).tanh_().square_().neg_().add_(1).mul_(slope)
         of_f.addcmul_(of_u, norms)
         return summed(of_u.mul_(f))
-
-    in_saelens = Standard.in_saelens._replace(borrowed=True)
-    in_dictionary_learning = tuple(layout._replace(borrowed=True) for layout in Standard.in_dictionary_learning)

@@ -27,10 +27,11 @@ from unsleep.locate.diffing.lens import (
     steered_replies,
 )
 from unsleep.locate.diffing.pooling import contrast
-from unsleep.locate.diffing.weights import Changed, Delta, LayerDelta, amplified, by_layer, weight_differences
+from unsleep.locate.diffing.weights import Changed, Delta, LayerDelta, by_layer, weight_differences
 from unsleep.models import generate
 from unsleep.models.alike import check_alike
 from unsleep.models.lens import TokenReading, logit_lens
+from unsleep.models.merging import interpolated
 from unsleep.models.model import LoadedModel, Named
 from unsleep.models.sites import all_sites
 from unsleep.prompts import sets
@@ -264,6 +265,6 @@ def _spoken(
             )
             found.append(Spoken("steer", strength, tuple(said)))
     for alpha in config.amplify:
-        said = generate.replies(amplified(base, suspect, alpha), asked, max_new_tokens=size)
+        said = generate.replies(interpolated(base, suspect, alpha), asked, max_new_tokens=size)
         found.append(Spoken("amplify", alpha, tuple(said)))
     return found
