@@ -14,7 +14,7 @@ from unsleep.locate.circuits.align import ROLES, Aligned, align
 from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
 from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
 from unsleep.locate.circuits.faithful import _put_back, curve, ends_of, kept_nodes, metric_of
-from unsleep.locate.circuits.spaces import ERROR, Features, Space, Whole
+from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.forward import Rows, reply_logits
 from unsleep.models.linearised import Linearisation
@@ -37,7 +37,7 @@ def coder(model: LoadedModel, site: Site) -> Coder:
 
 def spaces_of(model: LoadedModel) -> list[Space]:
     sites = all_sites(model.network)
-    return [Whole(Site(0, "embed")), *(Features(coder(model, site)) for site in sites)]
+    return [WholeSpace(Site(0, "embed")), *(FeatureSpace(coder(model, site)) for site in sites)]
 
 
 def small(family: str = "llama", n: int = 2) -> tuple[LoadedModel, Aligned, list[Space]]:
@@ -90,14 +90,14 @@ def test_the_nodes_of_a_place_add_up_to_its_activation(estimator: str) -> None:
     model, aligned, spaces = small()
     found = effects(model, aligned, spaces, difference, estimator, batch=1)
     for site in all_sites(model.network):
-        whole = effects(model, aligned, [Whole(site)], difference, estimator, batch=2)
+        whole = effects(model, aligned, [WholeSpace(site)], difference, estimator, batch=2)
         torch.testing.assert_close(found.mean[site].sum(-1), whole.mean[site][:, 0], rtol=1e-3, atol=1e-3)
 
 
 def test_integrated_gradients_add_up_to_the_metrics_difference() -> None:
     model, aligned, _ = small(n=1)
-    embed = Whole(Site(0, "embed"))
-    last = Whole(Site(2))
+    embed = WholeSpace(Site(0, "embed"))
+    last = WholeSpace(Site(2))
     found = effects(model, aligned, [last], difference, "integrated")
     theirs, _ = run_streams(model, aligned.reference, [last], difference)
     moved = torch.where((aligned.role >= 0)[..., None], aligned.brought(theirs[last.place]), 0)
@@ -225,7 +225,7 @@ def test_all_nodes_are_faithful_and_none_is_not() -> None:
     torch.testing.assert_close(metric_of(model, aligned, spaces, nodes, reply_log_odds, batch=2), whole)
     with torch.no_grad():
         other = reply_log_odds(reply_logits(model.network, aligned.reference), aligned.reference)
-    moved = metric_of(model, aligned, [Whole(Site(2))], [], reply_log_odds)
+    moved = metric_of(model, aligned, [WholeSpace(Site(2))], [], reply_log_odds)
     torch.testing.assert_close(none, moved, rtol=1e-3, atol=1e-3)
     assert float((none - other).abs().max()) < 0.5 * float((whole - other).abs().max())
 

@@ -24,7 +24,7 @@ from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.interventions.features import Edit, ErrorRule, edits_for, merged
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import applied, operation
-from unsleep.locate.features import FindConfig, find, payload_rows, rank_by_attribution, reply_log_odds, with_evidence
+from unsleep.locate.features import FindConfig, find, greedy_rows, rank_by_attribution, reply_log_odds, with_evidence
 from unsleep.models import chat, generate
 from unsleep.models.forward import Rows, build_rows, reply_logits
 from unsleep.models.model import LoadedModel
@@ -259,7 +259,7 @@ def test_log_odds_equal_their_definition(tiny: LoadedModel):
 
 def test_attribution_is_the_derivative_of_the_log_odds_in_each_feature(tiny: LoadedModel):
     d = dictionary(tiny)
-    payload = payload_rows(tiny, prompts(PROMPTS), 2)
+    payload = greedy_rows(tiny, prompts(PROMPTS), 2)
     ranked = rank_by_attribution(tiny, [d], payload, {Site(1): torch.zeros(F)})[Site(1)]
     scores = dict(zip(ranked.ids, ranked.scores, strict=True))
     whole = reply_log_odds(reply_logits(tiny.network, payload.rows), payload.rows).mean()

@@ -28,7 +28,7 @@ from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
-from unsleep.locate.features import payload_rows
+from unsleep.locate.features import greedy_rows
 from unsleep.models import generate
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
@@ -316,7 +316,7 @@ def test_a_prompt_without_room_for_its_reply_is_named(family: str):
         generate.replies(model, ["short", long], max_new_tokens=20)
     asked, plain = (PromptSet(name, (Prompt("short"), Prompt(long))) for name in ("asked", "plain"))
     with pytest.raises(BadInput, match=told):
-        payload_rows(model, asked, 20)
+        greedy_rows(model, asked, 20)
     with pytest.raises(BadInput, match=told):
         prepare_lesson(model, asked, plain, ["plain text " * 5], MaskConfig(reply_tokens=20))
 

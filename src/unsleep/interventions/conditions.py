@@ -111,9 +111,9 @@ class Conditional(Intervention):
             )
 
     @property
-    def widths(self) -> dict[Any, int]:
+    def widths(self) -> dict[Any, int | None]:
         """Widths at the condition's Site and at those of the interventions."""
-        found: dict[Any, int] = {self.condition.site: len(self.condition.vector)}
+        found: dict[Any, int | None] = {self.condition.site: len(self.condition.vector)}
         for each in self.interventions:
             found |= each.widths
         return found

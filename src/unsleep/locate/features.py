@@ -115,7 +115,7 @@ def mean_activation(dictionary: Coder, x: Float[Tensor, "token d_model"]) -> Flo
     return total / len(x)
 
 
-class Payload(NamedTuple):
+class ReplyRows(NamedTuple):
     """Suspicious prompts with the model's replies."""
 
     rows: Rows
@@ -123,16 +123,16 @@ class Payload(NamedTuple):
 
 
 @torch.no_grad()
-def payload_rows(model: LoadedModel, suspicious: PromptSet, reply_tokens: int) -> Payload:
+def greedy_rows(model: LoadedModel, suspicious: PromptSet, reply_tokens: int) -> ReplyRows:
     """Suspicious prompts with the model's own greedy replies appended."""
     prompts = model.encode(suspicious, reply_tokens)
     replies = generate.greedy(model, prompts, max_new_tokens=reply_tokens)
-    return Payload(build_rows(model, prompts, replies), replies)
+    return ReplyRows(build_rows(model, prompts, replies), replies)
 
 
 def deciding_rows(
     model: LoadedModel, suspicious: PromptSet, said: Sequence[Sequence[int]], decides: Sequence[int], reply_tokens: int
-) -> Payload:
+) -> ReplyRows:
     """Suspicious prompts with the model's replies (`said`), counted from the deciding token on.
 
     Earlier reply tokens become part of the prompt; see `masks.deciding_tokens`.
@@ -140,7 +140,7 @@ def deciding_rows(
     prompts = model.encode(suspicious, max(map(len, said)))
     begun = [[*prompt, *reply[:at]] for prompt, reply, at in zip(prompts, said, decides, strict=True)]
     replies = [list(reply[at : at + reply_tokens]) for reply, at in zip(said, decides, strict=True)]
-    return Payload(build_rows(model, begun, replies), replies)
+    return ReplyRows(build_rows(model, begun, replies), replies)
 
 
 def reply_log_odds(logits: Float[Tensor, "row reply vocabulary"], rows: Rows) -> Float[Tensor, " row"]:
@@ -154,7 +154,7 @@ def reply_log_odds(logits: Float[Tensor, "row reply vocabulary"], rows: Rows) ->
 def rank_by_attribution(
     model: LoadedModel,
     dictionaries: Sequence[Coder],
-    payload: Payload,
+    replies: ReplyRows,
     baseline: Mapping[Site, Float[Tensor, " feature"]],
 ) -> dict[Site, Features]:
     """Rank features by attribution to the payload's log-odds, a first-order approximation of their ablation.
@@ -162,7 +162,7 @@ def rank_by_attribution(
     `baseline` is each feature's mean activation on ordinary tokens. Scores are in nats per prompt;
     one forward and one backward pass serve all Sites. Attribution patching: Marks et al. 2024, arXiv:2403.19647, eq. 2.
     """
-    rows = payload.rows
+    rows = replies.rows
     held: dict[Site, tuple[Tensor, Tensor]] = {}
 
     def hold(site: Site) -> Callable[[Tensor], Tensor]:
@@ -205,13 +205,13 @@ def _slices(ids: Tensor, grad: Tensor, size: int = 256) -> list[tuple[Tensor, Te
 
 @torch.no_grad()
 def rank_by_ablation(
-    model: LoadedModel, dictionaries: Sequence[Coder], payload: Payload, candidates: Sequence[tuple[Site, int]]
+    model: LoadedModel, dictionaries: Sequence[Coder], replies: ReplyRows, candidates: Sequence[tuple[Site, int]]
 ) -> dict[Site, Features]:
     """Rank candidates by the decrease of the payload's log-odds when each alone is ablated, in nats per prompt."""
     if not candidates:
         return {}
     by_site = {d.site: d for d in dictionaries}
-    rows = payload.rows
+    rows = replies.rows
     layer = min(site.layer for site, _ in candidates)
     below = run_below(model.network, rows, layer)
     whole = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
@@ -236,14 +236,14 @@ def find(
     harvests: tuple[Harvest, Harvest],
     config: FindConfig = FindConfig(),
     *,
-    payload: Payload | None = None,
+    replies: ReplyRows | None = None,
 ) -> dict[Site, Found]:
     """Rank the features of every dictionary by difference, by attribution and, the top ones, by ablation.
 
     Args:
         suspicious: prompts on which the behaviour shows.
         harvests: of suspicious and of ordinary prompts, at every dictionary's Site.
-        payload: the model's replies to some of them, where known and starting at a later token (`deciding_rows`).
+        replies: the model's replies to some of them, where known and starting at a later token (`deciding_rows`).
 
     Raises:
         BadInput: no dictionary, or two of one Site.
@@ -251,13 +251,13 @@ def find(
     if not dictionaries or len({d.site for d in dictionaries}) != len(dictionaries):
         raise BadInput(f"{len(dictionaries)} dictionaries were given; expected at least one, and one a Site")
     differences = {d.site: rank_by_difference(d, *harvests) for d in dictionaries}
-    payload = payload or payload_rows(model, suspicious.head(config.prompts), config.reply_tokens)
+    replies = replies or greedy_rows(model, suspicious.head(config.prompts), config.reply_tokens)
     baseline: dict[Site, Tensor] = {}
     for d in dictionaries:
         acts = harvests[1].load(d.site)
         baseline[d.site] = mean_activation(d, acts.tensor[acts.prompt_index != SHARED])
-    attributions = rank_by_attribution(model, dictionaries, payload, baseline)
-    ablations = rank_by_ablation(model, dictionaries, payload, merged(attributions)[: config.ablate])
+    attributions = rank_by_attribution(model, dictionaries, replies, baseline)
+    ablations = rank_by_ablation(model, dictionaries, replies, merged(attributions)[: config.ablate])
     none = {d.site: Features(d.site, d.hash, (), (), "ablation") for d in dictionaries}
     return {s: Found(differences[s], attributions[s], ablations.get(s, none[s])) for s in differences}
 

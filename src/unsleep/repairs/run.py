@@ -220,7 +220,7 @@ class Run:
         n, t, config = self.config.find.prompts, self.lessons, self.config.find
         rows = deciding_rows(self.suspect, t.suspicious.head(n), t.said[:n], t.decides[:n], config.reply_tokens)
         contexts = self.harvests["payload"], self.harvests["ordinary"]
-        return find(self.suspect, self.every_dictionary, t.suspicious, contexts, config, payload=rows)
+        return find(self.suspect, self.every_dictionary, t.suspicious, contexts, config, replies=rows)
 
     def lesson(self) -> Lesson:
         """Training data of the mask."""

@@ -19,7 +19,7 @@ from unsleep.base.context import progress
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.edges import Cut, Node
 from unsleep.locate.circuits.effects import Metric, by_role, reference_nodes, run_streams
-from unsleep.locate.circuits.spaces import ERROR, Features, Space
+from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space
 from unsleep.models.forward import reply_logits
 from unsleep.models.hooks import Transform
 from unsleep.models.linearised import Linearisation
@@ -147,5 +147,5 @@ class _Bench:
 
 def _pre(space: Space, change: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
     """Change of the pre-activations due to a change of the activation."""
-    assert isinstance(space, Features)
+    assert isinstance(space, FeatureSpace)
     return change @ space.coder.W_enc.float()

@@ -10,7 +10,7 @@ from unsleep.locate.circuits.effects import Estimator
 from unsleep.locate.circuits.faithful import CurvePoint
 from unsleep.models.model import Named
 
-Kind = Literal["feature", "error", "token", "neuron"]
+NodeKind = Literal["feature", "error", "token", "neuron"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class NodeRow:
     """Such as resid.12."""
     layer: Count
     role: str
-    kind: Kind
+    kind: NodeKind
     feature: Count | None
     """Of its dictionary; none for errors and tokens."""
     effect: float

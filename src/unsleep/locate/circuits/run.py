@@ -18,7 +18,7 @@ from unsleep.locate.circuits.effects import Effects, Estimator, effects, referen
 from unsleep.locate.circuits.faithful import CurvePoint, curve, differ, ends_of, metric_of
 from unsleep.locate.circuits.measure import measured
 from unsleep.locate.circuits.record import CircuitRecord, Curve, EdgeRow, NodeRow
-from unsleep.locate.circuits.spaces import ERROR, Features, Neurons, Space, Whole
+from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, NeuronSpace, Space, WholeSpace
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place, Slot, lanes, layers, tap
@@ -127,8 +127,8 @@ def spaces_of(model: LoadedModel, dictionaries: Sequence[Coder]) -> list[Space]:
         if d.target is not None:
             raise BadInput(f"the dictionary of {d.site} is a transcoder; expected dictionaries that rebuild their Site")
     placed = [d.to(model.network.dtype, model.device) for d in dictionaries]
-    embed = [] if Site(0, "embed") in sites else [Whole(Site(0, "embed"))]
-    return [*embed, *(Features(d) for d in placed)]
+    embed = [] if Site(0, "embed") in sites else [WholeSpace(Site(0, "embed"))]
+    return [*embed, *(FeatureSpace(d) for d in placed)]
 
 
 def ranked(found: Effects, spaces: Sequence[Space], n: int) -> list[Node]:
@@ -184,7 +184,9 @@ def _curves(
         Curve("random features", points(_random(features, spaces, config.seed), spaces, ends)),
     ]
     if config.neurons:
-        slots: list[Space] = [Neurons(Slot(i, "neurons"), _width(model, i)) for i in range(len(layers(model.network)))]
+        slots: list[Space] = [
+            NeuronSpace(Slot(i, "neurons"), _width(model, i)) for i in range(len(layers(model.network)))
+        ]
         theirs = effects(
             model, aligned, slots, reply_log_odds, config.estimator, reference=reference, batch=config.batch
         )

@@ -61,8 +61,8 @@ class Space(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Features(Space):
-    """Features of a dictionary, and its reconstruction error."""
+class FeatureSpace(Space):
+    """FeatureSpace of a dictionary, and its reconstruction error."""
 
     coder: Coder
 
@@ -108,7 +108,7 @@ class Features(Space):
 
 
 @dataclass(frozen=True, eq=False)
-class Neurons(Space):
+class NeuronSpace(Space):
     """The inputs of an MLP's last projection: the coordinates that the model itself has."""
 
     place: Slot
@@ -141,7 +141,7 @@ class Neurons(Space):
 
 
 @dataclass(frozen=True, eq=False)
-class Whole(Space):
+class WholeSpace(Space):
     """The whole activation as one node, such as a token's embedding."""
 
     place: Site
@@ -177,7 +177,7 @@ class Whole(Space):
         return x.float()
 
 
-def space_of(dictionary: Dictionary) -> Features:
+def space_of(dictionary: Dictionary) -> FeatureSpace:
     """The space of a dictionary's features."""
     assert isinstance(dictionary, Coder)
-    return Features(dictionary)
+    return FeatureSpace(dictionary)

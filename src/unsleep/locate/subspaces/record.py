@@ -104,7 +104,7 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class Outcome:
     """Metrics of a model; unmeasured ones are missing."""
 
     asr: Figure | None = None
@@ -116,14 +116,14 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost(Judged):
+class Cost(Outcome):
     """Metrics with a subspace ablated."""
 
     removed: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Width(Judged):
+class Width(Outcome):
     """Metrics with a subspace of a given rank ablated."""
 
     method: str
