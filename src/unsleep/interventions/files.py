@@ -56,7 +56,7 @@ def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
     """
     folder = Path(folder)
     card = records.load(EditRecord, folder / MARK)
-    kinds = Union[tuple(_entries())]  # noqa: UP007
+    kinds: Any = Union[tuple(_entries())]  # noqa: UP007
     with store.reading(folder / MARK):
         entries = [records.parsed(kinds, entry, f"edit: edits[{i}]") for i, entry in enumerate(card.edits)]
         return [entry.load(folder) for entry in entries], frozenset(card.chosen_on)

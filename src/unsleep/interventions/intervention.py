@@ -116,7 +116,7 @@ def applied(
 
 def as_interventions(given: Intervention | Sequence[Intervention]) -> list[Intervention]:
     """One intervention or several as a list; raises `BadInput` for anything else."""
-    several = [given] if isinstance(given, Intervention) else list(given)
+    several: list[Any] = [given] if isinstance(given, Intervention) else list(given)
     for each in several:
         if not isinstance(each, Intervention):
             raise BadInput(

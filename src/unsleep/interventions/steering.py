@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -67,9 +67,10 @@ class Steering(Intervention):
         if not self.vectors:
             raise BadInput("a control has no vector; give it one for at least one Site")
         allowed = {"projection": (1, 2), "contrast": (2,)}.get(self.operator, (1,))
+        places: list[Any] = list(self.vectors)
+        if wrong := [place for place in places if not isinstance(place, Site)]:
+            raise BadInput(f"a steering vector is at {wrong[0]!r}; expected a Site, such as Site(12)")
         for site, vector in self.vectors.items():
-            if not isinstance(site, Site):
-                raise BadInput(f"a steering vector is at {site!r}; expected a Site, such as Site(12)")
             check_finite(vector, f"the control vector at {site}")
             if vector.ndim not in allowed:
                 shapes = " or ".join(("[d_model]", "[row, d_model]")[n - 1] for n in allowed)

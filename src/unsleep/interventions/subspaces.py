@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,7 +40,8 @@ class Projection(Intervention):
     """Norm above which a token is an attention sink and stays unchanged."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.site, Site) or self.basis.ndim != 2:
+        site: Any = self.site
+        if not isinstance(site, Site) or self.basis.ndim != 2:
             raise BadInput(
                 f"projection at {self.site!r} has a basis of shape {list(self.basis.shape)}; expected a Site and "
                 "[rank, d_model]"

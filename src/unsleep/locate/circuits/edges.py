@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -94,9 +95,8 @@ class Cut:
         if not before or not output.requires_grad:
             return {}
         leaves = [self.leaf[place] for place in before]
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            output, leaves, vector, retain_graph=True, allow_unused=True
-        )
+        grads = torch.autograd.grad(output, leaves, vector, retain_graph=True, allow_unused=True)
+        found = cast("Sequence[Tensor | None]", grads)
         return {place: g for place, g in zip(before, found, strict=True) if g is not None}
 
     def gradients(self) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:

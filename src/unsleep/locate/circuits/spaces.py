@@ -25,11 +25,18 @@ ERROR = -1
 class Space(ABC):
     """Coordinates of the activations at one place."""
 
-    place: Place
-    size: int
-    """Number of features."""
     has_error: bool
     """True if features leave a reconstruction error."""
+
+    @property
+    @abstractmethod
+    def place(self) -> Place:
+        """Site or Slot of the activation."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of features."""
 
     @abstractmethod
     def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
@@ -111,9 +118,19 @@ class FeatureSpace(Space):
 class NeuronSpace(Space):
     """The inputs of an MLP's last projection: the coordinates that the model itself has."""
 
-    place: Slot
-    size: int
+    slot: Slot
+    width: int
     has_error = False
+
+    @property
+    def place(self) -> Slot:
+        """Slot of the neurons."""
+        return self.slot
+
+    @property
+    def size(self) -> int:
+        """Number of neurons."""
+        return self.width
 
     def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
         """x itself."""
@@ -144,9 +161,18 @@ class NeuronSpace(Space):
 class WholeSpace(Space):
     """The whole activation as one node, such as a token's embedding."""
 
-    place: Site
-    size = 0
+    site: Site
     has_error = True
+
+    @property
+    def place(self) -> Site:
+        """Site of the activation."""
+        return self.site
+
+    @property
+    def size(self) -> int:
+        """No features."""
+        return 0
 
     def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
         """No features."""
