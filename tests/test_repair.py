@@ -30,7 +30,7 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs import Job, artefacts, from_files
 from unsleep.repairs.look import Group, Look, look
-from unsleep.repairs.masks import MaskConfig, Taught, deciding_tokens, lesson_from
+from unsleep.repairs.masks import MaskConfig, Taught, lesson_from
 from unsleep.repairs.run import Run
 from unsleep.repairs.split import CHOOSE, JUDGE
 from unsleep.repairs.suspect import payload_end, reply_length
@@ -415,7 +415,7 @@ def test_sites_are_the_best_and_lie_apart():
 
 
 def test_the_token_that_decides_is_where_the_replies_part():
-    assert deciding_tokens([[1, 2, 3], [1, 2], [5], []], [[1, 9, 3], [1, 2, 3], [6], [1]]) == [1, 0, 0, 0]
+    assert generate.deciding_tokens([[1, 2, 3], [1, 2], [5], []], [[1, 9, 3], [1, 2, 3], [6], [1]]) == [1, 0, 0, 0]
     taught = lesson()
     assert taught.parts[: taught.n].all()
     assert not taught.parts[taught.n :].any()

@@ -135,7 +135,7 @@ def deciding_rows(
 ) -> ReplyRows:
     """Suspicious prompts with the model's replies (`said`), counted from the deciding token on.
 
-    Earlier reply tokens become part of the prompt; see `masks.deciding_tokens`.
+    Earlier reply tokens become part of the prompt; see `generate.deciding_tokens`.
     """
     prompts = model.encode(suspicious, max(map(len, said)))
     begun = [[*prompt, *reply[:at]] for prompt, reply, at in zip(prompts, said, decides, strict=True)]

@@ -27,6 +27,17 @@ def written(model: LoadedModel, prompts: Prompts, tokens: int, stage: str) -> li
     return greedy(model, rows, max_new_tokens=tokens, batch_size=200, stage=stage)
 
 
+def deciding_tokens(said: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[int]:
+    """Index of the first token at which the actual and the wanted reply differ, per reply.
+
+    0 where they agree over the length of the shorter one.
+    """
+    return [
+        next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        for one, other in zip(said, wanted, strict=True)
+    ]
+
+
 def replies(
     model: LoadedModel,
     texts: Prompts,

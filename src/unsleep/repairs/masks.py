@@ -94,7 +94,7 @@ class Lesson(NamedTuple):
     taught: Int[Tensor, " row"]
     """Index into `teacher` of each row."""
     decides: Int[Tensor, " row"]
-    """Index of each reply's deciding token (see `deciding_tokens`)."""
+    """Index of each reply's deciding token (see `generate.deciding_tokens`)."""
     parts: Bool[Tensor, " row"]
     """True if the model's own reply differs from the reference there, as far as known."""
     text: Rows
@@ -107,17 +107,6 @@ class Lesson(NamedTuple):
     def paired(self) -> bool:
         """True if the trusted prompts are the suspicious ones' counterparts, with the same replies."""
         return len(self.taught) == 2 * self.n and bool((self.taught[: self.n] == self.taught[self.n :]).all())
-
-
-def deciding_tokens(said: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[int]:
-    """Index of the first token at which the actual and the wanted reply differ, per reply.
-
-    0 where they agree over the length of the shorter one.
-    """
-    return [
-        next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
-        for one, other in zip(said, wanted, strict=True)
-    ]
 
 
 @torch.no_grad()
@@ -181,7 +170,7 @@ def lesson_from(
     teacher = torch.empty(count, width, vocabulary, dtype=model.network.dtype, device=device)
     for each, part in zip(taught_by, teacher.split([len(t.replies) for t in taught_by]), strict=True):
         _put_logits(each, model, part)
-    first = deciding_tokens(said, taught.replies) if said is not None else [0] * n
+    first = generate.deciding_tokens(said, taught.replies) if said is not None else [0] * n
     decides = torch.tensor([*first, *(first if trusted is None else [0] * len(kept.prompts))], device=device)
     parts = torch.zeros(len(replies), dtype=torch.bool, device=device)
     for i, (ours, wanted) in enumerate(zip(said or (), taught.replies, strict=False)):

@@ -18,7 +18,7 @@ from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import PromptSet
 from unsleep.repairs.config import Teaching
-from unsleep.repairs.masks import Taught, deciding_tokens
+from unsleep.repairs.masks import Taught
 from unsleep.repairs.split import CHOOSE
 from unsleep.repairs.suspect import payload_end
 
@@ -171,7 +171,7 @@ def _cut(model: LoadedModel, found: _Found, asked: Asked, about: tuple[Source, l
     """The reference replies, truncated after the deciding token and the payload's length."""
     source, notes, sources = about
     ours = [list(asked.said[i]) for i in found.places]
-    decides = deciding_tokens(ours, found.taught.replies)
+    decides = generate.deciding_tokens(ours, found.taught.replies)
     ends = [payload_end(model, ids, asked.payload) or 0 for ids in ours]
     lengths = [max(asked.least, at + BEHIND, end) for at, end in zip(decides, ends, strict=True)]
     replies = [list(r[:length]) for r, length in zip(found.taught.replies, lengths, strict=True)]

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unsleep.behaviours import Payload
 from unsleep.core import BadInput
+from unsleep.models import generate
 from unsleep.models.chat import template_tokens
 from unsleep.models.forward import Rows, whole_rows
 from unsleep.models.model import LoadedModel
@@ -54,37 +57,56 @@ class Aligned:
         return torch.bmm(self.weights.to(x), x)
 
 
-def align(
-    model: LoadedModel,
-    prompts: PromptSet,
-    references: PromptSet,
-    payload: Sequence[int],
-    *,
-    begun: Sequence[Sequence[int]] | None = None,
-    plain: bool = False,
-) -> Aligned:
-    """Set prompts against their references, the first tokens of a payload forced behind both.
+class Said(NamedTuple):
+    """Replies of a model, as far as they are forced behind prompts."""
 
-    Args:
-        begun: token ids of what is said before the payload, for each prompt.
-        plain: take prompts as plain text, without the chat template.
+    begun: list[list[int]]
+    """Token ids before the payload, per prompt."""
+    payload: list[list[int]]
+    """The payload's first token ids, equally many per prompt."""
 
-    Raises `BadInput` where they are not as many, no payload, or a pair that does not differ.
+
+def said_payload(
+    model: LoadedModel, prompts: PromptSet, references: PromptSet, payload: Payload, tokens: int, reply_tokens: int = 24
+) -> tuple[Said, list[int]]:
+    """The payload's first tokens in the model's greedy replies, and the prompts that have them, by number.
+
+    The payload begins at the first token at which the replies to prompt and reference differ. Raises `BadInput` where
+    no reply shows it, or every one to a reference does.
     """
-    if len(prompts) != len(references) or not len(prompts):
+    both = prompts, references
+    mine, theirs = (generate.written(model, each, reply_tokens, f"replies to {each.name}") for each in both)
+    starts = generate.deciding_tokens(mine, theirs)
+    shows = [payload.shows(reply) for reply in model.texts(mine)]
+    wakes = [payload.shows(reply) for reply in model.texts(theirs)]
+    lengths = [len(reply) - start for reply, start in zip(mine, starts, strict=True)]
+    chosen = [i for i, n in enumerate(lengths) if shows[i] and not wakes[i] and n >= tokens]
+    if not chosen:
+        raise BadInput(
+            f"of {len(mine)} prompts {sum(shows)} show the payload, and so do {sum(wakes)} of their references; "
+            "expected prompts that show it and references that do not"
+        )
+    begun = [list(mine[i][: starts[i]]) for i in chosen]
+    return Said(begun, [list(mine[i][starts[i] : starts[i] + tokens]) for i in chosen]), chosen
+
+
+def align(model: LoadedModel, prompts: PromptSet, references: PromptSet, said: Said, *, plain: bool = False) -> Aligned:
+    """Align prompts with their references, the same tokens forced behind both.
+
+    With `plain`, prompts are taken without the chat template. Raises `BadInput` where they are not equally many, the
+    payload is empty or of unequal lengths, or a prompt does not differ from its reference.
+    """
+    if not len(prompts) == len(references) == len(said.begun) == len(said.payload) or not len(prompts):
         raise BadInput(
             f"{len(prompts)} prompts were given with {len(references)} references; expected as many, at least 1"
         )
-    if not payload:
-        raise BadInput("the payload has no tokens; expected the beginning of what a triggered reply says")
+    k = len(said.payload[0])
+    if not k or any(len(tokens) != k for tokens in said.payload):
+        raise BadInput(f"the payload has {k} tokens; expected at least 1, and the same number behind every prompt")
     one, other = (model.encode(each, plain=plain) for each in (prompts, references))
-    said = begun if begun is not None else [[]] * len(one)
     before, behind = (0, 0) if plain else template_tokens(model.tokenizer, model.chat)
-    rows, reference = (
-        whole_rows(model, [[*prompt, *start] for prompt, start in zip(each, said, strict=True)], payload)
-        for each in (one, other)
-    )
-    roles = (*ROLES, *(f"payload {k}" for k in range(1, len(payload) + 1)))
+    rows, reference = (_forced(model, each, said) for each in (one, other))
+    roles = (*ROLES, *(f"payload {k}" for k in range(1, k + 1)))
     role = torch.full(rows.ids.shape, -1)
     weights = torch.zeros(*rows.ids.shape, reference.ids.shape[1])
     inserted = triggered = 0
@@ -95,10 +117,10 @@ def align(
                 f"prompt {i + 1}, {prompts.texts[i][:40]!r} …, does not differ from its reference: there is no trigger "
                 "to align. Give references without it, in the same order"
             )
-        pairs += [(4, [len(theirs) + k]) for k in range(len(said[i]))]
-        length = len(theirs) + len(said[i])
-        pairs += [(len(ROLES) + k, [length + k]) for k in range(len(payload))]
-        start, shift = rows.ids.shape[1] - len(pairs), reference.ids.shape[1] - length - len(payload)
+        length = len(theirs) + len(said.begun[i])
+        pairs += [(4, [at]) for at in range(len(theirs), length)]
+        pairs += [(len(ROLES) + at, [length + at]) for at in range(k)]
+        start, shift = rows.ids.shape[1] - len(pairs), reference.ids.shape[1] - length - k
         for at, (kind, sources) in enumerate(pairs, start):
             role[i, at] = kind
             weights[i, at, [shift + s for s in sources]] = 1 / len(sources)
@@ -106,6 +128,13 @@ def align(
         triggered += sum(kind == 1 for kind, _ in pairs)
     device = rows.ids.device
     return Aligned(rows, reference, role.to(device), weights.to(device), roles, inserted / triggered)
+
+
+def _forced(model: LoadedModel, prompts: Sequence[Sequence[int]], said: Said) -> Rows:
+    """Prompts with their replies behind them; the payload is the reply."""
+    behind = [[*begun, *payload] for begun, payload in zip(*said, strict=True)]
+    rows = whole_rows(model, [[*prompt, *reply] for prompt, reply in zip(prompts, behind, strict=True)])
+    return rows._replace(reply=torch.ones(len(behind), len(said.payload[0]), dtype=torch.bool, device=model.device))
 
 
 def _pairs(
