@@ -110,6 +110,11 @@ def parsed(kind: type[T], value: Any, where: str) -> T:
     return cast("T", _read(kind, value, where))
 
 
+def parsed_as_one(kinds: Sequence[type[T]], value: Any, where: str) -> T:
+    """`parsed` as the dataclass, among several, with whose fields a JSON object shares most."""
+    return _read_union(kinds, value, where)
+
+
 def _bare(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     """A type without its Annotated markers, and the markers."""
     return (get_args(kind)[0], get_args(kind)[1:]) if get_origin(kind) is Annotated else (kind, ())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar
 
 from unsleep.base import records, store
 from unsleep.interventions.intervention import Entry, Intervention, as_interventions
@@ -56,9 +56,8 @@ def load_edit(folder: str | Path) -> tuple[list[Intervention], frozenset[str]]:
     """
     folder = Path(folder)
     card = records.load(EditRecord, folder / MARK)
-    kinds: Any = Union[tuple(_entries())]  # noqa: UP007
     with store.reading(folder / MARK):
-        entries = [records.parsed(kinds, entry, f"edit: edits[{i}]") for i, entry in enumerate(card.edits)]
+        entries = [records.parsed_as_one(_entries(), entry, f"edit: edits[{i}]") for i, entry in enumerate(card.edits)]
         return [entry.load(folder) for entry in entries], frozenset(card.chosen_on)
 
 
@@ -68,4 +67,4 @@ def _entries() -> tuple[type[Entry], ...]:
     room = __name__.rpartition(".")[0]
     for module in pkgutil.iter_modules(import_module(room).__path__):
         import_module(f"{room}.{module.name}")
-    return tuple(sorted(Entry.__subclasses__(), key=lambda kind: kind.__name__))
+    return tuple(sorted(Entry.__subclasses__(), key=lambda kind: kind.__name__, reverse=True))
