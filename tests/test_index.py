@@ -53,7 +53,7 @@ def test_a_folder_with_a_record_of_its_own_has_its_page_and_one_without_runs_non
     run_in(tmp_path / "runs" / "inner")
     assert report(tmp_path / "runs").name == "report.html"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match=r"report\.json does not exist"):
+    with pytest.raises(BadInput, match=r"contains no record to render; expected one of report\.json"):
         report(tmp_path / "empty")
 
 

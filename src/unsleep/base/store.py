@@ -142,7 +142,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically; NaN is refused because other readers refuse it."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} would contain NaN or infinity, which JSON has not") from error
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> Any:

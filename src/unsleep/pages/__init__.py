@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unsleep.base.store import write_text
+from unsleep.core import BadInput
 from unsleep.pages.registry import pages
 
 __all__ = ["report"]
@@ -20,7 +21,10 @@ def report(folder: str | Path) -> Path:
     record is missing, damaged or of another schema.
     """
     folder = Path(folder)
-    page = next((page for page in pages() if page.is_of(folder)), pages()[0])
+    page = next((page for page in pages() if page.is_of(folder)), None)
+    if page is None:
+        known = ", ".join(f"{page.name}.json" for page in pages() if page.name != "index")
+        raise BadInput(f"{folder} contains no record to render; expected one of {known}, or folders of them")
     target = folder / f"{page.name}.html"
     write_text(target, page.html(folder))
     return target
