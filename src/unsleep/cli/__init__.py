@@ -12,7 +12,18 @@ from importlib.metadata import version
 import tyro
 
 import unsleep
-from unsleep.cli import compare, dictionaries, directions, edits, judge, organisms, repairs, steering, subspaces
+from unsleep.cli import (
+    circuits,
+    compare,
+    dictionaries,
+    directions,
+    edits,
+    judge,
+    organisms,
+    repairs,
+    steering,
+    subspaces,
+)
 from unsleep.cli.console import fail
 from unsleep.cli.settings import REGISTRY, Rejected, by_flag
 from unsleep.core import BadInput, Refused
@@ -35,6 +46,7 @@ STAGES: dict[str, Callable[..., int]] = {
         compare.patch,
         compare.diff,
         subspaces.subspaces,
+        circuits.circuit,
         judge.report,
     )
 }

@@ -20,7 +20,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files.folders import Format
 from unsleep.dictionaries.sweep import Entry, Job, Setup, sweep, train_alone
 from unsleep.dictionaries.tracking import Tracker
-from unsleep.models.sites import tap
+from unsleep.models.sites import all_sites, tap
 from unsleep.prompts import sets
 
 
@@ -41,14 +41,14 @@ def harvest(
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias such as smollm2-135m.
         prompts: One prompt per line, or .jsonl with {"text": …}.
-        sites: Such as resid.12 mlp.3 attn.0 embed.
+        sites: Such as resid.12 mlp.3 attn.0 embed; `all` is attention, MLP and residual of every layer.
         out: Output folder; an interrupted harvest in it is resumed.
         reply_tokens: Also harvest the model's own greedy replies of this many tokens.
         replies_of: Harvest the replies to these prompts instead, line by line, as reference replies.
         plain: Take the lines as plain text, without the chat template.
         json: Print the manifest as JSON.
     """
-    wanted, places = sets.read_prompts(prompts), [Site.parse(s) for s in sites]
+    wanted, places = sets.read_prompts(prompts), [] if sites == ("all",) else [Site.parse(s) for s in sites]
     asked = wanted if replies_of is None else sets.read_prompts(replies_of)
     if reply_tokens < 0:
         raise BadInput(f"--reply-tokens is {reply_tokens}; expected at least 0")
@@ -58,6 +58,7 @@ def harvest(
         raise BadInput("--replies-of was given without --reply-tokens; say how many tokens of the replies to collect")
     with Bars():
         loaded = placement.load(model, plain=plain)
+        places = places or all_sites(loaded.network)
         for site in places:
             tap(loaded.network, site)  # refuses missing Sites before any work
         replies = own_replies(loaded, asked, reply_tokens) if reply_tokens else None

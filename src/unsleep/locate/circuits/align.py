@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unsleep.base import store
 from unsleep.behaviours import Payload
 from unsleep.core import BadInput
 from unsleep.models import generate
@@ -45,6 +46,12 @@ class Aligned:
 
     def __len__(self) -> int:
         return len(self.rows.ids)
+
+    @property
+    def hash(self) -> str:
+        """Content hash over tokens, roles and alignment."""
+        parts = {"ids": self.rows.ids, "reference": self.reference.ids, "role": self.role, "weights": self.weights}
+        return store.hash_tensors(parts)
 
     def batch(self, start: int, size: int) -> Aligned:
         """Some of the rows, padded as they were."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base import store
+from unsleep.base.context import kept
 from unsleep.base.stats import bootstrap
 from unsleep.core import BadInput, Site, check_choices, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.edges import OUTPUT, Edges, Node, edges
 from unsleep.locate.circuits.effects import Effects, Estimator, effects, reference_nodes, run_streams
-from unsleep.locate.circuits.faithful import CurvePoint, curve, differ, ends_of, metric_of
+from unsleep.locate.circuits.faithful import CurvePoint, curve, differ, metric_of
 from unsleep.locate.circuits.measure import measured
 from unsleep.locate.circuits.record import CircuitRecord, Curve, EdgeRow, NodeRow
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, NeuronSpace, Space, WholeSpace
@@ -77,25 +79,14 @@ def circuit(
     Raises `BadInput` for no dictionary, two at one Site, one of a Site that the model does not have, a transcoder, and
     prompts on which the metric does not differ from the references.
     """
-    spaces = spaces_of(model, dictionaries)
-    found = effects(model, aligned, spaces, reply_log_odds, config.estimator, reference=reference, batch=config.batch)
-    nodes = ranked(found, spaces, max(config.nodes, *config.sizes))
+    finder = _Finder(model, aligned, spaces_of(model, dictionaries), config, reference or model)
+    found = finder.effects(finder.spaces)
+    nodes = finder.ranked(found, finder.spaces, max(config.nodes, *config.sizes))
     chosen = nodes[: config.nodes]
-    linked = edges(
-        model,
-        aligned,
-        spaces,
-        chosen,
-        reply_log_odds,
-        relevance=config.estimator == "relevance",
-        reference=reference,
-        batch=config.batch,
-    )
-    few = aligned.batch(0, config.curve_prompts)
-    curves, ends = _curves(model, few, spaces, nodes, config, reference)
-    sizes = sum(int((mean != 0).sum()) for mean in found.mean.values())
-    weight = {node: float(w) for node, w in zip(chosen, linked.effects.mean(0).abs(), strict=True)}
-    errors = sum(w for node, w in weight.items() if node.feature == ERROR)
+    curves, ends = finder.curves(nodes)
+    linked = finder.edges(chosen)
+    weight = linked.effects.mean(0).abs()
+    errors = sum(float(w) for node, w in zip(chosen, weight, strict=True) if node.feature == ERROR)
     return CircuitRecord(
         model=model.named,
         reference=(reference or model).named,
@@ -107,10 +98,10 @@ def circuit(
         inserted=aligned.inserted,
         metric=float(ends[0].mean()),
         metric_reference=float(ends[1].mean()),
-        candidates=sizes,
-        errors=errors / max(sum(weight.values()), 1e-12),
-        nodes=_node_rows(model, aligned, spaces, chosen, linked, reference, config.batch),
-        edges=_edge_rows(model, aligned, spaces, chosen, linked, config, reference),
+        candidates=sum(int((mean != 0).sum()) for mean in found.mean.values()),
+        errors=errors / max(float(weight.sum()), 1e-12),
+        nodes=finder.node_rows(chosen, linked),
+        edges=finder.edge_rows(chosen, linked),
         curves=curves,
         dictionaries={str(d.site): d.hash for d in dictionaries},
         provenance=store.provenance(config.seed, config=asdict(config)),
@@ -131,75 +122,232 @@ def spaces_of(model: LoadedModel, dictionaries: Sequence[Coder]) -> list[Space]:
     return [*embed, *(FeatureSpace(d) for d in placed)]
 
 
-def ranked(found: Effects, spaces: Sequence[Space], n: int) -> list[Node]:
-    """The nodes with the largest |mean effect|, largest first."""
-    sizes = {space.place: space.size for space in spaces}
-    return [Node(place, role, ERROR if column == sizes[place] else column) for place, role, column in found.best(n)]
+@dataclass(frozen=True, eq=False)
+class _Finder:
+    """The stages of one circuit, each a resumable step."""
 
+    model: LoadedModel
+    aligned: Aligned
+    spaces: list[Space]
+    config: CircuitConfig
+    reference: LoadedModel
 
-def _curves(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    nodes: Sequence[Node],
-    config: CircuitConfig,
-    reference: LoadedModel | None,
-) -> tuple[tuple[Curve, ...], tuple[Tensor, Tensor]]:
-    """Curves of the circuit, of its nodes without errors, of random features and of neurons; and the metric's ends."""
+    @property
+    def is_frozen(self) -> bool:
+        """True if gradients are those of the frozen model."""
+        return self.config.estimator == "relevance"
 
-    def measure(among: Sequence[Space], chosen: Sequence[Node], complement: bool, with_errors: bool = False) -> Tensor:
-        return metric_of(
-            model,
-            aligned,
-            among,
-            chosen,
-            reply_log_odds,
-            complement=complement,
-            with_errors=with_errors,
-            reference=reference,
-            batch=config.batch,
-        )
+    def step(
+        self, make: Callable[[], dict[str, Tensor]], name: str, aligned: Aligned, *of: object
+    ) -> dict[str, Tensor]:
+        """A resumable step on some prompts; `of` is what else determines its result."""
+        given = (self.model, self.reference, aligned, [space.hash for space in self.spaces], self.config.estimator)
+        return kept(make, made_from=(name, *given, *of))
+
+    def effects(self, among: Sequence[Space], aligned: Aligned | None = None) -> Effects:
+        """Effects of all nodes of some spaces."""
+        prompts = aligned or self.aligned
+
+        def make() -> dict[str, Tensor]:
+            found = effects(
+                self.model,
+                prompts,
+                among,
+                reply_log_odds,
+                self.config.estimator,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            sums = {"mean": found.mean, "square": found.square}
+            tensors = {f"{name}/{place}": x for name, each in sums.items() for place, x in each.items()}
+            return tensors | {"metric": found.metric, "reference": found.reference}
+
+        held = self.step(make, "effects", prompts, [space.hash for space in among])
+        mean, square = ({s.place: held[f"{name}/{s.place}"] for s in among} for name in ("mean", "square"))
+        return Effects(prompts.roles, mean, square, held["metric"], held["reference"])
+
+    @staticmethod
+    def ranked(found: Effects, spaces: Sequence[Space], n: int) -> list[Node]:
+        """The nodes with the largest |mean effect|, largest first."""
+        sizes = {space.place: space.size for space in spaces}
+        return [Node(place, role, ERROR if column == sizes[place] else column) for place, role, column in found.best(n)]
+
+    def edges(self, nodes: Sequence[Node]) -> Edges:
+        """The edges between nodes, and from them to the metric."""
+        index = {node: i for i, node in enumerate(nodes)}
+
+        def make() -> dict[str, Tensor]:
+            found = edges(
+                self.model,
+                self.aligned,
+                self.spaces,
+                nodes,
+                reply_log_odds,
+                relevance=self.is_frozen,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            pairs = [[index[source], -1 if target is None else index[target]] for source, target in found.pairs]
+            return {
+                "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
+                "weights": found.weights,
+                "effects": found.effects,
+            }
+
+        held = self.step(make, "edges", self.aligned, [str(node) for node in nodes])
+        pairs = [(nodes[source], None if target < 0 else nodes[target]) for source, target in held["pairs"].tolist()]
+        return Edges(pairs, held["weights"], held["effects"])
+
+    def metric(
+        self, among: Sequence[Space], chosen: Sequence[Node], complement: bool, with_errors: bool = False
+    ) -> Float[Tensor, " prompt"]:
+        """The metric with only some nodes, or all but them, not patched."""
+        few = self.aligned.batch(0, self.config.curve_prompts)
+
+        def make() -> dict[str, Tensor]:
+            found = metric_of(
+                self.model,
+                few,
+                among,
+                chosen,
+                reply_log_odds,
+                complement=complement,
+                with_errors=with_errors,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            return {"metric": found}
+
+        names = [str(node) for node in chosen]
+        return self.step(make, "metric", few, [space.hash for space in among], names, complement, with_errors)["metric"]
+
+    def limits(self, among: Sequence[Space]) -> tuple[Tensor, Tensor]:
+        """The metric of the whole model, and with every node of some spaces patched."""
+        return self.metric(among, [], True), self.metric(among, [], False)
 
     def points(
-        chosen: Sequence[Node], among: Sequence[Space], ends: tuple[Tensor, Tensor], with_errors: bool = False
+        self,
+        chosen: Sequence[Node],
+        among: Sequence[Space],
+        ends: tuple[Tensor, Tensor],
+        with_errors: bool = False,
     ) -> tuple[CurvePoint, ...]:
-        sizes = sorted({min(size, len(chosen)) for size in config.sizes if chosen})
-        return tuple(curve(chosen, sizes, lambda part, rest: measure(among, part, rest, with_errors), ends))
+        """Faithfulness and completeness of circuits of the config's sizes."""
+        sizes = sorted({min(size, len(chosen)) for size in self.config.sizes if chosen})
+        return tuple(curve(chosen, sizes, lambda part, rest: self.metric(among, part, rest, with_errors), ends))
 
-    def limits(among: Sequence[Space]) -> tuple[Tensor, Tensor]:
-        return ends_of(model, aligned, among, reply_log_odds, reference=reference, batch=config.batch)
-
-    ends = limits(spaces)
-    if not differ(ends):
-        raise BadInput(
-            f"the payload's log-odds are {float(ends[0].mean()):.2f} on the prompts and {float(ends[1].mean()):.2f} "
-            "with all nodes as in their references; expected prompts on which the payload shows, and references on "
-            "which it does not"
-        )
-    features = [node for node in nodes if node.feature != ERROR]
-    bare = ends[0], measure(spaces, [], False, True)
-    found = [
-        Curve("features and errors", points(nodes, spaces, ends)),
-        Curve("features, every error kept", points(features, spaces, bare, True)),
-        Curve("random features", points(_random(features, spaces, config.seed), spaces, ends)),
-    ]
-    if config.neurons:
-        slots: list[Space] = [
-            NeuronSpace(Slot(i, "neurons"), _width(model, i)) for i in range(len(layers(model.network)))
+    def curves(self, nodes: Sequence[Node]) -> tuple[tuple[Curve, ...], tuple[Tensor, Tensor]]:
+        """Curves of the circuit and its baselines, and the metric's ends; raises as `circuit` does."""
+        ends = self.limits(self.spaces)
+        if not differ(ends):
+            raise BadInput(
+                f"the payload's log-odds are {float(ends[0].mean()):.2f} on the prompts and "
+                f"{float(ends[1].mean()):.2f} with all nodes as in their references; expected prompts on which the "
+                "payload shows, and references on which it does not"
+            )
+        features = [node for node in nodes if node.feature != ERROR]
+        bare = ends[0], self.metric(self.spaces, [], False, True)
+        random = _random(features, self.spaces, self.config.seed)
+        found = [
+            Curve("features and errors", self.points(nodes, self.spaces, ends)),
+            Curve("features, every error kept", self.points(features, self.spaces, bare, True)),
+            Curve("random features", self.points(random, self.spaces, ends)),
         ]
-        theirs = effects(
-            model, aligned, slots, reply_log_odds, config.estimator, reference=reference, batch=config.batch
-        )
-        found.append(Curve("neurons", points(ranked(theirs, slots, max(config.sizes)), slots, limits(slots))))
-        mlp = [space for space in spaces if isinstance(space.place, Site) and space.place.point == "mlp"]
+        if not self.config.neurons:
+            return tuple(found), ends
+        network = self.model.network
+        slots = [Slot(layer, "neurons") for layer in range(len(layers(network)))]
+        inside: list[Space] = [NeuronSpace(slot, lanes(network, slot).heads) for slot in slots]
+        own = self.ranked(self.effects(inside), inside, max(self.config.sizes))
+        found.append(Curve("neurons", self.points(own, inside, self.limits(inside))))
+        mlp = [space for space in self.spaces if isinstance(space.place, Site) and space.place.point == "mlp"]
         if mlp:
             own = [node for node in nodes if node.place in {space.place for space in mlp}]
-            found.append(Curve("features and errors of MLPs", points(own, mlp, limits(mlp))))
-    return tuple(found), ends
+            found.append(Curve("features and errors of MLPs", self.points(own, mlp, self.limits(mlp))))
+        return tuple(found), ends
 
+    def node_rows(self, nodes: Sequence[Node], linked: Edges) -> tuple[NodeRow, ...]:
+        """The nodes with effects, intervals and strengths."""
+        strengths = self.step(
+            lambda: {"strengths": self._strengths(nodes)}, "strengths", self.aligned, [str(node) for node in nodes]
+        )["strengths"]
+        rows: list[NodeRow] = []
+        for i, node in enumerate(nodes):
+            effect, low, high = bootstrap(linked.effects[:, i])
+            is_error = node.feature == ERROR
+            whole = is_error and isinstance(node.place, Site) and node.place.point == "embed"
+            rows.append(
+                NodeRow(
+                    place=str(node.place),
+                    layer=node.place.layer,
+                    role=self.aligned.roles[node.role],
+                    kind="token" if whole else "error" if is_error else "feature",
+                    feature=None if is_error else node.feature,
+                    effect=effect,
+                    low=low,
+                    high=high,
+                    activation=float(strengths[0, i]),
+                    reference=float(strengths[1, i]),
+                )
+            )
+        return tuple(rows)
 
-def _width(model: LoadedModel, layer: int) -> int:
-    return lanes(model.network, Slot(layer, "neurons")).heads
+    @torch.no_grad()
+    def _strengths(self, nodes: Sequence[Node]) -> Float[Tensor, "2 node"]:
+        """Mean strength of every node at its role's tokens, in the prompts and in their references."""
+        found = torch.zeros(2, len(nodes))
+        own: dict[Place, list[int]] = {}
+        for i, node in enumerate(nodes):
+            own.setdefault(node.place, []).append(i)
+        used = [space for space in self.spaces if space.place in own]
+        for start in range(0, len(self.aligned), self.config.batch):
+            part = self.aligned.batch(start, self.config.batch)
+            mine, _ = run_streams(self.model, part.rows, used, reply_log_odds)
+            theirs, _ = run_streams(self.reference, part.reference, used, reply_log_odds)
+            real, share = part.role >= 0, len(part) / len(self.aligned)
+            for space in used:
+                x, other = mine[space.place][real], reference_nodes(space, part, theirs[space.place])
+                both = ((space.encode(x), space.rest(x)), (other[0][real], other[1][real]))
+                for which, (features, rest) in enumerate(both):
+                    for i in own[space.place]:
+                        here = part.role[real] == nodes[i].role
+                        if bool(here.any()):
+                            column = nodes[i].feature
+                            values = rest[here].norm(dim=-1) if column == ERROR else features[here][:, column]
+                            found[which, i] += float(values.mean()) * share
+        return found
+
+    def edge_rows(self, nodes: Sequence[Node], linked: Edges) -> tuple[EdgeRow, ...]:
+        """The edges with the largest |weight|, predicted and measured."""
+        order = linked.weights.mean(0).abs().argsort(descending=True)[: self.config.edges].tolist()
+        pairs = [linked.pairs[i] for i in order]
+        index = {node: i for i, node in enumerate(nodes)}
+        tested: list[tuple[float | None, float | None]] = [(None, None)] * len(pairs)
+        if self.config.measure and pairs:
+            few = self.aligned.batch(0, self.config.measure)
+
+            def make() -> dict[str, Tensor]:
+                found = measured(
+                    self.model,
+                    few,
+                    self.spaces,
+                    pairs,
+                    reply_log_odds,
+                    relevance=self.is_frozen,
+                    reference=self.reference,
+                    batch=self.config.batch,
+                )
+                return {"frozen": found.frozen, "free": found.free}
+
+            found = self.step(make, "measured", few, [f"{source} -> {target}" for source, target in pairs])
+            means = (found["frozen"].mean(0).tolist(), found["free"].mean(0).tolist())
+            tested = [(frozen if self.is_frozen else None, free) for frozen, free in zip(*means, strict=True)]
+        rows: list[EdgeRow] = []
+        for i, (source, target), (frozen, free) in zip(order, pairs, tested, strict=True):
+            weight, low, high = bootstrap(linked.weights[:, i])
+            goal = None if target is OUTPUT else index[target]
+            rows.append(EdgeRow(index[source], goal, weight, low, high, frozen, free))
+        return tuple(rows)
 
 
 def _random(features: Sequence[Node], spaces: Sequence[Space], seed: int) -> list[Node]:
@@ -210,77 +358,3 @@ def _random(features: Sequence[Node], spaces: Sequence[Space], seed: int) -> lis
         replace(node, feature=int(torch.randint(sizes[node.place], (1,), generator=generator))) for node in features
     )
     return list(dict.fromkeys(found))
-
-
-@torch.no_grad()
-def _node_rows(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    nodes: Sequence[Node],
-    linked: Edges,
-    reference: LoadedModel | None,
-    batch: int,
-) -> tuple[NodeRow, ...]:
-    """The nodes with their effects and strengths."""
-    strengths = torch.zeros(2, len(nodes))
-    own: dict[Place, list[int]] = {}
-    for i, node in enumerate(nodes):
-        own.setdefault(node.place, []).append(i)
-    used = [space for space in spaces if space.place in own]
-    for start in range(0, len(aligned), batch):
-        part = aligned.batch(start, batch)
-        mine, _ = run_streams(model, part.rows, used, reply_log_odds)
-        theirs, _ = run_streams(reference or model, part.reference, used, reply_log_odds)
-        real = part.role >= 0
-        for space in used:
-            x = mine[space.place][real]
-            other = reference_nodes(space, part, theirs[space.place])
-            pairs = [(space.encode(x), space.rest(x)), (other[0][real], other[1][real])]
-            for which, (features, rest) in enumerate(pairs):
-                for i in own[space.place]:
-                    here = part.role[real] == nodes[i].role
-                    if bool(here.any()):
-                        is_error = nodes[i].feature == ERROR
-                        values = rest[here].norm(dim=-1) if is_error else features[here][:, nodes[i].feature]
-                        strengths[which, i] += float(values.mean()) * len(part) / len(aligned)
-    rows: list[NodeRow] = []
-    for i, node in enumerate(nodes):
-        effect, low, high = bootstrap(linked.effects[:, i])
-        whole = isinstance(node.place, Site) and node.place.point == "embed" and node.feature == ERROR
-        kind = "token" if whole else "error" if node.feature == ERROR else "feature"
-        feature = None if node.feature == ERROR else node.feature
-        role = aligned.roles[node.role]
-        values = (float(strengths[0, i]), float(strengths[1, i]))
-        rows.append(NodeRow(str(node.place), node.place.layer, role, kind, feature, effect, low, high, *values))
-    return tuple(rows)
-
-
-def _edge_rows(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    nodes: Sequence[Node],
-    linked: Edges,
-    config: CircuitConfig,
-    reference: LoadedModel | None,
-) -> tuple[EdgeRow, ...]:
-    """The edges with the largest |weight|, predicted and measured."""
-    order = linked.weights.mean(0).abs().argsort(descending=True)[: config.edges].tolist()
-    pairs = [linked.pairs[i] for i in order]
-    index = {node: i for i, node in enumerate(nodes)}
-    tested: list[tuple[float | None, float | None]] = [(None, None)] * len(pairs)
-    if config.measure and pairs:
-        few = aligned.batch(0, config.measure)
-        is_frozen = config.estimator == "relevance"
-        found = measured(
-            model, few, spaces, pairs, reply_log_odds, relevance=is_frozen, reference=reference, batch=config.batch
-        )
-        means = (found.frozen.mean(0).tolist(), found.free.mean(0).tolist())
-        tested = [(None if frozen != frozen else frozen, free) for frozen, free in zip(*means, strict=True)]
-    rows: list[EdgeRow] = []
-    for i, (source, target), (frozen, free) in zip(order, pairs, tested, strict=True):
-        weight, low, high = bootstrap(linked.weights[:, i])
-        goal = None if target is OUTPUT else index[target]
-        rows.append(EdgeRow(index[source], goal, weight, low, high, frozen, free))
-    return tuple(rows)

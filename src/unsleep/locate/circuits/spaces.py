@@ -38,6 +38,11 @@ class Space(ABC):
     def size(self) -> int:
         """Number of features."""
 
+    @property
+    def hash(self) -> str:
+        """Identity of its coordinates."""
+        return f"{type(self).__name__} {self.place} {self.size}"
+
     @abstractmethod
     def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
         """f, in float32."""
@@ -84,6 +89,11 @@ class FeatureSpace(Space):
         return self.coder.n_features
 
     has_error = True
+
+    @property
+    def hash(self) -> str:
+        """Hash of the dictionary."""
+        return self.coder.hash
 
     def encode(self, x: Tokens) -> Float[Tensor, "token feature"]:
         """Feature activations."""
