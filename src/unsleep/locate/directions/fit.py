@@ -48,7 +48,7 @@ class Labelled:
         if self.x.ndim != 2 or self.y.shape != self.x.shape[:1]:
             raise BadInput(
                 f"labelled activations have shape {list(self.x.shape)} with labels {list(self.y.shape)}; "
-                "expected [token, d] and one label a token"
+                "expected [token, d] and one label per token"
             )
         check_classes(self.y)
         check_finite(self.x, "labelled activations")

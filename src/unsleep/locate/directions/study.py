@@ -274,7 +274,7 @@ def _check(
     for group in (suspicious, ordinary):
         if min(len(group) // config.kept, len(group) - len(group) // config.kept) < 2:
             raise BadInput(
-                f"{group.name!r} holds {len(group)} prompts of which one in {config.kept} is kept for the score; "
+                f"{group.name!r} has {len(group)} prompts, of which one in {config.kept} is held out; "
                 f"expected at least {2 * config.kept}"
             )
     if config.pairs:

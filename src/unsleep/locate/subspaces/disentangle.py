@@ -197,7 +197,7 @@ def costs(judge: Judge, seen: Seen, backdoor: Part, tasks: Mapping[str, Part], c
     for name, parts in rows.items():
         bases = {s: [part.bases[s] for part in parts] for s in sites}
         edits = projections(bases, parts[0].centers, seen, config.removal) if parts else ()
-        found.append(Cost(removed=name, **judge.measure(f"{name} taken out", edits)))
+        found.append(Cost(removed=name, **judge.measure(f"{name} ablated", edits)))
         progress("costs of subspaces", len(found), len(rows))
     return found
 
