@@ -146,8 +146,8 @@ X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tens
     [
         (lambda: Labelled(X, torch.ones(6, dtype=torch.bool)), "6 of 6 labels are positive; expected tokens of both"),
         (lambda: Labelled(X, torch.zeros(6, dtype=torch.bool)), "0 of 6 labels are positive"),
-        (lambda: Labelled(X, Y[:4]), "labels [4]; expected [token, d] and one label a token"),
-        (lambda: Labelled(X / 0, Y), "labelled activations holds 24 NaN or infinite values"),
+        (lambda: Labelled(X, Y[:4]), "labels [4]; expected [token, d] and one label per token"),
+        (lambda: Labelled(X / 0, Y), "labelled activations has 24 NaN or infinite values"),
         (lambda: Labelled(X, Y, X[:, :3]), "neutral activations have shape [6, 3]"),
         (lambda: Labelled(X, Y, X[:0]), "neutral activations have shape [0, 4]"),
         (lambda: Labelled.of(X, X[:, :3]), "classes of width 4 and 3"),
