@@ -179,7 +179,7 @@ def removed_alone(
 
     for edit in edits:
         after[edit.site] = kept(left_without, edit, made_from=(model, asked, own, replies))
-        progress("one Site at a time", len(after), len(edits))
+        progress("Site selection", len(after), len(edits))
     return Removed(before, after, len(asked))
 
 
