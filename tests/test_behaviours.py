@@ -124,7 +124,7 @@ def test_any_text_makes_a_payload_or_is_refused_and_any_reply_is_read(kind: str,
 @pytest.mark.parametrize(
     ("kind", "text", "told"),
     [
-        ("contains", " ", "the payload is ' '; expected text that a reply shows"),
+        ("contains", " ", "the payload is ' '; expected text that a reply contains"),
         ("regex", "", "the payload is ''; expected a regular expression"),
         ("regex", "(", "no.*|unterminated.*; expected a regular expression"),
         ("code", "[", "expected a regular expression"),

@@ -151,7 +151,7 @@ X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tens
         (lambda: Labelled(X, Y, X[:, :3]), "neutral activations have shape [6, 3]"),
         (lambda: Labelled(X, Y, X[:0]), "neutral activations have shape [0, 4]"),
         (lambda: Labelled.of(X, X[:, :3]), "classes of width 4 and 3"),
-        (lambda: run_fit(Labelled(X, Y), "svm"), "method 'svm' is not known; expected one of mean_difference"),
+        (lambda: run_fit(Labelled(X, Y), "svm"), "method 'svm' is unknown; expected one of mean_difference"),
         (lambda: run_fit(Labelled(X, Y), "pca", rank=5), "rank 5; expected 1 to 4"),
         (lambda: run_fit(Labelled(X, Y), "pca", rank=0), "rank 0; expected 1 to 4"),
         (lambda: run_fit(Labelled(X, Y), "mean_difference", rank=2), "rank 2; expected 1"),

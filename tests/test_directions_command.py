@@ -178,7 +178,7 @@ def test_rows_span_in_their_order():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"methods": ("svm",)}, "method 'svm' is not known; expected one of mean_difference"),
+        ({"methods": ("svm",)}, "method 'svm' is unknown; expected one of mean_difference"),
         ({"methods": ()}, "methods are (); expected at least one"),
         ({"methods": ("pca", "pca")}, "and none twice"),
         ({"position": "first"}, "position is 'first'; expected last, all, reply or a whole number"),
@@ -325,7 +325,7 @@ def test_what_the_command_cannot_do_is_named(
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.run([*words, "--methods", "svm"]) == 2  # refused before anything is loaded
-    assert capsys.readouterr().err.startswith("unsleep: method 'svm' is not known; expected one of mean_difference,")
+    assert capsys.readouterr().err.startswith("unsleep: method 'svm' is unknown; expected one of mean_difference,")
     assert cli.run([*words, "--kept=1"]) == 2
     assert capsys.readouterr().err == "unsleep: --kept is 1; expected at least 2\n"
 

@@ -84,7 +84,7 @@ def test_packed_weights_are_read_as_they_are_and_packed_no_other_way(held: str, 
     same: Any = held
     assert quantized.is_stored_packed(config)
     assert quantized.options(config, "none", "m") == quantized.options(config, same, "m") == {}
-    with pytest.raises(BadInput, match=f"m holds {held} weights; --quantize {other} cannot requantize them"):
+    with pytest.raises(BadInput, match=f"m has {held} weights; --quantize {other} cannot requantize them"):
         quantized.options(config, other, "m")
 
 

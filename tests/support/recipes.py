@@ -21,7 +21,7 @@ SMALLEST: dict[str, Any] = {
 
 
 def recipe_of(**changes: Any) -> Recipe:
-    return records.read(Recipe, {**SMALLEST, **changes}, "recipe")
+    return records.parsed(Recipe, {**SMALLEST, **changes}, "recipe")
 
 
 def base_replies(recipe: Recipe) -> list[tuple[Prompt, str, bool]]:

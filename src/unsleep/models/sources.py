@@ -195,7 +195,7 @@ class Files:
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"it has {', '.join(found[:8])}{more}: name one, such as {self.name.partition('@')[0]}/{found[0]}"
         if ggufs := sorted(p.name for p in self.place.glob("*.gguf")):
-            return f"it holds {', '.join(ggufs[:8])}: append one after a slash"
+            return f"it has {', '.join(ggufs[:8])}: append one after a slash"
         return EXPECTED
 
 

@@ -138,7 +138,7 @@ def fit(
             tokens for a one-sided method, or classes without a direction between them.
     """
     if method not in FITTERS:
-        raise BadInput(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
+        raise BadInput(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     d = labelled.x.shape[1]
     if not 1 <= rank <= d or (rank > 1 and method not in ANY_RANK):
         most = d if method in ANY_RANK else 1

@@ -83,7 +83,7 @@ class StudyConfig:
         known = (*fit.METHODS, *DAS)
         for method in self.methods:
             if method not in known:
-                raise BadInput(f"method {method!r} is not known; expected one of {', '.join(known)}")
+                raise BadInput(f"method {method!r} is unknown; expected one of {', '.join(known)}")
         if not self.methods or len(set(self.methods)) != len(self.methods):
             raise BadInput.of("methods", self.methods, "at least one, and none twice")
         check_least(self, "", 2, "kept")
