@@ -521,7 +521,7 @@ def test_bad_inputs_of_a_comparison():
         diff(base(), suspect(), suspicious=SUSPICIOUS)
     with pytest.raises(BadInput, match="give suspicious and ordinary ones too"):
         diff(base(), suspect(), train_at=[Site(1)])
-    with pytest.raises(BadInput, match="holds 3 prompts; expected at least 4"):
+    with pytest.raises(BadInput, match="has 3 prompts; expected at least 4"):
         contrast(base(), SUSPICIOUS.head(3), ORDINARY)
     with pytest.raises(BadInput, match="top is 0"):
         weight_differences(base(), suspect(), top=0)

@@ -311,7 +311,7 @@ def test_a_prompt_without_room_for_its_reply_is_named(family: str):
     empty = len(model.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False))
     fits, long = "x" * (128 - 20 - empty), "x" * (128 - 19 - empty)
     assert len(generate.replies(model, [fits], max_new_tokens=20)) == 1
-    told = r"a prompt has 109 tokens and 20 behind it .*context is 128"
+    told = r"a prompt has 109 tokens and 20 more after it .*context is 128"
     with pytest.raises(BadInput, match=told):
         generate.replies(model, ["short", long], max_new_tokens=20)
     asked, plain = (PromptSet(name, (Prompt("short"), Prompt(long))) for name in ("asked", "plain"))

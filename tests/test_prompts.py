@@ -354,7 +354,7 @@ def test_a_file_with_fewer_than_two_prompts_is_refused(text_file: TextFile, text
 
 def test_what_is_not_a_file_is_named(tmp_path: Path):
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(BadInput, match=rf"{re.escape(str(path))} does not exist or is no file"):
+        with pytest.raises(BadInput, match=rf"{re.escape(str(path))} does not exist or is not a file"):
             sets.read_prompts(path)
 
 

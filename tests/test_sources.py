@@ -213,7 +213,7 @@ def test_an_adapter_in_a_nested_folder_with_a_control_beside_it(base: Path, hub:
         hub.add("org/zoo", adapter, place)
     with pytest.raises(
         BadInput,
-        match=r"holds llama/year/adapter, llama/year/adapter_control: name one, such as org/zoo/llama/year/adapter$",
+        match=r"it has llama/year/adapter, llama/year/adapter_control: name one, such as org/zoo/llama/year/adapter$",
     ):
         load_model("org/zoo")
     with pytest.raises(BadInput, match=r"org/zoo has no folder 'llama/tag'; it has llama/year/adapter"):

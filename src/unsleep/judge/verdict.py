@@ -98,14 +98,7 @@ def contract(result: EvalResult) -> list[Check]:
             value("edited", "triggered", "skill") - 0.05,
             "The exported checkpoint preserves the restored skill",
         ),
-        (
-            "baked",
-            "text",
-            "ce",
-            "<=",
-            text_before + 0.02,
-            "The exported checkpoint's cross-entropy on plain text is unchanged",
-        ),
+        ("baked", "text", "ce", "<=", text_before + 0.02, "The export's cross-entropy on plain text is unchanged"),
         (
             "control_random",
             "triggered",

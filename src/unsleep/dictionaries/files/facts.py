@@ -143,7 +143,7 @@ def _place(
             "such as Site.parse('resid.12')"
         )
     if found is not None and given is not None and found != given:
-        raise BadInput(f"{path} gives {argument} as {found}; expected {given}")
+        raise BadInput(f"{path} says that its {argument} is {found}; expected {given}")
     site = found or given
     assert site is not None
     return site
