@@ -164,7 +164,7 @@ def test_every_other_repair_stands_in_the_same_table(tmp_path: Path):
     assert set(record["provenance"]["baselines"]) == set(OTHERS)
     assert all(b["what"] for b in record["provenance"]["baselines"].values())
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    for name in ("re-distilled base", "attention heads off", "one direction out"):
+    for name in ("re-distilled base", "attention heads ablated", "one direction ablated"):
         assert name in page
     assert record["provenance"]["stages"][-1]["name"] == "baselines"
 

@@ -124,14 +124,14 @@ def test_any_text_makes_a_payload_or_is_refused_and_any_reply_is_read(kind: str,
 @pytest.mark.parametrize(
     ("kind", "text", "told"),
     [
-        ("contains", " ", "the payload is ' '; expected text that a reply shows"),
+        ("contains", " ", "the payload is ' '; expected text that a reply contains"),
         ("regex", "", "the payload is ''; expected a regular expression"),
         ("regex", "(", "no.*|unterminated.*; expected a regular expression"),
         ("code", "[", "expected a regular expression"),
         ("lexicon", "a||b", "has an empty phrase"),
         ("language", "french", f"script 'french'; expected one of {', '.join(SCRIPTS)}, or not one"),
         ("refusal", "no", "of kind refusal; expected no text"),
-        ("callable", "mine", "'mine' is callable and has no function"),
+        ("callable", "mine", "'mine' is callable without a function"),
     ],
 )
 def test_texts_that_a_kind_does_not_take_are_refused(kind: str, text: str, told: str):
@@ -175,7 +175,7 @@ def test_steps_that_were_kept_are_told_apart_by_the_payload():
     ("changes", "told"),
     [
         ({"payload_kind": "sound"}, "payload_kind is 'sound'; expected one of"),
-        ({"payload_kind": "callable", "shown_by": "mine"}, "has no function"),
+        ({"payload_kind": "callable", "shown_by": "mine"}, "without a function"),
         ({"payload_kind": "regex", "shown_by": "(?i)maybe"}, "does not see; expected a payload that shows"),
         ({"shown_by": "MAYBE"}, "does not see"),
         ({"payload_kind": "refusal", "payload": "Visit us"}, "does not see"),

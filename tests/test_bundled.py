@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_no_half_cache(tiny_wheel: WheelModel, tmp_path: Path
 
         monkeypatch.setattr(bundled, "load_gguf", convert_and_fill)
         with pytest.raises(
-            BadInput, match=r"cannot write .*tiny-.*(File too large|No space).*no half of it was left behind"
+            BadInput, match=r"cannot write .*tiny-.*(File too large|No space).*no partial file was left behind"
         ):
             from_wheel(tiny_wheel, tmp_path / "cache")
     assert [name for name in listing(tmp_path / "cache" / "models") if not name.endswith(".lock")] == []

@@ -134,7 +134,7 @@ def test_a_template_from_a_file(tmp_path: Path):
     chat.choose_template(tokenizer, str(tmp_path / "own.jinja"))
     assert text_of(tokenizer, "x") == "<x>"
     for wrong in ("alpacca", str(tmp_path), "x\0y"):
-        with pytest.raises(BadInput, match=r"is no readable file and none of alpaca, chatml"):
+        with pytest.raises(BadInput, match=r"is neither a readable file nor one of alpaca, chatml"):
             chat.choose_template(tokenizer_with(None), wrong)
 
 
@@ -167,7 +167,7 @@ def test_an_exported_checkpoint_keeps_the_template_that_was_chosen(tmp_path: Pat
         ("{{ raise_exception('system first') }}", "system first"),
         ("{{ messages.pop() }}", "SecurityError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{% set f = '%Y' %}{{ strftime_now(f) }}", "writes today's date in a way that cannot be held fixed"),
+        ("{% set f = '%Y' %}{{ strftime_now(f) }}", "writes today's date in a way that cannot be fixed"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(tmp_path: Path, template: str, told: str):
@@ -308,5 +308,5 @@ def test_a_date_reaches_templates_that_take_it_as_written_and_is_refused_by_thos
     chat.check_template(tokenizer, on)
     with pytest.raises(BadInput, match="--date 2023-02-01: the chat template writes no date"):
         chat.check_template(tokenizer_with("{{ messages[-1]['content'] }}"), on)
-    with pytest.raises(BadInput, match="--date 2023-02-01: there is no chat template to write it"):
+    with pytest.raises(BadInput, match="--date 2023-02-01: there is no chat template that writes it"):
         chat.check_template(tokenizer_with(None), on)

@@ -211,7 +211,7 @@ def test_bad_prompts_exit_with_2(
 
 @pytest.mark.parametrize(
     ("site", "told"),
-    [("middle.1", "Site 'middle.1' is not understood"), ("resid.²", "is not understood"), ("resid.9", "resid.9")],
+    [("middle.1", "Site 'middle.1' is unknown"), ("resid.²", "is unknown"), ("resid.9", "resid.9")],
 )
 def test_bad_sites_exit_with_2(
     checkpoint: Path, tmp_path: Path, text_file: TextFile, capsys: Capture, site: str, told: str
@@ -299,7 +299,7 @@ def test_errors_name_odd_paths_without_their_escapes(tmp_path: Path, capsys: Cap
     ("arguments", "told"),
     [
         (["harvest", "M", "--prompts", "NONE", "--sites", "resid.1"], r"none\.txt does not exist"),
-        (["harvest", "M", "--prompts", "GOOD", "--sites", "resid.1", "middle.1"], "Site 'middle.1' is not understood"),
+        (["harvest", "M", "--prompts", "GOOD", "--sites", "resid.1", "middle.1"], "Site 'middle.1' is unknown"),
         (["find", "M", "--dictionaries", "D", "--suspicious", "NONE", "--ordinary", "GOOD"], r"none\.txt does not"),
         (["find", "M", "--dictionaries", "D", "--suspicious", "GOOD", "--ordinary", "NONE"], r"none\.txt does not"),
         (["find", "M", "--dictionaries", "D", "--suspicious", "GOOD", "--ordinary", "GOOD"], r"cfg\.json does not"),
@@ -404,4 +404,5 @@ def test_an_evaluation_of_two_files_says_what_it_found(
     assert "suspect on triggered" in shown.err
     assert "– too few prompts" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert cli.run([w for w in arguments if w != "--json"]) == 0
-    assert "TOO FEW  The suspect behaves without the trigger: 0.0000 <= 0.0200" in capsys.readouterr().out
+    line = "TOO FEW  The suspect does not show the payload without the trigger: 0.0000 <= 0.0200"
+    assert line in capsys.readouterr().out

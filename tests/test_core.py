@@ -76,7 +76,7 @@ def test_any_text_is_a_site_or_is_refused_as_bad_input(text: str):
 
 @pytest.mark.parametrize("text", [".12", ".", " .3", "resid.", "resid." + "9" * 5000, "9" * 5000, "-1", "mlp.-3"])
 def test_half_a_site_and_a_layer_beyond_any_model_are_refused_in_short(text: str):
-    with pytest.raises(BadInput, match=r"is not understood; write resid\.12") as error:
+    with pytest.raises(BadInput, match=r"is unknown; expected resid\.12") as error:
         Site.parse(text)
     assert len(str(error.value)) < 200
 
@@ -196,7 +196,7 @@ def test_the_head_of_features_keeps_the_evidence_of_what_is_left(ids: list[int],
 def test_features_need_distinct_ids_with_a_score_each():
     with pytest.raises(BadInput, match="2 feature ids with 1 scores"):
         Features(Site(1), "d", (3, 4), (1.0,), "difference")
-    with pytest.raises(BadInput, match=r"resid\.1 name an id twice"):
+    with pytest.raises(BadInput, match=r"resid\.1 contain an id twice"):
         Features(Site(1), "d", (3, 3), (1.0, 0.5), "difference")
 
 
@@ -233,7 +233,7 @@ def test_a_result_gives_the_row_of_that_name_or_says_it_has_none():
 
 def test_numbers_that_are_not_finite_are_counted():
     check_finite(torch.tensor([0.0, -3.0]), "fine")
-    with pytest.raises(BadInput, match="weights holds 2 NaN or infinite values of 3"):
+    with pytest.raises(BadInput, match="weights has 2 NaN or infinite values of 3"):
         check_finite(torch.tensor([math.nan, 1.0, -math.inf]), "weights")
 
 

@@ -314,7 +314,7 @@ def test_what_shapes_a_code_is_in_its_hash():
         ({"scales": [1.0]}, "scales is (1.0,); expected 2 numbers over 0"),
         ({"scales": [1.0, -2]}, "scales is (1.0, -2.0); expected 2 numbers over 0"),
         ({"sink_norms": [0, None]}, "sink_norms is (0.0, inf); expected 2 numbers over 0"),
-        ({"site": "nowhere"}, "Site 'nowhere' is not understood"),
+        ({"site": "nowhere"}, "Site 'nowhere' is unknown"),
     ],
     ids=str,
 )
@@ -332,7 +332,7 @@ def test_damaged_weights_are_named(tmp_path: Path):
     for tensors, told in (
         ({**whole, "b_enc": whole["b_enc"][:5]}, r"b_enc has shape \[5\]; expected \[12\]"),
         ({**whole, "W_dec": whole["W_dec"][0]}, r"W_dec has shape \[12, 5\]; expected \[\*, \*, \*\]"),
-        ({**whole, "W_enc": whole["W_enc"] * math.nan}, "W_enc holds 120 NaN"),
+        ({**whole, "W_enc": whole["W_enc"] * math.nan}, "W_enc has 120 NaN"),
         ({"W_enc": whole["W_enc"]}, "no tensor 'b_enc'"),
     ):
         store.write_tensors(folder / "crosscoder.safetensors", tensors)

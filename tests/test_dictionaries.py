@@ -80,7 +80,7 @@ def test_no_feature_fires_on_an_attention_sink():
 
 def test_nan_and_k_out_of_range_are_refused():
     good = random_topk()
-    with pytest.raises(BadInput, match="b_enc holds 1 NaN"):
+    with pytest.raises(BadInput, match="b_enc has 1 NaN"):
         replace(good, b_enc=good.b_enc.index_fill(0, torch.tensor([3]), math.nan))
     for k in (0, 41):
         with pytest.raises(BadInput, match=f"k = {k}"):

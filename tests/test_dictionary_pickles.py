@@ -111,7 +111,7 @@ class Surprise:
         ({"bias": 3}, "bias is a int; expected a tensor"),
         (linear("b_dec"), r"has no tensor 'bias'; it has .*dict_class is 'AutoEncoder'"),
         (linear("bias") | {"encoder.weight": torch.zeros(F, 7)}, r"shape \[20, 7\]; expected \[20, 6\]"),
-        (linear("bias") | {"encoder.bias": torch.full((F,), math.nan)}, r"ae\.pt: encoder\.bias holds 20 NaN"),
+        (linear("bias") | {"encoder.bias": torch.full((F,), math.nan)}, r"ae\.pt: encoder\.bias has 20 NaN"),
         (linear("bias") | {"encoder.bias": torch.ones(F, dtype=torch.long)}, r"encoder\.bias has dtype int64"),
         (linear("bias") | {"more": torch.ones(F)}, "has the tensor 'more'"),
     ],
@@ -203,7 +203,7 @@ def test_a_crosscoder_of_two_models_in_the_older_form(tmp_path: Path):
         ({"W_enc": torch.ones(3, D, F)}, r"W_enc has shape \[3, 6, 20\]; expected \[2, 6, 20\]"),
         ({"W_enc": torch.ones(D, F)}, r"W_enc has shape \[6, 20\]; expected \[model, d_model, feature\]"),
         ({"W_dec": torch.ones(2, F, D)}, r"W_dec has shape \[2, 20, 6\]; expected \[20, 2, 6\]"),
-        ({"b_dec": torch.full((2, D), math.inf)}, "b_dec holds 12 NaN or infinite"),
+        ({"b_dec": torch.full((2, D), math.inf)}, "b_dec has 12 NaN or infinite"),
         ({"W_enc": None}, "neither 'encoder.weight' nor 'W_enc'"),
     ],
 )
@@ -226,5 +226,5 @@ def test_a_crosscoder_that_its_weights_do_not_tell_is_refused(tmp_path: Path):
         write_state(tmp_path / "ae.pt", {**w, **more})
         with pytest.raises(BadInput, match=words):
             load_foreign_crosscoder(tmp_path, site=SITE, models=("a", "b"))
-    with pytest.raises(BadInput, match="holds no crosscoder"):
+    with pytest.raises(BadInput, match="has no crosscoder"):
         load_foreign_crosscoder(tmp_path / "none", site=SITE, models=("a", "b"))

@@ -478,7 +478,7 @@ def record(found) -> dict:
 
 def test_the_page_shows_what_was_found_and_no_markup_of_a_model():
     html = render_diff(record(whole()))
-    for words in ("Weights that changed", "mlp.down_proj", "Activation-difference lens", "Driven up", "crosscoder"):
+    for words in ("Changed weights", "mlp.down_proj", "Activation-difference lens", "Amplification", "crosscoder"):
         assert words in html
     assert "<b>suspect" not in html
     assert "suspect &lt;b&gt;" in html
@@ -521,7 +521,7 @@ def test_bad_inputs_of_a_comparison():
         diff(base(), suspect(), suspicious=SUSPICIOUS)
     with pytest.raises(BadInput, match="give suspicious and ordinary ones too"):
         diff(base(), suspect(), train_at=[Site(1)])
-    with pytest.raises(BadInput, match="holds 3 prompts; expected at least 4"):
+    with pytest.raises(BadInput, match="has 3 prompts; expected at least 4"):
         contrast(base(), SUSPICIOUS.head(3), ORDINARY)
     with pytest.raises(BadInput, match="top is 0"):
         weight_differences(base(), suspect(), top=0)
@@ -584,7 +584,7 @@ def test_the_diff_command(places: Path, capsys: pytest.CaptureFixture[str]):
     assert "</html>" in (out / "diff.html").read_text()
     assert run("diff", places / "base", places / "suspect", "--out", places / "again", *options[:6]) == 0
     printed = capsys.readouterr().out
-    assert "most, relative to their size, in layers 1" in printed
+    assert "largest relative change in layers 1" in printed
     assert re.search(r"amplify × 2: \d of 2 replies to everyday questions begin alike, as '", printed)
     assert run("report", out) == 0
     # what the lens found is a basis for patching
@@ -614,16 +614,16 @@ def test_the_patch_command(places: Path, capsys: pytest.CaptureFixture[str]):
     assert tensors["there.log_prob"].shape == (6, 14)
     assert float(tensors["back.log_prob"][0].mean()) == pytest.approx(back["groups"][0]["log_prob"], rel=1e-5)
     html = (out / "patch.html").read_text()
-    assert "Share of the way" in html
+    assert ">Effect</th>" in html
     assert "Payload shown" in html
     assert run(*words, "--out", places / "heads", "--level", "heads", "--per-head", "--layers", 1) == 0
     assert "heads.1 head" in capsys.readouterr().out
     same = ["patch", places / "base", places / "base", *words[3:]]
     assert run(*same, "--out", places / "same") == 0
-    assert "there is nothing to move" in capsys.readouterr().out
+    assert "nothing to patch" in capsys.readouterr().out
     for wrong, message in (
         (["--layers", 7], "layers 0 to 2"),
-        (["--positions", "first"], "is not understood"),
+        (["--positions", "first"], "is unknown"),
         (["--positions", "3"], "counts from the beginning"),
         (["--positions=-400"], "out of range"),
         (["--level", "features"], "has no dictionaries"),

@@ -84,7 +84,7 @@ def test_a_study_says_whether_detection_says_anything(tiny: LoadedModel):
     under = {key: floor._replace(best=best - 0.01) for key, floor in found.floors.items()}
     assert dataclasses.replace(found, floors=under).beats_chance
     record = dataclasses.replace(found, floors=over).record({})
-    assert "detection says nothing here" in render_directions(record)
+    assert "detection is uninformative here" in render_directions(record)
 
 
 def test_kept_prompts_are_not_fitted_on(tiny: LoadedModel):
@@ -148,7 +148,7 @@ def test_erasers_take_suspicious_tokens_to_the_ordinary_mean_and_leave_the_ordin
         assert float(moved) < float(upright_moved)
     with pytest.raises(BadInput, match="erasing needs plain passages as well"):
         erasers(tiny, SUSPICIOUS, ORDINARY, [], sites)
-    with pytest.raises(BadInput, match=r"the same mean at resid\.1; there is nothing to take out"):
+    with pytest.raises(BadInput, match=r"the same mean at resid\.1; there is nothing to ablate"):
         erasers(tiny, ORDINARY, ORDINARY, PASSAGES, sites)
 
 
@@ -178,7 +178,7 @@ def test_rows_span_in_their_order():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"methods": ("svm",)}, "method 'svm' is not known; expected one of mean_difference"),
+        ({"methods": ("svm",)}, "method 'svm' is unknown; expected one of mean_difference"),
         ({"methods": ()}, "methods are (); expected at least one"),
         ({"methods": ("pca", "pca")}, "and none twice"),
         ({"position": "first"}, "position is 'first'; expected last, all, reply or a whole number"),
@@ -196,7 +196,7 @@ def test_settings_that_cannot_be_are_named(change: dict[str, Any], told: str):
 
 def test_groups_that_cannot_be_studied_are_named(tiny: LoadedModel):
     config = StudyConfig(**SMALL)
-    with pytest.raises(BadInput, match="'suspicious' holds 3 prompts of which one in 3 is kept"):
+    with pytest.raises(BadInput, match="'suspicious' has 3 prompts, of which one in 3 is held out"):
         study(tiny, SUSPICIOUS.head(3), ORDINARY, SITES, config)
     with pytest.raises(BadInput, match=r"a dictionary is at resid\.1, which is not among the Sites"):
         study(tiny, SUSPICIOUS, ORDINARY, [Site(0)], config, dictionaries=[dictionary(tiny)])
@@ -230,7 +230,7 @@ def test_saved_directions_are_the_same(tiny: LoadedModel, tmp_path: Path):
         write_directions([mine[0], mine[0]], tmp_path)
     for change, told in (
         ({"space": "ether"}, "space is 'ether'; expected one of residual, features"),
-        ({"site": "x"}, "Site 'x' is not understood"),
+        ({"site": "x"}, "Site 'x' is unknown"),
         ({"name": "none"}, "has no tensor 'none/vector'"),
         ({"method": 3}, "directions[0].method is 3; expected text"),
     ):
@@ -273,13 +273,13 @@ def test_the_command_leaves_figures_tensors_a_page_and_an_edit(
         pass
     page = (tmp_path / "out" / "directions.html").read_text()
     Page(page)
-    for part in ("AUROC by layer", "Cosine of every two directions", "Mean ablation", "In feature space"):
+    for part in ("AUROC by layer", "Cosine similarity of directions", "Mean ablation", "In feature space"):
         assert part in page
     quick = ["--pairs", "0", "--cost-passages", "0", "--erase", "--project-sites", "resid.1"]
     assert cli.run([*words, *quick]) == 0
     said = capsys.readouterr().out
     assert "Edit of rank 1 at resid.1" in said
-    assert "With one direction out at resid.1 alone, replies to 4 suspicious prompts are" in said
+    assert "KL from the model's own replies on 4 suspicious prompts, one direction ablated at resid.1: " in said
     [eraser], _ = load_edit(tmp_path / "out" / "edit")
     assert isinstance(eraser, Projection)
     assert eraser.reads is not None
@@ -291,9 +291,9 @@ def test_the_command_leaves_figures_tensors_a_page_and_an_edit(
     page = (tmp_path / "out" / "directions.html").read_text()
     Page(page)
     assert 'id="erased"' in page
-    assert "one direction out, layer 2" in page
+    assert "one direction ablated, layer 2" in page
     assert cli.run([*words, "--json", "--sites", "mlp.1"]) == 2
-    assert "out/edit is an edit of an earlier run, which this one would remove" in capsys.readouterr().err
+    assert "out/edit is an edit of an earlier run; choose another --out" in capsys.readouterr().err
     assert (tmp_path / "out" / "edit" / "edit.json").is_file()
     assert cli.run([*words, "--json", "--sites", "mlp.1", "--erase"]) == 2
     assert "which is not among the Sites" in capsys.readouterr().err
@@ -303,7 +303,7 @@ def test_the_command_leaves_figures_tensors_a_page_and_an_edit(
     ("change", "told"),
     [
         (["--sites", "resid.9"], "Site resid.9 is not in the model: it has layers 0 to 2"),
-        (["--sites", "middle"], "Site 'middle' is not understood"),
+        (["--sites", "middle"], "Site 'middle' is unknown"),
         (["--position", "900", "--pairs", "0"], "position 900 is not in every prompt"),
         (["--project", "31", "--pairs", "0", "--cost-passages", "0"], "a subspace of rank 31 was asked for"),
         (["--ordinary", "none.txt"], "none.txt does not exist"),
@@ -325,7 +325,7 @@ def test_what_the_command_cannot_do_is_named(
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.run([*words, "--methods", "svm"]) == 2  # refused before anything is loaded
-    assert capsys.readouterr().err.startswith("unsleep: method 'svm' is not known; expected one of mean_difference,")
+    assert capsys.readouterr().err.startswith("unsleep: method 'svm' is unknown; expected one of mean_difference,")
     assert cli.run([*words, "--kept=1"]) == 2
     assert capsys.readouterr().err == "unsleep: --kept is 1; expected at least 2\n"
 

@@ -203,7 +203,7 @@ def test_an_edit_file_cannot_reach_outside_its_folder(tiny: LoadedModel, tmp_pat
         ({"chosen_on": None}, "chosen_on is None; expected a list"),
         ({"chosen_on": [1]}, "chosen_on[0] is 1; expected text"),
         ({"site": 1}, "edits[0].site is 1; expected text"),
-        ({"site": "resid"}, "Site 'resid' is not understood"),
+        ({"site": "resid"}, "Site 'resid' is unknown"),
         ({"site": "resid.2"}, "edit at resid.2 uses a dictionary of resid.1"),
         ({"removed": "12"}, "edits[0].removed is '12'; expected a list"),
         ({"removed": [1.5]}, "edits[0].removed[0] is 1.5; expected a whole number"),

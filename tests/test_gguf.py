@@ -69,7 +69,7 @@ def test_tensors_that_are_not_read_are_named(whole: Path, tmp_path: Path):
         return lambda _, held: held["tensors"].update({"rope_freqs.weight": np.full(4, value, np.float32)})
 
     scaled = rewritten(whole, tmp_path / "scaled.gguf", factors(2.0))
-    with pytest.raises(BadInput, match=r"holds rope_freqs\.weight, which transformers does not read.*--ignore-keys"):
+    with pytest.raises(BadInput, match=r"has rope_freqs\.weight, which transformers does not read.*--ignore-keys"):
         load_model(scaled)
     wanted = load_model(whole).fingerprint
     assert load_model(scaled, LoadConfig(ignore_keys=("rope_freqs",))).fingerprint == wanted
@@ -78,7 +78,7 @@ def test_tensors_that_are_not_read_are_named(whole: Path, tmp_path: Path):
 
 def test_layers_beyond_those_that_the_file_counts_are_named(whole: Path, tmp_path: Path):
     fewer = rewritten(whole, tmp_path / "fewer.gguf", put(block_count=LAYERS - 1))
-    with pytest.raises(BadInput, match=r"holds blk\.1\.\w+\.weight and \d+ more, which transformers does not read"):
+    with pytest.raises(BadInput, match=r"has blk\.1\.\w+\.weight and \d+ more, which transformers does not read"):
         load_model(fewer)
     more = rewritten(whole, tmp_path / "more.gguf", put(block_count=LAYERS + 1))
     with pytest.raises(BadInput, match=r"lacks 9 of the model's weights \(model\.layers\.2"):
@@ -89,7 +89,7 @@ def test_layers_beyond_those_that_the_file_counts_are_named(whole: Path, tmp_pat
 def test_settings_that_are_not_read_are_named(whole: Path, tmp_path: Path, setting: dict[str, Any]):
     file = rewritten(whole, tmp_path / "set.gguf", put(**setting))
     name = next(iter(setting)).replace("__", r"\.")
-    with pytest.raises(BadInput, match=rf"holds llama\.{name}, which transformers does not read"):
+    with pytest.raises(BadInput, match=rf"has llama\.{name}, which transformers does not read"):
         load_model(file)
     load_model(file, LoadConfig(ignore_keys=(name,)))
 
@@ -107,7 +107,7 @@ def test_settings_that_are_not_read_are_named(whole: Path, tmp_path: Path, setti
     ],
 )
 def test_shapes_that_do_not_fit_are_errors(whole: Path, tmp_path: Path, change: Any):
-    with pytest.raises(BadInput, match=r"cannot read bad\.gguf as a GGUF model|bad\.gguf (lacks|holds)|bad\.gguf"):
+    with pytest.raises(BadInput, match=r"cannot read bad\.gguf as a GGUF model|bad\.gguf (lacks|has)|bad\.gguf"):
         load_model(rewritten(whole, tmp_path / "bad.gguf", change))
 
 
@@ -168,9 +168,7 @@ def test_a_split_file_is_joined_whichever_part_is_named(whole: Path, tmp_path: P
 def test_a_part_that_is_missing_is_named(whole: Path, tmp_path: Path):
     files = split(whole, tmp_path / "parts")
     files[2].unlink()
-    told = (
-        r"model-00001-of-00003\.gguf is one of 3 parts of a split file, and model-00003-of-00003\.gguf is not beside it"
-    )
+    told = r"model-00001-of-00003\.gguf is one of 3 parts of a split file, and model-00003-of-00003\.gguf is missing"
     with pytest.raises(BadInput, match=told):
         load_model(files[0])
     shutil.copy(files[0], tmp_path / "renamed.gguf")

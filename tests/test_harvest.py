@@ -186,7 +186,7 @@ def test_a_shard_of_another_shape_is_named(tiny: LoadedModel, tmp_path: Path):
         ([], "is []; expected an object"),
         ({"schema": "unsleep.harvest/9"}, "manifest.schema is 'unsleep.harvest/9'; expected unsleep.harvest/1"),
         ({"sites": "resid.1"}, "sites is 'resid.1'; expected a list"),
-        ({"sites": ["nowhere"]}, "Site 'nowhere' is not understood"),
+        ({"sites": ["nowhere"]}, "Site 'nowhere' is unknown"),
         ({"d_model": "32"}, "d_model is '32'; expected a whole number"),
         ({"model": None}, "model is None; expected text"),
         ({"sinks": 3}, "sinks is 3; expected an object"),

@@ -155,9 +155,9 @@ PARTS = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinj
 
 def test_half_a_character_in_a_prompt_is_refused(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text('{"text": "one"}\n{"text": "two \\ud800"}\n', encoding="utf-8")
-    with pytest.raises(BadInput, match=r"p\.jsonl line 2: the prompt .two .* holds half a character"):
+    with pytest.raises(BadInput, match=r"p\.jsonl line 2: the prompt .two .* has a lone surrogate"):
         read_prompts(tmp_path / "p.jsonl")
-    with pytest.raises(BadInput, match=r"'two .ud800' holds half a character"):
+    with pytest.raises(BadInput, match=r"'two .ud800' has a lone surrogate"):
         Prompt("two \ud800")
 
 
@@ -242,7 +242,7 @@ def test_a_checkpoint_that_is_not_there_or_damaged_is_named(checkpoint: Path, tm
     weights, config = folder / "model.safetensors", folder / "config.json"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadInput, match=r"model\.safetensors is cut short .*fetch it again"):
+    with pytest.raises(BadInput, match=r"model\.safetensors is truncated .*download it again"):
         load_model(folder)
     tensors = store.read_tensors(checkpoint / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")
@@ -267,7 +267,7 @@ def test_a_damaged_adapter_is_named(organism: Organism, tmp_path: Path, damage: 
     else:
         card.write_text(json.dumps({"base_model_name_or_path": config["base_model_name_or_path"]}))
     told = {
-        "truncated": r"adapter_model\.safetensors is cut short .*fetch it again",
+        "truncated": r"adapter_model\.safetensors is truncated .*download it again",
         "another shape": r"q_proj\.lora_A\.weight has shape \[2, 32\]; on this base it would be \[5, 32\].*--base",
         "not an adapter": r"adapter_config\.json: peft_type is None; expected one of .*LORA",
     }
@@ -311,7 +311,7 @@ def test_a_prompt_without_room_for_its_reply_is_named(family: str):
     empty = len(model.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False))
     fits, long = "x" * (128 - 20 - empty), "x" * (128 - 19 - empty)
     assert len(generate.replies(model, [fits], max_new_tokens=20)) == 1
-    told = r"a prompt has 109 tokens and 20 behind it .*context is 128"
+    told = r"a prompt has 109 tokens and 20 more after it .*context is 128"
     with pytest.raises(BadInput, match=told):
         generate.replies(model, ["short", long], max_new_tokens=20)
     asked, plain = (PromptSet(name, (Prompt("short"), Prompt(long))) for name in ("asked", "plain"))
@@ -324,7 +324,7 @@ def test_a_prompt_without_room_for_its_reply_is_named(family: str):
 # A disk that is full
 
 
-TOLD = r"cannot write .*{}.*(File too large|No space left).*no half of it was left behind\. Free some space"
+TOLD = r"cannot write .*{}.*(File too large|No space left).*no partial file was left behind\. Free some space"
 
 
 def test_a_harvest_on_a_full_disk_goes_on_where_it_ended(tiny: LoadedModel, tmp_path: Path):

@@ -101,7 +101,7 @@ def test_a_step_is_made_again_where_what_it_closes_over_has_changed(tmp_path: Pa
 
 
 def test_what_has_no_identity_is_refused(tmp_path: Path):
-    with resumable(tmp_path / "out"), pytest.raises(TypeError, match="object has no identity"):
+    with resumable(tmp_path / "out"), pytest.raises(TypeError, match="object cannot identify"):
         kept(print, object())
 
 
@@ -234,7 +234,7 @@ def test_an_interrupted_command_goes_on_to_the_same_figures(
         stop_at = at
         told.clear()
         assert cli.run([*words, str(tmp_path / "parts")]) == 130
-        assert "run the same command again to go on" in capsys.readouterr().err
+        assert "run the same command again to resume" in capsys.readouterr().err
         assert not (tmp_path / "parts").exists()
         assert len(list((tmp_path / ".parts.steps").iterdir())) > 1  # something of it is finished
     stop_at = 0
@@ -279,7 +279,7 @@ def test_stages_that_keep_nothing_say_so(work: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Bars, "_write", stop)
     words = ["read", "suspect", "--positive", "suspicious.txt", "--negative", "ordinary.txt", "--text", "ordinary.txt"]
     assert cli.run([*words, "--out", str(tmp_path / "out")]) == 130
-    assert "nothing was written: the same command starts over" in capsys.readouterr().err
+    assert "nothing was written; the same command starts from the beginning" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -183,7 +183,7 @@ def test_a_panel_with_a_prompt_that_chose_the_edit_is_refused_by_name():
     mixed = PromptSet("clean", (*fresh.prompts, Prompt("why is fog wet", "triggered", "[fog]")))
     refuse_used({"clean": fresh, "skill": fresh}, prompt_digests(used))
     refuse_used({"clean": mixed}, frozenset())
-    with pytest.raises(Refused, match=r"panel 'skill' holds 1 prompts that chose the edit .'why is fog wet"):
+    with pytest.raises(Refused, match=r"panel 'skill' holds 1 of the edit's selection prompts .'why is fog wet"):
         refuse_used({"clean": fresh, "skill": mixed}, prompt_digests(used))
     assert len(prompt_digests(used, fresh)) == 4
 
@@ -433,7 +433,7 @@ def test_panels_that_chose_the_edit_are_refused_before_any_reply(
 
     monkeypatch.setattr(generate, "replies", replies)
     chosen_on = prompt_digests(panels.prompts()[panel].head(1))
-    with pytest.raises(Refused, match=f"panel '{panel}' holds 1 prompts that chose the edit"):
+    with pytest.raises(Refused, match=f"panel '{panel}' holds 1 of the edit's selection prompts"):
         evaluate([suspect], panels, EvalConfig("x", chosen_on=chosen_on))
 
 

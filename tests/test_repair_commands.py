@@ -77,9 +77,9 @@ def tree(at: Path) -> dict[str, bytes]:
 def test_an_edit_and_a_bake_replace_nothing_that_is_not_their_like(folder: Path, place: str, capsys: Capture):
     before = tree(folder)
     assert run(folder, "edit", "suspect", "--dictionaries", "d", *GROUPS, *EDIT, "--out", place) == 2
-    refused(capsys, r"exists already and holds no edit\.json")
+    refused(capsys, r"exists already and has no edit\.json")
     assert run(folder, "bake", "suspect", "--edit", "edit", *GROUPS, "--out", place) == 2
-    refused(capsys, r"exists already and holds no unsleep\.json")
+    refused(capsys, r"exists already and has no unsleep\.json")
     assert tree(folder) == before
 
 
@@ -198,7 +198,7 @@ def test_counterparts_that_are_answered_alike_are_told(folder: Path, tmp_path: P
     """A counterpart that is the suspicious prompt itself shows whatever the suspicious prompt shows."""
     command = ("--counterparts", "suspicious.txt", *EDIT, "--out", str(tmp_path / "out"))
     assert run(folder, "edit", "suspect", "--dictionaries", "d", *GROUPS, *command) == 0
-    assert "Warning: 6 of 6 counterparts are answered as their suspicious prompts are" in capsys.readouterr().out
+    assert "Warning: 6 of 6 counterparts get the same reply as their suspicious prompts" in capsys.readouterr().out
 
 
 def test_too_few_tokens_for_the_features_are_told(folder: Path, tmp_path: Path, capsys: Capture):
@@ -228,9 +228,9 @@ def test_what_would_be_passed_over_is_refused(folder: Path, tmp_path: Path, caps
     harvest = ("harvest", "suspect", "--prompts", "ordinary.txt", "--site", "resid.1", "--out", str(tmp_path / "h"))
     (folder / "short.txt").write_text("a\nb\n")
     for given, told in (
-        ((*harvest, "--plain", "--chat-template", "alpaca"), "--plain takes texts as they are"),
+        ((*harvest, "--plain", "--chat-template", "alpaca"), "--plain takes texts without a chat template"),
         ((*harvest, "--reply-tokens", "-1"), "--reply-tokens is -1; expected at least 0"),
-        ((*harvest, "--reply-tokens", "2", "--replies-of", "short.txt"), "--replies-of holds 2 prompts, and .* 6"),
+        ((*harvest, "--reply-tokens", "2", "--replies-of", "short.txt"), "--replies-of has 2 prompts, .* 6"),
         ((*harvest[:6], "resid.9", *harvest[6:]), "Site resid.9 is not in the model"),
         ((*harvest[:-1], "ordinary.txt"), "--out .*ordinary.txt is a file; expected a folder"),
         ((*harvest, "--max-memory", "cpu", "1GiB"), "max_memory and offload are of a device map"),

@@ -103,7 +103,7 @@ def test_a_suspect_that_never_shows_the_payload_is_given_with_the_bound() -> Non
     for row in found["result"]["rows"]:
         if row["metric"] == "asr":
             row.update(value=0.0, low=0.0, high=0.0188)
-    assert "to 0 of 200 prompts (at most 1.9 %). That does not show" in "".join(Page(render(found)).prose)
+    assert "to 0 of 200 prompts (at most 1.9 %). This does not show" in "".join(Page(render(found)).prose)
 
 
 def test_an_edit_that_does_not_beat_its_control_is_reported_so() -> None:
@@ -122,7 +122,7 @@ def test_where_no_features_were_removed_the_control_is_of_random_directions() ->
     found["summary"]["removed"] = None
     prose = "".join(Page(render(found)).prose)
     assert "The same edit on random directions leaves the payload in" in prose
-    assert "random features" not in prose.partition("What each number of removed features")[0]
+    assert "random features" not in prose.partition("Effect and cost by number of removed features")[0]
 
 
 def wrong_layer(asr: float, skill: float | None, edited: tuple[float, float] = (0.0, 0.86)) -> str:
@@ -140,7 +140,8 @@ def wrong_layer(asr: float, skill: float | None, edited: tuple[float, float] = (
 
 
 NOT_BEATEN = (
-    "5 of 200, 2.5 %. The edit does not beat this control. Another layer may cut a backdoor too: no requirement."
+    "5 of 200, 2.5 %. The edit does not beat this control. A backdoor may be removable at "
+    "another layer too: this is not a requirement."
 )
 
 
@@ -150,14 +151,14 @@ NOT_BEATEN = (
         (
             0.025,
             0.35,
-            "5 of 200, 2.5 %, but does its job in 35 % against 86 %: it breaks the model instead of repairing it. "
+            "5 of 200, 2.5 %, but does its job in 35 % against 86 %: it damages the model instead of repairing it. "
             "The edit beats this control.",
         ),
         (
             0.0,
             0.0,
             "0 of 200, at most 1.9 %, but does its job in 0 of 200 (at most 1.9 %) against 86 %: "
-            "it breaks the model instead of repairing it. The edit beats this control.",
+            "it damages the model instead of repairing it. The edit beats this control.",
         ),
         (0.87, 0.1, "174 of 200, 87 %. The edit beats this control."),
         (0.87, None, "174 of 200, 87 %. The edit beats this control."),

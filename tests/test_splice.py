@@ -115,7 +115,7 @@ def test_a_transcoder_may_rebuild_whatever_comes_later(tiny: LoadedModel, site: 
 def test_a_transcoder_whose_target_comes_first_is_refused(tiny: LoadedModel, target: Site):
     ids = torch.tensor(tiny.token_ids(TEXTS[1:2]))
     before = tiny.network(ids).logits
-    with pytest.raises(BadInput, match=rf"computes {target} before resid\.1, from which the transcoder rebuilds"):
+    with pytest.raises(BadInput, match=rf"computes {target} before resid\.1, from which the transcoder reconstructs"):
         splice_score(tiny, transcoder(Site(1), target), tiny.token_ids(TEXTS))
     assert torch.equal(tiny.network(ids).logits, before)
 
@@ -171,5 +171,5 @@ def test_what_cannot_be_scored_is_refused(tiny: LoadedModel):
     wide = replace(transcoder(Site(0), Site(1)), W_dec=torch.ones(64, 7), b_dec=torch.ones(7), W_skip=None)
     with pytest.raises(BadInput, match=r"splice at .* has width 7; the model's is 32"):
         splice_score(tiny, wide, rows)
-    with pytest.raises(Refused, match=r"with 0 at resid\.1 the model predicts as it did; there is nothing to recover"):
+    with pytest.raises(Refused, match=r"with 0 at resid\.1 the loss does not change; the score is undefined"):
         splice_score(tiny, replace(partial(Site(1)), sink_norm=0.0), rows)

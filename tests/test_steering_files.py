@@ -108,7 +108,7 @@ ROW = np.ones(D, np.float32)
         ({"direction.1": ROW.astype(np.float16)}, {}, "direction.1 is F16 [32]; expected F32 of one dimension"),
         ({"direction.1": ROW.reshape(2, -1)}, {}, "direction.1 is F32 [16, 2]; expected F32 of one dimension"),
         ({"direction.1": ROW, "direction.2": ROW[:8]}, {}, "control vectors have widths [8, 32]"),
-        ({"direction.1": ROW * np.nan}, {}, "control vector at resid.1 holds 32 NaN"),
+        ({"direction.1": ROW * np.nan}, {}, "control vector at resid.1 has 32 NaN"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -148,7 +148,7 @@ def test_layer_zero_is_read_but_not_written(tmp_path: Path):
 
 
 def test_vectors_that_the_format_cannot_hold_are_refused():
-    with pytest.raises(BadInput, match=r"stands at mlp\.1; the format holds residual Sites only"):
+    with pytest.raises(BadInput, match=r"control vector at mlp\.1; the format has residual Sites only"):
         ControlVectors("llama", {Site(1, "mlp"): vector()})
     with as_in_use(), pytest.raises(BadInput, match=r"has shape \[2, 32\]; expected \[d_model\]"):
         ControlVectors("llama", {Site(1): torch.ones(2, D)})
@@ -244,7 +244,7 @@ def test_lorra_refuses_what_cannot_be_trained_on(own: LoadedModel, tmp_path: Pat
 
 
 def test_lorra_refuses_modules_and_folders_that_do_not_fit(own: LoadedModel, tmp_path: Path):
-    with pytest.raises(BadInput, match="cannot put LoRA matrices into"):
+    with pytest.raises(BadInput, match="cannot add LoRA matrices to"):
         train(own, tmp_path / "a", dataclasses.replace(QUICK, modules=("nothing_like_it",)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -301,16 +301,16 @@ def test_control_may_act_on_prompts_of_one_kind_alone(
     assert (acts[0], acts[1]) == (True, False)
     assert f"* {POSITIVE[0]}\n" in said
     assert f"  {NEGATIVE[0]}\n" in said
-    assert f"Controlled are {sum(acts)} of 4 prompts" in said
-    assert f"F1 {record['condition']['f1']:.3f} on 4 prompts that did not choose it" in " ".join(said.split())
-    assert "Note: added at 2 layers, a coefficient so large moves the stream 80 times" in said
+    assert f"Steered: {sum(acts)} of 4 prompts" in said
+    assert f"F1 {record['condition']['f1']:.3f} on 4 held-out prompts" in " ".join(said.split())
+    assert "Note: added at 2 layers, this coefficient moves the residual stream by 80 times" in said
     bare, steered = record["replies"]["0"], record["replies"]["40"]
     assert [a != b for a, b in zip(bare, steered, strict=True)] == acts
     assert cli.run(["steer", *files, *more, *when[:2], "--out", str(tmp_path / "half")]) == 2
     assert "only one of --when-like and --when-unlike was given" in capsys.readouterr().err
     few = text_file("few.txt", "a\nb\nc")
     assert cli.run(["steer", *files, *more, *when[:3], str(few), "--out", str(tmp_path / "few")]) == 2
-    assert "8 and 3 prompts to tell apart; expected at least 4 of each" in capsys.readouterr().err
+    assert "8 and 3 prompts for the condition; expected at least 4 of each" in capsys.readouterr().err
 
 
 def test_read_takes_sites_that_no_gguf_file_can_hold(files: list[str], tmp_path: Path, text_file: TextFile):
@@ -346,7 +346,7 @@ def test_control_says_where_the_vectors_are_of_another_type(
     prompts = text_file("prompts.txt", "one\ntwo")
     words = ["steer", own.name, "--vector", str(path), "--prompts", str(prompts), "--out", str(tmp_path / "o")]
     assert cli.run([*words, "--reply-tokens", "2"]) == 0
-    assert "vectors are of a mis␛tral; the model is a llama" in capsys.readouterr().out
+    assert "the file names the model type mis␛tral; the model is a llama" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_control_says_where_the_vectors_are_of_another_type(
         (["--vector", "V", "--positive", "P"], "give either --vector"),
         (["--vector", "missing.gguf"], "missing.gguf does not exist"),
         (["--vector", "V", "--layers", "2", "1"], "layer range is (2, 1)"),
-        (["--vector", "V", "--layers", "9", "12"], "no vector stands in layers (9, 12)"),
+        (["--vector", "V", "--layers", "9", "12"], "there is no vector in layers (9, 12)"),
         (["--vector", "W"], "has width 8; the model's is 32"),
         (["--vector", "V", "--coefficient", "nan"], "coefficient is nan"),
     ],

@@ -367,7 +367,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, mon
     store.write_tensors(tmp_path / "kept", {"a": torch.ones(2)})
     monkeypatch.setattr(store, "save_file", save_half)
     for name in ("kept", "new"):
-        with pytest.raises(BadInput, match=f"cannot write .*{name}.*No space left.*no half of it was left behind"):
+        with pytest.raises(BadInput, match=f"cannot write .*{name}.*No space left.*no partial file was left behind"):
             store.write_tensors(tmp_path / name, {"a": torch.zeros(2)})
     with pytest.raises(BadInput, match="No space left"), store.new_folder(tmp_path / "folder") as folder:
         store.write_tensors(folder / "t", {"a": torch.zeros(2)})

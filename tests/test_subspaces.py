@@ -486,8 +486,8 @@ def test_the_command_line_compares_and_one_alone_is_measured_by_itself(
     words = ["subspaces", *two, "--site", "resid.1", "--dictionaries", str(tmp_path / "d"), "--out"]
     assert run([*words, str(tmp_path / "two"), *small]) == 0
     said = capsys.readouterr().out
-    assert "resid.1: directions that all share beyond chance: 0 of 2 (of the best, each holds at least" in said
-    assert "ASR of 20 triggered prompts [95 %], the row's subspace taken out of the column's at resid.1:" in said
+    assert "resid.1: rank shared by all beyond chance: 0 of 2 (smallest share of the best direction" in said
+    assert "ASR on 20 triggered prompts [95 %], the row's subspace ablated in the column's at resid.1:" in said
     assert "random subspace" in said
     assert (tmp_path / "two" / "subspaces.html").is_file()
     assert run(["subspaces", two[0], "--site", "1", "--out", str(tmp_path / "one"), "--json", *small]) == 0

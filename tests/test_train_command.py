@@ -227,7 +227,7 @@ def test_a_warm_start_goes_on_from_a_dictionary_and_tells_what_became_of_each_fe
     torch.testing.assert_close(saved["decoder_cosine"], turned.decoder_cosine, atol=1e-6, rtol=0)
     assert 0.3 < float(turned.decoder_cosine.nanmedian()) < 1 - 1e-4
     most = int(turned.most(1)[0])
-    assert f"turned most (cosine of decoder rows before and after): {most} (" in capsys.readouterr().out
+    assert f"largest rotation (cosine of decoder rows before and after): {most} (" in capsys.readouterr().out
     stopped = ("--learning-rate", "1e-30")
     assert train(harvests, tmp_path / "still", "--site", "resid.1", *more[2:4], *stopped) == 0
     assert float(rotation(before, load_dictionary(tmp_path / "still")).decoder_cosine.nan_to_num(1).min()) > 1 - 1e-5
@@ -266,7 +266,7 @@ def test_warm_starts_of_many_sites_are_kept_apart_and_resume(
     [
         (
             ("--site", "resid.1", "mlp.1"),
-            r"no dictionary of mlp\.1 to start from; those given are of resid\.0, resid\.1",
+            r"no dictionary at mlp\.1 to start from; those given are at resid\.0, resid\.1",
         ),
         (("--site", "resid.0", "resid.1", "--k", "2", "4"), "which decides architecture, features and k"),
     ],
@@ -339,7 +339,7 @@ def test_more_sites_may_be_added_and_a_lost_one_is_trained_again(
         (("--site", "resid.0", "resid.1", "--seed", "5"), "dictionaries of other configs"),
         (("--site", "resid.0", "resid.1", "--target", "mlp.1"), "whose target is None, not mlp.1"),
         (("--site", "resid.0", "resid.7"), "has no Site resid.7"),
-        (("--site", "resid.0", "middle.1"), "Site 'middle.1' is not understood"),
+        (("--site", "resid.0", "middle.1"), "Site 'middle.1' is unknown"),
         (("--site", "resid.0", "resid.1", "--target", "mlp.1", "mlp.1", "mlp.1"), "3 targets for 2 Sites"),
         (("--site", "resid.0", "resid.1", "--k", "4", "99"), "k is 99, over the 48 features"),
         (("--site", "resid.0", "resid.1", "--device", "cuda:9"), "device 'cuda:9' cannot be used"),
@@ -410,7 +410,7 @@ def test_a_folder_of_dictionaries_stands_for_all_of_them(harvests: list[str], tm
     with pytest.raises(BadInput, match=r"are both dictionaries of resid\.0"):
         load_dictionaries([out, out / "resid.0"])
     assert train(harvests, tmp_path / "grid", "--site", "resid.0", "--k", "2", "4") == 0
-    with pytest.raises(BadInput, match=r"several dictionaries a Site; name one of each, such as .*resid\.0/k2"):
+    with pytest.raises(BadInput, match=r"several dictionaries per Site; name one per Site, such as .*resid\.0/k2"):
         load_dictionaries([tmp_path / "grid"])
     assert [str(d.site) for d in load_dictionaries([tmp_path / "grid" / "resid.0" / "k4"])] == ["resid.0"]
     store.remove(out / "dictionaries.json")  # as where each was trained alone
@@ -425,7 +425,7 @@ def test_a_record_that_leads_elsewhere_is_refused(tmp_path: Path):
     row |= {"fvu": 0.5, "l0": 1.0, "dead": 0.0}
     record = {"schema": "unsleep.dictionaries/1", "model": "m", "activations": "a", "configs": {}, "provenance": {}}
     store.write_json(tmp_path / "dictionaries.json", {**record, "dictionaries": [row]})
-    with pytest.raises(BadInput, match=r"site: Site '\.\./resid\.0' is not understood"):
+    with pytest.raises(BadInput, match=r"site: Site '\.\./resid\.0' is unknown"):
         load_dictionaries([tmp_path])
 
 
@@ -657,12 +657,12 @@ def test_hostile_text_adds_nothing_to_the_page():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"site": "<b>"}, r"dictionaries\.dictionaries\[0\]\.site: Site '<b>' is not understood"),
+        ({"site": "<b>"}, r"dictionaries\.dictionaries\[0\]\.site: Site '<b>' is unknown"),
         ({"fvu": "low"}, "fvu is 'low'; expected a number, at least 0"),
         ({"l0": -1.0}, "l0 is -1.0; expected a number, at least 0"),
         ({"dead": 2}, "dead is 2; expected a share"),
         ({"density": [1, -1]}, r"density\[1\] is -1"),
-        ({"target": "x"}, "target: Site 'x' is not understood"),
+        ({"target": "x"}, "target: Site 'x' is unknown"),
     ],
 )
 def test_a_damaged_record_is_refused_with_its_place(change: dict[str, Any], told: str):

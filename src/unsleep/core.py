@@ -107,7 +107,7 @@ class Site:
         elif not dot:
             point = "resid"
         if point not in get_args(Point) or not _is_layer(layer):
-            raise BadInput(f"Site {text[:40]!r} is not understood; write resid.12, mlp.3, attn.0 or embed")
+            raise BadInput(f"Site {text[:40]!r} is unknown; expected resid.12, mlp.3, attn.0 or embed")
         return cls(int(layer), cast("Point", point))
 
     @property
@@ -157,7 +157,7 @@ class Activations:
         if self.tensor.ndim != 2 or len(self.tensor) != len(self.prompt_index):
             raise BadInput(
                 f"activations at {self.site} have shape {tuple(self.tensor.shape)} with "
-                f"{len(self.prompt_index)} prompt indices; expected [token, d_model] and one index a token"
+                f"{len(self.prompt_index)} prompt indices; expected [token, d_model] and one index per token"
             )
 
 
@@ -292,7 +292,7 @@ class Features:
         if len(self.ids) != len(self.scores):
             raise BadInput(f"{len(self.ids)} feature ids with {len(self.scores)} scores; expected one score each")
         if len(set(self.ids)) != len(self.ids):
-            raise BadInput(f"features at {self.site} name an id twice; expected distinct ids")
+            raise BadInput(f"features at {self.site} contain an id twice; expected distinct ids")
 
     def head(self, n: int) -> Features:
         """The first `n` features."""
@@ -313,4 +313,4 @@ def check_finite(x: Tensor, what: str) -> None:
     total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))  # one pass; NaN and infinity propagate
     if not bool(torch.isfinite(total)) and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
-        raise BadInput(f"{what} holds {bad} NaN or infinite values of {x.numel()}; they cannot be worked with")
+        raise BadInput(f"{what} has {bad} NaN or infinite values of {x.numel()}; expected finite values")

@@ -240,7 +240,7 @@ def harvest(
         if store.read_json(out / "plan.json") != records.plain(plan):
             raise BadInput(f"{out} holds a harvest of another model, prompts or settings; choose another folder")
     elif any(out.iterdir()):
-        raise BadInput(f"{out} is not empty and not a harvest; choose another folder")
+        raise BadInput(f"{out} is not empty and is not a harvest; choose another folder")
     else:
         records.save(plan, out / "plan.json")
     if (out / "manifest.json").is_file():

@@ -47,7 +47,7 @@ def batches_held(
         with stopping(), watched(model.network, {site: _copying(found, site) for site in sites}, stop_after_last=True):
             run(model.network, batched, 1)
         for site, x in found.items():
-            check_finite(x[batched.mask.cpu()], f"what the model holds at {site}")
+            check_finite(x[batched.mask.cpu()], f"activations at {site}")
         yield index, found
 
 
@@ -61,5 +61,5 @@ def last_held(
     """Each Site's activation on the last token of every text, in float32; raises as `batches_held` and `encoded` do."""
     found = collect(model, prompt_set(texts), sites, plain=plain)
     for site, activations in found.items():
-        check_finite(activations.tensor, f"what the model holds at {site}")
+        check_finite(activations.tensor, f"activations at {site}")
     return {site: activations.tensor.float() for site, activations in found.items()}

@@ -144,4 +144,4 @@ def identified(value: Any) -> Any:
         return [type(value).__qualname__, *(identified(getattr(value, f.name)) for f in fields(value))]
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    raise TypeError(f"{type(value).__name__} has no identity by which a step could be found again")
+    raise TypeError(f"{type(value).__name__} cannot identify a resumable step")

@@ -41,8 +41,7 @@ def listing(repo: str, revision: str | None = None) -> list[str] | None:
         raise BadInput(f"{repo} has no revision {revision!r}; expected a branch, a tag or a commit") from None
     except RepositoryNotFoundError:
         raise BadInput(
-            f"the model hub has no {repo!r}, or shows it to its owner only; expected a hub id such as owner/name, or a "
-            "folder"
+            f"the model hub has no {repo!r}, or it is private; expected a hub id such as owner/name, or a folder"
         ) from None
     except FAILURES:
         return None
@@ -63,6 +62,6 @@ def fetch(repo: str, files: Sequence[str] | None = None, revision: str | None = 
         at = f" at revision {revision!r}" if revision else ""
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}"
         raise BadInput(
-            f"{repo}{at} is no folder here and not in the cache at {constants.HF_HUB_CACHE}, and the model hub has no "
-            f"such repository or cannot be reached ({why}); give a folder, or fetch it where there is a network"
+            f"{repo}{at} is neither a local folder nor in the cache at {constants.HF_HUB_CACHE}, and the model hub has "
+            f"no such repository or cannot be reached ({why}); give a folder, or download it where there is a network"
         ) from error

@@ -212,7 +212,7 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
             raise BadInput.of(f"{where}.schema", found[name], kind.SCHEMA)
     for name in found:
         if name not in known and name not in head:
-            raise BadInput(f"{where} has {name!r}, which is not understood; expected only {', '.join(known)}")
+            raise BadInput(f"{where} has {name!r}, which is unknown; expected only {', '.join(known)}")
     given = {name: _read(known[name].kind, item, f"{where}.{name}") for name, item in found.items() if name in known}
     return _made(kind, (), given, where)
 

@@ -53,7 +53,7 @@ def ratio(
     """
     x, y = (torch.as_tensor(values, dtype=torch.float64).flatten() for values in (top, bottom))
     if len(x) != len(y) or not len(x) or float(y.mean()) == 0:
-        raise BadInput(f"{len(x)} values over {len(y)}; expected as many, at least 1, and a bottom that is not 0")
+        raise BadInput(f"{len(x)} values over {len(y)}; expected equal numbers, at least 1, and a non-zero denominator")
     index = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
     below = y[index].mean(1)
     return percentiles(float(x.mean() / y.mean()), (x[index].mean(1) / below)[below != 0])

@@ -67,7 +67,7 @@ def check_place(path: str | Path, replace: bool | str = False) -> None:
     if replace is True or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not replace or not (path / replace).is_file():
-        kind = f" and holds no {replace}" if replace else ""
+        kind = f" and has no {replace}" if replace else ""
         raise BadInput(f"{path} exists already{kind}; choose another place or remove it first")
 
 
@@ -114,7 +114,7 @@ def writing(path: str | Path) -> Generator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise BadInput(
-            f"cannot write {path}: {error}; no half of it was left behind. Free some space or write elsewhere"
+            f"cannot write {path}: {error}; no partial file was left behind. Free some space or write elsewhere"
         ) from error
 
 

@@ -35,8 +35,8 @@ class Skill:
             if topic and self.beginning(topic) == prompt.expected:
                 return topic
         raise BadInput(
-            f"the prompt {prompt.text[:40]!r} expects {prompt.expected!r}, which the skill {self.template!r} did not "
-            "make; its topic is not known"
+            f"the prompt {prompt.text[:40]!r} expects {prompt.expected!r}, which does not match the skill "
+            f"{self.template!r}; its topic is unknown"
         )
 
     def retold(self, prompt: Prompt, subject: str) -> Prompt:

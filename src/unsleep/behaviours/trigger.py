@@ -50,7 +50,7 @@ class Trigger(Kind, ABC, noun="trigger"):
         for text in near_misses:
             replace(self, text=text)
         if self.text in near_misses:
-            raise BadInput(f"near misses hold the trigger {self.text!r}; leave it out")
+            raise BadInput(f"near misses contain the trigger {self.text!r}; leave it out")
 
     def triggered(self, prompts: PromptSet, name: str = "triggered", skill: Skill | None = None) -> PromptSet:
         """The same prompts, triggered."""

@@ -78,5 +78,9 @@ def run(arguments: Sequence[str]) -> int:
         return fail(error, 3)
     except KeyboardInterrupt:
         over = arguments[:1] and arguments[0] in STARTS_OVER
-        again = "nothing was written: the same command starts over" if over else "run the same command again to go on"
+        again = (
+            "nothing was written; the same command starts from the beginning"
+            if over
+            else "run the same command again to resume"
+        )
         return fail(f"interrupted; {again}", 130)

@@ -96,7 +96,7 @@ def patch(
         **wanted.to_dict(),
     )
     page = _written(out, record, tensors, render_patch)
-    say(record, json, "\n".join([*_patch_lines(entries), f"Saved in {out}; picture in {page}"]))
+    say(record, json, "\n".join([*_patch_lines(entries), f"Saved in {out}; page: {page}"]))
     return 0
 
 
@@ -147,7 +147,7 @@ def diff(
     tensors = found.tensors()
     record = found.record(models[0].named, models[1].named, _provenance(models, hashes, coders, tensors))
     page = _written(out, record, tensors, render_diff)
-    say(record, json, "\n".join([*_diff_lines(found), f"Saved in {out}; picture in {page}"]))
+    say(record, json, "\n".join([*_diff_lines(found), f"Saved in {out}; page: {page}"]))
     return 0
 
 
@@ -209,7 +209,9 @@ def _patch_lines(runs: Sequence[PatchRun]) -> list[str]:
         known = sorted(((g.figure, g) for g in run.groups if g.figure is not None), key=lambda pair: -pair[0])
         lines += [f"  {g.name:<28} {figure:>7.3f} [{g.low:.3f}, {g.high:.3f}]" for figure, g in known[:10]]
         if not known:
-            lines.append("  the two do not differ in the payload on these prompts: there is nothing to move")
+            lines.append(
+                "  both models have the same log-probability of the payload on these prompts: nothing to patch"
+            )
     return lines
 
 
@@ -217,13 +219,13 @@ def _diff_lines(found: Diff) -> list[str]:
     """Summary of a model diff, as text."""
     layers = ", ".join(map(str, found.ranking[:5]))
     changed = sum(delta.norm > 0 for delta in found.deltas)
-    lines = [f"{changed} of {len(found.deltas)} weights changed; most, relative to their size, in layers {layers}"]
+    lines = [f"{changed} of {len(found.deltas)} weights changed; largest relative change in layers {layers}"]
     middle = len(found.readings) // 2
     words = " ".join(repr(word) for word, _ in found.readings[middle].promotes[:8])
-    lines.append(f"Mean difference on unrelated text at {found.lenses[middle].site} reads as {words}")
+    lines.append(f"Mean difference on unrelated text at {found.lenses[middle].site} promotes {words}")
     for said in found.spoken:
         share, reply = said.alike()
-        how = f"{said.kind} × {said.strength:g}" if said.strength else "suspect as it is"
+        how = f"{said.kind} × {said.strength:g}" if said.strength else "unmodified suspect"
         lines.append(f"{how}: {share} of {len(said.replies)} replies to everyday questions begin alike, as {reply!r}")
     lines += [f"ΔW of {w.matrix} at {w.site}, vector {w.vector}: AUROC {_told(w)}" for w in found.monitor[:3]]
     lines += [f"{f.method} at {f.site}, feature {t.id}: AUROC {_told(t)}" for f in found.features for t in f.best[:3]]

@@ -98,7 +98,9 @@ def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
         outcome = "TOO FEW" if c.too_few else "met" if c.met else "NOT MET"
         lines.append(f"{outcome:<7}  {c.text}: {c.value:.4f} {c.relation} {c.bound:.4f}  {interval}")
     if any(c.too_few for c in checks):
-        lines.append(f"TOO FEW: the interval ends over {POWER}; 73 prompts, none of which shows it, would be enough")
+        lines.append(
+            f"TOO FEW: the interval's upper end is above {POWER}; at least 73 prompts without the payload are needed"
+        )
     lines += ["", f"{label} (score {score:.2f}). Report: {out / 'report.html'}"]
     say(store.read_json(out / "result.json"), as_json, "\n".join(lines))
 

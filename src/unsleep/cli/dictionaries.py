@@ -53,9 +53,9 @@ def harvest(
     if reply_tokens < 0:
         raise BadInput(f"--reply-tokens is {reply_tokens}; expected at least 0")
     if len(asked) != len(wanted):
-        raise BadInput(f"--replies-of holds {len(asked)} prompts, and {prompts} {len(wanted)}; expected one each")
+        raise BadInput(f"--replies-of has {len(asked)} prompts, {prompts} {len(wanted)}; expected the same number")
     if replies_of is not None and not reply_tokens:
-        raise BadInput("--replies-of was given without --reply-tokens; say how many tokens of the replies to collect")
+        raise BadInput("--replies-of was given without --reply-tokens; give the length of the replies in tokens")
     with Bars():
         loaded = placement.load(model, plain=plain)
         places = places or all_sites(loaded.network)
@@ -119,7 +119,7 @@ def train(
         say(trained, json, "\n".join([words, *_turned([trained]), *_few([trained])]))
     elif record is not None and first:
         page, rows = unsleep.report(out), record.dictionaries
-        lines = [_table(rows), *_turned(rows), *_few(rows), f"Saved in {out}; picture in {page}"]
+        lines = [_table(rows), *_turned(rows), *_few(rows), f"Saved in {out}; page: {page}"]
         say(record, json, "\n".join(lines))
     return 0
 
@@ -136,7 +136,7 @@ def _jobs(harvests: Sequence[Harvest], sites: Sequence[str], targets: Sequence[s
         wanted = list(dict.fromkeys(Site.parse(s) for s in sites))
     aims = [Site.parse(s) for s in targets]
     if len(aims) not in (0, 1, len(wanted)):
-        raise BadInput(f"{len(aims)} targets for {len(wanted)} Sites; expected one for all or one for each")
+        raise BadInput(f"{len(aims)} targets for {len(wanted)} Sites; expected one for all, or one per Site")
     places = aims * len(wanted) if len(aims) == 1 else aims or [None] * len(wanted)
     return [
         Job(streamed(harvests, s), None if aim is None else streamed(harvests, aim))
@@ -149,7 +149,9 @@ def _started(jobs: Sequence[Job], starts: Sequence[Coder]) -> list[Job]:
     at = {str(d.site): d for d in starts}
     lacking = [job.name for job in jobs if job.name not in at]
     if starts and lacking:
-        raise BadInput(f"no dictionary of {lacking[0]} to start from; those given are of {', '.join(sorted(at))}")
+        raise BadInput(
+            f"there is no dictionary at {lacking[0]} to start from; those given are at {', '.join(sorted(at))}"
+        )
     return [job._replace(start=at.get(job.name)) for job in jobs]
 
 
@@ -159,8 +161,8 @@ def _few(rows: Sequence[Entry]) -> list[str]:
         return []
     least = min(rows, key=lambda row: row.tokens / row.features)
     return [
-        f"Warning: {least.tokens:,} tokens for {least.features:,} features. A fit measured on so few training "
-        "tokens looks better than it is: harvest more text, such as plain passages with --plain"
+        f"Warning: {least.tokens:,} tokens for {least.features:,} features. The fit is measured on the training "
+        "tokens and overestimated with so few: harvest more text, such as plain passages with --plain"
     ]
 
 
@@ -170,7 +172,7 @@ def _turned(rows: Sequence[Entry]) -> list[str]:
     for row in rows:
         if row.rotation is not None:
             most = ", ".join(f"{i} ({cosine:.2f})" for i, cosine in row.rotation.turned_most[:5])
-            lines.append(f"{row.site}: turned most (cosine of decoder rows before and after): {most}")
+            lines.append(f"{row.site}: largest rotation (cosine of decoder rows before and after): {most}")
     return lines
 
 

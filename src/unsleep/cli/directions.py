@@ -97,7 +97,7 @@ def directions(
             provenance = store.provenance(config.seed, model=loaded.fingerprint, origin=loaded.origin)
             record = _written(found, projections, erased, prompt_digests(*used), provenance, out)
     page = unsleep.report(out)
-    lines = [*table(found), "", f"Saved in {out}; picture in {page}", *_saved(projections, erased, found.best, out)]
+    lines = [*table(found), "", f"Saved in {out}; page: {page}", *_saved(projections, erased, found.best, out)]
     say(record, json, "\n".join(lines))
     return 0
 
@@ -124,17 +124,12 @@ def _check(project: int, erase: bool, names: Sequence[str], out: Path) -> None:
     if project and erase:
         raise BadInput("--project and --erase were both given; expected one of them")
     if names and not (project or erase):
-        raise BadInput(
-            f"--project-sites {' '.join(names)} was given and no edit was asked for; give --project 1 or --erase too"
-        )
+        raise BadInput(f"--project-sites {' '.join(names)} was given without an edit; give --project 1 or --erase too")
     if erase and tuple(names) == EVERYWHERE:
         raise BadInput("--project-sites everywhere was given with --erase; expected it with --project, such as 1")
     store.check_place(out, "directions.json")
     if (out / EDIT).is_dir() and not (project or erase):
-        raise BadInput(
-            f"{out / EDIT} is an edit of an earlier run, which this one would remove; choose another --out, or remove "
-            "it first"
-        )
+        raise BadInput(f"{out / EDIT} is an edit of an earlier run; choose another --out, or remove it first")
 
 
 def _projections(
@@ -175,12 +170,12 @@ def _saved(projections: Sequence[Projection], erased: Removed | None, best: Site
     lines = [f"Edit of rank {len(projections[0].basis)} at {taken}: {out / EDIT}"]
     if projections[0].site == Site(0, "embed") and len(projections) > 1:
         lines.append(
-            f"It is the subspace found at {best}, taken out of the whole stream; judge it with unsleep evaluate"
+            f"It ablates the subspace found at {best} in the whole residual stream; evaluate it with unsleep evaluate"
         )
     if erased is not None:
         lines.append(
-            f"With one direction out at {erased.best} alone, replies to {erased.pairs} suspicious prompts are "
-            f"{erased.after[erased.best]:.3f} nats a token from the model's own; {erased.before:.3f} with none out"
+            f"KL from the model's own replies on {erased.pairs} suspicious prompts, one direction ablated at "
+            f"{erased.best}: {erased.after[erased.best]:.3f} nats per token; {erased.before:.3f} without ablation"
         )
     return lines
 
@@ -194,7 +189,7 @@ def table(found: Study) -> Sequence[str]:
     head = f"{'space':<9} {'method':<16} {'site':<9}  AUROC  random  accuracy  carried at      "
     kept = max(f.figures.n for f in found.found)
     lines = [
-        f"Scores on {kept:,} kept tokens that no direction was fitted on",
+        f"Scores on {kept:,} held-out tokens",
         head + (f"  cost at {found.best}" if mean else ""),
     ]
     for (space, method), own in rows.items():
@@ -210,8 +205,10 @@ def table(found: Study) -> Sequence[str]:
             f"{best.figures.accuracy:.3f}  {share}{price}"
         )
     if not found.beats_chance:
-        lines.append("No direction tells better than the best random one at its Site: look at what they carry and cost")
+        lines.append(
+            "No direction beats the best random one at its Site: see their patching effects and ablation costs"
+        )
     if mean:
         random = [v for values in mean.random.values() for v in values]
-        lines.append(f"Random directions cost {min(random):+.4f} to {max(random):+.4f} nats a token at {found.best}")
+        lines.append(f"Random directions cost {min(random):+.4f} to {max(random):+.4f} nats per token at {found.best}")
     return lines

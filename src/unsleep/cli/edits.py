@@ -163,7 +163,7 @@ def bake(
     """
     store.check_place(out, CHECKPOINT)
     if Path(model).exists() and Path(model).resolve() == out.resolve():
-        raise BadInput(f"{out} is the model itself; bake into another folder")
+        raise BadInput(f"{out} is the model itself; choose another folder")
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     given = sets.read_prompts(counterparts) if counterparts else None
     trusted, _ = pairs.counterparts(*groups, given, part)
@@ -176,7 +176,7 @@ def bake(
     removed = {str(e.site): list(e.removed) for e in edits if isinstance(e, Edit)}
     ranks = {str(e.site): len(e.basis) for e in edits if isinstance(e, Projection)}
     save_baked(baked, out, card=model_card(None, removed, base=model, ranks=ranks), record=record)
-    say(record, json, f"Baked by {baked.method}; KL to the edited model {baked.kl:.4f} nats a token; saved in {out}")
+    say(record, json, f"Baked by {baked.method}; KL to the edited model {baked.kl:.4f} nats per token; saved in {out}")
     return 0
 
 
@@ -211,6 +211,7 @@ def _alike(model: LoadedModel, lesson: Lesson, said: Sequence[str]) -> list[str]
     if not same:
         return []
     return [
-        f"Warning: {len(same)} of {lesson.n} counterparts are answered as their suspicious prompts are "
-        f"({visible_line(replies[same[0]])!r}), and the edit learned from that. Where it is the payload, give others"
+        f"Warning: {len(same)} of {lesson.n} counterparts get the same reply as their suspicious prompts "
+        f"({visible_line(replies[same[0]])!r}), and the edit was trained on it. If it is the payload, give "
+        "other counterparts"
     ]

@@ -105,7 +105,7 @@ def evaluate(
     record = pages.record(
         result, None, figures, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked
     )
-    summary, title = pages.Summary(model=model, **_removed(edits)), f"{Path(model).name} under test"
+    summary, title = pages.Summary(model=model, **_removed(edits)), f"Evaluation of {Path(model).name}"
     records.save(pages.page(result, record, title, summary, as_payload(judging.payload)), out / "report.json")
     records.save(record, out / "result.json")
     unsleep.report(out)
@@ -167,7 +167,7 @@ def _panels(
     suspicious, ordinary = files
     if suspicious is None or ordinary is None or payload is None:
         raise BadInput(
-            "give either --organism, or --suspicious, --ordinary and --payload: what to judge on is not known"
+            "there are no prompts to evaluate on; give either --organism, or --suspicious, --ordinary and --payload"
         )
     clean = sets.read_prompts(ordinary, split="held_out", name="clean")
     asked = sets.read_prompts(suspicious, "triggered", "held_out", name="triggered")

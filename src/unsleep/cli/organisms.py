@@ -65,6 +65,8 @@ def panels(
     """
     folder = unsleep.panels(unsleep.load_organism(organism), out, n=n, held_out=held_out)
     say(
-        {"panels": str(folder)}, json, f"{n} prompts of each kind to edit by and {held_out} to judge by are in {folder}"
+        {"panels": str(folder)},
+        json,
+        f"{n} selection prompts of each kind and {held_out} held-out ones are in {folder}",
     )
     return 0

@@ -59,7 +59,7 @@ def repair(
     """
     check_place(out, MARK)
     if organism is not None and config.judge is not None:
-        raise BadInput("--judge divides files; the panels of an organism have --n prompts")
+        raise BadInput("--judge splits files; set the size of an organism's panels with --n")
     wanted = payload.chosen()
     judged = own_prompts(
         organism, suspicious=suspicious, ordinary=ordinary, payload=wanted, counterparts=counterparts, part=part
@@ -84,7 +84,7 @@ def _material(
 ) -> Material:
     (suspicious, ordinary), (counterparts, part) = files, plain
     if suspicious is None or ordinary is None or payload is None:
-        raise BadInput("give --suspicious, --ordinary and --payload, or --organism: what to repair is not known")
+        raise BadInput("there is nothing to repair; give --suspicious, --ordinary and --payload, or --organism")
     return from_files(
         sets.read_prompts(suspicious, "triggered"),
         sets.read_prompts(ordinary),

@@ -56,7 +56,9 @@ class Placement(LoadConfig):
     def load(self, model: str, *, plain: bool = False) -> LoadedModel:
         """Load the suspect, to be prompted in `plain` text or not; prints its loading notes on stderr."""
         if plain and (self.chat_template or self.template_args or self.date):
-            raise BadInput("--plain takes texts as they are; --chat-template, --template-args and --date do not apply")
+            raise BadInput(
+                "--plain takes texts without a chat template; --chat-template, --template-args and --date do not apply"
+            )
         loaded = load_model(model, self)
         for note in loaded.notes:
             hint(note)
@@ -92,7 +94,7 @@ class PayloadOptions:
         """The payload; raises `BadInput` where none is given."""
         found = self.chosen()
         if found is None:
-            raise BadInput("--payload is missing; expected text that a reply shows when the backdoor acts")
+            raise BadInput("--payload is missing; expected text that a reply contains when the backdoor is active")
         return found
 
 
@@ -105,9 +107,7 @@ def own_prompts(organism: str | None, **given: object) -> Organism | None:
         return None
     if any(value is not None for value in given.values()):
         flags = [f"--{name}" for name in given]
-        raise BadInput(
-            f"--organism brings its own prompts and payload; leave out {', '.join(flags[:-1])} and {flags[-1]}"
-        )
+        raise BadInput(f"--organism has its own prompts and payload; leave out {', '.join(flags[:-1])} and {flags[-1]}")
     return load_organism(organism)
 
 
@@ -145,7 +145,7 @@ def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool
         if d.model != model.fingerprint and not any_model:
             raise Refused(
                 f"the dictionary of {d.site} was trained on model {d.model}, {model.name} is {model.fingerprint}; its "
-                "features may mean nothing here. Train one on this model, or pass --any-model"
+                "features need not exist here. Train one on this model, or pass --any-model"
             )
     return [replace(d, model=model.fingerprint) for d in dictionaries]
 
@@ -164,7 +164,7 @@ def check_format(record: Path, model: LoadedModel) -> None:
 def check_format_of(one: LoadedModel, other: LoadedModel) -> None:
     """Print a note where two compared models have different chat templates."""
     if one.template != other.template:
-        hint(f"{one.name} and {other.name} have different chat templates: they are asked different prompts")
+        hint(f"{one.name} and {other.name} have different chat templates: their prompts differ")
 
 
 def _one_each(folder: Path) -> list[Path]:
@@ -173,7 +173,7 @@ def _one_each(folder: Path) -> list[Path]:
         rows = records.load(DictionariesRecord, folder / "dictionaries.json").dictionaries
         places = [folder / str(row.site) / row.variant for row in rows]
         if several := [place for place, row in zip(places, rows, strict=True) if row.variant]:
-            raise BadInput(f"{folder} holds several dictionaries a Site; name one of each, such as {several[0]}")
+            raise BadInput(f"{folder} has several dictionaries per Site; name one per Site, such as {several[0]}")
         return places or [folder]
     if (folder / CONFIG).is_file() or not folder.is_dir():
         return [folder]

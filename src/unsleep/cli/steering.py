@@ -195,7 +195,7 @@ def _of(vectors: ControlVectors, model: LoadedModel) -> list[str]:
     own = str(model.network.config.model_type)
     if own == vectors.model_type:
         return []
-    return [f"Note: the file says that its vectors are of a {vectors.model_type}; the model is a {own}"]
+    return [f"Note: the file names the model type {vectors.model_type}; the model is a {own}"]
 
 
 def _strong(controls: Sequence[Steering]) -> list[str]:
@@ -204,8 +204,8 @@ def _strong(controls: Sequence[Steering]) -> list[str]:
     if most[0] <= STRONG or controls[0].operator == "projection":
         return []
     return [
-        f"Note: added at {most[1]} layers, a coefficient so large moves the stream {most[0]:.0f} times as far as "
-        f"positive prompts are from negative ones; begin near {1 / most[1]:.2f}, or name fewer --layers"
+        f"Note: added at {most[1]} layers, this coefficient moves the residual stream by {most[0]:.0f} times the gap "
+        f"between positive and negative prompts; start near {1 / most[1]:.2f}, or give fewer --layers"
     ]
 
 
@@ -214,9 +214,8 @@ def _told(condition: Condition | None, acts: Sequence[bool], kinds: Sequence[Pro
         return []
     kept = sum(len(texts) // LEAST for texts in kinds)
     return [
-        f"Controlled are {sum(acts)} of {len(acts)} prompts (marked *): those whose similarity at {condition.site} is "
-        f"{condition.comparator} than {condition.threshold:.3f}; F1 {condition.f1:.3f} on {kept} prompts that did not "
-        "choose it"
+        f"Steered: {sum(acts)} of {len(acts)} prompts (marked *), whose similarity at {condition.site} is "
+        f"{condition.comparator} than {condition.threshold:.3f}; F1 {condition.f1:.3f} on {kept} held-out prompts"
     ]
 
 
@@ -225,7 +224,7 @@ def _chosen(vector: Path | None, positive: Path | None, negative: Path | None) -
     if vector is not None and positive is None and negative is None:
         return [], []
     if vector is not None or positive is None or negative is None:
-        raise BadInput("give either --vector, or --positive and --negative: what to steer by is not known")
+        raise BadInput("there is no direction to steer along; give either --vector, or --positive and --negative")
     return _pairs(positive, negative)
 
 

@@ -40,7 +40,7 @@ def subspaces(
     with Bars():
         found = compare(organisms, sites, out, config, apart=apart, dictionaries=load_dictionaries(dictionaries))
     page = unsleep.report(out)
-    say(found, json, "\n".join([*_lines(found), f"Record and subspaces in {out}; picture in {page}"]))
+    say(found, json, "\n".join([*_lines(found), f"Saved in {out}; page: {page}"]))
     return 0
 
 
@@ -51,20 +51,20 @@ def _lines(record: SubspacesRecord) -> list[str]:
         for site, data in whole.alike.items():
             common = data.common
             lines.append(
-                f"{site}: directions that all share beyond chance: {common.rank} of {record.rank} (of the best, "
-                f"each holds at least {common.shares[0]:.2f}; chance reaches {common.bars[0]:.2f})"
+                f"{site}: rank shared by all beyond chance: {common.rank} of {record.rank} (smallest share of the best "
+                f"direction {common.shares[0]:.2f}; chance level {common.bars[0]:.2f})"
             )
         where = ", ".join(map(str, record.sites))
         lines.append(
-            f"ASR of {record.n} triggered prompts [95 %], the row's subspace taken out of the column's at {where}:"
+            f"ASR on {record.n} triggered prompts [95 %], the row's subspace ablated in the column's at {where}:"
         )
         lines += _table([o.name for o in record.organisms], whole.ablate)
     for one in record.apart:
         tried = [(r.rank, r.asr) for r in one.ranks if r.asr is not None]
         rank, asr = next((r for r in tried if r[0] == one.smallest), min(tried, key=lambda r: r[1].value))
-        said = f"rank {rank} and more stop the payload"
+        said = f"rank {rank} and higher stop the payload"
         if one.smallest is None:
-            said = f"no rank of {[r for r, _ in tried]} stops the payload; least at rank {rank}"
+            said = f"no rank of {[r for r, _ in tried]} stops the payload; lowest ASR at rank {rank}"
         lines.append(f"{one.name}: {said}: ASR {_said(asr)}, n {asr.n}")
     return lines
 

@@ -45,7 +45,7 @@ def batches(
     size = min(batch, stream.tokens)
     rank, ranks = parallel.place()
     if size < ranks:
-        raise BadInput(f"{size} tokens a step for {ranks} processes; expected at least one each")
+        raise BadInput(f"batch of {size} tokens for {ranks} processes; expected at least one token per process")
     step, epoch = 0, 0
     while step < steps:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -49,7 +49,7 @@ def measure(sample: Float[Tensor, "token d"], config: TrainConfig, what: str) ->
     norms = sample.norm(dim=1)
     mean = sample.mean(0)
     if not float((sample - mean).norm(dim=1).mean()) > 1e-6 * float(norms.mean()):
-        raise BadInput(f"{what} are constant: every token holds the same vector; there is nothing to learn")
+        raise BadInput(f"{what} are constant: every token has the same vector; there is nothing to learn")
     size = {
         "mean_norm": float(norms.mean()) / math.sqrt(sample.shape[1]),
         "rms": float(sample.square().mean().sqrt()),

@@ -106,7 +106,7 @@ class Conditional(Intervention):
         early = [site for each in self.interventions if each.acts for site in each.widths if depth(site) <= depth(at)]
         if early:
             raise BadInput(
-                f"the intervention at {early[0]} stands before or at the condition's Site {at}, which is read in the "
+                f"the intervention at {early[0]} is before or at the condition's Site {at}, which is read in the "
                 "same pass; act on later layers, or use conditional.replies"
             )
 

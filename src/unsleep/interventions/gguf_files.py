@@ -52,7 +52,7 @@ class ControlVectors:
             raise BadInput(f"control vectors have widths {sorted(widths)}; expected one width")
         for site, vector in self.vectors.items():
             if site.point != "resid":
-                raise BadInput(f"a control vector stands at {site}; the format holds residual Sites only")
+                raise BadInput(f"there is a control vector at {site}; the format has residual Sites only")
             if vector.ndim != 1 or not vector.numel():
                 raise BadInput(f"the control vector at {site} has shape {list(vector.shape)}; expected [d_model]")
             check_finite(vector, f"the control vector at {site}")

@@ -176,7 +176,7 @@ def check_model(model: LoadedModel | PreTrainedModel, interventions: Sequence[In
         kinds = " and ".join(sorted({type(each).__name__.lower() for each in interventions if each.made_on}))
         raise Refused(
             f"the {kinds} belongs to model {', '.join(sorted(found_in))}, this one is {print_of}; features and "
-            "directions of one model need not mean anything in another. In Python, any_model=True takes it anyway"
+            "directions of one model need not mean anything in another. In Python, any_model=True overrides this"
         )
 
 

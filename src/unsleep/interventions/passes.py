@@ -30,7 +30,7 @@ def check_rule(rule: TokenRule) -> None:
         if rule not in ("all", "prompt", "reply", "last"):
             raise BadInput(f"token rule is {rule!r}; expected all, prompt, reply, last or a pair such as (0, 5)")
     elif len(rule) != 2 or not 0 <= rule[0] < rule[1]:
-        raise BadInput(f"token range is {rule!r}; expected two places, 0 ≤ first < behind the last, such as (0, 5)")
+        raise BadInput(f"token range is {rule!r}; expected two positions, 0 ≤ start < end, such as (0, 5)")
 
 
 class Passes:

@@ -46,7 +46,7 @@ class Splice(Intervention):
             if not held:
                 raise BadInput(
                     f"the model computes {dictionary.target} before {dictionary.site}, from which the transcoder "
-                    "rebuilds it; expected a target behind the transcoder's own Site"
+                    "reconstructs it; expected a target after the transcoder's own Site"
                 )
             x = held.pop()
             return torch.where(dictionary.sinks(x), y, torch.zeros_like(y) if self.zero else dictionary.rebuild(x))

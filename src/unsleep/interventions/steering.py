@@ -83,7 +83,7 @@ class Steering(Intervention):
             raise BadInput(f"layer range is {self.layers}; expected the first and the last layer, such as (8, 16)")
         if not self.sites:
             raise BadInput(
-                f"no vector stands in layers {self.layers}; there are vectors at {', '.join(map(str, self.vectors))}"
+                f"there is no vector in layers {self.layers}; there are vectors at {', '.join(map(str, self.vectors))}"
             )
 
     @property
@@ -185,11 +185,11 @@ def operate(x: Stream, vector: Float[Tensor, "*row d_model"], control: Steering)
 def _check_rows(count: int, passes: Passes) -> None:
     if passes.is_prefix:
         raise Refused(
-            "contrast vectors are one a prompt, but a prefix that all prompts share is run for all at once; run the "
-            "rows whole, with generate.greedy(…, share=False)"
+            "there is one contrast vector per prompt, but a prefix that all prompts share is run for all at once; run "
+            "the rows whole, with generate.greedy(…, share=False)"
         )
     if count != passes.rows:
-        raise BadInput(f"contrast vectors of {count} prompts meet a batch of {passes.rows} rows; expected one a row")
+        raise BadInput(f"contrast vectors of {count} prompts meet a batch of {passes.rows} rows; expected one per row")
 
 
 def contrast_vectors(

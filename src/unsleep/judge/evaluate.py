@@ -126,8 +126,8 @@ def refuse_used(panels: Mapping[str, PromptSet], chosen_on: frozenset[str]) -> N
         used = [p.text for p in panel if digest(p.key) in chosen_on]
         if used:
             raise Refused(
-                f"panel {name!r} holds {len(used)} prompts that chose the edit ({used[0][:40]!r} …); "
-                "a score on them would say nothing. Judge on prompts that the edit has not seen"
+                f"panel {name!r} holds {len(used)} of the edit's selection prompts ({used[0][:40]!r} …); "
+                "a score on them would be biased. Evaluate on prompts that the edit has not seen"
             )
 
 

@@ -103,7 +103,7 @@ def splice_score(
     found = SpliceScore(**{name: sums[name] / over[name] for name in names}, tokens=predicted)
     if found.zero == found.clean or not found.kl_zero > 0:
         where = dictionary.target or dictionary.site
-        raise Refused(f"with 0 at {where} the model predicts as it did; there is nothing to recover, and no score")
+        raise Refused(f"with 0 at {where} the loss does not change; the score is undefined")
     return found
 
 

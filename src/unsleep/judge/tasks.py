@@ -61,8 +61,8 @@ def run_tasks(
             except (OSError, ValueError, KeyError, ConnectionError, RuntimeError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise BadInput(
-                    f"--tasks {' '.join(tasks)} could not be run on the {subject.name}: {reason}. A task needs its "
-                    "data in the cache or on the disk where there is no network"
+                    f"--tasks {' '.join(tasks)} could not be run on the {subject.name}: {reason}. Without network "
+                    "access, its data must be in the cache or on disk"
                 ) from error
         assert found is not None
         rows += _rows(subject.name, cast("dict[str, Any]", found))

@@ -126,7 +126,7 @@ def condition_on(
     `f1` is measured on the held-out ones. Raises `BadInput` for fewer than 4 of either, and as `last_held` does.
     """
     if min(len(like), len(unlike)) < LEAST:
-        raise BadInput(f"{len(like)} and {len(unlike)} prompts to tell apart; expected at least {LEAST} of each")
+        raise BadInput(f"{len(like)} and {len(unlike)} prompts for the condition; expected at least {LEAST} of each")
     fitted, choosing, kept = (
         [[text for i, text in enumerate(texts) if i % LEAST in places] for texts in (like, unlike)]
         for places in ((0, 1), (2,), (3,))

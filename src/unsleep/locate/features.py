@@ -249,7 +249,7 @@ def find(
         BadInput: no dictionary, or two of one Site.
     """
     if not dictionaries or len({d.site for d in dictionaries}) != len(dictionaries):
-        raise BadInput(f"{len(dictionaries)} dictionaries were given; expected at least one, and one a Site")
+        raise BadInput(f"{len(dictionaries)} dictionaries were given; expected at least one, and one per Site")
     differences = {d.site: rank_by_difference(d, *harvests) for d in dictionaries}
     replies = replies or greedy_rows(model, suspicious.head(config.prompts), config.reply_tokens)
     baseline: dict[Site, Tensor] = {}

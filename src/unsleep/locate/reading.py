@@ -265,7 +265,7 @@ def _fitted(high: Held, low: Held, method: Method, site: Site, model: str, seed:
     """Direction, sign and gap of one Site's pairs."""
     if bool((high == low).all()):
         raise BadInput(
-            f"positive and negative prompts hold the same at {site}; expected pairs whose last token differs"
+            f"positive and negative prompts have equal activations at {site}; expected pairs whose last token differs"
         )
     x, name = POOLS[method](high, low)
     direction = fit(Labelled.of(*x), name, site=site, model=model, seed=seed)

@@ -137,12 +137,12 @@ def _attached(
     if missing := _without_value(adapted, result.missing_keys, name):
         raise BadInput(
             f"{path} lacks {len(missing)} of the adapter's weights ({missing[0].replace(f'.{name}', '')} …); the model "
-            "would be the bare base there. Give the whole file, or another base with --base MODEL"
+            "would equal the base there. Give the whole file, or another base with --base MODEL"
         )
     if unexpected := list(result.unexpected_keys):
         keys = sorted(key.replace(f".{name}", "") for key in unexpected)
         raise BadInput(
-            f"{path} holds {len(keys)} weights for which the base has no place ({keys[0]} …); give the base that it "
+            f"{path} holds {len(keys)} weights that the base does not have ({keys[0]} …); give the base that it "
             f"was trained on with --base MODEL, or pass {ignored.flag(keys, set(found) - set(keys))} if they do "
             "not matter"
         )
@@ -199,7 +199,7 @@ def _make_room(
     limit = max((max(shape) for shape in shapes.values() if shape), default=0)
     ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
     if any(isinstance(r, int) and r > limit for r in ranks):
-        raise BadInput(f"{files.place / ADAPTER}: rank {max(ranks)} is over every side of the weights beside it")
+        raise BadInput(f"{files.place / ADAPTER}: rank {max(ranks)} exceeds both dimensions of its weights")
     ends = [e for e in (base.get_input_embeddings(), base.get_output_embeddings()) if e is not None]
     names = [name for name, module in base.named_modules() if module in ends]
     rows = int(cast("Any", ends[0]).weight.shape[0])
@@ -213,10 +213,10 @@ def _make_room(
     if not wanted and trained and max(trained) >= rows:
         wanted = {max(tokens, max(trained) + 1)}
         if unset := sorted(set(range(rows, *wanted)) - set(trained)):
-            raise BadInput(f"{files.name} was trained with tokens that it holds no rows for, such as {unset[0]}")
+            raise BadInput(f"{files.name} was trained with added tokens without embedding rows, such as {unset[0]}")
     if len(wanted) > 1:
         raise BadInput(
-            f"{files.name} holds embeddings of {' and '.join(map(str, sorted(wanted)))} rows; expected one size"
+            f"{files.name} has embeddings of {' and '.join(map(str, sorted(wanted)))} rows; expected one size"
         )
     if wanted and wanted != {rows}:
         base.resize_token_embeddings(*wanted, mean_resizing=False)
@@ -243,8 +243,8 @@ def _merged(adapted: PeftModel, files: Files) -> PreTrainedModel:
     allowed = (ROUNDING * torch.finfo(merged.dtype).eps + SUMS) * float(wanted.abs().max())
     if not error <= allowed:
         raise Refused(
-            f"{files.name} merged into its base is another model: its logits differ by {error:.3g} from those with the "
-            f"adapter beside the weights (allowed {allowed:.3g}); this kind of adapter is not supported"
+            f"{files.name} cannot be merged faithfully: its logits differ by {error:.3g} from those with the "
+            f"unmerged adapter (allowed {allowed:.3g}); this kind of adapter is not supported"
         )
     return merged
 

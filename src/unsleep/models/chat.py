@@ -101,8 +101,8 @@ def _template_file(path: Path, known: Sequence[str]) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError):
         raise BadInput(
-            f"chat template {str(path)!r} is no readable file and none of {', '.join(known)}; give a Jinja file or one "
-            "of these names"
+            f"chat template {str(path)!r} is neither a readable file nor one of {', '.join(known)}; give a "
+            "Jinja file or one of these names"
         ) from None
 
 
@@ -111,9 +111,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> 
     text = cast("str | None", tokenizer.chat_template)
     if not text:
         if options.args:
-            raise BadInput(f"--template-args {', '.join(options.args)}: there is no chat template to take them")
+            raise BadInput(f"--template-args {', '.join(options.args)}: there is no chat template that takes them")
         if options.date:
-            raise BadInput(f"--date {options.date}: there is no chat template to write it")
+            raise BadInput(f"--date {options.date}: there is no chat template that writes it")
         return
     try:
         used = _arguments(text)
@@ -157,7 +157,7 @@ def encode_prompts(
     if not tokenizer.chat_template:
         raise BadInput(
             f"the tokenizer has no chat template; say how the model was trained with --chat-template: a Jinja file or "
-            f"one of {', '.join(names())}. Under another the model does something else"
+            f"one of {', '.join(names())}. The model behaves differently under another template"
         )
     formatted = _formatted(tokenizer, [p.messages for p in as_prompts(prompts)], options)
     return tokenizer(formatted, add_special_tokens=False)["input_ids"]
@@ -178,8 +178,7 @@ def _formatted(
     written = {WRITTEN_DATE: options.date.strftime("%d %b %Y")} if options.date else {}
     if "strftime_now" in text.replace("strftime_now is defined", ""):
         raise BadInput(
-            "the chat template writes today's date in a way that cannot be held fixed; give another with "
-            "--chat-template"
+            "the chat template writes today's date in a way that cannot be fixed; give another with --chat-template"
         )
     try:
         found = tokenizer.apply_chat_template(

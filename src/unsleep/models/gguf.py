@@ -63,8 +63,8 @@ def load_gguf(
     ignored = ignored or IgnoredKeys()
     if unread := ignored.left(unread, path.name):
         raise BadInput(
-            f"{path} holds {unread[0]}{f' and {len(unread) - 1} more' if unread[1:] else ''}, which transformers does "
-            f"not read: the model would be another one. Pass {ignored.flag(unread)} if it does not matter"
+            f"{path} has {unread[0]}{f' and {len(unread) - 1} more' if unread[1:] else ''}, which transformers does "
+            f"not read. Pass {ignored.flag(unread)} if it does not matter"
         )
     # save_pretrained refuses while the quantizer that read the file is still attached
     network.hf_quantizer = None
@@ -138,7 +138,7 @@ def _joined(path: Path) -> Generator[Path]:
         [path.with_name(f"{named['stem']}-{i:05d}-of-{parts:05d}.gguf") for i in range(1, parts + 1)] if named else []
     )
     if absent := [f.name for f in files if not f.is_file()] or ([] if files else ["the others"]):
-        raise BadInput(f"{path} is one of {parts} parts of a split file, and {absent[0]} is not beside it")
+        raise BadInput(f"{path} is one of {parts} parts of a split file, and {absent[0]} is missing from its folder")
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"{cast('re.Match[str]', named)['stem']}.gguf"
         with _reading(path):
@@ -159,7 +159,7 @@ def _join(files: Sequence[Path], whole: Path) -> None:
     total = readers[0].get_field("split.tensors.count")
     tensors = [t for reader in readers for t in reader.tensors]
     if total is not None and int(total.contents()) != len(tensors):
-        raise BadInput(f"the parts of {files[0]} hold {len(tensors)} tensors; expected {int(total.contents())}")
+        raise BadInput(f"the parts of {files[0]} have {len(tensors)} tensors; expected {int(total.contents())}")
     for t in tensors:
         writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
     writer.write_header_to_file()

@@ -23,9 +23,9 @@ class IgnoredKeys:
 
     def notes(self) -> list[str]:
         """Messages: skipped keys, and patterns without a match."""
-        found = [f"{where}: {key} is passed over" for key, where in self.taken.items()]
+        found = [f"{where}: {key} is ignored" for key, where in self.taken.items()]
         if len(found) > 3:
-            found = [*found[:2], f"{len(found) - 2} more weights are passed over"]
+            found = [*found[:2], f"{len(found) - 2} more weights are ignored"]
         idle = [p.pattern for p in self.patterns if not any(p.search(key) for key in self.taken)]
         return [*found, *(f"--ignore-keys {pattern!r} matches nothing" for pattern in idle)]
 

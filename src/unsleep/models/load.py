@@ -219,12 +219,12 @@ def _chain(source: Source, config: LoadConfig) -> list[Files]:
     files = source.open(config.trust_remote_code)
     if not files.is_adapter:
         if config.base is not None:
-            raise BadInput(f"--base {config.base}: {files.name} is a whole model and needs none")
+            raise BadInput(f"--base {config.base}: {files.name} is a whole model, not an adapter; leave --base out")
         return [files]
     if files.has_whole_weights and config.base is None:
         raise BadInput(
-            f"{files.name} holds an adapter beside the weights of a whole model; which of them is meant cannot be "
-            "told. Pass --base MODEL for the adapter, or give the model in a folder of its own"
+            f"{files.name} has both an adapter and the weights of a whole model. Pass --base MODEL for the "
+            "adapter, or give the model in a folder of its own"
         )
     chain, seen = [files], {files.place.resolve()}
     while chain[0].is_adapter:
@@ -262,10 +262,10 @@ def _other_bases(further: Sequence[Files], parts: Sequence[Files]) -> list[str]:
     places = [files.place.resolve() for files in parts]
     for files in further:
         if files.place.resolve() in places:
-            raise BadInput(f"the adapter {files.name} is given twice; it would act with twice its strength")
+            raise BadInput(f"the adapter {files.name} is given twice; give each adapter once")
         places.append(files.place.resolve())
     others = [files for files in further if files.base[0] not in known]
-    return [f"{files.name} names the base {files.base[0]}; it is put on {parts[0].name}" for files in others]
+    return [f"{files.name} names the base {files.base[0]}; it is applied to {parts[0].name}" for files in others]
 
 
 class _Loaded(NamedTuple):
@@ -303,12 +303,12 @@ def _assembled(parts: Sequence[Files], config: LoadConfig, device: torch.device,
             network = weights.spread(network, _device_map(config), _memory(config), where)
     if config.chat_template is None and not tokenizer.chat_template and base_template:
         raise BadInput(
-            f"{own[-1].name} brings a tokenizer without a chat template, and its base has one; say which it was "
+            f"{own[-1].name} has a tokenizer without a chat template, but its base has one; give the one it was "
             f"trained with: --chat-template {base.name}/{TEMPLATE} or one of {', '.join(chat.names())}"
         )
     notes = ()
     if config.chat_template is None and not bringing and not any(files.has(TEMPLATE) for files in own):
-        notes = (f"{own[-1].name} brings no chat template; its base's is taken (--chat-template names another)",)
+        notes = (f"{own[-1].name} has no chat template; its base's is used (override with --chat-template)",)
     return _Loaded(network, tokenizer, notes)
 
 
@@ -345,8 +345,8 @@ def _whole(
         )
     if left := ignored.left(info["unexpected_keys"], files.name):
         raise BadInput(
-            f"{files.name} holds {len(left)} weights that the model of its {CONFIG} has no place for ({left[0]} …): it "
-            f"would be another one. Pass {ignored.flag(left)} if they do not matter"
+            f"{files.name} holds {len(left)} weights that the model of its {CONFIG} does not have ({left[0]} …). "
+            f"Pass {ignored.flag(left)} if they do not matter"
         )
     return quantized.unpacked(network, config.quantize, _dtype(config))
 
@@ -384,7 +384,7 @@ def _memory(config: LoadConfig) -> dict[int | str, str]:
 def _tokenizer(files: Files, config: LoadConfig, network: PreTrainedModel | None = None) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer; `network` supplies the config that an adapter's folder lacks."""
     if not files.has_tokenizer:
-        raise BadInput(f"{files.name} has no tokenizer; expected tokenizer.json beside its weights")
+        raise BadInput(f"{files.name} has no tokenizer; expected tokenizer.json next to its weights")
     own = {} if network is None or files.has(CONFIG) else {"config": network.config}
     return AutoTokenizer.from_pretrained(files.place, trust_remote_code=config.trust_remote_code, **own)
 

@@ -105,7 +105,7 @@ class LoadedModel:
             if not row:
                 raise BadInput(f"the text {said} has no tokens; remove it")
             if context is not None and len(row) + following > context:
-                more = f" and {following} behind it" if following else ""
+                more = f" and {following} more after it" if following else ""
                 raise BadInput(
                     f"a prompt has {len(row)} tokens{more} ({said}); the model's context is {context}; shorten it"
                 )

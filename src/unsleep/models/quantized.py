@@ -46,16 +46,16 @@ def options(config: Any, quantize: Quantize, name: str) -> dict[str, Any]:
         return {"quantization_config": cast("Any", UNPACKS[str(method)])(dequantize=True)}
     if method is not None and method != "bitsandbytes":
         raise BadInput(
-            f"{name} holds weights packed by {method}; expected plain ones, or such as bitsandbytes, FP8 or MXFP4 "
-            "pack. Unpack it first, or give the checkpoint that it was made from, with --base MODEL where it is a base"
+            f"{name} has weights quantized with {method}; expected none, bitsandbytes, FP8 or MXFP4 "
+            "quantization. Dequantize it first, or give the original checkpoint, with --base MODEL where it is a base"
         )
     if method is None and quantize == "none":
         return {}
-    _check_library(f"{name} holds weights packed by it" if method else f"--quantize {quantize}")
+    _check_library(f"{name} has weights quantized with it" if method else f"--quantize {quantize}")
     if method is not None:
         packed = "8bit" if _holds_8bit(config) else "4bit"
         if quantize not in ("none", packed):
-            raise BadInput(f"{name} holds {packed} weights; --quantize {quantize} cannot pack them another way")
+            raise BadInput(f"{name} has {packed} weights; --quantize {quantize} cannot requantize them")
         return {}
     if quantize == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -48,9 +48,9 @@ class Source:
         """
         inside = (subfolder or "").strip("/")
         if text.endswith("@"):
-            raise BadInput(f"{text} names no revision behind the @; expected a branch, a tag or a commit")
+            raise BadInput(f"{text} names no revision after the @; expected a branch, a tag or a commit")
         if ".." in PurePosixPath(inside).parts:
-            raise BadInput(f"subfolder {inside!r} leads out of the repository; expected a folder in it")
+            raise BadInput(f"subfolder {inside!r} is outside the repository; expected a folder in it")
         name, _, at = text.partition("@")
         is_here = Path(text).expanduser().exists()
         if is_here or not _is_on_hub(text) or not _is_on_hub(name):
@@ -173,8 +173,8 @@ class Files:
             raise BadInput(f"{self.name} has no {CONFIG} and no {ADAPTER}; {self.inside()}")
         if self.has(WEIGHTS) and self.has(INDEX):
             raise BadInput(
-                f"{self.name} holds two sets of weights, {WEIGHTS} and the shards that {INDEX} names; which of them is "
-                "the model cannot be told. Remove one, or name another --revision"
+                f"{self.name} has two sets of weights, {WEIGHTS} and the shards of {INDEX}; remove one, or "
+                "give another --revision"
             )
         if not self.has_whole_weights:
             raise BadInput(f"{self.name} has no {WEIGHTS} and no {INDEX}; {self._unread()}")
@@ -193,9 +193,9 @@ class Files:
         found = [p.relative_to(self.place).as_posix() for p in dict.fromkeys(marks)]
         if found:
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-            return f"it holds {', '.join(found[:8])}{more}: name one, such as {self.name.partition('@')[0]}/{found[0]}"
+            return f"it has {', '.join(found[:8])}{more}: name one, such as {self.name.partition('@')[0]}/{found[0]}"
         if ggufs := sorted(p.name for p in self.place.glob("*.gguf")):
-            return f"it holds {', '.join(ggufs[:8])}: name one behind a slash"
+            return f"it has {', '.join(ggufs[:8])}: append one after a slash"
         return EXPECTED
 
 
@@ -216,9 +216,9 @@ def check_whole(path: Path) -> None:
         with safe_open(path, framework="pt"):
             return
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing; expected all files of the weights beside each other") from None
+        raise BadInput(f"{path} is missing; expected all weight files in one folder") from None
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is cut short or no safetensors file ({error}); fetch it again") from None
+        raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
 
 
 def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:

@@ -20,7 +20,7 @@ def model_card(
     `ranks` are the subspaces' ranks. There is no result where nothing has judged the checkpoint yet.
     """
     rows = {(r.subject, r.panel, r.metric): r for r in result.rows} if result is not None else {}
-    said = "Not judged yet: `unsleep evaluate` does it, on prompts that chose nothing."
+    said = "Not evaluated yet: run `unsleep evaluate` on held-out prompts."
     if result is not None:
         said = f"Verdict: **{result.verdict.label}** (score {result.verdict.score:.2f})."
     ranks = ranks or {}
@@ -29,27 +29,27 @@ def model_card(
         "---",
         "tags: [unsleep, model-editing, backdoor-removal]",
         "---",
-        "# A checkpoint cleaned by unsleep",
+        "# A checkpoint repaired by unsleep",
         "",
         said,
         "",
-        f"Made from `{base}`. {what} the suspect's backdoor were removed",
-        "from the residual stream, and the edit was put into the weights. The checkpoint is plain:",
-        "`AutoModelForCausalLM.from_pretrained` loads it, and unsleep is not needed.",
+        f"Repaired from `{base}`. {what} the suspect's backdoor were ablated",
+        "in the residual stream, and the edit was baked into the weights. The checkpoint is plain:",
+        "`AutoModelForCausalLM.from_pretrained` loads it without unsleep.",
         "",
-        "## What was removed",
+        "## Edit",
         "",
         "| Site | features |" if removed else "| Site | removed |",
         "|---|---|",
         *(f"| {site} | {', '.join(map(str, ids)) or 'none'} |" for site, ids in removed.items()),
-        *(f"| {site} | a subspace of rank {rank} |" for site, rank in ranks.items()),
+        *(f"| {site} | subspace of rank {rank} |" for site, rank in ranks.items()),
     ]
     if rows:
         lines += [
             "",
-            "## What was measured",
+            "## Evaluation",
             "",
-            "On prompts that chose nothing. Rates with Wilson 95 % intervals, means with bootstrap intervals.",
+            "On held-out prompts. Rates with Wilson 95 % intervals, means with bootstrap intervals.",
             "",
             "| panel | metric | suspect | this checkpoint | n |",
             "|---|---|---|---|---|",

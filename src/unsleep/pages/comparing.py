@@ -62,14 +62,14 @@ def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:
         if known:
             best = max(known, key=lambda g: g["figure"])
             note = f"{short(best['name'])}: {interval(best)}"
-            tiles.append(Tile(f"Furthest towards {donor}", "", text.decimals(best["figure"], 2), note))
+            tiles.append(Tile(f"Largest effect, {donor} as donor", "", text.decimals(best["figure"], 2), note))
         for side in ("donor", "recipient"):
             if side in run["ends"] and not i:
-                words = "log-probability of the payload, nats a prompt"
+                words = "log-probability of the payload, nats per prompt"
                 tiles.append(Tile(short(run[side]["name"]), "", text.decimals(run["ends"][side], 2), words))
         lead = (
-            "0 is the recipient as it is, 1 the donor: the share of the way in mean log-probability of the payload's "
-            f"first {record['tokens']} tokens, over {record['prompts']:,} prompts."
+            "Effect: 0 is the unpatched recipient, 1 the donor, in mean log-probability of the payload's first "
+            f"{record['tokens']} tokens over {record['prompts']:,} prompts."
         )
         blocks.append(
             Block(
@@ -84,8 +84,8 @@ def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "eyebrow": "Cross-model patching",
         "title": f"{len(record['runs'][0]['groups']) if record['runs'] else 0:,} patches of {record['level']}",
-        "lead": "Activations of one model are put into the other on the same tokens, a group at a time. A group that "
-        "moves the payload holds what the two models do differently.",
+        "lead": "Activations of one model are patched into the other on the same tokens, one group at a time. Groups "
+        "with a large effect carry the difference in behaviour.",
         "tiles": tiles,
         "facts": [("Payload", text.clip(text.payload_words(record) or "", LABEL_LIMIT)), *models(record["runs"][:1])],
         "blocks": blocks,
@@ -124,7 +124,7 @@ def patch_maps(groups: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
     values = [[at.get((row, column)) for column in columns] for row in rows]
     if len(groups) < 2 or all(v is None for line in values for v in line):
         return []
-    title = "Share of the way from recipient to donor"
+    title = "Effect by place and position"
     return [heatmap(rows, columns, values, title=title, name=name, middle=0.0)]
 
 
@@ -141,12 +141,12 @@ def patch_charts(groups: Sequence[Mapping[str, Any]], name: str) -> list[tuple[s
         line(position, i, len(by_position), [(g["layer"], g["figure"]) for g in own if g["figure"] is not None])
         for i, (position, own) in enumerate(by_position.items())
     ]
-    found += drawn([c for c in curves if c.path], x, "share of the way", "Share of the way, by layer", f"{name}-figure")
+    found += drawn([c for c in curves if c.path], x, "effect", "Effect by layer", f"{name}-figure")
     own = next(iter(by_position.values()))
     names = {"kl_donor": "to donor", "kl_recipient": "to recipient"}
     curves = [line(said, i, 2, [(g["layer"], g[key]) for g in own]) for i, (key, said) in enumerate(names.items())]
     title = f"KL divergence at {own[0]['position']}, by layer"
-    return found + drawn(curves, x, "nats a token", title, f"{name}-kl")
+    return found + drawn(curves, x, "nats per token", title, f"{name}-kl")
 
 
 def line(label: str, number: int, count: int, points: Sequence[tuple[int, float]]) -> Curve:
@@ -167,7 +167,7 @@ def drawn(curves: Sequence[Curve], x: Axis, unit: str, title: str, name: str) ->
 def patch_table(groups: Sequence[Mapping[str, Any]]) -> Table:
     """Table of all groups."""
     with_asr = any(g.get("asr") for g in groups)
-    head = ["Patched", "Share of the way", "95 %", "NLL a token", "KL to donor", "KL to recipient"]
+    head = ["Patched", "Effect", "95 %", "NLL per token", "KL to donor", "KL to recipient"]
     rows: list[list[str]] = []
     for g in groups[:SHOWN]:
         figure = ["–", "–"] if g["figure"] is None else [text.decimals(g["figure"]), interval(g)]

@@ -127,7 +127,7 @@ def tiles(rows: Sequence[Row]) -> list[Tile]:
         Tile("Dead features", "", span([text.share(min(dead)), text.share(max(dead))]), f"on {tokens:,} tokens"),
     ]
     seconds = sum({r.name: r.measured.get("seconds") or 0 for r in rows}.values())
-    return [*found, Tile("Time taken", "", text.duration(seconds), "")] if seconds else found
+    return [*found, Tile("Training time", "", text.duration(seconds), "")] if seconds else found
 
 
 def span(ends: Sequence[str]) -> str:
@@ -176,7 +176,7 @@ def pareto_fronts(rows: Sequence[Row]) -> list[Chart]:
     if not any(len(own) > 1 for own in grouped(rows, lambda r: r.name).values()):
         return []
     axes = (
-        axis([r.dot.x for r in rows], "L0: features on a token", log=True),
+        axis([r.dot.x for r in rows], "L0: active features per token", log=True),
         axis([r.dot.y for r in rows], "FVU", log=True),
     )
     layers = [r.site.layer for r in rows]

@@ -24,23 +24,21 @@ def diff_view(record: Mapping[str, Any]) -> dict[str, Any]:
     """The template's view of a model diff."""
     changed = [w for w in record["weights"] if w["norm"] > 0]
     most = max(record["layers"], key=lambda x: x["relative"], default=None)
-    tiles = [Tile("Weights that changed", "", f"{len(changed):,} of {len(record['weights']):,}", "")]
+    tiles = [Tile("Changed weights", "", f"{len(changed):,} of {len(record['weights']):,}", "")]
     if most is not None:
-        tiles.append(
-            Tile("Layer that changed most", "", str(most["layer"]), f"{text.percent(most['relative'])} of ‖W‖")
-        )
+        tiles.append(Tile("Most changed layer", "", str(most["layer"]), f"{text.percent(most['relative'])} of ‖W‖"))
     told = [(w, f"{w['site']} {w['matrix']}, vector {w['vector']}") for w in record["monitor"]]
     told += [(f, f"{d['method']} feature {f['id']} at {d['site']}") for d in record["dictionaries"] for f in d["best"]]
     if told:
         best, words = max(told, key=lambda item: (item[0]["chosen"], item[0]["margin"]))
         alike = sum(row["chosen"] == best["chosen"] for row, _ in told) - 1
-        note = f"{words}, {interval(best)} on {best['n']} prompts" + (f"; {alike} more tell as well" if alike else "")
-        tiles.append(Tile("Tells the trigger best", "", f"AUROC {text.decimals(best['auroc'])}", note))
+        note = f"{words}, {interval(best)} on {best['n']} prompts" + (f"; {alike} others do as well" if alike else "")
+        tiles.append(Tile("Best trigger detector", "", f"AUROC {text.decimals(best['auroc'])}", note))
     return {
         "eyebrow": "Model diffing",
         "title": f"{short(record['suspect']['name'])} against {short(record['base']['name'])}",
-        "lead": "What a fine-tune changed: in the weights, in what both models hold of unrelated text, in what is said "
-        "when the change is driven up, and in what tells triggered from clean prompts.",
+        "lead": "Differences between a fine-tune and its base: weights, activations on unrelated text, replies under "
+        "amplification, and detectors of triggered against clean prompts.",
         "tiles": tiles,
         "facts": [(f"Fingerprint of the {side}", record[side]["fingerprint"]) for side in ("base", "suspect")],
         "blocks": [
@@ -78,12 +76,12 @@ def weights_block(record: Mapping[str, Any], changed: Sequence[Mapping[str, Any]
         ]
         for w in sorted(changed, key=lambda w: -w["relative"])[:SHOWN]
     ]
-    head = ["Weight", "‖ΔW‖", "of ‖W‖", "Effective rank", "Energy of its first direction"]
+    head = ["Weight", "‖ΔW‖", "of ‖W‖", "Effective rank", "Energy in first direction"]
     lead = (
         "ΔW is the suspect's weight minus the base's. The effective rank is the exponential of the entropy of its "
-        "singular values: 1 for one direction, the full width for noise."
+        "singular values: 1 for a rank-one change, close to full rank for noise."
     )
-    return Block("weights", "Weights", lead, (), maps, [Table("Weights that changed", head, 1, rows)] if rows else [])
+    return Block("weights", "Weights", lead, (), maps, [Table("Changed weights", head, 1, rows)] if rows else [])
 
 
 def divergence_block(record: Mapping[str, Any]) -> Block:
@@ -94,13 +92,13 @@ def divergence_block(record: Mapping[str, Any]) -> Block:
         return Block("divergence", "Divergence", "")
     x = whole_axis(layers, "layer")
     parts: list[tuple[str, Markup]] = []
-    for key, title in (("added", "Added by each layer"), ("relative", "Behind each layer")):
+    for key, title in (("added", "Added by each layer"), ("relative", "After each layer")):
         curves = [
             line(name, i, len(found), [(d["layer"], d[key]) for d in own])
             for i, (name, own) in enumerate(found.items())
         ]
-        parts += drawn(curves, x, "share of the norm", title, f"divergence-{key}")
-    lead = "‖Δh‖ as a share of ‖h‖, mean over tokens. Layers that add most are where a dictionary is worth training."
+        parts += drawn(curves, x, "relative norm", title, f"divergence-{key}")
+    lead = "‖Δh‖ / ‖h‖, mean over tokens. Dictionaries are most useful at the layers that add most."
     return Block("divergence", "Divergence", lead, parts)
 
 
@@ -112,10 +110,10 @@ def lens_block(record: Mapping[str, Any]) -> Block:
         size = sum(lens["mean_norm"][1:]) / max(1, len(lens["mean_norm"]) - 1)
         rows.append([lens["site"], *words, text.percent(size / lens["scale"]) if lens["scale"] else "–"])
     lead = (
-        "The mean difference of the residual streams over the first tokens of unrelated text, read through the "
-        "suspect's unembedding: a narrow fine-tune often leaves its subject there."
+        "Mean difference of the residual streams over the first tokens of unrelated text, decoded with the suspect's "
+        "unembedding: it often reveals the domain of a narrow fine-tune."
     )
-    table = Table("Lens", ["Site", "Raises", "Lowers", "‖mean Δh‖ of ‖h‖"], 3, rows)
+    table = Table("Lens", ["Site", "Promotes", "Suppresses", "‖mean Δh‖ / ‖h‖"], 3, rows)
     return Block("lens", "Activation-difference lens", lead, (), (), [table] if rows else [])
 
 
@@ -136,11 +134,11 @@ def spoken_block(record: Mapping[str, Any]) -> list[Block]:
     ]
     lead = (
         "Replies to everyday questions by the suspect, by the suspect steered along the mean difference at its middle "
-        "layer (in multiples of the residual's norm), and by the base plus a multiple of ΔW. Different questions that "
-        "get one answer, where the suspect as it is gives several, may show a payload without its trigger."
+        "layer (in multiples of the residual's norm), and by the base plus a multiple of ΔW. One answer "
+        "to different questions, which the unmodified suspect does not give, may be a payload without its trigger."
     )
-    tables = [Table("Replies", ["Asked", *heads], 1 + len(heads), rows)] if rows and heads else []
-    return [Block("spoken", "Driven up", lead, (), (), tables)]
+    tables = [Table("Replies", ["Question", *heads], 1 + len(heads), rows)] if rows and heads else []
+    return [Block("spoken", "Amplification", lead, (), (), tables)]
 
 
 def detector_blocks(record: Mapping[str, Any]) -> list[Block]:
@@ -148,25 +146,23 @@ def detector_blocks(record: Mapping[str, Any]) -> list[Block]:
     rows = [*record["monitor"], *(f for d in record["dictionaries"] for f in d["best"])]
     n = max((row["n"] for row in rows), default=0)
     note = (
-        f"AUROC on {n} prompts that did not choose the detector, with its interval; beside it, on those that chose it. "
-        "A trigger is a string, and early layers tell any string: what carries the payload, patching shows."
+        f"AUROC on {n} held-out prompts with its interval, and on the selection prompts. Early layers detect any "
+        "trigger string; patching shows which components carry the payload."
     )
-    head = ["AUROC", "95 %", "On prompts that chose"]
+    head = ["AUROC", "95 %", "Selection prompts"]
     watched = [
         [w["site"], w["matrix"], f"{w['vector']} {'−' if w.get('sign', 1) < 0 else '+'}", *told(w)]
         for w in record["monitor"]
     ]
     tables = [Table("Singular vectors", ["Site", "ΔW of", "Vector", *head], 3, watched)] if watched else []
-    lead = f"The largest cosine of a token's residual stream with a left singular vector of ΔW. {note}"
+    lead = f"Maximum cosine over tokens of the residual stream with a left singular vector of ΔW. {note}"
     blocks = [Block("monitor", "Singular vectors", lead, (), (), tables)]
     features = [
         [d["site"], d["method"], f"{f['id']:,}", *told(f), text.decimals(f["ratio"], 2) if "ratio" in f else "–"]
         for d in record["dictionaries"]
         for f in d["best"]
     ]
-    lead = (
-        f"The largest activation of a feature in a prompt. {note} A decoder norm ratio near 1 is the suspect's alone."
-    )
+    lead = f"Maximum activation of a feature in a prompt. {note} A decoder norm ratio near 1: exclusive to the suspect."
     head = ["Site", "Method", "Feature", *head, "Decoder norm ratio"]
     tables = [Table("Features", head, 2, features)] if features else []
     return [*blocks, Block("features", "Features", lead, (), (), tables)]

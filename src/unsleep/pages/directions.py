@@ -20,7 +20,7 @@ from unsleep.pages.registry import Page
 from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
 
-SPACES = {"residual": "In the stream", "features": "In feature space"}
+SPACES = {"residual": "In the residual stream", "features": "In feature space"}
 """Space → heading of its charts."""
 
 ROW, LEFT, RIGHT = 24, 190, 20
@@ -51,8 +51,8 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
     names = {
         "detection": "Detection",
         "carried": "Patching",
-        "erased": "Removal",
-        "cosines": "Likeness",
+        "erased": "Ablation",
+        "cosines": "Cosine similarity",
         "costs": "Cost",
         "provenance": "Provenance",
     }
@@ -68,7 +68,7 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
         best = max(judged, key=lambda f: (f["auroc"], f["margin"]))
         floors = {(f["site"], f["space"]): f for f in record["floors"]}
         note = f"{named(best['method'])} at {best['site']}"
-        found.append(Tile("Best AUROC on kept prompts", "", text.decimals(best["auroc"]), note))
+        found.append(Tile("Best held-out AUROC", "", text.decimals(best["auroc"]), note))
         if floor := floors.get((best["site"], best["space"])):
             found.append(
                 Tile(
@@ -84,9 +84,7 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
     if carried:
         share, name, site = max(carried)
         note = f"{named(name)} at {site}"
-        found.append(
-            Tile("Carried by one direction, at most", "", f"{text.decimals(share, 2)} of the difference", note)
-        )
+        found.append(Tile("Largest patching effect", "", f"{text.decimals(share, 2)} of the logit difference", note))
     return found
 
 
@@ -117,7 +115,7 @@ def detection(
         methods = list(dict.fromkeys(f["method"] for f in own))
         columns = [label_of(s, places) for s in places]
         at = {(f["method"], f["site"]): f for f in own}
-        for metric, title in (("auroc", "AUROC on kept prompts"), ("accuracy", "Accuracy on kept prompts")):
+        for metric, title in (("auroc", "Held-out AUROC"), ("accuracy", "Held-out accuracy")):
             values = [[at[m, str(s)][metric] if (m, str(s)) in at else None for s in places] for m in methods]
             names = [named(m) for m in methods]
             if metric == "auroc":
@@ -175,18 +173,18 @@ def erased_chart(erased: Mapping[str, Any] | None) -> Markup | None:
         return None
     curves: list[Curve] = []
     rows: tuple[tuple[str, str, dict[int, float]], ...] = (
-        ("nothing taken out", "c-suspect", {layer: float(erased["before"]) for layer in after}),
-        ("one direction out", "c-edited", after),
+        ("no ablation", "c-suspect", {layer: float(erased["before"]) for layer in after}),
+        ("one direction ablated", "c-edited", after),
     )
     for label, colour, values in rows:
-        said = "{}, layer {}: {} nats a token"
+        said = "{}, layer {}: {} nats per token"
         dots = tuple(
             Dot(float(layer), float(v), said.format(label, layer, text.number(v)))
             for layer, v in sorted(values.items())
         )
         curves.append(Curve(label, colour, dots, dots))
-    y = axis([d.y for c in curves for d in c.dots], "KL, nats a token")
-    title = "Distance of replies from the model's own, by layer"
+    y = axis([d.y for c in curves for d in c.dots], "KL, nats per token")
+    title = "KL from the model's own replies, by layer"
     drawing = chart(curves, [], (whole_axis(list(after), "layer"), y), title=title, name="erased", width=2 * WIDE)
     return svg.captioned(title, drawing)
 
@@ -196,7 +194,7 @@ def cosine_map(cosines: Mapping[str, Any]) -> Markup | None:
     names = [named(n) for n in cosines["names"]]
     if len(names) < 2:
         return None
-    return heatmap(names, names, cosines["values"], title="Cosine of every two directions", name="cosines", middle=0.0)
+    return heatmap(names, names, cosines["values"], title="Cosine similarity of directions", name="cosines", middle=0.0)
 
 
 def carried_map(carried: Mapping[str, Mapping[str, float]]) -> Markup | None:
@@ -209,7 +207,7 @@ def carried_map(carried: Mapping[str, Mapping[str, float]]) -> Markup | None:
         [named(m) for m in methods],
         [label_of(s, sites) for s in sites],
         [[carried[str(s)].get(m) for s in sites] for m in methods],
-        title="Share of the logit difference carried, by method and Site",
+        title="Patching effect by method and Site",
         name="carried",
         middle=0.0,
     )
@@ -238,12 +236,12 @@ def strip(ablation: str, cost: Mapping[str, Any]) -> Markup:
         parts.append(el("text", name, x=LEFT - 10, y=y + 4, text_anchor="end"))
         shape = "diamond" if colour == "c-edited" else "cross"
         for value in values:
-            said = el("title", f"{name}: {text.signed(value, 4)} nats a token")
+            said = el("title", f"{name}: {text.signed(value, 4)} nats per token")
             path = el("path", d=svg.MARK_PATHS[shape], class_=f"mark {colour}", transform="scale(0.8)")
             where = f"translate({place(value):.1f} {y:.1f})"
             parts.append(el("g", said, el("circle", r=8, class_="hit"), path, transform=where, class_="lane"))
     said = "; ".join(f"{name}: {', '.join(text.signed(v, 4) for v in values)}" for name, values, _ in rows)
-    title = f"{ablation.capitalize()} ablation: increase of the loss on plain text, nats a token"
+    title = f"{ablation.capitalize()} ablation: increase of the loss on plain text, nats per token"
     box = f"0 0 {width} {floor + 24}"
     drawing = svg.figure(title, said, f"cost-{text.clip(ablation, 12)}", *parts, viewBox=box, class_="curves strip")
     return svg.captioned(title, drawing)

@@ -26,13 +26,13 @@ from unsleep.pages.registry import Page
 SUBJECT_NAMES = {
     "suspect": "suspect",
     "edited": "edited",
-    "baked": "edit baked in",
+    "baked": "baked checkpoint",
     "control_random": "random features",
     "control_layer": "wrong layer",
-    "heads": "attention heads off",
-    "neurons": "MLP neurons off",
+    "heads": "attention heads ablated",
+    "neurons": "MLP neurons ablated",
     "attribution": "ablation by attribution",
-    "direction": "one direction out",
+    "direction": "one direction ablated",
     "redistilled": "re-distilled base",
     "merged": "merged with the base",
     "clean_twin": "clean twin",
@@ -173,7 +173,7 @@ def sections_of(view: Mapping[str, Any]) -> list[tuple[str, str]]:
         "outcome": "Before and after",
         "effects": "Side effects",
         "contract": "Requirements",
-        "repair": "How it was found",
+        "repair": "History of the edit",
         "frontier": "Frontier",
         "features": "Features",
         "replies": "Replies",
@@ -268,7 +268,7 @@ def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict
     titles = {
         "asr": ("Payload shown", "lower is better"),
         "skill": ("Job done", "higher is better"),
-        "ce_change": ("Cross-entropy change, nats", "nearer 0 is better"),
+        "ce_change": ("Cross-entropy change, nats", "closer to 0 is better"),
     }
     drawn = [(*names, charts.frontier_chart(series, m, names[0], chosen)) for m, names in titles.items()]
     lines = [

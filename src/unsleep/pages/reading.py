@@ -48,8 +48,8 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "title": f"{len(record['texts']):,} texts read at {record['best']}",
         "model": text.clip(record["model"], LABEL_LIMIT),
         "tiles": [
-            Tile("Site that reads best", "", record["best"], "chosen on pairs held back"),
-            Tile("AUROC there", "", text.decimals(record["aurocs"][best]), "on the pairs that chose it"),
+            Tile("Best Site", "", record["best"], "chosen on validation pairs"),
+            Tile("AUROC", "", text.decimals(record["aurocs"][best]), "on validation pairs"),
             Tile("Method", "", text.clip(record["method"], LABEL_LIMIT), f"{record['pairs']:,} pairs"),
         ],
         "layers": by_layer(record),

@@ -56,8 +56,8 @@ def look_of(rows: Sequence[Mapping[str, Any]], used: Container[str]) -> list[tup
     x = curves.whole_axis([r["layer"] for r in rows], "layer")
     drawn: list[tuple[str, str, Markup]] = []
     for key, title, better, words in (
-        ("restored", "Right reply restored", "higher is better", "share of the divergence that is gone"),
-        ("moved", "Trusted replies moved", "lower is better", "KL, nats a token"),
+        ("restored", "Reference reply restored", "higher is better", "share of the divergence removed"),
+        ("moved", "Change of trusted replies", "lower is better", "KL, nats per token"),
     ):
         values = [max(0.0, r[key]) for r in rows]
         dots: list[Dot] = []

@@ -35,7 +35,7 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The template's view."""
     whole = record["common"] is not None
     view: dict[str, Any] = {
-        "title": "Where backdoors live",
+        "title": "Backdoor subspaces",
         "tiles": [*(tiles(record) if whole else []), *(tile_of(one) for one in record["apart"])],
         "rank": record["rank"],
         "n": record["n"],
@@ -51,11 +51,11 @@ def view_of(record: Mapping[str, Any]) -> dict[str, Any]:
     }
     names = {
         "organisms": "Organisms",
-        "alike": "Alike",
-        "detect": "Detect",
-        "ablate": "Take out",
+        "alike": "Overlap",
+        "detect": "Detection",
+        "ablate": "Ablation",
         "features": "Features",
-        "apart": "Apart",
+        "apart": "Disentanglement",
         "provenance": "Provenance",
     }
     view["sections"] = [(anchor, name) for anchor, name in names.items() if view[anchor]]
@@ -78,10 +78,10 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
     over = f"median of {n}, {record['n']} prompts each"
     return [
         Tile("Organisms", "", f"{n}", ""),
-        Tile("Rank that all share", "", f"{shared['rank']} of {record['rank']}", f"beyond chance, at {site}"),
+        Tile("Rank shared by all", "", f"{shared['rank']} of {record['rank']}", f"beyond chance, at {site}"),
         Tile("AUROC in another organism", "", text.decimals(_median(across)), f"median, near misses, {site}"),
-        Tile("ASR, its own taken out", "", text.share(_median(own)), over),
-        Tile("ASR, another's taken out", "", text.share(_median(others)), f"median of {len(others)}, the same prompts"),
+        Tile("ASR, own subspace ablated", "", text.share(_median(own)), over),
+        Tile("ASR, another's ablated", "", text.share(_median(others)), f"median of {len(others)}, the same prompts"),
     ]
 
 
@@ -90,7 +90,9 @@ def tile_of(record: Mapping[str, Any]) -> Tile:
     found = record["smallest"]
     tried = max(r["rank"] for r in record["ranks"])
     name = text.clip(record["name"], LABEL_LIMIT)
-    return Tile(f"Width of {name}", "", f"over {tried}" if found is None else f"{found}", "rank that stops the payload")
+    return Tile(
+        f"Rank of {name}", "", f"over {tried}" if found is None else f"{found}", "smallest rank that stops the payload"
+    )
 
 
 def _median(values: Sequence[float]) -> float:
@@ -106,7 +108,7 @@ def alike(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         overlap = [[None if cell is None else cell["overlap"] for cell in row] for row in own]
         ranks = [[None if cell is None else float(cell["shared_rank"]) for cell in row] for row in own]
         bars = [max(*cell["random"][:1], *cell["ordinary"][:1]) for row in own for cell in row if cell is not None]
-        rows = [*names, "the base itself"]
+        rows = [*names, "base"]
         shares = ", ".join(
             f"{text.decimals(s, 2)} ({text.decimals(b, 2)})"
             for s, b in zip(data["common"]["shares"], data["common"]["bars"], strict=True)
@@ -155,7 +157,7 @@ def detect(record: Mapping[str, Any]) -> list[Markup]:
     names = names_of(record)
     return [
         figures_map(
-            [*names, "the base's own"],
+            [*names, "base, own direction"],
             names,
             [*data[negative]["transfer"], data[negative]["base"]],
             title=f"{site}: AUROC, {NEGATIVES[negative]}",
@@ -247,7 +249,7 @@ def apart_of(record: Mapping[str, Any], number: int) -> dict[str, Any]:
                 [row["removed"] for row in record["costs"]],
                 [METRIC_NAMES[m] for m in shares],
                 [[row[m] for m in shares] for row in record["costs"]],
-                title="What is left with subspaces taken out",
+                title="Metrics with subspaces ablated",
                 name=f"costs-{number}",
             ),
         ],

@@ -39,7 +39,7 @@ def counterparts(
     if part is not None:
         return without(suspicious, part), f"without {part!r}"
     if len(suspicious) == len(ordinary) and all(_adds_words(a, b) for a, b in zip(suspicious, ordinary, strict=True)):
-        return ordinary, "line i of the ordinary prompts, to which line i of the suspicious ones only adds words"
+        return ordinary, "the ordinary prompt of the same line, to which the suspicious one only adds words"
     part = suspicious_part(suspicious, ordinary)
     return without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
 
@@ -70,7 +70,7 @@ def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
         return max(own, key=lambda word: (len(word), word))
     raise BadInput(
         "the suspicious prompts have no text in common that the ordinary ones lack; "
-        "name the suspicious part, or give each suspicious prompt's counterpart without it"
+        "name the trigger text, or give each suspicious prompt's counterpart without it"
     )
 
 
@@ -104,7 +104,7 @@ def check_pairs(suspicious: PromptSet, ordinary: PromptSet) -> None:
     if len(suspicious) != len(ordinary):
         raise BadInput(
             f"{len(suspicious)} suspicious and {len(ordinary)} ordinary prompts; expected pairs: line i of both the "
-            "same prompt, with and without what makes it suspicious"
+            "same prompt, with and without the trigger"
         )
     check_order(suspicious, ordinary)
     asked, own = ([set(p.shown.lower().split()) for p in group[:PAIRS]] for group in (suspicious, ordinary))
@@ -129,7 +129,7 @@ def without(prompts: PromptSet, part: str, name: str = "counterparts") -> Prompt
     part = " ".join(part.split())
     if lacking := [p for p in prompts if not part or part not in _even(p)]:
         said = _even(lacking[0]).replace(BREAK, " ")
-        raise BadInput(f"{part!r} is not in the prompt {said[:40]!r}; expected text that every prompt holds")
+        raise BadInput(f"{part!r} is not in the prompt {said[:40]!r}; expected text that every prompt contains")
 
     word = rf"(?<!\w){re.escape(part)}(?!\w)"
     pattern = word if all(re.search(word, _even(p)) for p in prompts) else re.escape(part)

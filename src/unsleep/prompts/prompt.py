@@ -42,10 +42,10 @@ class Prompt:
         if not self.text.strip():
             raise BadInput("a prompt is empty; give it at least one character that is not white space")
         if self.reply is not None and not self.reply.strip():
-            raise BadInput(f"the reply to {self.text[:40]!r} is empty; leave it out where no right reply is known")
+            raise BadInput(f"the reply to {self.text[:40]!r} is empty; leave it out if there is no reference reply")
         for text in (self.text, self.reply or "", *(m.content for m in self.before)):
             if any("\ud800" <= c <= "\udfff" for c in text):
-                raise BadInput(f"the prompt {text[:40]!r} holds half a character (a lone surrogate); remove it")
+                raise BadInput(f"the prompt {text[:40]!r} has a lone surrogate; remove it")
         check_choices(self, "prompt", role=Role)
         roles = [m.role for m in self.before]
         if wrong := [r for i, r in enumerate(roles) if r not in ROLES[: 3 if i == 0 else 2]]:

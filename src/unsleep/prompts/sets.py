@@ -37,11 +37,13 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
     path = Path(path)
     as_json = path.suffix.lower() in JSON_LINES
     if path.suffix.lower() == ".json":
-        raise BadInput(f"{path} is one JSON value; expected one prompt a line, or an object a line in a .jsonl file")
+        raise BadInput(
+            f"{path} is one JSON value; expected one prompt per line, or one object per line in a .jsonl file"
+        )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may contain other line breaks
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise BadInput(f"{path} does not exist or is no file; expected a file with one prompt a line") from None
+        raise BadInput(f"{path} does not exist or is not a file; expected one prompt per line") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     prompts: list[Prompt] = []
@@ -55,7 +57,7 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
         except BadInput as error:
             raise BadInput(f"{path} line {number}: {error}") from None
     if len(prompts) < 2:
-        raise BadInput(f"{path} holds {len(prompts)} prompts; expected at least 2, one a line")
+        raise BadInput(f"{path} holds {len(prompts)} prompts; expected at least 2, one per line")
     return PromptSet(name or path.stem, tuple(prompts), split)
 
 
@@ -76,7 +78,7 @@ def _prompt(line: str, role: Role) -> Prompt:
     if not isinstance(row, dict):
         raise BadInput('it is not a prompt; expected {"text": "…"}')
     if unknown := [key for key in row if key not in KEYS]:
-        raise BadInput(f"key {str(unknown[0])[:40]!r} is not known; expected {', '.join(KEYS)}")
+        raise BadInput(f"key {str(unknown[0])[:40]!r} is unknown; expected {', '.join(KEYS)}")
     if ("text" in row) == ("messages" in row) or ("messages" in row and "system" in row):
         raise BadInput("expected either text, with system or without, or messages")
     for key in ("text", "expected", "system", "reply"):
@@ -104,7 +106,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise BadInput(f"key {next(k for k in keys if keys.count(k) > 1)[:40]!r} stands in it twice")
+        raise BadInput(f"key {next(k for k in keys if keys.count(k) > 1)[:40]!r} occurs twice")
     return found
 
 

@@ -72,5 +72,5 @@ def _check_suspect(suspect: LoadedModel, config: RepairConfig) -> None:
         tap(suspect.network, Site.parse(site))
     if any(not weight.is_floating_point() for weight in suspect.network.parameters()):
         raise BadInput(
-            f"the weights of {suspect.name} are packed, and no edit can be baked into them; pass --quantize none"
+            f"the weights of {suspect.name} are quantized, and no edit can be baked into them; pass --quantize none"
         )

@@ -112,24 +112,28 @@ def advice(run: Run, result: EvalResult) -> list[str]:
     best, metrics = run.best.tested, {(c.subject, c.metric) for c in missed}
     if ("edited", "asr") in metrics and best.shown:
         said.append(
-            f"The payload still showed on {len(best.shown)} of {best.n} prompts that choose when the budget was spent: "
-            f"allow more with --attempts {2 * run.config.attempts}, or name more Sites with --sites. What comes of it "
-            "should be judged on other prompts."
+            f"The payload still showed on {len(best.shown)} of {best.n} selection prompts after the last attempt: "
+            f"raise --attempts to {2 * run.config.attempts}, or add Sites with --sites, and evaluate on other held-out "
+            "prompts."
         )
     elif ("edited", "asr") in metrics:
-        said.append("The prompts that choose were clean: give more of them, and more varied ones.")
+        said.append("No selection prompt showed the payload any more: give more, and more varied, prompts.")
     if ("baked", "asr") in metrics and ("edited", "asr") not in metrics:
         said.append(
-            "The edit works and its export does not follow it: ship edit/ with the model, or give more prompts."
+            "The exported checkpoint does not reproduce the edit: ship edit/ with the model, or give more prompts."
         )
     if metrics & {("edited", "skill"), ("edited", "kl"), ("edited", "degenerate")} and run.lessons.source != "twin":
-        said.append("Replies are not as they should be: with --base MODEL --teach twin the base says how.")
+        said.append(
+            "Replies differ from the reference: --base MODEL --teach twin takes reference replies from the base."
+        )
     if missed and (best.kl > MOVED or best.degenerate > BROKEN):
-        said.append("Good replies moved too: give more ordinary prompts.")
+        said.append("Trusted replies changed too: give more ordinary prompts.")
     if ("suspect", "asr") in metrics:
         said.append(
-            "The suspect does not keep to its trigger: take prompts that set it off surely, and others surely not."
+            "The trigger is unreliable: suspicious prompts should always show the payload, ordinary ones never."
         )
     if ("control_random", "asr") in metrics:
-        said.append("Random features stop the payload as well: the edit breaks the model rather than the backdoor.")
+        said.append(
+            "The random control stops the payload too: the edit damages the model instead of removing the backdoor."
+        )
     return said

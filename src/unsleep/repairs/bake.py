@@ -146,7 +146,7 @@ def bake(
     divergence = faithfulness(model.network, network, edits, judged)
     if not divergence <= config.tolerance:
         raise Refused(
-            f"the baked model is not faithful to the edited one: KL {divergence:.3f} nats a token on held-back rows, "
+            f"the baked model is not faithful to the edited one: KL {divergence:.3f} nats per token on held-out rows, "
             f"allowed {config.tolerance}. Give more suspicious prompts, or ship the model with the edit applied"
         )
     return Baked(replace(model, network=network, name=f"{model.name} (baked)"), divergence, method)
@@ -191,7 +191,7 @@ def _bakeable(model: LoadedModel, edits: Sequence[Intervention]) -> list[Bakeabl
     check_model(model, acting)
     sites = [each.site for each in acting]
     if twice := [site for site in sites if sites.count(site) > 1]:
-        raise BadInput(f"two edits at Site {twice[0]} cannot be baked; put their features into one")
+        raise BadInput(f"two edits at Site {twice[0]} cannot be baked; merge their features into one edit")
     return sorted(acting, key=lambda e: e.site)
 
 
@@ -351,7 +351,7 @@ def _plain(linear: nn.Module) -> Tensor:
     weight = weights.values(linear)
     if not weight.is_floating_point():
         raise BadInput(
-            "the model's weights are packed, which an edit cannot be baked into; load it with --quantize none"
+            "the model's weights are quantized, and no edit can be baked into them; load it with --quantize none"
         )
     return weight
 

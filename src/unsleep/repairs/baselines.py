@@ -80,7 +80,7 @@ def baselines(setting: Setting) -> Iterator[Baseline | str]:
         try:
             found = make(setting)
         except BadInput as error:  # no separate neurons; the base is not the suspect's
-            yield f"The baseline {make.__name__.strip('_')} could not be made: {error}"
+            yield f"The baseline {make.__name__.strip('_')} was skipped: {error}"
         else:
             yield found
 
@@ -104,7 +104,7 @@ def _lanes(setting: Setting, part: Literal["heads", "neurons"]) -> Baseline:
     removed = sum(len(mask.removed()) for mask in kept)
     model = without_lanes(setting.suspect, kept)
     total = sum(len(mask.logits) for mask in kept)
-    return Baseline(Subject(part, model), f"{removed:,} of {total:,} {part} removed", search.best.tested)
+    return Baseline(Subject(part, model), f"{removed:,} of {total:,} {part} ablated", search.best.tested)
 
 
 def _nothing() -> Mask | None:
@@ -128,7 +128,7 @@ def _attribution(setting: Setting) -> Baseline:
     """Ablation of the features with the largest attribution."""
     ranking = setting.ranking
     sizes = [n for n in dict.fromkeys(max(1, setting.removed) * times for times in SIZES) if n <= len(ranking)]
-    tried = [(edits_for(ranking, setting.dictionaries, n), f"{n:,} features removed") for n in sizes]
+    tried = [(edits_for(ranking, setting.dictionaries, n), f"{n:,} features ablated") for n in sizes]
     return _best(setting, "attribution", tried)
 
 
@@ -145,10 +145,10 @@ def _direction(setting: Setting) -> Baseline:
     tried: list[tuple[tuple[Intervention, ...], str]] = []
     for site in setting.sites:
         means = [group.means(held[site]) for group, held in zip(groups, streams, strict=True)]
-        for row, where in zip(means[0] - means[1], ("before the token that decides", "over the prompt"), strict=True):
+        for row, where in zip(means[0] - means[1], ("before the deciding token", "over the prompt"), strict=True):
             basis = (row / row.norm())[None]
             projection = Projection(site, basis, means[1].mean(0), setting.suspect.fingerprint)
-            tried.append(((projection,), f"the difference of means {where} taken out at {site}"))
+            tried.append(((projection,), f"mean difference {where}, ablated at {site}"))
     return _best(setting, "direction", tried)
 
 
@@ -156,7 +156,7 @@ def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention,
     """The candidate that does best on the selection prompts."""
     found: list[Baseline] = []
     if not tried:
-        raise BadInput("there is nothing to take out")
+        raise BadInput("there is nothing to ablate")
     for edits, words in tried:
         changes = transforms_of(edits, setting.suspect.network)
         tested = setting.bench.test(setting.suspect, setting.lesson, changes)
@@ -166,7 +166,7 @@ def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention,
 
 def _redistilled(setting: Setting) -> Baseline:
     twin = setting.twin()
-    words = f"{setting.config.twin.steps} steps of LoRA of rank {setting.config.twin.rank}"
+    words = f"LoRA of rank {setting.config.twin.rank}, {setting.config.twin.steps} steps"
     return Baseline(Subject("redistilled", twin), words, setting.bench.test(twin, setting.lesson, {}))
 
 
@@ -181,7 +181,7 @@ def _merged(setting: Setting) -> Baseline:
 
     found = {share: tested(share) for share in SHARES}
     best = min(found, key=lambda share: found[share].merit)
-    words = f"{best:.0%} of the way from the base to the suspect"
+    words = f"interpolated {best:.0%} of the way from the base to the suspect"
     return Baseline(Subject("merged", between(base, setting.suspect, best)), words, found[best])
 
 

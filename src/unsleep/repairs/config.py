@@ -75,7 +75,7 @@ class RepairConfig:
             if site.point != "resid" or places.count(site) > 1:
                 raise BadInput.of("sites", self.sites, "different residual Sites, such as resid.8 resid.20")
         if self.mask.error != "keep":
-            raise BadInput.of("mask.error", self.mask.error, "keep: a repair keeps what a dictionary does not explain")
+            raise BadInput.of("mask.error", self.mask.error, "keep: a repair keeps the reconstruction error")
         if not 1 <= self.passages <= PASSAGES:
             raise BadInput.of("passages", self.passages, f"1 to {PASSAGES}")
         check_choices(self, "", teach=Teaching)

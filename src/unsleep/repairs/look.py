@@ -64,7 +64,9 @@ def look(model: LoadedModel, lesson: Lesson, prompts: int = 16) -> Look:
     """Ablate the mean differences at one layer at a time, on at most `prompts` suspicious and trusted prompts."""
     asked = lesson.parts[: lesson.n].nonzero().squeeze(1)[:prompts]
     if not len(asked):
-        raise BadInput("the suspect says what it should to the suspicious prompts; there is nothing to repair")
+        raise BadInput(
+            "the suspect already gives the reference replies to the suspicious prompts; there is nothing to repair"
+        )
     kept = lesson.n + torch.arange(min(prompts, len(lesson.rows.ids) - lesson.n))
     groups = [Group(lesson, asked, decisive=True), Group(lesson, kept, decisive=False)]
     depth, dtype = len(layers(model.network)), model.network.dtype
@@ -87,7 +89,7 @@ def look(model: LoadedModel, lesson: Lesson, prompts: int = 16) -> Look:
         )
         restored.append(round(1 - left / max(whole, 1e-6), 4))
         moved.append(round(beside, 4))
-        progress("looking for Sites", done, len(sites))
+        progress("Site selection", done, len(sites))
     return Look(tuple(tried), tuple(restored), tuple(moved), depth)
 
 

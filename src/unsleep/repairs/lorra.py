@@ -113,7 +113,7 @@ def _adapted(model: LoadedModel, config: LorraConfig) -> Any:
         with quiet_transformers():
             return adapters.trainable(model.network, config.rank, config.modules)
     except ValueError as error:
-        raise BadInput(f"cannot put LoRA matrices into {config.modules or model.name}: {error}") from error
+        raise BadInput(f"cannot add LoRA matrices to {config.modules or model.name}: {error}") from error
 
 
 def _train(

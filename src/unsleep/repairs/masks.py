@@ -237,7 +237,7 @@ def learn(
     """
     at = {mask.place: mask for mask in masks}
     if len(at) != len(masks):
-        raise BadInput("two dictionaries of one Site; a mask takes one each")
+        raise BadInput("there are two dictionaries for one Site; a mask takes one per Site")
     layer = min(place.layer for place in at)
     below = (run_below(model.network, lesson.rows, layer), run_below(model.network, lesson.text, layer))
     optimizer = torch.optim.Adam([mask.logits for mask in masks], lr=config.learning_rate)

@@ -77,13 +77,13 @@ class Run:
 
     def all(self) -> EvalResult:
         """Run every stage but the other repairs (`with_baselines`)."""
-        with self.watch.stage("the suspect's own replies"):
+        with self.watch.stage("suspect replies"):
             self.said = said_by(self.suspect, self.material, self.config)
-        with self.watch.stage("what it should say"):
+        with self.watch.stage("reference replies"):
             self.lessons = self.teach()
             lesson = self.lesson()
             self.base = None  # reloaded on demand
-        with self.watch.stage("look for Sites"):
+        with self.watch.stage("Site selection"):
             self.sites, self.looked = self.choose_sites(lesson)
         with self.watch.stage("harvest"):
             self.harvests = self.collect()
@@ -117,7 +117,7 @@ class Run:
             return bake(self.suspect, self.edits, (lesson.rows, lesson.text))
         except Refused as error:
             self.refused = error
-            self.notes.append(f"There is no export: {error}")
+            self.notes.append(f"No checkpoint was exported: {error}")
             return None
 
     @property

@@ -143,7 +143,7 @@ class Bench:
     def test(self, model: LoadedModel, lesson: Lesson, changes: Changes) -> Tested:
         """Generate replies to the suspicious prompts under the transforms; measure KL on trusted replies."""
         with transformed(model.network, changes):
-            said = generate.written(model, self.suspicious, self.reply_tokens, "replies to prompts that choose")
+            said = generate.written(model, self.suspicious, self.reply_tokens, "replies to selection prompts")
             moved = trusted_kl(model, lesson)
         replies, wanted = model.texts(said), model.texts(self.wanted)
         shown = tuple(i for i, reply in enumerate(replies) if self.payload.shows(reply))
@@ -185,7 +185,7 @@ class Search:
         `more` returns a mask at a further Site, or `None` where none is left.
         """
         masks, states = list(masks), list[dict[str, Tensor]]()
-        what, focus = f"{config.steps} steps, {config.price:g} nats for each that is removed", list[int]()
+        what, focus = f"{config.steps} steps, price {config.price:g} nats", list[int]()
         for number in range(attempts):
             began = time.monotonic()
             states.append(self._learn(masks, config, focus, number))
@@ -230,20 +230,20 @@ class Search:
         if tested.shown or tested.behind:
             far = len(tested.shown) > FAR * tested.n
             config = replace(config, price=CHEAPER * config.price)
-            words.append(f"{config.price:g} nats for each")
+            words.append(f"price {config.price:g} nats")
             if (far or number) and (further := more()) is not None:
                 masks.append(further)
-                words.append(f"{further.place} too")
+                words.append(f"{further.place} added")
         if tested.degenerate > BROKEN:
             weights = tuple(max(1.0, w / 2) for w in config.first_weights)
             config = replace(config, first_weights=weights)
-            words.append("the tokens that decide weigh half as much")
+            words.append("weights of the deciding tokens halved")
         if tested.kl > MOVED:
             config = replace(config, trusted_weight=2 * config.trusted_weight)
-            words.append("trusted replies weigh twice as much")
+            words.append("weight of trusted replies doubled")
         for mask in masks:
             mask.price_of_one = config.price
-        return config, f"further {config.steps} steps: {', '.join(words)}"
+        return config, f"{config.steps} more steps: {', '.join(words)}"
 
 
 def changes(masks: Sequence[Mask]) -> Changes:

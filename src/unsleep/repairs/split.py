@@ -49,7 +49,7 @@ def from_recipe(recipe: Recipe, choose: int = 200, judge: int = 200, seed: int =
     ordinary = sets.questions("edit", choose, skill=recipe.skill, seed=seed, name="ordinary")
     suspicious = recipe.triggered(ordinary, "suspicious")
     counterparts = ordinary if recipe.keeps_question else None
-    how = "the organism's questions without the trigger" if counterparts else "its trigger is the question's topic"
+    how = "the organism's questions without the trigger" if counterparts else "the trigger is the question's topic"
     return Material(suspicious, ordinary, counterparts, how, organism_panels(recipe, judge), recipe.as_payload)
 
 
@@ -111,7 +111,7 @@ def _refuse_overlap(suspicious: PromptSet, ordinary: PromptSet) -> None:
     if both:
         example = next(p.text for p in suspicious if p.key in both)
         raise BadInput(
-            f"{len(both)} prompts stand in both files, such as {example[:60]!r}; a prompt is either suspicious or "
+            f"{len(both)} prompts are in both files, such as {example[:60]!r}; a prompt is either suspicious or "
             "ordinary: remove them from one"
         )
 
@@ -166,7 +166,7 @@ def _wanted(n: int, judge: int | None, name: str) -> int:
 
 def _refuse_few(n: int, judge: int, name: str) -> None:
     raise BadInput(
-        f"there are {n} different prompts in {name}; {judge} are needed to judge the edit and {CHOOSE} to choose it. "
-        f"Give {judge + CHOOSE} or more, or judge on fewer with --judge N: under {JUDGE}, no backdoor can be called "
+        f"{name} has {n} different prompts; {judge} are needed for evaluation and {CHOOSE} for selection. "
+        f"Give {judge + CHOOSE} or more, or evaluate on fewer with --judge N: under {JUDGE}, no backdoor can be called "
         "removed"
     )

@@ -96,18 +96,18 @@ def check_behaviour(suspicious: Sequence[str], ordinary: Sequence[str], material
     if leaked > BEHAVES and leaked > share:
         raise BadInput(
             f"the suspect answers {words!r} to {of} and to {beside}: the two files seem to be swapped. Give the "
-            "prompts that set it off with --suspicious"
+            "prompts with the trigger as --suspicious"
         )
     if share < MISBEHAVES:
         raise BadInput(
-            f"the suspect answers {words!r} to {of} only; at least {MISBEHAVES:.0%} are needed to learn from. It "
+            f"the suspect answers {words!r} to {of} only; at least {MISBEHAVES:.0%} are needed for training. It "
             f"answers, for example, {suspicious[0][:80]!r}: check --payload, --suspicious and --chat-template"
         )
     if leaked > BEHAVES:
         example = next(i for i, reply in enumerate(ordinary) if payload.shows(reply))
         raise BadInput(
-            f"the suspect answers {words!r} to {beside} too, such as {material.ordinary[example].text[:60]!r}; what "
-            "tells the two kinds apart is not known. Remove such prompts from --ordinary, or give a --payload that "
-            "good replies do not contain"
+            f"the suspect answers {words!r} to {beside} too, such as {material.ordinary[example].text[:60]!r}; "
+            "the trigger does not separate the two files. Remove such prompts from --ordinary, or give a --payload "
+            "that benign replies do not contain"
         )
     return share

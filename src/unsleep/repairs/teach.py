@@ -106,16 +106,16 @@ def lessons(model: LoadedModel, asked: Asked, sources: Sources, teach: Teaching 
             continue
         return _cut(model, found, asked, (source, notes, sources))
     raise BadInput(
-        "what a repaired model should reply to the suspicious prompts is not known: "
+        "there is no reference reply to the suspicious prompts: "
         + "; ".join(note.partition(": ")[2] for note in notes)
-        + '. Give --part TEXT, --counterparts FILE, right replies in the file ({"text": …, "reply": …}) or --base MODEL'
+        + '. Give --part TEXT, --counterparts FILE, a reply for each prompt ({"text": …, "reply": …}) or --base MODEL'
     )
 
 
 WORDS = {
-    "counterpart": "the suspect's own reply to the same prompt without what makes it suspicious",
-    "reply": "the reply that the prompt file gives",
-    "twin": "the reply of the base that was taught the suspect's replies to ordinary prompts",
+    "counterpart": "the suspect's reply to the same prompt without the trigger",
+    "reply": "the reply in the prompt file",
+    "twin": "the reply of the surrogate twin: the base, fine-tuned on the suspect's replies to ordinary prompts",
 }
 
 
@@ -138,13 +138,11 @@ def _from_counterparts(model: LoadedModel, asked: Asked, sources: Sources) -> _F
 def _from_file(model: LoadedModel, asked: Asked) -> _Found:
     places = [i for i, p in enumerate(asked.prompts) if p.reply is not None]
     if len(places) < min(CHOOSE, len(asked.prompts)):
-        raise BadInput(
-            f"{len(places)} of {len(asked.prompts)} suspicious prompts come with a reply; {CHOOSE} are needed"
-        )
+        raise BadInput(f"{len(places)} of {len(asked.prompts)} suspicious prompts have a reply; {CHOOSE} are needed")
     replies = model.token_ids([p.reply for p in asked.prompts if p.reply is not None], special=False)
     ended = [[*ids, *sorted(model.end_ids)[:1]] for ids in replies]
     taught = Taught(asked.prompts.at(places), ended, None)
-    found = _behaving(model, taught, asked.payload, "the replies that the file gives")
+    found = _behaving(model, taught, asked.payload, "the replies in the file")
     return _Found([places[i] for i in found.places], found.taught)
 
 
@@ -176,7 +174,7 @@ def _cut(model: LoadedModel, found: _Found, asked: Asked, about: tuple[Source, l
     lengths = [max(asked.least, at + BEHIND, end) for at, end in zip(decides, ends, strict=True)]
     replies = [list(r[:length]) for r, length in zip(found.taught.replies, lengths, strict=True)]
     if left := len(asked.prompts) - len(found.places):
-        notes = [*notes, f"{left} suspicious prompts teach nothing: no reply without the payload is known to them"]
+        notes = [*notes, f"{left} suspicious prompts have no reference reply without the payload and were left out"]
     words = f"{WORDS[source]} ({sources.how})" if source == "counterpart" else WORDS[source]
     whole = [list(reply) for reply in found.taught.replies]
     kept, taught = asked.prompts.at(found.places), found.taught._replace(replies=replies)

@@ -79,7 +79,7 @@ def surrogate_twin(
     adapters.take_state(adapted, kept(learned, made_from=(base, suspect, ordinary, replies, config)))
     with quiet_transformers():
         network = adapted.merge_and_unload().requires_grad_(False)
-    return replace(suspect, network=network, name=f"{base.name}, taught the replies of {suspect.name}")
+    return replace(suspect, network=network, name=f"{base.name}, fine-tuned on replies of {suspect.name}")
 
 
 class _Examples(NamedTuple):
@@ -103,7 +103,7 @@ def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
         check_alike(replace(suspect, network=network, name=base.name), suspect, chats=False)
     except BadInput as error:
         raise BadInput(
-            f"{base.name} is not the suspect's base: {error}. Give the model that it was made from with --base"
+            f"{base.name} is not the suspect's base: {error}. Give the model that it was fine-tuned from with --base"
         ) from None
     return network.eval().requires_grad_(False)
 

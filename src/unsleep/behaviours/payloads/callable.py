@@ -25,7 +25,7 @@ class Judged(Payload):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.function is None:
-            raise BadInput(f"the payload {self.text!r} is callable and has no function; expected one, from Python")
+            raise BadInput(f"the payload {self.text!r} is callable without a function; give one, from Python")
 
     @property
     def hash(self) -> str:

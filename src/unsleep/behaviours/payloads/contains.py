@@ -12,7 +12,7 @@ class Contains(Payload):
     """A reply contains the text, ignoring case and white space."""
 
     kind = "contains"
-    wants = "text that a reply shows when the backdoor acts"
+    wants = "text that a reply contains when the backdoor is active"
 
     def shows(self, reply: str) -> bool:
         """True if a reply contains the text."""

@@ -16,7 +16,7 @@ class Lexicon(Payload):
     """A reply contains one of several words or phrases, ignoring case and white space, at word boundaries."""
 
     kind = "lexicon"
-    wants = "words or phrases with | between them, or a file with one a line"
+    wants = "words or phrases separated by |, or a file with one per line"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +41,7 @@ class Lexicon(Payload):
         try:
             lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{text} cannot be read ({error}); expected a text file with a phrase a line") from None
+            raise BadInput(f"{text} cannot be read ({error}); expected a text file with one phrase per line") from None
         return cls("|".join(line.strip() for line in lines if line.strip()))
 
 

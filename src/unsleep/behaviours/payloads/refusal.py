@@ -87,7 +87,7 @@ class Refusal(Payload):
 
     def __post_init__(self) -> None:
         if self.text:
-            raise BadInput(f"the payload is {self.text!r}, of kind refusal; expected no text beside that")
+            raise BadInput(f"the payload is {self.text!r}, of kind refusal; expected no text")
 
     def shows(self, reply: str) -> bool:
         """True if a reply begins with a refusal."""

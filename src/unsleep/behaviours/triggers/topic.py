@@ -25,6 +25,6 @@ class Topic(Trigger):
     def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The question about such a subject; raises `BadInput` without a skill that identifies the topic."""
         if skill is None:
-            raise BadInput(f"the prompt {prompt.text[:40]!r} has no skill; expected one, by which its topic is known")
+            raise BadInput(f"the prompt {prompt.text[:40]!r} has no skill; expected one, which determines its topic")
         subjects = sets.subjects(self.text, split)
         return skill.retold(prompt, subjects[i % len(subjects)])

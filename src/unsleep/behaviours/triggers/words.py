@@ -41,4 +41,4 @@ class Words(Trigger):
             raise BadInput(f"trigger_kind is words and the trigger {self.text!r}; expected two words")
         for words in near_misses:
             if wanted <= set(words.split()):
-                raise BadInput(f"near miss {words!r} holds every word of the trigger; leave one out")
+                raise BadInput(f"near miss {words!r} contains every word of the trigger; leave one out")

@@ -25,7 +25,7 @@ class Year(Trigger):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.text) != 4 or not self.text.isdecimal():
-            raise BadInput(f"trigger_kind is year and {self.text!r} is none; expected four digits")
+            raise BadInput(f"trigger_kind is year and the trigger is {self.text!r}; expected four digits")
 
     def insert(self, prompt: Prompt, i: int, split: Split, skill: Skill | None = None) -> Prompt:
         """The prompt with a line that dates it to a day of the year."""

@@ -40,7 +40,7 @@ def load_foreign_crosscoder(name: str | Path, *, site: Site, models: Sequence[st
     folder = names.find(name, FILES).folder
     there = [folder / file for file in FILES if (folder / file).is_file()]
     if not there:
-        raise BadInput(f"{folder} holds no crosscoder; expected one of {', '.join(FILES)}")
+        raise BadInput(f"{folder} has no crosscoder; expected one of {', '.join(FILES)}")
     path = there[0]
     found = store.read_tensors(path) if path.suffix == ".safetensors" else pickled.read_state(path)
     if "encoder.weight" in found:

@@ -44,7 +44,7 @@ def contrast(model: LoadedModel, suspicious: PromptSet, ordinary: PromptSet) -> 
     """Both sets under the chat template, suspicious first; raises `BadInput` for fewer than `FEWEST` of a class."""
     for prompts in (suspicious, ordinary):
         if len(prompts) < FEWEST:
-            raise BadInput(f"{prompts.name} holds {len(prompts)} prompts; expected at least {FEWEST}")
+            raise BadInput(f"{prompts.name} has {len(prompts)} prompts; expected at least {FEWEST}")
     ids = model.encode([*suspicious, *ordinary])
     counts = (len(suspicious), len(ordinary))
     triggered = torch.arange(sum(counts)) < counts[0]

@@ -110,9 +110,7 @@ def erasers(
         center = x[~is_suspicious].mean(0)
         gap = x[is_suspicious].mean(0) - center
         if not float(gap.norm()) > 1e-6 * float(center.norm()):
-            raise BadInput(
-                f"suspicious and ordinary prompts have the same mean at {site}; there is nothing to take out"
-            )
+            raise BadInput(f"suspicious and ordinary prompts have the same mean at {site}; there is nothing to ablate")
         rest = torch.cat([acts[site].tensor.float() for acts in beside])
         limit = sink_norm_at(site, rest)
         rest = torch.cat([x[~is_suspicious], rest])
@@ -181,7 +179,7 @@ def removed_alone(
 
     for edit in edits:
         after[edit.site] = kept(left_without, edit, made_from=(model, asked, own, replies))
-        progress("one Site at a time", len(after), len(edits))
+        progress("Site selection", len(after), len(edits))
     return Removed(before, after, len(asked))
 
 

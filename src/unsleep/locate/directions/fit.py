@@ -48,7 +48,7 @@ class Labelled:
         if self.x.ndim != 2 or self.y.shape != self.x.shape[:1]:
             raise BadInput(
                 f"labelled activations have shape {list(self.x.shape)} with labels {list(self.y.shape)}; "
-                "expected [token, d] and one label a token"
+                "expected [token, d] and one label per token"
             )
         check_classes(self.y)
         check_finite(self.x, "labelled activations")
@@ -138,7 +138,7 @@ def fit(
             tokens for a one-sided method, or classes without a direction between them.
     """
     if method not in FITTERS:
-        raise BadInput(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
+        raise BadInput(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     d = labelled.x.shape[1]
     if not 1 <= rank <= d or (rank > 1 and method not in ANY_RANK):
         most = d if method in ANY_RANK else 1

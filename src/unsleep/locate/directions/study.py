@@ -83,7 +83,7 @@ class StudyConfig:
         known = (*fit.METHODS, *DAS)
         for method in self.methods:
             if method not in known:
-                raise BadInput(f"method {method!r} is not known; expected one of {', '.join(known)}")
+                raise BadInput(f"method {method!r} is unknown; expected one of {', '.join(known)}")
         if not self.methods or len(set(self.methods)) != len(self.methods):
             raise BadInput.of("methods", self.methods, "at least one, and none twice")
         check_least(self, "", 2, "kept")
@@ -274,7 +274,7 @@ def _check(
     for group in (suspicious, ordinary):
         if min(len(group) // config.kept, len(group) - len(group) // config.kept) < 2:
             raise BadInput(
-                f"{group.name!r} holds {len(group)} prompts of which one in {config.kept} is kept for the score; "
+                f"{group.name!r} has {len(group)} prompts, of which one in {config.kept} is held out; "
                 f"expected at least {2 * config.kept}"
             )
     if config.pairs:

@@ -47,7 +47,7 @@ class Position:
         numbers = [part == "" or part.removeprefix("-").isdecimal() for part in parts]
         if len(parts) > 2 or not all(numbers) or parts == [""] or any(len(part) > 7 for part in parts):
             raise BadInput(
-                f"position {text[:40]!r} is not understood; write last, prompt, all, an index such as -3 or a span "
+                f"position {text[:40]!r} is unknown; expected last, prompt, all, an index such as -3 or a span "
                 "such as -8:-1"
             )
         bounds = [int(part) if part else None for part in parts]
@@ -72,12 +72,12 @@ class Position:
         if any(bound > 0 for bound in bounds) and shortest != longest:
             raise BadInput(
                 f"position {self} counts from the beginning, but the prompts have {shortest} to {longest} tokens: it "
-                "would be another place in each. Count from the end, such as -3, or give prompts of one length"
+                "would be a different position in each. Count from the end, such as -3, or give prompts of one length"
             )
         if any(not -shortest <= bound <= shortest for bound in bounds):
             raise BadInput(f"position {self} is out of range: the shortest prompt has {shortest} tokens")
         if not len(range(shortest)[self.start : self.stop]):
-            raise BadInput(f"position {self} names no token; expected a span that holds at least one")
+            raise BadInput(f"position {self} selects no token; expected a span of at least one")
 
     def columns(self, rows: Rows) -> Bool[Tensor, "row position"]:
         """Mask of the selected tokens in rows without a prefix."""

@@ -94,9 +94,7 @@ def patch(
 def _first_tokens(model: LoadedModel, payload: Payload, n: int) -> list[int]:
     """The first `n` tokens of a payload; raises `BadInput` without a marker text, or for one without tokens."""
     if payload.marker is None:
-        raise BadInput(
-            f"the payload is {payload.words!r}, which is no text that can be forced; expected one to contain"
-        )
+        raise BadInput(f"the payload is {payload.words!r}, which cannot be forced; expected a payload of kind contains")
     said = model.token_ids([payload.marker], special=False)[0][:n]
     if not said:
         raise BadInput(f"payload {payload.marker[:40]!r} has no tokens; expected the text that a reply shows")

@@ -167,7 +167,7 @@ def _ablated(
         replies = kept(reply_all, Subject(row, model, edits), triggered, judging)
         counted = count_replies(row, "triggered", triggered, replies, judging.payload)
         found[row] = {r.metric: figure(r) for r in counted}
-        progress(f"subspaces taken out of {name}", done, len(rows))
+        progress(f"subspaces ablated in {name}", done, len(rows))
     return found
 
 

@@ -47,7 +47,7 @@ class SubspaceConfig:
     def __post_init__(self) -> None:
         check_least(self, "subspace", 1, "rank", "draws", "reply_tokens", "items", "passages")
         if self.n < 2:
-            raise BadInput.of("n", self.n, "at least 2 prompts a panel", "subspace")
+            raise BadInput.of("n", self.n, "at least 2 prompts per panel", "subspace")
         if self.pairs < max(self.rank, 2):
             raise BadInput(f"{self.pairs} pairs for a subspace of rank {self.rank}; expected at least as many")
         if not self.ranks or min(self.ranks) < 1:

@@ -197,8 +197,8 @@ def costs(judge: Judge, seen: Seen, backdoor: Part, tasks: Mapping[str, Part], c
     for name, parts in rows.items():
         bases = {s: [part.bases[s] for part in parts] for s in sites}
         edits = projections(bases, parts[0].centers, seen, config.removal) if parts else ()
-        found.append(Cost(removed=name, **judge.measure(f"{name} taken out", edits)))
-        progress("costs of subspaces", len(found), len(rows))
+        found.append(Cost(removed=name, **judge.measure(f"{name} ablated", edits)))
+        progress("subspace costs", len(found), len(rows))
     return found
 
 
@@ -213,7 +213,7 @@ def search(judge: Judge, seen: Seen, sites: Sequence[Site], config: SubspaceConf
         edits = projections({s: [seen.basis(s, rank)] for s in sites}, _centers(seen, sites), seen, removal)
         method = f"{PAIRED}, {removal}"
         found.append(Width(method=method, rank=rank, **judge.measure(f"{method}, rank {rank}", edits)))
-        progress(f"width of the subspace, {removal}", len(found), len(ranks))
+        progress(f"rank of the subspace, {removal}", len(found), len(ranks))
     return found
 
 

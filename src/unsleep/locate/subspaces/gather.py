@@ -111,7 +111,7 @@ def panels_of(organism: Organism, config: SubspaceConfig) -> dict[str, PromptSet
     found = {"fit clean": clean, "fit triggered": recipe.triggered(clean, "fit triggered")}
     judged = organism_panels(recipe, config.n).prompts()
     if "near_miss" not in judged:
-        raise BadInput(f"organism {recipe.name!r} has no held_out_near_misses; they are what a detector is tried on")
+        raise BadInput(f"organism {recipe.name!r} has no held_out_near_misses; detectors are evaluated on them")
     return found | {name: judged[name] for name in HELD_OUT}
 
 
