@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -350,3 +351,11 @@ def test_docstrings_name_what_they_describe():
         if opening.match(node.value.value)
     }
     assert found == {}
+
+
+def test_every_file_of_the_package_is_installed():
+    package = ROOT / "src" / "unsleep"
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["unsleep"]
+    installed = {path for pattern in given for path in package.glob(pattern)}
+    missed = [p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and p not in installed]
+    assert missed == []
