@@ -27,6 +27,7 @@ from unsleep.locate.circuits.record import CircuitRecord, NodeRow
 from unsleep.locate.circuits.run import CircuitConfig
 from unsleep.locate.circuits.run import circuit as trace
 from unsleep.organisms import Organism
+from unsleep.pages import report
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
@@ -57,7 +58,7 @@ def circuit(
     Args:
         model: Suspect: hub id, folder, adapter folder, .gguf file or alias.
         dictionaries: Folders of dictionaries, one per Site; best of attention, MLP and residual of every layer.
-        out: Folder for circuit.json.
+        out: Folder for circuit.json and circuit.html.
         organism: Model organism whose prompts and near misses are used: folder or alias.
         suspicious: File of triggered prompts.
         references: File of the same prompts without the trigger, or with a near miss, in the same order.
@@ -80,7 +81,8 @@ def circuit(
             record = trace(suspect, coders, aligned, shown.words, config, reference=other)
         with store.new_folder(out, replace="circuit.json") as scratch:
             records.save(record, scratch / "circuit.json")
-    say(record, json, "\n".join([*_lines(record), f"Saved in {out}"]))
+            report(scratch)
+    say(record, json, "\n".join([*_lines(record), f"Saved in {out}; picture in {out / 'circuit.html'}"]))
     return 0
 
 

@@ -43,13 +43,13 @@ class Block(NamedTuple):
     tables: Sequence[Table] = ()
 
 
-def whole_page(view: dict[str, Any]) -> str:
+def whole_page(view: dict[str, Any], *styles: str) -> str:
     """The page of a view, without empty sections."""
     blocks = [block for block in view["blocks"] if block.charts or block.maps or block.tables]
     sections = [(block.anchor, block.name) for block in blocks]
     sections += [("provenance", "Provenance")] if view["provenance"] else []
     whole = {**view, "blocks": blocks, "sections": sections}
-    return filled("comparing.html", "summary", whole, "page.css", "dictionaries.css", "heatmap.css")
+    return filled("comparing.html", "summary", whole, "page.css", "dictionaries.css", "heatmap.css", *styles)
 
 
 def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,264 @@
+"""Page of a circuit: its graph by role and layer, faithfulness, nodes and edges.
+
+circuit.json -> check -> make text visible -> view of each section -> circuit.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from unsleep.core import Site
+from unsleep.locate.circuits.record import CircuitRecord
+from unsleep.pages import svg, text
+from unsleep.pages.comparing import SHOWN, Block, Table, short, whole_page
+from unsleep.pages.curves import WIDE, Curve, Dot, axis, charts
+from unsleep.pages.dictionaries import SHAPES, shade
+from unsleep.pages.page import LABEL_LIMIT, tree
+from unsleep.pages.registry import Page
+from unsleep.pages.svg import el
+from unsleep.pages.verdict import Tile
+
+DRAWN = 160
+"""Edges in the graph, those with the largest weight; the table has more."""
+
+STEP, ROW, LEFT, TOP, GAP = 17, 24, 74, 44, 26
+"""Pixels between nodes and between rows, left and top margin, and between columns."""
+
+MARKS = {"feature": "circle", "error": "triangle", "token": "square", "neuron": "hexagon"}
+
+Record = Mapping[str, Any]
+
+
+def view_of(record: Record) -> dict[str, Any]:
+    """The template's view of a circuit."""
+    own = record["curves"][0]["points"] if record["curves"] else []
+    size = len(record["nodes"])
+    near = min(own, key=lambda point: abs(point["nodes"] - size), default=None)
+    tiles = [
+        Tile("Payload's log-odds", "", text.decimals(record["metric"], 2), "with the trigger, nats"),
+        Tile("in the references", "", text.decimals(record["metric_reference"], 2), "every node patched"),
+        Tile("Nodes", "", f"{size:,}", f"of {record['candidates']:,} with an effect"),
+        Tile("Errors", "", f"{record['errors']:.0%}", "of the nodes' |effect| is of reconstruction errors"),
+    ]
+    if near is not None:
+        told = f"of {near['nodes']:,} nodes; all the others carry {text.decimals(near['completeness']['value'], 2)}"
+        tiles.append(Tile("Faithfulness", "", text.decimals(near["faithfulness"]["value"], 2), told))
+    facts = [
+        ("Payload", text.clip(record["payload"], LABEL_LIMIT)),
+        ("Tokens", " ".join(record["tokens"])),
+        ("Estimator", record["estimator"]),
+        ("Prompts", f"{record['prompts']:,}"),
+        ("Reference model", short(record["reference"]["name"])),
+    ]
+    return {
+        "eyebrow": "Circuit",
+        "title": f"From trigger to payload in {short(record['model']['name'])}",
+        "lead": "A node is a feature, a reconstruction error or a token embedding at the tokens of a role. Its effect "
+        "is the change of the payload's log-odds if it were as in the reference prompt; an edge is the direct part of "
+        "one node's effect through another.",
+        "tiles": tiles,
+        "facts": facts,
+        "blocks": [graph_block(record), faithful_block(record), node_block(record), edge_block(record)],
+        "provenance": tree(record["provenance"]),
+    }
+
+
+def graph_block(record: Record) -> Block:
+    """The graph: columns are roles, rows are Sites from the embedding upwards, the payload on top."""
+    lead = (
+        f"Columns are roles, layers run upwards. Size is |effect|, width of a line |weight|; the {DRAWN} largest edges "
+        "are drawn. Orange promotes the payload, dashed blue suppresses it. Nodes link to their table."
+    )
+    return Block("graph", "Graph", lead, maps=[graph(record)] if record["nodes"] else [])
+
+
+def graph(record: Record) -> Markup:
+    """The drawing of a circuit."""
+    nodes: Sequence[Record] = record["nodes"]
+    places = sorted({node["place"] for node in nodes}, key=depth)
+    roles = [role for role in record["roles"] if any(node["role"] == role for node in nodes)]
+    cells: dict[tuple[str, str], list[int]] = {}
+    for i, node in enumerate(nodes):
+        cells.setdefault((node["place"], node["role"]), []).append(i)
+    counts = {role: max(len(cells.get((place, role), [])) for place in places) for role in roles}
+    widths = {role: max(counts[role] * STEP, 7 * len(role)) for role in roles}
+    starts: dict[str, int] = {}
+    at = LEFT
+    for role in roles:
+        starts[role] = at
+        at += widths[role] + GAP
+    height = TOP + ROW * (len(places) + 1)
+    where: dict[int, tuple[float, float]] = {}
+    for (place, role), members in cells.items():
+        first = starts[role] + (widths[role] - STEP * (len(members) - 1)) / 2
+        for k, i in enumerate(members):
+            where[i] = first + STEP * k, TOP + ROW * (len(places) - places.index(place))
+    out = (LEFT + at) / 2, float(TOP - 14)
+    parts = [
+        el("text", place, x=LEFT - 12, y=TOP + ROW * (len(places) - row) + 4, text_anchor="end")
+        for row, place in enumerate(places)
+    ]
+    parts += [
+        el("line", x1=LEFT - 6, x2=at, y1=y, y2=y, class_="lane")
+        for y in (TOP + ROW * (len(places) - row) for row in range(len(places)))
+    ]
+    parts += [el("text", role, x=starts[role] + widths[role] / 2, y=height - 2, text_anchor="middle") for role in roles]
+    edges = sorted(record["edges"], key=lambda edge: -abs(edge["weight"]))[:DRAWN]
+    largest = max((abs(edge["weight"]) for edge in edges), default=1.0) or 1.0
+    parts += [link(edge, where, out, largest, nodes) for edge in reversed(edges)]
+    most = max(abs(node["effect"]) for node in nodes) or 1.0
+    parts += [dot(node, i, where[i], most) for i, node in enumerate(nodes)]
+    parts.append(
+        el("path", d=svg.MARK_PATHS["diamond"], transform=f"translate({out[0]:.1f} {out[1]:.1f})", class_="node out")
+    )
+    parts.append(el("text", "payload", x=out[0] + 12, y=out[1] + 4))
+    said = f"{len(nodes)} nodes over {len(places)} Sites and {len(roles)} roles; the table below lists them"
+    drawing = svg.figure("Circuit", said, "circuit", *parts, viewBox=f"0 0 {at + 8} {height + 8}", class_="circuit")
+    return el("div", legend(), el("div", drawing, class_="scroll", tabindex=0, role="region", aria_label="Circuit"))
+
+
+def legend() -> Markup:
+    """The meaning of shapes."""
+    names = {"circle": "feature", "triangle": "reconstruction error", "square": "token embedding", "diamond": "payload"}
+    return el(
+        "p", *(el("span", svg.key(shape, "base"), f" {name}") for shape, name in names.items()), class_="legend-line"
+    )
+
+
+def depth(place: str) -> tuple[int, int]:
+    """Order of a Site in a forward pass, attention before MLP."""
+    site = Site.parse(place)
+    return site.layer, ("embed", "attn", "mlp", "resid").index(site.point)
+
+
+def sign(value: float) -> str:
+    """Class of a value's sign."""
+    return "up" if value >= 0 else "down"
+
+
+def name_of(node: Record) -> str:
+    """A node in words."""
+    what = f"feature {node['feature']}" if node["kind"] == "feature" else node["kind"]
+    return f"{node['place']} {what}, {node['role']}"
+
+
+def link(
+    edge: Record,
+    where: Mapping[int, tuple[float, float]],
+    out: tuple[float, float],
+    largest: float,
+    nodes: Sequence[Record],
+) -> Markup:
+    """An edge as a curve."""
+    (x1, y1), (x2, y2) = where[edge["source"]], out if edge["target"] is None else where[edge["target"]]
+    middle = (y1 + y2) / 2
+    goal = "payload" if edge["target"] is None else name_of(nodes[edge["target"]])
+    said = f"{name_of(nodes[edge['source']])} → {goal}: {text.decimals(edge['weight'])}"
+    return el(
+        "path",
+        el("title", said),
+        d=f"M{x1:.1f} {y1:.1f}C{x1:.1f} {middle:.1f} {x2:.1f} {middle:.1f} {x2:.1f} {y2:.1f}",
+        class_=f"link {sign(edge['weight'])}",
+        stroke_width=0.5 + 4.5 * abs(edge["weight"]) / largest,
+    )
+
+
+def dot(node: Record, i: int, place: tuple[float, float], most: float) -> Markup:
+    """A node that links to its row of the table."""
+    size = 0.55 + 0.75 * (abs(node["effect"]) / most) ** 0.5
+    shape = svg.MARK_PATHS[MARKS[node["kind"]]]
+    drawn = el(
+        "path",
+        el("title", f"{name_of(node)}: {text.decimals(node['effect'])}"),
+        d=shape,
+        transform=f"translate({place[0]:.1f} {place[1]:.1f}) scale({size:.2f})",
+        class_=f"node {sign(node['effect'])}",
+    )
+    return el("a", drawn, href="#nodes", aria_label=name_of(node))
+
+
+def faithful_block(record: Record) -> Block:
+    """Faithfulness and completeness of growing circuits."""
+    known = [curve for curve in record["curves"] if curve["points"]]
+    lead = (
+        "Share of the payload's log-odds that a circuit carries, every other node patched with its reference. The "
+        "second chart is completeness: the same for all nodes but the circuit's, near 0 if nothing else carries the "
+        "behaviour."
+    )
+    drawings: list[tuple[str, Markup]] = []
+    rows: list[list[str]] = []
+    for key, title in (("faithfulness", "Faithfulness"), ("completeness", "Completeness")):
+        curves: list[Curve] = []
+        for number, one in enumerate(known):
+            points = [(p["nodes"], max(-0.5, min(1.5, p[key]["value"]))) for p in one["points"]]
+            dots = tuple(
+                Dot(n, y, f"{one['name']}, {n} nodes: {text.decimals(y, 2)}", SHAPES[number % len(SHAPES)])
+                for n, y in points
+            )
+            curves.append(Curve(one["name"], shade(number, 0, max(1, len(known) - 1)), dots, dots))
+        if curves:
+            x = axis([d.x for c in curves for d in c.dots], "nodes", log=True)
+            y = axis([0.0, 1.0, *(d.y for c in curves for d in c.dots)], "share")
+            drawings += [(title, part) for part in charts(curves, x, y, title=title, name=key, width=WIDE)]
+    for one in known:
+        for p in one["points"]:
+            rows.append([one["name"], f"{p['nodes']:,}", *(whole(p[key]) for key in ("faithfulness", "completeness"))])
+    table = Table("Faithfulness", ["Circuit", "Nodes", "Faithfulness", "Completeness"], 1, rows)
+    return Block("faithfulness", "Faithfulness", lead, drawings, tables=[table] if rows else [])
+
+
+def whole(figure: Record) -> str:
+    """A figure with its interval."""
+    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def node_block(record: Record) -> Block:
+    """All nodes, largest effect first."""
+    rows = [
+        [
+            node["place"],
+            node["role"],
+            "" if node["feature"] is None else str(node["feature"]),
+            node["kind"],
+            text.decimals(node["effect"]),
+            f"[{node['low']:.3f}, {node['high']:.3f}]",
+            text.decimals(node["activation"], 2),
+            text.decimals(node["reference"], 2),
+        ]
+        for node in record["nodes"][:SHOWN]
+    ]
+    head = ["Site", "Role", "Feature", "Kind", "Effect", "95 %", "Activation", "Reference"]
+    lead = "Effects in nats of log-odds, mean over prompts; activations are means over the role's tokens."
+    return Block("nodes", "Nodes", lead, tables=[Table("Nodes", head, 4, rows)] if rows else [])
+
+
+def edge_block(record: Record) -> Block:
+    """The largest edges, predicted and measured."""
+    nodes = record["nodes"]
+    rows = [
+        [
+            name_of(nodes[edge["source"]]),
+            "payload" if edge["target"] is None else name_of(nodes[edge["target"]]),
+            text.decimals(edge["weight"]),
+            f"[{edge['low']:.3f}, {edge['high']:.3f}]",
+            *("–" if edge[key] is None else text.decimals(edge[key]) for key in ("frozen", "free")),
+        ]
+        for edge in record["edges"][:SHOWN]
+    ]
+    lead = (
+        "Predicted: by the gradient. Frozen: measured, the source patched, everything nonlinear held. Free: measured "
+        "with nothing held but the other Sites; the gap to it is what linearisation leaves out."
+    )
+    head = ["From", "To", "Predicted", "95 %", "Frozen", "Free"]
+    return Block("edges", "Edges", lead, tables=[Table("Edges", head, 2, rows)] if rows else [])
+
+
+def draw(record: dict[str, Any]) -> str:
+    """HTML page of a circuit."""
+    return whole_page(view_of(record), "circuits.css")
+
+
+PAGE = Page("circuit", "Circuit", CircuitRecord, draw)
