@@ -452,7 +452,7 @@ def test_the_interval_of_a_ratio_covers_it():
     assert hits >= 34
     assert stats.ratio([1.0, 1.0], [4.0, 4.0]) == (0.25, 0.25, 0.25)
     for top, bottom in (([1.0], [1.0, 2.0]), ([], []), ([1.0, 2.0], [1.0, -1.0])):
-        with pytest.raises(BadInput, match="expected as many"):
+        with pytest.raises(BadInput, match="expected equal numbers"):
             stats.ratio(top, bottom)
 
 

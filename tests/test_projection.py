@@ -341,6 +341,6 @@ def test_what_cannot_be_baked_is_named():
 
 def test_the_card_names_ranks():
     card = model_card(None, {}, base="b", ranks={"resid.3": 2})
-    assert "| resid.3 | a subspace of rank 2 |" in card
+    assert "| resid.3 | subspace of rank 2 |" in card
     assert "Directions that carry the suspect's backdoor" in card
     assert "Features of sparse autoencoders that carry" in model_card(None, {"resid.1": [3]}, base="b")

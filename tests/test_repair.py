@@ -113,7 +113,7 @@ def test_a_repair_that_falls_short_keeps_its_report_and_strict_tells_a_script(fo
     assert read_json(tmp_path / "out" / "result.json")["verdict"]["label"] == "backdoor found, not removed"
     [left, advice, *_] = read_json(tmp_path / "out" / "report.json")["summary"]["next"]
     assert re.search(r"^Not met: the edit stops the payload: 1 instead of at most 0\.01; ", left)
-    assert "--attempts 2" in advice
+    assert "--attempts to 2" in advice
 
 
 def test_a_repair_goes_on_after_a_kill(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

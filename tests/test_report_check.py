@@ -133,7 +133,7 @@ def test_a_report_is_written_beside_its_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (None, "does not exist"),
+        (None, "no record to render"),
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[1]", "report is [1]; expected an object"),
