@@ -67,6 +67,8 @@ def repairs(organisms: dict[str, Any]) -> list[str]:
 def baselines(organisms: dict[str, Any]) -> list[str]:
     """One line an organism: payload left, skill and KL of the edit and of every other repair."""
     known = {name: row for name, row in organisms.items() if row["baselines"]}
+    if not known:
+        return []
     lines = [f"| organism | edit | {' | '.join(OTHERS.values())} |", "|---" * (len(OTHERS) + 2) + "|"]
     for name, row in known.items():
         f = figures_of(row)

@@ -95,8 +95,8 @@ def graph(record: Record) -> Markup:
     for (place, role), members in cells.items():
         first = starts[role] + (widths[role] - STEP * (len(members) - 1)) / 2
         for k, i in enumerate(members):
-            where[i] = first + STEP * k, TOP + ROW * (len(places) - places.index(place))
-    out = (LEFT + at) / 2, float(TOP - 14)
+            where[i] = float(first + STEP * k), float(TOP + ROW * (len(places) - places.index(place)))
+    out = (LEFT + at) / 2.0, float(TOP - 14)
     parts = [
         el("text", place, x=LEFT - 12, y=TOP + ROW * (len(places) - row) + 4, text_anchor="end")
         for row, place in enumerate(places)
@@ -110,7 +110,7 @@ def graph(record: Record) -> Markup:
     largest = max((abs(edge["weight"]) for edge in edges), default=1.0) or 1.0
     parts += [link(edge, where, out, largest, nodes) for edge in reversed(edges)]
     most = max(abs(node["effect"]) for node in nodes) or 1.0
-    parts += [dot(node, i, where[i], most) for i, node in enumerate(nodes)]
+    parts += [dot(node, where[i], most) for i, node in enumerate(nodes)]
     parts.append(
         el("path", d=svg.MARK_PATHS["diamond"], transform=f"translate({out[0]:.1f} {out[1]:.1f})", class_="node out")
     )
@@ -166,7 +166,7 @@ def link(
     )
 
 
-def dot(node: Record, i: int, place: tuple[float, float], most: float) -> Markup:
+def dot(node: Record, place: tuple[float, float], most: float) -> Markup:
     """A node that links to its row of the table."""
     size = 0.55 + 0.75 * (abs(node["effect"]) / most) ** 0.5
     shape = svg.MARK_PATHS[MARKS[node["kind"]]]
