@@ -200,8 +200,8 @@ def faithful_block(record: Record) -> Block:
             )
             curves.append(Curve(one["name"], shade(number, 0, max(1, len(known) - 1)), dots, dots))
         if curves:
-            x = axis([d.x for c in curves for d in c.dots], "nodes", log=True)
-            y = axis([0.0, 1.0, *(d.y for c in curves for d in c.dots)], "share")
+            x = axis([float(d.x) for c in curves for d in c.dots], "nodes", log=True)
+            y = axis([0.0, 1.0, *(float(d.y) for c in curves for d in c.dots)], "share")
             drawings += [(title, part) for part in charts(curves, x, y, title=title, name=key, width=WIDE)]
     for one in known:
         for p in one["points"]:
