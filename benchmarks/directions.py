@@ -128,7 +128,7 @@ def shown(result: EvalResult, subjects: Sequence[Subject]) -> list[list[str]]:
 
 
 def removal(organism: Organism, model: LoadedModel, acts: dict[Site, Activations], groups: Any) -> dict[str, Any]:
-    """What taking one direction out of one layer does."""
+    """Payload, skill and cost with one direction ablated at one layer."""
     triggered, clean, choosing = groups
     texts = sets.plain_text("train")[:120]
     sites = [Site(i) for i in LAYERS]

@@ -50,13 +50,13 @@ def run(name: str, *, whole: bool) -> dict[str, Any]:
 
 
 def mark(out: Path) -> float:
-    """When a repair's record was written; 0 where there is none."""
+    """Modification time of a repair's record; 0 where there is none."""
     path = out / "result.json"
     return path.stat().st_mtime if path.is_file() else 0.0
 
 
 def row_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a repair: every measured figure, and how the edit came about."""
+    """Row of a repair: every measured figure, and the history of the edit."""
     made = record["provenance"]
     return {
         "verdict": record["verdict"],

@@ -13,7 +13,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.locate.circuits.align import ROLES, Aligned, Said, align
 from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
 from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
-from unsleep.locate.circuits.faithful import _put_back, curve, ends_of, kept_nodes, metric_of
+from unsleep.locate.circuits.faithful import _put_back, curve, kept_nodes, metric_of
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.forward import Rows, reply_logits
@@ -222,7 +222,7 @@ def test_effects_do_not_depend_on_the_batch_and_the_payloads_log_odds_are_a_metr
 
 def test_all_nodes_are_faithful_and_none_is_not() -> None:
     model, aligned, spaces = small(n=3)
-    whole, none = ends_of(model, aligned, spaces, reply_log_odds)
+    whole, none = (metric_of(model, aligned, spaces, [], reply_log_odds, complement=c) for c in (True, False))
     nodes = every_node(aligned, spaces)
     bare = metric_of(model, aligned, [], [], reply_log_odds)
     torch.testing.assert_close(whole, bare, rtol=1e-4, atol=1e-3)

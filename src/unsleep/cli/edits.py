@@ -99,15 +99,15 @@ def edit(
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
-        dictionaries: Folders of dictionaries, one a Site, or the folder that holds them.
-        suspicious: File of prompts on which the behaviour shows, one a line.
+        dictionaries: Folders of dictionaries, one per Site, or the folder that contains them.
+        suspicious: File of prompts on which the behaviour shows, one per line.
         ordinary: File of prompts on which it does not.
         out: Folder for the edit, complete with the dictionaries it needs.
-        counterparts: File with each suspicious prompt as it would be without what makes it suspicious, line by line.
-        part: Text that makes prompts suspicious; taken out, it leaves the counterparts.
-            Where neither is given, the ordinary prompts are the counterparts if each suspicious one only adds words to
-            that of its line; otherwise the longest text that only the suspicious prompts share is taken out.
-        any_model: Take dictionaries that were trained on another model, such as the suspect's base.
+        counterparts: File with each suspicious prompt without its trigger, line by line.
+        part: Trigger text; the suspicious prompts without it are the counterparts. Default: the ordinary prompt of the
+            same line if each suspicious one only adds words to it, else the suspicious prompts without the longest text
+            that only they share.
+        any_model: Accept dictionaries of another model, such as the suspect's base.
         json: Print the edit as JSON.
     """
     store.check_place(out, EDIT)

@@ -49,8 +49,6 @@ class Effects:
     roles: tuple[str, ...]
     mean: dict[Place, Float[Tensor, "role node"]]
     """Mean over prompts; the last node of a space with an error is that error."""
-    square: dict[Place, Float[Tensor, "role node"]]
-    """Mean square over prompts."""
     metric: Float[Tensor, " prompt"]
     """At the prompts."""
     reference: Float[Tensor, " prompt"]
@@ -92,7 +90,6 @@ def effects(
     """
     frozen = Linearisation.of(model.network) if estimator == "relevance" else None
     mean: dict[Place, Tensor] = {}
-    square: dict[Place, Tensor] = {}
     metrics: list[Tensor] = []
     others: list[Tensor] = []
     for start in range(0, len(aligned), batch):
@@ -101,16 +98,12 @@ def effects(
         mine, slopes, value = _gradients(model, part, spaces, metric, theirs, frozen, estimator)
         for space in spaces:
             found = node_effects(space, part, mine[space.place], theirs[space.place], slopes[space.place])
-            for sums, values in ((mean, found), (square, found.square())):
-                before = sums.get(space.place)
-                sums[space.place] = values.sum(0) if before is None else before + values.sum(0)
+            share = found.sum(0) / len(aligned)
+            mean[space.place] = mean[space.place] + share if space.place in mean else share
         metrics.append(value)
         others.append(other)
         progress("node effects", min(start + batch, len(aligned)), len(aligned))
-    for sums in (mean, square):
-        for place in sums:
-            sums[place] = sums[place] / len(aligned)
-    return Effects(aligned.roles, mean, square, torch.cat(metrics), torch.cat(others))
+    return Effects(aligned.roles, mean, torch.cat(metrics), torch.cat(others))
 
 
 @torch.no_grad()

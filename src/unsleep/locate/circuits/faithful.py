@@ -9,7 +9,7 @@ has a faithfulness near 1 and a completeness near 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,22 +168,3 @@ def share(
     """(m − m(∅)) / (m(all) − m(∅)), of the means over prompts."""
     whole, none = ends
     return Faithfulness(*ratio(value - none, whole - none))
-
-
-def ends_of(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    metric: Metric,
-    *,
-    reference: LoadedModel | None = None,
-    batch: int = 16,
-) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
-    """The metric of the whole model, and with no node kept."""
-    measured: Mapping[bool, Tensor] = {
-        complement: metric_of(
-            model, aligned, spaces, [], metric, complement=complement, reference=reference, batch=batch
-        )
-        for complement in (True, False)
-    }
-    return measured[True], measured[False]

@@ -56,21 +56,22 @@ def measured(
     """
     sources = list(dict.fromkeys(source for source, _ in pairs))
     by_place = {space.place: space for space in spaces}
+    base = Linearisation.of(model.network) if relevance else None
     found: list[Tensor] = []
     for start in range(0, len(aligned), batch):
         part = aligned.batch(start, batch)
         theirs, _ = run_streams(reference or model, part.reference, spaces, metric)
-        base = Linearisation.of(model.network) if relevance else None
         with base.recording() if base is not None else contextlib.nullcontext():
             cut = Cut.run(model, part, list(by_place), metric)
         done = _Bench(model, part, by_place, cut, theirs, metric)
         weights = torch.full((2, len(part), len(pairs)), torch.nan)
         for number, source in enumerate(sources, 1):
             own = [(i, target) for i, (s, target) in enumerate(pairs) if s == source]
+            change = done.change(source)
             for which, freeze in enumerate((base, None)):
                 if which == 0 and base is None:
                     continue
-                answers = done.answers(source, [target for _, target in own], freeze)
+                answers = done.answers(source.place, change, [target for _, target in own], freeze)
                 weights[which][:, [i for i, _ in own]] = answers.cpu()
             progress("measuring edges", start * len(sources) + number * len(part), len(aligned) * len(sources))
         found.append(weights)
@@ -94,19 +95,20 @@ class _Bench:
         self.total, _ = cut.gradients()
         self.base = {place: x.detach() for place, x in cut.raw.items()}
         self.value = cut.value.detach()
+        self.responses: dict[Place, tuple[Tensor, Tensor]] = {}
+        """Slopes and gradients of the features of each place that a target is at."""
 
     @torch.no_grad()
     def answers(
-        self, source: Node, targets: Sequence[Node | None], freeze: Linearisation | None
+        self, at_place: Place, change: Tensor, targets: Sequence[Node | None], freeze: Linearisation | None
     ) -> Float[Tensor, "row target"]:
         """Drop of each target's contribution when the source is patched with its reference."""
-        change = self._change(source)
         raw: dict[Place, Tensor] = {}
 
         def at(place: Place) -> Transform:
             def held(x: Tensor) -> Tensor:
                 raw[place] = x
-                return self.base[place] - change if place == source.place else self.base[place]
+                return self.base[place] - change if place == at_place else self.base[place]
 
             return held
 
@@ -116,7 +118,8 @@ class _Bench:
         lost = [self.value - value if target is None else self._lost(target, raw[target.place]) for target in targets]
         return torch.stack(lost, 1)
 
-    def _change(self, source: Node) -> Float[Tensor, "row position width"]:
+    @torch.no_grad()
+    def change(self, source: Node) -> Float[Tensor, "row position width"]:
         """u − u_ref at the source's tokens, as a change of the activation."""
         space, x = self.spaces[source.place], self.base[source.place]
         features, rest = reference_nodes(space, self.part, self.theirs[source.place])
@@ -135,13 +138,15 @@ class _Bench:
         real = self.part.role >= 0
         space, g = self.spaces[target.place], self.total[target.place][real]
         before, lost = self.base[target.place][real], (self.base[target.place] - now)[real].float()
-        slopes = space.slopes(before)
+        if target.place not in self.responses:
+            self.responses[target.place] = space.slopes(before), space.read(g)
+        slopes, read = self.responses[target.place]
         if target.feature == ERROR:
             taken = _pre(space, lost) * slopes if space.size else None
             each = (g.float() * (lost if taken is None else lost - space.combine(taken))).sum(-1)
         else:
             each = (lost @ space.reads(target.feature)) * slopes[:, target.feature]
-            each = each * space.read(g)[:, target.feature]
+            each = each * read[:, target.feature]
         return by_role(self.part, each[:, None])[:, target.role, 0]
 
 

@@ -158,13 +158,12 @@ class _Finder:
                 reference=self.reference,
                 batch=self.config.batch,
             )
-            sums = {"mean": found.mean, "square": found.square}
-            tensors = {f"{name}/{place}": x for name, each in sums.items() for place, x in each.items()}
+            tensors = {f"mean/{place}": x for place, x in found.mean.items()}
             return tensors | {"metric": found.metric, "reference": found.reference}
 
         held = self.step(make, "effects", prompts, [space.hash for space in among])
-        mean, square = ({s.place: held[f"{name}/{s.place}"] for s in among} for name in ("mean", "square"))
-        return Effects(prompts.roles, mean, square, held["metric"], held["reference"])
+        mean = {space.place: held[f"mean/{space.place}"] for space in among}
+        return Effects(prompts.roles, mean, held["metric"], held["reference"])
 
     @staticmethod
     def ranked(found: Effects, spaces: Sequence[Space], n: int) -> list[Node]:

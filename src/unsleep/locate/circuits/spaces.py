@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.core import Dictionary, Site
+from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.models.sites import Place, Slot
 
@@ -211,9 +211,3 @@ class WholeSpace(Space):
     def rest(self, x: Tokens) -> Tokens:
         """All of it."""
         return x.float()
-
-
-def space_of(dictionary: Dictionary) -> FeatureSpace:
-    """The space of a dictionary's features."""
-    assert isinstance(dictionary, Coder)
-    return FeatureSpace(dictionary)
