@@ -1,0 +1,1 @@
+"""Explanations of features: statistics over text, predicates, scores, classes."""
