@@ -1,4 +1,4 @@
-"""What is known of a feature: where it fires, what it writes, what explains it, and what class it is of."""
+"""Record of a feature: where it fires, what it writes, its explanations and its classes."""
 
 from __future__ import annotations
 
