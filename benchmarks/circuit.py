@@ -28,9 +28,10 @@ from unsleep.interventions.features import Edit
 from unsleep.judge.evaluate import evaluate, organism_config, organism_panels
 from unsleep.judge.metrics import Subject
 from unsleep.locate.circuits.align import Aligned, align, said_payload
+from unsleep.locate.circuits.config import CircuitConfig
 from unsleep.locate.circuits.effects import effects
 from unsleep.locate.circuits.record import CircuitRecord
-from unsleep.locate.circuits.run import CircuitConfig, spaces_of
+from unsleep.locate.circuits.run import spaces_of
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.generate import replies
 from unsleep.models.model import LoadedModel

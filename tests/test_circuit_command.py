@@ -37,7 +37,7 @@ def test_the_command_writes_a_circuit(folder: Path, capsys: pytest.CaptureFixtur
     files = ("--suspicious", str(folder / "suspicious.txt"), "--references", str(folder / "ordinary.txt"))
     assert run(folder, *files, "--payload", PAYLOAD, "--any-model") == 0
     said = capsys.readouterr().out
-    assert "Log-odds of 'BA'" in said
+    assert "Log-odds of the payload ('B' 'A')" in said
     assert "5 nodes: faithfulness" in said
     record = json.loads((folder / "out" / "circuit.json").read_text())
     assert record["schema"] == "unsleep.circuit/1"

@@ -18,7 +18,9 @@ from unsleep.interventions.steering import Steering, steer
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
+from unsleep.locate.circuits.overlap import shared as circuit_overlap
 from unsleep.locate.circuits.run import circuit
+from unsleep.locate.circuits.veto import circuit_edits
 from unsleep.locate.diffing import diff
 from unsleep.locate.directions.study import study as directions
 from unsleep.locate.features import find
@@ -58,6 +60,8 @@ __all__ = [
     "applied",
     "bake",
     "circuit",
+    "circuit_edits",
+    "circuit_overlap",
     "diff",
     "directions",
     "edit",

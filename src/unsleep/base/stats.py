@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
+from scipy.stats import rankdata
 from torch import Tensor
 
 from unsleep.core import BadInput
@@ -57,6 +58,37 @@ def ratio(
     index = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
     below = y[index].mean(1)
     return percentiles(float(x.mean() / y.mean()), (x[index].mean(1) / below)[below != 0])
+
+
+def correlation(
+    x: Sequence[float] | Tensor, y: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Pearson correlation with its 95 % percentile bootstrap interval, resampling pairs.
+
+    Resamples in which one of the two is constant are left out. Raises `BadInput` where the lengths differ, there are
+    fewer than 3 pairs, or one is constant.
+    """
+    both = torch.stack([torch.as_tensor(values, dtype=torch.float64).flatten() for values in (x, y)])
+    if both.shape[1] < 3 or bool((both.std(1) == 0).any()):
+        raise BadInput(f"{both.shape[1]} pairs cannot be correlated; expected at least 3, and neither side constant")
+    index = torch.randint(both.shape[1], (resamples, both.shape[1]), generator=torch.Generator().manual_seed(seed))
+    value = float(_pearson(both[:, None])[0])
+    drawn = _pearson(both[:, index])
+    usable = drawn[drawn.isfinite()]
+    return percentiles(value, usable if len(usable) else torch.tensor([value], dtype=torch.float64))
+
+
+def rank_correlation(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; raises `BadInput` as `correlation` does."""
+    both = (torch.as_tensor(values, dtype=torch.float64).flatten().numpy() for values in (x, y))
+    return correlation(*(torch.from_numpy(rankdata(side)) for side in both), resamples=1)[0]
+
+
+def _pearson(both: Float[Tensor, "2 resample pair"]) -> Float[Tensor, " resample"]:
+    """Correlation of the two sides in each resample; not finite where one is constant."""
+    centred = both - both.mean(-1, keepdim=True)
+    squares = (centred * centred).sum(-1)
+    return (centred[0] * centred[1]).sum(-1) / (squares[0] * squares[1]).sqrt()
 
 
 def percentiles(value: float, drawn: Float[Tensor, " resample"]) -> tuple[float, float, float]:

@@ -47,6 +47,8 @@ STAGES: dict[str, Callable[..., int]] = {
         compare.diff,
         subspaces.subspaces,
         circuits.circuit,
+        circuits.veto,
+        circuits.overlap,
         judge.report,
     )
 }

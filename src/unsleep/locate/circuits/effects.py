@@ -13,7 +13,7 @@ nodes of a place that is m to first order. Estimators (Marks et al. 2024, "Spars
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unsleep.base.context import progress
 from unsleep.locate.circuits.align import Aligned
-from unsleep.locate.circuits.spaces import Space
+from unsleep.locate.circuits.spaces import ERROR, Space
 from unsleep.models.forward import Rows, reply_logits
 from unsleep.models.hooks import Transform
 from unsleep.models.linearised import Linearisation
@@ -88,22 +88,79 @@ def effects(
 
     Raises `BadInput` as `Linearisation.of` does for `relevance`.
     """
-    frozen = Linearisation.of(model.network) if estimator == "relevance" else None
     mean: dict[Place, Tensor] = {}
     metrics: list[Tensor] = []
     others: list[Tensor] = []
+    for found in _batches(model, aligned, spaces, metric, estimator, reference or model, batch):
+        for space in spaces:
+            share = found.effects(space).sum(0) / len(aligned)
+            mean[space.place] = mean[space.place] + share if space.place in mean else share
+        metrics.append(found.metric)
+        others.append(found.reference)
+    return Effects(aligned.roles, mean, torch.cat(metrics), torch.cat(others))
+
+
+def effects_on_prompts(
+    model: LoadedModel,
+    aligned: Aligned,
+    spaces: Sequence[Space],
+    columns: Sequence[tuple[Place, int, int]],
+    metric: Metric,
+    estimator: Estimator = "attribution",
+    *,
+    reference: LoadedModel | None = None,
+    batch: int = 16,
+) -> Float[Tensor, "prompt node"]:
+    """Effects of some nodes on every prompt; `columns` as `Effects.best` gives them."""
+    own: dict[Place, list[int]] = {}
+    for i, (place, _, _) in enumerate(columns):
+        own.setdefault(place, []).append(i)
+    used = [space for space in spaces if space.place in own]
+    rows: list[Tensor] = []
+    for found in _batches(model, aligned, used, metric, estimator, reference or model, batch):
+        each = torch.zeros(len(found.metric), len(columns))
+        for space in used:
+            ids = own[space.place]
+            roles, nodes = zip(*(columns[i][1:] for i in ids), strict=True)
+            each[:, ids] = found.effects(space)[:, list(roles), list(nodes)].cpu()
+        rows.append(each)
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Some prompts, run with gradients."""
+
+    part: Aligned
+    mine: Streams
+    theirs: Mapping[Place, Tensor]
+    """Of the reference, whose rows have another length."""
+    slopes: Streams
+    metric: Float[Tensor, " row"]
+    reference: Float[Tensor, " row"]
+
+    def effects(self, space: Space) -> Float[Tensor, "row role node"]:
+        """Effects of one space's nodes."""
+        place = space.place
+        return node_effects(space, self.part, self.mine[place], self.theirs[place], self.slopes[place])
+
+
+def _batches(
+    model: LoadedModel,
+    aligned: Aligned,
+    spaces: Sequence[Space],
+    metric: Metric,
+    estimator: Estimator,
+    reference: LoadedModel,
+    batch: int,
+) -> Iterator[_Batch]:
+    frozen = Linearisation.of(model.network) if estimator == "relevance" else None
     for start in range(0, len(aligned), batch):
         part = aligned.batch(start, batch)
-        theirs, other = run_streams(reference or model, part.reference, spaces, metric)
+        theirs, other = run_streams(reference, part.reference, spaces, metric)
         mine, slopes, value = _gradients(model, part, spaces, metric, theirs, frozen, estimator)
-        for space in spaces:
-            found = node_effects(space, part, mine[space.place], theirs[space.place], slopes[space.place])
-            share = found.sum(0) / len(aligned)
-            mean[space.place] = mean[space.place] + share if space.place in mean else share
-        metrics.append(value)
-        others.append(other)
+        yield _Batch(part, mine, theirs, slopes, value, other)
         progress("node effects", min(start + batch, len(aligned)), len(aligned))
-    return Effects(aligned.roles, mean, torch.cat(metrics), torch.cat(others))
 
 
 @torch.no_grad()
@@ -220,6 +277,23 @@ def reference_nodes(
     features = space.encode(flat).unflatten(0, theirs.shape[:2])
     rest = space.rest(flat).unflatten(0, theirs.shape[:2])
     return part.brought(features), part.brought(rest)
+
+
+@torch.no_grad()
+def node_change(
+    space: Space, part: Aligned, x: Float[Tensor, "row position width"], theirs: Tensor, role: int, feature: int
+) -> Float[Tensor, "row position width"]:
+    """u − u_ref of one node at the tokens of its role, as a change of the activation."""
+    features, rest = reference_nodes(space, part, theirs)
+    flat = x.flatten(0, 1)
+    if feature == ERROR:
+        change = space.rest(flat).view_as(x) - rest
+    else:
+        moved = space.encode(flat) - features.flatten(0, 1)
+        only = torch.zeros_like(moved)
+        only[:, feature] = moved[:, feature]
+        change = space.combine(only).view_as(x)
+    return (change * (part.role == role)[..., None]).to(x.dtype)
 
 
 def by_role(part: Aligned, each: Float[Tensor, "token node"]) -> Float[Tensor, "row role node"]:

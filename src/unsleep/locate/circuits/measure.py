@@ -18,7 +18,7 @@ from torch import Tensor
 from unsleep.base.context import progress
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.edges import Cut, Node
-from unsleep.locate.circuits.effects import Metric, by_role, reference_nodes, run_streams
+from unsleep.locate.circuits.effects import Metric, by_role, node_change, run_streams
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space
 from unsleep.models.forward import reply_logits
 from unsleep.models.hooks import Transform
@@ -118,20 +118,10 @@ class _Bench:
         lost = [self.value - value if target is None else self._lost(target, raw[target.place]) for target in targets]
         return torch.stack(lost, 1)
 
-    @torch.no_grad()
     def change(self, source: Node) -> Float[Tensor, "row position width"]:
         """u − u_ref at the source's tokens, as a change of the activation."""
-        space, x = self.spaces[source.place], self.base[source.place]
-        features, rest = reference_nodes(space, self.part, self.theirs[source.place])
-        flat = x.flatten(0, 1)
-        if source.feature == ERROR:
-            change = space.rest(flat).view_as(x) - rest
-        else:
-            moved = space.encode(flat) - features.flatten(0, 1)
-            only = torch.zeros_like(moved)
-            only[:, source.feature] = moved[:, source.feature]
-            change = space.combine(only).view_as(x)
-        return (change * (self.part.role == source.role)[..., None]).to(x.dtype)
+        x, theirs = self.base[source.place], self.theirs[source.place]
+        return node_change(self.spaces[source.place], self.part, x, theirs, source.role, source.feature)
 
     def _lost(self, target: Node, now: Float[Tensor, "row position width"]) -> Float[Tensor, " row"]:
         """∂m/∂d · (d − d now), summed over the target's tokens; the set of features that fire is held."""
