@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.circuits import difference, every_node, small
 from support.suspects import base
-from test_circuits import difference, every_node, small
 from unsleep.core import BadInput, Site
 from unsleep.locate.circuits.edges import edges
 from unsleep.locate.circuits.effects import effects, effects_on_prompts

@@ -77,7 +77,7 @@ def exact_effects(
 def agreement(
     estimator: Estimator, estimated: Float[Tensor, " node"], exact: Float[Tensor, " node"]
 ) -> Agreement | None:
-    """How well estimates agree with exact effects; none for fewer than three nodes, or where either is constant."""
+    """Agreement of estimates with exact effects; none for fewer than three nodes, or where either is constant."""
     if len(exact) < 3 or float(estimated.std()) == 0 or float(exact.std()) == 0:
         return None
     pearson, low, high = correlation(estimated, exact)
