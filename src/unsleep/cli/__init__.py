@@ -18,6 +18,7 @@ from unsleep.cli import (
     dictionaries,
     directions,
     edits,
+    explorer,
     judge,
     organisms,
     repairs,
@@ -50,11 +51,12 @@ STAGES: dict[str, Callable[..., int]] = {
         circuits.veto,
         circuits.overlap,
         judge.report,
+        explorer.explore,
     )
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report", "explore")
 """Stages that are not resumable."""
 
 

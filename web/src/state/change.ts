@@ -1,0 +1,107 @@
+/* The change: features whose strength differs from the model's own, its proof and what is baked of it.
+
+   In the address it is `change=resid.12:345:0,mlp.3:12:0.5`: Site, feature and strength. */
+
+import { computed, signal } from "@preact/signals";
+
+import * as live from "../data/live";
+import type { Proof, Scaled } from "../data/types";
+import { message } from "./data";
+import { options, tune } from "./hash";
+
+export const LARGEST = 2;
+
+/** Strength at which a feature is pinned: it is removed. */
+const FIRST = 0;
+
+export const change = computed<readonly Scaled[]>(() => {
+  const found: Scaled[] = [];
+  for (const part of (options.value["change"] ?? "").split(",")) {
+    const [site = "", id = "", scale = ""] = part.split(":");
+    const strength = Number(scale || FIRST);
+    if (!/^(embed|(resid|attn|mlp)\.\d+)$/.test(site) || !/^\d{1,9}$/.test(id) || !Number.isFinite(strength)) continue;
+    if (found.some((one) => one.site === site && one.id === Number(id))) continue;
+    found.push({ site, id: Number(id), scale: Math.min(LARGEST, Math.max(0, strength)) });
+  }
+  return found;
+});
+
+const text = (features: readonly Scaled[]): string =>
+  features.map(({ site, id, scale }) => `${site}:${id}:${Number(scale.toFixed(3))}`).join(",");
+
+/** The change as one text, equal for equal changes. */
+export const identity = computed(() => text([...change.value].sort((a, b) => a.site.localeCompare(b.site) || a.id - b.id)));
+
+function set(features: readonly Scaled[]): void {
+  tune({ change: text(features) });
+}
+
+export const isPinned = (site: string, id: number): boolean => change.value.some((one) => one.site === site && one.id === id);
+
+export function pin(site: string, id: number, scale = FIRST): void {
+  if (!isPinned(site, id)) set([...change.value, { site, id, scale }]);
+}
+
+export function unpin(site: string, id: number): void {
+  set(change.value.filter((one) => one.site !== site || one.id !== id));
+}
+
+export const flip = (site: string, id: number): void => (isPinned(site, id) ? unpin(site, id) : pin(site, id));
+
+export function strengthen(site: string, id: number, scale: number): void {
+  set(change.value.map((one) => (one.site === site && one.id === id ? { ...one, scale } : one)));
+}
+
+export const clear = (): void => set([]);
+
+/** Work of the server: a proof or a bake. */
+export interface Work {
+  stage: string;
+  done: number;
+  total: number;
+}
+
+export const working = signal<Work | null>(null);
+/** The last proof and the change that it is of. */
+export const proof = signal<{ of: string; found: Proof } | null>(null);
+export const baked = signal<{ of: string; path: string } | null>(null);
+export const trouble = signal("");
+
+export const isProven = computed(() => proof.value !== null && proof.value.of === identity.value);
+
+let running: AbortController | null = null;
+
+async function work<T>(task: (progress: live.Progress, signal: AbortSignal) => Promise<T>): Promise<T | null> {
+  running?.abort();
+  const own = (running = new AbortController());
+  trouble.value = "";
+  working.value = { stage: "starting", done: 0, total: 0 };
+  try {
+    return await task((stage, done, total) => (working.value = { stage, done, total }), own.signal);
+  } catch (error) {
+    if (!own.signal.aborted) trouble.value = message(error);
+    return null;
+  } finally {
+    if (running === own) {
+      running = null;
+      working.value = null;
+    }
+  }
+}
+
+export async function prove(): Promise<void> {
+  const of = identity.value;
+  const found = await work((progress, signal) => live.proof([...change.value], progress, signal));
+  if (found) proof.value = { of, found };
+}
+
+export async function bake(name: string): Promise<void> {
+  const of = identity.value;
+  const found = await work((progress, signal) => live.bake([...change.value], name, progress, signal));
+  if (found) baked.value = { of, path: found.path };
+}
+
+export function stop(): void {
+  running?.abort();
+  void live.cancel().catch(() => undefined);
+}

@@ -1,0 +1,162 @@
+/* The change, at the bottom of every view: pinned features with their strengths, the proof on held-out prompts, and the
+   bake of what was proven. */
+
+import { signal } from "@preact/signals";
+import type { JSX } from "preact";
+import { useEffect, useState } from "preact/hooks";
+
+import { counted, decimals, short, signed, visible } from "../base/text";
+import type { Interval, Proof, Row, Words } from "../data/types";
+import { Lanes } from "../parts/lanes";
+import { Icon } from "../parts/marks";
+import { Strength } from "../parts/strength";
+import { bake, baked, change, clear, identity, isProven, proof, prove, stop, strengthen, trouble, unpin, working } from "../state/change";
+import { entryAt, isLive, labelOf, list, manifest, session } from "../state/data";
+import { link } from "../state/hash";
+
+const opened = signal(false);
+
+export function Tray(): JSX.Element | null {
+  const features = change.value;
+  const sites = [...new Set(features.map((one) => one.site))].join();
+  useEffect(() => {
+    for (const site of sites.split(",")) {
+      const entry = entryAt(site);
+      if (entry) list(entry.key).catch(() => undefined);
+    }
+  }, [sites]);
+  if (features.length === 0) return null;
+  return (
+    <aside class={opened.value ? "tray open" : "tray"} aria-label="Change">
+      <div class="tray-bar">
+        <button type="button" class="tray-title" aria-expanded={opened.value} onClick={() => (opened.value = !opened.value)}>
+          <Icon name={opened.value ? "down" : "up"} /> <b>Change</b> <span>{counted(features.length, "feature")}</span>
+        </button>
+        {!opened.value && (
+          <ul class="tray-names">
+            {features.slice(0, 4).map(({ site, id, scale }) => (
+              <li class="chip text">{site} {id} <b>× {scale}</b></li>
+            ))}
+            {features.length > 4 && <li class="chip">+ {features.length - 4}</li>}
+          </ul>
+        )}
+        <Action />
+      </div>
+      {opened.value && (
+        <div class="tray-body">
+          <ul class="tray-features">
+            {features.map(({ site, id, scale }) => {
+              const entry = entryAt(site);
+              const label = labelOf(entry, id);
+              return (
+                <li key={`${site}:${id}`}>
+                  <span class="line-text">
+                    {entry
+                      ? <a class="ellipsis text" href={link({ view: "features", key: entry.key, feature: id })}>{short(label, 70) || `feature ${id}`}</a>
+                      : <span>feature {id}</span>}
+                    <small>{site} · {id}</small>
+                  </span>
+                  <Strength scale={scale} name={`feature ${id} at ${site}`} set={(x) => strengthen(site, id, x)} />
+                  <button type="button" class="quiet" aria-label={`Take feature ${id} at ${site} out`} title="Take it out" onClick={() => unpin(site, id)}><Icon name="close" /></button>
+                </li>
+              );
+            })}
+          </ul>
+          <p class="buttons">
+            <a class="plain" href={link({ view: "chat" })}>Watch the model change</a>
+            <button type="button" class="quiet" onClick={clear}>Empty the change</button>
+          </p>
+          <Outcome />
+        </div>
+      )}
+    </aside>
+  );
+}
+
+/** The one next step: prove, then bake. */
+function Action(): JSX.Element {
+  const work = working.value;
+  if (!isLive.value) return <small class="tray-note">Open it with <code>unsleep serve</code> to prove and bake it.</small>;
+  if (work) {
+    return (
+      <span class="tray-work" role="status">
+        <progress {...(work.total > 0 ? { value: work.done, max: work.total } : {})} aria-label={work.stage} />
+        <small class="text">{short(work.stage, 40)}{work.total > 0 && ` ${work.done} of ${work.total}`}</small>
+        <button type="button" class="plain" onClick={stop}>Stop</button>
+      </span>
+    );
+  }
+  if (isProven.value) return <Bake />;
+  const able = session.value?.can_prove === true;
+  return (
+    <span class="tray-work">
+      {!able && <small class="tray-note">No held-out prompts are known to the server.</small>}
+      <button type="button" class="main" disabled={!able} onClick={() => { opened.value = true; void prove(); }}>Prove on held-out prompts</button>
+    </span>
+  );
+}
+
+function Bake(): JSX.Element {
+  const [name, setName] = useState("cleaned");
+  const done = baked.value?.of === identity.value ? baked.value.path : "";
+  if (done) return <span class="tray-note" role="status"><Icon name="good" /> Baked into <code class="text">{visible(done)}</code></span>;
+  return (
+    <form class="tray-work" onSubmit={(event) => { event.preventDefault(); void bake(name.trim()); }}>
+      <label><span class="hide">Name of the checkpoint</span><input value={name} onInput={(event) => setName(event.currentTarget.value)} pattern="[A-Za-z0-9][A-Za-z0-9._\-]*" title="Letters, digits, dots and dashes" required /></label>
+      <button type="submit" class="main">Bake</button>
+    </form>
+  );
+}
+
+function Outcome(): JSX.Element | null {
+  const held = proof.value;
+  const words = manifest.value?.words;
+  if (trouble.value) return <p class="trouble" role="alert">{visible(trouble.value)}</p>;
+  if (!held || !words) return null;
+  const stale = held.of !== identity.value;
+  return (
+    <section class={stale ? "proof stale" : "proof"} aria-label="Proof">
+      <h3>On held-out prompts</h3>
+      {stale && <p class="next">The change is not the one that was proven; prove it again before it is baked.</p>}
+      <Effect proof={held.found} />
+      <div class="effects">{facets(held.found.rows, words).map((rows) => <Lanes rows={rows} words={words} />)}</div>
+    </section>
+  );
+}
+
+function facets(rows: readonly Row[], words: Words): Row[][] {
+  const groups = new Map<string, Row[]>();
+  for (const row of rows) groups.set(`${row.panel}/${row.metric}`, [...(groups.get(`${row.panel}/${row.metric}`) ?? []), row]);
+  const subjects = Object.keys(words.subjects);
+  return [...groups.values()].map((own) => own.sort((a, b) => subjects.indexOf(a.subject) - subjects.indexOf(b.subject)));
+}
+
+const interval = (x: number | Interval): Interval => (typeof x === "number" ? { value: x, low: x, high: x } : x);
+
+/** The measured effect beside the predicted one. */
+function Effect({ proof: found }: { proof: Proof }): JSX.Element {
+  const bars = [
+    { name: "predicted", at: interval(found.predicted.payload_log_odds), colour: "minus-bar" },
+    { name: "measured", at: interval(found.measured.payload_log_odds), colour: "" },
+  ];
+  const reach = Math.max(1e-9, ...bars.flatMap(({ at }) => [Math.abs(at.low), Math.abs(at.high)]));
+  const across = (x: number): number => 50 + (46 * x) / reach;
+  return (
+    <dl class="effect">
+      {bars.map(({ name, at }) => (
+        <div>
+          <dt>{name}</dt>
+          <dd>
+            <svg class="effect-bar" role="img" aria-label={`${name}: ${signed(at.value)} nats`}>
+              <line class="grid" x1="50%" x2="50%" y1="0" y2="100%" />
+              <rect class={at.value < 0 ? "fill-minus" : "fill-plus"} x={`${Math.min(50, across(at.value))}%`} width={`${Math.abs(across(at.value) - 50)}%`} y="25%" height="50%" />
+              {at.low < at.high && <line class="whisker-ink" x1={`${across(at.low)}%`} x2={`${across(at.high)}%`} y1="50%" y2="50%" />}
+            </svg>
+            <span class="num">{signed(at.value, 2)} nats {at.low < at.high && <small>{decimals(at.low, 2)} to {decimals(at.high, 2)}</small>}</span>
+          </dd>
+        </div>
+      ))}
+      <p class="notes">Change of the payload's log-odds: by the circuit's gradient, and measured.</p>
+    </dl>
+  );
+}
