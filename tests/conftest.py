@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ from jaxtyping import install_import_hook
 install_import_hook("unsleep", "beartype.beartype")
 pytest.register_assert_rewrite("support")
 
+from support.browser import Browser, Tab, chromium  # noqa: E402
 from support.checkpoints import Hub  # noqa: E402
+from support.explorer import explorer_page  # noqa: E402
 from support.families import ATTENTION, CONFIGS  # noqa: E402
 from support.models import build  # noqa: E402
 from support.tokenizers import byte_tokenizer  # noqa: E402
@@ -60,3 +62,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return Hub(tmp_path / "hub")
+
+
+@pytest.fixture(scope="module")
+def explorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An explorer folder."""
+    return explorer_page(tmp_path_factory.mktemp("explorer"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture
+def tab(browser: Browser) -> Iterator[Tab]:
+    """A tab in which nothing may have gone wrong at the end."""
+    found = browser.tab()
+    yield found
+    assert found.troubles == []

@@ -59,6 +59,7 @@ class Tab:
 
     def open(self, url: str, ready: str) -> None:
         """Go to an address and wait until an expression is true."""
+        self.call("Page.navigate", url="about:blank")  # an address that differs in its hash alone loads nothing
         self.call("Page.navigate", url=url)
         self.until(ready)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from unsleep.base import records, store
 from unsleep.core import Site
@@ -17,6 +20,7 @@ from unsleep.explanations.record import (
     Interval,
     TokenWeight,
 )
+from unsleep.explorer import folder
 from unsleep.locate.circuits.faithful import CurvePoint, Faithfulness
 from unsleep.locate.circuits.record import CircuitRecord, Curve, EdgeRow, NodeKind, NodeRow
 from unsleep.models.model import Named
@@ -118,7 +122,7 @@ class FakeStatistics:
 
         def score(low: float) -> Interval:
             value = draw.uniform(low, 0.99)
-            return Interval(value, max(0, value - 0.06), min(1, value + 0.05))
+            return Interval(value, max(0.0, value - 0.06), min(1.0, value + 0.05))
 
         scores = {"detection": score(0.55), "fuzzing": score(0.5), "simulation": score(0.1), "precision": score(0.4)}
         return (Explanation(text + self.hostile, draw.choice(("predicate", "a language model")), scores),)
@@ -223,9 +227,9 @@ def _edge(draw: random.Random, source: int, target: int | None, weight: float) -
     return EdgeRow(source, target, weight, weight - reach, weight + reach, weight * 1.0005, free)
 
 
-def write_results(folder: Path, *, features: int = 300, nodes: int = 60, edges: int = 160, hostile: str = "") -> None:
+def write_results(place: Path, *, features: int = 300, nodes: int = 60, edges: int = 160, hostile: str = "") -> None:
     """A folder of results: a report, two dictionaries with statistics and a circuit."""
-    folder.mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     sample = Path(__file__).parents[1] / "data" / "report.json"
     report = store.read_json(sample)
     if hostile:
@@ -233,11 +237,19 @@ def write_results(folder: Path, *, features: int = 300, nodes: int = 60, edges: 
         report["summary"]["payload"] = hostile
         for reply in report["replies"]:
             reply["prompt"] += hostile
-    store.write_json(folder / "report.json", report)
+    store.write_json(place / "report.json", report)
     for site in ("resid.6", "mlp.3"):
-        FakeStatistics(Site.parse(site), features, hostile=hostile).save(folder / "features" / site)
-    (folder / "circuit").mkdir()
+        FakeStatistics(Site.parse(site), features, hostile=hostile).save(place / "features" / site)
+    (place / "circuit").mkdir()
     record = circuit_record(nodes, edges, features=features, hostile=hostile)
     sites = {"resid.6", "mlp.3"}
     held = {place: key for place, key in record.dictionaries.items() if place in sites}
-    records.save(replace(record, dictionaries=held), folder / "circuit" / "circuit.json")
+    records.save(replace(record, dictionaries=held), place / "circuit" / "circuit.json")
+
+
+def explorer_page(place: Path, **sizes: Any) -> Path:
+    """An explorer folder of `write_results`."""
+    write_results(place / "results", **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "load_statistics", FakeStatistics.load)
+        return folder.write(place / "results", place / "page").parent

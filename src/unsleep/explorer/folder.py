@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from unsleep.base import records, store
 from unsleep.base.context import progress
@@ -51,6 +51,7 @@ BAKED = "baked"
 STATIC = ("index.html", "app.js", "app.css")
 
 
+@runtime_checkable
 class Statistics(Protocol):
     """Statistics of the features of one dictionary (`explanations.statistics.FeatureStatistics`)."""
 
@@ -116,9 +117,9 @@ def write(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise BadInput(f"{source} is no folder; expected one with results of unsleep")
-    store.check_place(out, MANIFEST)
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise BadInput(f"{out} contains {source}; write the page beside or below it")
+    store.check_place(out, MANIFEST)
     if (out / BAKED).exists():
         raise BadInput(
             f"{out / BAKED} holds checkpoints that were baked from the page; move them before it is replaced"
@@ -155,7 +156,6 @@ def find(source: Path, out: Path) -> Found:
 def _gather(source: Path, found: Found, folder: Path) -> Manifest:
     """Write the data and the static pages; returns the manifest."""
     runs = tuple(read_run(path) for path in found.runs)
-    reports = tuple(_reports(source, found.pages, folder))
     circuits, dictionaries = list[CircuitEntry](), list[DictionaryEntry]()
     models: dict[str, Named] = {}
     for key, path in _keyed(source, found.circuits, "circuit"):
@@ -170,6 +170,7 @@ def _gather(source: Path, found: Found, folder: Path) -> Manifest:
     if len(models) > 1:
         names = ", ".join(f"{model.name} ({model.fingerprint})" for model in models.values())
         raise BadInput(f"{source} holds results of several models, {names}; explore the folder of each")
+    reports = tuple(_reports(source, found.pages, folder))
     title = text.clip(runs[0].title if runs else source.resolve().name, LABEL_LIMIT)
     return Manifest(
         title=title,
@@ -243,22 +244,38 @@ def _write_features(folder: Path, key: str, place: Path, statistics: Statistics)
     return DictionaryEntry(key, str(statistics.site), statistics.dictionary, size, statistics.tokens, CHUNK)
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Feature → its explanations."""
+
+    features: dict[int, tuple[Explanation, ...]]
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Feature → its classes."""
+
+    features: dict[int, tuple[ClassScore, ...]]
+
+
 def read_explanations(folder: Path, statistics: Statistics) -> dict[int, tuple[Explanation, ...]]:
     """Feature → its explanations in explanations.json; empty without the file."""
-    return _beside(folder, "explanations", statistics, dict[int, tuple[Explanation, ...]])
+    found = _beside(folder, "explanations", statistics)
+    with store.reading(folder / "explanations.json"):
+        return records.parsed(Explained, {"features": found}, "explanations").features
 
 
 def read_classes(folder: Path, statistics: Statistics) -> dict[int, tuple[ClassScore, ...]]:
-    """Feature → its classes in classes.json; empty without the file."""
-    found = _beside(folder, "classes", statistics, dict[int, dict[str, Any]])
-    with store.reading(folder / "classes.json"):
-        return {
-            i: records.parsed(cast("type[tuple[ClassScore, ...]]", tuple[ClassScore, ...]), row.get("classes"), f"{i}")
-            for i, row in found.items()
-        }
+    """Feature → its classes in classes.json, without their evidence; empty without the file."""
+    found = _beside(folder, "classes", statistics)
+    path = folder / "classes.json"
+    rows = {i: store.fields_of(row, {"classes": list}, f"{path}: feature {i}") for i, row in found.items()}
+    with store.reading(path):
+        kept = {"features": {i: row["classes"] for i, row in rows.items()}}
+        return records.parsed(Classified, kept, "classes").features
 
 
-def _beside(folder: Path, name: str, statistics: Statistics, kind: Any) -> Any:
+def _beside(folder: Path, name: str, statistics: Statistics) -> dict[str, Any]:
     """`features` of a record beside the statistics; raises `BadInput` where it is of another dictionary."""
     path = folder / f"{name}.json"
     if not path.is_file():
@@ -268,11 +285,10 @@ def _beside(folder: Path, name: str, statistics: Statistics, kind: Any) -> Any:
         raise BadInput.of("schema", found["schema"], f"unsleep.{name}/1", str(path))
     if found["dictionary"] != statistics.dictionary:
         raise BadInput(f"{path} is of dictionary {found['dictionary']}, the statistics of {statistics.dictionary}")
-    with store.reading(path):
-        features = records.parsed(kind, found["features"], "features")
-        unknown = [i for i in features if not 0 <= i < statistics.size]
-        if unknown:
-            raise BadInput(f"it has feature {unknown[0]}; the dictionary has {statistics.size}")
+    features = cast("dict[str, Any]", found["features"])
+    for i in features:
+        if not (i.isdecimal() and len(i) < 10 and int(i) < statistics.size):
+            raise BadInput(f"{path} has feature {i[:40]}; the dictionary has {statistics.size}")
     return features
 
 

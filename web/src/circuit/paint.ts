@@ -172,6 +172,11 @@ export function paintGround(context: CanvasRenderingContext2D, scene: Scene): vo
 export class Written {
   private readonly taken: [number, number, number, number][] = [];
 
+  /** Take a place, whatever is there. */
+  block(x: number, y: number, width: number, height: number): void {
+    this.taken.push([x, y, width, height]);
+  }
+
   /** True, and the place is taken, if nothing is there yet. */
   take(x: number, y: number, width: number, height: number): boolean {
     for (const [left, top, w, h] of this.taken) {

@@ -57,7 +57,8 @@ export interface Listener {
   hovered(hit: Hit): void;
   clicked(hit: Hit, more: boolean): void;
   opened(hit: Hit): void;
-  moved(x: number, y: number, k: number): void;
+  /** The reader moved to another part; `null` for the whole. */
+  moved(to: [number, number, number] | null): void;
 }
 
 export class Stage {
@@ -76,6 +77,8 @@ export class Stage {
   private zoomed = 0;
   private wanted: [number, number, number] | null = null;
   private placed = false;
+  /** False as long as the whole graph is fitted into the window. */
+  private isMoved = false;
 
   constructor(private readonly canvas: HTMLCanvasElement, private readonly listener: Listener) {
     const context = canvas.getContext("2d", { alpha: false });
@@ -87,11 +90,12 @@ export class Stage {
       .on("zoom", (event: { transform: ZoomTransform; sourceEvent: unknown }) => {
         if (event.transform.k !== this.transform.k) this.zoomed = performance.now();
         this.transform = event.transform;
+        if (event.sourceEvent) this.isMoved = true;
         this.request();
       })
       .on("end", () => {
         const [x, y] = this.transform.invert([this.size.width / 2, this.size.height / 2]);
-        if (this.placed) this.listener.moved(x, y, this.transform.k);
+        if (this.isMoved) listener.moved([x, y, this.transform.k]);
       });
     this.selection.call(this.behaviour).on("dblclick.zoom", null);
     canvas.addEventListener("pointermove", this.pointed);
@@ -137,6 +141,12 @@ export class Stage {
 
   /** Fit the whole graph into the window. */
   fit(): void {
+    this.isMoved = false;
+    this.listener.moved(null);
+    this.whole();
+  }
+
+  private whole(): void {
     const k = this.fitting();
     if (k === null || !this.scene) return;
     const { width, height } = this.scene.layout;
@@ -144,6 +154,7 @@ export class Stage {
   }
 
   zoomBy(factor: number): void {
+    this.isMoved = true;
     this.selection.transition().duration(still() ? 0 : 180).call(this.behaviour.scaleBy, factor);
   }
 
@@ -154,6 +165,7 @@ export class Stage {
     if (x === undefined || y === undefined || Number.isNaN(x)) return;
     const [left, top] = this.transform.apply([x, y]);
     if (left > LEFT + 30 && left < this.size.width - 30 && top > 30 && top < this.size.height - BOTTOM - 30) return;
+    this.isMoved = true;
     this.selection.transition().duration(still() ? 0 : 260).call(this.behaviour.translateTo, x, y);
   }
 
@@ -188,8 +200,9 @@ export class Stage {
 
   private place(): void {
     if (this.placed || !this.scene || this.size.width === 0) return;
+    this.isMoved = this.wanted !== null;
     if (this.wanted) this.move(...this.wanted);
-    else this.fit();
+    else this.whole();
     this.placed = true;
   }
 
@@ -202,7 +215,8 @@ export class Stage {
     this.canvas.width = Math.round(clientWidth * ratio);
     this.canvas.height = Math.round(clientHeight * ratio);
     this.sheets.clear();
-    if (this.placed) this.move(middle[0], middle[1], this.transform.k);
+    if (this.placed && this.isMoved) this.move(middle[0], middle[1], this.transform.k);
+    else if (this.placed) this.whole();
     this.place();
     this.draw();
     this.request();
@@ -216,7 +230,7 @@ export class Stage {
     this.frame = 0;
     if (!this.scene) return;
     const rests = performance.now() - this.zoomed > REST;
-    const more = this.sheets.work(this.scene, this.transform, this.size, rests, BUDGET);
+    const more = this.sheets.work(this.scene, this.transform, this.size, rests, rests ? BUDGET : BUDGET / 2);
     this.draw();
     if (more || !rests) this.request();
   };
@@ -246,20 +260,26 @@ export class Stage {
     const near = new Set<number>();
     const about = selected ?? hovered;
     if (about !== null) {
-      const own = scene.edges.filter((edge) => edge.source === about || edge.target === about);
-      paintEdges(context, scene, own.slice(0, 400).reverse(), selected === null ? 0.75 : 0.85, grown, true);
+      // Of a chosen node all edges to drawn nodes, whatever the threshold.
+      const own = (selected === null ? scene.edges : scene.graph.edges).filter(
+        ({ source, target }) => (source === about || target === about) && this.isDrawn(source) && this.isDrawn(target),
+      );
+      paintEdges(context, scene, own.slice(0, 300).reverse(), selected === null ? 0.75 : 0.85, grown, true);
       near.add(about);
       for (const edge of own) near.add(edge.source).add(edge.target);
-      const drawn = [...near].filter((i) => !Number.isNaN(scene.layout.x[i] ?? Number.NaN));
-      paintNodes(context, scene, drawn, grown);
+      paintNodes(context, scene, [...near].filter((i) => this.isDrawn(i)), grown);
     }
     const kept = [...pinned];
-    if (kept.length) paintNodes(context, scene, kept.filter((i) => !Number.isNaN(scene.layout.x[i] ?? Number.NaN)), grown);
+    if (kept.length) paintNodes(context, scene, kept.filter((i) => this.isDrawn(i)), grown);
     paintRings(context, scene, pinned, scene.colours.ink, 1.8, 2.5, grown);
     paintRings(context, scene, picked, scene.colours.accent, 2.2, 4.5, grown);
     if (hovered !== null) paintRings(context, scene, [hovered], scene.colours.muted, 1.8, 2.5, grown);
     if (selected !== null) paintRings(context, scene, [selected], scene.colours.accent, 2.5, 3.5, grown);
     return [...(selected === null ? [] : [selected]), ...(hovered === null ? [] : [hovered]), ...kept, scene.graph.output, ...near];
+  }
+
+  private isDrawn(i: number): boolean {
+    return !Number.isNaN(this.scene?.layout.x[i] ?? Number.NaN);
   }
 
   /** Labels of nodes that matter and, where there is room, of the others, largest first; none overlaps another. */
@@ -268,16 +288,22 @@ export class Stage {
     context.font = `500 12px ${scene.colours.font}`;
     context.textBaseline = "middle";
     const written = new Written();
+    // Labels keep clear of the nodes that matter, too.
+    for (const i of new Set([...first, ...scene.graph.ranked.slice(0, LEADING)])) {
+      if (!this.isDrawn(i)) continue;
+      const [left, top] = transform.apply([scene.layout.x[i] ?? 0, scene.layout.y[i] ?? 0]);
+      const reach = (scene.layout.r[i] ?? 4) * transform.k * growth(transform.k);
+      written.block(left - reach, top - reach, 2 * reach, 2 * reach);
+    }
     let rest: readonly number[] = [];
     if (this.highlight.selected === null) rest = scene.graph.ranked.slice(0, transform.k > 0.9 ? 400 : LEADING);
     let n = 0;
     const done = new Set<number>();
     for (const i of [...first, ...rest]) {
       if (n >= LABELS) return;
-      const x = scene.layout.x[i];
-      if (x === undefined || Number.isNaN(x) || done.has(i)) continue;
+      if (!this.isDrawn(i) || done.has(i)) continue;
       done.add(i);
-      const [left, top] = transform.apply([x, scene.layout.y[i] ?? 0]);
+      const [left, top] = transform.apply([scene.layout.x[i] ?? 0, scene.layout.y[i] ?? 0]);
       if (left < LEFT || left > this.size.width || top < 0 || top > this.size.height - BOTTOM) continue;
       const text = this.highlight.label(i);
       if (!text) continue;

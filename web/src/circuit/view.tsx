@@ -13,7 +13,7 @@ import { circuits, entryAt, labelOf, list, lists, message } from "../state/data"
 import { asNumber, key, options, show as showPlace, tune } from "../state/hash";
 import { dark } from "../state/theme";
 import { arrange } from "./layout";
-import { build, nodeName, nodePlace, ownGroups, parseGroups, threshold, type Graph, type Groups } from "./model";
+import { build, nodeName, nodePlace, ownGroups, parseGroups, threshold, type Graph, type Groups, type Kind } from "./model";
 import { coloursOf } from "./paint";
 import { Panel } from "./panel";
 import { flipNode, pick, picked, pinnedOf } from "./pins";
@@ -22,6 +22,7 @@ import { BOTTOM, LEFT, Stage, type Hit } from "./stage";
 /** Nodes and edges that are drawn at first, at most. */
 const NODES = 300;
 const EDGES = 400;
+const ALL = "all";
 
 const hovered = signal<Hit | null>(null);
 
@@ -51,6 +52,10 @@ export function CircuitView(): JSX.Element {
   return <Drawn key={place} circuit={found.circuit} />;
 }
 
+/** Number of nodes or edges that are drawn. */
+const drawnOf = (name: string, first: number, most: number): number =>
+  options.value[name] === ALL ? most : asNumber(name, Math.min(first, most), Math.min(1, most), most);
+
 /** The drawn graph of a circuit, as the address asks for it. */
 function useGraph(circuit: Circuit): { graph: Graph; groups: Groups } {
   const own = options.value["groups"] ?? "";
@@ -70,8 +75,8 @@ function Drawn({ circuit }: { circuit: Circuit }): JSX.Element {
   const canvas = useRef<HTMLCanvasElement>(null);
   const stage = useRef<Stage | null>(null);
   const { graph, groups } = useGraph(circuit);
-  const nodes = asNumber("nodes", Math.min(NODES, graph.ranked.length), 1, graph.ranked.length);
-  const edges = asNumber("edges", Math.min(EDGES, graph.edges.length), 0, graph.edges.length);
+  const nodes = drawnOf("nodes", NODES, graph.ranked.length);
+  const edges = drawnOf("edges", EDGES, graph.edges.length);
   const selected = selectedOf(graph);
   const pinned = useMemo(() => pinnedOf(graph), [graph, change.value, options.value["keep"]]);
   const label = useLabels(circuit, graph);
@@ -96,7 +101,7 @@ function Drawn({ circuit }: { circuit: Circuit }): JSX.Element {
         hovered: (hit) => (hovered.value = hit.node === null && hit.edge === null ? null : hit),
         clicked: (hit, more) => clicked.current(hit, more),
         opened: (hit) => opened.current(hit),
-        moved: (x, y, k) => tune({ at: `${x.toFixed(0)},${y.toFixed(0)},${k.toFixed(3)}` }),
+        moved: (to) => tune({ at: to ? `${to[0].toFixed(0)},${to[1].toFixed(0)},${to[2].toFixed(3)}` : "" }),
       });
     } catch (error) {
       setBroken(message(error));
@@ -191,6 +196,8 @@ function keyed(event: KeyboardEvent, graph: Graph, selected: number | null, stag
   event.preventDefault();
 }
 
+const SHORT: Partial<Record<Kind, string>> = { output: "payload", error: "error", token: "token" };
+
 /** Labels of nodes: the explanation of a feature where its dictionary is in the folder. */
 function useLabels(circuit: Circuit, graph: Graph): (i: number) => string {
   const sites = useMemo(() => [...new Set(circuit.nodes.filter((node) => node.kind === "feature").map((node) => node.place))], [circuit]);
@@ -205,7 +212,7 @@ function useLabels(circuit: Circuit, graph: Graph): (i: number) => string {
     () => (i: number) => {
       const node = graph.nodes[i];
       if (!node) return "";
-      if (node.kind !== "feature" || node.feature === null) return node.kind === "output" ? "payload" : short(nodeName(node), 36);
+      if (node.kind !== "feature" || node.feature === null) return SHORT[node.kind] ?? short(nodeName(node), 36);
       const said = labelOf(entryAt(node.place, circuit.dictionaries[node.place]), node.feature);
       return said ? short(said, 36) : `f${node.feature}`;
     },
@@ -223,7 +230,7 @@ interface ToolsProps {
 
 /** Sliders move by equal factors: a circuit has few large nodes and many small ones. */
 const toSlider = (n: number, most: number): number => (most <= 1 ? 1 : Math.log(Math.max(1, n)) / Math.log(most));
-const fromSlider = (x: number, most: number): number => Math.round(Math.max(1, most ** x));
+const fromSlider = (x: number, most: number): string => (x >= 1 ? ALL : String(Math.round(Math.max(1, most ** x))));
 
 const drawnTotal = computed(() => options.value["merged"] !== "0");
 
@@ -243,18 +250,18 @@ function Tools({ circuit, graph, groups, nodes, edges }: ToolsProps): JSX.Elemen
           </select>
         </label>
       )}
-      <label class="range">
-        Nodes <output>{whole(nodes)} of {whole(graph.ranked.length)}</output>
-        <input type="range" min={0} max={1} step={0.005} value={toSlider(nodes, graph.ranked.length)} aria-valuetext={`${nodes} nodes`}
-          onInput={(event) => tune({ nodes: String(fromSlider(event.currentTarget.valueAsNumber, graph.ranked.length)) })} />
+      <div class="range">
+        <span>Nodes</span> <output>{whole(nodes)} of {whole(graph.ranked.length)}</output>
+        <input type="range" aria-label="Nodes that are drawn" min={0} max={1} step={0.005} value={toSlider(nodes, graph.ranked.length)} aria-valuetext={`${nodes} nodes`}
+          onInput={(event) => tune({ nodes: fromSlider(event.currentTarget.valueAsNumber, graph.ranked.length) })} />
         <small>|effect| ≥ {number(sizes[nodes - 1] ?? 0)} · {(100 * share).toFixed(0)} % of it</small>
-      </label>
-      <label class="range">
-        Edges <output>{whole(edges)} of {whole(graph.edges.length)}</output>
-        <input type="range" min={0} max={1} step={0.005} value={toSlider(edges, graph.edges.length)} aria-valuetext={`${edges} edges`}
-          onInput={(event) => tune({ edges: String(fromSlider(event.currentTarget.valueAsNumber, graph.edges.length)) })} />
+      </div>
+      <div class="range">
+        <span>Edges</span> <output>{whole(edges)} of {whole(graph.edges.length)}</output>
+        <input type="range" aria-label="Edges that are drawn" min={0} max={1} step={0.005} value={toSlider(edges, graph.edges.length)} aria-valuetext={`${edges} edges`}
+          onInput={(event) => tune({ edges: fromSlider(event.currentTarget.valueAsNumber, graph.edges.length) })} />
         <small>|weight| ≥ {number(Math.abs(graph.edges[edges - 1]?.weight ?? 0))}</small>
-      </label>
+      </div>
       {groups.size > 0 && (
         <label class="check">
           <input type="checkbox" checked={drawnTotal.value} onChange={(event) => tune({ merged: event.currentTarget.checked ? "" : "0" })} />

@@ -67,11 +67,13 @@ export function Virtual(props: Props): JSX.Element {
     event.preventDefault();
   }
 
+  // Rows that leave at one end are filled anew at the other.
+  const slots = Math.ceil(room / height) + 2 * BEYOND + 1;
   const rows: JSX.Element[] = [];
   for (let i = first; i < last; i++) {
     rows.push(
       <div
-        key={i}
+        key={i % slots}
         id={`${name}-${i}`}
         role="option"
         class={`row${i === chosen ? " chosen" : ""}`}

@@ -72,7 +72,6 @@ export const isProven = computed(() => proof.value !== null && proof.value.of ==
 let running: AbortController | null = null;
 
 async function work<T>(task: (progress: live.Progress, signal: AbortSignal) => Promise<T>): Promise<T | null> {
-  running?.abort();
   const own = (running = new AbortController());
   trouble.value = "";
   working.value = { stage: "starting", done: 0, total: 0 };

@@ -39,7 +39,7 @@ function update(which: Stream, changed: Partial<Reply>): void {
 async function run(which: Stream[]): Promise<void> {
   const body = asked.value;
   if (!body) return;
-  running?.abort();
+  const before = running;
   const own = (running = new AbortController());
   trouble.value = "";
   for (const stream of which) update(stream, { tokens: [], state: "running", reason: "" });
@@ -53,6 +53,11 @@ async function run(which: Stream[]): Promise<void> {
     for (const stream of which) if (fresh[stream].length) update(stream, { tokens: [...replies.value[stream].tokens, ...fresh[stream].splice(0)] });
   };
   try {
+    if (before) {
+      before.abort();
+      await live.cancel(); // answers when the server is free
+      if (own.signal.aborted) return;
+    }
     await live.chat(
       { ...body, features: editing.value ? [...change.value] : [], which },
       {

@@ -169,10 +169,10 @@ function Filters({ comparing }: { comparing: boolean }): JSX.Element {
             onInput={(event) => tune({ to: text(Math.max(event.currentTarget.valueAsNumber, f.dense[0]), 0) })} />
         </span>
       </fieldset>
-      <label class="range">
-        Score <output>{f.score === 0 ? "any" : `≥ ${f.score.toFixed(2)}`}</output>
-        <input type="range" min={0} max={1} step={0.05} value={f.score} onInput={(event) => tune({ score: text(event.currentTarget.valueAsNumber, 0) })} />
-      </label>
+      <div class="range">
+        <span>Score</span> <output>{f.score === 0 ? "any" : `≥ ${f.score.toFixed(2)}`}</output>
+        <input type="range" aria-label="Smallest score" min={0} max={1} step={0.05} value={f.score} onInput={(event) => tune({ score: text(event.currentTarget.valueAsNumber, 0) })} />
+      </div>
       <label>
         Sort by{" "}
         <select value={f.sort} onChange={(event) => tune({ sort: event.currentTarget.value })}>
