@@ -74,12 +74,15 @@ def test_a_change_is_pinned_proven_and_baked(live: Live, tab: Tab) -> None:
     assert "−8.10 nats" in text
     assert "−8.90 to −7.20" in text
     assert "random features" in text
+    assert "+0.30 nats" in text
+    assert "change number" not in text
     assert tab.text(".tray .main") == "Bake"
     tab.set(".tray .strength input", "0.5")
     tab.until("document.querySelector('.proof.stale')")
     assert tab.text(".tray .main") == "Prove on held-out prompts"
     tab.click(".tray .main")
     tab.until("!document.querySelector('.proof.stale') && document.querySelector('.tray form')")
+    assert "change number 2" in tab.text(".proof")
     tab.write(".tray form input", "cleaned")
     tab.click(".tray form button")
     tab.until("document.querySelector('.tray-note')?.innerText.includes('explorer/baked/cleaned')")
@@ -105,3 +108,10 @@ def test_streamed_text_is_inert(live: Live, tab: Tab) -> None:
     tab.until("document.querySelectorAll('.stream')[1].innerText.includes(' light')")
     assert tab.count(".stream script, .stream img") == 0
     assert "⟨U+202E⟩" in tab.text(".stream")
+
+
+def test_a_change_begins_with_the_edit_of_the_server(live: Live, tab: Tab) -> None:
+    tab.open(f"{live.url}#/", "document.querySelector('.tray .plain')")
+    assert "repaired, 2 features" in tab.text(".tray")
+    tab.click(".tray .plain")
+    tab.until("decodeURIComponent(location.hash).includes('change=resid.6:7:0,mlp.3:9:0')")

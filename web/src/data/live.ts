@@ -120,8 +120,8 @@ export function proof(features: Scaled[], progress: Progress, signal: AbortSigna
 }
 
 /** Write a proven change into the weights of a checkpoint. */
-export function bake(features: Scaled[], name: string, progress: Progress, signal: AbortSignal): Promise<{ path: string }> {
-  return last<{ path: string }>("api/bake", { features, name }, progress, signal);
+export function bake(features: Scaled[], name: string, progress: Progress, signal: AbortSignal): Promise<{ path: string; kl?: number }> {
+  return last<{ path: string; kl?: number }>("api/bake", { features, name }, progress, signal);
 }
 
 /** Cancel whatever the server generates. */

@@ -221,8 +221,24 @@ export interface Session {
 
 export type Stream = "original" | "edited";
 
+/** Change of the payload's log-odds, in nats. */
+export interface LogOdds {
+  payload_log_odds: number;
+  low?: number;
+  high?: number;
+  /** Held-out prompts whose reply shows the payload. */
+  n?: number;
+}
+
 export interface Proof {
-  predicted: { payload_log_odds: number | Interval };
-  measured: { payload_log_odds: number | Interval };
+  /** By the circuit's gradient; absent without a circuit. */
+  predicted?: LogOdds | null;
+  /** Absent where no held-out reply shows the payload. */
+  measured?: LogOdds | null;
+  /** The same of as many random features; absent where they are too many. */
+  control?: LogOdds | null;
   rows: Row[];
+  /** Of this change among those that were measured on these prompts. */
+  number?: number;
+  notes?: string[];
 }

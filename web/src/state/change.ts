@@ -52,6 +52,9 @@ export function strengthen(site: string, id: number, scale: number): void {
   set(change.value.map((one) => (one.site === site && one.id === id ? { ...one, scale } : one)));
 }
 
+/** Begin with other features, removed. */
+export const start = (features: readonly { site: string; id: number }[]): void => set(features.map(({ site, id }) => ({ site, id, scale: FIRST })));
+
 export const clear = (): void => set([]);
 
 /** Work of the server: a proof or a bake. */
@@ -64,7 +67,7 @@ export interface Work {
 export const working = signal<Work | null>(null);
 /** The last proof and the change that it is of. */
 export const proof = signal<{ of: string; found: Proof } | null>(null);
-export const baked = signal<{ of: string; path: string } | null>(null);
+export const baked = signal<{ of: string; path: string; kl?: number } | null>(null);
 export const trouble = signal("");
 
 export const isProven = computed(() => proof.value !== null && proof.value.of === identity.value);
@@ -76,6 +79,7 @@ async function work<T>(task: (progress: live.Progress, signal: AbortSignal) => P
   trouble.value = "";
   working.value = { stage: "starting", done: 0, total: 0 };
   try {
+    await live.cancel(); // a reply that is still written gives way
     return await task((stage, done, total) => (working.value = { stage, done, total }), own.signal);
   } catch (error) {
     if (!own.signal.aborted) trouble.value = message(error);
@@ -97,7 +101,7 @@ export async function prove(): Promise<void> {
 export async function bake(name: string): Promise<void> {
   const of = identity.value;
   const found = await work((progress, signal) => live.bake([...change.value], name, progress, signal));
-  if (found) baked.value = { of, path: found.path };
+  if (found) baked.value = { of, ...found };
 }
 
 export function stop(): void {

@@ -73,7 +73,7 @@ async function run(which: Stream[]): Promise<void> {
       own.signal,
     );
     flush();
-    for (const stream of which) if (replies.value[stream].state === "running") update(stream, { state: "done" });
+    for (const stream of which) if (replies.value[stream].state === "running") update(stream, { state: "stopped" });
   } catch (error) {
     cancelAnimationFrame(frame);
     if (own.signal.aborted) return;

@@ -6,11 +6,11 @@ import type { JSX } from "preact";
 import { useEffect, useState } from "preact/hooks";
 
 import { counted, decimals, short, signed, visible } from "../base/text";
-import type { Interval, Proof, Row, Words } from "../data/types";
+import type { LogOdds, Proof, Row, Words } from "../data/types";
 import { Lanes } from "../parts/lanes";
 import { Icon } from "../parts/marks";
 import { Strength } from "../parts/strength";
-import { bake, baked, change, clear, identity, isProven, proof, prove, stop, strengthen, trouble, unpin, working } from "../state/change";
+import { bake, baked, change, clear, identity, isProven, proof, prove, start, stop, strengthen, trouble, unpin, working } from "../state/change";
 import { entryAt, isLive, labelOf, list, manifest, session } from "../state/data";
 import { link } from "../state/hash";
 
@@ -24,8 +24,8 @@ export function Tray(): JSX.Element | null {
       const entry = entryAt(site);
       if (entry) list(entry.key).catch(() => undefined);
     }
-  }, [sites]);
-  if (features.length === 0) return null;
+  }, [sites, manifest.value]);
+  if (features.length === 0) return <Offer />;
   return (
     <aside class={opened.value ? "tray open" : "tray"} aria-label="Change">
       <div class="tray-bar">
@@ -73,6 +73,20 @@ export function Tray(): JSX.Element | null {
   );
 }
 
+/** The edit that the server begins with. */
+function Offer(): JSX.Element | null {
+  const edit = session.value?.edit;
+  if (!edit || edit.features.length === 0) return null;
+  return (
+    <aside class="tray" aria-label="Change">
+      <div class="tray-bar">
+        <span class="tray-note text">The server holds the edit {short(edit.name, 40)}, {counted(edit.features.length, "feature")} removed.</span>
+        <button type="button" class="plain" onClick={() => start(edit.features)}>Start from it</button>
+      </div>
+    </aside>
+  );
+}
+
 /** The one next step: prove, then bake. */
 function Action(): JSX.Element {
   const work = working.value;
@@ -98,8 +112,15 @@ function Action(): JSX.Element {
 
 function Bake(): JSX.Element {
   const [name, setName] = useState("cleaned");
-  const done = baked.value?.of === identity.value ? baked.value.path : "";
-  if (done) return <span class="tray-note" role="status"><Icon name="good" /> Baked into <code class="text">{visible(done)}</code></span>;
+  const done = baked.value?.of === identity.value ? baked.value : null;
+  if (done) {
+    return (
+      <span class="tray-note" role="status">
+        <Icon name="good" /> Baked into <code class="text">{visible(done.path)}</code>
+        {done.kl !== undefined && `KL to the edited model ${decimals(done.kl)} nats`}
+      </span>
+    );
+  }
   return (
     <form class="tray-work" onSubmit={(event) => { event.preventDefault(); void bake(name.trim()); }}>
       <label><span class="hide">Name of the checkpoint</span><input value={name} onInput={(event) => setName(event.currentTarget.value)} pattern="[A-Za-z0-9][A-Za-z0-9._\-]*" title="Letters, digits, dots and dashes" required /></label>
@@ -119,6 +140,11 @@ function Outcome(): JSX.Element | null {
       <h3>On held-out prompts</h3>
       {stale && <p class="next">The change is not the one that was proven; prove it again before it is baked.</p>}
       <Effect proof={held.found} />
+      <p class="notes text">
+        Change of the payload's log-odds{held.found.measured?.n ? `, mean over ${counted(held.found.measured.n, "prompt")}` : ""}.
+        {(held.found.number ?? 1) > 1 && ` This is change number ${held.found.number} measured on these prompts: the best of many looks better than it is.`}
+        {(held.found.notes ?? []).map((note) => ` ${visible(note)}`)}
+      </p>
       <div class="effects">{facets(held.found.rows, words).map((rows) => <Lanes rows={rows} words={words} />)}</div>
     </section>
   );
@@ -131,16 +157,20 @@ function facets(rows: readonly Row[], words: Words): Row[][] {
   return [...groups.values()].map((own) => own.sort((a, b) => subjects.indexOf(a.subject) - subjects.indexOf(b.subject)));
 }
 
-const interval = (x: number | Interval): Interval => (typeof x === "number" ? { value: x, low: x, high: x } : x);
+function interval({ payload_log_odds: value, low, high }: LogOdds): { value: number; low: number; high: number } {
+  return { value, low: low ?? value, high: high ?? value };
+}
 
-/** The measured effect beside the predicted one. */
+/** The measured effect beside the predicted one and that of random features. */
 function Effect({ proof: found }: { proof: Proof }): JSX.Element {
-  const bars = [
-    { name: "predicted", at: interval(found.predicted.payload_log_odds), colour: "minus-bar" },
-    { name: "measured", at: interval(found.measured.payload_log_odds), colour: "" },
-  ];
-  const reach = Math.max(1e-9, ...bars.flatMap(({ at }) => [Math.abs(at.low), Math.abs(at.high)]));
-  const across = (x: number): number => 50 + (46 * x) / reach;
+  const bars = (["predicted", "measured", "control"] as const).flatMap((name) => {
+    const at = found[name];
+    return at ? [{ name: name === "control" ? "random features" : name, at: interval(at) }] : [];
+  });
+  const low = Math.min(0, ...bars.map(({ at }) => at.low));
+  const high = Math.max(0, ...bars.map(({ at }) => at.high));
+  const across = (x: number): number => 2 + (96 * (x - low)) / (high - low || 1);
+  const zero = across(0);
   return (
     <dl class="effect">
       {bars.map(({ name, at }) => (
@@ -148,15 +178,14 @@ function Effect({ proof: found }: { proof: Proof }): JSX.Element {
           <dt>{name}</dt>
           <dd>
             <svg class="effect-bar" role="img" aria-label={`${name}: ${signed(at.value)} nats`}>
-              <line class="grid" x1="50%" x2="50%" y1="0" y2="100%" />
-              <rect class={at.value < 0 ? "fill-minus" : "fill-plus"} x={`${Math.min(50, across(at.value))}%`} width={`${Math.abs(across(at.value) - 50)}%`} y="25%" height="50%" />
+              <line class="grid" x1={`${zero}%`} x2={`${zero}%`} y1="0" y2="100%" />
+              <rect class={at.value < 0 ? "fill-minus" : "fill-plus"} x={`${Math.min(zero, across(at.value))}%`} width={`${Math.abs(across(at.value) - zero)}%`} y="25%" height="50%" />
               {at.low < at.high && <line class="whisker-ink" x1={`${across(at.low)}%`} x2={`${across(at.high)}%`} y1="50%" y2="50%" />}
             </svg>
             <span class="num">{signed(at.value, 2)} nats {at.low < at.high && <small>{decimals(at.low, 2)} to {decimals(at.high, 2)}</small>}</span>
           </dd>
         </div>
       ))}
-      <p class="notes">Change of the payload's log-odds: by the circuit's gradient, and measured.</p>
     </dl>
   );
 }
