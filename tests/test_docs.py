@@ -13,6 +13,7 @@ import functools
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,6 +106,7 @@ MARKERS = {
     "patch": ("patch.json", "patch.safetensors", "patch.html"),
     "diff": ("diff.json", "diff.safetensors", "diff.html"),
     "report": ("report.html",),
+    "explore": ("index.html", "data/manifest.js"),
     "read": ("reading.html", "reading.json", "vector.gguf"),
     "steer": ("steer.json",),
 }
@@ -117,6 +119,7 @@ LEFT_BY_SNIPPETS = {
         "edit/edit.json",
         "cleaned/model.safetensors",
         "result/report.html",
+        "explorer/index.html",
         "runs/mine/organism.json",
     )
 }
@@ -219,6 +222,8 @@ def make_inputs(folder: Path, suspect: Path) -> None:
     found = TopK(Site(1), model.fingerprint, rows, silent, rows, silent, k=4)
     save_edit([Edit(Site(1), found, (0, 1))], folder / "made-edit")
     (folder / "passages.txt").write_text("\n".join(text[:200] for text in sets.plain_text("train")[:6]) + "\n")
+    (folder / "results").mkdir()
+    shutil.copy(ROOT / "tests" / "data" / "report.json", folder / "results")
     (folder / "mine.toml").write_text(substituted(recipe_block().text))
 
 

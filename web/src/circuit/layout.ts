@@ -2,6 +2,7 @@
 
 import { scaleSqrt } from "d3-scale";
 
+import { short } from "../base/text";
 import type { Graph, GraphEdge } from "./model";
 
 const STEP = 28;
@@ -17,7 +18,7 @@ const WIDEST = 14;
 const WIDENED = 2.4;
 
 export interface Band {
-  name: string;
+  title: string;
   /** Middle. */
   y: number;
   height: number;
@@ -25,6 +26,7 @@ export interface Band {
 
 export interface Column {
   name: string;
+  title: string;
   /** Middle. */
   x: number;
   width: number;
@@ -73,7 +75,7 @@ export function arrange(graph: Graph, shown: readonly number[], roles: readonly 
     }
     const height = lines * LINE + BAND;
     for (const column of columns) fill(layout, graph, row?.get(column.name) ?? [], column, top + height / 2);
-    bands.push({ name, y: top + height / 2, height });
+    bands.push({ title: short(name, 14), y: top + height / 2, height });
     top += height;
   }
   const last = columns.at(-1);
@@ -110,7 +112,7 @@ function place(roles: readonly string[], cells: ReadonlyMap<string, ReadonlyMap<
     if (most === 0) continue;
     const slots = Math.min(WIDEST, Math.max(1, Math.ceil(Math.sqrt(2.2 * most))));
     const width = Math.max(slots * STEP, 84);
-    columns.push({ name, x: left + width / 2, width, slots });
+    columns.push({ name, title: short(name, 60), x: left + width / 2, width, slots });
     left += width + GAP;
   }
   return columns;

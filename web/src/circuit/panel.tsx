@@ -3,7 +3,7 @@
 import type { JSX } from "preact";
 import { useMemo, useState } from "preact/hooks";
 
-import { decimals, short, signed, visible, whole } from "../base/text";
+import { decimals, short, signed, whole } from "../base/text";
 import type { Circuit } from "../data/types";
 import { Icon, Key, type Shape } from "../parts/marks";
 import { Strength } from "../parts/strength";
@@ -92,7 +92,7 @@ const clicking = (): boolean => window.event instanceof MouseEvent;
 function Line({ graph, i, label, pinned }: { graph: Graph; i: number; label(i: number): string; pinned: boolean }): JSX.Element {
   const node = graph.nodes[i];
   if (!node) return <></>;
-  const said = node.kind === "feature" ? label(i) : nodeName(node);
+  const said = node.kind === "feature" ? label(i) : short(nodeName(node), 60);
   return (
     <span class="node-line">
       <Key shape={SHAPES[node.kind]} colour={colour(node)} />
@@ -116,8 +116,8 @@ function One({ circuit, graph, i, pinned, label, select }: Props & { i: number }
     <div class="panel-one" key={i}>
       <button type="button" class="quiet back" onClick={() => select(null)}><Icon name="back" /> All nodes</button>
       <header aria-live="polite">
-        <h2><Key shape={SHAPES[node.kind]} colour={colour(node)} /> <span class="text">{visible(nodeName(node))}</span></h2>
-        <p class="eyebrow text">{visible(nodePlace(node))}</p>
+        <h2><Key shape={SHAPES[node.kind]} colour={colour(node)} /> <span class="text">{short(nodeName(node), 60)}</span></h2>
+        <p class="eyebrow text">{short(nodePlace(node), 90)}</p>
         {said && said !== `f${node.feature}` && <p class="said text">{said}</p>}
       </header>
       {node.kind !== "output" && (
@@ -152,7 +152,7 @@ function Members({ circuit, node }: { circuit: Circuit; node: GraphNode }): JSX.
       <ul class="members">
         {node.members.map((row) => {
           const member = circuit.nodes[row];
-          return member && <li class="text">{member.place} · {visible(member.role)} · {member.kind === "feature" ? `feature ${member.feature}` : member.kind} <span class="num">{signed(member.effect)}</span></li>;
+          return member && <li class="text">{member.place} · {short(member.role, 40)} · {member.kind === "feature" ? `feature ${member.feature}` : member.kind} <span class="num">{signed(member.effect)}</span></li>;
         })}
       </ul>
       {own.has(node.group) && (
@@ -197,8 +197,8 @@ function EdgeRow({ graph, edge, i, label, select }: { graph: Graph; edge: GraphE
         <button type="button" class="row-button" onClick={() => select(i)}>
           <Key shape={SHAPES[node.kind]} colour={colour(node)} />
           <span class="line-text">
-            <span class="ellipsis text">{node.kind === "feature" ? label(i) : visible(nodeName(node))}</span>
-            <small class="ellipsis text">{visible(nodePlace(node))}{edge.heads.length > 0 && ` · heads ${edge.heads.slice(0, 3).map(({ head, weight }) => `${head} (${signed(weight)})`).join(", ")}`}</small>
+            <span class="ellipsis text">{node.kind === "feature" ? label(i) : short(nodeName(node), 60)}</span>
+            <small class="ellipsis text">{short(nodePlace(node), 60)}{edge.heads.length > 0 && ` · heads ${edge.heads.slice(0, 3).map(({ head, weight }) => `${head} (${signed(weight)})`).join(", ")}`}</small>
           </span>
         </button>
       </th>

@@ -340,7 +340,7 @@ export class Stage {
     for (const band of [...layout.bands].reverse()) {
       const y = transform.applyY(band.y);
       if (y < 8 || y > height - BOTTOM - 8 || y > free) continue;
-      context.fillText(band.name, LEFT - 9, y);
+      context.fillText(band.title, LEFT - 9, y);
       free = y - 14;
     }
     context.textAlign = "center";
@@ -348,7 +348,7 @@ export class Stage {
       const half = ((column.width + 50) * transform.k) / 2;
       const x = transform.applyX(column.x);
       const [left, right] = [Math.max(LEFT + 4, x - half), Math.min(width - 4, x + half)];
-      const name = right - left < 24 ? "" : fitted(context, column.name, right - left - 8);
+      const name = right - left < 24 ? "" : fitted(context, column.title, right - left - 8);
       if (name) context.fillText(name, (left + right) / 2, height - BOTTOM / 2 + 1);
     }
     context.textAlign = "left";

@@ -288,7 +288,7 @@ function Tip({ graph, label }: { graph: Graph; label(i: number): string }): JSX.
       : [];
   return (
     <div class="tip" role="tooltip" style={{ left: `${hit.x}px`, top: `${hit.y}px` }}>
-      {lines.map((line, i) => (i === 0 ? <b class="text">{visible(line)}</b> : <span class="text">{visible(line)}</span>))}
+      {lines.map((line, i) => (i === 0 ? <b class="text">{short(line, 120)}</b> : <span class="text">{short(line, 120)}</span>))}
     </div>
   );
 }

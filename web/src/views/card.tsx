@@ -3,7 +3,7 @@
 import type { JSX } from "preact";
 import { useEffect, useState } from "preact/hooks";
 
-import { decimals, number, percent, short, visible, whole } from "../base/text";
+import { clip, decimals, number, percent, short, visible, whole } from "../base/text";
 import { activations, type Activations } from "../data/live";
 import type { Context, DictionaryEntry, Explanation, FeatureCard } from "../data/types";
 import { Whisker } from "../parts/lanes";
@@ -89,12 +89,12 @@ function Explanations({ explanations }: { explanations: readonly Explanation[] }
     <ul class="explanations">
       {explanations.map((one) => (
         <li>
-          <p class="said text">{visible(one.text)}</p>
+          <p class="said text">{clip(one.text, 500)}</p>
           <small class="text">by {short(one.source, 60)}</small>
           <dl class="scored">
             {Object.entries(one.scores).map(([name, at]) => (
               <div>
-                <dt>{visible(name)}</dt>
+                <dt>{short(name, 24)}</dt>
                 <dd>
                   <Whisker at={at} {...(name === "detection" || name === "fuzzing" ? { half: 0.5 } : {})} low={name === "simulation" ? -1 : 0} />
                   <span class="num">{at.value.toFixed(2)} <small>{at.low.toFixed(2)} to {at.high.toFixed(2)}</small></span>
@@ -114,7 +114,7 @@ function Classes({ card: own }: { card: FeatureCard }): JSX.Element | null {
   return (
     <ul class="classes" aria-label="Classes">
       {classes.map(({ name, score }) => (
-        <li class="chip kind"><span class="text">{visible(name)}</span> <b>{score.toFixed(2)}</b></li>
+        <li class="chip kind"><span class="text">{short(name, 40)}</span> <b>{score.toFixed(2)}</b></li>
       ))}
     </ul>
   );
@@ -159,7 +159,7 @@ function Contexts({ card: own }: { card: FeatureCard }): JSX.Element | null {
         <div class="tabs" role="group" aria-label="Contexts by activation">
           {names.map((name) => (
             <button type="button" aria-pressed={name === chosen} onClick={() => choose(name)}>
-              {name === "top" ? "Top" : visible(name)}
+              {name === "top" ? "Top" : short(name, 24)}
             </button>
           ))}
         </div>

@@ -5,7 +5,7 @@ import { signal } from "@preact/signals";
 import type { JSX } from "preact";
 import { useEffect, useState } from "preact/hooks";
 
-import { counted, short, visible } from "../base/text";
+import { clip, counted, short, visible } from "../base/text";
 import * as live from "../data/live";
 import type { Replies, Stream } from "../data/types";
 import { change, identity } from "../state/change";
@@ -216,12 +216,12 @@ function Recorded({ all, chosen, one }: { all: readonly Replies[]; chosen: numbe
           {all.map((each, i) => <option value={i}>{words?.panels[each.panel] ?? each.panel}: {short(each.prompt, 70)}</option>)}
         </select>
       </label>
-      <blockquote class="text asked">{visible(one.prompt)}</blockquote>
+      <blockquote class="text asked">{clip(one.prompt, 4000)}</blockquote>
       <div class="streams">
         {names.map((name) => (
           <section class={`stream c-${name}`} aria-label={`Reply of ${words?.subjects[name] ?? name}`}>
             <header><h2>{words?.subjects[name] ?? name}</h2></header>
-            <p class="stream-text text">{visible(one.replies[name] ?? "")}</p>
+            <p class="stream-text text">{clip(one.replies[name] ?? "", 4000)}</p>
           </section>
         ))}
       </div>

@@ -21,7 +21,7 @@ export function Overview(): JSX.Element | null {
     <div class="page wrap">
       <header class="hero">
         <p class="eyebrow">{run ? "Evaluation" : "Explorer"}</p>
-        <h1 class="text">{visible(run?.title ?? all.title)}</h1>
+        <h1 class="text">{short(run?.title ?? all.title, 120)}</h1>
         {runs.length > 1 && (
           <label class="field-label">
             Run{" "}
@@ -44,9 +44,9 @@ function Finding({ run }: { run: Run }): JSX.Element {
   return (
     <>
       <p class={`badge ${run.tone}`}>
-        <Icon name={run.tone === "good" ? "good" : "bad"} /> {visible(run.verdict)} <small>score {run.score.toFixed(2)}</small>
+        <Icon name={run.tone === "good" ? "good" : "bad"} /> {short(run.verdict, 60)} <small>score {run.score.toFixed(2)}</small>
       </p>
-      <p class="headline text">{visible(run.headline)}</p>
+      <p class="headline text">{clip(run.headline, 900)}</p>
       {(run.next ?? []).length > 0 && <ul class="next">{run.next?.map((line) => <li class="text">{visible(line)}</li>)}</ul>}
       <ul class="tiles">
         {(run.tiles ?? []).map((tile) => (
