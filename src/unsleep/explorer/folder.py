@@ -1,4 +1,4 @@
-"""The explorer folder: what a folder of results holds, as a page that opens from disk.
+"""The explorer folder: a folder of results as a page that opens from disk.
 
 report.json, result.json, circuit.json, statistics.json at any depth -> index.html, app.js, app.css, data/, reports/
 """
@@ -87,7 +87,7 @@ class Statistics(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder of results holds: places of records."""
+    """Places of the records in a folder of results."""
 
     runs: tuple[Path, ...]
     circuits: tuple[Path, ...]
