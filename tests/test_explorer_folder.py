@@ -201,6 +201,15 @@ def broken(name: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return results
 
 
+def test_several_runs_are_shown_under_the_name_of_their_folder(results: Path, tmp_path: Path) -> None:
+    record = store.read_json(results / "report.json")
+    store.write_json(results / "later" / "report.json", {**record, "title": "later"})
+    store.write_json(results / "bare" / "result.json", record["result"])
+    manifest = data(unsleep.explore(results, tmp_path / "page").parent, "manifest")
+    assert manifest["title"] == "results"
+    assert [run["title"] for run in manifest["runs"]] == ["later", record["title"], "bare"]
+
+
 def test_two_dictionaries_of_a_site_are_named_by_their_folders(results: Path, tmp_path: Path) -> None:
     FakeStatistics(Site.parse("mlp.3"), 5).save(results / "second" / "mlp.3")
     page = unsleep.explore(results, tmp_path / "page").parent

@@ -171,7 +171,7 @@ def _gather(source: Path, found: Found, folder: Path) -> Manifest:
         names = ", ".join(f"{model.name} ({model.fingerprint})" for model in models.values())
         raise BadInput(f"{source} holds results of several models, {names}; explore the folder of each")
     reports = tuple(_reports(source, found.pages, folder))
-    title = text.clip(runs[0].title if runs else source.resolve().name, LABEL_LIMIT)
+    title = text.clip(runs[0].title if len(runs) == 1 else source.resolve().name, LABEL_LIMIT)
     return Manifest(
         title=title,
         model=next(iter(models.values()), None),
