@@ -9,6 +9,7 @@ from unsleep.activations.harvest import harvest, open_harvest
 from unsleep.base.context import reporting
 from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
+from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.interventions.features import Edit
@@ -18,17 +19,20 @@ from unsleep.interventions.steering import Steering, steer
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
-from unsleep.locate.circuits.run import circuit
+from unsleep.locate.circuits.align import align_replies
+from unsleep.locate.circuits.run import CircuitConfig, circuit
 from unsleep.locate.diffing import diff
 from unsleep.locate.directions.study import study as directions
 from unsleep.locate.features import find
 from unsleep.locate.patching import patch
 from unsleep.locate.reading import read
 from unsleep.locate.subspaces.comparison import compare as subspaces
+from unsleep.models.generate import replies
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism, panels, plant
 from unsleep.pages import report
+from unsleep.pages.graph_json import graph
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
@@ -38,6 +42,7 @@ from unsleep.repairs.edit import edit
 __all__ = [
     "Activations",
     "BadInput",
+    "CircuitConfig",
     "Dictionary",
     "Edit",
     "EvalResult",
@@ -55,6 +60,8 @@ __all__ = [
     "Row",
     "Site",
     "Steering",
+    "TrainConfig",
+    "align_replies",
     "applied",
     "bake",
     "circuit",
@@ -64,6 +71,7 @@ __all__ = [
     "evaluate",
     "find",
     "from_files",
+    "graph",
     "harvest",
     "load_dictionary",
     "load_edit",
@@ -77,6 +85,7 @@ __all__ = [
     "read",
     "read_prompts",
     "repair",
+    "replies",
     "report",
     "reporting",
     "save_dictionary",

@@ -47,12 +47,13 @@ STAGES: dict[str, Callable[..., int]] = {
         compare.diff,
         subspaces.subspaces,
         circuits.circuit,
+        circuits.graph,
         judge.report,
     )
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "graph", "report")
 """Stages that are not resumable."""
 
 

@@ -1,11 +1,13 @@
-"""Command that traces circuits: circuit."""
+"""Commands that trace circuits and export them: circuit, graph."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
+import unsleep
 from unsleep.base import records, store
 from unsleep.base.context import resumable
 from unsleep.behaviours import Payload
@@ -22,12 +24,12 @@ from unsleep.cli.shared import (
     own_prompts,
 )
 from unsleep.core import BadInput
-from unsleep.locate.circuits.align import align, said_payload
 from unsleep.locate.circuits.record import CircuitRecord, NodeRow
 from unsleep.locate.circuits.run import CircuitConfig
 from unsleep.locate.circuits.run import circuit as trace
 from unsleep.organisms import Organism
 from unsleep.pages import report
+from unsleep.pages.graph_json import Cards
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
@@ -76,14 +78,48 @@ def circuit(
         coders = belonging(coders, suspect, any_model)
         other = placement.load_beside(against) if against is not None else None
         with resumable(out, suspect, prompts, others, shown, config, coders, other):
-            said, chosen = said_payload(suspect, prompts, others, shown, config.payload_tokens, reply_tokens)
-            aligned = align(suspect, prompts.at(chosen), others.at(chosen), said)
+            said = {"tokens": config.payload_tokens, "reply_tokens": reply_tokens}
+            aligned = unsleep.align_replies(suspect, prompts, others, shown, **said)
             record = trace(suspect, coders, aligned, shown.words, config, reference=other)
         with store.new_folder(out, replace="circuit.json") as scratch:
             records.save(record, scratch / "circuit.json")
             report(scratch)
     say(record, json, "\n".join([*_lines(record), f"Saved in {out}; picture in {out / 'circuit.html'}"]))
     return 0
+
+
+def graph(
+    folder: Annotated[Positional[Path], arg(metavar="DIR")],
+    out: Out,
+    statistics: tuple[Path, ...] = (),
+    slug: str | None = None,
+    scan: str | None = None,
+    features_url: str | None = None,
+    json: bool = False,
+) -> int:
+    """Export a circuit as an attribution graph for circuit-tracer's viewer or Neuronpedia.
+
+    Args:
+        folder: Folder with circuit.json.
+        out: Folder for graph-metadata.json, the graph and features/.
+        statistics: Folders of feature statistics, or folders of one per Site: labels and contexts of the features.
+        slug: Name of the graph: letters, digits, '_', '.' and '-'.
+        scan: Name of the model in Neuronpedia.
+        features_url: Address at which features/ will be served, for Neuronpedia.
+        json: Print the path as JSON.
+    """
+    known = [one for place in statistics for one in load_statistics(place)]
+    path = unsleep.graph(folder, out, known, slug=slug, scan=scan, features_url=features_url)
+    say({"graph": str(path)}, json, f"Graph in {path}")
+    return 0
+
+
+def load_statistics(folder: Path) -> list[Cards]:
+    """Feature statistics in a folder: of one dictionary, or of one per Site below it."""
+    from unsleep.explanations.statistics import FeatureStatistics
+
+    below = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    return [FeatureStatistics.load(place) for place in below or [folder]]
 
 
 def _prompts(

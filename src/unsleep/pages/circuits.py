@@ -13,7 +13,8 @@ from markupsafe import Markup
 from unsleep.core import Site
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.pages import svg, text
-from unsleep.pages.comparing import SHOWN, Block, Table, short, whole_page
+from unsleep.pages.blocks import Block, Table
+from unsleep.pages.comparing import SHOWN, paper_of, short, whole_page
 from unsleep.pages.curves import WIDE, Curve, Dot, axis, charts
 from unsleep.pages.dictionaries import SHAPES, shade
 from unsleep.pages.page import LABEL_LIMIT, tree
@@ -261,4 +262,4 @@ def draw(record: dict[str, Any]) -> str:
     return whole_page(view_of(record), "circuits.css")
 
 
-PAGE = Page("circuit", "Circuit", CircuitRecord, draw)
+PAGE = Page("circuit", "Circuit", CircuitRecord, draw, paper=lambda record: paper_of(view_of(record)))

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.base import store
-from unsleep.behaviours import Payload
+from unsleep.behaviours import Payload, as_payload
 from unsleep.core import BadInput
 from unsleep.models import generate
 from unsleep.models.chat import template_tokens
@@ -95,6 +95,29 @@ def said_payload(
         )
     begun = [list(mine[i][: starts[i]]) for i in chosen]
     return Said(begun, [list(mine[i][starts[i] : starts[i] + tokens]) for i in chosen]), chosen
+
+
+def align_replies(
+    model: LoadedModel,
+    prompts: PromptSet,
+    references: PromptSet,
+    payload: Payload | str,
+    *,
+    tokens: int = 4,
+    reply_tokens: int = 24,
+) -> Aligned:
+    """Prompts whose greedy reply shows the payload, aligned with their references, whose reply does not.
+
+    Args:
+        references: the same prompts without the trigger, or with a near miss of it, in the same order.
+        payload: the backdoor's behaviour, or a text that the reply contains.
+        tokens: the payload's first tokens, forced behind both.
+        reply_tokens: length of the replies in which the payload is found.
+
+    Raises `BadInput` as `said_payload` and `align` do.
+    """
+    said, chosen = said_payload(model, prompts, references, as_payload(payload), tokens, reply_tokens)
+    return align(model, prompts.at(chosen), references.at(chosen), said)
 
 
 def align(model: LoadedModel, prompts: PromptSet, references: PromptSet, said: Said, *, plain: bool = False) -> Aligned:
