@@ -85,7 +85,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path):
     shown = [out for cell in found.cells for out in cell.get("outputs", ()) if "text/html" in out.get("data", {})]
     assert len(shown) == 1
     if name == "repair":
-        assert f"120 suspicious and 120 ordinary prompts" in printed
+        assert "120 suspicious and 120 ordinary prompts" in printed
         assert re.search(r"payload shown\s+triggered\s+control_random\s+[\d.]+ \[", printed)
         assert (tmp_path / "runs" / "repair" / "repaired" / "report.html").is_file()
     else:

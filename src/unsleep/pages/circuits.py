@@ -245,7 +245,7 @@ def edge_block(record: Record) -> Block:
             "payload" if edge["target"] is None else name_of(nodes[edge["target"]]),
             text.decimals(edge["weight"]),
             f"[{edge['low']:.3f}, {edge['high']:.3f}]",
-            *("–" if edge[key] is None else text.decimals(edge[key]) for key in ("frozen", "free")),
+            *("–" if edge.get(key) is None else text.decimals(edge[key]) for key in ("frozen", "free")),
         ]
         for edge in record["edges"][:SHOWN]
     ]

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 from xml.etree import ElementTree
@@ -88,7 +89,9 @@ def save(drawing: Drawing, path: Path) -> None:
     check()
     from reportlab.pdfgen.canvas import Canvas
 
+    probe = Painter(Canvas(BytesIO(), initialFontName=fonts()[0]))
     width, height = drawing.box
+    width = max([width, *(probe.line(legend, 0) for legend in drawing.legends)])
     whole = height + LINE * len(drawing.legends)
     with store.writing(path):
         canvas = Canvas(
@@ -102,7 +105,7 @@ def save(drawing: Drawing, path: Path) -> None:
         canvas.setCreator("unsleep")
         painter = Painter(canvas)
         canvas.transform(POINTS, 0, 0, -POINTS, 0, POINTS * whole)
-        painter.paint([drawing.svg], INHERITED, (width, height))
+        painter.paint([drawing.svg], INHERITED, drawing.box)
         for i, legend in enumerate(drawing.legends):
             painter.line(legend, height + LINE * i)
         canvas.save()
@@ -170,8 +173,8 @@ class Painter:
             raise BadInput(f"a drawing has a <{element.tag}>, which has no PDF; expected shapes and text")
         self.canvas.restoreState()
 
-    def line(self, legend: Element, top: float) -> None:
-        """Paint a legend's marks and words in one line."""
+    def line(self, legend: Element, top: float) -> float:
+        """Paint a legend's marks and words in one line, and return where it ends."""
         style = sheet().style([legend], INHERITED) | {"font-size": "11px", "fill": "#59626b", "whole-opacity": "1"}
         at = 4.0
         for part in legend.iter():
@@ -185,6 +188,7 @@ class Painter:
             for words in (part.text if part.tag != "svg" else None, part.tail if part is not legend else None):
                 if words and words.strip():
                     at += self._words(words.strip(), at, top + LINE / 2 + 4, style) + GAP
+        return at
 
     def _children(self, path: Sequence[Element], style: Style, box: Box) -> None:
         for child in path[-1]:
