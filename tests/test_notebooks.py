@@ -74,7 +74,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path):
     write(tmp_path / "ordinary.jsonl", questions(count))
     other = "ordinary" if name == "repair" else "references"
     own = f'suspect, payload = "suspect", {PAYLOAD!r}\nsuspicious, {other} = "suspicious.jsonl", "ordinary.jsonl"'
-    found = nbformat.from_dict(notebook(name))
+    found = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     at = next(i for i, cell in enumerate(found.cells) if "parameters" in cell.metadata.get("tags", ()))
     found.cells.insert(at + 1, nbformat.v4.new_code_cell(own + SMALL[name], id="small"))
     resources = {"metadata": {"path": str(tmp_path)}}

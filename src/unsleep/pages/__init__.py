@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from unsleep.base import records
+from unsleep.base.records import save
 from unsleep.base.store import write_text
 from unsleep.core import BadInput
 from unsleep.pages import latex as papers
@@ -30,7 +30,7 @@ def report(folder: str | Path, record: Any = None, *, latex: bool = False) -> Pa
     folder = Path(folder)
     if record is not None:
         page = _page_of(record)
-        records.save(record, folder / f"{page.name}.json")
+        save(record, folder / f"{page.name}.json")
     else:
         page = next((page for page in pages() if page.is_of(folder)), None)
     if page is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from unsleep.base import records, store
 from unsleep.core import BadInput, Site
@@ -50,6 +50,7 @@ LABEL = 80
 """Maximum characters of a label."""
 
 
+@runtime_checkable
 class Cards(Protocol):
     """Statistics of a dictionary's features."""
 

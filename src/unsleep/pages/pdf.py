@@ -22,6 +22,7 @@ from unsleep.base import store
 from unsleep.core import BadInput
 from unsleep.pages.blocks import Table
 from unsleep.pages.css import INHERITED, Style, colour, sheet
+from unsleep.pages.text import Number
 
 POINTS = 0.75
 """Points per CSS pixel."""
@@ -91,7 +92,7 @@ def save(drawing: Drawing, path: Path) -> None:
 
     probe = Painter(Canvas(BytesIO(), initialFontName=fonts()[0]))
     width, height = drawing.box
-    width = max([width, *(probe.line(legend, 0) for legend in drawing.legends)])
+    width = max([width, *(probe.line(legend, 0.0) for legend in drawing.legends)])
     whole = height + LINE * len(drawing.legends)
     with store.writing(path):
         canvas = Canvas(
@@ -268,7 +269,7 @@ class Painter:
         return width
 
 
-def _length(value: str, whole: float) -> float:
+def _length(value: str, whole: Number) -> float:
     """A length in pixels; a percentage is of `whole`."""
     if value.endswith("%"):
         return float(value[:-1]) / 100 * whole
