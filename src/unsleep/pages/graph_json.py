@@ -281,34 +281,38 @@ def _node(
     node: Mapping[str, Any], roles: Sequence[str], share: float, cards: Mapping[int, FeatureCard | None]
 ) -> GraphNode:
     """A node of the record in the graph's terms."""
-    column, kind = roles.index(node["role"]), node["kind"]
-    common = {"ctx_idx": column, "feature_type": TYPES[kind], "influence": share}
-    common |= {key: node[key] for key in ("effect", "low", "high", "activation")}
-    if kind == "token":
-        label = f"token embedding at {node['role']}"
-        return GraphNode(
-            f"E_{column}_{column}", column, "E", jsNodeId=f"E_{column}-{column}", clerp=_harmless(label), **common
-        )
-    layer = pseudo_layer(node["place"])
-    if kind == "error":
-        label = f"{node['place']} reconstruction error"
-        return GraphNode(
-            f"{layer}_-1_{column}", -1, str(layer), jsNodeId=f"{layer}_-1-{column}", clerp=_harmless(label), **common
-        )
-    index = node["feature"]
-    number = pair(layer, index)
-    what = f"{node['place']} {kind} {index}"
-    told = meaning(cards.get(number)) if kind == "feature" else ""
-    label = f"{what}: {told}" if told else what
-    mark = "n" if kind == "neuron" else ""
+    column, kind, index = roles.index(node["role"]), node["kind"], node.get("feature")
+    feature, layer, name, label = _identity(node, column, index, cards)
     return GraphNode(
-        f"{layer}_{mark}{index}_{column}",
-        number,
-        str(layer),
-        jsNodeId=f"{layer}_{mark}{index}-0",
+        node_id=f"{layer}_{name}_{column}",
+        feature=feature,
+        layer=layer,
+        ctx_idx=column,
+        feature_type=TYPES[kind],
+        jsNodeId=f"{layer}_{name}-{column if index is None else 0}",
         clerp=_harmless(label),
-        **common,
+        influence=share,
+        activation=node["activation"],
+        effect=node["effect"],
+        low=node["low"],
+        high=node["high"],
     )
+
+
+def _identity(
+    node: Mapping[str, Any], column: int, index: int | None, cards: Mapping[int, FeatureCard | None]
+) -> tuple[int, str, str, str]:
+    """A node's number, layer, name within it, and label."""
+    place, kind = node["place"], node["kind"]
+    if kind == "token":
+        return column, "E", str(column), f"token embedding at {node['role']}"
+    layer = pseudo_layer(place)
+    if index is None:
+        return -1, str(layer), "-1", f"{place} reconstruction error"
+    number = pair(layer, index)
+    told = meaning(cards.get(number)) if kind == "feature" else ""
+    what = f"{place} {kind} {index}"
+    return number, str(layer), f"n{index}" if kind == "neuron" else str(index), f"{what}: {told}" if told else what
 
 
 def _output(record: Mapping[str, Any], layer: int, column: int) -> GraphNode:

@@ -183,9 +183,14 @@ def numbers(paper: Paper, made_from: Mapping[str, Any]) -> str:
 
 def skeleton(paper: Paper, file: str) -> str:
     """The paper that an author starts from."""
-    marks = {"block_start_string": "<%", "block_end_string": "%>", "variable_start_string": "<<<"}
     made = Environment(
-        **marks, variable_end_string=">>>", trim_blocks=True, undefined=StrictUndefined, autoescape=False
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<<",
+        variable_end_string=">>>",
+        trim_blocks=True,
+        undefined=StrictUndefined,
+        autoescape=False,
     )
     view = {
         "title": escape(paper.title),

@@ -10,9 +10,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -59,7 +60,7 @@ class Drawing(NamedTuple):
 def check() -> None:
     """Raise `BadInput` where reportlab is not installed."""
     try:
-        import reportlab.pdfgen.canvas  # noqa: F401
+        import_module("reportlab.pdfgen.canvas")
     except ImportError:
         raise BadInput(
             "figures are drawn with reportlab, which is not installed; pip install 'unsleep[latex]'"
@@ -88,20 +89,12 @@ def tables(markup: Markup) -> list[Table]:
 def save(drawing: Drawing, path: Path) -> None:
     """Write a drawing as a PDF of one page, its legend below it; equal drawings give equal files."""
     check()
-    from reportlab.pdfgen.canvas import Canvas
-
-    probe = Painter(Canvas(BytesIO(), initialFontName=fonts()[0]))
+    probe = Painter(_canvas(BytesIO()))
     width, height = drawing.box
     width = max([width, *(probe.line(legend, 0.0) for legend in drawing.legends)])
     whole = height + LINE * len(drawing.legends)
     with store.writing(path):
-        canvas = Canvas(
-            str(path),
-            pagesize=(POINTS * width, POINTS * whole),
-            invariant=1,
-            pageCompression=1,
-            initialFontName=fonts()[0],
-        )
+        canvas = _canvas(str(path), pagesize=(POINTS * width, POINTS * whole), invariant=1, pageCompression=1)
         canvas.setTitle(drawing.caption)
         canvas.setCreator("unsleep")
         painter = Painter(canvas)
@@ -110,6 +103,11 @@ def save(drawing: Drawing, path: Path) -> None:
         for i, legend in enumerate(drawing.legends):
             painter.line(legend, height + LINE * i)
         canvas.save()
+
+
+def _canvas(target: Any, **options: Any) -> Any:
+    """A canvas that names no font but its own, which is embedded."""
+    return import_module("reportlab.pdfgen.canvas").Canvas(target, initialFontName=fonts()[0], **options)
 
 
 def _parsed(markup: Markup) -> Element:
@@ -132,19 +130,19 @@ def _view_box(svg: Element) -> tuple[float, float, float, float]:
 @cache
 def fonts() -> tuple[str, str]:
     """Regular and bold face, of reportlab's own, registered once."""
-    from reportlab.pdfbase import pdfmetrics
-    from reportlab.pdfbase.ttfonts import TTFont
-
+    metrics, faces = _font_modules()
     for name in ("Vera", "VeraBd"):
-        pdfmetrics.registerFont(TTFont(name, f"{name}.ttf"))
+        metrics.registerFont(faces.TTFont(name, f"{name}.ttf"))
     return "Vera", "VeraBd"
+
+
+def _font_modules() -> tuple[Any, Any]:
+    return import_module("reportlab.pdfbase.pdfmetrics"), import_module("reportlab.pdfbase.ttfonts")
 
 
 def spelled(text: str) -> str:
     """Text in characters that the font has; any other is written as its number."""
-    from reportlab.pdfbase import pdfmetrics
-
-    known = cast("dict[int, Any]", cast("Any", pdfmetrics.getFont(fonts()[0])).face.charToGlyph)
+    known = _font_modules()[0].getFont(fonts()[0]).face.charToGlyph
     return "".join(c if ord(c) in known else SPELLED.get(c, f"[U+{ord(c):04X}]") for c in text)
 
 
