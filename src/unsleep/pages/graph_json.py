@@ -109,7 +109,7 @@ class GraphMetadata:
 
     slug: str
     scan: str
-    """Where features are described: a folder of the viewer, or the model's name in Neuronpedia."""
+    """Home of the features' details: a folder of the viewer, or the model's name in Neuronpedia."""
     prompt_tokens: tuple[str, ...]
     prompt: str
     node_threshold: float
