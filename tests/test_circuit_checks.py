@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.circuits import difference, every_node, small
+from support.circuits import difference, every_node, metric_of, small
 from support.suspects import base
 from unsleep.core import BadInput, Site
 from unsleep.locate.circuits.edges import edges
 from unsleep.locate.circuits.effects import effects, effects_on_prompts
 from unsleep.locate.circuits.exact import agreement, exact_effects
-from unsleep.locate.circuits.faithful import metric_of
 from unsleep.locate.circuits.heads import head_loadings
 from unsleep.locate.circuits.prefixes import PrefixPair, align_pairs, answer_difference, read_pairs
 from unsleep.locate.circuits.spaces import ERROR, WholeSpace

@@ -270,11 +270,12 @@ def differences(space: Space, part: Aligned, mine: Tensor, theirs: Tensor) -> Di
 
 @torch.no_grad()
 def reference_nodes(
-    space: Space, part: Aligned, theirs: Tensor
+    space: Space, part: Aligned, theirs: Tensor, ids: Sequence[int] | None = None
 ) -> tuple[Float[Tensor, "row position feature"], Float[Tensor, "row position width"]]:
-    """Features and rests of the reference, brought to the tokens that they are compared with."""
+    """Features, or some of them, and rests of the reference, brought to the tokens that they are compared with."""
     flat = theirs.flatten(0, 1)
     features = space.encode(flat).unflatten(0, theirs.shape[:2])
+    features = features if ids is None else features[..., list(ids)]
     rest = space.rest(flat).unflatten(0, theirs.shape[:2])
     return part.brought(features), part.brought(rest)
 
@@ -284,15 +285,13 @@ def node_change(
     space: Space, part: Aligned, x: Float[Tensor, "row position width"], theirs: Tensor, role: int, feature: int
 ) -> Float[Tensor, "row position width"]:
     """u − u_ref of one node at the tokens of its role, as a change of the activation."""
-    features, rest = reference_nodes(space, part, theirs)
+    ids = [] if feature == ERROR else [feature]
+    features, rest = reference_nodes(space, part, theirs, ids)
     flat = x.flatten(0, 1)
     if feature == ERROR:
         change = space.rest(flat).view_as(x) - rest
     else:
-        moved = space.encode(flat) - features.flatten(0, 1)
-        only = torch.zeros_like(moved)
-        only[:, feature] = moved[:, feature]
-        change = space.combine(only).view_as(x)
+        change = space.combine(space.encode(flat)[:, ids] - features.flatten(0, 1), ids).view_as(x)
     return (change * (part.role == role)[..., None]).to(x.dtype)
 
 

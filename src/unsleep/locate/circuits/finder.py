@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from unsleep.locate.circuits.effects import (
     run_streams,
 )
 from unsleep.locate.circuits.exact import Agreement, agreement, exact_effects
-from unsleep.locate.circuits.faithful import CurvePoint, curve, differ, metric_of
+from unsleep.locate.circuits.faithful import CurvePoint, Patcher, curve, differ
 from unsleep.locate.circuits.heads import head_loadings, listed
 from unsleep.locate.circuits.measure import measured
 from unsleep.locate.circuits.record import Curve, EdgeRow, NodeRow
@@ -55,6 +55,8 @@ class Finder:
     config: CircuitConfig
     reference: LoadedModel
     metric: Metric
+    patchers: dict[tuple[str, ...], Patcher] = field(default_factory=dict[tuple[str, ...], Patcher])
+    """By the hashes of their spaces."""
 
     @property
     def is_frozen(self) -> bool:
@@ -128,19 +130,12 @@ class Finder:
         """The metric with only some nodes, or all but them, not patched."""
         few = self.aligned.batch(0, self.config.curve_prompts)
 
+        key = tuple(space.hash for space in among)
+        if key not in self.patchers:
+            self.patchers[key] = Patcher(self.model, few, among, self.metric, self.reference, self.config.batch)
+
         def make() -> dict[str, Tensor]:
-            found = metric_of(
-                self.model,
-                few,
-                among,
-                chosen,
-                self.metric,
-                complement=complement,
-                with_errors=with_errors,
-                reference=self.reference,
-                batch=self.config.batch,
-            )
-            return {"metric": found}
+            return {"metric": self.patchers[key].run(chosen, complement=complement, with_errors=with_errors)}
 
         names = [str(node) for node in chosen]
         return self.step(make, "metric", few, [space.hash for space in among], names, complement, with_errors)["metric"]
