@@ -97,7 +97,7 @@ class _Bench:
         self.base = {place: x.detach() for place, x in cut.raw.items()}
         self.value = cut.value.detach()
         self.slopes: dict[Node, Tensor] = {}
-        """Of each target, whatever its role: slope times gradient at each token; of an error, the slopes of all features."""
+        """Of each target, whatever its role: slope times gradient at each token; of an error, all features' slopes."""
 
     @torch.no_grad()
     def answers(
