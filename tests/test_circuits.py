@@ -50,7 +50,7 @@ def test_prompts_that_cannot_be_aligned_are_refused() -> None:
         align(model, SUSPICIOUS.head(1), NEAR.head(1), forced(1))
 
 
-@pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated"])
+@pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated", "inputs"])
 def test_the_nodes_of_a_place_add_up_to_its_activation(estimator: str) -> None:
     model, aligned, spaces = small()
     found = effects(model, aligned, spaces, difference, estimator, batch=1)

@@ -17,7 +17,7 @@ class CircuitConfig:
     edges: int = 1000
     """Edges that are listed, those with the largest |weight|."""
     estimator: Estimator = "relevance"
-    """Estimator of effects; with `integrated`, edges use plain gradients."""
+    """Estimator of effects; but for `relevance`, edges use plain gradients."""
     measure: int = 8
     """Prompts on which every listed edge is measured; 0 for none."""
     sizes: tuple[int, ...] = (10, 25, 50, 100, 200, 500, 1000, 2000)
