@@ -43,6 +43,58 @@ def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int
     return percentiles(float(x.mean()), x[index].mean(1))
 
 
+def bootstrap_each(
+    values: Float[Tensor, "prompt column"], resamples: int = 1000, seed: int = 0
+) -> Float[Tensor, "column 3"]:
+    """`bootstrap` of every column, all of them on the same resampled prompts: value, low and high.
+
+    Raises `BadInput` for no prompts.
+    """
+    n = len(values)
+    if not n:
+        raise BadInput("no values to average; expected at least 1")
+    x = values.double().cpu()
+    means = resampled(n, resamples, seed) @ x
+    ends = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    mean = x.mean(0)
+    return torch.stack([mean, torch.minimum(ends[0], mean), torch.maximum(ends[1], mean)], 1)
+
+
+def bootstrap_both(
+    values: Float[Tensor, "draw prompt"], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean with its 95 % percentile bootstrap interval, resampling random draws and prompts (Owen 2007, AoAS 1).
+
+    Raises `BadInput` for no values.
+    """
+    if not values.numel():
+        raise BadInput("no values to average; expected at least 1")
+    x = values.double().cpu()
+    draws, prompts = (resampled(n, resamples, seed + i) for i, n in enumerate(x.shape))
+    return percentiles(float(x.mean()), ((draws @ x) * prompts).sum(1))
+
+
+def resampled(n: int, resamples: int, seed: int) -> Float[Tensor, "resample n"]:
+    """Weights of `n` items in each bootstrap resample; rows sum to 1."""
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(resamples, n, dtype=torch.float64)
+    return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / n, dtype=torch.float64))
+
+
+def spearman(x: Float[Tensor, "column item"], y: Float[Tensor, " item"]) -> Float[Tensor, " column"]:
+    """Spearman's rank correlation of every row of `x` with `y`, ties at their mean rank; 0 for a constant row."""
+    one, other = (each - each.mean(-1, keepdim=True) for each in (ranks(x), ranks(y[None])))
+    size = (one.square().sum(1) * other.square().sum(1)).sqrt()
+    return torch.where(size > 0, (one * other).sum(1) / size.clamp_min(1e-12), torch.zeros_like(size))
+
+
+def ranks(x: Float[Tensor, "column item"]) -> Float[Tensor, "column item"]:
+    """Rank of each value in its row, from 0, ties at their mean, in float64."""
+    x = x.contiguous()
+    ordered = x.sort(dim=1).values
+    return (torch.searchsorted(ordered, x) + torch.searchsorted(ordered, x, right=True)).double() / 2
+
+
 def ratio(
     top: Sequence[float] | Tensor, bottom: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
