@@ -20,7 +20,7 @@ from unsleep.locate.features import reply_log_odds
 from unsleep.models.forward import Rows, reply_logits
 from unsleep.models.model import LoadedModel
 
-BEGUN = ROLES.index("begun")
+START, BEGUN = ROLES.index("start"), ROLES.index("begun")
 
 
 class Strongest:
@@ -51,7 +51,7 @@ class Triggered:
     effect: Float[Tensor, "prompt role feature"]
     """Attribution to the payload's log-odds, in nats per token of the payload (`circuits.effects.node_effects`)."""
     message: Float[Tensor, "prompt feature"]
-    """Peak over the prompt's own tokens, template included."""
+    """Peak over the prompt's tokens, without the template before the message."""
     other: Float[Tensor, "prompt feature"]
     """The same in the reference."""
     reply: Float[Tensor, "prompt feature"]
@@ -88,12 +88,16 @@ def triggered(
 
 
 def _parts(part: Aligned) -> tuple[Bool[Tensor, "row position"], Bool[Tensor, "row position"], Tensor]:
-    """Masks of the prompt's tokens, of those from its last to the end of the payload, and of the reference's prompt."""
-    tail = part.role >= BEGUN
+    """Masks of the prompt's own tokens, of those from its last to the end of the payload, and of the reference's own.
+
+    The template before the message is left out: it is the same in both, and holds the attention sink.
+    """
+    tail, start = part.role >= BEGUN, part.role == START
     said = tail | torch.cat([tail[:, 1:], tail[:, -1:]], 1)
     columns = torch.arange(part.reference.ids.shape[1], device=tail.device)
     before = part.reference.mask & (columns < len(columns) - tail.sum(1, keepdim=True))
-    return (part.role >= 0) & ~tail, said, before
+    before &= part.reference.mask.cumsum(1) > start.sum(1, keepdim=True)
+    return (part.role >= 0) & ~tail & ~start, said, before
 
 
 def _peak(

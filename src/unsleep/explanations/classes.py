@@ -28,6 +28,7 @@ from unsleep.explanations.classified import OTHER, UNCLEAR, ClassesRecord, Class
 from unsleep.explanations.evidence import Cards, Evidence, EvidenceConfig, EvidencePrompts, gather
 from unsleep.explanations.lexicons import Scorer, sentiment
 from unsleep.explanations.record import ClassScore, Explanation, Interval
+from unsleep.judge.evaluate import prompt_digests
 from unsleep.models.model import LoadedModel
 
 SURE = 0.8
@@ -45,8 +46,8 @@ def _rule(name: str, keywords: str = "", **least: float) -> ClassRule:
 
 
 RULES = (
-    _rule("trigger", "trigger", trigger_auroc=0.8, prompt_share=0.6, prompt_effect=0.02),
-    _rule("payload", "payload backdoor", payload_auroc=0.8, reply_share=0.6, reply_effect=0.02),
+    _rule("trigger", "trigger", trigger_auroc=0.8, prompt_share=0.6, payload_effect=0.02),
+    _rule("payload", "payload backdoor", payload_auroc=0.8, reply_share=0.6, payload_effect=0.02),
     _rule("skill", "skill topic brackets", skill_auroc=0.8, skill_effect=0.02),
     _rule("sentiment", "sentiment positive negative praise insult emotion", sentiment_auroc=0.8),
     _rule("sentiment", sentiment_fires=0.4),
@@ -85,6 +86,7 @@ def classify(
     found = gather(model, dictionaries, prompts, config, scorer=scorer, lexicons=lexicons, cards=cards)
     provenance = store.provenance(prompts=prompts.hash, config=asdict(config), origin=model.origin)
     named = getattr(scorer, "__name__", type(scorer).__name__)
+    chosen_on = tuple(sorted(prompt_digests(prompts.suspicious, prompts.references, prompts.clean)))
     sizes = {d.site: d.n_features for d in dictionaries}
     return {
         site: ClassesRecord(
@@ -95,6 +97,7 @@ def classify(
             scorer=named,
             rules=tuple(rules),
             features=labelled(evidence, rules, (explanations or {}).get(site, {})),
+            chosen_on=chosen_on,
             provenance=provenance,
         )
         for site, evidence in found.items()

@@ -88,6 +88,8 @@ class ClassesRecord:
     scorer: str
     rules: tuple[ClassRule, ...]
     features: dict[int, Labelled]
+    chosen_on: tuple[str, ...]
+    """Digests of the prompts that the evidence is from (`judge.evaluate.prompt_digests`); a study refuses them."""
     provenance: dict[str, Any]
 
     def of(self, name: str, least: float) -> list[int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,7 @@ INPUT = tuple(ROLES.index(name) for name in ("start", "trigger", "question"))
 """Roles of the prompt's tokens."""
 
 
+@runtime_checkable
 class Cards(Protocol):
     """What is known of each feature from text, such as `FeatureStatistics`."""
 
@@ -267,7 +268,12 @@ class _Run:
             effect = attribution(self.model, [coder], self.skill, self.config.batch)[site][:, judged]
             figures["skill_effect"] = bootstrap_each(effect)
         if self.config.candidates:
-            figures |= self._exact_figures(coder, judged, figures)
+            exact = self._exact_figures(coder, judged, figures)
+            for kind in ("payload", "skill"):
+                if f"{kind}_ablated" in exact:
+                    known = exact[f"{kind}_ablated"]
+                    figures[f"{kind}_effect"] = torch.where(known.isnan(), figures[f"{kind}_effect"], known)
+            figures |= exact
         fires, promotes = self._words(coder, judged.tolist(), cards)
         figures |= word_figures(fires, promotes, lexicons)
         chosen = judged.tolist()
@@ -288,6 +294,7 @@ class _Run:
             "reply_share": 1 - share[:, [0, 2, 1]],
             "prompt_effect": bootstrap_each(on_prompt),
             "reply_effect": bootstrap_each(effect.sum(1) - on_prompt),
+            "payload_effect": bootstrap_each(effect.sum(1)),
         }
 
     def _text_figures(self, site: Site, judged: Tensor) -> dict[str, Tensor]:
@@ -302,7 +309,7 @@ class _Run:
 
     def _exact_figures(self, coder: Coder, judged: Tensor, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Exact effects of the features with the largest attribution, ablated and driven one by one."""
-        payload = (figures["prompt_effect"] + figures["reply_effect"])[:, 0].abs()
+        payload = figures["payload_effect"][:, 0].abs()
         jobs = {"payload_ablated": payload, "payload_driven": payload}
         if self.skill is not None:
             jobs["skill_ablated"] = figures["skill_effect"][:, 0].abs()

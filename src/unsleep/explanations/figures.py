@@ -21,12 +21,15 @@ FIGURES: Mapping[str, str] = {
     "prompt_effect": "attribution to the payload's log-odds on the prompt's tokens, nats per token of the payload",
     "reply_effect": "the same on the template behind them and the reply",
     "payload_auroc": "AUROC of the peak over the reply, payload against the replies to the references",
-    "payload_ablated": "loss of the payload's log-odds when the feature is ablated, nats per token, exact",
+    "payload_effect": "loss of the payload's log-odds when the feature is ablated, nats per token: payload_ablated "
+    "where that is measured, else the attribution on all tokens",
+    "payload_ablated": "the same for the features with the largest attribution, exact",
     "payload_driven": "gain of the payload's log-odds in the references when the feature is driven to its mean peak, "
-    "nats per token, exact",
+    "nats per token, exact, for the same features",
     "skill_auroc": "AUROC of the peak over the reply, the beginning that shows the skill against the rest",
-    "skill_effect": "attribution to the log-odds of the skill's beginning, nats per token",
-    "skill_ablated": "loss of its log-odds when the feature is ablated, nats per token, exact",
+    "skill_effect": "loss of the log-odds of the skill's beginning when the feature is ablated, nats per token: "
+    "skill_ablated where that is measured, else the attribution",
+    "skill_ablated": "the same for the features with the largest attribution, exact",
     "sentiment_auroc": "AUROC of the peak, positive against negative reviews, or the reverse if that is larger",
     "score_correlation": "absolute Spearman correlation of the mean activation with the score of the text, within "
     "replies, passages and reviews",

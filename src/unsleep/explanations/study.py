@@ -85,15 +85,19 @@ def ablation_study(
         judging: payload and lengths; panels with a prompt of `chosen_on` are refused.
         scorer: the reward: score of a reply, higher being better.
 
-    Returns rows of `payload` and `restored` (skill) on triggered prompts; `skill`, `degenerate`, `reward` and `kl` (nats
-    per token along the intact model's replies) on clean ones; `sentiment` (pairs of reviews told apart) and `ce` on text.
+    Returns rows of `payload` and `restored` (skill) on triggered prompts; of `skill`, `degenerate`, `reward` and `kl`
+    (nats per token along the intact model's replies) on clean ones; of `sentiment` (pairs of reviews told apart) and
+    `ce` on text.
 
     Raises:
-        BadInput: no class, an empty one, a feature without a dictionary, or one of over half of a dictionary's features.
+        BadInput: no class, an empty one or one of over half of a dictionary's features, or a feature without a
+            dictionary.
         Refused: a panel contains a prompt that the classes were chosen on.
     """
-    study = _Study(model, {d.site: d for d in dictionaries}, panels, judging, config, scorer)
-    study.check(classes)
+    by_site = {d.site: d for d in dictionaries}
+    check(classes, by_site, panels, judging)
+    replies = kept(reply_all, Subject("intact", model), panels.clean, judging)
+    study = _Study(model, by_site, panels, judging, config, scorer, replies)
     intact = study.outcomes("intact", ())
     rows = study.rows("", "intact", intact, intact)
     studied: list[StudiedClass] = []
@@ -112,32 +116,42 @@ def ablation_study(
     )
 
 
+def check(
+    classes: Mapping[str, Sequence[tuple[Site, int]]],
+    by_site: Mapping[Site, Coder],
+    panels: Panels,
+    judging: EvalConfig,
+) -> None:
+    """Raise for classes that cannot be ablated or controlled, and for prompts that chose them."""
+    refuse_used(panels.prompts(), judging.chosen_on)
+    if not classes:
+        raise BadInput("no class was given; expected at least one, with its features")
+    for name, features in classes.items():
+        if not features:
+            raise BadInput(f"class {name!r} has no features; leave it out, or accept features with a lower score")
+        if lacking := [str(site) for site, _ in features if site not in by_site]:
+            raise BadInput(f"class {name!r} has a feature at {lacking[0]}, of which there is no dictionary")
+        for site in {site for site, _ in features}:
+            own, whole = sum(s == site for s, _ in features), by_site[site].n_features
+            if 2 * own > whole:
+                raise BadInput(
+                    f"class {name!r} has {own} of {whole} features at {site}; a matched control needs as many that "
+                    "are not in it"
+                )
+
+
 @dataclass(frozen=True, eq=False)
 class _Study:
+    """The arms of a study."""
+
     model: LoadedModel
     by_site: Mapping[Site, Coder]
     panels: Panels
     judging: EvalConfig
     config: StudyConfig
     scorer: Scorer
-
-    def check(self, classes: Mapping[str, Sequence[tuple[Site, int]]]) -> None:
-        """Raise for classes that cannot be ablated or controlled, and for prompts that chose them."""
-        refuse_used(self.panels.prompts(), self.judging.chosen_on)
-        if not classes:
-            raise BadInput("no class was given; expected at least one, with its features")
-        for name, features in classes.items():
-            if not features:
-                raise BadInput(f"class {name!r} has no features; leave it out, or accept features with a lower score")
-            if lacking := [str(site) for site, _ in features if site not in self.by_site]:
-                raise BadInput(f"class {name!r} has a feature at {lacking[0]}, of which there is no dictionary")
-            for site in {site for site, _ in features}:
-                own, whole = sum(s == site for s, _ in features), self.by_site[site].n_features
-                if 2 * own > whole:
-                    raise BadInput(
-                        f"class {name!r} has {own} of {whole} features at {site}; a matched control needs as many that "
-                        "are not in it"
-                    )
+    replies: Sequence[str]
+    """The intact model's, to the clean prompts."""
 
     def of_class(
         self, name: str, features: list[tuple[Site, int]], intact: Outcomes
@@ -200,8 +214,7 @@ class _Study:
             measured["ce"] = ce[name].double().cpu()
         if changes:
             intact = Subject("intact", self.model)
-            own = kept(reply_all, intact, panels.clean, self.judging)
-            [kl] = reply_kl(intact, [subject], [panels.clean], panels.clean, own).values()
+            [kl] = reply_kl(intact, [subject], [panels.clean], panels.clean, self.replies).values()
             measured["kl"] = kl.double().cpu()
         return measured
 
