@@ -145,7 +145,7 @@ def value_of(row: Record) -> str:
 
 def change_of(value: float, shown: Shown) -> str:
     """A signed change, in percentage points or in the metric's unit."""
-    return text.signed(100 * value, 1) if shown.is_share else text.signed(value)
+    return text.signed(round(100 * value, 1), 1) if shown.is_share else text.signed(value)
 
 
 def interval_of(row: Record, shown: Shown) -> str:
