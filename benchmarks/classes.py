@@ -144,7 +144,7 @@ def truth(
     prompts = organism_prompts(recipe, sizes.held_out, "held_out")
     asked = prompts.suspicious, prompts.references
     said, chosen = said_payload(model, *asked, prompts.payload, config.payload_tokens, config.reply_tokens)
-    aligned = align(model, *(group.at(chosen) for group in asked), said)
+    aligned = align(model, asked[0].at(chosen), asked[1].at(chosen), said)
     strongest = {c.site: Strongest(c.n_features, 1) for c in coders}
     effects = triggered(model, coders, aligned, strongest, config.batch)
     skill = skill_rows(model, prompts.clean, config)

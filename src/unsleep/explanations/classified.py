@@ -99,8 +99,8 @@ class ClassesRecord:
 
 
 Arm = Literal["intact", "reconstruction", "class", "random", "pca"]
-"""What is done to the model: nothing; every Site of the class is replaced by its reconstruction; the class is ablated
-with the error kept; as many matched random features are; a PCA subspace of equal rank is."""
+"""Change of the model: none; every Site of the class replaced by its reconstruction; the class ablated with the error
+kept; as many matched random features ablated; a PCA subspace of equal rank."""
 
 Metric = Literal["payload", "restored", "skill", "degenerate", "reward", "sentiment", "kl", "ce"]
 

@@ -49,7 +49,7 @@ INPUT = tuple(ROLES.index(name) for name in ("start", "trigger", "question"))
 
 @runtime_checkable
 class Cards(Protocol):
-    """What is known of each feature from text, such as `FeatureStatistics`."""
+    """Cards of features from statistics over text, such as `FeatureStatistics`."""
 
     def card(self, feature: int) -> FeatureCard:
         """The card of a feature."""
@@ -193,9 +193,10 @@ class _Run:
         self.strongest = {c.site: Strongest(c.n_features, config.words) for c in coders}
         asked = (prompts.suspicious, prompts.references)
         said, chosen = said_payload(model, *asked, prompts.payload, config.payload_tokens, config.reply_tokens)
-        self.aligned = align(model, *(group.at(chosen) for group in asked), said)
+        references = prompts.references.at(chosen)
+        self.aligned = align(model, prompts.suspicious.at(chosen), references, said)
         self.triggered = triggered(model, coders, self.aligned, self.strongest, config.batch)
-        self.others, calm = self._references(prompts.references.at(chosen), said.begun)
+        self.others, calm = self._references(references, said.begun)
         shown = {word_of(model.spell(t)) for ids in said.payload for t in ids}
         self.payload_words = frozenset(shown - {word_of(model.spell(t)) for ids in calm for t in ids} - {""})
         self.clean, self.skill, replies = self._clean()

@@ -255,7 +255,7 @@ def _metrics(own: Outcomes) -> list[Metric]:
 
 
 def _skilled(replies: Sequence[str], prompts: PromptSet) -> list[bool]:
-    """Whether each reply shows the skill that its prompt expects; empty where none expects one."""
+    """For each reply, True if it shows the skill that its prompt expects; empty where none expects one."""
     return [has_skill(r, p.expected) for r, p in zip(replies, prompts, strict=True) if p.expected]
 
 
