@@ -12,7 +12,7 @@ measured for the features with the largest attribution on the held-out prompts a
 the effect on the skill is also a figure of the evidence, on other prompts (`activations alone` leaves it out);
 sentiment, reward and language are not planted, so that nothing says whether their labels are right.
 
-Thresholds are chosen on `TRAINING` (`calibrate` prints those that its organisms prefer); the others are held out as a
+Thresholds are chosen on `TRAINING` organisms (`calibrate` prints those that they prefer); the others are held out as a
 whole. Beside the rules stand the same rules on activations alone, keyword rules over the tokens on which a feature
 fires, and permuted labels.
 
@@ -68,8 +68,10 @@ PLANTED = ("trigger", "payload", "skill")
 DELTA = 0.05
 """Fall of the log-odds, in nats per token, from which a feature is of a class."""
 
-CAUSES = ("payload_effect", "payload_ablated", "payload_driven", "prompt_effect", "reply_effect")
-CAUSES += ("skill_effect", "skill_ablated")
+CAUSES = (
+    *("payload_effect", "payload_ablated", "payload_driven", "prompt_effect", "reply_effect"),
+    *("skill_effect", "skill_ablated"),
+)
 """Figures that are left out where classes are judged by activations alone."""
 
 SHARE = 0.3
@@ -383,6 +385,21 @@ def shown(found: Mapping[str, Any]) -> str:
     return table(rows)
 
 
+def caused(organisms: Mapping[str, Any]) -> str:
+    """Change of payload and skill with each class ablated, beside its matched random control's."""
+    head = ["organism", "class", "features"]
+    rows = [[*head, *(f"{metric}, {arm}" for metric in ("payload", "skill") for arm in ("class", "random"))]]
+    for name, one in organisms.items():
+        found = {(row["of"], row["arm"], row["metric"]): row for row in one["study"]}
+        for kind, count in one["members"].items():
+            figures: list[str] = []
+            for metric, arm in itertools.product(("payload", "skill"), ("class", "random")):
+                row = found[kind, arm, metric]
+                figures.append(f"{row['change']:+.2f} [{row['change_low']:+.2f}, {row['change_high']:+.2f}]")
+            rows.append([name, kind, str(count), *figures])
+    return table(rows)
+
+
 def main() -> None:
     """Measure organisms, or calibrate on those that were measured."""
     path, arguments = RESULTS / "classes.json", sys.argv[1:]
@@ -392,7 +409,7 @@ def main() -> None:
         return
     if arguments[:1] == ["small"]:
         found = {name: measured(name, SMALL) for name in arguments[1:]}
-        sys.stdout.write(f"{shown(summary(found))}\n")
+        sys.stdout.write(f"{shown(summary(found))}\n{caused(found)}\n")
         for name, one in found.items():
             store.write_json(RUNS / "classes" / f"{name}-small.json", one)
         return
@@ -401,6 +418,7 @@ def main() -> None:
         found = summary(organisms)
         keep("classes", {"delta": DELTA, "training": list(TRAINING), "summary": found, "organisms": organisms})
         sys.stdout.write(f"{name}: {organisms[name]['seconds']} s, {organisms[name]['members']}\n{shown(found)}\n")
+        sys.stdout.write(f"{caused({name: organisms[name]})}\n")
         sys.stdout.flush()
 
 

