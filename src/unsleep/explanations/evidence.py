@@ -201,7 +201,8 @@ class _Run:
         self.payload_words = frozenset(shown - {word_of(model.spell(t)) for ids in calm for t in ids} - {""})
         self.clean, self.skill, replies = self._clean()
         self.texts, texts = self._texts()
-        self.scores = [[_checked(scorer, text) for text in group] for group in (replies, *texts)]
+        groups = (replies, texts[0], [*texts[1], *texts[2]])
+        self.scores = [[_checked(scorer, text) for text in group] for group in groups]
 
     def _references(
         self, prompts: PromptSet, begun: Sequence[Sequence[int]]
@@ -302,7 +303,8 @@ class _Run:
         """Sentiment, and correlation with the score."""
         _, good, bad = (each[site].peak[0][:, judged] for each in self.texts)
         told = aurocs(good, bad)
-        groups = [each[site].mean[0][:, judged].T for each in (self.clean, *self.texts)]
+        replies, passages, *reviews = (each[site].mean[0][:, judged] for each in (self.clean, *self.texts))
+        groups = [replies.T, passages.T, torch.cat(reviews).T]
         return {
             "sentiment_auroc": torch.where(told[:, :1] < 0.5, 1 - told[:, [0, 2, 1]], told),
             "score_correlation": correlation(groups, self.scores),
