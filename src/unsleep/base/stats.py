@@ -50,7 +50,7 @@ def paired_rates(before: Sequence[float] | Tensor, after: Sequence[float] | Tens
     def half(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
-    difference = p2 - p1
+    difference = (second - first) / n
     low, high = difference - half(p2 - low2, high1 - p1), difference + half(high2 - p2, p1 - low1)
     return difference, max(-1.0, low), min(1.0, high)
 
