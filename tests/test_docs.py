@@ -122,7 +122,7 @@ LEFT_BY_SNIPPETS = {
 }
 """What a document's snippets leave."""
 
-HEAVY = {"circuit", "repair", "subspaces"}
+HEAVY = {"ablation-study", "circuit", "classify", "repair", "subspaces"}
 """Stages that take minutes whatever the model, or need one that misbehaves. In snippets, `small_repair` stands in."""
 
 ELSEWHERE = {"pip", "git", "cd", "open"}

@@ -11,6 +11,8 @@ from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.explanations.classes import classify
+from unsleep.explanations.study import ablation_study
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import Intervention, applied
@@ -57,11 +59,13 @@ __all__ = [
     "Row",
     "Site",
     "Steering",
+    "ablation_study",
     "applied",
     "bake",
     "circuit",
     "circuit_edits",
     "circuit_overlap",
+    "classify",
     "diff",
     "directions",
     "edit",

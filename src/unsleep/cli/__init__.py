@@ -14,6 +14,7 @@ import tyro
 import unsleep
 from unsleep.cli import (
     circuits,
+    classes,
     compare,
     dictionaries,
     directions,
@@ -29,7 +30,7 @@ from unsleep.cli.settings import REGISTRY, Rejected, by_flag
 from unsleep.core import BadInput, Refused
 
 STAGES: dict[str, Callable[..., int]] = {
-    f.__name__: f
+    f.__name__.replace("_", "-"): f
     for f in (
         repairs.repair,
         organisms.plant,
@@ -49,6 +50,8 @@ STAGES: dict[str, Callable[..., int]] = {
         circuits.circuit,
         circuits.veto,
         circuits.overlap,
+        classes.classify,
+        classes.ablation_study,
         judge.report,
     )
 }

@@ -31,7 +31,7 @@ from unsleep.locate.circuits.heads import head_loadings, listed
 from unsleep.locate.circuits.measure import measured
 from unsleep.locate.circuits.record import Curve, EdgeRow, NodeRow
 from unsleep.locate.circuits.spaces import ERROR, NeuronSpace, Space, WholeSpace
-from unsleep.locate.circuits.stability import StabilityPoint, resampled, stability
+from unsleep.locate.circuits.stability import StabilityPoint, kept_shares, stability
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place, Slot, lanes, layers
 
@@ -236,7 +236,7 @@ class Finder:
         """Share of resamples of the prompts that keep each candidate, and stability of smaller and larger circuits."""
         each = self.estimates(candidates, self.aligned, self.config.estimator)
         sizes = sorted({n for n in (size // 4, size // 2, size) if 0 < n < len(candidates)})
-        share, _ = resampled(each, size, self.config.seed)
+        share, _ = kept_shares(each, size, self.config.seed)
         return share.tolist(), tuple(stability(each, sizes, self.config.seed))
 
     def node_rows(self, nodes: Sequence[Node], linked: Edges, known: Known) -> tuple[NodeRow, ...]:
