@@ -11,6 +11,7 @@ from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.explorer.start import serve
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import Intervention, applied
@@ -81,6 +82,7 @@ __all__ = [
     "reporting",
     "save_dictionary",
     "save_edit",
+    "serve",
     "steer",
     "subspaces",
     "train",

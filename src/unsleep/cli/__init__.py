@@ -18,6 +18,7 @@ from unsleep.cli import (
     dictionaries,
     directions,
     edits,
+    explorer,
     judge,
     organisms,
     repairs,
@@ -48,11 +49,12 @@ STAGES: dict[str, Callable[..., int]] = {
         subspaces.subspaces,
         circuits.circuit,
         judge.report,
+        explorer.serve,
     )
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report", "serve")
 """Stages that are not resumable."""
 
 
