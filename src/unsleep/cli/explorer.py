@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +29,7 @@ from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit
 from unsleep.interventions.intervention import Intervention
 from unsleep.judge.evaluate import organism_config
+from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
 from unsleep.prompts import sets
 from unsleep.repairs import Material, from_files, from_recipe
@@ -86,21 +87,7 @@ def serve(
     live = None
     if model is not None:
         material = _material(given, (suspicious, ordinary), payload.chosen(), (counterparts, part), n)
-        changes = load_edit(edit) if edit is not None else ([], frozenset[str]())
-        loose = load_dictionaries(dictionaries)
-        loaded = placement.load(model)
-        if given is not None:
-            given.check_template(loaded)
-        edits = [_feature_edit(each, edit) for each in changes[0]]
-        live = Live(
-            loaded,
-            belonging(_with_own(loose, edits), loaded, any_model),
-            material,
-            organism_config(given.recipe).reply_tokens if given is not None else None,
-            edits,
-            edit.name if edit is not None else "",
-            changes[1],
-        )
+        live = _live(lambda: placement.load(model), (dictionaries, any_model), edit, given, material)
     elif dictionaries or edit is not None or given is not None or suspicious is not None or ordinary is not None:
         raise BadInput("dictionaries, an edit and prompts are for a live model; name it with --model")
 
@@ -112,6 +99,31 @@ def serve(
 
     unsleep.serve(folder, live, port=port, opened=opened)
     return 0
+
+
+def _live(
+    load: Callable[[], LoadedModel],
+    dictionaries: tuple[Sequence[Path], bool],
+    edit: Path | None,
+    organism: Organism | None,
+    material: Material | None,
+) -> Live:
+    """Read the small files, then load the model; `dictionaries` are folders, and True to accept another model's."""
+    changes, chosen_on = load_edit(edit) if edit is not None else ([], frozenset[str]())
+    edits = [_feature_edit(each, edit) for each in changes]
+    loose = _with_own(load_dictionaries(dictionaries[0]), edits)
+    model = load()
+    if organism is not None:
+        organism.check_template(model)
+    return Live(
+        model,
+        belonging(loose, model, dictionaries[1]),
+        material,
+        organism_config(organism.recipe).reply_tokens if organism is not None else None,
+        edits,
+        edit.name if edit is not None else "",
+        chosen_on,
+    )
 
 
 def _material(

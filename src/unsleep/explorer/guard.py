@@ -1,4 +1,4 @@
-"""Who may talk to the server: its own page in the browser that opened the launch link, and nobody else.
+"""Access to the server: for its own page in the browser that opened the launch link, and nothing else.
 
 Every request passes the same checks, in this order: the exact Host (421), the launch token or the cookie (401), the
 site that it comes from (403). Every response has the security headers.

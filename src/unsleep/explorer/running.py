@@ -27,7 +27,7 @@ GRACE = 5
 def listening(port: int | None) -> Generator[socket.socket]:
     """A socket that listens on 127.0.0.1 at a port, or at a free one; raises `BadInput` for a port in use."""
     if port is not None and port not in PORTS:
-        raise BadInput.of("port", port, f"{PORTS[0]} to {PORTS[-1]}")
+        raise BadInput(f"--port is {port}; expected {PORTS[0]} to {PORTS[-1]}")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         if os.name == "posix":  # elsewhere the option lets two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -35,7 +35,9 @@ def listening(port: int | None) -> Generator[socket.socket]:
             listener.bind((HOST, port or 0))
             listener.listen()
         except OSError as error:
-            raise BadInput.of("port", port, f"one that is free ({error.strerror}); leave it out for any") from None
+            raise BadInput(
+                f"--port is {port}, which is not free ({error.strerror}); leave it out for any port"
+            ) from None
         yield listener
 
 

@@ -51,7 +51,7 @@ class File:
     """Media type."""
     policy: str = POLICY
     body: bytes | None = None
-    """What is served instead of its content."""
+    """Served instead of its content."""
 
 
 class Shown(NamedTuple):

@@ -98,7 +98,7 @@ class Handlers:
         return FileResponse(found.path, headers=headers, media_type=found.kind)
 
     async def about(self, request: Request) -> Response:
-        """What is live."""
+        """The live model, dictionaries and edit."""
         return JSONResponse(NO_MODEL if self.live is None else self.live.described())
 
     async def chat(self, request: Request) -> Response:

@@ -99,7 +99,7 @@ class Session:
         self._config: EvalConfig | None = None
 
     def described(self) -> dict[str, Any]:
-        """What the page asks first."""
+        """The model, its dictionaries and the edit that the page begins with, for the page."""
         names = self.live.names
         rows = [
             {"key": names.get(self.hashes[site], str(site)), "site": str(site), "size": d.n_features}
