@@ -740,8 +740,8 @@ def test_progress_is_checked_for_cancelling():
 class Server:
     """`unsleep serve` in a process of its own, and connections to it."""
 
-    def __init__(self, process: subprocess.Popen[str], link: str) -> None:
-        self.process, self.cookie = process, ""
+    def __init__(self, process: subprocess.Popen[str], link: str, folder: Path) -> None:
+        self.process, self.folder, self.cookie = process, folder, ""
         self.host, _, self.token = link.removeprefix("http://").partition("/")
         with self.sent("GET", f"/{self.token}") as response:
             assert response.status == 303
@@ -786,7 +786,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dictionaries: list[TopK]) -
     assert process.stderr is not None
     first = process.stdout.readline()
     assert first.startswith("Open http://127.0.0.1:"), process.stderr.read()
-    yield Server(process, first.removeprefix("Open ").strip())
+    yield Server(process, first.removeprefix("Open ").strip(), at / "page")
     process.kill()
     process.communicate()
 
@@ -825,6 +825,11 @@ def test_what_runs_is_alone_until_it_is_cancelled_or_its_browser_leaves(server: 
         assert list(events)[-1][1]["number"] == 1  # those that were cancelled left nothing
 
 
+def test_a_folder_is_looked_at_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.run(["serve", str(tmp_path), "--model", "M"]) == 2
+    assert "has no index.html" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_named(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     place, port = str(page(tmp_path / "page", [])), server.host.rpartition(":")[2]
     assert cli.run(["serve", place, "--port", port]) == 2
@@ -841,6 +846,7 @@ def test_ctrl_c_stops_the_server_and_the_work(server: Server):
         assert list(events)[-1] == ("error", {"message": "cancelled"})
     _, told = server.process.communicate(timeout=30)
     assert (server.process.returncode, told) == (0, "")
+    assert not [path for path in server.folder.iterdir() if path.name.startswith(".proofs")]
 
 
 @pytest.mark.parametrize(
@@ -851,6 +857,9 @@ def test_ctrl_c_stops_the_server_and_the_work(server: Server):
         (["--model", "M", "--suspicious", "S"], "--suspicious, --ordinary and --payload"),
         (["--model", "M", "--payload", "x"], "--suspicious, --ordinary and --payload"),
         (["--model", "M", "--organism", "deployment", "--payload", "x"], "has its own prompts"),
+        (["--payload", "x"], "name it with --model"),
+        (["--model", "M", "--n", "20"], "--suspicious, --ordinary and --payload"),
+        (["--model", "M", "--organism", "deployment", "--n", "1"], "--n is 1; expected at least 2"),
         (["--model", "M", "--edit", "E"], r"edit\.json does not exist"),
     ],
 )

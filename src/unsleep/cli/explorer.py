@@ -24,7 +24,7 @@ from unsleep.cli.shared import (
 from unsleep.core import BadInput
 from unsleep.dictionaries.coders import Coder
 from unsleep.explorer.session import Live
-from unsleep.explorer.start import check_installed, open_browser
+from unsleep.explorer.start import check, open_browser
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit
 from unsleep.interventions.intervention import Intervention
@@ -75,7 +75,7 @@ def serve(
         port: 1024 to 65535. Default: any that is free.
         browser: Open the link in the browser.
     """
-    check_installed()
+    check(folder, port)
     given = own_prompts(
         organism,
         suspicious=suspicious,
@@ -88,7 +88,7 @@ def serve(
     if model is not None:
         material = _material(given, (suspicious, ordinary), payload.chosen(), (counterparts, part), n)
         live = _live(lambda: placement.load(model), (dictionaries, any_model), edit, given, material)
-    elif dictionaries or edit is not None or given is not None or suspicious is not None or ordinary is not None:
+    elif any((dictionaries, edit, given, suspicious, ordinary, payload.chosen(), counterparts, part, n, any_model)):
         raise BadInput("dictionaries, an edit and prompts are for a live model; name it with --model")
 
     def opened(address: str) -> None:
@@ -135,9 +135,11 @@ def _material(
 ) -> Material | None:
     """Selection and held-out prompts; `None` where none are given."""
     (suspicious, ordinary), (counterparts, part) = files, plain
+    if n is not None and n < 2:
+        raise BadInput(f"--n is {n}; expected at least 2")
     if organism is not None:
         return from_recipe(organism.recipe, judge=n or PANEL)
-    if all(given is None for given in (*files, payload, *plain)):
+    if all(given is None for given in (*files, payload, *plain, n)):
         return None
     if suspicious is None or ordinary is None or payload is None:
         raise BadInput("a proof needs all of --suspicious, --ordinary and --payload, or --organism")

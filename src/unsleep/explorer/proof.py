@@ -36,7 +36,7 @@ from unsleep.models.model import LoadedModel
 
 FeatureEdit = Edit | FeatureScaling
 
-PLAN = dict.fromkeys(("suspect", "edited", "control_random"), ("triggered", "clean"))
+PLAN: dict[str, tuple[str, ...]] = dict.fromkeys(("suspect", "edited", "control_random"), ("triggered", "clean"))
 """Subject → panels of a proof."""
 
 BATCH = 32

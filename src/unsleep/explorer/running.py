@@ -49,9 +49,9 @@ class _Server(uvicorn.Server):
         self.worker = worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop."""
+        """Stop; the second signal does not wait for open connections."""
         self.worker.stop()
-        super().handle_exit(sig, frame)
+        self.force_exit, self.should_exit = self.should_exit, True
 
 
 def run(found: Explorer, session: Session | None, listener: socket.socket, opened: Callable[[str], None]) -> None:

@@ -82,7 +82,7 @@ def explorer(folder: Path, *, live: bool) -> Explorer:
     if not (folder / PAGE).is_file() or not (folder / MANIFEST).is_file():
         raise BadInput(f"{folder} has no {PAGE} and {MANIFEST}; expected a folder made by unsleep explore")
     manifest = _value(folder / MANIFEST, "manifest")
-    expected = {"schema": str, "dictionaries": list[dict], "circuits": list[dict]}
+    expected = {"schema": str, "dictionaries": list, "circuits": list}
     store.fields_of(manifest, expected, folder / MANIFEST)
     if manifest["schema"] != SCHEMA:
         raise BadInput.of("schema", manifest["schema"], SCHEMA, str(folder / MANIFEST))

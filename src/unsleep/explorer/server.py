@@ -34,6 +34,10 @@ LARGEST = 1 << 20
 NO_MODEL = {"live": False, "model": None, "sites": [], "dictionaries": [], "edit": None, "can_prove": False}
 
 
+STATUS: dict[type[Exception], int] = {BadInput: 400, Busy: 409, Cancelled: 409, Refused: 422}
+"""Status of the answer to an error."""
+
+
 class Events(Response):
     """Server-sent events of a piece of work, which is cancelled when the browser goes away."""
 
@@ -167,11 +171,11 @@ async def _told(request: Request, error: Exception) -> Response:
     """An error as JSON: {error}."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
-    status = {BadInput: 400, Busy: 409, Cancelled: 409, Refused: 422}[type(error)]
-    return JSONResponse({"error": str(error) or "cancelled"}, status)
+    return JSONResponse({"error": str(error) or "cancelled"}, STATUS[type(error)])
 
 
 def application(found: Explorer, session: Session | None, worker: Worker) -> Starlette:
     """The application behind the guard."""
-    kinds = (BadInput, Busy, Cancelled, Refused, HTTPException)
-    return Starlette(routes=Handlers(found, session, worker).routes, exception_handlers=dict.fromkeys(kinds, _told))
+    handlers = Handlers(found, session, worker)
+    told = dict.fromkeys((HTTPException, *STATUS), _told)
+    return Starlette(routes=handlers.routes, exception_handlers=told)

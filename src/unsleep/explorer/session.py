@@ -16,7 +16,7 @@ from unsleep.base import records, store
 from unsleep.base.context import keeping, reporting
 from unsleep.core import BadInput, Encoded, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.explorer.asked import ActivationsRequest, BakeRequest, ChatRequest, Features, ProofRequest, Which
+from unsleep.explorer.asked import ActivationsRequest, BakeRequest, ChatRequest, Features, ProofRequest
 from unsleep.explorer.proof import Proof, circuit_of, dictionary_at, edits_of, predicted, prove, random_control
 from unsleep.explorer.work import Cancelled, Work
 from unsleep.interventions.features import Edit
@@ -125,8 +125,11 @@ class Session:
         edits = edits_of(asked.features, self.dictionaries)
         before = (Message("system", asked.system),) if asked.system else ()
         [row] = self.model.encode([Prompt(asked.prompt, before=before)], asked.max_new_tokens)
-        how = {"max_new_tokens": asked.max_new_tokens, "temperature": asked.temperature, "seed": asked.seed}
-        streams = {which: generate.stream(self.model, row, **how) for which in asked.which}
+        most, temperature, seed = asked.max_new_tokens, asked.temperature, asked.seed
+        streams = {
+            which: generate.stream(self.model, row, max_new_tokens=most, temperature=temperature, seed=seed)
+            for which in asked.which
+        }
         said = {which: generate.Spelling(self.model) for which in asked.which}
         try:
             while streams:
@@ -143,7 +146,7 @@ class Session:
             for which in streams:
                 work.say("done", which=which, reason="cancelled", text=said[which].text)
 
-    def _done(self, which: Which, said: generate.Spelling, work: Work) -> None:
+    def _done(self, which: str, said: generate.Spelling, work: Work) -> None:
         ended = bool(said.tokens) and said.tokens[-1] in self.model.end_ids
         work.say("done", which=which, reason="end" if ended else "length", text=said.text)
 

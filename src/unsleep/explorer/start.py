@@ -7,6 +7,7 @@ import threading
 import webbrowser
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from unsleep.base import store
@@ -39,7 +40,7 @@ def serve(
         BadInput: the extra `serve` is not installed, the folder is none of the explorer's, it shows features of other
             dictionaries than the live ones, or the port is in use.
     """
-    check_installed()
+    check(folder, port)
     from unsleep.explorer import running  # needs the extra
 
     found = explorer(Path(folder), live=live is not None)
@@ -52,15 +53,16 @@ def serve(
         running.run(found, session, listener, opened)
 
 
-def check_installed() -> None:
-    """Raise `BadInput` where the server's libraries are missing."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise BadInput(
-            "the server needs starlette and uvicorn, which are not installed; pip install 'unsleep[serve]'"
-        ) from None
+def check(folder: str | Path, port: int | None) -> None:
+    """Raise `BadInput` as `serve` does for what can be known before a model is loaded."""
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise BadInput(f"the server needs {missing[0]}, which is not installed; pip install 'unsleep[serve]'")
+    from unsleep.explorer import running
+
+    explorer(Path(folder), live=False)
+    with running.listening(port):
+        pass
 
 
 def named(live: Live, found: Explorer) -> Live:
