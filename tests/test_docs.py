@@ -122,8 +122,9 @@ LEFT_BY_SNIPPETS = {
 }
 """What a document's snippets leave."""
 
-HEAVY = {"ablation-study", "circuit", "classify", "repair", "subspaces"}
-"""Stages that take minutes whatever the model, or need one that misbehaves. In snippets, `small_repair` stands in."""
+HEAVY = {"ablation-study", "circuit", "classify", "repair", "serve", "subspaces"}
+"""Stages that take minutes whatever the model, need one that misbehaves, or run until Ctrl-C. In snippets,
+`small_repair` stands in."""
 
 ELSEWHERE = {"pip", "git", "cd", "open"}
 """First words of commands that are not unsleep's."""

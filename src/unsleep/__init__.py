@@ -13,6 +13,7 @@ from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.explanations.classes import classify
 from unsleep.explanations.study import ablation_study
+from unsleep.explorer.start import serve
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import Intervention, applied
@@ -89,6 +90,7 @@ __all__ = [
     "reporting",
     "save_dictionary",
     "save_edit",
+    "serve",
     "steer",
     "subspaces",
     "train",

@@ -19,6 +19,7 @@ from unsleep.cli import (
     dictionaries,
     directions,
     edits,
+    explorer,
     judge,
     organisms,
     repairs,
@@ -53,11 +54,12 @@ STAGES: dict[str, Callable[..., int]] = {
         classes.classify,
         classes.ablation_study,
         judge.report,
+        explorer.serve,
     )
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report", "serve")
 """Stages that are not resumable."""
 
 
