@@ -227,20 +227,15 @@ def test_the_key_is_in_no_file_and_no_message(serve: Serve, tmp_path: Path, monk
 
 def test_cached_calls_are_not_made_again(serve: Serve, tmp_path: Path):
     server = serve(knowing)
-    held = Planted().held()
-    first = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL, held)
+    first = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL)
     made = len(server.asked)
     assert first.tally.calls == made
-    again = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL, held)
+    again = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL)
     assert len(server.asked) == made
     assert (again.tally.calls, again.tally.cached, again.tally.cost) == (0, made, None)
     assert again.record.features == first.record.features
     more = ask(
-        Planted(),
-        range(4),
-        Asker(judge_at(server), tmp_path),
-        AskConfig(asked=8, per_call=4, classes=("default",)),
-        held,
+        Planted(), range(4), Asker(judge_at(server), tmp_path), AskConfig(asked=8, per_call=4, classes=("default",))
     )
     assert more.tally.calls == len(server.asked) - made == 12
     other = Endpoint("wise-2", server.url)
@@ -265,19 +260,18 @@ def test_equal_questions_are_asked_once(serve: Serve, tmp_path: Path):
 
 def test_an_interrupted_run_resumes_with_what_was_not_asked(serve: Serve, tmp_path: Path):
     server = serve(knowing)
-    held = Planted().held()
 
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage == "scores" and done >= 10:
             raise KeyboardInterrupt
 
     with reporting(interrupt), pytest.raises(KeyboardInterrupt):
-        ask(Planted(), range(4), Asker(judge_at(server, parallel=2), tmp_path), SMALL, held)
+        ask(Planted(), range(4), Asker(judge_at(server, parallel=2), tmp_path), SMALL)
     made = len(server.asked)
     assert 14 <= made < 40
     seen: list[tuple[str, int, int]] = []
     with reporting(lambda *told: seen.append(told)):
-        whole = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL, held)
+        whole = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL)
     assert whole.tally.cached == made
     assert [stage for stage, _, _ in seen if stage == "explanations"] == []
     assert seen[-1] == ("scores", whole.tally.calls, whole.tally.calls)
@@ -290,34 +284,40 @@ PRICED = {"price_input": 10.0, "price_output": 100.0}
 
 def test_an_estimate_calls_nothing_and_bounds_what_is_spent(serve: Serve, tmp_path: Path):
     server = serve(knowing)
-    held = Planted().held()
     config = AskConfig(asked=8, per_call=4, classes=("default",))
     asker = Asker(judge_at(server), tmp_path, Limits(**PRICED))
-    bound = estimate(Planted(), range(4), asker, config, held)
+    bound = estimate(Planted(), range(4), asker, config)
     assert server.asked == []
     assert not list(tmp_path.iterdir())
-    asked = ask(Planted(), range(4), asker, config, held)
+    asked = ask(Planted(), range(4), asker, config)
     assert asked.tally.calls == bound.calls == len(server.asked)
     assert bound.cost is not None
     assert asked.tally.cost == pytest.approx(bound.calls * (100 * 10 + 10 * 100) / 1e6)
     assert asked.tally.output_tokens < bound.output_tokens
-    assert estimate(Planted(), range(4), asker, config, held).calls == 0
+    assert estimate(Planted(), range(4), asker, config).calls == 0
 
 
 def test_the_cost_cap_stops_before_the_call_that_would_exceed_it(serve: Serve, tmp_path: Path):
     server = serve(knowing)
-    held = Planted().held()
     limits = Limits(**PRICED, max_cost=0.1)
-    asked = ask(Planted(), range(4), Asker(judge_at(server), tmp_path, limits), SMALL, held)
+    asked = ask(Planted(), range(4), Asker(judge_at(server), tmp_path, limits), SMALL)
     assert asked.tally.cost is not None
     assert 0 < asked.tally.cost <= 0.1
     assert len(server.asked) == asked.tally.calls
     assert "--max-cost 0.1" in asked.stopped
     assert asked.left_out == dict.fromkeys(range(4), "not asked")
     assert asked.record.features == {}
-    rest = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL, held)
+    rest = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL)
     assert rest.tally.cached == asked.tally.calls
     assert set(rest.record.features) == set(range(4))
+
+
+def test_features_that_are_complete_before_the_cap_are_kept(serve: Serve, tmp_path: Path):
+    limits = Limits(max_calls=4 + 40)
+    asked = ask(Planted(), range(4), Asker(judge_at(serve()), tmp_path, limits), SMALL)
+    assert set(asked.record.features) == {0}
+    assert asked.left_out == dict.fromkeys((1, 2, 3), "not asked")
+    assert asked.record.provenance["stopped"] == "--max-calls 44 is reached"
 
 
 def test_the_cap_of_calls_counts_every_try(serve: Serve, tmp_path: Path):
@@ -427,7 +427,7 @@ def test_no_text_gets_past_the_readers(text: str):
 def test_a_judge_that_knows_the_rule_scores_well_and_the_baselines_do_not(serve: Serve, tmp_path: Path):
     server = serve(knowing)
     config = AskConfig(asked=8, per_call=4, classes=("skill", "cooking: food and its preparation"))
-    asked = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), config, Planted().held())
+    asked = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), config)
     for feature, word in enumerate(WORDS):
         [found] = asked.record.features[feature]
         assert found.text == f"It fires at the full stop of sentences with {word}."
@@ -449,8 +449,7 @@ def test_a_judge_that_knows_the_rule_scores_well_and_the_baselines_do_not(serve:
 
 def test_a_judge_that_guesses_scores_at_chance(serve: Serve, tmp_path: Path):
     server = serve(guessing)
-    held = Planted().held(40)
-    asked = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), AskConfig(asked=20), held)
+    asked = ask(Planted(40), range(4), Asker(judge_at(server), tmp_path), AskConfig(asked=20))
     for method in ("detection", "fuzzing"):
         assert asked.means[method].value == pytest.approx(0.5, abs=0.12)
         intervals = [found.scores[method] for [found] in asked.record.features.values()]
@@ -462,10 +461,10 @@ def test_a_score_without_enough_answers_is_left_out(serve: Serve, tmp_path: Path
     def mute(user: str) -> str:
         return knowing(user) if '{"explanation"' in user or "⟦" in user else "I cannot help with that."
 
-    asked = ask(Planted(), [0], Asker(judge_at(serve(mute)), tmp_path), SMALL, Planted().held())
+    asked = ask(Planted(), [0], Asker(judge_at(serve(mute)), tmp_path), SMALL)
     [found] = asked.record.features[0]
     assert set(found.scores) == {"fuzzing", "fuzzing_token", "answered"}
-    assert found.scores["answered"].value == pytest.approx(1 / 3)
+    assert found.scores["answered"].value == pytest.approx(12 / 44)
     assert asked.tally.unanswered == {"nonsense": 16}
     assert asked.record.provenance["calls"]["unanswered"] == {"nonsense": 16}
 
@@ -484,25 +483,24 @@ def test_a_feature_without_an_explanation_is_left_out_and_named(serve: Serve, tm
     assert asked.record.provenance["left_out"]["it fires in no context"] == 1
 
 
-def test_held_out_contexts_must_be_held_out_and_on_their_side(serve: Serve, tmp_path: Path):
-    judge = judge_at(serve())
-    own, held = Planted().card(0).contexts, Planted().held()[0]
-    with pytest.raises(BadInput, match="texts row 0, from which its explanation is written"):
-        ask(Planted(), [0], Asker(judge, tmp_path), SMALL, {0: HeldOut(own, held.silent)})
-    with pytest.raises(BadInput, match="expected none above 0"):
-        ask(
-            Planted(),
-            [0],
-            Asker(judge, tmp_path),
-            SMALL,
-            {0: HeldOut(held.silent, held.firing)[::-1] and HeldOut(held.firing, held.firing)},
-        )
-    with pytest.raises(BadInput, match="scores need held-out contexts"):
-        ask(Planted(), [0], Asker(judge, tmp_path), SMALL)
+@pytest.mark.parametrize(
+    ("sides", "why"),
+    [(("own", "silent"), "texts row 0, from which its explanation is written"), (("firing", "firing"), "none above 0")],
+)
+def test_held_out_contexts_must_be_held_out_and_on_their_side(
+    serve: Serve, tmp_path: Path, sides: tuple[str, str], why: str
+):
+    class Wrong(Planted):
+        def held_out(self, feature: int) -> HeldOut:
+            found = {"own": self.card(feature).contexts, **super().held_out(feature)._asdict()}
+            return HeldOut(*(found[side] for side in sides))
+
+    with pytest.raises(BadInput, match=why):
+        ask(Wrong(), [0], Asker(judge_at(serve()), tmp_path), SMALL)
 
 
 def test_wrong_marks_are_on_silent_tokens_and_as_many():
-    held = Planted().held(12)[0]
+    held = Planted(12).held_out(0)
     items = Fuzzing(JudgedConfig(asked=6)).items(0, held)
     assert sum(item.truth for item in items) == 6
     for item in items:
@@ -513,7 +511,7 @@ def test_wrong_marks_are_on_silent_tokens_and_as_many():
 
 
 def test_scores_need_both_kinds_and_equal_the_formulas():
-    held = Planted().held(6)[0]
+    held = Planted(6).held_out(0)
     detection, simulation = Detection(JudgedConfig(asked=6)), Simulation(JudgedConfig(asked=6))
     items = detection.items(0, held)
     firing = [(item, True) for item in items if item.truth]
@@ -604,11 +602,11 @@ def context(token: str) -> Context:
 def test_a_local_model_is_a_judge_from_end_to_end(tiny: LoadedModel, tmp_path: Path):
     config = AskConfig(asked=2, per_call=2, shown=2, promoted=0, votes=1, classes=("default",))
     judge = LocalJudge(tiny)
-    asked = ask(Planted(), [0, 1], Asker(judge, tmp_path), config, Planted().held(2))
+    asked = ask(Planted(2), [0, 1], Asker(judge, tmp_path), config)
     assert asked.tally.calls == asked.tally.output_tokens == 0 or asked.tally.input_tokens > 0
     assert set(asked.left_out) == {0, 1}  # a random model does not keep to a form
     assert asked.tally.unanswered
-    assert ask(Planted(), [0, 1], Asker(judge, tmp_path), config, Planted().held(2)).tally.calls == 0
+    assert ask(Planted(2), [0, 1], Asker(judge, tmp_path), config).tally.calls == 0
 
 
 def test_a_local_answer_is_the_model_s_greedy_one_and_long_questions_are_declined(tiny: LoadedModel, tmp_path: Path):
@@ -626,7 +624,7 @@ def test_a_local_answer_is_the_model_s_greedy_one_and_long_questions_are_decline
 
 def test_explanations_of_other_sources_stay_in_the_file(serve: Serve, tmp_path: Path):
     place = tmp_path / "explanations.json"
-    old = Explanation("contains garlic", "predicate", {"precision": Interval(1, 0.9, 1)})
+    old = Explanation("contains garlic", "predicate", {"precision": Interval(1.0, 0.9, 1.0)})
     stale = Explanation("old", "wise-1", {})
     planted = Planted()
     head = (planted.model, planted.dictionary, planted.site)

@@ -62,6 +62,7 @@ class Server(ThreadingHTTPServer):
     """The endpoint; a context in which it runs."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, judge: Callable[[str], str], faults: Sequence[Reply] = ()) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -151,9 +152,12 @@ def sentence(word: str, row: int, fires: bool, source: str, group: str) -> Conte
 
 
 class Planted:
-    """Cards and held-out contexts of features with planted rules."""
+    """Cards and held-out contexts of features with planted rules, `n` of each kind."""
 
     model, dictionary, site = Named("suspect", "f" * 16), "d" * 16, Site(2)
+
+    def __init__(self, n: int = 12) -> None:
+        self.n = n
 
     def card(self, feature: int) -> FeatureCard:
         word = WORDS[feature]
@@ -161,12 +165,9 @@ class Planted:
         contexts = tuple(sentence(word, i, True, "texts", groups[i % 2]) for i in range(8))
         return FeatureCard(feature, 0.01, 5.0, 10.0, (1, 2), contexts, (TokenWeight(" thus", 2.0),), ())
 
-    def held(self, n: int = 12) -> dict[int, HeldOut]:
-        return {i: self.held_of(word, n) for i, word in enumerate(WORDS)}
-
-    @staticmethod
-    def held_of(word: str, n: int) -> HeldOut:
+    def held_out(self, feature: int) -> HeldOut:
         firing, silent = (
-            tuple(sentence(word, i, fires, "held", "held-out") for i in range(n)) for fires in (True, False)
+            tuple(sentence(WORDS[feature], i, fires, "held", "held-out") for i in range(self.n))
+            for fires in (True, False)
         )
         return HeldOut(firing, silent)

@@ -37,8 +37,8 @@ ANSWERED = 0.8
 
 
 @runtime_checkable
-class Cards(Protocol):
-    """A source of cards: the features of one dictionary at one Site."""
+class FeatureContexts(Protocol):
+    """Contexts of the features of one dictionary, from texts for explanations and from others for scores."""
 
     @property
     def model(self) -> Named:
@@ -56,7 +56,11 @@ class Cards(Protocol):
         ...
 
     def card(self, feature: int) -> FeatureCard:
-        """What is known of a feature, with contexts in which it fires."""
+        """A feature's card, with the contexts from which its explanation is written."""
+        ...
+
+    def held_out(self, feature: int) -> HeldOut:
+        """Its contexts of other texts, on which the explanation is scored."""
         ...
 
 
@@ -71,6 +75,9 @@ class AskConfig(JudgedConfig, VoteConfig):
         JudgedConfig.__post_init__(self)
         VoteConfig.__post_init__(self)
         check_least(self, "", 0, "promoted")
+
+
+NO_CHANGES = AskConfig()
 
 
 class Asked(NamedTuple):
@@ -99,38 +106,30 @@ class Trial(NamedTuple):
     questions: list[Question[list[Any]]]
 
 
-def ask(
-    cards: Cards,
-    features: Sequence[int],
-    asker: Asker,
-    config: AskConfig = AskConfig(),
-    held: Mapping[int, HeldOut] | None = None,
-) -> Asked:
+def ask(contexts: FeatureContexts, features: Sequence[int], asker: Asker, config: AskConfig = NO_CHANGES) -> Asked:
     """Explain features, score the explanations on held-out contexts and classify them.
 
-    Only features whose calls were all made are in the result; after a limit or an interrupt, the same call resumes from
+    Only features whose scores were all asked for are in the result; after a limit or an interrupt, the same call resumes from
     the cache. Scores are `detection`, `fuzzing`, `simulation` with `_shuffled` and `_token` for the baselines, and
     `answered`, the share of questions about contexts that have an answer.
 
-    Raises `BadInput` for scores without held-out contexts, held-out contexts of a text from which the explanation was
-    written, and a request that the endpoint refuses.
+    Raises `BadInput` for held-out contexts of a text from which the explanation was written, and for a request that the
+    endpoint refuses.
     """
-    if config.methods and held is None:
-        raise BadInput("scores need held-out contexts; pass held-out texts, or no methods")
-    known = {feature: cards.card(feature) for feature in dict.fromkeys(features)}
+    known = {feature: contexts.card(feature) for feature in dict.fromkeys(features)}
     shown = {feature: shown_contexts(card, config.shown) for feature, card in known.items()}
-    left_out = {feature: "it fires in no context" for feature, contexts in shown.items() if not contexts}
+    left_out = {feature: "it fires in no context" for feature, found in shown.items() if not found}
     wanted = [feature for feature in known if feature not in left_out]
-    usable = {f: _unseen(f, shown[f], held[f]) for f in wanted if held and f in held} if config.methods else {}
+    held = {f: _unseen(f, shown[f], contexts.held_out(f)) for f in wanted} if config.methods else {}
     said = asker.ask([_explaining(known[f], shown[f], config) for f in wanted], "explanations")
     texts = {f: answer.value for f, answer in zip(wanted, said, strict=True) if answer.value is not None}
-    trials = _trials(texts, shown, usable, config)
+    trials = _trials(texts, shown, held, config)
     scores = _scored(trials, asker)
     classes = classify(texts, asker, config)
     for feature, answer in zip(wanted, said, strict=True):
         if answer.why:
             left_out[feature] = answer.why
-        elif not answer.asked or scores.get(feature, {}) is None or classes.get(feature, ()) is None:
+        elif not answer.asked or scores.get(feature, {}) is None:
             left_out[feature] = "not asked"
     done = {
         f: (Explanation(text, asker.judge.name, scores.get(f) or {}),) for f, text in texts.items() if f not in left_out
@@ -145,25 +144,19 @@ def ask(
         left_out=dict(Counter(left_out.values())),
         stopped=asker.stopped,
     )
-    record = ExplanationsRecord(cards.model, cards.dictionary, cards.site, done, provenance)
+    record = ExplanationsRecord(contexts.model, contexts.dictionary, contexts.site, done, provenance)
     labelled = {f: found for f, found in classes.items() if found and f in done}
     return Asked(record, labelled, means, left_out, asker.tally, asker.stopped)
 
 
-def estimate(
-    cards: Cards,
-    features: Sequence[int],
-    asker: Asker,
-    config: AskConfig = AskConfig(),
-    held: Mapping[int, HeldOut] | None = None,
-) -> Tally:
+def estimate(contexts: FeatureContexts, features: Sequence[int], asker: Asker, config: AskConfig = NO_CHANGES) -> Tally:
     """Calls, tokens and cost that `ask` would need at most, cached calls excepted; nothing is called.
 
     Answers count at their maximum length. Further tries after a failure or a nonsensical answer are not in it; the
     limits hold for them too.
     """
     dry = Asker(asker.judge, asker.cache, asker.limits, dry=True)
-    return ask(cards, features, dry, config, held).tally
+    return ask(contexts, features, dry, config).tally
 
 
 def shown_contexts(card: FeatureCard, n: int) -> list[Context]:
@@ -226,10 +219,10 @@ def _trials(
     for feature, text in texts.items():
         variants = {"": text}
         if config.baselines:
-            variants["_token"] = f"It fires at the token {json.dumps(frequent_token(shown[feature]))}."
+            variants["_token"] = f"It fires at the token {json.dumps(frequent_token(shown[feature]), ensure_ascii=False)}."
             if len(texts) > 1:
                 variants["_shuffled"] = texts[other[feature]]
-        for name in config.methods if feature in held else ():
+        for name in config.methods:
             method = METHODS[name](config)
             items = method.items(feature, held[feature])
             chunks = [items[i : i + config.per_call] for i in range(0, len(items), config.per_call)]

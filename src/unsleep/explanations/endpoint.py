@@ -258,7 +258,8 @@ class Endpoint(Judge):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return BadInput(f"{self.url} has no valid certificate ({cause.verify_message}); check --endpoint")
         if isinstance(cause, TimeoutError):
-            return Unavailable(f"no answer within --timeout {self.config.timeout:g} s", billed=True)
+            sent = cause is error  # urllib wraps errors of the connection, before the request
+            return Unavailable(f"no answer within --timeout {self.config.timeout:g} s", billed=sent)
         return Unavailable(f"no connection ({self._clean(str(cause)) or type(cause).__name__})")
 
     def _clean(self, text: str, clip: int | None = 200) -> str:

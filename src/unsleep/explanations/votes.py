@@ -91,9 +91,8 @@ def classify(texts: Mapping[int, str], asker: Asker, config: VoteConfig) -> dict
     meanings = config.meanings
     if not meanings:
         return {}
-    orders = [
-        random.Random(f"{config.seed} {vote}").sample(list(meanings), len(meanings)) for vote in range(config.votes)
-    ]
+    names = list(meanings)
+    orders = [random.Random(f"{config.seed} {vote}").sample(names, len(names)) for vote in range(config.votes)]
     questions = [
         Question(
             wording.CLASSIFY,
