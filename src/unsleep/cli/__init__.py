@@ -18,6 +18,7 @@ from unsleep.cli import (
     dictionaries,
     directions,
     edits,
+    explanations,
     judge,
     organisms,
     repairs,
@@ -47,6 +48,7 @@ STAGES: dict[str, Callable[..., int]] = {
         compare.diff,
         subspaces.subspaces,
         circuits.circuit,
+        explanations.explain,
         judge.report,
     )
 }
