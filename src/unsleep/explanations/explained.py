@@ -167,7 +167,7 @@ def explained(
     rows = work.rows(wanted)
     if not rows:
         raise BadInput(
-            f"no feature at {statistics.site} fires in {config.least} texts of either half of {statistics.tokens:,} "
+            f"no feature at {statistics.site} fires {config.least} times in either half of {statistics.tokens:,} "
             "tokens; give more text, or a lower --least"
         )
     both = [row for row in rows if row.feature in work.compared]
