@@ -8,24 +8,30 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.endpoints import KEY, WORDS, Planted, Reply, Server, error, guessing, knowing, late, saying
+from support.planted import firing, plain_text, statistics_of
+from unsleep import cli
 from unsleep.base import records, stats
 from unsleep.base.context import reporting
 from unsleep.core import BadInput
 from unsleep.explanations import answers, wording
-from unsleep.explanations.asked import AskConfig, add_explanations, ask, estimate, frequent_token, shown_contexts
+from unsleep.explanations.asked import AskConfig, ask, estimate, frequent_token, shown_contexts, write
 from unsleep.explanations.budget import Limits
 from unsleep.explanations.calls import Asker
 from unsleep.explanations.endpoint import Endpoint, EndpointConfig
-from unsleep.explanations.explained import ExplanationsRecord
+from unsleep.explanations.explained import ExplainConfig, Explanations, explained
 from unsleep.explanations.judged import Detection, Fuzzing, HeldOut, JudgedConfig, Simulation
 from unsleep.explanations.judges import Nonsense, Question
 from unsleep.explanations.local import LocalJudge
-from unsleep.explanations.record import Context, Explanation, Interval
+from unsleep.explanations.material import StatisticsContexts
+from unsleep.explanations.record import Context, Interval
+from unsleep.explanations.statistics import FeatureStatistics
+from unsleep.explanations.votes import VotesRecord
 from unsleep.models.model import LoadedModel
 
 QUICK = Limits(wait=0.01)
@@ -209,17 +215,24 @@ def test_a_key_is_refused_where_it_is_missing_or_would_travel_in_clear(monkeypat
     assert KEY not in repr(Endpoint.of("m", EndpointConfig("https://x/v1", "JUDGE_KEY")))
 
 
-def test_the_key_is_in_no_file_and_no_message(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_key_is_in_no_file_and_no_message(
+    serve: Serve, explained_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
     leak = json.dumps({"explanation": f"the key is {KEY}"})
     server = serve(knowing, error(500, f"bad {KEY}"), saying(leak), saying(f"no {KEY}"), saying(f"no {KEY}"))
-    asker = Asker(judge_at(server, monkeypatch, parallel=1), tmp_path / "calls", Limits(wait=0.01))
-    asked = ask(Planted(), [0, 1], asker, AskConfig(methods=()))
-    add_explanations(asked.record, tmp_path / "explanations.json")
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 4
-    assert not any(KEY in path.read_text() for path in files)
-    assert KEY not in f"{asked} {asker.tally} {asker.judge!r}"
-    assert asked.record.features[0][0].text == "the key is [key]"
+    more = ("--key-env", "JUDGE_KEY", "--parallel", "1", "--features", "0", "1", "--max-calls", "20")
+    assert run(explained_folder, server, *more, "--methods") == 0
+    server.faults = [error(401, f"no such key {KEY}")]
+    assert run(explained_folder, server, *more, "--methods", "detection") == 2
+    said = capsys.readouterr()
+    assert "the key is [key]" in said.out
+    assert "check the key in $JUDGE_KEY" in said.err
+    assert all(asked["key"] == f"Bearer {KEY}" for asked in server.asked)
+    files = [path for path in explained_folder.rglob("*") if path.is_file()]
+    assert len(list(explained_folder.glob("calls/*/*.json"))) == 3
+    assert not any(KEY.encode() in path.read_bytes() for path in files)
+    assert KEY not in said.out + said.err
 
 
 # Cache, limits and interrupts
@@ -233,7 +246,7 @@ def test_cached_calls_are_not_made_again(serve: Serve, tmp_path: Path):
     again = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL)
     assert len(server.asked) == made
     assert (again.tally.calls, again.tally.cached, again.tally.cost) == (0, made, None)
-    assert again.record.features == first.record.features
+    assert again.explanations == first.explanations
     more = ask(
         Planted(), range(4), Asker(judge_at(server), tmp_path), AskConfig(asked=8, per_call=4, classes=("default",))
     )
@@ -276,7 +289,7 @@ def test_an_interrupted_run_resumes_with_what_was_not_asked(serve: Serve, tmp_pa
     assert [stage for stage, _, _ in seen if stage == "explanations"] == []
     assert seen[-1] == ("scores", whole.tally.calls, whole.tally.calls)
     assert len(server.asked) == made + whole.tally.calls
-    assert set(whole.record.features) == set(range(4))
+    assert set(whole.explanations) == set(range(4))
 
 
 PRICED = {"price_input": 10.0, "price_output": 100.0}
@@ -306,18 +319,18 @@ def test_the_cost_cap_stops_before_the_call_that_would_exceed_it(serve: Serve, t
     assert len(server.asked) == asked.tally.calls
     assert "--max-cost 0.1" in asked.stopped
     assert asked.left_out == dict.fromkeys(range(4), "not asked")
-    assert asked.record.features == {}
+    assert asked.explanations == {}
     rest = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), SMALL)
     assert rest.tally.cached == asked.tally.calls
-    assert set(rest.record.features) == set(range(4))
+    assert set(rest.explanations) == set(range(4))
 
 
 def test_features_that_are_complete_before_the_cap_are_kept(serve: Serve, tmp_path: Path):
     limits = Limits(max_calls=4 + 40)
     asked = ask(Planted(), range(4), Asker(judge_at(serve()), tmp_path, limits), SMALL)
-    assert set(asked.record.features) == {0}
+    assert set(asked.explanations) == {0}
     assert asked.left_out == dict.fromkeys((1, 2, 3), "not asked")
-    assert asked.record.provenance["stopped"] == "--max-calls 44 is reached"
+    assert asked.provenance["stopped"] == "--max-calls 44 is reached"
 
 
 def test_the_cap_of_calls_counts_every_try(serve: Serve, tmp_path: Path):
@@ -429,7 +442,7 @@ def test_a_judge_that_knows_the_rule_scores_well_and_the_baselines_do_not(serve:
     config = AskConfig(asked=8, per_call=4, classes=("skill", "cooking: food and its preparation"))
     asked = ask(Planted(), range(4), Asker(judge_at(server), tmp_path), config)
     for feature, word in enumerate(WORDS):
-        [found] = asked.record.features[feature]
+        found = asked.explanations[feature]
         assert found.text == f"It fires at the full stop of sentences with {word}."
         assert found.source == "wise-1"
         assert found.scores["detection"] == Interval(*stats.balanced_accuracy((8, 8), (8, 8)))
@@ -452,7 +465,7 @@ def test_a_judge_that_guesses_scores_at_chance(serve: Serve, tmp_path: Path):
     asked = ask(Planted(40), range(4), Asker(judge_at(server), tmp_path), AskConfig(asked=20))
     for method in ("detection", "fuzzing"):
         assert asked.means[method].value == pytest.approx(0.5, abs=0.12)
-        intervals = [found.scores[method] for [found] in asked.record.features.values()]
+        intervals = [found.scores[method] for found in asked.explanations.values()]
         assert sum(each.low <= 0.5 <= each.high for each in intervals) >= 3
     assert abs(asked.means["simulation"].value) < 0.12
 
@@ -462,11 +475,11 @@ def test_a_score_without_enough_answers_is_left_out(serve: Serve, tmp_path: Path
         return knowing(user) if '{"explanation"' in user or "⟦" in user else "I cannot help with that."
 
     asked = ask(Planted(), [0], Asker(judge_at(serve(mute)), tmp_path), SMALL)
-    [found] = asked.record.features[0]
+    found = asked.explanations[0]
     assert set(found.scores) == {"fuzzing", "fuzzing_token", "answered"}
     assert found.scores["answered"].value == pytest.approx(12 / 44)
     assert asked.tally.unanswered == {"nonsense": 16}
-    assert asked.record.provenance["calls"]["unanswered"] == {"nonsense": 16}
+    assert asked.provenance["calls"]["unanswered"] == {"nonsense": 16}
 
 
 def test_a_feature_without_an_explanation_is_left_out_and_named(serve: Serve, tmp_path: Path):
@@ -480,7 +493,7 @@ def test_a_feature_without_an_explanation_is_left_out_and_named(serve: Serve, tm
     assert set(asked.left_out) == {0, 1}
     assert asked.left_out[1] == "it fires in no context"
     assert asked.left_out[0].startswith("nonsense: ")
-    assert asked.record.provenance["left_out"]["it fires in no context"] == 1
+    assert asked.provenance["left_out"]["it fires in no context"] == 1
 
 
 @pytest.mark.parametrize(
@@ -622,21 +635,124 @@ def test_a_local_answer_is_the_model_s_greedy_one_and_long_questions_are_decline
     assert "too long" in declined.reason  # type: ignore[union-attr]
 
 
-def test_explanations_of_other_sources_stay_in_the_file(serve: Serve, tmp_path: Path):
-    place = tmp_path / "explanations.json"
-    old = Explanation("contains garlic", "predicate", {"precision": Interval(1.0, 0.9, 1.0)})
-    stale = Explanation("old", "wise-1", {})
-    planted = Planted()
-    head = (planted.model, planted.dictionary, planted.site)
-    records.save(ExplanationsRecord(*head, {0: (old, stale), 3: (stale,)}, {"seed": 1}), place)
-    asked = ask(planted, [0, 1], Asker(judge_at(serve()), tmp_path / "calls"), AskConfig(methods=()))
-    add_explanations(asked.record, place)
-    whole = add_explanations(asked.record, place)
-    read = records.load(ExplanationsRecord, place)
-    assert read == whole
-    assert [e.source for e in read.features[0]] == ["predicate", "wise-1"]
-    assert read.features[0][1].text.endswith("garlic.")
-    assert set(read.features) == {0, 1, 3}
-    assert read.provenance["earlier"] == {"seed": 1}
-    with pytest.raises(BadInput, match="write them elsewhere"):
-        add_explanations(ExplanationsRecord(planted.model, "e" * 16, planted.site, {}, {}), place)
+# Statistics, and the command
+
+RULES = ("'u' right after 's'", "'h'")
+
+
+@pytest.fixture
+def explained_folder(tiny: LoadedModel, tmp_path: Path) -> Path:
+    """Statistics and predicates of two features with a rule and one that never fires."""
+    text = plain_text(tiny, 60)
+    activations = np.pad(firing(text, RULES), ((0, 0), (0, 1)))
+    statistics = statistics_of(tiny, text, activations)
+    folder = tmp_path / "explained"
+    statistics.save(folder)
+    explained(statistics, ExplainConfig(controls=0)).save(folder)
+    return folder
+
+
+def run(folder: Path, server: Server, *more: str) -> int:
+    return cli.run(["ask", str(folder), "--judge", "wise-1", "--endpoint", server.url, "--wait", "0.01", *more])
+
+
+def test_statistics_give_contexts_of_two_halves(explained_folder: Path):
+    contexts = StatisticsContexts(FeatureStatistics.load(explained_folder), 8)
+    card, held = contexts.card(0), contexts.held_out(0)
+    assert 0 < len(card.contexts) < len(contexts.statistics.card(0).contexts)
+    assert len(held.firing) == len(held.silent) == 8
+    held.check(0)
+    rows = {(c.source, c.row) for c in card.contexts}
+    assert not rows & {(c.source, c.row) for c in (*held.firing, *held.silent)}
+    assert [max(c.values) for c in held.firing] == sorted((max(c.values) for c in held.firing), reverse=True)
+    assert contexts.held_out(2).firing == ()
+
+
+def test_the_command_adds_to_the_file(
+    serve: Serve, explained_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    server = serve(guessing)
+    more = ("--features", "0", "2", "--sample", "5", "--asked", "4", "--classes", "default", "art: pictures")
+    assert run(explained_folder, server, *more, "--dry-run", "--key-env", "NOT_SET") == 0
+    assert "3 features need at most " in capsys.readouterr().out
+    assert server.asked == []
+    assert run(explained_folder, server, *more) == 2
+    assert "cap it with --max-cost or --max-calls" in capsys.readouterr().err
+    assert run(explained_folder, server, *more, "--max-calls", "500") == 0
+    said = capsys.readouterr().out
+    assert "detection − shuffled" in said
+    assert "1 (2): it fires in no context" in said
+    found = Explanations.load(explained_folder, FeatureStatistics.load(explained_folder))
+    assert [e.source for e in found.of(0)] == ["predicate", "wise-1"]
+    assert set(found.of(1)[1].scores) >= {
+        "detection",
+        "detection_shuffled",
+        "detection_token",
+        "simulation",
+        "answered",
+    }
+    assert found.provenance["judges"]["wise-1"]["judge"]["endpoint"] == server.url
+    votes = records.load(VotesRecord, explained_folder / "judged_classes.json")
+    assert votes.features[0] == (("unclear", 1.0),)
+    assert votes.classes["art"] == "pictures"
+    made = len(server.asked)
+    assert run(explained_folder, server, *more, "--max-calls", "0", "--json") == 0
+    assert len(server.asked) == made
+    assert set(json.loads(capsys.readouterr().out)["explanations"]) == {"0", "1"}
+    again = Explanations.load(explained_folder, FeatureStatistics.load(explained_folder))
+    assert again.explanations == found.explanations
+
+
+def test_the_command_stops_at_a_cap_and_goes_on(
+    serve: Serve, explained_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    server = serve(guessing)
+    more = ("--sample", "2", "--asked", "4")
+    assert run(explained_folder, server, *more, "--max-calls", "3") == 3
+    said = capsys.readouterr().err
+    assert "more than its cap" in said
+    assert "--max-calls 3 is reached. 0 of 2 features are complete; answered calls are kept" in said
+    assert run(explained_folder, server, *more, "--max-calls", "500") == 0
+    assert "3 calls cached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ((), "no features are named"),
+        (("--features", "9"), "--features 9: resid.1 has no such feature; 0 to 2"),
+        (("--features", "0", "--key-env", "NOT_SET", "--max-calls", "1"), "$NOT_SET, which is not set"),
+        (("--features", "0", "--max-cost", "1"), "has no prices"),
+        (("--features", "0", "--asked", "1"), "--asked is 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    serve: Serve, explained_folder: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], why: str
+):
+    assert run(explained_folder, serve(), *more) == 2
+    assert why in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_a_local_judge_from_the_command_line_that_keeps_to_no_form_is_refused(
+    explained_folder: Path, tiny: LoadedModel, capsys: pytest.CaptureFixture[str]
+):
+    place = explained_folder.with_name("judge")
+    tiny.network.save_pretrained(place)
+    tiny.tokenizer.save_pretrained(place)
+    before = (explained_folder / "explanations.json").read_bytes()
+    words = ["ask", str(explained_folder), "--judge", str(place), "--features", "0", "--shown", "1", "--methods"]
+    assert cli.run(words) == 3
+    assert "explained no feature: 1 (0): " in capsys.readouterr().err
+    assert (explained_folder / "explanations.json").read_bytes() == before
+    assert cli.run([*words, "--key-env", "X"]) == 2
+
+
+def test_a_judge_s_own_explanations_are_replaced_and_others_stay(serve: Serve, explained_folder: Path):
+    statistics = FeatureStatistics.load(explained_folder)
+    contexts, server = StatisticsContexts(statistics), serve(guessing)
+    for judge in (Endpoint("a", server.url), Endpoint("b", server.url), Endpoint("a", server.url)):
+        asker = Asker(judge, explained_folder / "calls")
+        write(ask(contexts, [0], asker, AskConfig(methods=())), explained_folder, statistics, AskConfig())
+    found = Explanations.load(explained_folder, statistics)
+    assert [e.source for e in found.of(0)] == ["predicate", "b", "a"]
+    assert set(found.provenance["judges"]) == {"a", "b"}

@@ -11,6 +11,9 @@ from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.explanations.asked import ask
+from unsleep.explanations.run import explain
+from unsleep.explanations.statistics import feature_statistics
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import Intervention, applied
@@ -56,12 +59,15 @@ __all__ = [
     "Site",
     "Steering",
     "applied",
+    "ask",
     "bake",
     "circuit",
     "diff",
     "directions",
     "edit",
     "evaluate",
+    "explain",
+    "feature_statistics",
     "find",
     "from_files",
     "harvest",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.core import BadInput
@@ -80,34 +80,3 @@ def balanced_accuracy(right: tuple[int, int], n: tuple[int, int]) -> tuple[float
     below = math.hypot(*(rate - low for rate, (low, _) in zip(rates, ends, strict=True))) / 2
     above = math.hypot(*(high - rate for rate, (_, high) in zip(rates, ends, strict=True))) / 2
     return value, max(0.0, value - below), min(1.0, value + above)
-
-
-def correlation(
-    x: Sequence[Sequence[float]], y: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Pearson correlation of the concatenated groups, with its 95 % percentile bootstrap interval, resampling groups.
-
-    A constant `x` has correlation 0. Raises `BadInput` where `y` is constant or the lengths differ; resamples of
-    constant `y` are left out.
-    """
-    if [len(a) for a in x] != [len(b) for b in y] or not x:
-        raise BadInput(f"{len(x)} groups with {len(y)}; expected groups of equal lengths, at least 1")
-    rows = [
-        (torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)) for a, b in zip(x, y, strict=True)
-    ]
-    sums = torch.tensor([[len(a), a.sum(), b.sum(), a @ a, b @ b, a @ b] for a, b in rows], dtype=torch.float64)
-    value, defined = _correlations(sums.sum(0, keepdim=True))
-    if not defined.item():
-        raise BadInput("the values are all the same; a correlation needs some that differ")
-    index = torch.randint(len(sums), (resamples, len(sums)), generator=torch.Generator().manual_seed(seed))
-    drawn, kept = _correlations(sums[index].sum(1))
-    return percentiles(float(value), drawn[kept])
-
-
-def _correlations(sums: Float[Tensor, "row 6"]) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
-    """Correlations from n, Σx, Σy, Σx², Σy² and Σxy, and where y varies; 0 where x does not."""
-    n, x, y, xx, yy, xy = sums.unbind(1)
-    of_x, of_y = n * xx - x * x, n * yy - y * y
-    moves, defined = of_x > 1e-9 * n * xx, of_y > 1e-9 * n * yy
-    found = (n * xy - x * y) / (of_x * of_y).clamp_min(0).sqrt()
-    return torch.where(moves & defined, found.clamp(-1, 1), 0.0), defined

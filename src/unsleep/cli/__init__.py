@@ -13,11 +13,13 @@ import tyro
 
 import unsleep
 from unsleep.cli import (
+    asked,
     circuits,
     compare,
     dictionaries,
     directions,
     edits,
+    explanations,
     judge,
     organisms,
     repairs,
@@ -47,6 +49,8 @@ STAGES: dict[str, Callable[..., int]] = {
         compare.diff,
         subspaces.subspaces,
         circuits.circuit,
+        explanations.explain,
+        asked.ask,
         judge.report,
     )
 }

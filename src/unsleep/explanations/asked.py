@@ -14,7 +14,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,11 +22,13 @@ from unsleep.base import records, stats, store
 from unsleep.core import BadInput, Site, check_least
 from unsleep.explanations import answers, wording
 from unsleep.explanations.calls import Answer, Asker, Tally
-from unsleep.explanations.explained import ExplanationsRecord
+from unsleep.explanations.explained import Explanations
 from unsleep.explanations.judged import METHODS, HeldOut, Item, JudgedConfig, Method, marks_of, spread
 from unsleep.explanations.judges import Question
 from unsleep.explanations.record import ClassScore, Context, Explanation, FeatureCard, Interval
-from unsleep.explanations.votes import VoteConfig, classify
+from unsleep.explanations.statistics import FeatureStatistics
+from unsleep.explanations.votes import FILE as VOTES_FILE
+from unsleep.explanations.votes import VoteConfig, VotesRecord, classify
 from unsleep.models.model import Named
 
 EXPLANATION_TOKENS = 160
@@ -77,13 +79,11 @@ class AskConfig(JudgedConfig, VoteConfig):
         check_least(self, "", 0, "promoted")
 
 
-NO_CHANGES = AskConfig()
-
-
 class Asked(NamedTuple):
     """What a judge made of features."""
 
-    record: ExplanationsRecord
+    explanations: dict[int, Explanation]
+    """Feature → its explanation and scores."""
     classes: dict[int, tuple[ClassScore, ...]]
     """Feature → classes with their share of votes, largest first."""
     means: dict[str, Interval]
@@ -93,6 +93,8 @@ class Asked(NamedTuple):
     tally: Tally
     stopped: str
     """The reason why calls were left out; empty for a complete run."""
+    judge: str
+    provenance: dict[str, Any]
 
 
 class Trial(NamedTuple):
@@ -106,12 +108,12 @@ class Trial(NamedTuple):
     questions: list[Question[list[Any]]]
 
 
-def ask(contexts: FeatureContexts, features: Sequence[int], asker: Asker, config: AskConfig = NO_CHANGES) -> Asked:
+def ask(contexts: FeatureContexts, features: Sequence[int], asker: Asker, config: AskConfig = AskConfig()) -> Asked:
     """Explain features, score the explanations on held-out contexts and classify them.
 
-    Only features whose scores were all asked for are in the result; after a limit or an interrupt, the same call resumes from
-    the cache. Scores are `detection`, `fuzzing`, `simulation` with `_shuffled` and `_token` for the baselines, and
-    `answered`, the share of questions about contexts that have an answer.
+    Only features whose scores were all asked for are in the result; after a limit or an interrupt, the same call
+    resumes from the cache. Scores are `detection`, `fuzzing`, `simulation` with `_shuffled` and `_token` for the
+    baselines, and `answered`, the share of questions about contexts that have an answer.
 
     Raises `BadInput` for held-out contexts of a text from which the explanation was written, and for a request that the
     endpoint refuses.
@@ -131,25 +133,25 @@ def ask(contexts: FeatureContexts, features: Sequence[int], asker: Asker, config
             left_out[feature] = answer.why
         elif not answer.asked or scores.get(feature, {}) is None:
             left_out[feature] = "not asked"
-    done = {
-        f: (Explanation(text, asker.judge.name, scores.get(f) or {}),) for f, text in texts.items() if f not in left_out
-    }
-    means = mean_scores([each for [each] in done.values()])
+    name = asker.judge.name
+    done = {f: Explanation(text, name, scores.get(f) or {}) for f, text in texts.items() if f not in left_out}
+    means = mean_scores(list(done.values()))
     provenance = store.provenance(
         config.seed,
-        judge={"name": asker.judge.name, **asker.judge.identity, "notes": list(asker.judge.notes)},
+        judge={"name": name, **asker.judge.identity, "notes": list(asker.judge.notes)},
         asked=records.plain(config),
         calls=asker.tally._asdict(),
         means=records.plain(means),
         left_out=dict(Counter(left_out.values())),
         stopped=asker.stopped,
     )
-    record = ExplanationsRecord(contexts.model, contexts.dictionary, contexts.site, done, provenance)
     labelled = {f: found for f, found in classes.items() if found and f in done}
-    return Asked(record, labelled, means, left_out, asker.tally, asker.stopped)
+    return Asked(done, labelled, means, left_out, asker.tally, asker.stopped, name, provenance)
 
 
-def estimate(contexts: FeatureContexts, features: Sequence[int], asker: Asker, config: AskConfig = NO_CHANGES) -> Tally:
+def estimate(
+    contexts: FeatureContexts, features: Sequence[int], asker: Asker, config: AskConfig = AskConfig()
+) -> Tally:
     """Calls, tokens and cost that `ask` would need at most, cached calls excepted; nothing is called.
 
     Answers count at their maximum length. Further tries after a failure or a nonsensical answer are not in it; the
@@ -219,7 +221,9 @@ def _trials(
     for feature, text in texts.items():
         variants = {"": text}
         if config.baselines:
-            variants["_token"] = f"It fires at the token {json.dumps(frequent_token(shown[feature]), ensure_ascii=False)}."
+            variants["_token"] = (
+                f"It fires at the token {json.dumps(frequent_token(shown[feature]), ensure_ascii=False)}."
+            )
             if len(texts) > 1:
                 variants["_shuffled"] = texts[other[feature]]
         for name in config.methods:
@@ -283,28 +287,18 @@ def mean_scores(explanations: Sequence[Explanation]) -> dict[str, Interval]:
     return found
 
 
-def add_explanations(record: ExplanationsRecord, path: str | Path) -> ExplanationsRecord:
-    """Write explanations.json, with the explanations from other sources that it holds.
+def write(asked: Asked, folder: str | Path, statistics: FeatureStatistics, config: AskConfig) -> Explanations:
+    """Add a judge's explanations to explanations.json of the statistics' folder, and write judged_classes.json.
 
-    Those of the record's own source are replaced where the record has the feature. Raises `BadInput` where the file is
-    of another dictionary.
+    A judge's own earlier explanations of the same features are replaced. Its provenance is under `judges`, by name.
+    Raises `BadInput` or `Refused` as `Explanations.load` does.
     """
-    path = Path(path)
-    features = dict(record.features)
-    if path.exists():
-        old = records.load(ExplanationsRecord, path)
-        if (old.dictionary, old.site) != (record.dictionary, record.site):
-            raise BadInput(
-                f"{path} is of dictionary {old.dictionary} at {old.site}, the explanations of {record.dictionary} at "
-                f"{record.site}; write them elsewhere"
-            )
-        sources = {each.source for found in record.features.values() for each in found}
-        for feature, found in old.features.items():
-            new = features.get(feature, ())
-            features[feature] = (*(e for e in found if not new or e.source not in sources), *new)
-        alike = all(old.provenance.get(key) == record.provenance.get(key) for key in ("judge", "asked"))
-        earlier = old.provenance.get("earlier") if alike else old.provenance
-        record = replace(record, provenance={**record.provenance, **({"earlier": earlier} if earlier else {})})
-    whole = replace(record, features=dict(sorted(features.items())))
-    records.save(whole, path)
+    old = Explanations.load(folder, statistics)
+    judges = {**old.provenance.get("judges", {}), asked.judge: asked.provenance}
+    whole = old.added({feature: (found,) for feature, found in asked.explanations.items()}, judges=judges)
+    whole.save(folder)
+    if asked.classes:
+        head = (statistics.model, statistics.dictionary, statistics.site, asked.judge)
+        record = VotesRecord(*head, config.meanings, asked.classes, asked.provenance)
+        records.save(record, Path(folder) / VOTES_FILE)
     return whole

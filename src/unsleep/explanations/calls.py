@@ -28,8 +28,6 @@ T = TypeVar("T")
 MAX_WAIT = 300.0
 """Longest wait for an endpoint, in seconds; one that asks for more ends the run, which can be resumed."""
 
-NO_LIMITS = Limits()
-
 FAILURES = 3
 """Calls in a row whose tries all failed, after which the endpoint is taken to be down."""
 
@@ -79,7 +77,7 @@ class Asker:
     With `dry`, no call is made: cached answers are used, and examples stand for the others.
     """
 
-    def __init__(self, judge: Judge, cache: str | Path, limits: Limits = NO_LIMITS, *, dry: bool = False) -> None:
+    def __init__(self, judge: Judge, cache: str | Path, limits: Limits = Limits(), *, dry: bool = False) -> None:
         self.judge, self.limits, self.dry = judge, limits, dry
         self.stopped = ""
         """The reason why calls were left out; empty where none was."""

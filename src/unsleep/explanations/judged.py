@@ -17,11 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
+import numpy as np
+
 from unsleep.base import stats
 from unsleep.core import BadInput, check_least
 from unsleep.explanations import answers, wording
 from unsleep.explanations.judges import AnswerConfig, Question
 from unsleep.explanations.record import Context, Interval
+from unsleep.explanations.scoring import correlation
 
 T = TypeVar("T")
 
@@ -212,7 +215,14 @@ class Simulation(Method):
         """Pearson correlation over the tokens of all contexts; one that predicts nothing anywhere scores 0."""
         if min(sum(item.truth is kind for item, _ in pairs) for kind in (True, False)) < LEAST:
             return None
-        return Interval(*stats.correlation([said for _, said in pairs], [item.context.values for item, _ in pairs]))
+        said, true = ([np.asarray(row, np.float64) for row in rows] for rows in _rows(pairs))
+        example = np.repeat(np.arange(len(pairs)), [len(row) for row in true])
+        return correlation(np.concatenate(said), np.concatenate(true), example, self.config.seed)
+
+
+def _rows(pairs: Sequence[tuple[Item, Any]]) -> tuple[list[Sequence[float]], list[Sequence[float]]]:
+    """Predicted and actual activations of each item."""
+    return [said for _, said in pairs], [item.context.values for item, _ in pairs]
 
 
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Detection, Fuzzing, Simulation)}

@@ -21,6 +21,8 @@ from unsleep.explanations.judges import AnswerConfig, Question
 from unsleep.explanations.record import ClassScore
 from unsleep.models.model import Named
 
+FILE = "judged_classes.json"
+
 LABEL_TOKENS = 60
 """Maximum tokens of a list of classes."""
 
