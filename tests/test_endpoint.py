@@ -19,20 +19,22 @@ from unsleep import cli
 from unsleep.base import records, stats
 from unsleep.base.context import reporting
 from unsleep.core import BadInput
-from unsleep.explanations import answers, wording
+from unsleep.explanations import answers, local, wording
 from unsleep.explanations.asked import AskConfig, ask, estimate, frequent_token, shown_contexts, write
 from unsleep.explanations.budget import Limits
 from unsleep.explanations.calls import Asker
 from unsleep.explanations.endpoint import Endpoint, EndpointConfig
-from unsleep.explanations.explained import ExplainConfig, Explanations, explained
+from unsleep.explanations.explained import Explanations
 from unsleep.explanations.judged import Detection, Fuzzing, HeldOut, JudgedConfig, Simulation
 from unsleep.explanations.judges import Nonsense, Question
 from unsleep.explanations.local import LocalJudge
 from unsleep.explanations.material import StatisticsContexts
-from unsleep.explanations.record import Context, Interval
+from unsleep.explanations.record import Context, Explanation, Interval
 from unsleep.explanations.statistics import FeatureStatistics
 from unsleep.explanations.votes import VotesRecord
+from unsleep.models.generate import replies
 from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Message, Prompt
 
 QUICK = Limits(wait=0.01)
 SMALL = AskConfig(asked=8, per_call=4)
@@ -612,14 +614,35 @@ def context(token: str) -> Context:
 # A local model, and the record
 
 
-def test_a_local_model_is_a_judge_from_end_to_end(tiny: LoadedModel, tmp_path: Path):
-    config = AskConfig(asked=2, per_call=2, shown=2, promoted=0, votes=1, classes=("default",))
-    judge = LocalJudge(tiny)
-    asked = ask(Planted(2), [0, 1], Asker(judge, tmp_path), config)
-    assert asked.tally.calls == asked.tally.output_tokens == 0 or asked.tally.input_tokens > 0
-    assert set(asked.left_out) == {0, 1}  # a random model does not keep to a form
-    assert asked.tally.unanswered
-    assert ask(Planted(2), [0, 1], Asker(judge, tmp_path), config).tally.calls == 0
+def test_a_local_model_that_knows_the_rule_scores_as_an_endpoint_does(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The model's own replies are random bytes: here they are those of a judge that reads what the model reads."""
+
+    def answering(model: LoadedModel, rows: list[list[int]], **_: Any) -> list[list[int]]:
+        said = [knowing(text.partition("user: ")[2]) for text in model.texts(rows)]
+        return [[*row, model.tokenizer.eos_token_id] for row in model.token_ids(said, special=False)]
+
+    monkeypatch.setattr(local, "greedy", answering)
+    monkeypatch.setattr(local.chat, "context_length", lambda network: None)
+    config = AskConfig(asked=4, per_call=2, votes=1, methods=("detection",), classes=("default",))
+    asked = ask(Planted(4), [0, 1], Asker(LocalJudge(tiny, batch=3), tmp_path), config)
+    for feature in (0, 1):
+        assert WORDS[feature] in asked.explanations[feature].text
+        assert asked.explanations[feature].source == "tiny-llama"
+        assert asked.explanations[feature].scores["detection"].value == 1.0
+    assert asked.classes[0] == (("skill", 1.0),)
+    assert asked.tally.calls == 2 + 2 * 3 * 4 + 2
+    assert asked.tally.input_tokens > 1000 * asked.tally.calls
+    again = ask(Planted(4), [0, 1], Asker(LocalJudge(tiny), tmp_path), config)
+    assert (again.tally.calls, again.explanations) == (0, asked.explanations)
+
+
+def test_a_random_model_keeps_to_no_form_and_explains_nothing(tiny: LoadedModel, tmp_path: Path):
+    asked = ask(Planted(2), [0], Asker(LocalJudge(tiny), tmp_path), AskConfig(shown=1, methods=()))
+    assert asked.explanations == {}
+    assert asked.left_out[0].startswith(("nonsense: ", "too long"))
+    assert sum(asked.tally.unanswered.values()) == 1
 
 
 def test_a_local_answer_is_the_model_s_greedy_one_and_long_questions_are_declined(tiny: LoadedModel, tmp_path: Path):
@@ -627,9 +650,6 @@ def test_a_local_answer_is_the_model_s_greedy_one_and_long_questions_are_decline
     short = question("Why?", 4)
     limit = tiny.network.config.max_position_embeddings
     [answer, declined] = judge.reply([short, question("a" * limit, 4)])
-    from unsleep.models.generate import replies
-    from unsleep.prompts.prompt import Message, Prompt
-
     asked = Prompt("Why?", before=(Message("system", "Be brief."),))
     assert answer.text == replies(tiny, [asked], max_new_tokens=4)[0]  # type: ignore[union-attr]
     assert "too long" in declined.reason  # type: ignore[union-attr]
@@ -648,7 +668,9 @@ def explained_folder(tiny: LoadedModel, tmp_path: Path) -> Path:
     statistics = statistics_of(tiny, text, activations)
     folder = tmp_path / "explained"
     statistics.save(folder)
-    explained(statistics, ExplainConfig(controls=0)).save(folder)
+    offline = {i: (Explanation(rule, "predicate", {}),) for i, rule in enumerate(RULES)}
+    head = (statistics.model, statistics.dictionary, statistics.site)
+    Explanations(*head, offline, 1, (), {}).save(folder)
     return folder
 
 
@@ -720,7 +742,7 @@ def test_the_command_stops_at_a_cap_and_goes_on(
     ("more", "why"),
     [
         ((), "no features are named"),
-        (("--features", "9"), "--features 9: resid.1 has no such feature; 0 to 2"),
+        (("--features", "9"), "--features 9 does not exist at resid.1; it has 0 to 2"),
         (("--features", "0", "--key-env", "NOT_SET", "--max-calls", "1"), "$NOT_SET, which is not set"),
         (("--features", "0", "--max-cost", "1"), "has no prices"),
         (("--features", "0", "--asked", "1"), "--asked is 1"),

@@ -195,6 +195,7 @@ class Asker:
                     return {}
                 continue
             except BaseException:
+                self._halt.set()
                 self._budget.settle(size, Size())
                 raise
             return self._settled(chunk, replies, size)
