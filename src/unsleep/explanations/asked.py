@@ -80,7 +80,7 @@ class AskConfig(JudgedConfig, VoteConfig):
 
 
 class Asked(NamedTuple):
-    """What a judge made of features."""
+    """Explanations, scores and classes by a judge."""
 
     explanations: dict[int, Explanation]
     """Feature → its explanation and scores."""

@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What became of a question."""
+    """Outcome of a question."""
 
     value: T | None = None
     why: str = ""
@@ -88,7 +88,7 @@ class Asker:
 
     @property
     def tally(self) -> Tally:
-        """What was spent so far."""
+        """Account of the calls so far."""
         spent = self._budget.spent
         return Tally(spent.calls, self._cached, *spent[1:], self.limits.cost(spent), dict(self._unanswered))
 
