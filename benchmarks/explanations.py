@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 from common import alternating, keep, ratio, table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import unsleep
 from unsleep import LoadConfig, LoadedModel, PromptSet, Site
@@ -67,7 +67,7 @@ def dictionary(model: LoadedModel, site: Site, folder: Path | None, source: Sour
 
 def small() -> tuple[LoadedModel, Coder]:
     """A random model and dictionary, with the tokenizer of the packaged base."""
-    tokenizer = AutoTokenizer.from_pretrained(unsleep.load_model("smollm2-135m").name)
+    tokenizer = unsleep.load_model("smollm2-135m").tokenizer
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2)
     network = AutoModelForCausalLM.from_config(config).eval()
     model = LoadedModel(network, tokenizer, "random")

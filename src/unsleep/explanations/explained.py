@@ -139,6 +139,14 @@ class _Row:
     frequent: dict[str, Interval]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Result of a resumable step."""
+
+    rows: tuple[_Row, ...] = ()
+    scores: tuple[dict[str, Interval], ...] = ()
+
+
 def explained(
     statistics: FeatureStatistics,
     config: ExplainConfig = ExplainConfig(),
@@ -207,15 +215,14 @@ class _Work:
         for first in range(0, len(features), BLOCK):
             some = list(features[first : first + BLOCK])
             marked = [feature for feature in some if feature in self.compared]
-            found += records.parsed(
-                tuple[_Row, ...], kept(self.block, some, made_from=[self.statistics, self.config, marked]), "step"
-            )
+            made = kept(self.block, some, made_from=[self.statistics, self.config, marked])
+            found += records.parsed(_Step, made, "step").rows
             progress(f"explanations at {self.statistics.site}", first + len(some), len(features))
         return found
 
     def block(self, features: Sequence[int]) -> Any:
         """The rows of a few features, as JSON."""
-        return records.plain([row for feature in features if (row := self.row(feature)) is not None])
+        return records.plain(_Step(tuple(row for feature in features if (row := self.row(feature)) is not None)))
 
     def row(self, feature: int) -> _Row | None:
         """A feature's row; `None` where it fires too rarely."""
@@ -240,7 +247,7 @@ class _Work:
             for feature, text in pairs:
                 train, held_out = self.examples.of(feature, self.config.firings, self.config.judged)
                 found.append(self.judge.scores(Predicate.parse(text), feature, train, held_out))
-            return records.plain(found)
+            return records.plain(_Step(scores=tuple(found)))
 
         made = kept(scored, made_from=[self.statistics, self.config, [list(pair) for pair in pairs]])
-        return list(records.parsed(tuple[dict[str, Interval], ...], made, "step"))
+        return list(records.parsed(_Step, made, "step").scores)

@@ -66,7 +66,7 @@ class LearnConfig:
 
 
 class _Table(NamedTuple):
-    """What candidate tests say of examples."""
+    """Candidate tests, and at which examples each holds."""
 
     tests: list[Test]
     says: Float[ndarray, "test example"]
