@@ -11,7 +11,10 @@ from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.explanations.asked import ask
 from unsleep.explanations.classes import classify
+from unsleep.explanations.run import explain
+from unsleep.explanations.statistics import feature_statistics
 from unsleep.explanations.study import ablation_study
 from unsleep.explorer.start import serve
 from unsleep.interventions.features import Edit
@@ -62,6 +65,7 @@ __all__ = [
     "Steering",
     "ablation_study",
     "applied",
+    "ask",
     "bake",
     "circuit",
     "circuit_edits",
@@ -71,6 +75,8 @@ __all__ = [
     "directions",
     "edit",
     "evaluate",
+    "explain",
+    "feature_statistics",
     "find",
     "from_files",
     "harvest",

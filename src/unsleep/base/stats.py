@@ -165,3 +165,20 @@ def percentiles(value: float, drawn: Float[Tensor, " resample"]) -> tuple[float,
     """A value with the 95 % percentile interval of its resamples, in float64, which holds the value itself."""
     low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return value, min(low, value), max(high, value)
+
+
+def balanced_accuracy(right: tuple[int, int], n: tuple[int, int]) -> tuple[float, float, float]:
+    """Mean of two classes' accuracies with its 95 % interval.
+
+    The interval combines the Wilson intervals of both rates (Zou & Donner 2008, Stat. Med. 27): unlike a bootstrap's it
+    has a width where every answer is right.
+
+    >>> [round(x, 2) for x in balanced_accuracy((10, 10), (10, 10))]
+    [1.0, 0.8, 1.0]
+    """
+    rates = [hits / of for hits, of in zip(right, n, strict=True)]
+    ends = [wilson(hits, of) for hits, of in zip(right, n, strict=True)]
+    value = sum(rates) / 2
+    below = math.hypot(*(rate - low for rate, (low, _) in zip(rates, ends, strict=True))) / 2
+    above = math.hypot(*(high - rate for rate, (_, high) in zip(rates, ends, strict=True))) / 2
+    return value, max(0.0, value - below), min(1.0, value + above)

@@ -13,12 +13,14 @@ import tyro
 
 import unsleep
 from unsleep.cli import (
+    asked,
     circuits,
     classes,
     compare,
     dictionaries,
     directions,
     edits,
+    explanations,
     explorer,
     judge,
     organisms,
@@ -53,6 +55,8 @@ STAGES: dict[str, Callable[..., int]] = {
         circuits.overlap,
         classes.classify,
         classes.ablation_study,
+        explanations.explain,
+        asked.ask,
         judge.report,
         explorer.serve,
     )

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.activations.harvest import SHARED, Harvest
+from unsleep.activations.batches import SHARED
+from unsleep.activations.harvest import Harvest
 from unsleep.base.context import progress
 from unsleep.base.records import Count, Share
 from unsleep.core import BadInput, FeatureEvidence, Features, Site
