@@ -121,7 +121,7 @@ class Linearisation:
         self.values.clear()
         half, whole = streams[1] - streams[0], streams[2] - streams[0]
         error = float((whole - 2 * half).norm() / whole.norm())
-        if not error <= AFFINE + ROUNDING * torch.finfo(found[last].dtype).eps:
+        if not error <= AFFINE + ROUNDING * torch.finfo(self.network.dtype).eps:
             raise BadInput(
                 f"{self.network.config.model_type} is not affine with its patterns, norms and gates held (relative "
                 f"error {error:.2g}); take attribution, which holds nothing"

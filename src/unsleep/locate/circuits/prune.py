@@ -76,9 +76,8 @@ def prune(
         optimiser.zero_grad()
         (config.weight * missing + opened.log()).backward()
         optimiser.step()
-        progress(
-            f"pruning, {float(opened.detach()):,.0f} open, faithfulness {float(share):.2f}", step + 1, config.steps
-        )
+        words = f"pruning, {opened.item():,.0f} open, faithfulness {share.item():.2f}"
+        progress(words, step + 1, config.steps)
     mean = {place: gates.open(place).detach() for place in gates.logits}
     return Effects(found.roles, mean, found.metric, found.reference)
 
