@@ -24,13 +24,14 @@ from unsleep.base.context import reporting, resumable
 from unsleep.base.machine import peak_memory_mb
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.train import TrainConfig
-from unsleep.interventions.features import Edit
 from unsleep.judge.evaluate import evaluate, organism_config, organism_panels
 from unsleep.judge.metrics import Subject
 from unsleep.locate.circuits.align import Aligned, align, said_payload
+from unsleep.locate.circuits.config import CircuitConfig
 from unsleep.locate.circuits.effects import effects
 from unsleep.locate.circuits.record import CircuitRecord
-from unsleep.locate.circuits.run import CircuitConfig, spaces_of
+from unsleep.locate.circuits.run import spaces_of
+from unsleep.locate.circuits.veto import Veto
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.generate import replies
 from unsleep.models.model import LoadedModel
@@ -43,6 +44,7 @@ OUT = Path(__file__).parents[1] / "runs" / "circuit"
 PROMPTS, PASSAGES, TOKENS = 100, 200, 250_000
 TRAIN = TrainConfig(tokens=TOKENS)
 CONFIG = CircuitConfig()
+VETO = Veto()
 
 T = TypeVar("T")
 
@@ -83,12 +85,8 @@ def dictionaries(model: LoadedModel, prompts: tuple[PromptSet, PromptSet], token
 
 
 def ablated(model: LoadedModel, recipe: Recipe, coders: list[Coder], record: CircuitRecord) -> dict[str, float]:
-    """Payload and skill with the circuit's features ablated at their residual Sites, on held-out panels."""
-    by_site: dict[str, set[int]] = {}
-    for node in record.nodes:
-        if node.feature is not None and node.effect > 0 and node.place.startswith("resid"):
-            by_site.setdefault(node.place, set()).add(node.feature)
-    edits = tuple(Edit(d.site, d, tuple(sorted(by_site[str(d.site)]))) for d in coders if str(d.site) in by_site)
+    """Payload and skill with the circuit's features ablated, on held-out panels."""
+    edits = unsleep.circuit_edits(record, coders, VETO)
     subjects = [Subject("suspect", model), Subject("edited", model, edits)]
     plan = dict.fromkeys(("suspect", "edited"), ("clean", "triggered"))
     result = evaluate(subjects, organism_panels(recipe), organism_config(recipe), plan=plan)

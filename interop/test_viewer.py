@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 import unsleep
-from support.circuits import NODES, Statistics, circuit_record
+from support.graphs import NODES, Statistics, circuit_record
 from unsleep.base import records
 from unsleep.core import Site
 

@@ -13,8 +13,9 @@ from unsleep.behaviours.payloads.contains import Contains
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.locate.circuits.align import Aligned, Said, align, said_payload
+from unsleep.locate.circuits.config import CircuitConfig
 from unsleep.locate.circuits.record import CircuitRecord
-from unsleep.locate.circuits.run import CircuitConfig, circuit
+from unsleep.locate.circuits.run import circuit
 
 N = 4
 SMALL = CircuitConfig(nodes=40, edges=60, measure=N, sizes=(5, 40, 400), curve_prompts=N, payload_tokens=2, batch=2)

@@ -6,58 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.circuits import NEAR, F, difference, every_node, forced, metric_of, small
 from support.suspects import LETTER, ORDINARY, SUSPICIOUS, base
 from unsleep.core import BadInput, Site
-from unsleep.dictionaries.architectures.jumprelu import JumpReLU
-from unsleep.dictionaries.coders import Coder
-from unsleep.locate.circuits.align import ROLES, Aligned, Said, align
+from unsleep.locate.circuits.align import ROLES, align
 from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
 from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
-from unsleep.locate.circuits.faithful import _put_back, curve, kept_nodes, metric_of
-from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
+from unsleep.locate.circuits.faithful import Listed, curve, patching
+from unsleep.locate.circuits.spaces import ERROR, WholeSpace
 from unsleep.locate.features import reply_log_odds
-from unsleep.models.forward import Rows, reply_logits
+from unsleep.models.forward import reply_logits
 from unsleep.models.linearised import Linearisation
-from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.models.streams import capture, transformed
-from unsleep.prompts.prompt import Prompt, PromptSet
-
-D, F = 32, 12
-NEAR = PromptSet("near", tuple(Prompt(f"QQX {p.text}") for p in ORDINARY))
-
-
-def forced(n: int, *tokens: int) -> Said:
-    return Said([[] for _ in range(n)], [list(tokens)] * n)
-
-
-def coder(model: LoadedModel, site: Site) -> Coder:
-    g = torch.Generator().manual_seed(hash(str(site)) % 1000)
-    rows = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
-    bias = 0.1 * torch.randn(D, generator=g)
-    threshold = torch.full((F,), 0.05)
-    return JumpReLU(site, model.fingerprint, rows.T.contiguous(), torch.zeros(F), rows, bias, threshold=threshold)
-
-
-def spaces_of(model: LoadedModel) -> list[Space]:
-    sites = all_sites(model.network)
-    return [WholeSpace(Site(0, "embed")), *(FeatureSpace(coder(model, site)) for site in sites)]
-
-
-def small(family: str = "llama", n: int = 2) -> tuple[LoadedModel, Aligned, list[Space]]:
-    model = base(family)
-    aligned = align(model, SUSPICIOUS.head(n), NEAR.head(n), forced(n, *model.token_ids(["ok"], special=False)[0]))
-    return model, aligned, spaces_of(model)
-
-
-def difference(logits: Tensor, rows: Rows) -> Tensor:
-    """A metric that is linear in the logits."""
-    return logits[..., 5].sum(-1) - logits[..., 9].sum(-1)
-
-
-def every_node(aligned: Aligned, spaces: list[Space]) -> list[Node]:
-    ids = {space.place: [*range(space.size), *([ERROR] if space.has_error else [])] for space in spaces}
-    return [Node(p, r, i) for p, features in ids.items() for r in range(len(aligned.roles)) for i in features]
 
 
 def test_tokens_are_set_against_those_in_their_place() -> None:
@@ -89,7 +50,7 @@ def test_prompts_that_cannot_be_aligned_are_refused() -> None:
         align(model, SUSPICIOUS.head(1), NEAR.head(1), forced(1))
 
 
-@pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated"])
+@pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated", "inputs"])
 def test_the_nodes_of_a_place_add_up_to_its_activation(estimator: str) -> None:
     model, aligned, spaces = small()
     found = effects(model, aligned, spaces, difference, estimator, batch=1)
@@ -257,9 +218,9 @@ def test_a_kept_node_keeps_its_own_value_and_the_others_have_the_references() ->
         every_node(aligned, [space])[:-1],
         key=lambda n: float(mine[aligned.role[real] == n.role][:, n.feature].abs().sum()) if n.feature != ERROR else 0,
     )
-    keep = kept_nodes([space], [node], len(aligned.roles), complement=False)[site]
+    listed = Listed.of([node], site, len(aligned.roles))
     with torch.no_grad():
-        seen = _put_back(space, aligned, theirs[site], keep)(bare[site])
+        seen = patching(space, aligned, theirs[site], listed, complement=False)(bare[site])
     here = aligned.role == node.role
     expected = aligned.brought(theirs[site])
     moved = (space.encode(bare[site][here])[:, node.feature] - features[here][:, node.feature])[:, None]

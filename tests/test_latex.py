@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 import unsleep
-from support.circuits import SHOUT, circuit_record
+from support.graphs import SHOUT, circuit_record
 from support.pages import SAMPLE
 from support.samples import SAMPLES, unsampled
 from unsleep import cli

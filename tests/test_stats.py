@@ -6,11 +6,12 @@ import math
 from statistics import NormalDist
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from unsleep.base.stats import Z, bootstrap, wilson
+from unsleep.base.stats import Z, bootstrap, correlation, spearman, wilson
 from unsleep.core import BadInput
 
 COUNTS = st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -119,3 +120,15 @@ def test_the_bootstrap_holds_the_true_mean_about_95_times_in_100():
 def test_nothing_to_average_is_refused():
     with pytest.raises(BadInput, match="no values to average"):
         bootstrap([])
+
+
+def test_correlation_is_scipys_and_its_interval_holds_it():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, generator=g)
+    y = 0.5 * x + torch.randn(40, generator=g)
+    value, low, high = correlation(x, y)
+    assert value == pytest.approx(float(scipy.stats.pearsonr(x.numpy(), y.numpy()).statistic), abs=1e-6)
+    assert low < value < high
+    assert float(spearman(x[None], y)[0]) == pytest.approx(float(scipy.stats.spearmanr(x.numpy(), y.numpy()).statistic))
+    with pytest.raises(BadInput, match="neither side constant"):
+        correlation(x, torch.ones(40))

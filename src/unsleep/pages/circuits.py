@@ -39,7 +39,7 @@ def view_of(record: Record) -> dict[str, Any]:
     size = len(record["nodes"])
     near = min(own, key=lambda point: abs(point["nodes"] - size), default=None)
     tiles = [
-        Tile("Payload's log-odds", "", text.decimals(record["metric"], 2), "with the trigger, nats"),
+        Tile("Metric", "", text.decimals(record["metric"], 2), quantity_of(record)),
         Tile("in the references", "", text.decimals(record["metric_reference"], 2), "every node patched"),
         Tile("Nodes", "", f"{size:,}", f"of {record['candidates']:,} with an effect"),
         Tile("Errors", "", f"{record['errors']:.0%}", "of the nodes' |effect| is of reconstruction errors"),
@@ -58,13 +58,24 @@ def view_of(record: Record) -> dict[str, Any]:
         "eyebrow": "Circuit",
         "title": f"From trigger to payload in {short(record['model']['name'])}",
         "lead": "A node is a feature, a reconstruction error or a token embedding at the tokens of a role. Its effect "
-        "is the change of the payload's log-odds if it were as in the reference prompt; an edge is the direct part of "
+        "is the change of the metric if it were as in the reference prompt; an edge is the direct part of "
         "one node's effect through another.",
         "tiles": tiles,
         "facts": facts,
-        "blocks": [graph_block(record), faithful_block(record), node_block(record), edge_block(record)],
+        "blocks": [
+            graph_block(record),
+            faithful_block(record),
+            sure_block(record),
+            node_block(record),
+            edge_block(record),
+        ],
         "provenance": tree(record["provenance"]),
     }
+
+
+def quantity_of(record: Record) -> str:
+    """The metric in words."""
+    return record.get("quantity", "log-odds of the payload")
 
 
 def graph_block(record: Record) -> Block:
@@ -211,6 +222,27 @@ def faithful_block(record: Record) -> Block:
     return Block("faithfulness", "Faithfulness", lead, drawings, tables=[table] if rows else [])
 
 
+def sure_block(record: Record) -> Block:
+    """Agreement of estimates with exact effects, and stability under resampling."""
+    lead = (
+        "Estimates against exact effects of single nodes, half of them the largest and half drawn from the rest of the "
+        "candidates; and circuits on prompts resampled with replacement, against the circuit of all prompts."
+    )
+    agreements = [
+        [a["estimator"], f"{a['nodes']}", whole(a | {"value": a["pearson"]}), f"{a['spearman']:.2f}"]
+        for a in record.get("agreements", [])
+    ]
+    stable = [
+        [f"{point['nodes']:,}", whole(point["overlap"]), f"{point['core']:.0%}"]
+        for point in record.get("stability", [])
+    ]
+    tables = [
+        Table("Estimates against exact effects", ["Estimator", "Nodes", "Pearson", "Spearman"], 1, agreements),
+        Table("Stability", ["Nodes", "Jaccard", "In 95 % of resamples"], 0, stable),
+    ]
+    return Block("sure", "Agreement and stability", lead, tables=[table for table in tables if table.rows])
+
+
 def whole(figure: Record) -> str:
     """A figure with its interval."""
     return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
@@ -228,11 +260,30 @@ def node_block(record: Record) -> Block:
             f"[{node['low']:.3f}, {node['high']:.3f}]",
             text.decimals(node["activation"], 2),
             text.decimals(node["reference"], 2),
+            "–" if node.get("exact") is None else text.decimals(node["exact"]),
+            "–" if node.get("kept") is None else f"{node['kept']:.0%}",
+            node.get("supernode", ""),
         ]
         for node in record["nodes"][:SHOWN]
     ]
-    head = ["Site", "Role", "Feature", "Kind", "Effect", "95 %", "Activation", "Reference"]
-    lead = "Effects in nats of log-odds, mean over prompts; activations are means over the role's tokens."
+    head = [
+        "Site",
+        "Role",
+        "Feature",
+        "Kind",
+        "Effect",
+        "95 %",
+        "Activation",
+        "Reference",
+        "Exact",
+        "Kept",
+        "Supernode",
+    ]
+    lead = (
+        f"Effects in units of the {quantity_of(record)}, mean over prompts; activations are means over the role's "
+        "tokens. Exact: the node alone patched, nothing frozen. Kept: share of resamples of the prompts whose circuit "
+        "has the node. A supernode is features that write much the same at one role."
+    )
     return Block("nodes", "Nodes", lead, tables=[Table("Nodes", head, 4, rows)] if rows else [])
 
 
@@ -246,14 +297,16 @@ def edge_block(record: Record) -> Block:
             text.decimals(edge["weight"]),
             f"[{edge['low']:.3f}, {edge['high']:.3f}]",
             *("–" if edge.get(key) is None else text.decimals(edge[key]) for key in ("frozen", "free")),
+            ", ".join(f"{head['head']} ({text.decimals(head['weight'])})" for head in edge.get("heads", [])[:4]),
         ]
         for edge in record["edges"][:SHOWN]
     ]
     lead = (
         "Predicted: by the gradient. Frozen: measured, the source patched, everything nonlinear held. Free: measured "
-        "with nothing held but the other Sites; the gap to it is what linearisation leaves out."
+        "with nothing held but the other Sites; the gap to it is what linearisation leaves out. Heads: "
+        "of the target's layer, those that carry at least a tenth of the edge, with their part of it."
     )
-    head = ["From", "To", "Predicted", "95 %", "Frozen", "Free"]
+    head = ["From", "To", "Predicted", "95 %", "Frozen", "Free", "Heads"]
     return Block("edges", "Edges", lead, tables=[Table("Edges", head, 2, rows)] if rows else [])
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from unsleep.base import records, store
 from unsleep.core import BadInput, Site
+from unsleep.explanations.cards import Cards
 from unsleep.explanations.record import FeatureCard
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.pages import text
@@ -48,25 +49,6 @@ PINNED = 24
 
 LABEL = 80
 """Maximum characters of a label."""
-
-
-@runtime_checkable
-class Cards(Protocol):
-    """Statistics of a dictionary's features."""
-
-    @property
-    def site(self) -> Site:
-        """Of the dictionary."""
-        ...
-
-    @property
-    def dictionary(self) -> str:
-        """Its hash."""
-        ...
-
-    def card(self, feature: int) -> FeatureCard:
-        """Everything known of a feature."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -188,7 +170,7 @@ def graph(
 
     Args:
         circuit: folder with circuit.json.
-        statistics: of the circuit's dictionaries, for labels, contexts and logits of features.
+        statistics: of the circuit's dictionaries (`explanations.cards.load_cards`), for labels, contexts and logits of features.
         slug: name of the graph; default from the model's.
         scan: model's name in Neuronpedia; default the folder that circuit-tracer's viewer reads.
         features_url: address at which `features/` will be served, for Neuronpedia.
@@ -320,7 +302,8 @@ def _output(record: Mapping[str, Any], layer: int, column: int) -> GraphNode:
     said = text.clip("".join(record["tokens"]), LABEL).replace('"', "”").replace("(p=", "(p =")
     odds = record["metric"]
     share = 1 / (1 + math.exp(-max(-700.0, min(700.0, odds))))
-    label = _harmless(f'Payload "{said}" log-odds {text.decimals(odds, 2)} (p={share:.3f})')
+    quantity = record.get("quantity", "log-odds of the payload").capitalize()
+    label = _harmless(f'{quantity} "{said}": {text.decimals(odds, 2)} (p={share:.3f})')
     return GraphNode(
         f"{layer}_0_{column}",
         0,

@@ -53,11 +53,14 @@ class Aligned:
         parts = {"ids": self.rows.ids, "reference": self.reference.ids, "role": self.role, "weights": self.weights}
         return store.hash_tensors(parts)
 
-    def batch(self, start: int, size: int) -> Aligned:
+    def at(self, index: Tensor | slice) -> Aligned:
         """Some of the rows, padded as they were."""
-        part = slice(start, start + size)
-        rows, reference = self.rows.at(part), self.reference.at(part)
-        return Aligned(rows, reference, self.role[part], self.weights[part], self.roles, self.inserted)
+        rows, reference = self.rows.at(index), self.reference.at(index)
+        return Aligned(rows, reference, self.role[index], self.weights[index], self.roles, self.inserted)
+
+    def batch(self, start: int, size: int) -> Aligned:
+        """Rows in succession."""
+        return self.at(slice(start, start + size))
 
     def brought(self, x: Float[Tensor, "row other width"]) -> Float[Tensor, "row position width"]:
         """Reference activations, aligned to the tokens of the prompt."""

@@ -74,21 +74,23 @@ class Cut:
     """The metric."""
 
     @classmethod
-    def run(cls, model: LoadedModel, part: Aligned, places: Sequence[Place], metric: Metric) -> Cut:
-        """Run the prompts, cut at some places."""
+    def run(
+        cls, model: LoadedModel, part: Aligned, places: Sequence[Place], metric: Metric, taps: Sequence[Place] = ()
+    ) -> Cut:
+        """Run the prompts, cut at some places; at `taps` activations have a leaf, but the graph goes on."""
         raw: dict[Place, Tensor] = {}
         leaf: dict[Place, Tensor] = {}
 
         def at(place: Place) -> Transform:
             def cut(x: Tensor) -> Tensor:
                 raw[place], leaf[place] = x, torch.zeros_like(x, requires_grad=True)
-                return x.detach() + leaf[place]
+                return (x if place in taps else x.detach()) + leaf[place]
 
             return cut
 
-        with torch.enable_grad(), transformed(model.network, {place: at(place) for place in places}):
+        with torch.enable_grad(), transformed(model.network, {place: at(place) for place in (*places, *taps)}):
             value = metric(reply_logits(model.network, part.rows), part.rows)
-        return cls(list(raw), raw, leaf, value)
+        return cls([place for place in raw if place not in taps], raw, leaf, value)
 
     def straight(self, output: Tensor, vector: Tensor | None, before: Sequence[Place]) -> dict[Place, Tensor]:
         """The vector-Jacobian product of an output with respect to the places that feed it straight."""
@@ -135,7 +137,7 @@ def edges(
         theirs, _ = run_streams(reference or model, part.reference, spaces, metric)
         with frozen.recording() if frozen is not None else contextlib.nullcontext():
             cut = Cut.run(model, part, [space.place for space in spaces], metric)
-        done = _Part(part, {space.place: space for space in spaces}, nodes, cut, theirs)
+        done = CutPart(part, {space.place: space for space in spaces}, nodes, cut, theirs)
         found.append(done.edges())
         own.append(done.effects())
         progress("edges", min(start + batch, len(aligned)), len(aligned))
@@ -148,8 +150,8 @@ def edges(
     return Edges(pairs, weights, torch.cat(own))
 
 
-class _Part:
-    """The edges of some prompts."""
+class CutPart:
+    """Some prompts, run with cuts: effects of nodes, and edges between them."""
 
     def __init__(
         self, part: Aligned, spaces: dict[Place, Space], nodes: Sequence[Node], cut: Cut, theirs: dict[Place, Tensor]
@@ -168,7 +170,7 @@ class _Part:
 
     def effects(self) -> Float[Tensor, "row node"]:
         """Effects of all nodes."""
-        by_place = {place: self._weights(place, self.total[place]) for place in self.at}
+        by_place = {place: self.weights(place, self.total[place]) for place in self.at}
         return torch.stack([by_place[node.place][node] for node in self.nodes], 1).cpu()
 
     def edges(self) -> dict[tuple[Node, Node | None], Float[Tensor, " row"]]:
@@ -176,18 +178,18 @@ class _Part:
         found: dict[tuple[Node, Node | None], Tensor] = {}
         for place, g in self.to_metric.items():
             if place in self.at:
-                found |= {(node, OUTPUT): w.cpu() for node, w in self._weights(place, g).items()}
+                found |= {(node, OUTPUT): w.cpu() for node, w in self.weights(place, g).items()}
         for i, place in enumerate(self.cut.order):
             before = [earlier for earlier in self.cut.order[:i] if earlier in self.at]
             if place not in self.at or not before:
                 continue
-            for target, vector in self._vectors(place):
+            for target, vector in self.vectors(place):
                 for earlier, g in self.cut.straight(self.cut.raw[place], vector, before).items():
-                    found |= {(node, target): w.cpu() for node, w in self._weights(earlier, g).items()}
+                    found |= {(node, target): w.cpu() for node, w in self.weights(earlier, g).items()}
         return found
 
     @torch.no_grad()
-    def _weights(self, place: Place, g: Float[Tensor, "row position width"]) -> dict[Node, Float[Tensor, " row"]]:
+    def weights(self, place: Place, g: Float[Tensor, "row position width"]) -> dict[Node, Float[Tensor, " row"]]:
         """g · (u − u_ref) of every node of a place, summed over the tokens of its role."""
         space, change, own = self.spaces[place], self.changes[place], self.at[place]
         ids = [node.feature for node in own if node.feature != ERROR]
@@ -197,7 +199,7 @@ class _Part:
         return {node: sums[:, node.role, column.get(node.feature, len(ids))] for node in own}
 
     @torch.no_grad()
-    def _vectors(self, place: Place) -> list[tuple[Node, Tensor]]:
+    def vectors(self, place: Place) -> list[tuple[Node, Tensor]]:
         """For every node of a place its gradient with respect to the activation, times the metric's with respect to it.
 
         A feature answers along its encoder direction; the error is what an activation has beside its features, so that

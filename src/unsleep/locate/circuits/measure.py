@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from unsleep.base.context import progress
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.edges import Cut, Node
-from unsleep.locate.circuits.effects import Metric, by_role, reference_nodes, run_streams
+from unsleep.locate.circuits.effects import Metric, by_role, node_change, run_streams
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space
 from unsleep.models.forward import reply_logits
 from unsleep.models.hooks import Transform
@@ -95,8 +96,8 @@ class _Bench:
         self.total, _ = cut.gradients()
         self.base = {place: x.detach() for place, x in cut.raw.items()}
         self.value = cut.value.detach()
-        self.responses: dict[Place, tuple[Tensor, Tensor]] = {}
-        """Slopes and gradients of the features of each place that a target is at."""
+        self.slopes: dict[Node, Tensor] = {}
+        """Of each target, whatever its role: slope times gradient at each token; of an error, all features' slopes."""
 
     @torch.no_grad()
     def answers(
@@ -118,35 +119,27 @@ class _Bench:
         lost = [self.value - value if target is None else self._lost(target, raw[target.place]) for target in targets]
         return torch.stack(lost, 1)
 
-    @torch.no_grad()
     def change(self, source: Node) -> Float[Tensor, "row position width"]:
         """u − u_ref at the source's tokens, as a change of the activation."""
-        space, x = self.spaces[source.place], self.base[source.place]
-        features, rest = reference_nodes(space, self.part, self.theirs[source.place])
-        flat = x.flatten(0, 1)
-        if source.feature == ERROR:
-            change = space.rest(flat).view_as(x) - rest
-        else:
-            moved = space.encode(flat) - features.flatten(0, 1)
-            only = torch.zeros_like(moved)
-            only[:, source.feature] = moved[:, source.feature]
-            change = space.combine(only).view_as(x)
-        return (change * (self.part.role == source.role)[..., None]).to(x.dtype)
+        x, theirs = self.base[source.place], self.theirs[source.place]
+        return node_change(self.spaces[source.place], self.part, x, theirs, source.role, source.feature)
 
     def _lost(self, target: Node, now: Float[Tensor, "row position width"]) -> Float[Tensor, " row"]:
         """∂m/∂d · (d − d now), summed over the target's tokens; the set of features that fire is held."""
         real = self.part.role >= 0
         space, g = self.spaces[target.place], self.total[target.place][real]
         before, lost = self.base[target.place][real], (self.base[target.place] - now)[real].float()
-        if target.place not in self.responses:
-            self.responses[target.place] = space.slopes(before), space.read(g)
-        slopes, read = self.responses[target.place]
+        key = replace(target, role=0)
+        if key not in self.slopes:
+            slopes = space.slopes(before)
+            own = slopes if target.feature == ERROR else (slopes * space.read(g))[:, target.feature]
+            self.slopes[key] = own.clone()
+        own = self.slopes[key]
         if target.feature == ERROR:
-            taken = _pre(space, lost) * slopes if space.size else None
+            taken = _pre(space, lost) * own if space.size else None
             each = (g.float() * (lost if taken is None else lost - space.combine(taken))).sum(-1)
         else:
-            each = (lost @ space.reads(target.feature)) * slopes[:, target.feature]
-            each = each * read[:, target.feature]
+            each = (lost @ space.reads(target.feature)) * own
         return by_role(self.part, each[:, None])[:, target.role, 0]
 
 

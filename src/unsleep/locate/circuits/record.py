@@ -7,7 +7,10 @@ from typing import Any, ClassVar, Literal
 
 from unsleep.base.records import Count, Share
 from unsleep.locate.circuits.effects import Estimator
+from unsleep.locate.circuits.exact import Agreement
 from unsleep.locate.circuits.faithful import CurvePoint
+from unsleep.locate.circuits.heads import HeadLoading
+from unsleep.locate.circuits.stability import StabilityPoint
 from unsleep.models.model import Named
 
 NodeKind = Literal["feature", "error", "token", "neuron"]
@@ -32,6 +35,12 @@ class NodeRow:
     """Mean over prompts of its strength at the role's tokens; the norm, for errors and tokens."""
     reference: float
     """The same in the reference."""
+    exact: float | None = None
+    """Exact effect, where it was measured: the node alone patched with its reference, nothing frozen."""
+    kept: Share | None = None
+    """Share of resamples of the prompts whose circuit has the node."""
+    supernode: str = ""
+    """Name of its supernode; empty where it is alone."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class EdgeRow:
     """Measured: the source patched with its reference, nonlinearities frozen."""
     free: float | None = None
     """The same with nothing frozen."""
+    heads: tuple[HeadLoading, ...] = ()
+    """Attention heads of the target's layer that carry it, largest first."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class CircuitRecord:
     reference: Named
     payload: str
     tokens: tuple[str, ...]
-    """Of the payload, whose log-odds are the metric."""
+    """Of the payload, whose log-odds are the metric; or the answers, whose logits it is the difference of."""
     estimator: Estimator
     prompts: Count
     roles: tuple[str, ...]
@@ -92,3 +103,11 @@ class CircuitRecord:
     dictionaries: dict[str, str]
     """Site → hash."""
     provenance: dict[str, Any]
+    quantity: str = "log-odds of the payload"
+    """The metric, in words."""
+    chosen_on: tuple[str, ...] = ()
+    """Digests of the prompts, on which an edit made of the circuit is not to be judged."""
+    agreements: tuple[Agreement, ...] = ()
+    """Correlation of estimated with exact effects."""
+    stability: tuple[StabilityPoint, ...] = ()
+    """Overlap of circuits on resampled prompts, by size."""

@@ -1,0 +1,369 @@
+"""The stages of a circuit search, each a resumable step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.base.context import kept
+from unsleep.base.stats import bootstrap
+from unsleep.core import BadInput, Site
+from unsleep.locate.circuits.align import Aligned
+from unsleep.locate.circuits.config import CircuitConfig
+from unsleep.locate.circuits.edges import OUTPUT, Edges, Node, edges
+from unsleep.locate.circuits.effects import (
+    Effects,
+    Estimator,
+    Metric,
+    effects,
+    effects_on_prompts,
+    reference_nodes,
+    run_streams,
+)
+from unsleep.locate.circuits.exact import Agreement, agreement, exact_effects
+from unsleep.locate.circuits.faithful import CurvePoint, Patcher, curve, differ
+from unsleep.locate.circuits.heads import head_loadings, listed
+from unsleep.locate.circuits.measure import measured
+from unsleep.locate.circuits.record import Curve, EdgeRow, NodeRow
+from unsleep.locate.circuits.spaces import ERROR, NeuronSpace, Space, WholeSpace
+from unsleep.locate.circuits.stability import StabilityPoint, kept_shares, stability
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import Place, Slot, lanes, layers
+
+
+class Known(NamedTuple):
+    """Further facts of nodes."""
+
+    exact: dict[Node, float]
+    kept: dict[Node, float]
+    """Share of resamples."""
+    supernodes: dict[Node, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Finder:
+    """The stages of one circuit, each a resumable step."""
+
+    model: LoadedModel
+    aligned: Aligned
+    spaces: list[Space]
+    config: CircuitConfig
+    reference: LoadedModel
+    metric: Metric
+    patchers: dict[tuple[str, ...], Patcher] = field(default_factory=dict[tuple[str, ...], Patcher])
+    """By the hashes of their spaces."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """True if gradients are those of the frozen model."""
+        return self.config.estimator == "relevance"
+
+    def step(
+        self, make: Callable[[], dict[str, Tensor]], name: str, aligned: Aligned, *of: object
+    ) -> dict[str, Tensor]:
+        """A resumable step on some prompts; `of` is what else determines its result."""
+        spaces = [space.hash for space in self.spaces]
+        given = (self.model, self.reference, aligned, spaces, self.config.estimator, named(self.metric))
+        return kept(make, made_from=(name, *given, *of))
+
+    def effects(self, among: Sequence[Space], aligned: Aligned | None = None) -> Effects:
+        """Effects of all nodes of some spaces."""
+        prompts = aligned or self.aligned
+
+        def make() -> dict[str, Tensor]:
+            found = effects(
+                self.model,
+                prompts,
+                among,
+                self.metric,
+                self.config.estimator,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            tensors = {f"mean/{place}": x for place, x in found.mean.items()}
+            return tensors | {"metric": found.metric, "reference": found.reference}
+
+        held = self.step(make, "effects", prompts, [space.hash for space in among])
+        mean = {space.place: held[f"mean/{space.place}"] for space in among}
+        return Effects(prompts.roles, mean, held["metric"], held["reference"])
+
+    @staticmethod
+    def ranked(found: Effects, spaces: Sequence[Space], n: int) -> list[Node]:
+        """The nodes with the largest |mean effect|, largest first."""
+        sizes = {space.place: space.size for space in spaces}
+        return [Node(place, role, ERROR if column == sizes[place] else column) for place, role, column in found.best(n)]
+
+    def edges(self, nodes: Sequence[Node]) -> Edges:
+        """The edges between nodes, and from them to the metric."""
+        index = {node: i for i, node in enumerate(nodes)}
+
+        def make() -> dict[str, Tensor]:
+            found = edges(
+                self.model,
+                self.aligned,
+                self.spaces,
+                nodes,
+                self.metric,
+                relevance=self.is_frozen,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            pairs = [[index[source], -1 if target is None else index[target]] for source, target in found.pairs]
+            return {
+                "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
+                "weights": found.weights,
+                "effects": found.effects,
+            }
+
+        held = self.step(make, "edges", self.aligned, [str(node) for node in nodes])
+        pairs = [(nodes[source], None if target < 0 else nodes[target]) for source, target in held["pairs"].tolist()]
+        return Edges(pairs, held["weights"], held["effects"])
+
+    def metric_with(
+        self, among: Sequence[Space], chosen: Sequence[Node], complement: bool, with_errors: bool = False
+    ) -> Float[Tensor, " prompt"]:
+        """The metric with only some nodes, or all but them, not patched."""
+        few = self.aligned.batch(0, self.config.curve_prompts)
+
+        key = tuple(space.hash for space in among)
+        if key not in self.patchers:
+            self.patchers[key] = Patcher(self.model, few, among, self.metric, self.reference, self.config.batch)
+
+        def make() -> dict[str, Tensor]:
+            return {"metric": self.patchers[key].run(chosen, complement=complement, with_errors=with_errors)}
+
+        names = [str(node) for node in chosen]
+        return self.step(make, "metric", few, [space.hash for space in among], names, complement, with_errors)["metric"]
+
+    def limits(self, among: Sequence[Space]) -> tuple[Tensor, Tensor]:
+        """The metric of the whole model, and with every node of some spaces patched."""
+        return self.metric_with(among, [], True), self.metric_with(among, [], False)
+
+    def points(
+        self,
+        chosen: Sequence[Node],
+        among: Sequence[Space],
+        ends: tuple[Tensor, Tensor],
+        with_errors: bool = False,
+    ) -> tuple[CurvePoint, ...]:
+        """Faithfulness and completeness of circuits of the config's sizes."""
+        sizes = sorted({min(size, len(chosen)) for size in self.config.sizes if chosen})
+        return tuple(curve(chosen, sizes, lambda part, rest: self.metric_with(among, part, rest, with_errors), ends))
+
+    def curves(self, nodes: Sequence[Node]) -> tuple[tuple[Curve, ...], tuple[Tensor, Tensor]]:
+        """Curves of the circuit and its baselines, and the metric's ends; raises as `circuit` does."""
+        ends = self.limits(self.spaces)
+        if not differ(ends):
+            raise BadInput(
+                f"the payload's log-odds are {float(ends[0].mean()):.2f} on the prompts and "
+                f"{float(ends[1].mean()):.2f} with all nodes as in their references; expected prompts on which the "
+                "payload shows, and references on which it does not"
+            )
+        features = [node for node in nodes if node.feature != ERROR]
+        bare = ends[0], self.metric_with(self.spaces, [], False, True)
+        random = _random(features, self.spaces, self.config.seed)
+        found = [
+            Curve("features and errors", self.points(nodes, self.spaces, ends)),
+            Curve("features, every error kept", self.points(features, self.spaces, bare, True)),
+            Curve("random features", self.points(random, self.spaces, ends)),
+        ]
+        if not self.config.neurons:
+            return tuple(found), ends
+        network = self.model.network
+        slots = [Slot(layer, "neurons") for layer in range(len(layers(network)))]
+        inside: list[Space] = [NeuronSpace(slot, lanes(network, slot).heads) for slot in slots]
+        own = self.ranked(self.effects(inside), inside, max(self.config.sizes))
+        found.append(Curve("neurons", self.points(own, inside, self.limits(inside))))
+        mlp = [space for space in self.spaces if isinstance(space.place, Site) and space.place.point == "mlp"]
+        if mlp:
+            own = [node for node in nodes if node.place in {space.place for space in mlp}]
+            found.append(Curve("features and errors of MLPs", self.points(own, mlp, self.limits(mlp))))
+        return tuple(found), ends
+
+    def estimates(self, nodes: Sequence[Node], aligned: Aligned, estimator: Estimator) -> Float[Tensor, "prompt node"]:
+        """Estimated effects of some nodes on every prompt."""
+        sizes = {space.place: space.size for space in self.spaces}
+        columns = [(n.place, n.role, sizes[n.place] if n.feature == ERROR else n.feature) for n in nodes]
+
+        def make() -> dict[str, Tensor]:
+            found = effects_on_prompts(
+                self.model,
+                aligned,
+                self.spaces,
+                columns,
+                self.metric,
+                estimator,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            return {"effects": found}
+
+        return self.step(make, "estimates", aligned, [str(node) for node in nodes], estimator)["effects"]
+
+    def exact(self, candidates: Sequence[Node]) -> tuple[dict[Node, float], tuple[Agreement, ...]]:
+        """Exact effects of some nodes, and how well the estimators agree with them: the largest and random others."""
+        half = self.config.exact // 2
+        others = candidates[half:]
+        drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(self.config.seed))
+        nodes = [*candidates[:half], *(others[i] for i in drawn[: self.config.exact - half].tolist())]
+        few = self.aligned.batch(0, max(self.config.measure, 1))
+        if not nodes:
+            return {}, ()
+
+        def make() -> dict[str, Tensor]:
+            found = exact_effects(
+                self.model,
+                few,
+                self.spaces,
+                nodes,
+                self.metric,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            return {"exact": found}
+
+        exact = self.step(make, "exact", few, [str(node) for node in nodes])["exact"].mean(0)
+        estimators = dict.fromkeys((self.config.estimator, "attribution"))
+        found = (agreement(each, self.estimates(nodes, few, each).mean(0), exact) for each in estimators)
+        return dict(zip(nodes, exact.tolist(), strict=True)), tuple(each for each in found if each is not None)
+
+    def stability(self, candidates: Sequence[Node], size: int) -> tuple[list[float], tuple[StabilityPoint, ...]]:
+        """Share of resamples of the prompts that keep each candidate, and stability of smaller and larger circuits."""
+        each = self.estimates(candidates, self.aligned, self.config.estimator)
+        sizes = sorted({n for n in (size // 4, size // 2, size) if 0 < n < len(candidates)})
+        share, _ = kept_shares(each, size, self.config.seed)
+        return share.tolist(), tuple(stability(each, sizes, self.config.seed))
+
+    def node_rows(self, nodes: Sequence[Node], linked: Edges, known: Known) -> tuple[NodeRow, ...]:
+        """The nodes with effects, intervals and strengths."""
+        strengths = self.step(
+            lambda: {"strengths": self._strengths(nodes)}, "strengths", self.aligned, [str(node) for node in nodes]
+        )["strengths"]
+        by_place = {space.place: space for space in self.spaces}
+        rows: list[NodeRow] = []
+        for i, node in enumerate(nodes):
+            effect, low, high = bootstrap(linked.effects[:, i])
+            is_token = isinstance(by_place[node.place], WholeSpace)
+            rows.append(
+                NodeRow(
+                    place=str(node.place),
+                    layer=node.place.layer,
+                    role=self.aligned.roles[node.role],
+                    kind="token" if is_token else "error" if node.feature == ERROR else "feature",
+                    feature=None if node.feature == ERROR else node.feature,
+                    effect=effect,
+                    low=low,
+                    high=high,
+                    activation=float(strengths[0, i]),
+                    reference=float(strengths[1, i]),
+                    exact=known.exact.get(node),
+                    kept=known.kept.get(node),
+                    supernode=known.supernodes.get(node, ""),
+                )
+            )
+        return tuple(rows)
+
+    @torch.no_grad()
+    def _strengths(self, nodes: Sequence[Node]) -> Float[Tensor, "2 node"]:
+        """Mean strength of every node at its role's tokens, in the prompts and in their references."""
+        found = torch.zeros(2, len(nodes))
+        own: dict[Place, list[int]] = {}
+        for i, node in enumerate(nodes):
+            own.setdefault(node.place, []).append(i)
+        used = [space for space in self.spaces if space.place in own]
+        for start in range(0, len(self.aligned), self.config.batch):
+            part = self.aligned.batch(start, self.config.batch)
+            mine, _ = run_streams(self.model, part.rows, used, self.metric)
+            theirs, _ = run_streams(self.reference, part.reference, used, self.metric)
+            real, share = part.role >= 0, len(part) / len(self.aligned)
+            for space in used:
+                x, other = mine[space.place][real], reference_nodes(space, part, theirs[space.place])
+                both = ((space.encode(x), space.rest(x)), (other[0][real], other[1][real]))
+                for which, (features, rest) in enumerate(both):
+                    for i in own[space.place]:
+                        here = part.role[real] == nodes[i].role
+                        if bool(here.any()):
+                            column = nodes[i].feature
+                            values = rest[here].norm(dim=-1) if column == ERROR else features[here][:, column]
+                            found[which, i] += float(values.mean()) * share
+        return found
+
+    def edge_rows(self, nodes: Sequence[Node], linked: Edges) -> tuple[EdgeRow, ...]:
+        """The edges with the largest |weight|, predicted and measured."""
+        order = linked.weights.mean(0).abs().argsort(descending=True)[: self.config.edges].tolist()
+        pairs = [linked.pairs[i] for i in order]
+        index = {node: i for i, node in enumerate(nodes)}
+        tested: list[tuple[float | None, float | None]] = [(None, None)] * len(pairs)
+        if self.config.measure and pairs:
+            few = self.aligned.batch(0, self.config.measure)
+
+            def make() -> dict[str, Tensor]:
+                found = measured(
+                    self.model,
+                    few,
+                    self.spaces,
+                    pairs,
+                    self.metric,
+                    relevance=self.is_frozen,
+                    reference=self.reference,
+                    batch=self.config.batch,
+                )
+                return {"frozen": found.frozen, "free": found.free}
+
+            found = self.step(make, "measured", few, [f"{source} -> {target}" for source, target in pairs])
+            means = (found["frozen"].mean(0).tolist(), found["free"].mean(0).tolist())
+            tested = [(frozen if self.is_frozen else None, free) for frozen, free in zip(*means, strict=True)]
+        loadings = self._loadings(nodes, pairs)
+        rows: list[EdgeRow] = []
+        for number, (i, (source, target), (frozen, free)) in enumerate(zip(order, pairs, tested, strict=True)):
+            weight, low, high = bootstrap(linked.weights[:, i])
+            goal = None if target is OUTPUT else index[target]
+            heads = listed(weight, loadings[number]) if number in loadings else ()
+            rows.append(EdgeRow(index[source], goal, weight, low, high, frozen, free, heads))
+        return tuple(rows)
+
+    def _loadings(
+        self, nodes: Sequence[Node], pairs: Sequence[tuple[Node, Node | None]]
+    ) -> dict[int, Float[Tensor, "prompt head"]]:
+        """The parts of listed edges that heads carry, by edge."""
+        few = self.aligned.batch(0, max(self.config.measure, 1))
+
+        def make() -> dict[str, Tensor]:
+            found = head_loadings(
+                self.model,
+                few,
+                self.spaces,
+                nodes,
+                pairs,
+                self.metric,
+                relevance=self.is_frozen,
+                reference=self.reference,
+                batch=self.config.batch,
+            )
+            return {"": torch.zeros(0)} | {str(i): parts for i, parts in found.items()}
+
+        if not self.config.heads:
+            return {}
+        names = [f"{source} -> {target}" for source, target in pairs]
+        found = self.step(make, "heads", few, [str(node) for node in nodes], names)
+        return {int(i): parts for i, parts in found.items() if i}
+
+
+def named(metric: Metric) -> str:
+    """Identity of a metric, which is a function of a module."""
+    return f"{metric.__module__}.{getattr(metric, '__qualname__', '')}"
+
+
+def _random(features: Sequence[Node], spaces: Sequence[Space], seed: int) -> list[Node]:
+    """As many random features at the same places and roles."""
+    sizes = {space.place: space.size for space in spaces}
+    generator = torch.Generator().manual_seed(seed)
+    found = (
+        replace(node, feature=int(torch.randint(sizes[node.place], (1,), generator=generator))) for node in features
+    )
+    return list(dict.fromkeys(found))
