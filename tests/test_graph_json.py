@@ -223,7 +223,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path):
 
 def test_the_command_exports_with_statistics(tmp_path: Path, tiny: LoadedModel, capsys: pytest.CaptureFixture[str]):
     text = plain_text(tiny)
-    statistics = statistics_of(tiny, text, firing(text, ["token 'sun'", "token 'moon'"]))
+    statistics = statistics_of(tiny, text, firing(text, ["'s'", "'h'"]))
     statistics.save(tmp_path / "explained" / "resid.1")
     found = explained(statistics, ExplainConfig(controls=0))
     found.save(tmp_path / "explained" / "resid.1")

@@ -170,7 +170,8 @@ def graph(
 
     Args:
         circuit: folder with circuit.json.
-        statistics: of the circuit's dictionaries (`explanations.cards.load_cards`), for labels, contexts and logits of features.
+        statistics: of the circuit's dictionaries, for labels, contexts and logits of features; `load_cards` of
+            `unsleep.explanations.cards` reads them.
         slug: name of the graph; default from the model's.
         scan: model's name in Neuronpedia; default the folder that circuit-tracer's viewer reads.
         features_url: address at which `features/` will be served, for Neuronpedia.
