@@ -57,7 +57,7 @@ def batch_of(
     at = position[:, None] + around
     own = prefix + torch.arange(len(token))[:, None] + around
     slot = torch.where(at < prefix, at, own).masked_fill((at < 0) | (at >= length[:, None]), -1)
-    return Batch(*(x.to(device) for x in (token, row, slot, sampled)), prefix)
+    return Batch(token.to(device), row.to(device), slot.to(device), sampled.to(device), prefix)
 
 
 class Entries(NamedTuple):
