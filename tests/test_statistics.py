@@ -146,6 +146,7 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same_bytes(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ):
     monkeypatch.setattr(streaming, "CHECKPOINT", -1.0)
+    monkeypatch.setattr(streaming, "SLOW", 0)
     d = [dictionary(tiny)]
     whole = unsleep.feature_statistics(tiny, d, SOURCES, CONFIG)[Site(1)]
     calls: list[int] = []
