@@ -137,7 +137,7 @@ class Judge:
         inside = windows.inside
         found = np.zeros(inside.shape, bool)
         found[inside] = predicate.holds(self.text, windows.tokens[inside])
-        return found.any(1)
+        return np.logical_or.reduce(found, axis=1)
 
     def _simulation(self, predicate: Predicate, train: Half, windows: Windows) -> Interval | None:
         inside = windows.inside
