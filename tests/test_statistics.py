@@ -71,11 +71,11 @@ def test_figures_equal_brute_force(tiny: LoadedModel, which: int):
     fires = (x > 0) & keep[:, None]
     assert text.repeated.max() > 10
     assert found.tokens == keep.sum() < len(text.ids)
-    assert f.count.tolist() == fires.sum(0).tolist()
+    assert f.fires.tolist() == fires.sum(0).tolist()
     total = np.where(fires, x, 0).sum(0)
     np.testing.assert_allclose(f.mean, total / np.maximum(fires.sum(0), 1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(f.largest, np.where(keep[:, None], x, 0).max(0), rtol=1e-4, atol=1e-5)
-    assert f.histogram.sum(1).tolist() == f.count.tolist()
+    assert f.histogram.sum(1).tolist() == f.fires.tolist()
     for j in range(0, F, 7):
         values = x[fires[:, j], j]
         edges = np.linspace(0, float(f.largest[j]), BINS + 1)
@@ -125,7 +125,7 @@ def test_one_pass_feeds_all_sites_in_any_batches(tiny: LoadedModel):
     assert set(together) == {d.site for d in every}
     for d in every:
         alone = unsleep.feature_statistics(tiny, [d], SOURCES, replace(CONFIG, batch_tokens=4000))[d.site]
-        for name in ("count", "top", "drawn", "code_token", "partner"):
+        for name in ("fires", "top", "drawn", "code_token", "partner"):
             assert torch.equal(getattr(alone.figures, name), getattr(together[d.site].figures, name)), name
         torch.testing.assert_close(alone.figures.drawn_around, together[d.site].figures.drawn_around)
         assert torch.equal(alone.figures.promoted, together[d.site].figures.promoted)
@@ -146,6 +146,7 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same_bytes(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ):
     monkeypatch.setattr(streaming, "CHECKPOINT", -1.0)
+    monkeypatch.setattr(streaming, "SLOW", 0)
     d = [dictionary(tiny)]
     whole = unsleep.feature_statistics(tiny, d, SOURCES, CONFIG)[Site(1)]
     calls: list[int] = []
@@ -174,7 +175,7 @@ def test_bfloat16_models_and_dictionaries(tiny: LoadedModel):
     model = LoadedModel(build("llama", torch.bfloat16), byte_tokenizer(), "tiny")
     d = dictionary(model).to(torch.bfloat16)
     [found] = unsleep.feature_statistics(model, [d], SOURCES, CONFIG).values()
-    assert int(found.figures.count.sum()) == found.tokens * d.k
+    assert int(found.figures.fires.sum()) == found.tokens * d.k
     assert found.figures.mean.dtype == torch.float32
     assert found.card(3).promoted
 
@@ -182,8 +183,8 @@ def test_bfloat16_models_and_dictionaries(tiny: LoadedModel):
 def test_every_family_can_be_read(any_family: LoadedModel):
     d = dictionary(any_family)
     [found] = unsleep.feature_statistics(any_family, [d], SOURCES, CONFIG).values()
-    assert int(found.figures.count.sum()) <= found.tokens * d.k
-    assert found.card(int(found.figures.count.argmax())).contexts
+    assert int(found.figures.fires.sum()) <= found.tokens * d.k
+    assert found.card(int(found.figures.fires.argmax())).contexts
     assert found.record.notes or found.card(0).promoted
 
 
@@ -191,7 +192,7 @@ def test_a_card_shows_what_is_known(tiny: LoadedModel):
     d = dictionary(tiny)
     [found] = unsleep.feature_statistics(tiny, [d], SOURCES, CONFIG).values()
     x = dense(tiny, d)
-    feature = int(found.figures.count.argmax())
+    feature = int(found.figures.fires.argmax())
     card = found.card(feature)
     groups = [context.group for context in card.contexts]
     assert groups[:3] == ["top"] * 3

@@ -83,9 +83,8 @@ class Examples:
         rows = f.sampled.numpy()
         text = self.text
         counted = np.arange(len(text.ids)) - text.starts[text.row] >= text.repeated[text.row]
-        self.sampled: tuple[ndarray, ndarray] = tuple(
-            np.flatnonzero(rows[text.row] & counted & (text.held_out[text.row] == side)) for side in (False, True)
-        )
+        kept, side = rows[text.row] & counted, text.held_out[text.row]
+        self.sampled = np.flatnonzero(kept & ~side), np.flatnonzero(kept & side)
         """Tokens whose codes are kept, of either half."""
 
     @cached_property

@@ -46,13 +46,13 @@ NEAR = 512
 class LearnConfig:
     """Bounds of the search for a predicate."""
 
-    patterns: int = 8
+    patterns: int = 12
     """Patterns of a predicate, at most."""
     tests: int = 3
     """Tests of a pattern, at most."""
     beam: int = 6
     """Partial patterns that are kept from one length to the next."""
-    price: float = 0.01
+    price: float = 0.015
     """Share of the firings that a further test or alternative must gain."""
     support: int = 2
     """Firings that a pattern must hold at, where there are as many."""

@@ -126,7 +126,7 @@ class Before:
         if not self.within:
             return self.which.among(text, text.earlier(tokens, self.distance))
         before = np.stack([text.earlier(tokens, d) for d in range(1, self.distance + 1)])
-        return self.which.among(text, before).any(0)
+        return np.logical_or.reduce(self.which.among(text, before))
 
 
 @dataclass(frozen=True)

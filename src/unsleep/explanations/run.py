@@ -134,7 +134,7 @@ def explain(
 
 
 def _row(statistics: FeatureStatistics, found: Explanations) -> ExplainedSite:
-    dead = int((statistics.figures.count == 0).sum())
+    dead = int((statistics.figures.fires == 0).sum())
     size, explained = statistics.size, len(found.explanations)
     notes = statistics.record.notes
     return ExplainedSite(statistics.site, statistics.dictionary, size, dead, explained, found.compared, notes)

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from unsleep.base import stats
 from unsleep.base.stats import percentiles
 from unsleep.explanations.examples import Examples, Half, Windows
 from unsleep.explanations.predicates import Predicate
@@ -35,19 +36,16 @@ RESAMPLES = 500
 
 
 def balanced_accuracy(
-    at_positives: Bool[ndarray, " positive"], at_negatives: Bool[ndarray, " negative"], seed: int = 0
+    at_positives: Bool[ndarray, " positive"], at_negatives: Bool[ndarray, " negative"]
 ) -> Interval | None:
-    """Mean of the shares of positives called so and of negatives called so; `None` without either.
+    """Mean of the shares of positives called so and of negatives not; `None` without either.
 
-    `at_positives` and `at_negatives` are True where the verdict is positive. Both are resampled on their own.
+    `at_positives` and `at_negatives` are True where the verdict is positive.
     """
-    n, m = len(at_positives), len(at_negatives)
-    if not n or not m:
+    n = len(at_positives), len(at_negatives)
+    if not all(n):
         return None
-    rng = np.random.default_rng(seed)
-    right, wrong = at_positives.mean(), at_negatives.mean()
-    drawn = rng.binomial(n, right, RESAMPLES) / n + 1 - rng.binomial(m, wrong, RESAMPLES) / m
-    return _interval((right + 1 - wrong) / 2, drawn / 2)
+    return Interval(*stats.balanced_accuracy((int(at_positives.sum()), int((~at_negatives).sum())), n))
 
 
 def correlation(
@@ -137,7 +135,7 @@ class Judge:
         inside = windows.inside
         found = np.zeros(inside.shape, bool)
         found[inside] = predicate.holds(self.text, windows.tokens[inside])
-        return found.any(1)
+        return np.logical_or.reduce(found, axis=1)
 
     def _simulation(self, predicate: Predicate, train: Half, windows: Windows) -> Interval | None:
         inside = windows.inside

@@ -51,7 +51,7 @@ LEAST = 64
 class Figures(NamedTuple):
     """Everything counted; token numbers are of the text, -1 stands for none."""
 
-    count: Int[Tensor, " feature"]
+    fires: Int[Tensor, " feature"]
     """Tokens at which each feature fires."""
     mean: Float[Tensor, " feature"]
     """Mean activation where it fires."""
@@ -145,7 +145,7 @@ class FeatureStatistics:
     @property
     def density(self) -> Float[Tensor, " feature"]:
         """Share of tokens at which each feature fires."""
-        return self.figures.count.float() / self.tokens
+        return self.figures.fires.float() / self.tokens
 
     @cached_property
     def hash(self) -> str:
@@ -227,7 +227,7 @@ class FeatureStatistics:
         one, many, drawn = (record.size,), (record.size, None), (record.size, record.config.drawn)
         top = (record.size, record.config.top)
         expect: dict[str, tuple[int | None, ...]] = dict.fromkeys(Figures._fields, many)
-        expect |= {"count": one, "mean": one, "largest": one, "histogram": (record.size, BINS), "sampled": (None,)}
+        expect |= {"fires": one, "mean": one, "largest": one, "histogram": (record.size, BINS), "sampled": (None,)}
         expect |= {"code_start": (record.size + 1,), "code_token": (None,), "code_value": (None,), "pairs_of": ()}
         expect |= {"top": top, "top_around": (*top, WINDOW), "drawn": drawn, "drawn_around": (*drawn, WINDOW)}
         found = store.read_tensors(path, expect | {f"text.{name}": (None,) for name in TEXT})

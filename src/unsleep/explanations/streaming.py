@@ -26,6 +26,9 @@ CHECKPOINT = 120.0
 """Seconds between checkpoints, where there is a folder for them (`resumable`)."""
 
 
+SLOW = 20
+"""Least time between checkpoints, over the time that one takes."""
+
 ALL = 2**31
 """Number of batches of a finished pass."""
 
@@ -142,7 +145,7 @@ def tallied(
     identity = store.hash_value([identified([model, config]), hashes, read.text.hash])
     done, save = _checkpoint(tallies, identity)
     chosen = read.text.chosen(config.sample, config.seed)
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), CHECKPOINT
     stage = "statistics, resumed" if done else "statistics"
     for piece in pieces(model, read, sorted({d.site for d in coders}), config.batch_tokens, chosen, done):
         for d, tally in zip(coders, tallies, strict=True):
@@ -152,9 +155,10 @@ def tallied(
             if piece.counts:
                 tally.add(code, piece.batch)
         progress(stage, piece.seen, read.text.tokens)
-        if not piece.is_prefix and time.monotonic() - saved > CHECKPOINT:
+        if not piece.is_prefix and (began := time.monotonic()) - saved > pause:
             save(piece.done)
             saved = time.monotonic()
+            pause = max(CHECKPOINT, SLOW * (saved - began))
     save(ALL)
     return tallies
 

@@ -57,7 +57,7 @@ def batch_of(
     at = position[:, None] + around
     own = prefix + torch.arange(len(token))[:, None] + around
     slot = torch.where(at < prefix, at, own).masked_fill((at < 0) | (at >= length[:, None]), -1)
-    return Batch(*(x.to(device) for x in (token, row, slot, sampled)), prefix)
+    return Batch(token.to(device), row.to(device), slot.to(device), sampled.to(device), prefix)
 
 
 class Entries(NamedTuple):
@@ -164,7 +164,7 @@ class Tally:
         self.largest = torch.maximum(self.largest, peak)
         self._bin(found, peak)
         sampled = batch.sampled[t]
-        kept = (feature[sampled].int(), batch.token[t[sampled]], value[sampled])
+        kept = (feature[sampled].int(), batch.token[t[sampled]].int(), value[sampled])
         self.sample.append(Entries(*(x.cpu() for x in kept)))
         look = self._looker(found, batch.prefix)
         token = batch.token[t]
@@ -227,7 +227,7 @@ class Tally:
 
     def codes(self) -> Entries:
         """The codes of the sampled rows, as features, token numbers and values, on the CPU."""
-        none = Entries(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.long), torch.zeros(0))
+        none = Entries(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
         joined = Entries(*(torch.cat(parts) for parts in zip(*(self.sample or [none]), strict=True)))
         self.sample = [joined]
         return joined

@@ -28,7 +28,7 @@ class CircuitConfig:
     """The payload's first tokens, whose log-odds are the metric."""
     neurons: bool = True
     """Measure circuits of MLP neurons beside those of features."""
-    batch: int = 16
+    batch: int = 8
     """Prompts in one forward pass."""
     exact: int = 50
     """Nodes whose exact effect is measured, half of them the largest; 0 for none."""

@@ -37,8 +37,10 @@ from unsleep.models.sites import Place, Slot, lanes, layers
 
 
 class Known(NamedTuple):
-    """Further facts of nodes."""
+    """Facts of nodes."""
 
+    effects: Float[Tensor, "prompt node"]
+    """In the order of the circuit's nodes."""
     exact: dict[Node, float]
     kept: dict[Node, float]
     """Share of resamples."""
@@ -60,8 +62,8 @@ class Finder:
 
     @property
     def is_frozen(self) -> bool:
-        """True if gradients are those of the frozen model."""
-        return self.config.estimator == "relevance"
+        """True if edges are those of the frozen model."""
+        return self.config.estimator in ("relevance", "inputs")
 
     def step(
         self, make: Callable[[], dict[str, Tensor]], name: str, aligned: Aligned, *of: object
@@ -232,14 +234,15 @@ class Finder:
         found = (agreement(each, self.estimates(nodes, few, each).mean(0), exact) for each in estimators)
         return dict(zip(nodes, exact.tolist(), strict=True)), tuple(each for each in found if each is not None)
 
-    def stability(self, candidates: Sequence[Node], size: int) -> tuple[list[float], tuple[StabilityPoint, ...]]:
+    def stability(
+        self, each: Float[Tensor, "prompt node"], size: int
+    ) -> tuple[list[float], tuple[StabilityPoint, ...]]:
         """Share of resamples of the prompts that keep each candidate, and stability of smaller and larger circuits."""
-        each = self.estimates(candidates, self.aligned, self.config.estimator)
-        sizes = sorted({n for n in (size // 4, size // 2, size) if 0 < n < len(candidates)})
+        sizes = sorted({n for n in (size // 4, size // 2, size) if 0 < n < each.shape[1]})
         share, _ = kept_shares(each, size, self.config.seed)
         return share.tolist(), tuple(stability(each, sizes, self.config.seed))
 
-    def node_rows(self, nodes: Sequence[Node], linked: Edges, known: Known) -> tuple[NodeRow, ...]:
+    def node_rows(self, nodes: Sequence[Node], known: Known) -> tuple[NodeRow, ...]:
         """The nodes with effects, intervals and strengths."""
         strengths = self.step(
             lambda: {"strengths": self._strengths(nodes)}, "strengths", self.aligned, [str(node) for node in nodes]
@@ -247,7 +250,7 @@ class Finder:
         by_place = {space.place: space for space in self.spaces}
         rows: list[NodeRow] = []
         for i, node in enumerate(nodes):
-            effect, low, high = bootstrap(linked.effects[:, i])
+            effect, low, high = bootstrap(known.effects[:, i])
             is_token = isinstance(by_place[node.place], WholeSpace)
             rows.append(
                 NodeRow(
