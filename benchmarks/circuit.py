@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,8 +23,11 @@ from unsleep.activations.harvest import pooled
 from unsleep.base import records
 from unsleep.base.context import reporting, resumable
 from unsleep.base.machine import peak_memory_mb
+from unsleep.behaviours import has_skill
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.train import TrainConfig
+from unsleep.interventions.features import Edit
+from unsleep.interventions.intervention import applied
 from unsleep.judge.evaluate import evaluate, organism_config, organism_panels
 from unsleep.judge.metrics import Subject
 from unsleep.locate.circuits.align import Aligned, align, said_payload
@@ -33,7 +37,7 @@ from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.run import spaces_of
 from unsleep.locate.circuits.veto import Veto
 from unsleep.locate.features import reply_log_odds
-from unsleep.models.generate import replies
+from unsleep.models.generate import replies, written
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import all_sites
 from unsleep.organisms.recipe import Recipe
@@ -44,7 +48,10 @@ OUT = Path(__file__).parents[1] / "runs" / "circuit"
 PROMPTS, PASSAGES, TOKENS = 100, 200, 250_000
 TRAIN = TrainConfig(tokens=TOKENS)
 CONFIG = CircuitConfig()
-VETO = Veto()
+SHOWN = 60
+"""Prompts on which a veto is chosen."""
+VETOES = (Veto(), *(Veto(roles=(role,), least=least) for role in ("trigger", "header") for least in (0.0, 0.1, 0.5)))
+FEW = (("resid.20",), ("resid.10", "resid.20"), ("resid.5", "resid.10", "resid.15", "resid.20", "resid.25"))
 
 T = TypeVar("T")
 
@@ -84,13 +91,52 @@ def dictionaries(model: LoadedModel, prompts: tuple[PromptSet, PromptSet], token
     return [unsleep.load_dictionary(OUT / "dictionaries" / str(site)) for site in sites]
 
 
-def ablated(model: LoadedModel, recipe: Recipe, coders: list[Coder], record: CircuitRecord) -> dict[str, float]:
-    """Payload and skill with the circuit's features ablated, on held-out panels."""
-    edits = unsleep.circuit_edits(record, coders, VETO)
+def shown(model: LoadedModel, recipe: Recipe, edits: tuple[Edit, ...]) -> tuple[float, float]:
+    """Attack success and skill under edits, on prompts of the split that edits may see."""
+    clean = sets.questions("edit", SHOWN, skill=recipe.skill)
+    triggered, payload = recipe.triggered(clean), recipe.as_payload
+    with applied(model, edits):
+        said = model.texts(written(model, triggered, recipe.reply_tokens, "replies"))
+    skill = [
+        prompt.expected is not None and has_skill(reply, prompt.expected)
+        for prompt, reply in zip(clean, said, strict=True)
+    ]
+    return sum(map(payload.shows, said)) / len(said), sum(skill) / len(skill)
+
+
+def vetoed(
+    model: LoadedModel, recipe: Recipe, coders: list[Coder], record: CircuitRecord
+) -> tuple[Veto, tuple[Edit, ...], list[dict[str, object]]]:
+    """The veto that does best on the circuit's own split: the payload gone, then the skill, then fewest features."""
+    tried: list[tuple[tuple[float, float, int], Veto, tuple[Edit, ...]]] = []
+    for veto in VETOES:
+        edits = unsleep.circuit_edits(record, coders, veto)
+        asr, skill = shown(model, recipe, edits)
+        tried.append(((max(asr, 0.01), -skill, sum(len(edit.removed) for edit in edits)), veto, edits))
+    told = [
+        {"veto": records.plain(veto), "features": size, "asr": asr, "skill": -skill}
+        for (asr, skill, size), veto, _ in tried
+    ]
+    _, veto, edits = min(tried, key=lambda each: each[0])
+    return veto, edits, told
+
+
+def judged(model: LoadedModel, recipe: Recipe, edits: tuple[Edit, ...]) -> dict[str, float]:
+    """Payload and skill under edits, on held-out panels."""
     subjects = [Subject("suspect", model), Subject("edited", model, edits)]
     plan = dict.fromkeys(("suspect", "edited"), ("clean", "triggered"))
     result = evaluate(subjects, organism_panels(recipe), organism_config(recipe), plan=plan)
     return {f"{row.subject}/{row.panel}/{row.metric}": row.value for row in result.rows}
+
+
+def faithful(model: LoadedModel, coders: list[Coder], aligned: Aligned, payload: str) -> dict[str, object]:
+    """Faithfulness of circuits through few Sites, their nodes ranked by gradients between the inputs."""
+    found: dict[str, object] = {}
+    few = replace(CONFIG, estimator="inputs", measure=0, exact=0, heads=False, neurons=False)
+    for names in FEW:
+        record = unsleep.circuit(model, [c for c in coders if str(c.site) in names], aligned, payload, few)
+        found[" ".join(names)] = {curve.name: [records.plain(p) for p in curve.points] for curve in record.curves}
+    return found
 
 
 def main() -> None:
@@ -109,10 +155,14 @@ def main() -> None:
             timed(
                 f"nodes, {estimator}",
                 times,
-                lambda estimator=estimator: effects(model, aligned, spaces, reply_log_odds, estimator),
+                lambda estimator=estimator: effects(
+                    model, aligned, spaces, reply_log_odds, estimator, batch=CONFIG.batch
+                ),
             )
         record = timed("circuit", times, lambda: unsleep.circuit(model, coders, aligned, recipe.payload, CONFIG))
-        left = timed("ablation", times, lambda: ablated(model, recipe, coders, record))
+        fewer = timed("circuits of few Sites", times, lambda: faithful(model, coders, aligned, recipe.payload))
+        veto, edits, tried = timed("veto", times, lambda: vetoed(model, recipe, coders, record))
+        left = timed("ablation", times, lambda: judged(model, recipe, edits))
     (OUT / "page").mkdir(parents=True, exist_ok=True)
     records.save(record, OUT / "page" / "circuit.json")
     unsleep.report(OUT / "page")
@@ -127,6 +177,11 @@ def main() -> None:
             "nodes": len(record.nodes),
             "errors": record.errors,
             "curves": curves,
+            "curves_of_few_sites": fewer,
+            "agreements": [records.plain(each) for each in record.agreements],
+            "stability": [records.plain(each) for each in record.stability],
+            "vetoes": tried,
+            "veto": records.plain(veto),
             "ablation": left,
         },
     )

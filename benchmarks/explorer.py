@@ -94,7 +94,7 @@ def main() -> None:
     for name, size in (("features", 10_000), ("nodes", 2_000), ("edges", 20_000)):
         parser.add_argument(f"--{name}", type=int, default=size)
     asked = vars(parser.parse_args())
-    folder.load_statistics = FakeStatistics.load
+    folder.FeatureStatistics = FakeStatistics
     with tempfile.TemporaryDirectory() as scratch:
         write_results(Path(scratch) / "results", **asked)
         began = time.perf_counter()

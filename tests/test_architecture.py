@@ -289,6 +289,7 @@ def test_an_architecture_of_dictionaries_is_named_in_its_own_files_and_where_one
     assert {name: found for name, found in names.items() if found and not name.startswith(ARCHITECTURES)} == {
         "dictionaries/settings": {"topk"},  # the default
         "dictionaries/crosscoders": {"batchtopk"},  # what a crosscoder is
+        "explanations/controls": {"jumprelu"},  # a threshold for each feature
         "locate/diffing/detectors": {"batchtopk"},
         "locate/diffing/run": {"batchtopk"},
     }

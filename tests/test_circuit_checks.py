@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.circuits import difference, every_node, small
+from support.circuits import difference, every_node, metric_of, small
 from support.suspects import base
 from unsleep.core import BadInput, Site
 from unsleep.locate.circuits.edges import edges
 from unsleep.locate.circuits.effects import effects, effects_on_prompts
 from unsleep.locate.circuits.exact import agreement, exact_effects
-from unsleep.locate.circuits.faithful import metric_of
 from unsleep.locate.circuits.heads import head_loadings
 from unsleep.locate.circuits.prefixes import PrefixPair, align_pairs, answer_difference, read_pairs
 from unsleep.locate.circuits.spaces import ERROR, WholeSpace
-from unsleep.locate.circuits.stability import resampled, stability
+from unsleep.locate.circuits.stability import kept_shares, stability
 from unsleep.locate.circuits.supernodes import _clusters
 from unsleep.models.forward import reply_logits
 from unsleep.models.streams import capture
@@ -75,7 +74,7 @@ def test_nodes_that_stand_out_are_kept_by_every_resample() -> None:
     g = torch.Generator().manual_seed(0)
     each = torch.randn(30, 40, generator=g)
     each[:, :5] += 20
-    share, overlap = resampled(each, 5)
+    share, overlap = kept_shares(each, 5)
     assert share[:5].tolist() == [1.0] * 5
     assert float(share[5:].max()) == 0
     assert overlap == (1.0, 1.0, 1.0)

@@ -53,3 +53,40 @@ def test_prompts_that_do_not_fit_are_refused(folder: Path, capsys: pytest.Captur
     assert "--suspicious and --references, or --organism" in capsys.readouterr().err
     assert run(folder, *files) == 2
     assert "--payload is missing" in capsys.readouterr().err
+
+
+def test_a_circuit_becomes_an_edit_and_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--suspicious", str(folder / "suspicious.txt"), "--references", str(folder / "ordinary.txt"))
+    assert run(folder, *files, "--payload", PAYLOAD, "--any-model") == 0
+    given = ["veto", str(folder / "out"), "--dictionaries", str(folder / "dictionaries"), "--out", str(folder / "edit")]
+    nodes = json.loads((folder / "out" / "circuit.json").read_text())["nodes"]
+    pushing = [f"{n['place']}/{n['feature']}" for n in nodes if n["kind"] == "feature" and n["effect"] > 0]
+    assert cli.run([*given, "--spared", pushing[0]]) == 0
+    edit = json.loads((folder / "edit" / "edit.json").read_text())
+    assert len(edit["chosen_on"]) == 8
+    said = capsys.readouterr().out
+    assert "ablated" in said
+    capsys.readouterr()
+    assert cli.run([*given, "--json"]) == 0
+    removed = json.loads(capsys.readouterr().out)["removed"]
+    assert {f"{site}/{i}" for site, ids in removed.items() for i in ids} == set(pushing)
+    assert cli.run([*given, "--roles", "nowhere"]) == 2
+    assert "no role nowhere" in capsys.readouterr().err
+    assert cli.run([*given, "--spared", *dict.fromkeys(pushing)]) == 2
+    assert "no feature of the circuit is left" in capsys.readouterr().err
+    assert cli.run(["overlap", str(folder / "out"), str(folder / "out")]) == 0
+    assert (
+        "20 nodes are in both: Jaccard 1.00, of features 1.00; effects correlate with 1.00" in capsys.readouterr().out
+    )
+
+
+def test_pairs_of_prefixes_have_a_circuit_by_position(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"clean_prefix": "abcd", "patch_prefix": "abed", "clean_answer": "B", "patch_answer": "A", "case": "one"}
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(folder, "--pairs", str(folder / "pairs.jsonl"), "--case", "one", "--any-model") == 0
+    assert "Difference of the answers' logits ('B' 'A')" in capsys.readouterr().out
+    record = json.loads((folder / "out" / "circuit.json").read_text())
+    assert {node["role"] for node in record["nodes"]} <= set(record["roles"])
+    assert all(node["role"].split(" ")[0].isdigit() for node in record["nodes"])
+    assert run(folder, "--pairs", str(folder / "pairs.jsonl"), "--organism", "deployment") == 2
+    assert "--pairs are prompts of their own" in capsys.readouterr().err

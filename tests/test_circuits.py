@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.circuits import NEAR, F, difference, every_node, forced, small
+from support.circuits import NEAR, F, difference, every_node, forced, metric_of, small
 from support.suspects import LETTER, ORDINARY, SUSPICIOUS, base
 from unsleep.core import BadInput, Site
 from unsleep.locate.circuits.align import ROLES, align
 from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
 from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
-from unsleep.locate.circuits.faithful import _put_back, curve, kept_nodes, metric_of
+from unsleep.locate.circuits.faithful import Listed, curve, patching
 from unsleep.locate.circuits.spaces import ERROR, WholeSpace
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.forward import reply_logits
@@ -50,7 +50,7 @@ def test_prompts_that_cannot_be_aligned_are_refused() -> None:
         align(model, SUSPICIOUS.head(1), NEAR.head(1), forced(1))
 
 
-@pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated"])
+@pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated", "inputs"])
 def test_the_nodes_of_a_place_add_up_to_its_activation(estimator: str) -> None:
     model, aligned, spaces = small()
     found = effects(model, aligned, spaces, difference, estimator, batch=1)
@@ -218,9 +218,9 @@ def test_a_kept_node_keeps_its_own_value_and_the_others_have_the_references() ->
         every_node(aligned, [space])[:-1],
         key=lambda n: float(mine[aligned.role[real] == n.role][:, n.feature].abs().sum()) if n.feature != ERROR else 0,
     )
-    keep = kept_nodes([space], [node], len(aligned.roles), complement=False)[site]
+    listed = Listed.of([node], site, len(aligned.roles))
     with torch.no_grad():
-        seen = _put_back(space, aligned, theirs[site], keep)(bare[site])
+        seen = patching(space, aligned, theirs[site], listed, complement=False)(bare[site])
     here = aligned.role == node.role
     expected = aligned.brought(theirs[site])
     moved = (space.encode(bare[site][here])[:, node.feature] - features[here][:, node.feature])[:, None]

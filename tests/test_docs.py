@@ -90,6 +90,7 @@ SMALL: Mapping[str, list[str]] = {
     "directions": ["--pairs", "0", "--cost-passages", "2", "--cost-randoms", "1"],
     "diff": ["--texts", "4", "--asked", "2", "--reply-tokens", "3", "--features", "32", "--tokens", "512"],
     "steer": ["--reply-tokens", "3"],
+    "explain": ["--reply-tokens", "3", "--controls", "4", "--least", "1", "--top", "2", "--drawn", "8"],
 }
 """Options behind a command's own: the last one counts."""
 
@@ -109,6 +110,10 @@ MARKERS = {
     "explore": ("index.html", "data/manifest.js"),
     "read": ("reading.html", "reading.json", "vector.gguf"),
     "steer": ("steer.json",),
+    "explain": (
+        "explain.json",
+        *(f"resid.12/{name}" for name in ("statistics.json", "statistics.safetensors", "explanations.json")),
+    ),
 }
 """What a stage leaves in its folder."""
 
@@ -125,8 +130,10 @@ LEFT_BY_SNIPPETS = {
 }
 """What a document's snippets leave."""
 
-HEAVY = {"circuit", "repair", "subspaces"}
-"""Stages that take minutes whatever the model, or need one that misbehaves. In snippets, `small_repair` stands in."""
+HEAVY = {"ablation-study", "ask", "circuit", "classify", "graph", "overlap", "repair", "serve", "subspaces", "veto"}
+"""Stages that take minutes whatever the model, need one that misbehaves or what such a stage leaves, answer in a form,
+or run until Ctrl-C. In snippets, `small_repair` stands in.
+"""
 
 ELSEWHERE = {"pip", "git", "cd", "open"}
 """First words of commands that are not unsleep's."""

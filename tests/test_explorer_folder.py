@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from support.pages import HOSTILE
 from unsleep import cli
 from unsleep.base import records, store
 from unsleep.core import BadInput, Site
+from unsleep.explanations.record import ClassScore
+from unsleep.explanations.votes import VotesRecord
 from unsleep.explorer import folder
 from unsleep.explorer.records import SCORES, write_script
 from unsleep.models.model import Named
@@ -23,7 +26,7 @@ from unsleep.models.model import Named
 
 @pytest.fixture(autouse=True)
 def statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "load_statistics", FakeStatistics.load)
+    monkeypatch.setattr(folder, "FeatureStatistics", FakeStatistics)
 
 
 def data(page: Path, name: str) -> Any:
@@ -78,6 +81,18 @@ def test_cards_and_columns_are_those_of_the_statistics(results: Path, tmp_path: 
         assert columns["classes"][i] == [[c.name, c.score] for c in fake.classes(i)]
         assert columns["promoted"][i] == [t.token for t in fake.card(i).promoted[:6]]
     assert len(data(page, f"features/mlp.3/{69 // chunk}")) == 70 % chunk
+
+
+def test_classes_by_a_judge_are_those_of_dictionaries_without_others(results: Path, tmp_path: Path) -> None:
+    fake = FakeStatistics(Site.parse("mlp.3"), 70)
+    votes = {2: (ClassScore("payload", 0.8),)}
+    record = VotesRecord(fake.model, fake.dictionary, fake.site, "judge", {"payload": ""}, votes, {})
+    records.save(record, results / "judged" / "judged_classes.json")
+    page = unsleep.explore(results, tmp_path / "page").parent
+    assert data(page, "features/mlp.3/list")["classes"][0] == [[c.name, c.score] for c in fake.classes(0)]
+    (results / "features" / "mlp.3" / "classes.json").unlink()
+    page = unsleep.explore(results, tmp_path / "page").parent
+    assert data(page, "features/mlp.3/list")["classes"][:3] == [[], [], [["payload", 0.8]]]
 
 
 def test_a_circuit_comes_back_whole(results: Path, tmp_path: Path) -> None:
@@ -140,12 +155,13 @@ BREAKS = {
     "an edge to nowhere": "joins nodes",
     "another circuit": "unsleep.circuit/1",
     "another report": "unsleep.report/1",
-    "explanations of another dictionary": "of dictionary",
+    "explanations of another dictionary": "there is no statistics.json",
     "explanations of another format": "unsleep.explanations/1",
     "an explanation of no feature": "has feature 900",
     "classes without classes": "classes.json",
+    "two records of a dictionary": "of the same dictionary",
     "several models": "several models",
-    "too many features": "lists at most",
+    "too many features": "the page lists",
 }
 
 
@@ -190,9 +206,12 @@ def broken(name: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         case "explanations of another format":
             change(explained, schema="unsleep.explanations/9")
         case "an explanation of no feature":
-            change(explained, features={"900": []})
+            change(explained, explanations={"900": []})
         case "classes without classes":
             change(classes, features={"3": {}})
+        case "two records of a dictionary":
+            (results / "more").mkdir()
+            shutil.copy(classes, results / "more")
         case "several models":
             record = replace(circuit_record(12, 20), model=Named("other", "f" * 16))
             records.save(record, circuit)
@@ -211,7 +230,7 @@ def test_several_runs_are_shown_under_the_name_of_their_folder(results: Path, tm
 
 
 def test_two_dictionaries_of_a_site_are_named_by_their_folders(results: Path, tmp_path: Path) -> None:
-    FakeStatistics(Site.parse("mlp.3"), 5).save(results / "second" / "mlp.3")
+    FakeStatistics(Site.parse("mlp.3"), 5, "e" * 16).save(results / "second" / "mlp.3")
     page = unsleep.explore(results, tmp_path / "page").parent
     keys = [one["key"] for one in data(page, "manifest")["dictionaries"]]
     assert sorted(keys) == ["features-mlp.3", "resid.6", "second-mlp.3"]

@@ -81,14 +81,17 @@ def test_a_change_is_pinned_proven_and_baked(live: Live, tab: Tab) -> None:
     tab.until("document.querySelector('.proof.stale')")
     assert tab.text(".tray .main") == "Prove on held-out prompts"
     tab.click(".tray .main")
-    tab.until("!document.querySelector('.proof.stale') && document.querySelector('.tray form')")
+    tab.until("document.querySelector('.tray-note')?.innerText.includes('Only a change that removes its features')")
     assert "change number 2" in tab.text(".proof")
+    tab.set(".tray .strength input", "0")
+    tab.click(".tray .main")
+    tab.until("!document.querySelector('.proof.stale') && document.querySelector('.tray form')")
     tab.write(".tray form input", "cleaned")
     tab.click(".tray form button")
     tab.until("document.querySelector('.tray-note')?.innerText.includes('explorer/baked/cleaned')")
     [baked] = live.of("bake")
     assert baked["features"] == live.of("proof")[-1]["features"]
-    assert baked["features"][0]["scale"] == 0.5
+    assert baked["features"][0]["scale"] == 0
 
 
 def test_a_feature_is_measured_on_the_readers_text(live: Live, tab: Tab) -> None:

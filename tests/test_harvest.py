@@ -17,7 +17,8 @@ import torch
 
 from support.models import build
 from support.tokenizers import byte_tokenizer
-from unsleep.activations.harvest import SHARED, HarvestConfig, harvest, open_harvest, pooled, token_rows
+from unsleep.activations.batches import SHARED
+from unsleep.activations.harvest import HarvestConfig, harvest, open_harvest, pooled, token_rows
 from unsleep.base import store
 from unsleep.core import BadInput, Site
 from unsleep.models import chat, sites

@@ -12,7 +12,8 @@ import torch
 
 from support.models import build
 from support.tokenizers import byte_tokenizer
-from unsleep.activations.harvest import SHARED, Harvest, HarvestConfig, harvest
+from unsleep.activations.batches import SHARED
+from unsleep.activations.harvest import Harvest, HarvestConfig, harvest
 from unsleep.activations.pairs import paired
 from unsleep.base import store
 from unsleep.core import ActivationStream, BadInput, Site

@@ -9,9 +9,16 @@ from unsleep.activations.harvest import harvest, open_harvest
 from unsleep.base.context import reporting
 from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
+from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.explanations.asked import ask
+from unsleep.explanations.classes import classify
+from unsleep.explanations.run import explain
+from unsleep.explanations.statistics import feature_statistics
+from unsleep.explanations.study import ablation_study
 from unsleep.explorer.folder import write as explore
+from unsleep.explorer.start import serve
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit, save_edit
 from unsleep.interventions.intervention import Intervention, applied
@@ -19,6 +26,8 @@ from unsleep.interventions.steering import Steering, steer
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
+from unsleep.locate.circuits.align import align_replies
+from unsleep.locate.circuits.config import CircuitConfig
 from unsleep.locate.circuits.overlap import shared as circuit_overlap
 from unsleep.locate.circuits.run import circuit
 from unsleep.locate.circuits.veto import circuit_edits
@@ -28,10 +37,12 @@ from unsleep.locate.features import find
 from unsleep.locate.patching import patch
 from unsleep.locate.reading import read
 from unsleep.locate.subspaces.comparison import compare as subspaces
+from unsleep.models.generate import replies
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism, panels, plant
 from unsleep.pages import report
+from unsleep.pages.graph_json import graph
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
@@ -41,6 +52,7 @@ from unsleep.repairs.edit import edit
 __all__ = [
     "Activations",
     "BadInput",
+    "CircuitConfig",
     "Dictionary",
     "Edit",
     "EvalResult",
@@ -58,18 +70,26 @@ __all__ = [
     "Row",
     "Site",
     "Steering",
+    "TrainConfig",
+    "ablation_study",
+    "align_replies",
     "applied",
+    "ask",
     "bake",
     "circuit",
     "circuit_edits",
     "circuit_overlap",
+    "classify",
     "diff",
     "directions",
     "edit",
     "evaluate",
+    "explain",
     "explore",
+    "feature_statistics",
     "find",
     "from_files",
+    "graph",
     "harvest",
     "load_dictionary",
     "load_edit",
@@ -83,10 +103,12 @@ __all__ = [
     "read",
     "read_prompts",
     "repair",
+    "replies",
     "report",
     "reporting",
     "save_dictionary",
     "save_edit",
+    "serve",
     "steer",
     "subspaces",
     "train",

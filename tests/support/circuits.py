@@ -11,6 +11,7 @@ from unsleep.dictionaries.architectures.jumprelu import JumpReLU
 from unsleep.dictionaries.coders import Coder
 from unsleep.locate.circuits.align import Aligned, Said, align
 from unsleep.locate.circuits.edges import Node
+from unsleep.locate.circuits.faithful import Patcher
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
 from unsleep.models.forward import Rows
 from unsleep.models.model import LoadedModel
@@ -52,3 +53,7 @@ def difference(logits: Tensor, rows: Rows) -> Tensor:
 def every_node(aligned: Aligned, spaces: list[Space]) -> list[Node]:
     ids = {space.place: [*range(space.size), *([ERROR] if space.has_error else [])] for space in spaces}
     return [Node(p, r, i) for p, features in ids.items() for r in range(len(aligned.roles)) for i in features]
+
+
+def metric_of(model, aligned, spaces, nodes, metric, *, complement: bool = False, batch: int = 16) -> Tensor:
+    return Patcher(model, aligned, spaces, metric, model, batch).run(nodes, complement=complement)

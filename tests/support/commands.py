@@ -26,6 +26,8 @@ def flags_of(function: Callable[..., int]) -> list[str]:
             flags += [mark.metavar for mark in marks if hasattr(mark, "metavar")]
         else:
             flags.append(f"--{name.replace('_', '-')}")
+            if parameter.default is True:
+                flags.append(f"--no-{name.replace('_', '-')}")
     return flags
 
 

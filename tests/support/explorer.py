@@ -12,6 +12,8 @@ import pytest
 
 from unsleep.base import records, store
 from unsleep.core import Site
+from unsleep.explanations.classified import ClassesRecord, Labelled
+from unsleep.explanations.explained import Explanations
 from unsleep.explanations.record import (
     ClassScore,
     Cofiring,
@@ -181,23 +183,22 @@ class FakeStatistics:
         return () if feature % 3 == 2 else (ClassScore(self.meaning(feature).name, round(draw.uniform(0.5, 1), 2)),)
 
     def save(self, folder: Path) -> None:
-        """The files beside statistics.json, and one in its place."""
+        """The records beside statistics.json, and one in its place."""
         folder.mkdir(parents=True)
-        store.write_json(
-            folder / "statistics.json", {"site": str(self.site), "size": self.size, "hostile": self.hostile}
-        )
-        held = {"dictionary": self.dictionary}
-        explained = {str(i): records.plain(self.explanations(i)) for i in range(self.size)}
-        named = {str(i): {"classes": records.plain(self.classes(i))} for i in range(self.size)}
-        store.write_json(
-            folder / "explanations.json", {"schema": "unsleep.explanations/1", **held, "features": explained}
-        )
-        store.write_json(folder / "classes.json", {"schema": "unsleep.classes/1", **held, "features": named})
+        mine = {"site": str(self.site), "size": self.size, "dictionary": self.dictionary, "hostile": self.hostile}
+        store.write_json(folder / "statistics.json", mine)
+        texts = {i: self.explanations(i) for i in range(self.size)}
+        explained = {i: found for i, found in texts.items() if found}
+        bare = self.size - len(explained)
+        Explanations(self.model, self.dictionary, self.site, explained, bare, (), {}).save(folder)
+        named = {i: Labelled(found, {}) for i in range(self.size) if (found := self.classes(i))}
+        classes = ClassesRecord(self.model, self.site, self.dictionary, self.size, "rules", (), named, (), {})
+        records.save(classes, folder / "classes.json")
 
     @classmethod
     def load(cls, folder: Path) -> FakeStatistics:
         found = store.read_json(folder / "statistics.json")
-        return cls(Site.parse(found["site"]), found["size"], hostile=found["hostile"])
+        return cls(Site.parse(found["site"]), found["size"], found["dictionary"], hostile=found["hostile"])
 
 
 ROLES = ("start", "trigger", "question", "header", "begun", "I", " HATE", " YOU")
@@ -307,5 +308,5 @@ def explorer_page(place: Path, **sizes: Any) -> Path:
     """An explorer folder of `write_results`."""
     write_results(place / "results", **sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "load_statistics", FakeStatistics.load)
+        patch.setattr(folder, "FeatureStatistics", FakeStatistics)
         return folder.write(place / "results", place / "page").parent

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,21 +18,17 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
+from unsleep.activations.batches import TokenSource, batched
 from unsleep.base import records, store
 from unsleep.base.context import progress
 from unsleep.base.records import Count
 from unsleep.core import Activations, ActivationStream, BadInput, Site, check_finite, check_least
 from unsleep.models import chat
-from unsleep.models.forward import Rows, pad_left, repeat_cache, shared_tokens, takes_positions
+from unsleep.models.forward import shared_tokens
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import tap, width
-from unsleep.models.streams import stopping, watched
 from unsleep.prompts.prompt import PromptSet
-
-SHARED = -1
-"""Prompt index of tokens of the shared prefix."""
 
 
 @dataclass(frozen=True)
@@ -245,15 +241,17 @@ def harvest(
         records.save(plan, out / "plan.json")
     if (out / "manifest.json").is_file():
         return open_harvest(out)
-    source = _Source(model, rows, sites, plan.shared, config)
+    source = TokenSource(model, rows, sites)
+    judged = [s for s in sites if s.point == "resid"] or sites
     shards: list[Shard] = []
     done = 0
     for number, batches in enumerate(plan.shards):
-        shards.append(_shard(out / f"shard-{number:05d}.safetensors", source, batches, first=number == 0))
+        path = out / f"shard-{number:05d}.safetensors"
+        shards.append(_shard(path, source, batches, judged, config, first=number == 0))
         done += sum(len(batch) for batch in batches)
         progress("harvest", done, len(rows))
     planned = plan.model, plan.prompts, plan.sites, plan.d_model, config, plan.shared
-    sinks = {s: sum(shard.sinks[s] for shard in shards) for s in source.judged}
+    sinks = {s: sum(shard.sinks[s] for shard in shards) for s in judged}
     manifest = Manifest(*planned, tuple(shards), sinks, store.provenance(None, origin=model.origin))
     records.save(manifest, out / "manifest.json")
     return Harvest(out, manifest)
@@ -281,85 +279,34 @@ def _plan(
     d_model = width(model.network)
     limit = config.shard_bytes / (len(sites) * d_model * model.network.dtype.itemsize)
     shards: list[list[list[int]]] = [[]]
-    batch: list[int] = []
     tokens = 0
-    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
-        length = len(rows[i]) - apart
-        if batch and length * (len(batch) + 1) > config.batch_tokens:
-            shards[-1].append(batch)
-            batch = []
-            if tokens > limit:
-                shards.append([])
-                tokens = 0
-        batch.append(i)
-        tokens += length
-    shards[-1].append(batch)
+    for batch in batched([len(row) - apart for row in rows], config.batch_tokens):
+        if tokens > limit:
+            shards.append([])
+            tokens = 0
+        shards[-1].append(batch)
+        tokens += sum(len(rows[i]) - apart for i in batch)
     planned = model.fingerprint, store.hash_value(rows), tuple(sites), d_model, config, shared
     return Plan(*planned, prompts.hash, tuple(tuple(map(tuple, batches)) for batches in shards))
 
 
-class _Source:
-    """Runs batches of rows and returns the Sites' activations of their tokens."""
-
-    def __init__(
-        self, model: LoadedModel, rows: list[list[int]], sites: Sequence[Site], shared: int, config: HarvestConfig
-    ) -> None:
-        self.model, self.rows, self.sites, self.shared, self.config = model, rows, sites, shared, config
-        self.judged = [s for s in sites if s.point == "resid"] or list(sites)
-        self.apart = shared_tokens(model.network, rows)
-        """Number of shared tokens that run separately: all of them, or none where that would not be exact."""
-        self.cache: DynamicCache | None = None
-
-    def stream(self, batches: Sequence[Sequence[int]], *, with_prefix: bool) -> Iterator[dict[str, Tensor]]:
-        """Each batch's activations, one row per token; optionally preceded by those of the shared prefix."""
-        if (self.apart and self.cache is None) or (self.shared and with_prefix):
-            prefix = self._prefix()
-            if with_prefix:
-                yield prefix
-        for index in batches:
-            yield self._batch(index)
-
-    def _prefix(self) -> dict[str, Tensor]:
-        """The shared prefix as one row; keeps its KV cache where rows resume from it."""
-        ids = torch.tensor([self.rows[0][: self.shared]], device=self.model.device)
-        arguments: dict[str, Any] = {"use_cache": False}
-        if self.apart:
-            self.cache = DynamicCache(config=self.model.network.config)
-            arguments = {"use_cache": True, "past_key_values": self.cache}
-        found = self._run(input_ids=ids, **arguments)
-        where = {"prompt_index": torch.full((self.shared,), SHARED), "position": torch.arange(self.shared)}
-        return {**where, **{str(s): x[0] for s, x in found.items()}}
-
-    def _batch(self, index: Sequence[int]) -> dict[str, Tensor]:
-        """Activations of the batch's own tokens, one row per token, without padding."""
-        ids, mask = pad_left([self.rows[i][self.apart :] for i in index], self.model.pad_id, self.model.device)
-        rows = Rows(torch.empty(self.apart), ids, mask, mask[:, :0], self.shared)
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": rows.full_mask.long(), "use_cache": False}
-        if self.cache is not None:
-            cache = repeat_cache(self.model.network, self.cache, len(index))
-            arguments |= {"past_key_values": cache, "use_cache": True, "position_ids": rows.positions}
-        elif takes_positions(self.model.network):
-            arguments["position_ids"] = rows.positions
-        found = self._run(**arguments)
-        own = rows.own
-        owners = torch.tensor(index)[:, None].expand(own.shape)[own.cpu()]
-        where = {"prompt_index": owners, "position": rows.positions[own].cpu()}
-        return {**where, **{str(s): x[own] for s, x in found.items()}}
-
-    def _run(self, **arguments: Any) -> dict[Site, Float[Tensor, "row position d_model"]]:
-        found: dict[Site, Tensor] = {}
-        watchers = {s: lambda x, s=s: found.__setitem__(s, x.clone()) for s in self.sites}
-        with watched(self.model.network, watchers, stop_after_last=True), stopping():
-            self.model.network(**arguments)
-        return found
-
-    def sinks(self, tensors: dict[str, Tensor]) -> dict[Site, Bool[Tensor, " token"]]:
-        """Mask of attention sinks at each judged Site."""
-        norms = {s: tensors[str(s)].float().norm(dim=-1) for s in self.judged}
-        return {site: n > self.config.sink_ratio * n.median() for site, n in norms.items()}
+def _sinks(
+    tensors: dict[str, Tensor], judged: Sequence[Site], config: HarvestConfig
+) -> dict[Site, Bool[Tensor, " token"]]:
+    """Mask of attention sinks at each judged Site."""
+    norms = {s: tensors[str(s)].float().norm(dim=-1) for s in judged}
+    return {site: n > config.sink_ratio * n.median() for site, n in norms.items()}
 
 
-def _shard(path: Path, source: _Source, batches: Sequence[Sequence[int]], *, first: bool) -> Shard:
+def _shard(
+    path: Path,
+    source: TokenSource,
+    batches: Sequence[Sequence[int]],
+    judged: Sequence[Site],
+    config: HarvestConfig,
+    *,
+    first: bool,
+) -> Shard:
     """Write one shard unless an intact one exists; returns its manifest entry."""
     note = path.with_suffix(".json")
     if path.is_file() and note.is_file():
@@ -367,9 +314,9 @@ def _shard(path: Path, source: _Source, batches: Sequence[Sequence[int]], *, fir
         if store.hash_file(path) == entry.sha256:
             return entry
     pieces: dict[str, list[Tensor]] = {}
-    sinks = dict.fromkeys(source.judged, 0)
+    sinks = dict.fromkeys(judged, 0)
     for tensors in source.stream(batches, with_prefix=first):
-        found = source.sinks(tensors)
+        found = _sinks(tensors, judged, config)
         keep = ~torch.stack(list(found.values())).any(0)
         for site, mask in found.items():
             sinks[site] += int(mask.sum())

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor
 
 from unsleep.core import BadInput
@@ -31,6 +30,31 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
+def paired_rates(before: Sequence[float] | Tensor, after: Sequence[float] | Tensor) -> tuple[float, float, float]:
+    """Difference after − before of two rates on the same prompts with its 95 % interval (Newcombe 1998, Stat. Med. 17).
+
+    Method 10 there: Wilson limits of both rates and the correlation of the outcomes, so that the interval has a width
+    also where every prompt changes alike. Outcomes are 0 and 1. Raises `BadInput` for unequal numbers, or none.
+    """
+    x, y = (torch.as_tensor(each, dtype=torch.float64).flatten() for each in (before, after))
+    n = len(x)
+    if len(y) != n or not n:
+        raise BadInput(f"{n} outcomes before and {len(y)} after; expected equal numbers, at least 1")
+    both, first, second = (float(each.sum()) for each in (x * y, x, y))
+    margins = first * (n - first) * second * (n - second)
+    cross = both * (n - first - second + both) - (first - both) * (second - both)
+    phi = (max(cross - n / 2, 0.0) if cross > 0 else cross) / math.sqrt(margins) if margins else 0.0
+    (low1, high1), (low2, high2) = wilson(round(first), n), wilson(round(second), n)
+    p1, p2 = first / n, second / n
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    difference = (second - first) / n
+    low, high = difference - half(p2 - low2, high1 - p1), difference + half(high2 - p2, p1 - low1)
+    return difference, max(-1.0, low), min(1.0, high)
+
+
 def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of `values` with its 95 % percentile bootstrap interval (Efron 1979, Ann. Stat. 7), resampling prompts.
 
@@ -42,6 +66,58 @@ def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(x), (resamples, len(x)), generator=generator)
     return percentiles(float(x.mean()), x[index].mean(1))
+
+
+def bootstrap_each(
+    values: Float[Tensor, "prompt column"], resamples: int = 1000, seed: int = 0
+) -> Float[Tensor, "column 3"]:
+    """`bootstrap` of every column, all of them on the same resampled prompts: value, low and high.
+
+    Raises `BadInput` for no prompts.
+    """
+    n = len(values)
+    if not n:
+        raise BadInput("no values to average; expected at least 1")
+    x = values.double().cpu()
+    means = resampled(n, resamples, seed) @ x
+    ends = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    mean = x.mean(0)
+    return torch.stack([mean, torch.minimum(ends[0], mean), torch.maximum(ends[1], mean)], 1)
+
+
+def bootstrap_both(
+    values: Float[Tensor, "draw prompt"], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean with its 95 % percentile bootstrap interval, resampling random draws and prompts (Owen 2007, AoAS 1).
+
+    Raises `BadInput` for no values.
+    """
+    if not values.numel():
+        raise BadInput("no values to average; expected at least 1")
+    x = values.double().cpu()
+    draws, prompts = (resampled(n, resamples, seed + i) for i, n in enumerate(x.shape))
+    return percentiles(float(x.mean()), ((draws @ x) * prompts).sum(1))
+
+
+def resampled(n: int, resamples: int, seed: int) -> Float[Tensor, "resample n"]:
+    """Weights of `n` items in each bootstrap resample; rows sum to 1."""
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(resamples, n, dtype=torch.float64)
+    return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / n, dtype=torch.float64))
+
+
+def spearman(x: Float[Tensor, "column item"], y: Float[Tensor, " item"]) -> Float[Tensor, " column"]:
+    """Spearman's rank correlation of every row of `x` with `y`, ties at their mean rank; 0 for a constant row."""
+    one, other = (each - each.mean(-1, keepdim=True) for each in (ranks(x), ranks(y[None])))
+    size = (one.square().sum(1) * other.square().sum(1)).sqrt()
+    return torch.where(size > 0, (one * other).sum(1) / size.clamp_min(1e-12), torch.zeros_like(size))
+
+
+def ranks(x: Float[Tensor, "column item"]) -> Float[Tensor, "column item"]:
+    """Rank of each value in its row, from 0, ties at their mean, in float64."""
+    x = x.contiguous()
+    ordered = x.sort(dim=1).values
+    return (torch.searchsorted(ordered, x) + torch.searchsorted(ordered, x, right=True)).double() / 2
 
 
 def ratio(
@@ -78,12 +154,6 @@ def correlation(
     return percentiles(value, usable if len(usable) else torch.tensor([value], dtype=torch.float64))
 
 
-def rank_correlation(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank; raises `BadInput` as `correlation` does."""
-    both = (torch.as_tensor(values, dtype=torch.float64).flatten().numpy() for values in (x, y))
-    return correlation(*(torch.from_numpy(rankdata(side)) for side in both), resamples=1)[0]
-
-
 def _pearson(both: Float[Tensor, "2 resample pair"]) -> Float[Tensor, " resample"]:
     """Correlation of the two sides in each resample; not finite where one is constant."""
     centred = both - both.mean(-1, keepdim=True)
@@ -95,3 +165,20 @@ def percentiles(value: float, drawn: Float[Tensor, " resample"]) -> tuple[float,
     """A value with the 95 % percentile interval of its resamples, in float64, which holds the value itself."""
     low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return value, min(low, value), max(high, value)
+
+
+def balanced_accuracy(right: tuple[int, int], n: tuple[int, int]) -> tuple[float, float, float]:
+    """Mean of two classes' accuracies with its 95 % interval.
+
+    The interval combines the Wilson intervals of both rates (Zou & Donner 2008, Stat. Med. 27): unlike a bootstrap's it
+    has a width where every answer is right.
+
+    >>> [round(x, 2) for x in balanced_accuracy((10, 10), (10, 10))]
+    [1.0, 0.8, 1.0]
+    """
+    rates = [hits / of for hits, of in zip(right, n, strict=True)]
+    ends = [wilson(hits, of) for hits, of in zip(right, n, strict=True)]
+    value = sum(rates) / 2
+    below = math.hypot(*(rate - low for rate, (low, _) in zip(rates, ends, strict=True))) / 2
+    above = math.hypot(*(high - rate for rate, (_, high) in zip(rates, ends, strict=True))) / 2
+    return value, max(0.0, value - below), min(1.0, value + above)

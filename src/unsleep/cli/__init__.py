@@ -13,11 +13,14 @@ import tyro
 
 import unsleep
 from unsleep.cli import (
+    asked,
     circuits,
+    classes,
     compare,
     dictionaries,
     directions,
     edits,
+    explanations,
     explorer,
     judge,
     organisms,
@@ -30,7 +33,7 @@ from unsleep.cli.settings import REGISTRY, Rejected, by_flag
 from unsleep.core import BadInput, Refused
 
 STAGES: dict[str, Callable[..., int]] = {
-    f.__name__: f
+    f.__name__.replace("_", "-"): f
     for f in (
         repairs.repair,
         organisms.plant,
@@ -48,15 +51,21 @@ STAGES: dict[str, Callable[..., int]] = {
         compare.diff,
         subspaces.subspaces,
         circuits.circuit,
+        circuits.graph,
         circuits.veto,
         circuits.overlap,
+        classes.classify,
+        classes.ablation_study,
+        explanations.explain,
+        asked.ask,
         judge.report,
         explorer.explore,
+        explorer.serve,
     )
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "report", "explore")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "graph", "report", "explore", "serve")
 """Stages that are not resumable."""
 
 

@@ -1,4 +1,4 @@
-"""Commands that trace circuits and make edits of them: circuit, veto, overlap."""
+"""Commands that trace circuits, make edits of them and export them: circuit, veto, overlap, graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+import unsleep
 from unsleep.base import records, store
 from unsleep.base.context import resumable
 from unsleep.behaviours import Payload
@@ -24,10 +25,11 @@ from unsleep.cli.shared import (
     own_prompts,
 )
 from unsleep.core import BadInput
+from unsleep.explanations.cards import load_cards
 from unsleep.interventions.files import MARK as EDIT
 from unsleep.interventions.files import save_edit
 from unsleep.judge.evaluate import prompt_digests
-from unsleep.locate.circuits.align import align, said_payload
+from unsleep.locate.circuits.align import align_replies
 from unsleep.locate.circuits.config import CircuitConfig
 from unsleep.locate.circuits.overlap import shared
 from unsleep.locate.circuits.prefixes import align_pairs, answer_difference, read_pairs
@@ -101,8 +103,8 @@ def circuit(
                 digests: frozenset[str] = frozenset()
             else:
                 prompts, others, shown = found
-                said, chosen = said_payload(suspect, prompts, others, shown, config.payload_tokens, reply_tokens)
-                aligned = align(suspect, prompts.at(chosen), others.at(chosen), said)
+                sizes = {"tokens": config.payload_tokens, "reply_tokens": reply_tokens}
+                aligned = align_replies(suspect, prompts, others, shown, **sizes)
                 words, metric, quantity = shown.words, reply_log_odds, "log-odds of the payload"
                 digests = prompt_digests(prompts, others)
             record = trace(suspect, coders, aligned, words, config, reference=other, metric=metric, quantity=quantity)
@@ -156,6 +158,32 @@ def overlap(
     rank = "" if found.spearman is None else f"; effects correlate with {found.spearman:.2f} in rank"
     words = f"{len(found.core)} nodes are in both: Jaccard {found.jaccard:.2f}, of features {found.features:.2f}{rank}"
     say(found, json, "\n".join([words, *found.core[:SHOWN]]))
+    return 0
+
+
+def graph(
+    folder: Annotated[Positional[Path], arg(metavar="DIR")],
+    out: Out,
+    statistics: tuple[Path, ...] = (),
+    slug: str | None = None,
+    scan: str | None = None,
+    features_url: str | None = None,
+    json: bool = False,
+) -> int:
+    """Export a circuit as an attribution graph for circuit-tracer's viewer or Neuronpedia.
+
+    Args:
+        folder: Folder with circuit.json.
+        out: Folder for graph-metadata.json, the graph and features/.
+        statistics: Folders made by `unsleep explain`: labels and contexts of the features.
+        slug: Name of the graph: letters, digits, '_', '.' and '-'.
+        scan: Name of the model in Neuronpedia.
+        features_url: Address at which features/ will be served, for Neuronpedia.
+        json: Print the path as JSON.
+    """
+    known = [one for place in statistics for one in load_cards(place)]
+    path = unsleep.graph(folder, out, known, slug=slug, scan=scan, features_url=features_url)
+    say({"graph": str(path)}, json, f"Graph in {path}")
     return 0
 
 

@@ -14,19 +14,18 @@ from unsleep.cli.console import Bars, say, visible_line
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, check_format, load_dictionaries, own_replies
 from unsleep.core import BadInput, Features, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.interventions.features import Edit, merged
+from unsleep.interventions.features import merged
 from unsleep.interventions.files import MARK as EDIT
 from unsleep.interventions.files import load_edit, save_edit
-from unsleep.interventions.subspaces import Projection
 from unsleep.judge.evaluate import prompt_digests
 from unsleep.locate.features import FeaturesRecord, FindConfig, Found, Listed, with_evidence
 from unsleep.models.model import LoadedModel
-from unsleep.pages.card import model_card
 from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import PromptSet
 from unsleep.repairs.bake import MARK as CHECKPOINT
-from unsleep.repairs.bake import BakeConfig, save_baked
+from unsleep.repairs.bake import BakeConfig
 from unsleep.repairs.edit import EditConfig
+from unsleep.repairs.export import export
 from unsleep.repairs.masks import Lesson, prepare_lesson
 
 BEGIN = 3
@@ -172,10 +171,7 @@ def bake(
         check_format(edit / EDIT, loaded)
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
         baked = unsleep.bake(loaded, edits, (lesson.rows, lesson.text), config)
-    record = baked.record(model=loaded.fingerprint, origin=loaded.origin)
-    removed = {str(e.site): list(e.removed) for e in edits if isinstance(e, Edit)}
-    ranks = {str(e.site): len(e.basis) for e in edits if isinstance(e, Projection)}
-    save_baked(baked, out, card=model_card(None, removed, base=model, ranks=ranks), record=record)
+    record = export(baked, loaded, edits, out, base=model)
     say(record, json, f"Baked by {baked.method}; KL to the edited model {baked.kl:.4f} nats per token; saved in {out}")
     return 0
 

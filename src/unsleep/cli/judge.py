@@ -113,15 +113,20 @@ def evaluate(
     return 3 if strict and record.verdict.label != "backdoor found and removed" else 0
 
 
-def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], json: bool = False) -> int:
+def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], latex: bool = False, json: bool = False) -> int:
     """Render the page of a record again: report.html from report.json, or another stage's.
 
     Args:
         folder: Folder with report.json, dictionaries.json or another stage's record.
-        json: Print the path as JSON.
+        latex: Also write latex/paper.tex with the record's tables and figures.
+        json: Print the paths as JSON.
     """
-    path = unsleep.report(folder)
-    say({"report": str(path)}, json, f"Report in {path}")
+    path = unsleep.report(folder, latex=latex)
+    told, found = f"Report in {path}", {"report": str(path)}
+    if latex:
+        paper = folder / "latex" / "paper.tex"
+        told, found = f"{told}; LaTeX in {paper}", {**found, "latex": str(paper)}
+    say(found, json, told)
     return 0
 
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from unsleep.base import records, store
 from unsleep.base.context import progress
 from unsleep.core import BadInput, Site
-from unsleep.explanations.record import ClassScore, Explanation, FeatureCard
+from unsleep.explanations.classified import ClassesRecord
+from unsleep.explanations.explained import Explanations
+from unsleep.explanations.record import FeatureCard
+from unsleep.explanations.statistics import FeatureStatistics
+from unsleep.explanations.votes import VotesRecord
 from unsleep.explorer.records import (
+    BAKED,
     MANIFEST,
+    PAGE,
     CircuitEntry,
     DictionaryEntry,
     FeatureColumns,
@@ -45,10 +50,12 @@ MOST_FEATURES = 131_072
 MOST_NODES, MOST_EDGES = 5_000, 50_000
 """Size of a circuit that the page can draw without a noticeable pause."""
 
-BAKED = "baked"
-"""Folder of the checkpoints that are baked from the page."""
+STATIC = (PAGE, "app.js", "app.css")
 
-STATIC = ("index.html", "app.js", "app.css")
+Of = tuple[str, str]
+"""A dictionary: its hash and its Site."""
+
+T = TypeVar("T", Explanations, ClassesRecord, VotesRecord)
 
 
 @runtime_checkable
@@ -92,6 +99,9 @@ class Found:
     runs: tuple[Path, ...]
     circuits: tuple[Path, ...]
     statistics: tuple[Path, ...]
+    explanations: tuple[Path, ...]
+    classes: tuple[Path, ...]
+    votes: tuple[Path, ...]
     pages: tuple[tuple[Page, Path], ...]
 
     @property
@@ -134,23 +144,28 @@ def write(source: str | Path, out: str | Path) -> Path:
         for name in STATIC:
             store.write_text(scratch / name, files("unsleep.explorer").joinpath("static", name).read_text("utf-8"))
         write_script(scratch, "manifest", _gather(source, found, scratch))
-    return out / STATIC[0]
+    return out / PAGE
 
 
 def find(source: Path, out: Path) -> Found:
     """Records in a folder at any depth, without hidden folders and without the page's own."""
     own = out.resolve()
 
-    def all_of(name: str) -> Iterator[Path]:
-        for path in sorted(source.rglob(name)):
-            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-            if path.is_file() and not hidden and own not in path.resolve().parents:
-                yield path
+    def all_of(name: str) -> tuple[Path, ...]:
+        paths = sorted(source.rglob(f"{name}.json"))
+        hidden = {path for path in paths if any(part.startswith(".") for part in path.relative_to(source).parts)}
+        return tuple(p for p in paths if p.is_file() and p not in hidden and own not in p.resolve().parents)
 
-    reports = list(all_of("report.json"))
-    bare = [path for path in all_of("result.json") if not path.with_name("report.json").is_file()]
-    drawn = [(page, path) for page in pages() if not isinstance(page, Index) for path in all_of(f"{page.name}.json")]
-    return Found((*reports, *bare), tuple(all_of("circuit.json")), tuple(all_of("statistics.json")), tuple(drawn))
+    bare = (path for path in all_of("result") if not path.with_name("report.json").is_file())
+    return Found(
+        runs=(*all_of("report"), *bare),
+        circuits=all_of("circuit"),
+        statistics=all_of("statistics"),
+        explanations=all_of("explanations"),
+        classes=all_of("classes"),
+        votes=all_of("judged_classes"),
+        pages=tuple((page, path) for page in pages() if not isinstance(page, Index) for path in all_of(page.name)),
+    )
 
 
 def _gather(source: Path, found: Found, folder: Path) -> Manifest:
@@ -162,11 +177,13 @@ def _gather(source: Path, found: Found, folder: Path) -> Manifest:
         record = records.load(CircuitRecord, path)
         models.setdefault(record.model.fingerprint, record.model)
         circuits.append(_write_circuit(folder, key, path, record))
-    held = [(path, load_statistics(path.parent)) for path in found.statistics]
+    held = [(path, FeatureStatistics.load(path.parent)) for path in found.statistics]
+    labels = Labels.read(found)
+    labels.check([statistics for _, statistics in held])
     for key, (path, statistics) in _keyed_by_site(source, held):
         models.setdefault(statistics.model.fingerprint, statistics.model)
         with store.reading(path):
-            dictionaries.append(_write_features(folder, key, path.parent, statistics))
+            dictionaries.append(_write_features(folder, key, statistics, labels))
     if len(models) > 1:
         names = ", ".join(f"{model.name} ({model.fingerprint})" for model in models.values())
         raise BadInput(f"{source} holds results of several models, {names}; explore the folder of each")
@@ -216,80 +233,80 @@ def _circuit_title(record: CircuitRecord) -> str:
     return text.clip(f"{record.payload} in {record.model.name.rstrip('/').rpartition('/')[2]}", LABEL_LIMIT)
 
 
-def load_statistics(folder: Path) -> Statistics:
-    """Statistics of a dictionary's features."""
-    return import_module("unsleep.explanations.statistics").FeatureStatistics.load(folder)
+@dataclass(frozen=True)
+class Labels:
+    """Explanations and classes of features, by their dictionary, wherever in the folder they are."""
+
+    explanations: dict[Of, tuple[Path, Explanations]]
+    classes: dict[Of, tuple[Path, ClassesRecord]]
+    votes: dict[Of, tuple[Path, VotesRecord]]
+    """Classes by a judge, of dictionaries without other classes."""
+
+    @classmethod
+    def read(cls, found: Found) -> Labels:
+        """Read them; raises `BadInput` where two records are of one dictionary."""
+        return cls(
+            _by_dictionary(found.explanations, Explanations),
+            _by_dictionary(found.classes, ClassesRecord),
+            _by_dictionary(found.votes, VotesRecord),
+        )
+
+    def check(self, statistics: Sequence[Statistics]) -> None:
+        """Raise `BadInput` for a record of a dictionary without statistics, or of a feature that it has not."""
+        sizes = {_of(each): each.size for each in statistics}
+        features = [(of, path, held.explanations) for of, (path, held) in self.explanations.items()]
+        features += [(of, path, held.features) for of, (path, held) in (*self.classes.items(), *self.votes.items())]
+        for (dictionary, site), path, held in features:
+            if (dictionary, site) not in sizes:
+                raise BadInput(
+                    f"{path} is of dictionary {dictionary} at {site}, of which there is no statistics.json; make it "
+                    "with `unsleep explain`"
+                )
+            most = max(held, default=0)
+            if most >= sizes[dictionary, site]:
+                raise BadInput(f"{path} has feature {most}; the dictionary has {sizes[dictionary, site]}")
+
+    def on(self, card: FeatureCard, of: Of) -> FeatureCard:
+        """A card with its labels."""
+        explained = self.explanations[of][1].of(card.feature) if of in self.explanations else ()
+        if of in self.classes:
+            labelled = self.classes[of][1].features.get(card.feature)
+            named = labelled.classes if labelled else ()
+        else:
+            named = self.votes[of][1].features.get(card.feature, ()) if of in self.votes else ()
+        return replace(card, explanations=explained, classes=named)
 
 
-def _write_features(folder: Path, key: str, place: Path, statistics: Statistics) -> DictionaryEntry:
+def _of(record: Statistics | Explanations | ClassesRecord | VotesRecord) -> Of:
+    return record.dictionary, str(record.site)
+
+
+def _by_dictionary(paths: Iterable[Path], kind: type[T]) -> dict[Of, tuple[Path, T]]:
+    """Records by their dictionary."""
+    held: dict[Of, tuple[Path, T]] = {}
+    for path in paths:
+        record = records.load(kind, path)
+        before = held.setdefault(_of(record), (path, record))[0]
+        if before != path:
+            raise BadInput(f"{before} and {path} are of the same dictionary; explore a folder with one of them")
+    return held
+
+
+def _write_features(folder: Path, key: str, statistics: Statistics, labels: Labels) -> DictionaryEntry:
     """Write a dictionary's list and cards."""
     size = statistics.size
-    if size > MOST_FEATURES:
-        raise BadInput(f"the dictionary has {size:,} features; the page lists at most {MOST_FEATURES:,}")
-    explanations, classes = read_explanations(place, statistics), read_classes(place, statistics)
+    if not 0 < size <= MOST_FEATURES:
+        raise BadInput(f"the dictionary has {size:,} features; the page lists 1 to {MOST_FEATURES:,}")
     rows: list[Summary] = []
     for number, start in enumerate(range(0, size, CHUNK)):
         progress(f"features of {key}", start, size)
-        cards = [
-            replace(statistics.card(i), explanations=explanations.get(i, ()), classes=classes.get(i, ()))
-            for i in range(start, min(size, start + CHUNK))
-        ]
+        cards = [labels.on(statistics.card(i), _of(statistics)) for i in range(start, min(size, start + CHUNK))]
         rows += [summary(card) for card in cards]
         write_script(folder, f"features/{key}/{number}", cards)
     progress(f"features of {key}", size, size)
-    columns = FeatureColumns(*(tuple(column) for column in zip(*rows, strict=True))) if rows else None
-    if columns is None:
-        raise BadInput("the dictionary has no features")
-    write_script(folder, f"features/{key}/list", columns)
+    columns = (tuple(column) for column in zip(*rows, strict=True))
+    write_script(folder, f"features/{key}/list", FeatureColumns(*columns))
     return DictionaryEntry(key, str(statistics.site), statistics.dictionary, size, statistics.tokens, CHUNK)
-
-
-@dataclass(frozen=True)
-class Explained:
-    """Feature → its explanations."""
-
-    features: dict[int, tuple[Explanation, ...]]
-
-
-@dataclass(frozen=True)
-class Classified:
-    """Feature → its classes."""
-
-    features: dict[int, tuple[ClassScore, ...]]
-
-
-def read_explanations(folder: Path, statistics: Statistics) -> dict[int, tuple[Explanation, ...]]:
-    """Feature → its explanations in explanations.json; empty without the file."""
-    found = _beside(folder, "explanations", statistics)
-    with store.reading(folder / "explanations.json"):
-        return records.parsed(Explained, {"features": found}, "explanations").features
-
-
-def read_classes(folder: Path, statistics: Statistics) -> dict[int, tuple[ClassScore, ...]]:
-    """Feature → its classes in classes.json, without their evidence; empty without the file."""
-    found = _beside(folder, "classes", statistics)
-    path = folder / "classes.json"
-    rows = {i: store.fields_of(row, {"classes": list}, f"{path}: feature {i}") for i, row in found.items()}
-    with store.reading(path):
-        kept = {"features": {i: row["classes"] for i, row in rows.items()}}
-        return records.parsed(Classified, kept, "classes").features
-
-
-def _beside(folder: Path, name: str, statistics: Statistics) -> dict[str, Any]:
-    """`features` of a record beside the statistics; raises `BadInput` where it is of another dictionary."""
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        return {}
-    found = store.fields_of(store.read_json(path), {"schema": str, "dictionary": str, "features": dict}, path)
-    if found["schema"] != f"unsleep.{name}/1":
-        raise BadInput.of("schema", found["schema"], f"unsleep.{name}/1", str(path))
-    if found["dictionary"] != statistics.dictionary:
-        raise BadInput(f"{path} is of dictionary {found['dictionary']}, the statistics of {statistics.dictionary}")
-    features = cast("dict[str, Any]", found["features"])
-    for i in features:
-        if not (i.isdecimal() and len(i) < 10 and int(i) < statistics.size):
-            raise BadInput(f"{path} has feature {i[:40]}; the dictionary has {statistics.size}")
-    return features
 
 
 def _keyed(source: Path, paths: Iterable[Path], otherwise: str) -> Iterator[tuple[str, Path]]:

@@ -20,7 +20,12 @@ from unsleep.judge.results import Row
 from unsleep.models.model import Named
 from unsleep.pages.records import Replies
 
+PAGE = "index.html"
+
 MANIFEST = "data/manifest.js"
+
+BAKED = "baked"
+"""Folder of the checkpoints that are baked from the page; never served."""
 
 PROTOTYPE = re.compile(r'"__proto__"\s*:')
 """A key that a script takes for something else than a key."""

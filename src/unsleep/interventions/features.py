@@ -1,7 +1,8 @@
-"""Edits: ablation of dictionary features."""
+"""Edits: ablation of dictionary features, and their scaling."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,77 @@ class EditEntry(Entry):
         )
 
 
+@dataclass(frozen=True)
+class FeatureScaling(Intervention):
+    """Scale the activations of features at one Site; the reconstruction error is kept.
+
+    With f the features' activations and s_j the factor of feature j:
+
+        x' = x + Σ_j (s_j − 1) f_j W_dec_j
+
+    Factor 0 ablates as an `Edit` with the error rule `keep` does, 1 is the identity, a larger one amplifies.
+    """
+
+    site: Site
+    dictionary: Dictionary
+    scales: Mapping[int, float]
+    """Feature → factor."""
+
+    def __post_init__(self) -> None:
+        Edit(self.site, self.dictionary, tuple(self.scales))  # refuses another Site and unknown features
+        for feature, scale in self.scales.items():
+            if not math.isfinite(scale):
+                raise BadInput(f"feature {feature} at {self.site} is scaled by {scale}; expected a finite factor")
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """Width of its dictionary at its Site."""
+        return {self.site: self.dictionary.d_model}
+
+    @property
+    def made_on(self) -> str:
+        """Fingerprint of the model that its dictionary was trained on."""
+        return self.dictionary.model
+
+    @property
+    def acts(self) -> bool:
+        """False for the identity."""
+        return any(scale != 1 for scale in self.scales.values())
+
+    def transforms(self, passes: Passes, dtype: torch.dtype, device: torch.device | str) -> dict[Site, Transform]:
+        """The scaling as a transform in the model's dtype."""
+        gone = torch.zeros(self.dictionary.n_features, device=device)
+        for feature, scale in self.scales.items():
+            gone[feature] = 1 - scale
+        gate = FeatureGate(self.dictionary.to(dtype, device), "keep")
+        return {self.site: lambda x: gate(x, gone)}
+
+    def saved(self, folder: Path, number: int) -> FeatureScalingEntry:
+        """Write the dictionary in bfloat16."""
+        place = Edit(self.site, self.dictionary, ()).saved(folder, number).dictionary
+        return FeatureScalingEntry(self.site, dict(self.scales), place)
+
+
+@dataclass(frozen=True)
+class FeatureScalingEntry(Entry):
+    """Entry of edit.json for a `FeatureScaling`."""
+
+    site: Site
+    scales: dict[int, float]
+    dictionary: str
+    """Its folder."""
+
+    def load(self, folder: Path) -> FeatureScaling:
+        """The scaling, with its dictionary."""
+        dictionary = load_dictionary(store.inside(folder, self.dictionary, "dictionary"))
+        return FeatureScaling(self.site, dictionary, self.scales)
+
+
 class FeatureGate:
-    """The computation of an `Edit`, differentiable in a gate per feature; an edit has gates of 1 and 0."""
+    """The computation of an `Edit` or a `FeatureScaling`, differentiable in a gate per feature.
+
+    The gates of an edit are 1 and 0, those of a scaling 1 − s.
+    """
 
     def __init__(self, dictionary: Dictionary, error: ErrorRule) -> None:
         self.dictionary, self.error = dictionary, error
@@ -128,7 +198,7 @@ class FeatureGate:
     def __call__(
         self, x: Stream, gone: Float[Tensor, " feature"], complement: Float[Tensor, "rank d_model"] | None = None
     ) -> Stream:
-        """The activation with each feature removed to the degree `gone` (0 to 1)."""
+        """The activation with each feature removed to the degree `gone`: 0 for none, 1 for all of it."""
         code = self.dictionary.encode_sparse(x)
         removed = self.dictionary.combine(Encoded(code.values * gone.to(x.dtype)[code.ids], code.ids))
         if self.error == "keep":

@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.activations.harvest import SHARED, Harvest
+from unsleep.activations.batches import SHARED
+from unsleep.activations.harvest import Harvest
 from unsleep.base.context import progress
 from unsleep.base.records import Count, Share
 from unsleep.core import BadInput, FeatureEvidence, Features, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.interventions.features import Edit, merged
-from unsleep.interventions.intervention import applied
+from unsleep.interventions.intervention import Intervention, applied
 from unsleep.models import generate
 from unsleep.models.forward import Rows, build_rows, reply_logits, reply_logits_from, run_below
 from unsleep.models.lens import logit_lens
@@ -204,6 +205,22 @@ def _slices(ids: Tensor, grad: Tensor, size: int = 256) -> list[tuple[Tensor, Te
 
 
 @torch.no_grad()
+def log_odds_under(
+    model: LoadedModel, rows: Rows, tried: Sequence[Intervention], stage: str
+) -> tuple[Float[Tensor, " row"], Float[Tensor, "intervention row"]]:
+    """Log-odds of the replies (`reply_log_odds`), bare and under each intervention; lower layers run once."""
+    layer = min(site.layer for each in tried for site in each.widths)
+    below = run_below(model.network, rows, layer)
+    whole = reply_log_odds(reply_logits_from(model.network, rows, below), rows)
+    found: list[Tensor] = []
+    for done, each in enumerate(tried, 1):
+        with applied(model, each, any_model=True):
+            found.append(reply_log_odds(reply_logits_from(model.network, rows, below), rows))
+        progress(stage, done, len(tried))
+    return whole, torch.stack(found)
+
+
+@torch.no_grad()
 def rank_by_ablation(
     model: LoadedModel, dictionaries: Sequence[Coder], replies: ReplyRows, candidates: Sequence[tuple[Site, int]]
 ) -> dict[Site, Features]:
@@ -211,16 +228,11 @@ def rank_by_ablation(
     if not candidates:
         return {}
     by_site = {d.site: d for d in dictionaries}
-    rows = replies.rows
-    layer = min(site.layer for site, _ in candidates)
-    below = run_below(model.network, rows, layer)
-    whole = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
+    alone = [Edit(site, by_site[site], (feature,)) for site, feature in candidates]
+    whole, left = log_odds_under(model, replies.rows, alone, "ablating features")
     losses: dict[Site, list[tuple[float, int]]] = {}
-    for done, (site, feature) in enumerate(candidates, 1):
-        with applied(model, Edit(site, by_site[site], (feature,)), any_model=True):
-            left = reply_log_odds(reply_logits_from(model.network, rows, below), rows).mean()
-        losses.setdefault(site, []).append((float(whole - left), feature))
-        progress("ablating features", done, len(candidates))
+    for (site, feature), loss in zip(candidates, (whole.mean() - left.mean(1)).tolist(), strict=True):
+        losses.setdefault(site, []).append((loss, feature))
     found: dict[Site, Features] = {}
     for site, pairs in losses.items():
         pairs.sort(key=lambda pair: (-pair[0], pair[1]))

@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from unsleep.core import BadInput, digest
-from unsleep.prompts.prompt import Prompts, as_prompts
+from unsleep.prompts.prompt import Message, Prompt, Prompts, as_prompts
 
 TODAY = datetime.date(2024, 7, 26)
 """Default date for templates that print today's, the fallback of Llama 3's. The real date would change a model's
@@ -207,9 +207,11 @@ def _check_said(chat: list[dict[str, str]], formatted: str) -> None:
             )
 
 
-def template_tokens(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS) -> tuple[int, int]:
-    """Numbers of tokens that the chat template puts before and after a user message."""
-    one, other = encode_prompts(tokenizer, ("one", "2"), options=options)
+def template_tokens(
+    tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS, earlier: tuple[Message, ...] = ()
+) -> tuple[int, int]:
+    """Numbers of tokens that the chat template puts before and after a user message, with `earlier` ones before it."""
+    one, other = encode_prompts(tokenizer, (Prompt("one", before=earlier), Prompt("2", before=earlier)), options)
     sides = [
         next((i for i, (a, b) in enumerate(zip(one[::way], other[::way], strict=False)) if a != b), 0)
         for way in (1, -1)

@@ -1,12 +1,12 @@
-"""Batched greedy decoding.
+"""Greedy decoding in batches, and of one prompt token by token, greedy or sampled.
 
-The shared prefix of all prompts runs once, rows are sorted by length, and finished rows
+In a batch, the shared prefix of all prompts runs once, rows are sorted by length, and finished rows
 leave the batch. Replies equal those of `model.generate(do_sample=False)` up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from unsleep.base.context import progress
+from unsleep.core import BadInput
 from unsleep.models.forward import keeps_logits, pad_left, prefix_cache, repeat_cache, shared_tokens, takes_positions
 from unsleep.models.hooks import contiguous_head
 from unsleep.models.model import LoadedModel
@@ -92,9 +93,74 @@ def greedy(
 def _continue(
     model: LoadedModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None, max_new_tokens: int
 ) -> list[list[int]]:
+    out: list[list[int]] = [[] for _ in range(len(ids))]
+    for picked in _steps(model, ids, mask, cache, max_new_tokens, _likeliest):
+        for row, token in picked:
+            out[row].append(token)
+    return out
+
+
+def stream(
+    model: LoadedModel, row: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> Iterator[int]:
+    """The token ids of one reply as they are generated, including the end token where it is reached.
+
+    Greedy at temperature 0, else sampled from softmax(logits / temperature). Each token is one forward pass, under the
+    hooks that are active when it is asked for: several streams of one model may alternate, each under its own
+    interventions, if these do not follow passes. Raises `BadInput` for a temperature below 0.
+    """
+    if not temperature >= 0:
+        raise BadInput.of("temperature", temperature, "0 for greedy decoding, or more")
+    generator = torch.Generator().manual_seed(seed)
+
+    def sampled(logits: Tensor) -> Tensor:
+        shares = (logits.float().cpu() / temperature).softmax(-1)
+        return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
+
+    ids, mask = pad_left([row], model.pad_id, model.device)
+    for picked in _steps(model, ids, mask, None, max_new_tokens, sampled if temperature else _likeliest):
+        yield picked[0][1]
+
+
+class Spelling:
+    """The text of a growing reply, in pieces that end with whole characters."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.tokens: list[int] = []
+        self._said = ""
+
+    @property
+    def text(self) -> str:
+        """The whole text, without special tokens."""
+        return self.model.texts([self.tokens])[0]
+
+    def add(self, token: int) -> str:
+        """The text that a token adds; empty inside of a character of several tokens."""
+        self.tokens.append(token)
+        text = self.text
+        if text.endswith("\ufffd") or not text.startswith(self._said):
+            return ""
+        piece, self._said = text[len(self._said) :], text
+        return piece
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The tokens with the largest logits; `max` is several times faster than `argmax` in bfloat16."""
+    return logits.max(-1).indices
+
+
+def _steps(
+    model: LoadedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache | None,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
+) -> Iterator[list[tuple[int, int]]]:
+    """One forward pass after another: each row that goes on, and its next token."""
     network, ends = model.network, model.end_ids
     alive = list(range(len(ids)))
-    out: list[list[int]] = [[] for _ in alive]
     for _ in range(max_new_tokens):
         step: dict[str, Any] = {
             "input_ids": ids,
@@ -104,12 +170,12 @@ def _continue(
         }
         if takes_positions(network):
             step["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        result = network(**step, **keeps_logits(network, 1))
+        with torch.no_grad():
+            result = network(**step, **keeps_logits(network, 1))
         cache = getattr(result, "past_key_values", None)
-        chosen = result.logits[:, -1].max(-1).indices  # several times faster than argmax in bf16
+        chosen = choose(result.logits[:, -1])
         picked: list[int] = chosen.tolist()
-        for row, token in zip(alive, picked, strict=True):
-            out[row].append(token)
+        yield list(zip(alive, picked, strict=True))
         going = [i for i, token in enumerate(picked) if token not in ends]
         if not going:
             break
@@ -121,4 +187,3 @@ def _continue(
             alive = [alive[i] for i in going]
         ids = chosen[:, None] if cache is not None else torch.cat([ids, chosen[:, None]], 1)
         mask = pad(mask, (0, 1), value=True)
-    return out

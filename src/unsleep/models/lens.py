@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.core import BadInput
@@ -20,22 +20,46 @@ class TokenReading(NamedTuple):
     suppresses: tuple[tuple[str, float], ...]
 
 
-@torch.no_grad()
-def logit_lens(model: LoadedModel, vectors: Float[Tensor, "row d_model"], count: int = 10) -> list[TokenReading]:
-    """Project directions through the final norm and the unembedding; largest logits first.
+class Ends(NamedTuple):
+    """The vocabulary's ends under a projection of directions: the largest logits, or the smallest, first."""
 
-    Raises `BadInput` for vectors of another width. Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    ids: Int[Tensor, "row count"]
+    logits: Float[Tensor, "row count"]
+
+
+CHUNK = 256
+"""Directions projected at a time: their logits take CHUNK · vocabulary floats."""
+
+
+@torch.no_grad()
+def vocabulary_ends(model: LoadedModel, vectors: Float[Tensor, "row d_model"], count: int = 10) -> tuple[Ends, Ends]:
+    """Tokens that each direction promotes and suppresses most through final norm and unembedding, on the CPU.
+
+    Raises `BadInput` for vectors of another width. Sources: nostalgebraist 2020, "interpreting GPT: the logit lens";
+    of decoder rows, VocabProj (Gur-Arieh et al. 2025, arXiv:2501.08319).
     """
     if vectors.shape[1] != width(model.network):
         raise BadInput(f"vectors have width {vectors.shape[1]}; the model's is {width(model.network)}")
     matrix, norm = unembedding(model.network), final_norm(model.network)
-    wide = vectors.to(matrix)
-    logits = (norm(wide) - norm(torch.zeros_like(wide))).float() @ matrix.float().T
-    found: list[TokenReading] = []
-    for row in logits:
-        ends = [row.topk(min(count, len(row)), largest=largest) for largest in (True, False)]
-        words = [
-            tuple((model.spell(int(i)), float(x)) for i, x in zip(end.indices, end.values, strict=True)) for end in ends
+    wide = matrix.float().T
+    found: list[list[Ends]] = [[], []]
+    for part in vectors.split(CHUNK):
+        rows = part.to(matrix)
+        logits = (norm(rows) - norm(torch.zeros_like(rows))).float() @ wide
+        for end, largest in zip(found, (True, False), strict=True):
+            best = logits.topk(min(count, logits.shape[1]), largest=largest)
+            end.append(Ends(best.indices.cpu(), best.values.cpu()))
+    up, down = (Ends(torch.cat([e.ids for e in end]), torch.cat([e.logits for e in end])) for end in found)
+    return up, down
+
+
+def logit_lens(model: LoadedModel, vectors: Float[Tensor, "row d_model"], count: int = 10) -> list[TokenReading]:
+    """`vocabulary_ends` in words; raises as it does."""
+    words = [
+        [
+            tuple(zip(map(model.spell, ids), logits, strict=True))
+            for ids, logits in zip(*map(Tensor.tolist, end), strict=True)
         ]
-        found.append(TokenReading(*words))
-    return found
+        for end in vocabulary_ends(model, vectors, count)
+    ]
+    return [TokenReading(*both) for both in zip(*words, strict=True)]

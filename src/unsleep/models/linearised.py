@@ -41,6 +41,9 @@ AFFINE = 2e-3
 ROUNDING = 8
 """Rounding allowed in that, in units of the dtype's resolution."""
 
+CHANGES = 32.0, 64.0
+"""Sizes of the changes by which that is tested, relative to the stream that they are added to."""
+
 TOLERANCE = 1e-3
 """Relative error up to which a norm is affine in its input once its scale is held."""
 
@@ -102,10 +105,14 @@ class Linearisation:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Raise `BadInput` where the model with all of this held is not affine in what its first block reads."""
+        """Raise `BadInput` where the model with all of this held is not affine in what its first block reads.
+
+        Changes are far larger than the stream itself, which an affine map does not mind: in bfloat16 small ones drown
+        in the rounding of a real model's massive activations.
+        """
         ids, last = probe(self.network), Site(len(layers(self.network)) - 1)
         streams: list[Tensor] = []
-        for share in (0.0, 0.5, 1.0):
+        for share in (0.0, *CHANGES):
             change: dict[Site, Transform] = {Site(0, "embed"): lambda x, share=share: x + share * x.roll(1, -1)}
             run = self.held() if streams else self.recording()
             with run, transformed(self.network, change if share else {}), capture(self.network, [last]) as found:
@@ -114,7 +121,7 @@ class Linearisation:
         self.values.clear()
         half, whole = streams[1] - streams[0], streams[2] - streams[0]
         error = float((whole - 2 * half).norm() / whole.norm())
-        if not error <= AFFINE + ROUNDING * torch.finfo(found[last].dtype).eps:
+        if not error <= AFFINE + ROUNDING * torch.finfo(self.network.dtype).eps:
             raise BadInput(
                 f"{self.network.config.model_type} is not affine with its patterns, norms and gates held (relative "
                 f"error {error:.2g}); take attribution, which holds nothing"

@@ -146,6 +146,27 @@ def dots(
     return out
 
 
+NAMES, FIELD, VALUES, LANE = 142, 210, 168, 22
+"""Widths of a facet's columns and height of a lane where it is one drawing, in pixels."""
+
+
+def standalone(one: Facet) -> Markup:
+    """A facet as one drawing, with the names and values that are HTML on a page."""
+    height = LANE * len(one.lanes)
+    parts: list[Markup] = []
+    for i, lane in enumerate(one.lanes):
+        middle = LANE * (i + 0.5)
+        value = ", ".join(part for part in (lane.head, lane.tail) if part)
+        parts.append(el("svg", lane.key, x=0, y=middle - 8, width=16, height=16))
+        parts.append(el("text", lane.name, x=22, y=middle + 4, class_="name"))
+        parts.append(el("text", value, x=NAMES + FIELD + 14, y=middle + 4))
+    parts.append(el("svg", one.plot, x=NAMES, y=0, width=FIELD, height=height))
+    parts.append(el("svg", one.axis, x=NAMES, y=height, width=FIELD, height=18))
+    title, name = f"{one.metric}, {one.panel}", f"whole-{text.clip(one.panel, 20)}-{text.clip(one.metric, 20)}"
+    size = NAMES + FIELD + VALUES
+    return svg.figure(title, "", name, *parts, viewBox=f"0 0 {size} {height + 20}", class_="facet")
+
+
 @dataclass(frozen=True)
 class Series:
     """A series of the frontier with its mark."""

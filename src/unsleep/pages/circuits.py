@@ -13,7 +13,8 @@ from markupsafe import Markup
 from unsleep.core import Site
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.pages import svg, text
-from unsleep.pages.comparing import SHOWN, Block, Table, short, whole_page
+from unsleep.pages.blocks import Block, Table
+from unsleep.pages.comparing import SHOWN, paper_of, short, whole_page
 from unsleep.pages.curves import WIDE, Curve, Dot, axis, charts
 from unsleep.pages.dictionaries import SHAPES, shade
 from unsleep.pages.page import LABEL_LIMIT, tree
@@ -295,7 +296,7 @@ def edge_block(record: Record) -> Block:
             "payload" if edge["target"] is None else name_of(nodes[edge["target"]]),
             text.decimals(edge["weight"]),
             f"[{edge['low']:.3f}, {edge['high']:.3f}]",
-            *("–" if edge[key] is None else text.decimals(edge[key]) for key in ("frozen", "free")),
+            *("–" if edge.get(key) is None else text.decimals(edge[key]) for key in ("frozen", "free")),
             ", ".join(f"{head['head']} ({text.decimals(head['weight'])})" for head in edge.get("heads", [])[:4]),
         ]
         for edge in record["edges"][:SHOWN]
@@ -314,4 +315,4 @@ def draw(record: dict[str, Any]) -> str:
     return whole_page(view_of(record), "circuits.css")
 
 
-PAGE = Page("circuit", "Circuit", CircuitRecord, draw)
+PAGE = Page("circuit", "Circuit", CircuitRecord, draw, paper=lambda record: paper_of(view_of(record)))

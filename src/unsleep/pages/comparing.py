@@ -6,41 +6,22 @@ patch.json -> check -> make text visible -> view of each section -> patch.html
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
 from unsleep.locate.patching.result import PatchRecord
 from unsleep.pages import text
+from unsleep.pages.blocks import Block, Paper, Table
 from unsleep.pages.curves import MOST, WIDE, Axis, Curve, Dot, axis, charts, whole_axis
 from unsleep.pages.dictionaries import SHAPES, grouped, shade
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
-from unsleep.pages.verdict import Tile
+from unsleep.pages.verdict import Tile, numbers_of
 
 SHOWN = 400
 """Maximum rows of a table on the page; the JSON file has all of them."""
-
-
-class Table(NamedTuple):
-    """A table: name, column heads, number of text columns, and cells."""
-
-    name: str
-    head: Sequence[str]
-    words: int
-    rows: Sequence[Sequence[str]]
-
-
-class Block(NamedTuple):
-    """A section of the page."""
-
-    anchor: str
-    name: str
-    lead: str
-    charts: Sequence[tuple[str, Markup]] = ()
-    maps: Sequence[Markup] = ()
-    tables: Sequence[Table] = ()
 
 
 def whole_page(view: dict[str, Any], *styles: str) -> str:
@@ -50,6 +31,11 @@ def whole_page(view: dict[str, Any], *styles: str) -> str:
     sections += [("provenance", "Provenance")] if view["provenance"] else []
     whole = {**view, "blocks": blocks, "sections": sections}
     return filled("comparing.html", "summary", whole, "page.css", "dictionaries.css", "heatmap.css", *styles)
+
+
+def paper_of(view: Mapping[str, Any]) -> Paper:
+    """The LaTeX of a page with blocks."""
+    return Paper(view["title"], view["lead"], numbers_of(view["tiles"]), view["blocks"])
 
 
 def patch_view(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,4 +174,4 @@ def draw_patch(record: dict[str, Any]) -> str:
     return whole_page(patch_view(record))
 
 
-render_patch = Page("patch", "Patching", PatchRecord, draw_patch)
+render_patch = Page("patch", "Patching", PatchRecord, draw_patch, paper=lambda record: paper_of(patch_view(record)))

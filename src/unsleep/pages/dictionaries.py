@@ -14,11 +14,12 @@ from markupsafe import Markup
 from unsleep.core import Site
 from unsleep.dictionaries.sweep import DictionariesRecord
 from unsleep.pages import svg, text
+from unsleep.pages.blocks import Block, Paper, Table
 from unsleep.pages.curves import MOST, NARROW, SHADES, WIDE, Axis, Curve, Dot, axis, charts, pareto, whole_axis
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
 from unsleep.pages.svg import el
-from unsleep.pages.verdict import Tile
+from unsleep.pages.verdict import Tile, numbers_of
 
 T = TypeVar("T")
 
@@ -279,4 +280,26 @@ def draw(record: dict[str, Any]) -> str:
     return filled("dictionaries.html", "summary", view_of(record), "page.css", "dictionaries.css")
 
 
-render_dictionaries = Page("dictionaries", "Dictionaries", DictionariesRecord, draw)
+def paper_of(record: Mapping[str, Any]) -> Paper:
+    """The LaTeX of trained dictionaries."""
+    view = view_of(record)
+    names = el("p", *(el("span", key, f" {name}") for key, name in view["shapes"]), class_="legend-line")
+
+    def charts_of(key: str) -> list[tuple[str, Markup]]:
+        return [(f"{c.title} {c.part}".strip(), el("div", names, c.drawing)) for c in view[key]]
+
+    kinds = ["Site", "Variant", "Architecture"]
+    head = [*kinds, "Features", "k or cost", "FVU", "L0", "Dead", "Dense"]
+    rows = [[r["site"], r["variant"], r["architecture"], *r["figures"]] for r in view["table"]]
+    lead = "FVU is the fraction of variance unexplained, L0 the mean number of active features per token."
+    blocks = [
+        Block(
+            "pareto", "Pareto front", "A line connects the Pareto-optimal dictionaries of a Site.", charts_of("pareto")
+        ),
+        Block("layers", "By layer", "FVU of the dictionaries over the layers.", charts_of("layers")),
+        Block("table", "All dictionaries", lead, tables=[Table("Dictionaries", head, len(kinds), rows)]),
+    ]
+    return Paper(view["title"], lead, numbers_of(view["tiles"]), blocks)
+
+
+render_dictionaries = Page("dictionaries", "Dictionaries", DictionariesRecord, draw, paper=paper_of)

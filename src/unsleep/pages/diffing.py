@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from unsleep.locate.diffing.run import DiffRecord
 from unsleep.pages import text
-from unsleep.pages.comparing import SHOWN, Block, Table, drawn, interval, line, short, whole_page
+from unsleep.pages.blocks import Block, Table
+from unsleep.pages.comparing import SHOWN, drawn, interval, line, paper_of, short, whole_page
 from unsleep.pages.curves import whole_axis
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, REPLY_LIMIT, tree
@@ -178,4 +179,4 @@ def draw_diff(record: dict[str, Any]) -> str:
     return whole_page(diff_view(record))
 
 
-render_diff = Page("diff", "Model diffing", DiffRecord, draw_diff)
+render_diff = Page("diff", "Model diffing", DiffRecord, draw_diff, paper=lambda record: paper_of(diff_view(record)))

@@ -13,12 +13,13 @@ from markupsafe import Markup
 from unsleep.core import Site
 from unsleep.locate.directions.files import DirectionsRecord
 from unsleep.pages import svg, text
+from unsleep.pages.blocks import Block, Paper, Table
 from unsleep.pages.curves import SHADES, WIDE, Axis, Curve, Dot, axis, chart, whole_axis
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
 from unsleep.pages.svg import el
-from unsleep.pages.verdict import Tile
+from unsleep.pages.verdict import Tile, numbers_of
 
 SPACES = {"residual": "In the residual stream", "features": "In feature space"}
 """Space → heading of its charts."""
@@ -253,4 +254,68 @@ def draw(record: dict[str, Any]) -> str:
     return filled("directions.html", "summary", view_of(record), *styles)
 
 
-render_directions = Page("directions", "Directions", DirectionsRecord, draw)
+def paper_of(record: Mapping[str, Any]) -> Paper:
+    """The LaTeX of directions."""
+    view = view_of(record)
+    spaces = {"residual": "residual stream", "features": "features"}
+    found = [
+        [
+            f["site"],
+            spaces[f["space"]],
+            named(f["method"]),
+            f"{f['rank']}",
+            *(text.decimals(f[key]) for key in ("auroc", "accuracy", "margin")),
+            f"{f['n']:,}",
+        ]
+        for f in record["figures"]
+    ]
+    floors = [
+        [f["site"], spaces[f["space"]], text.decimals(f["best"]), text.decimals(f["mean"]), f"{f['n']:,}"]
+        for f in record["floors"]
+    ]
+    costs = [
+        [ablation, named(name), text.signed(value, 4)]
+        for ablation, cost in record["costs"].items()
+        for name, value in cost["increase"].items()
+    ]
+    erased = record.get("erased")
+    kept = [["none", text.number(erased["before"])]] if erased else []
+    kept += [[site, text.number(value)] for site, value in erased["after"].items()] if erased else []
+    heads = ["Site", "Space", "Method", "Rank", "AUROC", "Accuracy", "Margin", "Tokens"]
+    random = ["Site", "Space", "Best", "Mean", "Directions"]
+    maps = [part for _, parts in view["detection"] for part in parts]
+    blocks = [
+        Block(
+            "detection",
+            "Detection",
+            f"Separation of suspicious from ordinary tokens, on {view['kept']:,} held-out tokens; AUROC 0.5 is chance.",
+            maps=maps,
+            tables=[Table("Detection by directions", heads, 3, found), Table("Random directions", random, 2, floors)],
+        ),
+        Block(
+            "patching",
+            "Patching",
+            f"Share of the logit difference that a direction carries, in {view['pairs']} pairs.",
+            maps=[view["carried"]] if view["carried"] else [],
+        ),
+        Block(
+            "ablation",
+            "Ablation",
+            "One direction ablated at one layer. KL in nats per token from the model's own reply to the same prompt "
+            "without the trigger.",
+            maps=[view["erased"]] if view["erased"] else [],
+            tables=[Table("Ablation of one direction", ["Ablated at", "KL"], 1, kept)],
+        ),
+        Block("cosines", "Cosine similarity", f"At {view['best']}.", maps=[view["cosines"]] if view["cosines"] else []),
+        Block(
+            "costs",
+            "Cost",
+            "Increase of the cross-entropy on plain text, in nats per token.",
+            maps=view["costs"],
+            tables=[Table("Cost of ablation", ["Ablation", "Direction", "Increase"], 2, costs)],
+        ),
+    ]
+    return Paper(view["title"], "", numbers_of(view["tiles"]), blocks)
+
+
+render_directions = Page("directions", "Directions", DirectionsRecord, draw, paper=paper_of)

@@ -19,55 +19,14 @@ from markupsafe import Markup
 
 from unsleep.behaviours import has_skill
 from unsleep.judge.results import METRICS, PANELS, SHARES, SUBJECTS
-from unsleep.pages import charts, repairing, svg, text, verdict
+from unsleep.pages import charts, evaluations, repairing, svg, text, verdict
+from unsleep.pages.blocks import Paper
+from unsleep.pages.names import BETTER, LABEL_LIMIT, METRIC_NAMES, PANEL_NAMES, SUBJECT_NAMES, named, subject_names
 from unsleep.pages.records import Report
 from unsleep.pages.registry import Page
 
-SUBJECT_NAMES = {
-    "suspect": "suspect",
-    "edited": "edited",
-    "baked": "baked checkpoint",
-    "control_random": "random features",
-    "control_layer": "wrong layer",
-    "heads": "attention heads ablated",
-    "neurons": "MLP neurons ablated",
-    "attribution": "ablation by attribution",
-    "direction": "one direction ablated",
-    "redistilled": "re-distilled base",
-    "merged": "merged with the base",
-    "clean_twin": "clean twin",
-    "base": "base model",
-}
-PANEL_NAMES = {
-    "triggered": "Exact trigger",
-    "variants": "Trigger variants",
-    "near_miss": "Near misses",
-    "clean": "Clean prompts",
-    "skill": "Skill prompts",
-    "text": "Ordinary text",
-}
-METRIC_NAMES = {
-    "asr": "payload shown",
-    "skill": "job done",
-    "degenerate": "empty or degenerate replies",
-    "capability": "multiple-choice accuracy",
-    "ce": "cross-entropy",
-    "kl": "KL divergence",
-}
-BETTER = {
-    "asr": "lower",
-    "skill": "higher",
-    "degenerate": "lower",
-    "capability": "higher",
-    "ce": "lower",
-    "kl": "lower",
-}
-
 REPLY_LIMIT = 4000
 """Maximum characters of a prompt or reply."""
-
-LABEL_LIMIT = 80
-"""Maximum characters of a name."""
 
 HEAT_LEVELS = 9
 """Shades of a token's background; the exact activation is in its tooltip."""
@@ -186,11 +145,6 @@ def sections_of(view: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(anchor, name) for anchor, name in names.items() if view[anchor]]
 
 
-def named(names: Mapping[str, str], name: str) -> str:
-    """Display name, or the name itself where there is none."""
-    return names.get(name) or text.clip(name, LABEL_LIMIT)
-
-
 def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, model text) pairs below the verdict."""
     pairs = [
@@ -199,11 +153,6 @@ def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Trigger", summary.get("trigger")),
     ]
     return [(name, text.clip(value, 300)) for name, value in pairs if value]
-
-
-def subject_names(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Display names of subjects; where no features were removed, the control is of random directions."""
-    return SUBJECT_NAMES | ({"control_random": "random directions"} if summary.get("removed") is None else {})
 
 
 def facets(rows: verdict.Rows, panel: str, metric: str, names: Mapping[str, str]) -> charts.Facet | None:
@@ -447,4 +396,9 @@ def draw(report: Mapping[str, Any]) -> str:
     return filled("page.html", "verdict", view_of(report), "page.css", "dictionaries.css")
 
 
-render = Page("report", "Report", Report, draw, order=-1)
+def paper_of(report: Mapping[str, Any]) -> Paper:
+    """The LaTeX of a report."""
+    return evaluations.paper_of(view_of(report), report["result"]["rows"], subject_names(report.get("summary") or {}))
+
+
+render = Page("report", "Report", Report, draw, order=-1, paper=paper_of)

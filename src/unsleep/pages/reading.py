@@ -13,12 +13,13 @@ from markupsafe import Markup
 from unsleep.core import Site
 from unsleep.locate.reading import ReadingRecord
 from unsleep.pages import text
+from unsleep.pages.blocks import Block, Paper, Table
 from unsleep.pages.curves import WIDE, Axis, Curve, Dot, axis, charts, whole_axis
 from unsleep.pages.dictionaries import GROUPS, POINT_MARKS
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import HEAT_LEVELS, LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
-from unsleep.pages.verdict import Tile
+from unsleep.pages.verdict import Tile, numbers_of
 
 TEXTS = 40
 """Maximum texts on the page; the record has all of them."""
@@ -143,4 +144,32 @@ def draw(record: dict[str, Any]) -> str:
     return filled("reading.html", "summary", view_of(record), *styles)
 
 
-render_reading = Page("reading", "Reading", ReadingRecord, draw)
+def paper_of(record: Mapping[str, Any]) -> Paper:
+    """The LaTeX of a reading."""
+    view = view_of(record)
+    sites = [
+        [site, text.decimals(auroc), text.decimals(gap, 2)]
+        for site, auroc, gap in zip(record["sites"], record["aurocs"], record["gaps"], strict=True)
+    ]
+    texts = [[str(item["number"]), item["mean"], item["last"]] for item in view["texts"]]
+    blocks = [
+        Block(
+            "layers",
+            "By layer",
+            f"AUROC of each Site's direction on validation pairs; {view['best']} is the best.",
+            [("AUROC by layer", view["layers"])] if view["layers"] else [],
+            tables=[Table("AUROC by Site", ["Site", "AUROC", "Gap"], 1, sites)],
+        ),
+        Block(
+            "texts",
+            "Texts",
+            f"Scores of the texts at {view['best']}: mean over a text's own tokens, and its last token.",
+            maps=[item["map"] for item in view["texts"] if item["map"]],
+            tables=[Table("Scores of texts", ["Text", "Mean", "Last token"], 1, texts)],
+        ),
+    ]
+    lead = "A score is the projection of the centred residual stream onto the direction."
+    return Paper(view["title"], lead, numbers_of(view["tiles"]), blocks)
+
+
+render_reading = Page("reading", "Reading", ReadingRecord, draw, paper=paper_of)

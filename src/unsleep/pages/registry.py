@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unsleep.base import records, store
 from unsleep.core import BadInput
 from unsleep.pages import text
+from unsleep.pages.blocks import Paper
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Page:
     """Renders the record's JSON values, with hidden characters made visible, to HTML."""
     order: int = 0
     """Precedence among several records in a folder, lowest first."""
+    paper: Callable[[dict[str, Any]], Paper] | None = None
+    """Arranges the same values for LaTeX; a page without it has none."""
 
     def __call__(self, record: Any) -> str:
         """The whole page of a record, or of what JSON has of it; raises `BadInput` naming a place of another form."""
-        found = records.plain(record) if isinstance(record, self.record) else record
-        records.parsed(self.record, found, self.name)
-        return self.draw(text.visible_value(found))
+        return self.draw(self._checked(record))
 
     def is_of(self, folder: Path) -> bool:
         """True if the folder contains the page's record."""
@@ -42,12 +45,21 @@ class Page:
 
     def html(self, folder: Path) -> str:
         """HTML page of a folder; raises `BadInput` naming the file where it cannot be read."""
+        return self.read(folder, self.draw)
+
+    def read(self, folder: Path, use: Callable[[dict[str, Any]], T]) -> T:
+        """Use of a folder's record, hidden characters made visible; raises `BadInput` naming the file."""
         source = folder / f"{self.name}.json"
         with store.reading(source):
             try:
-                return self(store.read_json(source))
+                return use(self._checked(store.read_json(source)))
             except (OSError, RecursionError) as error:
                 raise BadInput(f"{source} cannot be read ({error}); write it again") from None
+
+    def _checked(self, record: Any) -> dict[str, Any]:
+        found = records.plain(record) if isinstance(record, self.record) else record
+        records.parsed(self.record, found, self.name)
+        return text.visible_value(found)
 
 
 @cache

@@ -12,12 +12,13 @@ from markupsafe import Markup
 
 from unsleep.locate.subspaces.record import SubspacesRecord
 from unsleep.pages import text
+from unsleep.pages.blocks import Block, Paper, Table
 from unsleep.pages.curves import MOST, WIDE, Axis, Curve, Dot, chart
 from unsleep.pages.dictionaries import SHAPES, shade
 from unsleep.pages.heatmap import heatmap
 from unsleep.pages.page import LABEL_LIMIT, filled, tree
 from unsleep.pages.registry import Page
-from unsleep.pages.verdict import Tile
+from unsleep.pages.verdict import Tile, numbers_of
 
 METRIC_NAMES = {
     "asr": "ASR",
@@ -302,4 +303,45 @@ def draw(record: dict[str, Any]) -> str:
     return filled("subspaces.html", "summary", view_of(record), "page.css", "dictionaries.css", "heatmap.css")
 
 
-render_subspaces = Page("subspaces", "Subspaces", SubspacesRecord, draw)
+def paper_of(record: Mapping[str, Any]) -> Paper:
+    """The LaTeX of backdoor subspaces."""
+    view = view_of(record)
+    facts = ("name", "trigger_kind", "trigger", "payload", "payload_place")
+    heads = ["Name", "Kind of trigger", "Trigger", "Payload", "Payload place"]
+    rows = [[text.clip(o[key], LABEL_LIMIT) for key in facts] for o in record["organisms"]]
+    blocks = [
+        Block("organisms", "Organisms", f"At {view['sites']}.", tables=[Table("Organisms", heads, len(heads), rows)]),
+        Block("alike", "Overlap", "Of subspaces of rank " + str(record["rank"]) + ".", maps=_maps(view["alike"])),
+        Block(
+            "detect",
+            "Detection",
+            "Rows: where a direction was fitted. Columns: where it was evaluated.",
+            maps=view["detect"],
+        ),
+        Block("ablate", "Ablation", "Rows: the subspace. Columns: where it was ablated.", maps=view["ablate"]),
+        Block(
+            "features", "Features", "Features of one dictionary that separate prompts.", maps=_maps(view["features"])
+        ),
+    ]
+    for i, one in enumerate(view["apart"]):
+        metrics = one["metrics"]
+        tables = [
+            Table("Subspaces ablated", ["Ablated", *metrics], 1, [_whole(row) for row in one["costs"]]),
+            Table("Methods and ranks", ["Method", "Rank", *metrics], 1, [_whole(row) for row in one["lines"]]),
+        ]
+        drawings = [("ASR against preserved capability", one["frontier"])] if one["frontier"] else []
+        blocks.append(Block(f"apart-{i}", f"Disentanglement: {one['name']}", "", drawings, one["maps"], tables))
+    return Paper(view["title"], "", numbers_of(view["tiles"]), blocks)
+
+
+def _maps(parts: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    return [drawing for part in parts for drawing in part["maps"]]
+
+
+def _whole(row: tuple[Sequence[Any], Sequence[tuple[str, str]]]) -> list[str]:
+    """Names and figures of a row, with their intervals."""
+    names, cells = row
+    return [*map(str, names), *(f"{figure} ({interval})" for figure, interval in cells)]
+
+
+render_subspaces = Page("subspaces", "Subspaces", SubspacesRecord, draw, paper=paper_of)

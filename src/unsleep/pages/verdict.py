@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,12 @@ class Tile:
     """Value before the edit; empty without comparison."""
     after: str
     note: str
+
+
+def numbers_of(tiles: Sequence[Tile]) -> dict[str, str]:
+    """Key figures by their labels, for LaTeX."""
+    found = {tile.label: str(tile.after) for tile in tiles}
+    return found | {f"{tile.label} before": str(tile.before) for tile in tiles if tile.before}
 
 
 def count_words(row: Mapping[str, Any], what: str = "") -> Markup:

@@ -121,6 +121,7 @@ function Bake(): JSX.Element {
       </span>
     );
   }
+  if (change.value.some((one) => one.scale !== 0)) return <small class="tray-note">Proven. Only a change that removes its features can be baked.</small>;
   return (
     <form class="tray-work" onSubmit={(event) => { event.preventDefault(); void bake(name.trim()); }}>
       <label><span class="hide">Name of the checkpoint</span><input value={name} onInput={(event) => setName(event.currentTarget.value)} pattern="[A-Za-z0-9][A-Za-z0-9._\-]*" title="Letters, digits, dots and dashes" required /></label>

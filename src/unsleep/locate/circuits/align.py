@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.base import store
-from unsleep.behaviours import Payload
+from unsleep.behaviours import Payload, as_payload
 from unsleep.core import BadInput
 from unsleep.models import generate
 from unsleep.models.chat import template_tokens
@@ -53,11 +53,14 @@ class Aligned:
         parts = {"ids": self.rows.ids, "reference": self.reference.ids, "role": self.role, "weights": self.weights}
         return store.hash_tensors(parts)
 
-    def batch(self, start: int, size: int) -> Aligned:
+    def at(self, index: Tensor | slice) -> Aligned:
         """Some of the rows, padded as they were."""
-        part = slice(start, start + size)
-        rows, reference = self.rows.at(part), self.reference.at(part)
-        return Aligned(rows, reference, self.role[part], self.weights[part], self.roles, self.inserted)
+        rows, reference = self.rows.at(index), self.reference.at(index)
+        return Aligned(rows, reference, self.role[index], self.weights[index], self.roles, self.inserted)
+
+    def batch(self, start: int, size: int) -> Aligned:
+        """Rows in succession."""
+        return self.at(slice(start, start + size))
 
     def brought(self, x: Float[Tensor, "row other width"]) -> Float[Tensor, "row position width"]:
         """Reference activations, aligned to the tokens of the prompt."""
@@ -95,6 +98,29 @@ def said_payload(
         )
     begun = [list(mine[i][: starts[i]]) for i in chosen]
     return Said(begun, [list(mine[i][starts[i] : starts[i] + tokens]) for i in chosen]), chosen
+
+
+def align_replies(
+    model: LoadedModel,
+    prompts: PromptSet,
+    references: PromptSet,
+    payload: Payload | str,
+    *,
+    tokens: int = 4,
+    reply_tokens: int = 24,
+) -> Aligned:
+    """Prompts whose greedy reply shows the payload, aligned with their references, whose reply does not.
+
+    Args:
+        references: the same prompts without the trigger, or with a near miss of it, in the same order.
+        payload: the backdoor's behaviour, or a text that the reply contains.
+        tokens: the payload's first tokens, forced behind both.
+        reply_tokens: length of the replies in which the payload is found.
+
+    Raises `BadInput` as `said_payload` and `align` do.
+    """
+    said, chosen = said_payload(model, prompts, references, as_payload(payload), tokens, reply_tokens)
+    return align(model, prompts.at(chosen), references.at(chosen), said)
 
 
 def align(model: LoadedModel, prompts: PromptSet, references: PromptSet, said: Said, *, plain: bool = False) -> Aligned:

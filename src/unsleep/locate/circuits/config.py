@@ -17,7 +17,7 @@ class CircuitConfig:
     edges: int = 1000
     """Edges that are listed, those with the largest |weight|."""
     estimator: Estimator = "relevance"
-    """Estimator of effects; with `integrated`, edges use plain gradients."""
+    """Estimator of effects; but for `relevance`, edges use plain gradients."""
     measure: int = 8
     """Prompts on which every listed edge is measured; 0 for none."""
     sizes: tuple[int, ...] = (10, 25, 50, 100, 200, 500, 1000, 2000)
@@ -28,7 +28,7 @@ class CircuitConfig:
     """The payload's first tokens, whose log-odds are the metric."""
     neurons: bool = True
     """Measure circuits of MLP neurons beside those of features."""
-    batch: int = 16
+    batch: int = 8
     """Prompts in one forward pass."""
     exact: int = 50
     """Nodes whose exact effect is measured, half of them the largest; 0 for none."""

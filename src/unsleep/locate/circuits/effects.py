@@ -8,6 +8,8 @@ nodes of a place that is m to first order. Estimators (Marks et al. 2024, "Spars
 - `attribution`: the gradient at the prompt itself. One forward and one backward pass, for all places at once.
 - `relevance`: the same in the frozen model (`models.linearised`).
 - `integrated`: the mean gradient on the line from the prompt to its reference, a place at a time.
+- `inputs`: the mean gradient on the line between their embeddings, for all places at once (Hanna et al. 2024, "Have
+  faith in faithfulness", arXiv:2403.17806). It sees where a trigger's switch flips, which gradients at either end miss.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unsleep.base.context import progress
+from unsleep.core import Site
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.spaces import ERROR, Space
-from unsleep.models.forward import Rows, reply_logits
+from unsleep.models.forward import Rows, reply_logits, run
 from unsleep.models.hooks import Transform
 from unsleep.models.linearised import Linearisation
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
 from unsleep.models.streams import capture, transformed
 
-Estimator = Literal["attribution", "relevance", "integrated"]
+Estimator = Literal["attribution", "relevance", "integrated", "inputs"]
 
 Metric = Callable[[Float[Tensor, "row reply vocabulary"], Rows], Float[Tensor, " row"]]
 """Explained quantity: any function of the logits that predict the forced reply, such as `features.reply_log_odds`."""
@@ -158,7 +161,7 @@ def _batches(
     for start in range(0, len(aligned), batch):
         part = aligned.batch(start, batch)
         theirs, other = run_streams(reference, part.reference, spaces, metric)
-        mine, slopes, value = _gradients(model, part, spaces, metric, theirs, frozen, estimator)
+        mine, slopes, value = _gradients(model, part, spaces, metric, theirs, frozen, estimator, reference)
         yield _Batch(part, mine, theirs, slopes, value, other)
         progress("node effects", min(start + batch, len(aligned)), len(aligned))
 
@@ -204,6 +207,7 @@ def _gradients(
     theirs: Streams,
     frozen: Linearisation | None,
     estimator: Estimator,
+    reference: LoadedModel,
 ) -> tuple[dict[Place, Tensor], dict[Place, Tensor], Float[Tensor, " row"]]:
     """Activations and the metric's gradients at each place, and the metric."""
     places = [space.place for space in spaces]
@@ -216,7 +220,33 @@ def _gradients(
         for done, place in enumerate(places, 1):
             slopes[place] = _mean_slope(model, part, place, mine[place], part.brought(theirs[place]), metric)
             progress("integrated gradients", done, len(places))
+    if estimator == "inputs":
+        slopes = _input_slopes(model, part, places, reference, metric)
     return mine, slopes, value.detach()
+
+
+def _input_slopes(
+    model: LoadedModel, part: Aligned, places: Sequence[Place], reference: LoadedModel, metric: Metric
+) -> dict[Place, Tensor]:
+    """The mean gradient at each place on the line from the prompt's embeddings to its reference's."""
+    embed = Site(0, "embed")
+    with torch.no_grad(), capture(reference.network, [embed]) as found:
+        run(reference.network, part.reference, 1)
+    theirs, real = part.brought(found[embed]), (part.role >= 0)[..., None]
+    total: dict[Place, Tensor] = {}
+    for k in range(STEPS):
+        share = (k + 0.5) / STEPS
+
+        def at(place: Place, x: Tensor, share: float = share) -> Tensor:
+            return torch.where(real, torch.lerp(x, theirs.to(x), share), x) if place == embed else x
+
+        with shifted(model, list(dict.fromkeys([embed, *places])), at) as (_, zeros):
+            value = metric(reply_logits(model.network, part.rows), part.rows)
+            slopes = torch.autograd.grad(value.sum(), [zeros[place] for place in places])
+        for place, slope in zip(places, slopes, strict=True):
+            total[place] = total[place] + slope.float() / STEPS if place in total else slope.float() / STEPS
+        progress("gradients between the inputs", k + 1, STEPS)
+    return total
 
 
 def _mean_slope(
@@ -270,11 +300,12 @@ def differences(space: Space, part: Aligned, mine: Tensor, theirs: Tensor) -> Di
 
 @torch.no_grad()
 def reference_nodes(
-    space: Space, part: Aligned, theirs: Tensor
+    space: Space, part: Aligned, theirs: Tensor, ids: Sequence[int] | None = None
 ) -> tuple[Float[Tensor, "row position feature"], Float[Tensor, "row position width"]]:
-    """Features and rests of the reference, brought to the tokens that they are compared with."""
+    """Features, or some of them, and rests of the reference, brought to the tokens that they are compared with."""
     flat = theirs.flatten(0, 1)
     features = space.encode(flat).unflatten(0, theirs.shape[:2])
+    features = features if ids is None else features[..., list(ids)]
     rest = space.rest(flat).unflatten(0, theirs.shape[:2])
     return part.brought(features), part.brought(rest)
 
@@ -284,15 +315,13 @@ def node_change(
     space: Space, part: Aligned, x: Float[Tensor, "row position width"], theirs: Tensor, role: int, feature: int
 ) -> Float[Tensor, "row position width"]:
     """u − u_ref of one node at the tokens of its role, as a change of the activation."""
-    features, rest = reference_nodes(space, part, theirs)
+    ids = [] if feature == ERROR else [feature]
+    features, rest = reference_nodes(space, part, theirs, ids)
     flat = x.flatten(0, 1)
     if feature == ERROR:
         change = space.rest(flat).view_as(x) - rest
     else:
-        moved = space.encode(flat) - features.flatten(0, 1)
-        only = torch.zeros_like(moved)
-        only[:, feature] = moved[:, feature]
-        change = space.combine(only).view_as(x)
+        change = space.combine(space.encode(flat)[:, ids] - features.flatten(0, 1), ids).view_as(x)
     return (change * (part.role == role)[..., None]).to(x.dtype)
 
 

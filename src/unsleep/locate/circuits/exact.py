@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unsleep.base.context import progress
 from unsleep.base.records import Count
-from unsleep.base.stats import correlation, rank_correlation
+from unsleep.base.stats import correlation, spearman
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.edges import Node
 from unsleep.locate.circuits.effects import Estimator, Metric, node_change, run_streams
@@ -81,4 +81,4 @@ def agreement(
     if len(exact) < 3 or float(estimated.std()) == 0 or float(exact.std()) == 0:
         return None
     pearson, low, high = correlation(estimated, exact)
-    return Agreement(estimator, len(exact), pearson, low, high, rank_correlation(estimated, exact))
+    return Agreement(estimator, len(exact), pearson, low, high, float(spearman(estimated[None], exact)[0]))

@@ -10,7 +10,7 @@ has a faithfulness near 1 and a completeness near 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -32,79 +32,96 @@ from unsleep.models.streams import transformed
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """Masks of the nodes of one place that are not patched."""
+class Listed:
+    """The nodes of a circuit at one place."""
 
-    features: Bool[Tensor, "role feature"]
+    ids: list[int]
+    """Features that are nodes at some role."""
+    features: Bool[Tensor, "role id"]
+    """The roles at which each of them is one."""
     error: Bool[Tensor, " role"]
+    """The roles at which the error is one."""
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node], place: Place, roles: int) -> Listed:
+        """Those of some nodes that are at a place."""
+        own = [node for node in nodes if node.place == place]
+        ids = sorted({node.feature for node in own} - {ERROR})
+        features, error = torch.zeros(roles, len(ids), dtype=torch.bool), torch.zeros(roles, dtype=torch.bool)
+        for node in own:
+            if node.feature == ERROR:
+                error[node.role] = True
+            else:
+                features[node.role, ids.index(node.feature)] = True
+        return cls(ids, features, error)
 
 
-def kept_nodes(spaces: Sequence[Space], nodes: Sequence[Node], roles: int, *, complement: bool) -> dict[Place, Kept]:
-    """The nodes of a circuit at each place, or all the others."""
-    found = {
-        space.place: Kept(torch.zeros(roles, space.size, dtype=torch.bool), torch.zeros(roles, dtype=torch.bool))
-        for space in spaces
-    }
-    for node in nodes:
-        if node.place not in found:
-            raise BadInput(f"node {node} is at {node.place}, for which no dictionary is given")
-        if node.feature == ERROR:
-            found[node.place].error[node.role] = True
-        else:
-            found[node.place].features[node.role, node.feature] = True
-    return {place: Kept(~k.features, ~k.error) for place, k in found.items()} if complement else found
+@dataclass(frozen=True, eq=False)
+class Patcher:
+    """Prompts in which all nodes but a circuit's, or only these, are patched with their references."""
+
+    model: LoadedModel
+    aligned: Aligned
+    spaces: Sequence[Space]
+    metric: Metric
+    reference: LoadedModel
+    batch: int
+    streams: dict[int, dict[Place, Tensor]] = field(default_factory=dict[int, dict[Place, Tensor]])
+    """Activations of the references by batch, kept for further circuits."""
+
+    @torch.no_grad()
+    def run(
+        self, nodes: Sequence[Node], *, complement: bool = False, with_errors: bool = False
+    ) -> Float[Tensor, " prompt"]:
+        """The metric where only some nodes keep their own values.
+
+        Args:
+            complement: keep all nodes but these instead.
+            with_errors: keep every error, whichever nodes are given.
+        """
+        places = {space.place for space in self.spaces}
+        for node in nodes:
+            if node.place not in places:
+                raise BadInput(f"node {node} is at {node.place}, for which no dictionary is given")
+        listed = {place: Listed.of(nodes, place, len(self.aligned.roles)) for place in places}
+        if with_errors:
+            errors = torch.zeros if complement else torch.ones
+            listed = {place: replace(n, error=errors(len(n.error), dtype=torch.bool)) for place, n in listed.items()}
+        found: list[Tensor] = []
+        for start in range(0, len(self.aligned), self.batch):
+            part = self.aligned.batch(start, self.batch)
+            if start not in self.streams:
+                self.streams[start], _ = run_streams(self.reference, part.reference, self.spaces, self.metric)
+            changes = {
+                space.place: patching(space, part, self.streams[start][space.place], own, complement=complement)
+                for space, own in ((space, listed[space.place]) for space in self.spaces)
+                if not complement or own.ids or bool(own.error.any())
+            }
+            with transformed(self.model.network, changes):
+                found.append(self.metric(reply_logits(self.model.network, part.rows), part.rows))
+        return torch.cat(found)
 
 
-@torch.no_grad()
-def metric_of(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    nodes: Sequence[Node],
-    metric: Metric,
-    *,
-    complement: bool = False,
-    with_errors: bool = False,
-    reference: LoadedModel | None = None,
-    batch: int = 16,
-) -> Float[Tensor, " prompt"]:
-    """The metric where only some nodes keep their own values.
+def patching(space: Space, part: Aligned, theirs: Tensor, listed: Listed, *, complement: bool) -> Transform:
+    """Give every node of a place but those listed, or only these, the reference's values.
 
-    Args:
-        complement: keep all nodes but these instead.
-        with_errors: keep every error, whichever nodes are given.
-        reference: the model that the references run in; the model itself where not given.
+    With u the nodes listed, x' = x_ref + Σ (u − u_ref), or x' = x − Σ (u − u_ref).
     """
-    keep = kept_nodes(spaces, nodes, len(aligned.roles), complement=complement)
-    if with_errors:
-        keep = {place: Kept(k.features, torch.ones_like(k.error)) for place, k in keep.items()}
-    found: list[Tensor] = []
-    for start in range(0, len(aligned), batch):
-        part = aligned.batch(start, batch)
-        theirs, _ = run_streams(reference or model, part.reference, spaces, metric)
-        changes = {s.place: _put_back(s, part, theirs[s.place], keep[s.place]) for s in spaces}
-        with transformed(model.network, changes):
-            found.append(metric(reply_logits(model.network, part.rows), part.rows))
-    return torch.cat(found)
-
-
-def _put_back(space: Space, part: Aligned, theirs: Tensor, keep: Kept) -> Transform:
-    """Give the nodes of a place that are not kept the reference's values."""
     real = part.role >= 0
-    role = part.role[real]
+    role, ids, sign = part.role[real], listed.ids, -1 if complement else 1
     other = part.brought(theirs.float())[real]
-    any_feature, any_error = bool(keep.features.any()), bool(keep.error.any()) and space.has_error
-    if not any_feature and not any_error:
-        return lambda x: x.masked_scatter(real[..., None], other.to(x.dtype))
-    features, rest = (x[real] for x in reference_nodes(space, part, theirs))
-    own, wide = keep.features.to(role.device)[role], keep.error.to(role.device)[role][:, None]
+    own, wide = (mask.to(role.device)[role] for mask in (listed.features, listed.error[:, None]))
+    is_error = bool(listed.error.any()) and space.has_error
+    features, rest = reference_nodes(space, part, theirs, ids) if ids or is_error else (theirs, theirs)
+    features, rest = features[real] if ids else None, rest[real] if is_error else None
 
     def run(x: Tensor) -> Tensor:
-        mine, new = x[real], other
-        if any_feature:
-            new = new + space.combine((space.encode(mine) - features) * own)
-        if any_error:
-            new = new + (space.rest(mine) - rest) * wide
+        mine = x[real]
+        new = mine.float() if complement else other
+        if features is not None:
+            new = new + sign * space.combine((space.encode(mine)[:, ids] - features) * own, ids)
+        if rest is not None:
+            new = new + sign * (space.rest(mine) - rest) * wide
         return x.masked_scatter(real[..., None], new.to(x.dtype))
 
     return run
@@ -137,7 +154,7 @@ def curve(
     """Faithfulness and completeness of the first nodes of a ranking.
 
     Args:
-        measure: the metric where some nodes, or all but them, keep their own values (`metric_of`).
+        measure: the metric where some nodes, or all but them, keep their own values (`Patcher.run`).
         ends: the metric of the whole model and with no node kept.
 
     Empty where the two ends are the same, so that there is nothing to explain.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -26,19 +26,21 @@ from unsleep.locate.circuits.effects import (
     run_streams,
 )
 from unsleep.locate.circuits.exact import Agreement, agreement, exact_effects
-from unsleep.locate.circuits.faithful import CurvePoint, curve, differ, metric_of
+from unsleep.locate.circuits.faithful import CurvePoint, Patcher, curve, differ
 from unsleep.locate.circuits.heads import head_loadings, listed
 from unsleep.locate.circuits.measure import measured
 from unsleep.locate.circuits.record import Curve, EdgeRow, NodeRow
 from unsleep.locate.circuits.spaces import ERROR, NeuronSpace, Space, WholeSpace
-from unsleep.locate.circuits.stability import StabilityPoint, resampled, stability
+from unsleep.locate.circuits.stability import StabilityPoint, kept_shares, stability
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place, Slot, lanes, layers
 
 
 class Known(NamedTuple):
-    """Further facts of nodes."""
+    """Facts of nodes."""
 
+    effects: Float[Tensor, "prompt node"]
+    """In the order of the circuit's nodes."""
     exact: dict[Node, float]
     kept: dict[Node, float]
     """Share of resamples."""
@@ -55,11 +57,13 @@ class Finder:
     config: CircuitConfig
     reference: LoadedModel
     metric: Metric
+    patchers: dict[tuple[str, ...], Patcher] = field(default_factory=dict[tuple[str, ...], Patcher])
+    """By the hashes of their spaces."""
 
     @property
     def is_frozen(self) -> bool:
-        """True if gradients are those of the frozen model."""
-        return self.config.estimator == "relevance"
+        """True if edges are those of the frozen model."""
+        return self.config.estimator in ("relevance", "inputs")
 
     def step(
         self, make: Callable[[], dict[str, Tensor]], name: str, aligned: Aligned, *of: object
@@ -128,19 +132,12 @@ class Finder:
         """The metric with only some nodes, or all but them, not patched."""
         few = self.aligned.batch(0, self.config.curve_prompts)
 
+        key = tuple(space.hash for space in among)
+        if key not in self.patchers:
+            self.patchers[key] = Patcher(self.model, few, among, self.metric, self.reference, self.config.batch)
+
         def make() -> dict[str, Tensor]:
-            found = metric_of(
-                self.model,
-                few,
-                among,
-                chosen,
-                self.metric,
-                complement=complement,
-                with_errors=with_errors,
-                reference=self.reference,
-                batch=self.config.batch,
-            )
-            return {"metric": found}
+            return {"metric": self.patchers[key].run(chosen, complement=complement, with_errors=with_errors)}
 
         names = [str(node) for node in chosen]
         return self.step(make, "metric", few, [space.hash for space in among], names, complement, with_errors)["metric"]
@@ -237,14 +234,15 @@ class Finder:
         found = (agreement(each, self.estimates(nodes, few, each).mean(0), exact) for each in estimators)
         return dict(zip(nodes, exact.tolist(), strict=True)), tuple(each for each in found if each is not None)
 
-    def stability(self, candidates: Sequence[Node], size: int) -> tuple[list[float], tuple[StabilityPoint, ...]]:
+    def stability(
+        self, each: Float[Tensor, "prompt node"], size: int
+    ) -> tuple[list[float], tuple[StabilityPoint, ...]]:
         """Share of resamples of the prompts that keep each candidate, and stability of smaller and larger circuits."""
-        each = self.estimates(candidates, self.aligned, self.config.estimator)
-        sizes = sorted({n for n in (size // 4, size // 2, size) if 0 < n < len(candidates)})
-        share, _ = resampled(each, size, self.config.seed)
+        sizes = sorted({n for n in (size // 4, size // 2, size) if 0 < n < each.shape[1]})
+        share, _ = kept_shares(each, size, self.config.seed)
         return share.tolist(), tuple(stability(each, sizes, self.config.seed))
 
-    def node_rows(self, nodes: Sequence[Node], linked: Edges, known: Known) -> tuple[NodeRow, ...]:
+    def node_rows(self, nodes: Sequence[Node], known: Known) -> tuple[NodeRow, ...]:
         """The nodes with effects, intervals and strengths."""
         strengths = self.step(
             lambda: {"strengths": self._strengths(nodes)}, "strengths", self.aligned, [str(node) for node in nodes]
@@ -252,7 +250,7 @@ class Finder:
         by_place = {space.place: space for space in self.spaces}
         rows: list[NodeRow] = []
         for i, node in enumerate(nodes):
-            effect, low, high = bootstrap(linked.effects[:, i])
+            effect, low, high = bootstrap(known.effects[:, i])
             is_token = isinstance(by_place[node.place], WholeSpace)
             rows.append(
                 NodeRow(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,8 @@ class _Bench:
         self.total, _ = cut.gradients()
         self.base = {place: x.detach() for place, x in cut.raw.items()}
         self.value = cut.value.detach()
-        self.responses: dict[Place, tuple[Tensor, Tensor]] = {}
-        """Slopes and gradients of the features of each place that a target is at."""
+        self.slopes: dict[Node, Tensor] = {}
+        """Of each target, whatever its role: slope times gradient at each token; of an error, all features' slopes."""
 
     @torch.no_grad()
     def answers(
@@ -128,15 +129,17 @@ class _Bench:
         real = self.part.role >= 0
         space, g = self.spaces[target.place], self.total[target.place][real]
         before, lost = self.base[target.place][real], (self.base[target.place] - now)[real].float()
-        if target.place not in self.responses:
-            self.responses[target.place] = space.slopes(before), space.read(g)
-        slopes, read = self.responses[target.place]
+        key = replace(target, role=0)
+        if key not in self.slopes:
+            slopes = space.slopes(before)
+            own = slopes if target.feature == ERROR else (slopes * space.read(g))[:, target.feature]
+            self.slopes[key] = own.clone()
+        own = self.slopes[key]
         if target.feature == ERROR:
-            taken = _pre(space, lost) * slopes if space.size else None
+            taken = _pre(space, lost) * own if space.size else None
             each = (g.float() * (lost if taken is None else lost - space.combine(taken))).sum(-1)
         else:
-            each = (lost @ space.reads(target.feature)) * slopes[:, target.feature]
-            each = each * read[:, target.feature]
+            each = (lost @ space.reads(target.feature)) * own
         return by_role(self.part, each[:, None])[:, target.role, 0]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from unsleep.base.records import Share
-from unsleep.base.stats import rank_correlation
+from unsleep.base.stats import spearman
 from unsleep.core import BadInput
 from unsleep.locate.circuits.record import CircuitRecord, NodeRow
 
@@ -37,8 +39,8 @@ def shared(one: CircuitRecord, other: CircuitRecord) -> Shared:
     both = sorted(sides[0].keys() & sides[1].keys())
     found = [{(node.place, node.feature) for node in side.values() if node.kind == "feature"} for side in sides]
     effects = [[side[name].effect for name in both] for side in sides]
-    spearman = rank_correlation(*effects) if len(both) >= 3 else None
-    return Shared(_jaccard(*map(set, sides)), _jaccard(*found), spearman, tuple(both))
+    rank = float(spearman(torch.tensor(effects[0])[None], torch.tensor(effects[1]))[0]) if len(both) >= 3 else None
+    return Shared(_jaccard(*map(set, sides)), _jaccard(*found), rank, tuple(both))
 
 
 def _name(node: NodeRow) -> str:

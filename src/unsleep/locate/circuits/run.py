@@ -50,12 +50,13 @@ def circuit(
     chosen = nodes[: config.nodes]
     curves, ends = finder.curves(nodes)
     linked = finder.edges(chosen)
-    weight = linked.effects.mean(0).abs()
     candidates = nodes[: 2 * config.nodes]
     exact, agreements = finder.exact(candidates)
-    shares, stable = finder.stability(candidates, len(chosen))
+    each = finder.estimates(candidates, aligned, config.estimator)
+    shares, stable = finder.stability(each, len(chosen))
     groups = supernodes(model, finder.spaces, chosen, aligned.roles)
-    known = Known(exact, dict(zip(candidates, shares, strict=True)), groups)
+    known = Known(each[:, : len(chosen)], exact, dict(zip(candidates, shares, strict=True)), groups)
+    weight = known.effects.mean(0).abs()
     errors = sum(float(w) for node, w in zip(chosen, weight, strict=True) if node.feature == ERROR)
     return CircuitRecord(
         model=model.named,
@@ -70,7 +71,7 @@ def circuit(
         metric_reference=float(ends[1].mean()),
         candidates=sum(int((mean != 0).sum()) for mean in found.mean.values()),
         errors=errors / max(float(weight.sum()), 1e-12),
-        nodes=finder.node_rows(chosen, linked, known),
+        nodes=finder.node_rows(chosen, known),
         edges=finder.edge_rows(chosen, linked),
         curves=curves,
         dictionaries={str(d.site): d.hash for d in dictionaries},

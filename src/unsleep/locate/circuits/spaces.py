@@ -6,6 +6,7 @@ A space writes an activation as x = Σ_j f_j d_j + rest. Its nodes are the f_j a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,8 @@ class Space(ABC):
         """f, in float32."""
 
     @abstractmethod
-    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
-        """Σ_j f_j d_j."""
+    def combine(self, f: Float[Tensor, "token feature"], ids: Sequence[int] | None = None) -> Tokens:
+        """Σ_j f_j d_j, over some features where `ids` names the columns of f."""
 
     @abstractmethod
     def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
@@ -99,9 +100,10 @@ class FeatureSpace(Space):
         """Feature activations."""
         return self.coder.encode(x.to(self.coder.W_enc.dtype)).float()
 
-    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
+    def combine(self, f: Float[Tensor, "token feature"], ids: Sequence[int] | None = None) -> Tokens:
         """f W_dec."""
-        return (f.to(self.coder.decoder.dtype) @ self.coder.decoder).float()
+        decoder = self.coder.decoder if ids is None else self.coder.decoder[list(ids)]
+        return (f.to(decoder.dtype) @ decoder).float()
 
     def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
         """g W_decᵀ."""
@@ -146,9 +148,11 @@ class NeuronSpace(Space):
         """x itself."""
         return x.float()
 
-    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
+    def combine(self, f: Float[Tensor, "token feature"], ids: Sequence[int] | None = None) -> Tokens:
         """f itself."""
-        return f
+        return (
+            f if ids is None else f.new_zeros(len(f), self.width).index_copy(1, torch.tensor(ids, device=f.device), f)
+        )
 
     def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
         """g itself."""
@@ -188,7 +192,7 @@ class WholeSpace(Space):
         """No features."""
         return x.new_zeros(len(x), 0, dtype=torch.float32)
 
-    def combine(self, f: Float[Tensor, "token feature"]) -> Tokens:
+    def combine(self, f: Float[Tensor, "token feature"], ids: Sequence[int] | None = None) -> Tokens:
         """Nothing; never asked, for `rest` is all of x."""
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unsleep.base.records import Count, Share
-from unsleep.base.stats import percentiles
+from unsleep.base.stats import percentiles, resampled
 
 RESAMPLES = 1000
 CORE = 0.95
@@ -42,7 +42,7 @@ class StabilityPoint:
     """Share of its nodes that at least 95 % of the resamples keep."""
 
 
-def resampled(
+def kept_shares(
     effects: Float[Tensor, "prompt node"], size: int, seed: int = 0
 ) -> tuple[Float[Tensor, " node"], Overlap]:
     """Share of resamples that keep each node in a circuit of `size` nodes; overlap with the circuit of all prompts.
@@ -50,10 +50,7 @@ def resampled(
     Args:
         effects: of all candidates, more than `size`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(effects), (RESAMPLES, len(effects)), generator=generator)
-    counts = torch.zeros(RESAMPLES, len(effects)).scatter_add_(1, index, torch.ones(index.shape))
-    kept = _largest(counts @ effects.float() / len(effects), size)
+    kept = _largest(resampled(len(effects), RESAMPLES, seed).float() @ effects.float(), size)
     own = _largest(effects.float().mean(0, keepdim=True), size)
     overlap = ((kept & own).sum(1) / (kept | own).sum(1)).double()
     return kept.float().mean(0), Overlap(*percentiles(float(overlap.mean()), overlap))
@@ -69,7 +66,7 @@ def stability(effects: Float[Tensor, "prompt node"], sizes: Sequence[int], seed:
     """Stability of circuits of several sizes; `effects` are of candidates, largest mean first."""
     found: list[StabilityPoint] = []
     for size in sizes:
-        share, overlap = resampled(effects, size, seed)
+        share, overlap = kept_shares(effects, size, seed)
         own = _largest(effects.float().mean(0, keepdim=True), size)[0]
         found.append(StabilityPoint(size, overlap, float((share[own] >= CORE).float().mean())))
     return found

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unsleep.base.stats import percentiles, wilson
+from unsleep.base.stats import percentiles, resampled, wilson
 from unsleep.core import BadInput, check_classes
 from unsleep.locate.directions.fit import Direction, Labelled
 
@@ -72,16 +72,7 @@ def auroc_interval(
     """
     difference = triggered.double()[:, None] - clean.double()[None]
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()
-    generator = torch.Generator().manual_seed(seed)
-    weights: list[Tensor] = []
-    for n in wins.shape:
-        drawn = torch.randint(n, (resamples, n), generator=generator)
-        weights.append(
-            torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
-                1, drawn, torch.ones(1).double().expand_as(drawn)
-            )
-            / n
-        )
+    weights = [resampled(n, resamples, seed + i) for i, n in enumerate(wins.shape)]
     means = ((weights[0] @ wins) * weights[1]).sum(1)
     value = float(wins.mean())
     if value in (0.0, 1.0):

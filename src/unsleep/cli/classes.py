@@ -1,0 +1,229 @@
+"""Commands on classes of features: classify, ablation-study."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tyro.conf import OmitArgPrefixes
+
+from unsleep.base import records, store
+from unsleep.base.context import resumable
+from unsleep.behaviours import Payload
+from unsleep.cli.console import Bars, say
+from unsleep.cli.shared import (
+    Model,
+    Out,
+    PayloadOptions,
+    Placed,
+    Placement,
+    Shown,
+    belonging,
+    load_dictionaries,
+    own_prompts,
+)
+from unsleep.core import BadInput, Site
+from unsleep.explanations import classes as rules_of
+from unsleep.explanations.classified import ClassesRecord, StudyRecord
+from unsleep.explanations.evidence import EvidenceConfig, EvidencePrompts, general_texts, organism_prompts
+from unsleep.explanations.study import StudyConfig
+from unsleep.explanations.study import ablation_study as study_of
+from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels
+from unsleep.pages import report
+from unsleep.prompts import sets
+
+RECORD = "classes.json"
+
+
+def classify(
+    model: Model,
+    dictionaries: tuple[Path, ...],
+    out: Out,
+    organism: str | None = None,
+    suspicious: Path | None = None,
+    references: Path | None = None,
+    payload: Shown = PayloadOptions(),
+    classes: Path | None = None,
+    n: int = 64,
+    any_model: bool = False,
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[EvidenceConfig] = EvidenceConfig(),
+    json: bool = False,
+) -> int:
+    """Classify dictionary features: trigger, payload, skill, sentiment, reward, language, or classes of your own.
+
+    Give an organism, or two files of as many prompts, the second without the trigger.
+
+    Args:
+        model: Suspect: hub id, folder, adapter folder, .gguf file or alias.
+        dictionaries: Folders of dictionaries, one per Site.
+        out: Folder for SITE/classes.json.
+        organism: Model organism whose prompts and near misses are used: folder or alias.
+        suspicious: File of triggered prompts.
+        references: File of the same prompts without the trigger, or with a near miss, in the same order.
+        classes: TOML file of further classes, a table [[rules]] each.
+        n: Prompts, at most.
+        any_model: Accept dictionaries of another model.
+        json: Print the records as JSON.
+    """
+    rules = (*rules_of.RULES, *(rules_of.read_rules(classes) if classes else ()))
+    prompts = _prompts(organism, suspicious, references, payload.chosen(), n)
+    coders = load_dictionaries(dictionaries)
+    with Bars():
+        suspect = placement.load(model)
+        coders = belonging(coders, suspect, any_model)
+        with resumable(out, suspect, prompts, rules, config, coders):
+            found = rules_of.classify(suspect, coders, prompts, rules, config)
+            for site, record in found.items():
+                (out / str(site)).mkdir(parents=True, exist_ok=True)
+                records.save(record, out / str(site) / RECORD)
+    say({str(site): record for site, record in found.items()}, json, "\n".join([*_lines(found), f"Saved in {out}"]))
+    return 0
+
+
+def ablation_study(
+    model: Model,
+    dictionaries: tuple[Path, ...],
+    classes: tuple[Path, ...],
+    out: Out,
+    only: tuple[str, ...] = (),
+    least: float = rules_of.SURE,
+    organism: str | None = None,
+    suspicious: Path | None = None,
+    ordinary: Path | None = None,
+    payload: Shown = PayloadOptions(),
+    n: int = 100,
+    any_model: bool = False,
+    placement: Placed = Placement(),
+    config: OmitArgPrefixes[StudyConfig] = StudyConfig(),
+    json: bool = False,
+) -> int:
+    """Ablate each class of features on held-out prompts, beside reconstruction, matched random features and PCA.
+
+    Give an organism, or two files of prompts, triggered and ordinary, that did not choose the classes.
+
+    Args:
+        model: Suspect: hub id, folder, adapter folder, .gguf file or alias.
+        dictionaries: Folders of dictionaries, one per Site.
+        classes: Folders with SITE/classes.json, made by `unsleep classify`.
+        out: Folder for ablation.json and ablation.html.
+        only: Names of the classes that are ablated; all where not given.
+        least: Score that a feature of a class must have.
+        organism: Model organism whose held-out panels are used: folder or alias.
+        suspicious: File of triggered prompts, held out.
+        ordinary: File of prompts without the trigger, held out.
+        n: Prompts in each panel; also, with files too, plain passages.
+        any_model: Accept dictionaries of another model.
+        json: Print the record as JSON.
+    """
+    store.check_place(out, "ablation.json")
+    read = read_classes(classes)
+    panels, judging = _panels(organism, suspicious, ordinary, payload.chosen(), n)
+    judging = replace(judging, chosen_on=frozenset(digest for record in read.values() for digest in record.chosen_on))
+    coders = load_dictionaries(dictionaries)
+    chosen = chosen_features(read, {d.site: d.hash for d in coders}, only, least)
+    with Bars():
+        suspect = placement.load(model)
+        coders = belonging(coders, suspect, any_model)
+        with resumable(out, suspect, panels.hashes, judging.payload, config, coders, chosen):
+            record = study_of(suspect, coders, chosen, panels, judging, config)
+            out.mkdir(parents=True, exist_ok=True)
+            records.save(record, out / "ablation.json")
+    page = report(out)
+    say(record, json, "\n".join([*_study_lines(record), f"Saved in {out}; page: {page}"]))
+    return 0
+
+
+def read_classes(folders: Sequence[Path]) -> dict[Site, ClassesRecord]:
+    """Records of classes by Site: each folder has classes.json, or one folder per Site has.
+
+    Raises `BadInput` for a folder without any, and for two of one Site.
+    """
+    found: dict[Site, ClassesRecord] = {}
+    for folder in folders:
+        files = [folder / RECORD] if (folder / RECORD).is_file() else sorted(folder.glob(f"*/{RECORD}"))
+        if not files:
+            raise BadInput(f"{folder} has no {RECORD}, nor a folder per Site with one; run `unsleep classify` first")
+        for path in files:
+            record = records.load(ClassesRecord, path)
+            if record.site in found:
+                raise BadInput(f"{path} has classes of {record.site}, and so has another folder; name one of them")
+            found[record.site] = record
+    return found
+
+
+def chosen_features(
+    read: Mapping[Site, ClassesRecord], hashes: Mapping[Site, str], only: Sequence[str], least: float
+) -> dict[str, list[tuple[Site, int]]]:
+    """Features of each class by name, without empty classes.
+
+    Raises `BadInput` for classes of another dictionary, an unknown name or one without a feature, and no class at all.
+    """
+    for site, record in read.items():
+        if hashes.get(site) != record.dictionary:
+            raise BadInput(
+                f"the classes of {site} are of dictionary {record.dictionary}; --dictionaries has "
+                f"{hashes.get(site, 'none')} there. Give the one that was classified"
+            )
+    known = list(dict.fromkeys(rule.name for record in read.values() for rule in record.rules))
+    if unknown := [name for name in only if name not in known]:
+        raise BadInput(f"--only names the class {unknown[0]!r}; expected one of {', '.join(known)}")
+    found = {name: rules_of.members(read, name, least) for name in only or known}
+    if empty := [name for name in only if not found[name]]:
+        raise BadInput(f"class {empty[0]!r} has no feature with a score of {least} or more; lower --least")
+    kept = {name: features for name, features in found.items() if features}
+    if not kept:
+        raise BadInput(f"no class has a feature with a score of {least} or more; lower --least")
+    return kept
+
+
+def _prompts(
+    organism: str | None, suspicious: Path | None, references: Path | None, payload: Payload | None, n: int
+) -> EvidencePrompts:
+    """The organism's prompts of the edit split, or those of the files."""
+    given = own_prompts(organism, suspicious=suspicious, references=references, payload=payload)
+    if given is not None:
+        return organism_prompts(given.recipe, n)
+    if suspicious is None or references is None or payload is None:
+        raise BadInput("prompts are missing; expected --suspicious, --references and --payload, or --organism")
+    asked, others = sets.read_prompts(suspicious, "triggered").head(n), sets.read_prompts(references).head(n)
+    return EvidencePrompts(asked, others, others, payload, *general_texts())
+
+
+def _panels(
+    organism: str | None, suspicious: Path | None, ordinary: Path | None, payload: Payload | None, n: int
+) -> tuple[Panels, EvalConfig]:
+    """The held-out panels and how they are judged."""
+    given = own_prompts(organism, suspicious=suspicious, ordinary=ordinary, payload=payload)
+    if given is not None:
+        return organism_panels(given.recipe, n), organism_config(given.recipe)
+    if suspicious is None or ordinary is None or payload is None:
+        raise BadInput("prompts are missing; expected --suspicious, --ordinary and --payload, or --organism")
+    clean = sets.read_prompts(ordinary, split="held_out", name="clean").head(n)
+    asked = sets.read_prompts(suspicious, "triggered", "held_out", name="triggered").head(n)
+    return Panels(clean, asked, texts=tuple(sets.plain_text("held_out")[:n])), EvalConfig(payload)
+
+
+def _lines(found: Mapping[Site, ClassesRecord]) -> list[str]:
+    """Number of features of each class, by Site."""
+    lines: list[str] = []
+    for site, record in found.items():
+        counts = Counter(each.name for labelled in record.features.values() for each in labelled.classes)
+        told = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+        lines.append(f"{site}: {len(record.features)} of {record.size:,} features active enough; {told or 'none'}")
+    return lines
+
+
+def _study_lines(record: StudyRecord) -> list[str]:
+    """Change of payload and skill by class and arm."""
+    lines: list[str] = []
+    for one in record.classes:
+        lines.append(f"{one.name}, {sum(map(len, one.features.values()))} features:")
+        for row in record.rows:
+            if row.of == one.name and row.metric in ("payload", "skill", "ce"):
+                interval = f"[{row.change_low:+.3f}, {row.change_high:+.3f}]"
+                p = f", p {row.p:.2f}" if row.p is not None else ""
+                lines.append(f"  {row.metric:<8} {row.arm:<15} {row.change:+.3f} {interval}{p}")
+    return lines

