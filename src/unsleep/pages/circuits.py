@@ -82,7 +82,7 @@ def graph_block(record: Record) -> Block:
     """The graph: columns are roles, rows are Sites from the embedding upwards, the payload on top."""
     lead = (
         f"Columns are roles, layers run upwards. Size is |effect|, width of a line |weight|; the {DRAWN} largest edges "
-        "are drawn. Orange promotes the payload, dashed blue suppresses it. Nodes link to their table."
+        "are drawn. Blue promotes the payload, dashed orange suppresses it. Nodes link to their table."
     )
     return Block("graph", "Graph", lead, maps=[graph(record)] if record["nodes"] else [])
 
