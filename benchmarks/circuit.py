@@ -110,7 +110,7 @@ def vetoed(
     """The veto that does best on the circuit's own split: the payload gone, then the skill, then fewest features."""
     tried: list[tuple[tuple[float, float, int], Veto, tuple[Edit, ...]]] = []
     for veto in VETOES:
-        edits = unsleep.circuit_edits(record, coders, veto)
+        edits = unsleep.veto(record, coders, veto)
         asr, skill = shown(model, recipe, edits)
         tried.append(((max(asr, 0.01), -skill, sum(len(edit.removed) for edit in edits)), veto, edits))
     told = [

@@ -155,11 +155,11 @@ def test_the_help_of_the_command_names_every_stage(capsys: Capture):
     with pytest.raises(SystemExit) as exit_:
         cli.run(["--help"])
     assert exit_.value.code == 0
-    assert set(re.findall(r"\w+", capsys.readouterr().out)) >= set(cli.STAGES)
+    assert set(re.findall(r"[\w-]+", capsys.readouterr().out)) >= set(cli.STAGES)
 
 
 def test_stages_of_the_command_line_are_functions_of_the_package():
-    assert all(callable(getattr(unsleep, stage)) for stage in cli.STAGES)
+    assert all(callable(getattr(unsleep, stage.replace("-", "_"))) for stage in cli.STAGES)
 
 
 @pytest.mark.parametrize("arguments", [["dream"], [], ["report"], ["report", "a", "--colour", "red"]])

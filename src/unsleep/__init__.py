@@ -28,9 +28,9 @@ from unsleep.judge.evaluate import evaluate
 from unsleep.judge.results import EvalResult, Row
 from unsleep.locate.circuits.align import align_replies
 from unsleep.locate.circuits.config import CircuitConfig
-from unsleep.locate.circuits.overlap import shared as circuit_overlap
+from unsleep.locate.circuits.overlap import shared as overlap
 from unsleep.locate.circuits.run import circuit
-from unsleep.locate.circuits.veto import circuit_edits
+from unsleep.locate.circuits.veto import circuit_edits as veto
 from unsleep.locate.diffing import diff
 from unsleep.locate.directions.study import study as directions
 from unsleep.locate.features import find
@@ -77,8 +77,6 @@ __all__ = [
     "ask",
     "bake",
     "circuit",
-    "circuit_edits",
-    "circuit_overlap",
     "classify",
     "diff",
     "directions",
@@ -97,6 +95,7 @@ __all__ = [
     "load_organism",
     "open_harvest",
     "organism_job",
+    "overlap",
     "panels",
     "patch",
     "plant",
@@ -112,4 +111,5 @@ __all__ = [
     "steer",
     "subspaces",
     "train",
+    "veto",
 ]
