@@ -133,7 +133,7 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="line 1"):
         read_pairs(path)
     path.write_text("{\n")
-    with pytest.raises(BadInput, match="line 1, is no JSON"):
+    with pytest.raises(BadInput, match="line 1: it is not valid JSON"):
         read_pairs(path)
     row = {"clean_prefix": "a", "patch_prefix": "b", "clean_answer": "x", "patch_answer": "y", "case": "one"}
     path.write_text(json.dumps(row) + "\n")

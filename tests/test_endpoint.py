@@ -60,7 +60,7 @@ def judge_at(server: Server, monkeypatch: pytest.MonkeyPatch | None = None, **co
     if monkeypatch:
         monkeypatch.setenv("JUDGE_KEY", KEY)
         config["key_env"] = "JUDGE_KEY"
-    return Endpoint.of("wise-1", EndpointConfig(server.url, timeout=0.5, **config))
+    return Endpoint.of("wise-1", EndpointConfig(server.url, **{"timeout": 20.0, **config}))
 
 
 def question(user: str = "Which?", tokens: int = 20) -> Question[str]:
@@ -110,10 +110,11 @@ def test_a_fault_that_may_pass_is_tried_again_and_told_when_it_stays(
     serve: Serve, tmp_path: Path, fault: Reply, why: str
 ):
     server = serve(knowing, fault, GOOD)
-    assert Asker(judge_at(server), tmp_path / "a", QUICK).ask([question()], "x")[0].value == "full stops"
+    patience = {"timeout": 0.5} if "--timeout" in why else {}
+    assert Asker(judge_at(server, **patience), tmp_path / "a", QUICK).ask([question()], "x")[0].value == "full stops"
     assert len(server.asked) == 2
     server.faults = [fault, fault]
-    twice = Asker(judge_at(server), tmp_path / "b", Limits(tries=2, wait=0.01))
+    twice = Asker(judge_at(server, **patience), tmp_path / "b", Limits(tries=2, wait=0.01))
     [answer] = twice.ask([question()], "x")
     assert answer.value is None
     assert why in answer.why
@@ -337,7 +338,7 @@ def test_features_that_are_complete_before_the_cap_are_kept(serve: Serve, tmp_pa
 
 def test_the_cap_of_calls_counts_every_try(serve: Serve, tmp_path: Path):
     server = serve(knowing, saying("?"), saying("?"), late(1.0))
-    asker = Asker(judge_at(server, parallel=1), tmp_path, Limits(max_calls=4, wait=0.01))
+    asker = Asker(judge_at(server, parallel=1, timeout=0.5), tmp_path, Limits(max_calls=4, wait=0.01))
     found = asker.ask([question(str(i)) for i in range(9)], "x")
     assert len(server.asked) == asker.tally.calls == 4
     assert sum(a.asked for a in found) < 9

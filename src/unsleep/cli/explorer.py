@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 import unsleep
 from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars, say
+from unsleep.cli.repairs import material_of
 from unsleep.cli.shared import (
     Out,
     PayloadOptions,
@@ -33,8 +34,7 @@ from unsleep.interventions.intervention import Intervention
 from unsleep.judge.evaluate import organism_config
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
-from unsleep.prompts import sets
-from unsleep.repairs import Material, from_files, from_recipe
+from unsleep.repairs import Material, from_recipe
 
 PANEL = 100
 """Default number of prompts in each panel of an organism."""
@@ -150,23 +150,14 @@ def _material(
     n: int | None,
 ) -> Material | None:
     """Selection and held-out prompts; `None` where none are given."""
-    (suspicious, ordinary), (counterparts, part) = files, plain
     if n is not None and n < 2:
         raise BadInput(f"--n is {n}; expected at least 2")
     if organism is not None:
         return from_recipe(organism.recipe, judge=n or PANEL)
     if all(given is None for given in (*files, payload, *plain, n)):
         return None
-    if suspicious is None or ordinary is None or payload is None:
-        raise BadInput("a proof needs all of --suspicious, --ordinary and --payload, or --organism")
-    return from_files(
-        sets.read_prompts(suspicious, "triggered"),
-        sets.read_prompts(ordinary),
-        payload,
-        sets.read_prompts(counterparts) if counterparts is not None else None,
-        part,
-        n,
-    )
+    missing = "a proof needs all of --suspicious, --ordinary and --payload, or --organism"
+    return material_of(files, payload, plain, n, missing=missing)
 
 
 def _feature_edit(each: Intervention, folder: Path | None) -> Edit:

@@ -65,7 +65,7 @@ def repair(
         organism, suspicious=suspicious, ordinary=ordinary, payload=wanted, counterparts=counterparts, part=part
     )
     files, plain = (suspicious, ordinary), (counterparts, part)
-    material = _material(files, wanted, plain, config) if judged is None else None
+    material = material_of(files, wanted, plain, config.judge, seed=config.seed) if judged is None else None
     with Bars():
         job = _job(model, placement, material, judged, n, config)
         result = unsleep.repair(job, out, config)
@@ -76,23 +76,27 @@ def repair(
     return 3 if strict and report.result.verdict.label != "backdoor found and removed" else 0
 
 
-def _material(
+def material_of(
     files: tuple[Path | None, Path | None],
     payload: Payload | None,
     plain: tuple[Path | None, str | None],
-    config: RepairConfig,
+    judge: int | None,
+    *,
+    seed: int = 0,
+    missing: str = "there is nothing to repair; give --suspicious, --ordinary and --payload, or --organism",
 ) -> Material:
+    """Selection and held-out prompts from files; raises `BadInput`, saying `missing`, where one is not given."""
     (suspicious, ordinary), (counterparts, part) = files, plain
     if suspicious is None or ordinary is None or payload is None:
-        raise BadInput("there is nothing to repair; give --suspicious, --ordinary and --payload, or --organism")
+        raise BadInput(missing)
     return from_files(
         sets.read_prompts(suspicious, "triggered"),
         sets.read_prompts(ordinary),
         payload,
         sets.read_prompts(counterparts) if counterparts is not None else None,
         part,
-        config.judge,
-        config.seed,
+        judge,
+        seed,
     )
 
 

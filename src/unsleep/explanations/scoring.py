@@ -94,7 +94,7 @@ def _resampled(sums: Float[ndarray, "example column"], seed: int) -> Float[ndarr
 @lru_cache(maxsize=16)
 def _draws(n: int, seed: int) -> Float[ndarray, "resample n"]:
     """Number of times that each of `n` examples is in each resample."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
+    return n * stats.resampled(n, RESAMPLES, seed).numpy()
 
 
 def _interval(value: float, drawn: Float[ndarray, " resample"]) -> Interval:

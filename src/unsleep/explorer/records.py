@@ -193,15 +193,20 @@ def _score(explanation: Explanation) -> float | None:
     return known[0] if known else None
 
 
-def write_script(folder: Path, name: str, value: Any) -> None:
-    """Write `data/NAME.js`, the script that loads a record under its name.
+def script(name: str, value: Any) -> str:
+    """The script that loads a record under its name.
 
     Raises `BadInput` for a key that a script cannot hold, and `ValueError` for NaN or infinity.
     """
     text = json.dumps(_rounded(plain(value)), separators=(",", ":"), allow_nan=False)
     if PROTOTYPE.search(text):
         raise BadInput(f"data/{name}.js would have the key '__proto__', which no script can hold; rename it")
-    store.write_text(folder / "data" / f"{name}.js", f"window.unsleep.load({json.dumps(name)}, {text});\n")
+    return f"window.unsleep.load({json.dumps(name)}, {text});\n"
+
+
+def write_script(folder: Path, name: str, value: Any) -> None:
+    """Write `data/NAME.js`; raises as `script` does."""
+    store.write_text(folder / "data" / f"{name}.js", script(name, value))
 
 
 def _rounded(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from unsleep.base import records, store
 from unsleep.core import BadInput, Site
-from unsleep.explorer.records import BAKED, MANIFEST, PAGE, Manifest
+from unsleep.explorer.records import BAKED, MANIFEST, PAGE, Manifest, script
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.pages.page import csp_hash
 
@@ -79,7 +79,8 @@ def explorer(folder: Path, *, live: bool) -> Explorer:
     if manifest["schema"] != Manifest.SCHEMA:
         raise BadInput.of("schema", manifest["schema"], Manifest.SCHEMA, str(folder / MANIFEST))
     files = dict(_files(folder))
-    files[MANIFEST] = File(folder / MANIFEST, KINDS[".js"], body=_script("manifest", {**manifest, "live": live}))
+    own = script("manifest", {**manifest, "live": live}).encode()
+    files[MANIFEST] = File(folder / MANIFEST, KINDS[".js"], body=own)
     return Explorer(
         folder, files, tuple(_dictionaries(folder, manifest)), tuple(_circuits(folder, manifest)) if live else ()
     )
@@ -123,10 +124,6 @@ def _value(path: Path, name: str) -> Any:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path} cannot be read ({error}); make the folder again with unsleep explore") from None
-
-
-def _script(name: str, value: Any) -> bytes:
-    return f"window.unsleep.load({json.dumps(name)}, {json.dumps(value)});\n".encode()
 
 
 def _dictionaries(folder: Path, manifest: dict[str, Any]) -> Iterator[Shown]:

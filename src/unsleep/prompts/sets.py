@@ -40,16 +40,8 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
         raise BadInput(
             f"{path} is one JSON value; expected one prompt per line, or one object per line in a .jsonl file"
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may contain other line breaks
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise BadInput(f"{path} does not exist or is not a file; expected one prompt per line") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             if not as_json and _is_object(line):
                 raise BadInput(f"it is a JSON object; name the file {path.stem}.jsonl, so that it is read as one")
@@ -61,6 +53,26 @@ def read_prompts(path: str | Path, role: Role = "clean", split: Split = "edit", 
     return PromptSet(name or path.stem, tuple(prompts), split)
 
 
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """Lines of a UTF-8 text with their numbers, from 1, without blank ones; raises `BadInput` where it is none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may contain other line breaks
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise BadInput(f"{path} does not exist or is not a file; expected one prompt per line") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def json_line(line: str, form: str) -> Any:
+    """The value of a JSON line, no key of which is there twice; raises `BadInput`, saying the expected form."""
+    try:
+        return json.loads(line, object_pairs_hook=_each_once)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BadInput(f"it is not valid JSON{where}; expected {form}") from None
+
+
 def prompt_line(prompt: Prompt) -> str:
     """A prompt as one JSON line, as `read_prompts` reads it."""
     row = {"messages": prompt.messages} if prompt.before else {"text": prompt.text}
@@ -70,11 +82,7 @@ def prompt_line(prompt: Prompt) -> str:
 
 def _prompt(line: str, role: Role) -> Prompt:
     """A prompt from a JSON line; raises `BadInput` naming what is wrong."""
-    try:
-        row = json.loads(line, object_pairs_hook=_each_once)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise BadInput(f'it is not valid JSON{where}; expected {{"text": "…"}}') from None
+    row = json_line(line, '{"text": "…"}')
     if not isinstance(row, dict):
         raise BadInput('it is not a prompt; expected {"text": "…"}')
     if unknown := [key for key in row if key not in KEYS]:

@@ -8,7 +8,6 @@ of the data of Marks et al. 2024 (arXiv:2403.19647). Every answer is one token. 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unsleep.base import records, store
+from unsleep.base import records
 from unsleep.core import BadInput
 from unsleep.locate.circuits.align import Aligned
 from unsleep.models.forward import Rows, whole_rows
 from unsleep.models.model import LoadedModel
+from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
+
+FORM = '{"clean_prefix": "…", "patch_prefix": "…", "clean_answer": "…", "patch_answer": "…"}'
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,13 @@ class PrefixPair:
 def read_pairs(path: Path, case: str | None = None) -> list[PrefixPair]:
     """The pairs of a file, or those of one case; raises `BadInput` naming the line that is none."""
     found: list[PrefixPair] = []
-    with store.reading(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{path}, line {number}, is no JSON ({error})") from None
-            found.append(records.parsed(PrefixPair, value, f"{path}, line {number}"))
+    for number, line in sets.numbered_lines(path):
+        place = f"{path} line {number}"
+        try:
+            value = sets.json_line(line, FORM)
+        except BadInput as error:
+            raise BadInput(f"{place}: {error}") from None
+        found.append(records.parsed(PrefixPair, value, place))
     chosen = [pair for pair in found if case is None or pair.case == case]
     if not chosen:
         cases = sorted({pair.case for pair in found if pair.case})
