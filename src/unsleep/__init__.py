@@ -12,6 +12,7 @@ from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, S
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
+from unsleep.experiments.experiment import experiment
 from unsleep.explanations.asked import ask
 from unsleep.explanations.classes import classify
 from unsleep.explanations.run import explain
@@ -82,6 +83,7 @@ __all__ = [
     "directions",
     "edit",
     "evaluate",
+    "experiment",
     "explain",
     "explore",
     "feature_statistics",

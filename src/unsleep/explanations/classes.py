@@ -26,9 +26,10 @@ from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.explanations.classified import OTHER, UNCLEAR, ClassesRecord, ClassRule, Condition, Labelled, RulesFile
 from unsleep.explanations.evidence import Cards, Evidence, EvidenceConfig, EvidencePrompts, gather
-from unsleep.explanations.lexicons import Scorer, sentiment
+from unsleep.explanations.lexicons import sentiment
 from unsleep.explanations.record import ClassScore, Explanation, Interval
 from unsleep.judge.evaluate import prompt_digests
+from unsleep.judge.outcomes import Scorer
 from unsleep.models.model import LoadedModel
 
 SURE = 0.8

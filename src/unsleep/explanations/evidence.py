@@ -29,10 +29,11 @@ from unsleep.core import BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.explanations.activity import Spans, Strongest, Triggered, attribution, over_spans, triggered
 from unsleep.explanations.figures import aurocs, correlation, quotients, word_figures
-from unsleep.explanations.lexicons import NEGATIVE, POSITIVE, Scorer, sentiment, word_of
+from unsleep.explanations.lexicons import NEGATIVE, POSITIVE, sentiment, word_of
 from unsleep.explanations.record import FeatureCard, Interval
 from unsleep.interventions.features import Edit
 from unsleep.interventions.steering import Steering
+from unsleep.judge.outcomes import Scorer
 from unsleep.locate.circuits.align import ROLES, align, said_payload
 from unsleep.locate.features import log_odds_under
 from unsleep.models import generate

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 
 from unsleep.behaviours.payloads.language import SCRIPTS, Language
-
-Scorer = Callable[[str], float]
-"""A score of a text, such as a reward model's; higher is better."""
 
 
 def _listed(text: str) -> frozenset[str]:

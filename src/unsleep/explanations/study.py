@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,28 +24,26 @@ from unsleep.activations.collect import collect, sink_norm
 from unsleep.base import store
 from unsleep.base.context import kept, progress
 from unsleep.base.linear import orthonormal
-from unsleep.base.stats import bootstrap, bootstrap_both, paired_rates, wilson
-from unsleep.behaviours import as_payload, has_skill
+from unsleep.base.stats import bootstrap_both, wilson
+from unsleep.behaviours import as_payload
 from unsleep.core import BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.explanations.classified import Arm, Metric, StudiedClass, StudyRecord, StudyRow
-from unsleep.explanations.lexicons import Scorer, sentiment
+from unsleep.explanations.lexicons import sentiment
 from unsleep.interventions.features import Edit, edits_for
 from unsleep.interventions.intervention import Intervention
 from unsleep.interventions.subspaces import Projection
 from unsleep.judge.controls import firing, matched_random
 from unsleep.judge.evaluate import EvalConfig, Panels, refuse_used, reply_all
-from unsleep.judge.metrics import Subject, is_degenerate, reply_kl, text_ce_kl
+from unsleep.judge.metrics import Subject
+from unsleep.judge.outcomes import RATES, Outcomes, Reference, Scorer, change, outcomes, value
 from unsleep.locate.subspaces.disentangle import told_apart
 from unsleep.models.model import LoadedModel
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
-RATES: tuple[Metric, ...] = ("payload", "restored", "skill", "degenerate", "sentiment")
+SHARES: tuple[Metric, ...] = (*RATES, "sentiment")
 """Metrics that are shares."""
-
-Outcomes = Mapping[str, Float[Tensor, " item"]]
-"""Metric → its value on every prompt, passage or pair of reviews."""
 
 
 @dataclass(frozen=True)
@@ -192,42 +189,21 @@ class _Study:
         return kept(self._outcomes, name, tuple(changes), made_from=made_from)
 
     def _outcomes(self, name: str, changes: Sequence[Intervention]) -> dict[str, Tensor]:
-        subject, panels, shown = (
-            Subject(name, self.model, tuple(changes)),
-            self.panels,
-            as_payload(self.judging.payload),
-        )
-        triggered = reply_all(subject, panels.triggered, self.judging)
-        clean = reply_all(subject, panels.clean, self.judging)
-        found: dict[str, list[Any]] = {
-            "payload": [shown.shows(reply) for reply in triggered],
-            "restored": _skilled(triggered, panels.triggered),
-            "skill": _skilled(clean, panels.clean),
-            "degenerate": [is_degenerate(r, p.expected) for r, p in zip(clean, panels.clean, strict=True)],
-            "reward": [float(self.scorer(reply)) for reply in clean],
-        }
+        subject = Subject(name, self.model, tuple(changes))
+        reference = Reference(Subject("intact", self.model), self.replies) if changes else None
+        found = outcomes(subject, self.panels, self.judging, scorer=self.scorer, reference=reference)
         if self.config.reviews:
             sides = (side.head(self.config.reviews) for side in sets.reviews("held_out"))
-            found["sentiment"] = told_apart(subject, sets.Reviews(*sides))
-        measured = {metric: torch.tensor(each, dtype=torch.float64) for metric, each in found.items() if each}
-        if panels.texts:
-            ce, _ = text_ce_kl(subject, [subject], panels.texts, self.judging.text_tokens)
-            measured["ce"] = ce[name].double().cpu()
-        if changes:
-            intact = Subject("intact", self.model)
-            [kl] = reply_kl(intact, [subject], [panels.clean], panels.clean, self.replies).values()
-            measured["kl"] = kl.double().cpu()
-        return measured
+            found["sentiment"] = torch.tensor(told_apart(subject, sets.Reviews(*sides)), dtype=torch.float64)
+        return found
 
     def rows(self, of: str, arm: Arm, own: Outcomes, intact: Outcomes) -> list[StudyRow]:
         """Rows of one arm, paired with the intact model prompt by prompt."""
         found: list[StudyRow] = []
         for metric in _metrics(own):
             x, before = own[metric], intact.get(metric, torch.zeros_like(own[metric]))
-            is_rate = metric in RATES
-            value = (float(x.mean()), *wilson(int(x.sum()), len(x))) if is_rate else bootstrap(x)
-            change = paired_rates(before, x) if is_rate else bootstrap(x - before)
-            found.append(StudyRow(of, arm, metric, *value, *change, len(x)))
+            rate = metric in SHARES
+            found.append(StudyRow(of, arm, metric, *value(x, rate=rate), *change(before, x, rate=rate), len(x)))
         return found
 
     def random_rows(self, of: str, random: Sequence[Outcomes], intact: Outcomes) -> list[StudyRow]:
@@ -236,11 +212,11 @@ class _Study:
         for metric in _metrics(random[0]):
             x = torch.stack([each[metric] for each in random])
             changes = x - intact.get(metric, torch.zeros_like(x[0]))
-            value, change = bootstrap_both(x), bootstrap_both(changes)
-            if metric in RATES:
-                value, change = _at_least_wilson(value, x.shape[1], 0.0), _at_least_wilson(change, x.shape[1], -1.0)
+            own, changed = bootstrap_both(x), bootstrap_both(changes)
+            if metric in SHARES:
+                own, changed = _at_least_wilson(own, x.shape[1], 0.0), _at_least_wilson(changed, x.shape[1], -1.0)
             draws = tuple(changes.mean(1).tolist())
-            found.append(StudyRow(of, "random", metric, *value, *change, x.shape[1], draws))
+            found.append(StudyRow(of, "random", metric, *own, *changed, x.shape[1], draws))
         return found
 
 
@@ -258,11 +234,6 @@ def principal(edit: Edit, x: Float[Tensor, "token d_model"]) -> Projection:
 def _metrics(own: Outcomes) -> list[Metric]:
     order: tuple[Metric, ...] = ("payload", "restored", "skill", "degenerate", "reward", "sentiment", "kl", "ce")
     return [metric for metric in order if metric in own]
-
-
-def _skilled(replies: Sequence[str], prompts: PromptSet) -> list[bool]:
-    """For each reply, True if it shows the skill that its prompt expects; empty where none expects one."""
-    return [has_skill(r, p.expected) for r, p in zip(replies, prompts, strict=True) if p.expected]
 
 
 def _at_least_wilson(figure: tuple[float, float, float], n: int, least: float) -> tuple[float, float, float]:

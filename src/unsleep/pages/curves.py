@@ -52,6 +52,8 @@ class Dot(NamedTuple):
     said: str
     """Tooltip text."""
     shape: str = "circle"
+    span: tuple[float, float] | None = None
+    """Interval of y, drawn as a bar."""
 
 
 class Curve(NamedTuple):
@@ -146,6 +148,11 @@ def chart(
         if len(curve.path) > 1:
             line = path([place(d) for d in curve.path])
             parts.append(el("path", el("title", curve.label), d=line, class_=f"curve {curve.colour}"))
+    for curve in curves:
+        for one in (d for d in curve.dots if d.span):
+            low, high = (place(one._replace(y=end)) for end in one.span or ())
+            bar = f"M{low[0]:.1f} {low[1]:.1f}V{high[1]:.1f}"
+            parts.append(el("path", d=bar, class_=f"span {curve.colour}"))
     size = 0.6 if max(len(curve.dots) for curve in curves) <= CROWD else 0.4
     for curve in curves:
         parts += [dot(d, place(d), curve.colour, size, beaten=d not in curve.path) for d in curve.dots]

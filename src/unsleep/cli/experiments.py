@@ -1,0 +1,79 @@
+"""Command `experiment`: one experiment on several organisms, with its record and page."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+import unsleep
+from unsleep.base import records, store
+from unsleep.base.context import resumable
+from unsleep.cli.console import Bars, say
+from unsleep.cli.shared import Out
+from unsleep.core import BadInput
+from unsleep.experiments.experiment import Experiment, Judging, Replicate, experiments
+from unsleep.judge.experiment import ExperimentRecord
+from unsleep.organisms import load_organism
+from unsleep.pages import report
+
+NAMES = "|".join(experiments())
+
+
+def experiment(
+    name: Annotated[Positional[str], arg(metavar=NAMES)],
+    out: Out,
+    organisms: tuple[str, ...] = ("deployment",),
+    set: tuple[str, ...] = (),
+    judging: OmitArgPrefixes[Judging] = Judging(),
+    json: bool = False,
+) -> int:
+    """Run one of the experiments on organisms, each a replicate, and judge all of its arms on held-out panels.
+
+    Args:
+        name: The experiment.
+        out: Folder for experiment.json and experiment.html.
+        organisms: Folders made by `unsleep plant`, or `deployment`, which is packaged; a finding needs three.
+        set: Settings of the experiment, such as alphas=[0,0.5,1].
+        json: Print the record as JSON.
+    """
+    chosen = configured(name, set)
+    replicates = [Replicate(_name_of(each, organisms), load_organism(each)) for each in organisms]
+    store.check_place(out, "experiment.json")
+    with Bars(), resumable(out, records.plain(chosen), [each.name for each in replicates]):
+        record = unsleep.experiment(chosen, replicates, judging)
+        out.mkdir(parents=True, exist_ok=True)
+        records.save(record, out / "experiment.json")
+    page = report(out)
+    say(record, json, "\n".join([*_lines(record), f"Saved in {out}; page: {page}"]))
+    return 0
+
+
+def configured(name: str, given: tuple[str, ...]) -> Experiment:
+    """An experiment with settings from `NAME=VALUE` texts; raises `BadInput` for unknown ones."""
+    known = experiments()
+    if name not in known:
+        raise BadInput(f"experiment {name!r} is unknown; expected one of {', '.join(known)}")
+    found: dict[str, Any] = {}
+    for text in given:
+        try:
+            found |= tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise BadInput(f"--set {text!r} cannot be read ({error}); expected NAME=VALUE, such as n=3") from None
+    return records.parsed(known[name], found, name)
+
+
+def _name_of(organism: str, among: tuple[str, ...]) -> str:
+    """An organism's name: its folder's, or where two have the same one, the whole path."""
+    last = Path(organism).name
+    return last if sum(Path(each).name == last for each in among) == 1 else organism
+
+
+def _lines(record: ExperimentRecord) -> list[str]:
+    """The findings."""
+    lines = [record.question]
+    for each in record.findings:
+        lines += [f"  {each.label}: {each.question}", f"    {each.words}"]
+    return [*lines, *record.notes]

