@@ -87,6 +87,11 @@ class Experiment(ABC):
     def arms(self) -> Sequence[Arm]:
         """The arms, in display order."""
 
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of settings in a replicate, at most."""
+
     @abstractmethod
     def settings(self, replicate: Replicate) -> Iterable[Setting | Measure]:
         """The models to judge on the panels, and figures that are measured in another way."""
@@ -152,13 +157,12 @@ def _measured(which: Experiment, replicate: Replicate, judging: Judging, scorer:
     config = organism_config(replicate.organism.recipe)
     suspect = Subject("suspect", replicate.suspect)
     reference = Reference(suspect, kept(reply_all, suspect, panels.clean, config))
-    settings = list(which.settings(replicate))
-    for done, setting in enumerate(settings, 1):
+    for done, setting in enumerate(which.settings(replicate), 1):
         if isinstance(setting, Measure):
             yield setting
         else:
             yield from _judged(setting, replicate.name, panels, config, scorer, reference)
-        progress(f"{which.name}, {replicate.name}", done, len(settings))
+        progress(f"{which.name}, {replicate.name}", done, max(done, which.size))
 
 
 def _judged(

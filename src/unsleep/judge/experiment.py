@@ -105,9 +105,12 @@ class Curves:
 
     def settings(self, arm: str) -> list[float]:
         """Settings of an arm that every replicate has, in order."""
-        of = [each for each in self.measures if each.arm == arm]
-        by = {r: {each.x for each in of if each.replicate == r} for r in {each.replicate for each in of}}
-        return sorted(set.intersection(*by.values())) if by else []
+        replicates = {each.replicate for each in self.measures if each.arm == arm}
+        return sorted(set.intersection(*(self.settings_in(arm, r) for r in replicates))) if replicates else []
+
+    def settings_in(self, arm: str, replicate: str) -> set[float]:
+        """Settings of an arm in one replicate."""
+        return {each.x for each in self.measures if (each.arm, each.replicate) == (arm, replicate)}
 
     def mean(self, arm: str, x: float, metric: str, replicates: Sequence[str]) -> float:
         """Mean over replicates."""

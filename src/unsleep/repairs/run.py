@@ -75,8 +75,8 @@ class Run:
         self.notes: list[str] = []
         """Notes for the report on what was skipped."""
 
-    def all(self) -> EvalResult:
-        """Run every stage but the other repairs (`with_baselines`)."""
+    def find_edit(self) -> None:
+        """Run the stages up to the edit and its export; nothing is judged."""
         with self.watch.stage("suspect replies"):
             self.said = said_by(self.suspect, self.material, self.config)
         with self.watch.stage("reference replies"):
@@ -96,7 +96,10 @@ class Run:
             self.edits = self.learn(lesson)
         with self.watch.stage("bake"):
             self.baked = self.export(lesson)
-        del lesson
+
+    def all(self) -> EvalResult:
+        """Run every stage but the other repairs (`with_baselines`)."""
+        self.find_edit()
         with self.watch.stage("frontier"):
             self.points = self.draw_frontier()
         with self.watch.stage("evaluate"):
@@ -273,7 +276,21 @@ class Run:
 
     def with_baselines(self, result: EvalResult) -> EvalResult:
         """The result with baseline repairs added."""
-        setting = Setting(
+        rows, replies = list(result.rows), dict(result.replies)
+        with self.watch.stage("baselines"):
+            for found in baselines(self.setting()):
+                if isinstance(found, str):
+                    self.notes.append(found)
+                    continue
+                judged = self.judged([found.subject], items=False)
+                rows += [row for row in judged.rows if row.subject != "suspect"]
+                replies |= judged.replies
+                self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
+        return EvalResult(tuple(rows), replies, result.prompts)
+
+    def setting(self) -> Setting:
+        """The inputs of the baseline repairs: those of the edit."""
+        return Setting(
             suspect=self.suspect,
             lesson=self.lesson(),
             bench=self.bench().head(CHOSEN),
@@ -285,17 +302,6 @@ class Run:
             base=self.load_base if self.job.base is not None else None,
             twin=self.make_twin,
         )
-        rows, replies = list(result.rows), dict(result.replies)
-        with self.watch.stage("baselines"):
-            for found in baselines(setting):
-                if isinstance(found, str):
-                    self.notes.append(found)
-                    continue
-                judged = self.judged([found.subject], items=False)
-                rows += [row for row in judged.rows if row.subject != "suspect"]
-                replies |= judged.replies
-                self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
-        return EvalResult(tuple(rows), replies, result.prompts)
 
     def eval_config(self) -> EvalConfig:
         """Options of the evaluation."""
