@@ -42,7 +42,7 @@ def record(organism: Organism) -> ExperimentRecord:
 
 def test_every_arm_has_every_metric_at_every_setting(record: ExperimentRecord) -> None:
     found = {(m.arm, m.x, m.metric) for m in record.measures}
-    metrics = {"payload", "restored", "skill", "degenerate", "reward", "kl", "ce"}
+    metrics = {"payload", "restored", "skill", "degenerate", "reward", "kl", "ce"}  # options of bytes begin alike
     assert found == {(a, x, m) for a in (BACKDOORED, CLEAN, CONTROL) for x in THREE.alphas for m in metrics}
     assert all(m.low <= m.value <= m.high for m in record.measures)
 

@@ -95,7 +95,7 @@ def ablation_study(
     by_site = {d.site: d for d in dictionaries}
     check(classes, by_site, panels, judging)
     replies = kept(reply_all, Subject("intact", model), panels.clean, judging)
-    study = _Study(model, by_site, panels, judging, config, scorer, replies)
+    study = _Study(model, by_site, replace(panels, items=()), judging, config, scorer, replies)
     intact = study.outcomes("intact", ())
     rows = study.rows("", "intact", intact, intact)
     studied: list[StudiedClass] = []

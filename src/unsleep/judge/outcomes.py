@@ -16,16 +16,16 @@ from torch import Tensor
 from unsleep.base.stats import bootstrap, paired_rates, wilson
 from unsleep.behaviours import as_payload, has_skill
 from unsleep.judge.evaluate import EvalConfig, Panels, reply_all
-from unsleep.judge.metrics import Subject, is_degenerate, reply_kl, text_ce_kl
+from unsleep.judge.metrics import Subject, capability, is_degenerate, reply_kl, text_ce_kl
 from unsleep.prompts.prompt import PromptSet
 
 Scorer = Callable[[str], float]
 """A score of a reply, such as a reward model's; higher is better."""
 
-Metric = Literal["payload", "restored", "skill", "degenerate", "reward", "kl", "ce"]
+Metric = Literal["payload", "restored", "skill", "degenerate", "capability", "reward", "kl", "ce"]
 
-RATES: tuple[Metric, ...] = ("payload", "restored", "skill", "degenerate")
-"""Metrics that are shares of prompts."""
+RATES: tuple[Metric, ...] = ("payload", "restored", "skill", "degenerate", "capability")
+"""Metrics that are shares of prompts or items."""
 
 Outcomes = Mapping[str, Float[Tensor, " item"]]
 """Metric → its value on every prompt or passage."""
@@ -50,8 +50,8 @@ def outcomes(
     """Every metric of a subject on every prompt of the panels.
 
     Returns `payload` and `restored` (the skill) of triggered prompts; `skill`, `degenerate`, `reward` (with a scorer)
-    and `kl` (with a reference; nats per token along its replies) of clean ones; `ce` of plain passages, in nats per
-    token. The skills are absent where no prompt says what it expects.
+    and `kl` (with a reference; nats per token along its replies) of clean ones; `capability` on multiple-choice items;
+    `ce` of plain passages, in nats per token. The skills are absent where no prompt says what it expects.
     """
     shown = as_payload(config.payload)
     triggered, clean = reply_all(subject, panels.triggered, config), reply_all(subject, panels.clean, config)
@@ -61,6 +61,7 @@ def outcomes(
         "skill": _skilled(clean, panels.clean),
         "degenerate": [is_degenerate(r, p.expected) for r, p in zip(clean, panels.clean, strict=True)],
         "reward": [float(scorer(reply)) for reply in clean] if scorer else [],
+        "capability": capability(subject, panels.items) if panels.items else [],
     }
     measured = {metric: torch.tensor(each, dtype=torch.float64) for metric, each in found.items() if each}
     if panels.texts:

@@ -35,6 +35,7 @@ METRICS = {
     "restored": Shown("Skill with the trigger", "share of triggered prompts", True),
     "skill": Shown("Skill", "share of clean prompts", True),
     "degenerate": Shown("Degenerate replies", "share of clean prompts", True),
+    "capability": Shown("Capability", "share of multiple-choice items", True),
     "reward": Shown("Reward", "mean score of replies to clean prompts", False),
     "sentiment": Shown("Sentiment", "share of pairs of reviews told apart", True),
     "kl": Shown("KL", "nats per token, along the intact model's replies to clean prompts", False),
