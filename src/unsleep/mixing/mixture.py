@@ -80,7 +80,7 @@ def mix(models: Sequence[LoadedModel], config: MixConfig = MixConfig()) -> Mixtu
 
 
 def rule_of(config: MixConfig, models: int) -> dict[str, Any]:
-    """What identifies a mixture besides its members."""
+    """The rule in JSON: all that identifies a mixture besides its members."""
     if config.kind == "swap":
         return {"kind": "swap", "threshold": config.above}
     rule: dict[str, Any] = {"kind": config.kind, "weights": list(config.weights_of(models))}
@@ -95,16 +95,9 @@ def _name(models: Sequence[LoadedModel], weights: Sequence[float], config: MixCo
     return f"{' + '.join(parts)} ({config.kind})"
 
 
-class MixtureConfig(PretrainedConfig):
-    """Config of a mixture's network."""
-
-    model_type = "mixture"
-
-
 class MixtureNetwork(PreTrainedModel, GenerationMixin):
     """The members' networks as one causal LM."""
 
-    config_class = MixtureConfig
     _supports_sdpa = True
 
     def __init__(
@@ -115,7 +108,9 @@ class MixtureNetwork(PreTrainedModel, GenerationMixin):
         context: int | None,
     ) -> None:
         sizes = [int(cast("Any", network.get_output_embeddings()).weight.shape[0]) for network in networks]
-        super().__init__(MixtureConfig(max_position_embeddings=context, vocab_size=min(sizes)))
+        described = PretrainedConfig(max_position_embeddings=context, vocab_size=min(sizes))
+        described.model_type = "mixture"
+        super().__init__(described)
         self.members = nn.ModuleList(networks)
         """The networks of members with a weight other than 0."""
         self.weights, self.mixing = tuple(weights), config

@@ -49,7 +49,7 @@ class Margins(NamedTuple):
 
 
 class Forced(NamedTuple):
-    """What a model says of a teacher-forced payload."""
+    """A model's prediction of a teacher-forced payload."""
 
     log_probability: PerToken
     """Of the payload's tokens, in nats."""
@@ -83,14 +83,14 @@ def forced(
     logits: Sequence[Float[Tensor, "prompt token vocabulary"]],
     payload: Int[Tensor, "prompt token"],
 ) -> Forced:
-    """What a mixture says of payload tokens, from its members' logits that predict them; not for kind sequence."""
+    """A mixture's prediction of payload tokens, from its members' logits that predict them; not for kind sequence."""
     weights = config.weights_of(len(logits))
     active = [(w, z) for w, z in zip(weights, logits, strict=True) if w != 0]
     return alone(combined(config, [w for w, _ in active], [z for _, z in active]), payload)
 
 
 def alone(logits: Float[Tensor, "prompt token vocabulary"], payload: Int[Tensor, "prompt token"]) -> Forced:
-    """What one model says of payload tokens, from the logits that predict them."""
+    """One model's prediction of payload tokens, from the logits that predict them."""
     said = log_probabilities(logits).gather(-1, payload[..., None]).squeeze(-1)
     return Forced(said, logits.max(-1).indices == payload)
 
