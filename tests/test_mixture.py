@@ -312,6 +312,8 @@ def test_numbers_of_models_are_checked():
         mix(models[:1])
     with pytest.raises(BadInput, match="asked for of 3 models; expected two: the target and its reference"):
         mix(models, MixConfig("swap"))
+    with pytest.raises(BadInput, match="is a mixture itself"):
+        mix([models[0], mix(models)])
     with pytest.raises(BadInput, match="no checkpoint of its own"):
         mix(models).network.save_pretrained("anywhere")
     drawn = mix([models[0], member("mamba")], MixConfig("sequence"))

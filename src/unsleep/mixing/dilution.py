@@ -118,7 +118,7 @@ class _Case(NamedTuple):
 
 
 class _Heard(NamedTuple):
-    """Predictions of a teacher-forced payload: margins, each member alone, and every case but those of kind sequence."""
+    """Predictions of a teacher-forced payload: margins, members alone, and every case but those of kind sequence."""
 
     margins: Margins
     alone: tuple[Forced, Forced]

@@ -50,9 +50,12 @@ def mix(models: Sequence[LoadedModel], config: MixConfig = MixConfig()) -> Mixtu
     A reply ends at an end token of any member. A model of weight 0 is checked but never runs, so that weights (1, 0)
     give the first model's own logits, bit by bit. The models are not copied: interventions on one act in the mixture.
 
-    Raises `BadInput` for fewer than two models, weights of another number, and different tokenizers or chat templates.
+    Raises `BadInput` for fewer than two models, weights of another number, different tokenizers or chat templates, and
+    a mixture among the models.
     """
     weights = config.weights_of(len(models))
+    if mixed := [m.name for m in models if isinstance(m, Mixture)]:
+        raise BadInput(f"{mixed[0]} is a mixture itself; expected its members, with the weights that they have in all")
     for other in models[1:]:
         check_tokens(models[0], other)
         if other.template != models[0].template:
@@ -132,9 +135,8 @@ class MixtureNetwork(PreTrainedModel, GenerationMixin):
         networks = cast("list[PreTrainedModel]", list(self.members))
         joint = past_key_values if isinstance(past_key_values, JointCache) else None
         if past_key_values is not None and joint is None:
-            raise BadInput(
-                f"a mixture was given a {type(past_key_values).__name__}; expected a cache of its own, or none"
-            )
+            kind = type(past_key_values).__name__
+            raise BadInput(f"a mixture was given a {kind}; expected a cache that it returned, or none")
         if position_ids is None and attention_mask is not None and len({takes_positions(n) for n in networks}) > 1:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -165,8 +167,9 @@ class MixtureNetwork(PreTrainedModel, GenerationMixin):
         return torch.multinomial(shares, rows, replacement=True, generator=self._draws)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Token embedding of the first member."""
-        return cast("Any", self.members[0]).get_input_embeddings()
+        """The members' smallest token embedding: a token without a row in it is of no use to the mixture."""
+        tables = [cast("Any", network).get_input_embeddings() for network in self.members]
+        return min(tables, key=lambda table: len(table.weight))
 
     def get_output_embeddings(self) -> nn.Module:
         """Unembedding of the first member."""
