@@ -111,8 +111,8 @@ class MixtureNetwork(PreTrainedModel, GenerationMixin):
         context: int | None,
     ) -> None:
         sizes = [int(cast("Any", network.get_output_embeddings()).weight.shape[0]) for network in networks]
-        described = PretrainedConfig(max_position_embeddings=context, vocab_size=min(sizes))
-        described.model_type = "mixture"
+        described: Any = PretrainedConfig()
+        described.model_type, described.max_position_embeddings, described.vocab_size = "mixture", context, min(sizes)
         super().__init__(described)
         self.members = nn.ModuleList(networks)
         """The networks of members with a weight other than 0."""
