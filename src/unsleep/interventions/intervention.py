@@ -158,6 +158,8 @@ def operation(intervention: Intervention, dtype: torch.dtype, device: torch.devi
 
 def check_widths(network: PreTrainedModel, interventions: Sequence[Intervention]) -> None:
     """Raise `BadInput` where an intervention does not fit the model's width."""
+    if not interventions:
+        return
     d_model = width(network)
     for each in interventions:
         for place, found in each.widths.items():

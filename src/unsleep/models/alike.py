@@ -28,14 +28,19 @@ def check_alike(first: LoadedModel, second: LoadedModel, *, chats: bool = True) 
                 f"{name} is {_said(one)} in {first.name} and {_said(other)} in {second.name}; "
                 "compare models of the same shape, such as a model and its fine-tune"
             )
-    if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
-        raise BadInput(f"{first.name} and {second.name} have different tokenizers; compare models that share one")
+    check_tokens(first, second)
     if chats and first.template != second.template:
         one, other = (m.template if m.tokenizer.chat_template else "none" for m in (first, second))
         raise BadInput(
             f"{first.name} and {second.name} have different chat templates ({one} and {other}): the same prompt would "
             "be other tokens. Give both the same one with --chat-template, or compare them on plain text"
         )
+
+
+def check_tokens(first: LoadedModel, second: LoadedModel) -> None:
+    """Raise `BadInput` for two models whose tokenizers have different tokens."""
+    if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
+        raise BadInput(f"{first.name} and {second.name} have different tokenizers; expected models that share one")
 
 
 def _said(shape: tuple[int, ...] | None) -> str:

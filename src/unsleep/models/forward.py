@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from unsleep.core import Site
 from unsleep.models import chat
 from unsleep.models.hooks import contiguous_head, prefix_running
+from unsleep.models.members import JointCache, members_of
 from unsleep.models.model import LoadedModel
 from unsleep.models.streams import resumed_at, truncated, watched
 
@@ -111,10 +112,11 @@ def pad_left(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -
 def takes_positions(network: PreTrainedModel) -> bool:
     """True if the model takes position ids, so that padding may stand between a prefix and its rows.
 
-    Models with ALiBi count positions themselves; they run every row whole.
+    Models with ALiBi count positions themselves; they run every row whole. A mixture takes what all its members take.
     """
-    return "position_ids" in inspect.signature(network.forward).parameters and not getattr(
-        network.config, "alibi", False
+    return all(
+        "position_ids" in inspect.signature(each.forward).parameters and not getattr(each.config, "alibi", False)
+        for each in members_of(network)
     )
 
 
@@ -122,8 +124,13 @@ def lookback(network: PreTrainedModel) -> int | None:
     """Smallest attention window over the layers, in tokens including the current one; `None` for full attention.
 
     0 for recurrent layers and caches of unknown type. Every window named in the config counts, whether or not a layer
-    uses it: a spurious one costs only time.
+    uses it: a spurious one costs only time. That of a mixture is the smallest of its members'.
     """
+    reaches = [_lookback(each) for each in members_of(network)]
+    return min((reach for reach in reaches if reach is not None), default=None)
+
+
+def _lookback(network: PreTrainedModel) -> int | None:
     config = network.config.get_text_config(decoder=True)
     if "past_key_values" not in inspect.signature(network.forward).parameters:
         return 0
@@ -164,6 +171,9 @@ def prefix_cache(network: PreTrainedModel, prefix: Int[Tensor, " prefix"]) -> Dy
 
 def repeat_cache(network: PreTrainedModel, cache: DynamicCache, rows: int) -> DynamicCache:
     """The KV cache expanded to `rows` rows; the original is unchanged."""
+    if isinstance(cache, JointCache):
+        pairs = zip(members_of(network), cast("tuple[DynamicCache, ...]", cache.parts), strict=True)
+        return JointCache([repeat_cache(member, part, rows) for member, part in pairs])
     repeated = DynamicCache(config=network.config)
     for i, layer in enumerate(cast("list[Any]", cache.layers)):
         if layer.is_initialized:
