@@ -25,6 +25,7 @@ from unsleep.cli import (
     judge,
     organisms,
     repairs,
+    rewarded,
     steering,
     subspaces,
 )
@@ -58,6 +59,7 @@ STAGES: dict[str, Callable[..., int]] = {
         classes.ablation_study,
         explanations.explain,
         asked.ask,
+        rewarded.rewarded,
         judge.report,
         explorer.explore,
         explorer.serve,
