@@ -194,7 +194,8 @@ def active_prompts(
     """Number of prompts on which each feature is active."""
     fires = (x[POOLINGS.index("max")] != 0).float()
     number = owner.unique(return_inverse=True)[1]
-    seen = torch.zeros(int(number.max()) + 1, x.shape[2]).index_reduce_(0, number, fires, "amax")
+    seen = torch.zeros(int(number.max()) + 1, x.shape[2])
+    seen.scatter_reduce_(0, number[:, None].expand_as(fires), fires, "amax")
     return seen.sum(0).long()
 
 

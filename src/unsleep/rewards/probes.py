@@ -35,9 +35,6 @@ FOLDS = 5
 WORDS = 20_000
 """Most frequent words of the bag."""
 
-Inputs = Sequence[Float[Tensor, "sample column"]]
-"""Columns of a probe, in any number of blocks."""
-
 
 class Probe(NamedTuple):
     """A ridge regression: predictions of all samples, and its weights over standardised columns."""
@@ -86,7 +83,7 @@ class Scale(NamedTuple):
 
 
 def fit_probe(
-    inputs: Iterable[Float[Tensor, "sample column"]],
+    inputs: Iterable[Float[Tensor, "sample _"]],
     rewards: Float[Tensor, " sample"],
     fit: Bool[Tensor, " sample"],
     owner: Int[Tensor, " sample"],

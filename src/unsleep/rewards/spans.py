@@ -18,7 +18,7 @@ from unsleep.base.linear import Principal, complement, orthonormal, principal, r
 from unsleep.core import BadInput, Dictionary, Site
 from unsleep.interventions.subspaces import Projection
 
-Basis = Float[Tensor, "rank d_model"]
+Basis = Float[Tensor, "_ d_model"]
 """Orthonormal rows."""
 
 
