@@ -36,7 +36,7 @@ def union(bases: Iterable[Basis]) -> Basis:
 
 def rank_retaining(found: Principal, share: float) -> int:
     """Fewest principal components with at least a share of the variance, at least 1."""
-    reached = (found.share.double().cumsum(0) < share - 1e-9).sum()
+    reached = (found.share.double().cumsum(0) < share - 1e-6).sum()
     return min(int(reached) + 1, len(found.share))
 
 
