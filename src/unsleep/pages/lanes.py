@@ -43,7 +43,8 @@ def lanes(
         return left + (WIDE - left - right) * (value - low) / (high - low)
 
     parts: list[Markup] = []
-    for mark in svg.ticks(low, high, 3):
+    marks = svg.ticks(low, high, 3)
+    for mark in marks if len(marks) > 2 else svg.ticks(low, high, 6):
         parts.append(el("line", x1=x(mark), x2=x(mark), y1=TOP, y2=height, class_="grid"))
         label = tick(mark) if abs(mark) > 1e-9 else "0"
         parts.append(el("text", label, x=x(mark), y=height + 16, text_anchor="middle"))

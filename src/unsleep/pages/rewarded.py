@@ -111,6 +111,11 @@ def short_number(value: float) -> str:
     return text.number(value, 2)
 
 
+def cut(name: str, limit: int) -> str:
+    """A name that fits beside a lane; tables have it whole."""
+    return name if len(name) <= limit else f"{name[:limit]}…"
+
+
 def name_of(feature: Record) -> str:
     """A feature's label."""
     whose = "" if feature["of"] == "model" else "base, "
@@ -210,8 +215,10 @@ def probes_block(probes: Sequence[Record]) -> Block:
         if own:
             found = [
                 Lane(
-                    text.clip(probe["name"], 24),
-                    *(probe[key][end] for end in ("value", "low", "high")),
+                    cut(probe["name"], 26),
+                    probe[key]["value"],
+                    probe[key]["low"],
+                    probe[key]["high"],
                     interval(probe[key]),
                     *PROBES.get(probe["name"], OTHER),
                 )
@@ -276,7 +283,7 @@ def classes_block(rows: Sequence[Record]) -> Block:
             for key, words, look in (("share", "rewarded", ("diamond", "edited")), ("others_share", "others", OTHER)):
                 share = row[key]
                 said = f"{text.percent(share['value'])} ({text.interval(share['low'], share['high'])})"
-                label = f"{text.clip(row['name'], 12)}, {words}"
+                label = f"{cut(row['name'], 14)}, {words}"
                 found.append(Lane(label, share["value"], share["low"], share["high"], said, *look))
         title = "Share of a class among rewarded features and others"
         charts = [(title, lanes(found, title=title, name="classes", tick=text.percent, left=WIDE_LABELS))]

@@ -12,13 +12,12 @@ about features only where it is better than the last four.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor
 
 from unsleep.base.stats import clustered, correlations, percentiles, ranks
@@ -141,12 +140,15 @@ def linear_reward(
 
 def bag_of_words(texts: Sequence[str], fit: Bool[Tensor, " sample"]) -> Float[Tensor, "sample word"]:
     """Counts of words, damped as log(1 + count), of those that occur in two texts of the fit."""
-    counter = CountVectorizer(analyzer=words, min_df=2, max_features=WORDS, dtype=np.float64)
-    try:
-        counter.fit([text for text, own in zip(texts, fit.tolist(), strict=True) if own])
-    except ValueError:  # no word occurs in two texts
-        return torch.zeros(len(texts), 0, dtype=torch.float64)
-    return torch.from_numpy(counter.transform(texts).toarray()).log1p()
+    counts = [Counter(words(text)) for text in texts]
+    seen = Counter(word for found, own in zip(counts, fit.tolist(), strict=True) if own for word in found)
+    place = {word: i for i, (word, n) in enumerate(seen.most_common(WORDS)) if n > 1}
+    bag = torch.zeros(len(texts), len(place), dtype=torch.float64)
+    for row, found in enumerate(counts):
+        for word, n in found.items():
+            if word in place:
+                bag[row, place[word]] = n
+    return bag.log1p()
 
 
 class Scored(NamedTuple):

@@ -252,7 +252,8 @@ def _sites(read: _Read) -> list[SiteRow]:
         size = each.in_pooling(2).abs()
         strength = float(size[each.replicated].mean()) if bool(each.replicated.any()) else None
         floor = float(size[each.tested].mean()) if bool(each.tested.any()) else 0.0
-        counts = (int(which.sum()) for which in (each.tested, each.selected, each.replicated))
+        tested, selected, replicated = (int(which.sum()) for which in (each.tested, each.selected, each.replicated))
+        counts = (tested, selected, replicated)
         rows.append(SiteRow(read.of, d.site, d.hash, d.n_features, *counts, strength, floor))
     return rows
 
