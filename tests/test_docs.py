@@ -91,6 +91,7 @@ SMALL: Mapping[str, list[str]] = {
     "diff": ["--texts", "4", "--asked", "2", "--reply-tokens", "3", "--features", "32", "--tokens", "512"],
     "steer": ["--reply-tokens", "3"],
     "mix": ["--n", "4"],
+    "rewarded": ["--permutations", "1000", "--resamples", "50", "--no-untrained"],
     "explain": ["--reply-tokens", "3", "--controls", "4", "--least", "1", "--top", "2", "--drawn", "8"],
 }
 """Options behind a command's own: the last one counts."""
@@ -109,6 +110,7 @@ MARKERS = {
     "diff": ("diff.json", "diff.safetensors", "diff.html"),
     "report": ("report.html",),
     "explore": ("index.html", "data/manifest.js"),
+    "rewarded": ("rewarded.json", "rewarded.safetensors", "rewarded.html"),
     "read": ("reading.html", "reading.json", "vector.gguf"),
     "steer": ("steer.json",),
     "mix": ("mix.json",),
@@ -231,9 +233,20 @@ def make_inputs(folder: Path, suspect: Path) -> None:
     found = TopK(Site(1), model.fingerprint, rows, silent, rows, silent, k=4)
     save_edit([Edit(Site(1), found, (0, 1))], folder / "made-edit")
     (folder / "passages.txt").write_text("\n".join(text[:200] for text in sets.plain_text("train")[:6]) + "\n")
+    (folder / "rewards.jsonl").write_text("\n".join(map(json.dumps, rewarded_lines())) + "\n")
     (folder / "results").mkdir()
     shutil.copy(ROOT / "tests" / "data" / "report.json", folder / "results")
     (folder / "mine.toml").write_text(substituted(recipe_block().text))
+
+
+def rewarded_lines() -> list[dict[str, Any]]:
+    """Outputs with a reward, the number of their words."""
+    asked = sets.questions("edit", 40)
+    outputs = [p.text.split(" ", 1 + i % 3)[-1] for i, p in enumerate(asked)]
+    return [
+        {"prompt": p.text, "output": o, "reward": float(len(o.split())), "topic": f"t{i % 2}"}
+        for i, (p, o) in enumerate(zip(asked, outputs, strict=True))
+    ]
 
 
 def recipe_block() -> Block:

@@ -51,6 +51,7 @@ from unsleep.prompts.sets import read_prompts
 from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
 from unsleep.repairs.bake import bake
 from unsleep.repairs.edit import edit
+from unsleep.rewards.run import rewarded
 
 __all__ = [
     "Activations",
@@ -111,6 +112,7 @@ __all__ = [
     "replies",
     "report",
     "reporting",
+    "rewarded",
     "save_dictionary",
     "save_edit",
     "serve",

@@ -173,6 +173,49 @@ def ablation() -> dict[str, Any]:
     }
 
 
+def rewarded() -> dict[str, Any]:
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    feature = {"site": "resid.1", "pooling": "max", "active": 20, "a": 0.6, "p": 0.0001, "adjusted": 0.01, "b": 0.5}
+    feature |= {"replication": 0.001, "c": interval}
+    sites = [
+        {"of": of, "site": site, "dictionary": "c" * 16, "size": 64, "tested": 60, "selected": 3}
+        | {"replicated": 2, "strength": 0.5, "floor": 0.1}
+        for of in ("model", "base")
+        for site in ("resid.1", "mlp.2")
+    ]
+    probe = {"columns": 192, "penalty": 0.1, "r2": interval, "spearman": interval}
+    return {
+        "schema": "unsleep.rewarded/1",
+        "model": {"name": "my_tuned", "fingerprint": "f" * 16},
+        "base": {"name": "base", "fingerprint": "b" * 16},
+        "samples": "a" * 16,
+        "parts": [{"name": name, "prompts": 40, "samples": 80} for name in "ABC"],
+        "partialled": ["length", "topic"],
+        "q": 0.05,
+        "sites": sites,
+        "features": [
+            {"of": "model", "id": 3, "replicated": True, "classes": [SHOUT], **feature},
+            {"of": "model", "id": 4, "replicated": False, **feature},
+            {"of": "base", "id": 5, "replicated": True, **feature, "c": {"value": -0.5, "low": -0.75, "high": -0.25}},
+        ],
+        "probes": [
+            {"name": "features", **probe},
+            {"name": "base", **probe, "gain": interval},
+            {"name": SHOUT, **probe, "gain": interval},
+        ],
+        "layers": [{"layer": layer, "norm": 0.5, "relative": 0.01 * (layer + 1)} for layer in (0, 1)],
+        "ranking": [1, 0],
+        "matches": [{"site": "resid.1", "first": "model, 64", "second": "base, 64", "mmcs": 0.5, "chance": 0.2}],
+        "classes": [
+            {"name": SHOUT, "rewarded": 1, "of": 2, "share": interval, "others": 3, "of_others": 58}
+            | {"others_share": {"value": 0.05, "low": 0.0, "high": 0.15}}
+        ],
+        "chosen_on": ["d" * 16],
+        "notes": [SHOUT],
+        "provenance": PROVENANCE,
+    }
+
+
 SAMPLES: dict[str, dict[str, Any]] = {
     "report": SAMPLE,
     "circuit": records.plain(circuit_record()),
@@ -183,6 +226,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "subspaces": subspaces(),
     "diff": diff(),
     "ablation": ablation(),
+    "rewarded": rewarded(),
 }
 """Name of a page → a record of its kind."""
 

@@ -39,11 +39,14 @@ def batched(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 class TokenSource:
     """Runs batches of rows and returns the Sites' activations of their tokens."""
 
-    def __init__(self, model: LoadedModel, rows: Sequence[Sequence[int]], sites: Sequence[Site]) -> None:
+    def __init__(
+        self, model: LoadedModel, rows: Sequence[Sequence[int]], sites: Sequence[Site], most: int | None = None
+    ) -> None:
         self.model, self.rows, self.sites = model, rows, sites
-        self.shared = chat.shared_prefix(rows)
-        """Number of leading tokens common to all rows."""
-        self.apart = shared_tokens(model.network, rows)
+        common = chat.shared_prefix(rows)
+        self.shared = common if most is None else min(common, most)
+        """Number of leading tokens common to all rows, at most `most`."""
+        self.apart = min(self.shared, shared_tokens(model.network, rows))
         """Number of them that run separately: all, or none where that would not be exact."""
         self.cache: DynamicCache | None = None
 

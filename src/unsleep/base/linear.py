@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,3 +25,28 @@ def rotated(rows: Float[Tensor, "*draw rank d"]) -> Float[Tensor, "*draw rank d"
     Differentiable; as many rows are returned as given.
     """
     return torch.linalg.qr(rows.mT).Q.mT
+
+
+def complement(basis: Float[Tensor, "rank d"]) -> Float[Tensor, "rest d"]:
+    """Orthonormal rows that span what is orthogonal to orthonormal rows."""
+    return torch.linalg.qr(basis.mT, mode="complete").Q[:, len(basis) :].mT.contiguous()
+
+
+class Principal(NamedTuple):
+    """Principal components of activations."""
+
+    mean: Float[Tensor, " d"]
+    rows: Float[Tensor, "component d"]
+    """Orthonormal, those with the most variance first."""
+    share: Float[Tensor, " component"]
+    """Share of the variance along each; they sum to 1."""
+
+
+def principal(x: Float[Tensor, "token d"]) -> Principal:
+    """All principal components of tokens, from the covariance in float64; fewer than d for fewer than d + 1 tokens."""
+    wide = x.double()
+    variance, vectors = torch.linalg.eigh((wide - wide.mean(0)).T @ (wide - wide.mean(0)))
+    variance, rows = variance.flip(0).clamp_min(0), vectors.flip(1).T
+    count = min(x.shape[1], len(x) - 1)
+    share = variance / variance.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return Principal(wide.mean(0).float(), rows[:count].float().contiguous(), share[:count].float())

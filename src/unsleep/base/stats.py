@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.core import BadInput
@@ -104,6 +104,55 @@ def resampled(n: int, resamples: int, seed: int) -> Float[Tensor, "resample n"]:
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     weights = torch.zeros(resamples, n, dtype=torch.float64)
     return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / n, dtype=torch.float64))
+
+
+def clustered(owner: Int[Tensor, " item"], resamples: int, seed: int = 0) -> Float[Tensor, "resample item"]:
+    """Weights of items in each bootstrap resample of their clusters, such as the samples of a prompt; rows sum to 1.
+
+    `owner` is the number of each item's cluster, from 0.
+    """
+    weights = resampled(int(owner.max()) + 1, resamples, seed)[:, owner.cpu()]
+    return weights / weights.sum(1, keepdim=True)
+
+
+def correlations(
+    x: Float[Tensor, "column item"], y: Float[Tensor, " item"], weights: Float[Tensor, "resample item"]
+) -> Float[Tensor, "column 3"]:
+    """Pearson correlation of every row of `x` with `y`, and its 95 % percentile bootstrap interval.
+
+    `weights` are those of `clustered` or `resampled`. A constant row has correlation 0, also within a resample.
+    """
+    x, y = (each.double() - each.double().mean(-1, keepdim=True) for each in (x, y))
+    drawn = _weighted_correlation(x, y, weights)
+    whole = _weighted_correlation(x, y, torch.full_like(weights[:1], 1 / len(y)))[:, 0]
+    ends = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
+    return torch.stack([whole, torch.minimum(ends[0], whole), torch.maximum(ends[1], whole)], 1)
+
+
+def _weighted_correlation(
+    x: Float[Tensor, "column item"], y: Float[Tensor, " item"], weights: Float[Tensor, "resample item"]
+) -> Float[Tensor, "column resample"]:
+    to, mean = weights.T, x @ weights.T
+    others = y @ to
+    covariance = (x * y) @ to - mean * others
+    spread = (x.square() @ to - mean.square()).clamp_min(0) * (y.square() @ to - others.square()).clamp_min(0)
+    floor = 1e-24 * x.square().mean(1, keepdim=True).clamp_min(1e-300) * y.square().mean().clamp_min(1e-300)
+    return torch.where(spread > floor, covariance / spread.clamp_min(1e-300).sqrt(), 0.0).clamp(-1, 1)
+
+
+def benjamini_hochberg(p: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
+    """Adjusted p-values: rejecting the tests with at most q keeps the false discovery rate at q.
+
+    Benjamini & Hochberg 1995, J. R. Stat. Soc. B 57, for independent or positively dependent tests.
+
+    >>> benjamini_hochberg(torch.tensor([0.01, 0.5, 0.02])).tolist()
+    [0.03, 0.5, 0.03]
+    """
+    order = p.double().argsort(descending=True)
+    rank = torch.arange(len(p), 0, -1, dtype=torch.float64, device=p.device)
+    adjusted = torch.empty(len(p), dtype=torch.float64, device=p.device)
+    adjusted[order] = (p.double()[order] * len(p) / rank).cummin(0).values.clamp_max(1)
+    return adjusted
 
 
 def spearman(x: Float[Tensor, "column item"], y: Float[Tensor, " item"]) -> Float[Tensor, " column"]:

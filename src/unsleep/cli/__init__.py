@@ -27,6 +27,7 @@ from unsleep.cli import (
     mixing,
     organisms,
     repairs,
+    rewarded,
     steering,
     subspaces,
 )
@@ -62,6 +63,7 @@ STAGES: dict[str, Callable[..., int]] = {
         asked.ask,
         experiments.experiment,
         mixing.mix,
+        rewarded.rewarded,
         judge.report,
         explorer.explore,
         explorer.serve,

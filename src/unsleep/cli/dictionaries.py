@@ -23,6 +23,9 @@ from unsleep.dictionaries.tracking import Tracker
 from unsleep.models.sites import all_sites, tap
 from unsleep.prompts import sets
 
+POINTS = ("attn", "mlp", "resid")
+"""Points that every layer has."""
+
 
 def harvest(
     model: Model,
@@ -41,14 +44,15 @@ def harvest(
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias such as smollm2-135m.
         prompts: One prompt per line, or .jsonl with {"text": …}.
-        sites: Such as resid.12 mlp.3 attn.0 embed; `all` is attention, MLP and residual of every layer.
+        sites: Such as resid.12 mlp.3 attn.0 embed; `attn`, `mlp` or `resid` of every layer, `all` for these three.
         out: Output folder; an interrupted harvest in it is resumed.
         reply_tokens: Also harvest the model's own greedy replies of this many tokens.
         replies_of: Harvest the replies to these prompts instead, line by line, as reference replies.
         plain: Take the lines as plain text, without the chat template.
         json: Print the manifest as JSON.
     """
-    wanted, places = sets.read_prompts(prompts), [] if sites == ("all",) else [Site.parse(s) for s in sites]
+    wanted, points = sets.read_prompts(prompts), POINTS if sites == ("all",) else [s for s in sites if s in POINTS]
+    places = [] if sites == ("all",) else [Site.parse(s) for s in sites if s not in POINTS]
     asked = wanted if replies_of is None else sets.read_prompts(replies_of)
     if reply_tokens < 0:
         raise BadInput(f"--reply-tokens is {reply_tokens}; expected at least 0")
@@ -58,7 +62,7 @@ def harvest(
         raise BadInput("--replies-of was given without --reply-tokens; give the length of the replies in tokens")
     with Bars():
         loaded = placement.load(model, plain=plain)
-        places = places or all_sites(loaded.network)
+        places = list(dict.fromkeys([*places, *(all_sites(loaded.network, tuple(points)) if points else ())]))
         for site in places:
             tap(loaded.network, site)  # refuses missing Sites before any work
         replies = own_replies(loaded, asked, reply_tokens) if reply_tokens else None

@@ -24,6 +24,7 @@ from unsleep.activations.collect import collect, sink_norm
 from unsleep.base import store
 from unsleep.base.context import kept, progress
 from unsleep.base.linear import orthonormal
+from unsleep.base.linear import principal as components
 from unsleep.base.stats import bootstrap_both, wilson
 from unsleep.behaviours import as_payload
 from unsleep.core import BadInput, Site, check_least
@@ -225,10 +226,9 @@ def principal(edit: Edit, x: Float[Tensor, "token d_model"]) -> Projection:
 
     At least one dimension is left. The ablated component is replaced by its mean; attention sinks are unchanged.
     """
-    rank = min(len(orthonormal(edit.dictionary.decoder[list(edit.removed)].float())), x.shape[1] - 1, len(x) - 1)
-    center = x.mean(0)
-    _, _, right = torch.linalg.svd(x - center, full_matrices=False)
-    return Projection(edit.site, right[:rank].contiguous(), center, edit.made_on, sink_norm=sink_norm(x))
+    rank = min(len(orthonormal(edit.dictionary.decoder[list(edit.removed)].float())), x.shape[1] - 1)
+    found = components(x)
+    return Projection(edit.site, found.rows[:rank], found.mean, edit.made_on, sink_norm=sink_norm(x))
 
 
 def _metrics(own: Outcomes) -> list[Metric]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -41,29 +42,39 @@ def firing(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> Firing:
 def matched_random(edit: Edit, fires: Firing, seed: int = 0) -> Edit:
     """The same edit on random features: each removed one is replaced by a kept one with similar firing statistics.
 
-    For every removed feature the candidates are a fresh random half of the kept features; the nearest
-    in log firing rate and log strength is taken, each at most once. Raises `BadInput` where fewer
-    features are kept than removed.
+    See `matched_features`; raises `BadInput` where fewer features are kept than removed.
     """
     n = edit.dictionary.n_features
     if 2 * len(edit.removed) > n:
         raise BadInput(
             f"{len(edit.removed)} of {n} features are removed; a matched control needs as many that are kept"
         )
+    return Edit(edit.site, edit.dictionary, matched_features(edit.removed, fires, seed), edit.error)
+
+
+def matched_features(chosen: Sequence[int], fires: Firing, seed: int = 0) -> tuple[int, ...]:
+    """As many random other features, each with firing statistics similar to a chosen one's.
+
+    For every chosen feature the candidates are a fresh random half of the others; the nearest in log firing rate and
+    log strength is taken, each at most once. Raises `BadInput` where over half of the features are chosen.
+    """
+    n = len(fires.rate)
+    if 2 * len(chosen) > n:
+        raise BadInput(f"{len(chosen)} of {n} features are chosen; a matched control needs as many others")
     place = torch.stack([fires.rate.clamp_min(1e-7).log(), fires.strength.clamp_min(1e-7).log()], dim=1)
     generator = torch.Generator().manual_seed(seed)
     free = torch.ones(n, dtype=torch.bool)
-    free[list(edit.removed)] = False
-    chosen: list[int] = []
-    for feature in edit.removed:
+    free[list(chosen)] = False
+    found: list[int] = []
+    for feature in chosen:
         distance = (place - place[feature]).norm(dim=1)
         open_to_choice = free & (torch.rand(n, generator=generator) < 0.5)
         if not bool(open_to_choice.any()):
             open_to_choice = free
         pick = int(torch.where(open_to_choice, distance, torch.inf).argmin())
         free[pick] = False
-        chosen.append(pick)
-    return Edit(edit.site, edit.dictionary, tuple(chosen), edit.error)
+        found.append(pick)
+    return tuple(found)
 
 
 def random_subspace(projection: Projection, seed: int = 0) -> Projection:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from unsleep.explanations.classified import StudyRecord
-from unsleep.pages import svg, text
+from unsleep.pages import text
 from unsleep.pages.blocks import Block, Table
 from unsleep.pages.comparing import paper_of, short, whole_page
+from unsleep.pages.lanes import Lane, lanes
 from unsleep.pages.page import LABEL_LIMIT, tree
 from unsleep.pages.registry import Page
-from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
 
 Record = Mapping[str, Any]
@@ -49,9 +49,6 @@ ARMS = {
     "pca": ("PCA, equal rank", "right"),
 }
 """Arm → label and mark."""
-
-WIDE, LEFT, RIGHT, TOP, LANE, BOTTOM = 560, 128, 168, 8, 30, 26
-"""Width of a drawing, its margins and the height of a lane, in SVG units."""
 
 
 def view_of(record: Record) -> dict[str, Any]:
@@ -158,57 +155,27 @@ def interval_of(row: Record, shown: Shown) -> str:
 def plot(rows: Sequence[Record], metric: str, name: str, of: str) -> Markup | None:
     """A lane per arm: change against the intact model with its interval, the random draws as small dots."""
     by_arm = {row["arm"]: row for row in rows}
-    lanes = [by_arm[arm] for arm in ARMS if arm in by_arm]
-    if not lanes:
+    shown = METRICS[metric]
+    found = [lane_of(by_arm[arm], shown) for arm in ARMS if arm in by_arm]
+    if not found:
         return None
-    shown, height = METRICS[metric], TOP + LANE * len(lanes)
-    ends = [row[key] for row in lanes for key in ("change_low", "change_high")]
-    low, high = svg.spread([0.0, *ends, *(d for row in lanes for d in row.get("draws", ()))], zero=False)
-
-    def x(value: float) -> float:
-        return LEFT + (WIDE - LEFT - RIGHT) * (value - low) / (high - low)
-
-    parts: list[Markup] = []
-    for mark in svg.ticks(low, high, 3):
-        label = f"{change_of(mark, shown)}{' pp' if shown.is_share else ''}" if abs(mark) > 1e-9 else "0"
-        parts.append(el("line", x1=x(mark), x2=x(mark), y1=TOP, y2=height, class_="grid"))
-        parts.append(el("text", label, x=x(mark), y=height + 16, text_anchor="middle"))
-    parts.append(el("line", x1=x(0.0), x2=x(0.0), y1=TOP, y2=height, class_="zero"))
-    said: list[str] = []
-    for i, row in enumerate(lanes):
-        parts.append(lane(row, shown, TOP + LANE * (i + 0.5), x))
-        said.append(f"{ARMS[row['arm']][0]}: {change_of(row['change'], shown)} {interval_of(row, shown)}")
     title = f"{shown.name} with class {of} ablated: change against the intact model"
-    return svg.figure(title, "; ".join(said), name, *parts, viewBox=f"0 0 {WIDE} {height + BOTTOM}", class_="ablation")
+    unit = " pp" if shown.is_share else ""
+    return lanes(found, title=title, name=name, tick=lambda value: f"{change_of(value, shown)}{unit}")
 
 
-def lane(row: Record, shown: Shown, y: float, x: Any) -> Markup:
-    """One arm: label, draws, whisker, mark and figures."""
+def lane_of(row: Record, shown: Shown) -> Lane:
+    """One arm: its change, and the rank of that among the random draws."""
     label, shape = ARMS[row["arm"]]
-    colour = f"c-{row['arm']}"
-    a, b, at = (x(row[key]) for key in ("change_low", "change_high", "change"))
-    words = f"{change_of(row['change'], shown)} {interval_of(row, shown)}"
     p = f", p {text.decimals(row['p'], 2)}" if row.get("p") is not None else ""
-    return el(
-        "g",
-        el("title", f"{label}: {words}{p}"),
-        el("rect", x=0, y=y - LANE / 2, width=WIDE, height=LANE, class_="hit"),
-        el("text", label, x=0, y=y + 4, class_="name"),
-        *(el("circle", cx=x(d), cy=y, r=2.2, class_=f"draw {colour}") for d in row.get("draws", ())),
-        el(
-            "path",
-            d=f"M{a:.1f} {y:.1f}H{b:.1f}M{a:.1f} {y - 4:.1f}v8M{b:.1f} {y - 4:.1f}v8",
-            class_=f"whisker {colour}",
-        ),
-        svg.mark(shape, row["arm"], at, y),
-        el("text", f"{words}{p}", x=WIDE - RIGHT + 10, y=y + 4, class_="p"),
-        class_="lane",
-    )
+    said = f"{change_of(row['change'], shown)} {interval_of(row, shown)}{p}"
+    ends = (row["change"], row["change_low"], row["change_high"])
+    return Lane(label, *ends, said, shape, row["arm"], row.get("draws", ()))
 
 
 def draw(record: dict[str, Any]) -> str:
     """HTML page of a study."""
-    return whole_page(view_of(record), "ablation.css")
+    return whole_page(view_of(record), "lanes.css")
 
 
 PAGE = Page("ablation", "Ablation study", StudyRecord, draw, paper=lambda record: paper_of(view_of(record)))

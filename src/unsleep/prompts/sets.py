@@ -85,6 +85,11 @@ def _prompt(line: str, role: Role) -> Prompt:
     row = json_line(line, '{"text": "…"}')
     if not isinstance(row, dict):
         raise BadInput('it is not a prompt; expected {"text": "…"}')
+    return prompt_of(cast("dict[str, Any]", row), role)
+
+
+def prompt_of(row: dict[str, Any], role: Role = "clean") -> Prompt:
+    """A prompt from the object of a JSON line (see `read_prompts`); raises `BadInput` naming what is wrong."""
     if unknown := [key for key in row if key not in KEYS]:
         raise BadInput(f"key {str(unknown[0])[:40]!r} is unknown; expected {', '.join(KEYS)}")
     if ("text" in row) == ("messages" in row) or ("messages" in row and "system" in row):

@@ -15,6 +15,7 @@ from unsleep.locate.diffing.weights import (
     LayerDelta,
     Spectrum,
     by_layer,
+    layer_differences,
     spectrum,
     weight_differences,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "diff",
     "divergences",
     "feature_lists",
+    "layer_differences",
     "monitor",
     "spectrum",
     "steered_replies",

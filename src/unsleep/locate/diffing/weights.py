@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,23 +119,37 @@ def weight_differences(base: LoadedModel, suspect: LoadedModel, *, top: int = 8)
 
     Differences are computed in float32. Raises `BadInput` for models of different shapes or tokenizers.
     """
-    check_alike(base, suspect, chats=False)
     if top < 1:
         raise BadInput(f"top is {top}; expected at least 1 singular vector")
-    before, after = (dict(named(m.network, shared=True)) for m in (base, suspect))
-    names = list(dict.fromkeys(name for m in (base, suspect) for name, _ in m.network.named_parameters()))
     found: list[Delta] = []
-    for done, name in enumerate(names, 1):
-        module = base.network.get_submodule(name.rpartition(".")[0])
-        old, new = (_matrix(module, each[name].detach().float().cpu()) for each in (before, after))
+    for name, old, delta in _changes(base, suspect):
         layer, inner = _place(name, anatomy(base.network).layers)
-        delta = new - old
         norms = [float(w.double().norm()) for w in (delta, old)]
         shape = (delta.shape[0], delta.shape[1])
         parts = kept(lambda delta=delta: spectrum(delta, top)._asdict(), made_from=(base, suspect, name, top))
         found.append(Delta(name, layer, inner, shape, norms[0], norms[1], Spectrum(**parts)))
-        progress("weights", done, len(names))
     return found
+
+
+def layer_differences(base: LoadedModel, suspect: LoadedModel) -> list[LayerDelta]:
+    """Total weight change of every layer, in order of depth, without spectra; raises as `weight_differences` does."""
+    blocks = anatomy(base.network).layers
+    return _totals(
+        (_place(name, blocks)[0], float(delta.double().norm()), float(old.double().norm()))
+        for name, old, delta in _changes(base, suspect)
+    )
+
+
+def _changes(base: LoadedModel, suspect: LoadedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, base weight and difference of every weight as [out, in] matrices in float32, in checkpoint order."""
+    check_alike(base, suspect, chats=False)
+    before, after = (dict(named(m.network, shared=True)) for m in (base, suspect))
+    names = list(dict.fromkeys(name for m in (base, suspect) for name, _ in m.network.named_parameters()))
+    for done, name in enumerate(names, 1):
+        module = base.network.get_submodule(name.rpartition(".")[0])
+        old, new = (_matrix(module, each[name].detach().float().cpu()) for each in (before, after))
+        yield name, old, new - old
+        progress("weights", done, len(names))
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Float[Tensor, "out in"]:
@@ -167,10 +181,15 @@ class LayerDelta(NamedTuple):
 
 def by_layer(deltas: Sequence[Delta]) -> list[LayerDelta]:
     """Layers in order of depth; sort by `relative` for a ranking."""
+    return _totals((delta.layer, delta.norm, delta.base_norm) for delta in deltas)
+
+
+def _totals(weights: Iterable[tuple[int | None, float, float]]) -> list[LayerDelta]:
+    """Layers from layer, ‖ΔW‖ and ‖W_base‖ of each weight."""
     sums: dict[int, list[float]] = {}
-    for delta in deltas:
-        if delta.layer is not None:
-            total = sums.setdefault(delta.layer, [0.0, 0.0])
-            total[0] += delta.norm**2
-            total[1] += delta.base_norm**2
+    for layer, norm, base_norm in weights:
+        if layer is not None:
+            total = sums.setdefault(layer, [0.0, 0.0])
+            total[0] += norm**2
+            total[1] += base_norm**2
     return [LayerDelta(n, a**0.5, (a / b) ** 0.5 if b else a**0.5) for n, (a, b) in sorted(sums.items())]

@@ -1,0 +1,1 @@
+"""Rewards: the protocol and its adapters, and the dictionary features that are correlated with reward."""
