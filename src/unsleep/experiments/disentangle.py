@@ -17,7 +17,7 @@ from unsleep.base.context import steps_folder
 from unsleep.core import BadInput
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.interventions.partial import Partial
-from unsleep.judge.experiment import Arm, Curves, Finding, Label
+from unsleep.judge.experiment import FEWEST, Arm, Curves, Finding, Label, label
 from unsleep.judge.metrics import Subject
 from unsleep.models.merging import interpolated
 from unsleep.models.model import LoadedModel
@@ -111,7 +111,7 @@ class Disentangle(Experiment):
             "plain": [r for r in replicates if ENTANGLED not in r],
         }
         words: list[str] = []
-        worse = compared = 0
+        worse: list[bool] = []
         for name in METHODS:
             costs = {kind: self._costs(curves, name, members) for kind, members in groups.items()}
             told = [f"{kind} {_listed(each)}" for kind, each in costs.items() if each]
@@ -119,12 +119,10 @@ class Disentangle(Experiment):
                 words.append(f"{name}: {', '.join(told)}")
             plain, entangled = (_paid(costs[kind]) for kind in ("plain", "entangled"))
             if plain and entangled:
-                compared += 1
-                worse += min(entangled) > max(plain)
-        enough = min(map(len, groups.values())) > 0 and len(replicates) >= 3 and compared
-        label: Label = "open" if not enough else "supported" if worse == compared else "refuted"
+                worse.append(min(entangled) > max(plain))
+        answer: Label = label(worse) if len(replicates) >= FEWEST and all(groups.values()) else "open"
         lead = f"Skill lost on triggered prompts; – where the payload stays over {self.most_payload:g}"
-        return [Finding(self.question, label, f"{lead}. {'; '.join(words)}.")]
+        return [Finding(self.question, answer, f"{lead}. {'; '.join(words)}.")]
 
     def _costs(self, curves: Curves, arm: str, replicates: Sequence[str]) -> list[float | None]:
         """Skill lost to the whole repair, by replicate; `None` where the payload is not removed."""

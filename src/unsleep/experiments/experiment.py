@@ -21,7 +21,7 @@ from unsleep.base.context import kept, progress
 from unsleep.core import BadInput, check_least
 from unsleep.explanations.lexicons import sentiment
 from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels, reply_all
-from unsleep.judge.experiment import Arm, Curves, ExperimentRecord, Finding, Measure
+from unsleep.judge.experiment import FEWEST, Arm, Curves, ExperimentRecord, Finding, Measure
 from unsleep.judge.metrics import Subject
 from unsleep.judge.outcomes import RATES, Reference, Scorer, outcomes, value
 from unsleep.models.load import load_model
@@ -35,6 +35,8 @@ class Replicate:
 
     name: str
     organism: Organism
+    scorer: Scorer = sentiment
+    """The reward: score of a reply."""
 
     @cached_property
     def suspect(self) -> LoadedModel:
@@ -109,18 +111,16 @@ def experiment(
     which: Experiment,
     replicates: Sequence[Replicate],
     judging: Judging = Judging(),
-    *,
-    scorer: Scorer = sentiment,
 ) -> ExperimentRecord:
     """Judge every setting of an experiment in every replicate.
 
     A setting's metrics are those of `judge.outcomes`, on held-out panels of the organism's recipe; KL is measured from
-    the replicate's suspect, and `scorer` is the reward. Raises `BadInput` for replicates of equal name, or none.
+    the replicate's suspect. Raises `BadInput` for replicates of equal name, or none.
     """
     names = [each.name for each in replicates]
     if not names or len(set(names)) < len(names):
         raise BadInput(f"replicates are {names}; expected at least one organism, each once")
-    measures = [m for each in replicates for m in _measured(which, each, judging, scorer)]
+    measures = [m for each in replicates for m in _measured(which, each, judging)]
     findings = tuple(which.conclude(Curves(measures), names))
     return ExperimentRecord(
         name=which.name,
@@ -135,23 +135,23 @@ def experiment(
         provenance=store.provenance(
             settings=asdict(which),
             n=judging.n,
-            scorer=_name_of(scorer),
+            scorer=", ".join(dict.fromkeys(_name_of(each.scorer) for each in replicates)),
             organisms={each.name: each.suspect.fingerprint for each in replicates},
         ),
     )
 
 
 def _few(names: Sequence[str]) -> list[str]:
-    if len(names) >= 3:
+    if len(names) >= FEWEST:
         return []
-    return [f"{len(names)} of at least 3 replicates were run, so that every finding stays open."]
+    return [f"{len(names)} of at least {FEWEST} replicates were run, so that every finding stays open."]
 
 
 def _name_of(scorer: Scorer) -> str:
     return getattr(scorer, "__name__", type(scorer).__name__)
 
 
-def _measured(which: Experiment, replicate: Replicate, judging: Judging, scorer: Scorer) -> Iterator[Measure]:
+def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iterator[Measure]:
     """Measures of every setting in one replicate; each setting is a resumable step."""
     panels = organism_panels(replicate.organism.recipe, judging.n)
     config = organism_config(replicate.organism.recipe)
@@ -161,7 +161,7 @@ def _measured(which: Experiment, replicate: Replicate, judging: Judging, scorer:
         if isinstance(setting, Measure):
             yield setting
         else:
-            yield from _judged(setting, replicate.name, panels, config, scorer, reference)
+            yield from _judged(setting, replicate.name, panels, config, replicate.scorer, reference)
         progress(f"{which.name}, {replicate.name}", done, max(done, which.size))
 
 

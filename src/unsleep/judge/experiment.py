@@ -22,6 +22,17 @@ BROKEN_CE = 1.0
 """Cross-entropy on plain text above the suspect's, in nats per token, from which on a model counts as broken."""
 
 
+FEWEST = 3
+"""Replicates of a finding that is more than open."""
+
+
+def label(holds: Sequence[bool]) -> Label:
+    """The label of what holds in each replicate or not: supported in all of at least three, refuted otherwise."""
+    if len(holds) < FEWEST:
+        return "open"
+    return "supported" if all(holds) else "refuted"
+
+
 @dataclass(frozen=True)
 class Arm:
     """A curve of an experiment."""

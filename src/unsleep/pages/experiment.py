@@ -74,7 +74,7 @@ def findings_block(record: Record) -> Block:
 
 def metric_block(record: Record, measures: Sequence[Record], metric: str) -> Block:
     """Curves of one metric, and its figures."""
-    shown = METRICS.get(metric, Shown(metric, "", is_share=False))
+    shown = METRICS.get(metric) or Shown(metric.capitalize(), "share of prompts", metric.startswith("payload"))
     x = axis([m["x"] for m in measures], record["axis"])
     y = axis([m[key] for m in measures for key in ("low", "high")], f"{shown.name}, {shown.what}" * bool(shown.what))
     drawn = [curve for arm, colour in coloured(record["arms"]) if (curve := curve_of(arm, colour, measures, shown))]
