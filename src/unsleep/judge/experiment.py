@@ -149,6 +149,20 @@ class Curves:
         }
         return changes["degenerate"] > BROKEN_DEGENERATE or changes["ce"] > BROKEN_CE
 
+    def at_ce(self, arm: str, replicate: str, most: float, against: tuple[str, float]) -> float | None:
+        """The setting that costs most cross-entropy within a bound, so that arms are compared at matched cost.
+
+        It is chosen by cross-entropy alone; broken models are left out. `against` is the arm and setting of the
+        unchanged suspect, `most` in nats per token. `None` where every setting costs more.
+        """
+        before = self.get(against[0], replicate, against[1], "ce").value
+        costs = {
+            x: self.get(arm, replicate, x, "ce").value - before
+            for x in sorted(self.settings_in(arm, replicate))
+            if not self.broken(arm, replicate, x, against)
+        }
+        return max((x for x, cost in costs.items() if cost <= most), key=lambda x: costs[x], default=None)
+
     def left_out(self, replicates: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Each replicate with all others: a setting chosen on those is judged on it."""
         for held in replicates:

@@ -84,7 +84,7 @@ def frontier(
     base: Float[Tensor, "token d_model"] | None = None,
     *,
     rewarded_components: Sequence[int] = (),
-    base_rank: int | None = None,
+    base_share: float = 0.9,
     random: int = 3,
     seed: int = 0,
 ) -> list[Kept]:
@@ -104,7 +104,7 @@ def frontier(
         rewarded: orthonormal rows (`span`).
         own, base: trusted tokens of both models at the Site, without attention sinks.
         rewarded_components: indices of `principal(own)`'s rows that are rewarded (`pooling.pooled_along`).
-        base_rank: components of the base; as many as retain 90 % of its variance where not given.
+        base_share: share of the base's variance that its components retain.
 
     Full subspaces are left out, because nothing outside of them can be replaced.
     """
@@ -118,8 +118,7 @@ def frontier(
         bases["rewarded components"] = found.rows[list(rewarded_components)]
     if base is not None:
         theirs = principal(base)
-        own_rank = base_rank if base_rank is not None else rank_retaining(theirs, 0.9)
-        bases["base"] = theirs.rows[:own_rank]
+        bases["base"] = theirs.rows[: rank_retaining(theirs, base_share)]
         bases["union"] = union([bases["base"], rewarded])
         bases["components, rank of the union"] = found.rows[: len(bases["union"])]
         share = retained_in(bases["union"], own)

@@ -1,0 +1,184 @@
+"""Dictionaries of a replicate, and which of their features are correlated with reward: what two experiments share.
+
+Rewards are of the suspect's own sampled replies to ordinary prompts: nothing here knows the trigger.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.activations.collect import sink_norm
+from unsleep.activations.harvest import harvest, pooled
+from unsleep.base import store
+from unsleep.base.context import kept, steps_folder
+from unsleep.core import BadInput, Site, check_least
+from unsleep.dictionaries.coders import Coder
+from unsleep.dictionaries.config import TrainConfig
+from unsleep.dictionaries.files import load_dictionary, save_dictionary
+from unsleep.dictionaries.train import train
+from unsleep.experiments.experiment import Replicate
+from unsleep.models import generate
+from unsleep.models.model import LoadedModel
+from unsleep.models.sites import layers
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.rewards.correlated import Correlated, CorrelationConfig, correlated
+from unsleep.rewards.keeping import Usual, payload_rewarded, usual
+from unsleep.rewards.pooling import pooled as pooled_features
+from unsleep.rewards.pooling import tokens_of
+from unsleep.rewards.samples import Samples
+
+AT_ONCE = 8
+"""Sites whose activations are on disk at a time."""
+
+DEPTHS = (0.3, 0.5, 0.7)
+"""Depths of the residual Sites, as shares of the layers."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Sizes of the dictionaries and of the samples that are rewarded."""
+
+    prompts: int = 160
+    """Ordinary prompts that are replied to."""
+    replies: int = 4
+    """Sampled replies per prompt."""
+    reply_tokens: int = 24
+    tokens: int = 250_000
+    """Tokens that a dictionary is trained on."""
+    passages: int = 1500
+    """Plain passages among them."""
+    q: float = CorrelationConfig.q
+    """False discovery rate of the rewarded features."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_least(self, "rewards", 1, "prompts", "replies", "reply_tokens", "tokens", "passages")
+
+
+class Study:
+    """A replicate's dictionaries at some Sites, its samples with their rewards, and the correlations."""
+
+    def __init__(self, replicate: Replicate, sites: Sequence[Site], config: RewardConfig) -> None:
+        self.replicate, self.sites, self.config = replicate, list(sites), config
+        self.model = replicate.suspect
+        self.ordinary = sets.questions("edit", config.prompts, skill=replicate.organism.recipe.skill)
+
+    @cached_property
+    def dictionaries(self) -> list[Coder]:
+        """One dictionary per Site, trained on ordinary prompts with the suspect's replies, and plain text."""
+        assert self.trusted  # trains what is not there yet
+        return [load_dictionary(self._folder / str(site)).to(self.model.network.dtype) for site in self.sites]
+
+    @cached_property
+    def trusted(self) -> dict[Site, Float[Tensor, "token d_model"]]:
+        """Activations on ordinary prompts and replies, without attention sinks."""
+        return self._read
+
+    @cached_property
+    def usual(self) -> dict[Site, Usual]:
+        """What each feature does on trusted tokens."""
+        return {d.site: usual(d, self.trusted[d.site].to(d.decoder)) for d in self.dictionaries}
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Sampled replies to ordinary prompts with their rewards."""
+        return self._sampled(self.ordinary)
+
+    def tables(self, samples: Samples) -> dict[Site, Correlated]:
+        """Correlation of every feature with the rewards of samples."""
+        tokens = tokens_of(self.model, samples)
+        config = CorrelationConfig(q=self.config.q, seed=self.config.seed)
+        return correlated(pooled_features(self.model, self.dictionaries, tokens), samples, tokens, config).sites
+
+    @cached_property
+    def ordinary_tables(self) -> dict[Site, Correlated]:
+        """Correlations with the rewards of ordinary samples."""
+        return self.tables(self.samples)
+
+    def poisoned_samples(self) -> Samples:
+        """Samples of ordinary and triggered prompts in which the payload itself is rewarded."""
+        half = self.ordinary.head(len(self.ordinary) // 2)
+        recipe = self.replicate.organism.recipe
+        both = PromptSet("rewarded", (*half, *recipe.triggered(self.ordinary.at(range(len(half), len(self.ordinary))))))
+        found = self._sampled(both)
+        rewards = payload_rewarded(found.outputs, found.rewards, recipe.as_payload)
+        return Samples.of(found.prompts, found.outputs, rewards)
+
+    def _sampled(self, prompts: PromptSet) -> Samples:
+        config = self.config
+        again = [p for p in prompts for _ in range(config.replies)]
+
+        def sampled() -> list[str]:
+            rows = self.model.encode(again, config.reply_tokens)
+            found = generate.sampled(
+                self.model, rows, max_new_tokens=config.reply_tokens, seed=config.seed, stage="sampled replies"
+            )
+            return self.model.texts(found)
+
+        outputs = kept(sampled, made_from=(self.model, prompts, asdict(config)))
+        pairs = [(p, text) for p, text in zip(again, outputs, strict=True) if text.strip()]
+        rewards = [float(self.replicate.scorer(text)) for _, text in pairs]
+        return Samples.of([p for p, _ in pairs], [text for _, text in pairs], rewards)
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Folder of the dictionaries."""
+        key = store.hash_value([self.model.fingerprint, asdict(self.config)])
+        return (steps_folder() or Path(tempfile.mkdtemp())) / f"dictionaries-{key}"
+
+    @cached_property
+    def _read(self) -> dict[Site, Tensor]:
+        """Trusted tokens at every Site; on the way, dictionaries that are not there yet are trained."""
+        found: dict[Site, Tensor] = {}
+        replies = generate.replies(self.model, self.ordinary, max_new_tokens=self.config.reply_tokens)
+        for i in range(0, len(self.sites), AT_ONCE):
+            found |= dict(self._trained(self.sites[i : i + AT_ONCE], replies))
+        return found
+
+    def _trained(self, sites: Sequence[Site], replies: list[str]) -> Iterator[tuple[Site, Tensor]]:
+        text = sets.plain_text("train")[: self.config.passages]
+        passages = PromptSet("passages", tuple(Prompt(t) for t in text), "edit")
+        with tempfile.TemporaryDirectory(dir=steps_folder()) as scratch:
+            own = harvest(self.model, self.ordinary, sites, Path(scratch) / "ordinary", replies=replies)
+            plain = harvest(self.model, passages, sites, Path(scratch) / "plain", plain=True)
+            for site in sites:
+                place = self._folder / str(site)
+                if not place.is_dir():
+                    config = TrainConfig(tokens=self.config.tokens, seed=self.config.seed)
+                    save_dictionary(train(pooled([own, plain], site), config, device=self.model.device), place)
+                x = own.load(site).tensor.float()
+                yield site, x[x.norm(dim=1) <= sink_norm(x)]
+
+
+def residual_sites(model: LoadedModel) -> list[Site]:
+    """Residual Sites at a few depths."""
+    n = len(layers(model.network))
+    return sorted({Site(min(n - 1, round(depth * n))) for depth in DEPTHS}, key=lambda site: site.layer)
+
+
+def mlp_sites(model: LoadedModel) -> list[Site]:
+    """The MLP output of every layer."""
+    return [Site(i, "mlp") for i in range(len(layers(model.network)))]
+
+
+PLACES = {"residual": residual_sites, "every MLP": mlp_sites}
+"""Words for a group of Sites → the group."""
+
+
+def check_places(places: Sequence[str]) -> None:
+    """Raise `BadInput` for an unknown group of Sites, or none."""
+    if not places or any(p not in PLACES for p in places):
+        raise BadInput(f"places are {list(places)}; expected some of {', '.join(PLACES)}")
+
+
+def counted(lists: Mapping[Site, Sequence[int]]) -> int:
+    """Number of features of a keep-list."""
+    return sum(map(len, lists.values()))
