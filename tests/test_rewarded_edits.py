@@ -209,7 +209,8 @@ def test_principal_components_are_those_of_the_covariance() -> None:
 def test_a_frontier_has_equal_ranks_and_variances(tiny: LoadedModel) -> None:
     d, x, base = coder(tiny), tokens(), tokens(seed=1).roll(5, 1)
     rewarded = spans.span(d, (3, 7, 9, 11))
-    kept = {k.name: k for k in spans.frontier(rewarded, x, base, rewarded_components=(2, 4), base_rank=6)}
+    share = float(principal(base).share[:6].sum())
+    kept = {k.name: k for k in spans.frontier(rewarded, x, base, rewarded_components=(2, 4), base_share=share)}
     assert kept["rewarded"].rank == kept["components, equal rank"].rank == kept["random 1, equal rank"].rank == 4
     assert kept["components, equal rank"].retained > kept["random 1, equal rank"].retained
     assert kept["components, equal variance"].retained >= kept["rewarded"].retained

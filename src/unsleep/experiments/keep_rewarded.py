@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from unsleep.core import BadInput
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
-from unsleep.experiments.rewarded import PLACES, RewardConfig, Study, check_places
+from unsleep.experiments.rewarded import PLACES, Comparison, RewardConfig, Study, check_places
 from unsleep.interventions.intervention import Intervention
-from unsleep.judge.experiment import Arm, Curves, Finding, label
+from unsleep.judge.experiment import Arm, Curves, Finding
 from unsleep.judge.metrics import Subject
 from unsleep.models.model import LoadedModel
 from unsleep.rewards.keeping import Fill, KeepList, keeping, low_reward_list, random_list, rewarded_list
@@ -131,26 +131,9 @@ class KeepRewarded(Experiment):
     def _at_place(self, curves: Curves, replicates: Sequence[str], place: str) -> Finding:
         """The finding for one group of Sites."""
         random = [f"random {i + 1}" for i in range(self.draws)]
-        told: list[str] = []
-        removed: list[bool] = []
-        for each in replicates:
-            read = {
-                what: self._read(curves, _arm(place, what, CONTROLLED[0]), each)
-                for what in ("kept", *random, "low reward", "payload rewarded")
-            }
-            told.append(f"{each}: {', '.join(f'{what} {_said(v)}' for what, v in read.items())}")
-            own, controls = read["kept"], [v for r in random if (v := read[r]) is not None]
-            removed.append(own is not None and own <= self.most_payload and all(v > own for v in controls))
-        words = (
-            f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text; – where every one costs "
-            f"more or breaks the model. {'; '.join(told)}."
-        )
-        return Finding(f"{self.question[:-1]} ({place})?", label(removed), words)
-
-    def _read(self, curves: Curves, arm: str, replicate: str) -> float | None:
-        """Payload of an arm at the setting that costs most within the bound; chosen by cross-entropy alone."""
-        x = curves.at_ce(arm, replicate, self.most_ce, (SUSPECT, 0.0))
-        return None if x is None else curves.get(arm, replicate, x, "payload").value
+        arms = {what: _arm(place, what, CONTROLLED[0]) for what in ("kept", *random, "low reward", "payload rewarded")}
+        compared = Comparison(arms, "kept", random, (SUSPECT, 0.0), self.most_payload, self.most_ce)
+        return compared.finding(f"{self.question[:-1]} ({place})?", curves, replicates)
 
     def notes(self) -> Sequence[str]:
         """The reading of a random control."""
@@ -159,10 +142,6 @@ class KeepRewarded(Experiment):
 
 def _arm(place: str, what: str, variant: str) -> str:
     return f"{place}: {what}, {variant}"
-
-
-def _said(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
 
 
 def _edits(study: Study, ids: KeepList, *, error: bool, fill: Fill) -> Callable[[], Subject]:

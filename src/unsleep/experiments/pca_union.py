@@ -1,7 +1,8 @@
 """Experiment `pca_union`: keep a subspace instead of features, and replace the rest by its mean.
 
-Subspaces at residual Sites: the span of the rewarded features, the first principal components at equal rank and at equal
-retained variance, random ones, the components of the base, and their union with the rewarded span; see `rewards.spans`.
+Subspaces at residual Sites: the span of the rewarded features, the first principal components at equal rank and at
+equal retained variance, random ones, the components of the base, and their union with the rewarded span; see
+`rewards.spans`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from unsleep.activations.collect import collect, sink_norm
 from unsleep.core import BadInput, Site
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
-from unsleep.experiments.rewarded import RewardConfig, Study, residual_sites
+from unsleep.experiments.rewarded import Comparison, RewardConfig, Study, residual_sites
 from unsleep.interventions.subspaces import Projection
-from unsleep.judge.experiment import Arm, Curves, Finding, label
+from unsleep.judge.experiment import Arm, Curves, Finding
 from unsleep.judge.metrics import Subject
 from unsleep.models.model import LoadedModel
 from unsleep.rewards.keeping import rewarded_list
@@ -86,9 +87,7 @@ class PcaUnion(Experiment):
         key = (asdict(self.reward), self.least, replicate.scorer)
         seen: set[tuple[str, float]] = set()
         for share in sorted(self.base_variance):
-            by_site = {
-                d.site: self._subspaces(study, d.site, kept[d.site], theirs[d.site], share) for d in study.dictionaries
-            }
+            by_site = {site: self._subspaces(study, site, kept[site], theirs[site], share) for site in study.sites}
             for name in ARMS:
                 found = {site: each[name] for site, each in by_site.items() if name in each}
                 if len(found) < len(by_site):
@@ -110,23 +109,10 @@ class PcaUnion(Experiment):
 
     def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
         """At matched cross-entropy: is the payload removed by the union, and more than by principal components?"""
-        told: list[str] = []
-        removed: list[bool] = []
-        for each in replicates:
-            read = {name: self._read(curves, name, each) for name in ARMS}
-            told.append(f"{each}: {', '.join(f'{name} {_said(v)}' for name, v in read.items())}")
-            own, control = read["union"], read["components, variance of the union"]
-            removed.append(own is not None and own <= self.most_payload and (control is None or control > own))
-        words = (
-            f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text; – where every one costs "
-            f"more or breaks the model. {'; '.join(told)}."
-        )
-        return [Finding(self.question, label(removed), words)]
-
-    def _read(self, curves: Curves, arm: str, replicate: str) -> float | None:
-        """Payload of an arm at the setting that costs most within the bound; chosen by cross-entropy alone."""
-        x = curves.at_ce(arm, replicate, self.most_ce, (SUSPECT, 1.0))
-        return None if x is None else curves.get(arm, replicate, x, "payload").value
+        arms = {name: name for name in ARMS}
+        controls = ("components, variance of the union", "components, rank of the union")
+        compared = Comparison(arms, "union", controls, (SUSPECT, 1.0), self.most_payload, self.most_ce)
+        return [compared.finding(self.question, curves, replicates)]
 
 
 def _tokens(model: LoadedModel, study: Study) -> dict[Site, torch.Tensor]:
@@ -146,7 +132,3 @@ def _keeping(study: Study, found: dict[Site, Kept]) -> Callable[[], Subject]:
         return Subject("kept", study.model, tuple(edits))
 
     return made
-
-
-def _said(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

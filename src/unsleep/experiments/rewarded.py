@@ -24,6 +24,7 @@ from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import train
 from unsleep.experiments.experiment import Replicate
+from unsleep.judge.experiment import Curves, Finding, label
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import layers
@@ -182,3 +183,37 @@ def check_places(places: Sequence[str]) -> None:
 def counted(lists: Mapping[Site, Sequence[int]]) -> int:
     """Number of features of a keep-list."""
     return sum(map(len, lists.values()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms that are compared at matched cross-entropy: each at the setting that costs most within a bound."""
+
+    arms: Mapping[str, str]
+    """Words → name of the arm."""
+    own: str
+    """Words of the arm under study."""
+    controls: Sequence[str]
+    """Words of the arms that it must beat."""
+    suspect: tuple[str, float]
+    """Arm and setting of the unchanged suspect."""
+    most_payload: float
+    most_ce: float
+
+    def finding(self, question: str, curves: Curves, replicates: Sequence[str]) -> Finding:
+        """Is the payload removed, and further than by every control?"""
+        told: list[str] = []
+        removed: list[bool] = []
+        for each in replicates:
+            read = {words: self._payload(curves, arm, each) for words, arm in self.arms.items()}
+            said = [f"{words} {'–' if v is None else f'{v:.2f}'}" for words, v in read.items()]
+            told.append(f"{each}: {', '.join(said)}")
+            own, controls = read[self.own], [v for words in self.controls if (v := read[words]) is not None]
+            removed.append(own is not None and own <= self.most_payload and all(v > own for v in controls))
+        lead = f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text"
+        rest = "– where every one costs more or breaks the model"
+        return Finding(question, label(removed), f"{lead}; {rest}. {'; '.join(told)}.")
+
+    def _payload(self, curves: Curves, arm: str, replicate: str) -> float | None:
+        x = curves.at_ce(arm, replicate, self.most_ce, self.suspect)
+        return None if x is None else curves.get(arm, replicate, x, "payload").value
