@@ -84,6 +84,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path):
     )
     shown = [out for cell in found.cells for out in cell.get("outputs", ()) if "text/html" in out.get("data", {})]
     assert len(shown) == 1
+    assert re.search(r"^\d+\.\d minutes", printed, re.MULTILINE)
     if name == "repair":
         assert "120 suspicious and 120 ordinary prompts" in printed
         assert re.search(r"payload shown\s+triggered\s+control_random\s+[\d.]+ \[", printed)

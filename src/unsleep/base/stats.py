@@ -155,7 +155,9 @@ def correlation(
     one, other = (torch.as_tensor(values, dtype=torch.float64).flatten() for values in (x, y))
     n = len(one)
     if len(other) != n or n < 3 or any(bool((side == side[0]).all()) for side in (one, other)):
-        raise BadInput(f"{n} and {len(other)} values cannot be correlated; expected pairs, at least 3, and neither side constant")
+        raise BadInput(
+            f"{n} and {len(other)} values cannot be correlated; expected at least 3 pairs, and neither side constant"
+        )
     one, other = one - one.mean(), other - other.mean()
     each = torch.stack([torch.ones_like(one), one, other, one * one, other * other, one * other], 1)
     if group is not None:
