@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from circuit_nodes import nodes_of
 from common import keep
 
 import unsleep
@@ -161,6 +162,7 @@ def main() -> None:
     (OUT / "page").mkdir(parents=True, exist_ok=True)
     records.save(record, OUT / "page" / "circuit.json")
     unsleep.report(OUT / "page")
+    keep("circuit_nodes", nodes_of(record, model, {coder.site: coder for coder in coders}))
     curves = {curve.name: [records.plain(point) for point in curve.points] for curve in record.curves}
     keep(
         "circuit",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar, runtime_checkable
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -138,6 +138,7 @@ def load_dictionaries(folders: Sequence[Path]) -> list[Coder]:
     return [dictionary for dictionary, _ in found.values()]
 
 
+@runtime_checkable
 class OfSite(Protocol):
     """A record about one dictionary."""
 
