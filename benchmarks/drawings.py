@@ -17,7 +17,7 @@ MARGIN, TITLE, LEGEND, LETTER = 16, 30, 26, 6.6
 """Space around and between drawings, heights of titles and of a legend, and width of a legend's letter, in pixels."""
 
 OWN = (
-    "text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; font-variant-numeric: tabular-nums; }",
+    "text { font-family: system-ui, -apple-system, 'Segoe UI', sans-serif; font-variant-numeric: tabular-nums; }",
     ".paper { fill: var(--card); }",
     ".title { fill: var(--ink); font-size: 13px; font-weight: 600; }",
     ".legend { fill: var(--muted); font-size: 12px; }",

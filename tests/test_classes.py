@@ -339,7 +339,7 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
     assert "weapons" in record.names
     assert (record.scorer, record.judge) == ("long", "me")
     found = record.features[TRIGGER_FEATURE]
-    assert found.words == ("m",)
+    assert set(found.words) == {"m"}
     assert found.votes == (("trigger", 1.0), ("weapons", 0.5))
     assert found.grounds["trigger"] == ("behaviour", "votes")
     assert found.grounds["weapons"] == ("votes",)
