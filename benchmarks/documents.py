@@ -112,7 +112,15 @@ def features(r: Record, wanted: Callable[[str], bool]) -> str:
     chosen = {role: nodes for role, nodes in r["features"].items() if wanted(role)}
     if not chosen:
         return "No feature is among the kept nodes.\n"
-    head = ["feature", "tokens", "effect, nats", "alone, exactly", "activation, in the reference", "kept by", "writes"]
+    head = [
+        "feature",
+        "tokens",
+        "effect, nats",
+        "alone, exactly",
+        "activation, and in the reference",
+        "kept by",
+        "writes",
+    ]
     return table(head, [line(role, node) for role, nodes in chosen.items() for node in nodes])
 
 
@@ -122,9 +130,9 @@ def line(role: str, node: Record) -> list[str]:
         f"`{node['place']}/{node['feature']}`",
         f"`{role}`",
         signed(node),
-        "–" if node["exact"] is None else f"{node['exact']:+.2f}",
+        "–" if node.get("exact") is None else f"{node['exact']:+.2f}",
         f"{node['activation']:.2f}, {node['reference']:.2f}",
-        "–" if node["kept"] is None else f"{node['kept']:.0%}",
+        "–" if node.get("kept") is None else f"{node['kept']:.0%}",
         tokens(node["writes"]),
     ]
 

@@ -13,7 +13,7 @@ from unsleep.base import store
 from unsleep.pages.css import VARIABLE, Rule, sheet
 from unsleep.pages.pdf import drawings
 
-MARGIN, TITLE, LEGEND, LETTER = 16, 30, 26, 6.6
+MARGIN, TITLE, LEGEND, LETTER = 16, 30, 30, 7.4
 """Space around and between drawings, heights of titles and of a legend, and width of a legend's letter, in pixels."""
 
 OWN = (
@@ -45,7 +45,7 @@ def save(path: Path, title: str, parts: Sequence[tuple[str, Markup]], columns: i
         legends += [each for each in drawing.legends if not legends]
     height = top + row
     for legend in legends:
-        _legend(root, legend, height + 4)
+        _legend(root, legend, height)
         height += LEGEND
     root.set("viewBox", f"0 0 {width:.0f} {height:.0f}")
     root.set("width", f"{width:.0f}")

