@@ -18,6 +18,7 @@ from typing import Any
 import drawings
 from circuit_growth import series
 from common import RESULTS
+from markupsafe import Markup
 
 from unsleep.pages.circuits import graph
 from unsleep.pages.curves import Curve, Dot, axis, chart
@@ -318,12 +319,12 @@ def curve(name: str, points: Sequence[tuple[float, float]], number: int, count: 
 
 
 def drawn_curves(
-    title: str, lines: Mapping[str, Sequence[tuple[float, float]]], names: tuple[str, str], unit: str
-) -> Any:
-    """A chart of some lines, the x axis logarithmic."""
-    curves = [curve(name, points, i, len(lines), unit) for i, (name, points) in enumerate(lines.items())]
-    x = axis([d.x for c in curves for d in c.dots], names[0], log=True)
-    y = axis([0.0, *(d.y for c in curves for d in c.dots)], names[1])
+    title: str, lines: Mapping[str, Sequence[tuple[float, float]]], names: tuple[str, str], *, top: float = 0.0
+) -> tuple[str, Markup]:
+    """A chart of some lines under its title; shares of nodes have 1 at the `top` and a logarithmic x axis."""
+    curves = [curve(name, points, i, len(lines), names[1]) for i, (name, points) in enumerate(lines.items())]
+    x = axis([d.x for c in curves for d in c.dots], names[0], log=bool(top))
+    y = axis([0.0, top, *(d.y for c in curves for d in c.dots)], names[1])
     key = re.sub(r"\W+", "-", title.lower())
     return title, chart(curves, [], (x, y), title=title, name=key, width=WIDTH)
 
@@ -339,7 +340,7 @@ def draw_faithfulness(r: Record, path: Path) -> None:
         name.partition(":")[0]: [(p["nodes"], max(-0.5, min(1.5, p["faithfulness"]["value"]))) for p in points]
         for name, points in by_sites(r).items()
     }
-    part = drawn_curves("Faithfulness by number of Sites", lines, ("nodes", "share"), "of the behaviour")
+    part = drawn_curves("Faithfulness by number of Sites", lines, ("nodes", "share"), top=1.0)
     drawings.save(path, part[0], [part])
 
 
@@ -359,16 +360,14 @@ def draw_growth(r: Record, path: Path) -> None:
     def memory(row: Record) -> float:
         return row["peak_memory_mb"] / 1000
 
-    tokens_of = ("tokens", "seconds"), ("tokens", "GB")
-    features_of = ("features", "seconds"), ("features", "GB")
     time = {name: of(rows, "tokens", whole) for name, rows in grown.items()}
     held = {name: of(rows, "tokens", memory) for name, rows in grown.items()}
     stages = {name: of(sizes, "features", lambda row, name=name: row["seconds"][name]) for name in names}
     parts = [
-        drawn_curves("Time by tokens", time, tokens_of[0], "s"),
-        drawn_curves("Peak memory by tokens", held, tokens_of[1], "GB"),
-        drawn_curves("Time by features", stages, features_of[0], "s"),
-        drawn_curves("Peak memory by features", {"process": of(sizes, "features", memory)}, features_of[1], "GB"),
+        drawn_curves("Time by tokens", time, ("tokens", "seconds")),
+        drawn_curves("Peak memory by tokens", held, ("tokens", "GB")),
+        drawn_curves("Time by features", stages, ("features", "seconds")),
+        drawn_curves("Peak memory by features", {"process": of(sizes, "features", memory)}, ("features", "GB")),
     ]
     drawings.save(path, "Growth of a circuit search", parts, columns=2)
 
