@@ -314,7 +314,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
 
 def curve(name: str, points: Sequence[tuple[float, float]], number: int, count: int, unit: str) -> Curve:
     """A line with a mark per point."""
-    dots = tuple(Dot(x, y, f"{name}, {x:g}: {y:g} {unit}", SHAPES[number % len(SHAPES)]) for x, y in sorted(points))
+    shape, places = SHAPES[number % len(SHAPES)], [(float(x), float(y)) for x, y in sorted(points)]
+    dots = tuple(Dot(x, y, f"{name}, {x:g}: {y:g} {unit}", shape) for x, y in places)
     return Curve(name, shade(number, 0, max(1, count - 1)), dots, dots)
 
 

@@ -340,10 +340,9 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
     assert (record.scorer, record.judge) == ("long", "me")
     found = record.features[TRIGGER_FEATURE]
     assert set(found.words) == {"m"}
-    assert found.votes == (("trigger", 1.0), ("weapons", 0.5))
-    assert found.grounds["trigger"] == ("behaviour", "votes")
+    assert found.votes == (("weapons", 1.0), ("letters", 0.5))
     assert found.grounds["weapons"] == ("votes",)
-    assert found.grounds["letters"] == ("keywords",)
+    assert found.grounds["letters"] == ("keywords", "votes")
 
 
 def explain(folder: Path) -> None:
@@ -356,5 +355,5 @@ def explain(folder: Path) -> None:
     said = Explanation("fires on vowels", "me", {"detection": Interval(0.9, 0.8, 1.0)})
     head = statistics.model, statistics.dictionary, statistics.site
     Explanations(*head, {TRIGGER_FEATURE: (said,)}, 0, (), {}).save(folder)
-    votes = (ClassScore("trigger", 1.0), ClassScore("weapons", 0.5))
+    votes = (ClassScore("weapons", 1.0), ClassScore("letters", 0.5))
     records.save(VotesRecord(*head, "me", {"weapons": ""}, {TRIGGER_FEATURE: votes}, {}), folder / VOTES)
