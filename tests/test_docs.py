@@ -159,8 +159,9 @@ def blocks(document: Path) -> list[Block]:
 
 
 def prose(document: Path) -> str:
-    """A document without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    """A document without its fenced blocks and without what is recorded, such as tokens."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^<!-- recorded: .*?^<!-- end -->$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(block: Block) -> list[str]:
