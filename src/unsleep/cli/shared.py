@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Protocol, TypeVar, cast, runtime_checkable
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -192,7 +192,7 @@ def load_scorer(name: str) -> Scorer:
     found = getattr(module, function, None)
     if not callable(found):
         raise BadInput(f"--scorer {name}: {place} has no function {function!r}")
-    return found
+    return cast("Scorer", found)
 
 
 def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool) -> list[Coder]:
