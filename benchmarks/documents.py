@@ -211,7 +211,7 @@ def veto(r: Record) -> str:
     """The vetoes that were tried on the circuit's own prompts, and the chosen one on held-out panels."""
     tried = [
         [
-            ", ".join(f"`{role}`" for role in one["veto"]["roles"]) or "all",
+            ", ".join(f"`{role}`" for role in one["veto"].get("roles", ())) or "all",
             f"{one['veto']['least']:g}",
             f"{one['features']}",
             f"{one['asr']:.0%}",
@@ -230,7 +230,7 @@ def veto(r: Record) -> str:
         if f"suspect/{panel}/{metric}" in held
     ]
     chosen = r["veto"]
-    where = ", ".join(f"`{role}`" for role in chosen["roles"]) or "every role"
+    where = ", ".join(f"`{role}`" for role in chosen.get("roles", ())) or "every role"
     told = (
         f"\nOf these, features at {where} with an effect over {chosen['least']:g} nats did best. Held-out prompts:\n\n"
     )

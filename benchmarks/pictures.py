@@ -36,6 +36,8 @@ WIDTH, HEIGHT, QUALITY = 1280, 800, 85
 """Window in pixels, and quality of the pictures in percent."""
 MINUTES = 20
 """Time that a proof may take."""
+SPARSE = 0.02
+"""Share of tokens below which a feature has to fire for its card to be shown."""
 
 
 def values(page: Path, name: str) -> Any:
@@ -46,8 +48,7 @@ def values(page: Path, name: str) -> Any:
 
 def largest(source: Path) -> int:
     """The feature of a circuit with the largest effect, by its node."""
-    [path] = sorted(source.rglob("circuit.json"))
-    nodes = records.load(CircuitRecord, path).nodes
+    nodes = records.load(CircuitRecord, min(source.rglob("circuit.json"))).nodes
     return max((i for i, node in enumerate(nodes) if node.kind == "feature"), key=lambda i: nodes[i].effect)
 
 
@@ -59,8 +60,9 @@ def views(page: Path) -> dict[str, tuple[str, str]]:
     if manifest["dictionaries"]:
         one = manifest["dictionaries"][0]
         columns = values(page, f"features/{one['key']}/list")
-        densest = max(range(one["size"]), key=lambda i: columns["density"][i] < 0.05 and columns["largest"][i])
-        found["card"] = f"/features/{one['key']}/{densest}", "document.querySelector('.histogram')"
+        sparse = [i for i, density in enumerate(columns["density"]) if 0 < density < SPARSE] or range(one["size"])
+        strongest = max(sparse, key=lambda i: columns["largest"][i])
+        found["card"] = f"/features/{one['key']}/{strongest}", "document.querySelector('.histogram')"
     return found
 
 
@@ -91,7 +93,10 @@ def served(page: Path, dictionaries: Path, n: int) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().removeprefix("Open ").strip()
+        first = process.stdout.readline()
+        if not first.startswith("Open "):
+            raise SystemExit("the server did not start; what it says is above")
+        yield first.removeprefix("Open ").strip()
     finally:
         process.terminate()
         process.wait()

