@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,15 +80,16 @@ def points() -> list[Point]:
 
 
 def cut(coder: Coder, n: int) -> Coder:
-    """A dictionary's first features."""
+    """A dictionary's first features, copied: the tensors of a file share its memory."""
     if not n or n == coder.n_features:
         return coder
-    changed = {"W_enc": coder.W_enc[:, :n].clone(), "W_dec": coder.W_dec[:n].clone()}
-    for name in (field.name for field in fields(coder)):
-        value = getattr(coder, name)
-        if name not in changed and isinstance(value, torch.Tensor) and value.shape == (coder.n_features,):
-            changed[name] = value[:n].clone()
-    return replace(coder, **changed)
+
+    def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == "W_enc":
+            return tensor[:, :n]
+        return tensor[:n] if len(tensor) == coder.n_features else tensor
+
+    return replace(coder, **{name: part(name, tensor).clone() for name, tensor in coder.tensors().items()})
 
 
 def longer(prompts: PromptSet, words: int) -> PromptSet:
