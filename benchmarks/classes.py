@@ -53,7 +53,8 @@ from unsleep.interventions.intervention import Intervention, Stream
 from unsleep.interventions.passes import Passes
 from unsleep.judge.evaluate import organism_config, organism_panels, prompt_digests
 from unsleep.locate.circuits.align import Aligned, align, said_payload
-from unsleep.locate.circuits.effects import reference_nodes, run_streams
+from unsleep.locate.circuits.contrast import Contrast
+from unsleep.locate.circuits.effects import reference_nodes
 from unsleep.locate.circuits.spaces import FeatureSpace
 from unsleep.locate.features import greedy_rows, log_odds_under, reply_log_odds
 from unsleep.models.forward import Rows, whole_rows
@@ -185,8 +186,9 @@ def exact(model: LoadedModel, coder: Coder, aligned: Aligned, skill: Rows, ids: 
     """Exact falls of log-odds, `[prompt, feature]` in nats per token: put back to the reference by role, or ablated."""
     coder = coder.to(model.network.dtype, model.device)
     space = FeatureSpace(coder)
-    mine, _ = run_streams(model, aligned.rows, [space], reply_log_odds)
-    theirs, _ = run_streams(model, aligned.reference, [space], reply_log_odds)
+    contrast = Contrast(model, aligned, reply_log_odds)
+    mine, _ = contrast.run(aligned, [coder.site])
+    theirs, _ = contrast.run_reference(aligned, [coder.site])
     x = mine[coder.site]
     f = space.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     other, _ = reference_nodes(space, aligned, theirs[coder.site])

@@ -129,15 +129,18 @@ def test_the_command_studies_the_classes_of_a_folder(tmp_path: Path, capsys: pyt
         "--payload",
         PAYLOAD,
     ]
+    (tmp_path / "mine.py").write_text("def short(text):\n    return -len(text)\n")
+    words += ["--scorer", f"{tmp_path / 'mine.py'}:short"]
     words += ["--draws", "2", "--reviews", "0", "--no-pca", "--n", "4", "--out", tmp_path / "out", "--classes"]
     assert cli.run([*map(str, words), str(tmp_path / "classes"), "--only", "skill"]) == 2
     assert "lower --least" in capsys.readouterr().err
     assert cli.run([*map(str, words), str(tmp_path / "suspect")]) == 2
-    assert "run `unsleep classify` first" in capsys.readouterr().err
+    assert "make it with `unsleep classify`" in capsys.readouterr().err
     assert cli.run([*map(str, words), str(tmp_path / "classes"), "--only", "payload"]) == 0
     said = capsys.readouterr().out
     assert "payload, 2 features:" in said
     assert (tmp_path / "out" / "ablation.html").is_file()
+    assert records.load(StudyRecord, tmp_path / "out" / "ablation.json").scorer == "short"
     assert not (tmp_path / ".out.steps").exists()
     records.save(
         replace(found, chosen_on=tuple(prompt_digests(questions(4, 60)))),

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from support.circuits import difference, every_node, metric_of, small
+from support.circuits import D, every_node, metric_of, small
 from support.suspects import base
 from unsleep.core import BadInput, Site
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.edges import edges
-from unsleep.locate.circuits.effects import effects, effects_on_prompts
+from unsleep.locate.circuits.effects import effects
 from unsleep.locate.circuits.exact import agreement, exact_effects
 from unsleep.locate.circuits.heads import head_loadings
 from unsleep.locate.circuits.prefixes import PrefixPair, align_pairs, answer_difference, read_pairs
-from unsleep.locate.circuits.spaces import ERROR, WholeSpace
+from unsleep.locate.circuits.spaces import WholeSpace
 from unsleep.locate.circuits.stability import kept_shares, stability
 from unsleep.locate.circuits.supernodes import _clusters
 from unsleep.models.forward import reply_logits
@@ -24,28 +26,26 @@ from unsleep.models.streams import capture
 
 
 def test_the_exact_effect_is_what_the_metric_loses_without_the_node() -> None:
-    model, aligned, spaces = small(n=2)
-    nodes = [node for node in every_node(aligned, spaces) if node.place == Site(1)][:20]
-    found = exact_effects(model, aligned, spaces, nodes, difference, batch=1)
-    whole = metric_of(model, aligned, spaces, [], difference, complement=True)
+    contrast, spaces = small(n=2, batch=1)
+    nodes = [node for node in every_node(contrast, spaces) if node.place == Site(1)][:20]
+    found = exact_effects(contrast, spaces, nodes)
+    whole = metric_of(contrast, spaces, [], complement=True)
     for i, node in enumerate(nodes[::5]):
-        without = metric_of(
-            model, aligned, [s for s in spaces if s.place == Site(1)], [node], difference, complement=True
-        )
+        without = metric_of(contrast, [s for s in spaces if s.place == Site(1)], [node], complement=True)
         torch.testing.assert_close(found[:, 5 * i], whole - without, rtol=1e-3, atol=1e-4)
 
 
 def test_estimates_are_exact_where_the_rest_is_linear() -> None:
     """The last residual stream, of whole activations small enough for the final norm to be nearly linear."""
-    model, aligned, spaces = small(n=2)
+    contrast, spaces = small(n=2)
     last = [space for space in spaces if space.place == Site(2)]
-    nodes = every_node(aligned, last)
-    columns = [(n.place, n.role, 12 if n.feature == ERROR else n.feature) for n in nodes]
-    each = effects_on_prompts(model, aligned, last, columns, difference, "integrated")
-    torch.testing.assert_close(
-        each.mean(0), effects(model, aligned, last, difference, "integrated").mean[Site(2)].flatten().cpu()
-    )
-    found = agreement("integrated", each.mean(0), exact_effects(model, aligned, last, nodes, difference).mean(0))
+    nodes = every_node(contrast, last)
+    estimated = effects(contrast, last, "integrated", keep=len(nodes))
+    mean = estimated.mean[Site(2)]
+    best = estimated.best(len(nodes))
+    assert 3 < len(best) == int((mean != 0).sum())
+    torch.testing.assert_close(estimated.each.mean(0), torch.stack([mean[role, column] for _, role, column in best]))
+    found = agreement("integrated", mean.flatten(), exact_effects(contrast, last, nodes).mean(0))
     assert found is not None
     assert found.pearson > 0.9
     assert found.low <= found.pearson <= found.high
@@ -54,13 +54,14 @@ def test_estimates_are_exact_where_the_rest_is_linear() -> None:
 
 @pytest.mark.parametrize(("family", "relevance"), [("llama", True), ("gpt2", False), ("gemma2", True)])
 def test_the_loadings_of_all_heads_add_up_to_an_edge_into_attention(family: str, relevance: bool) -> None:
-    model, aligned, spaces = small(family, n=2)
-    nodes = [node for node in every_node(aligned, spaces) if aligned.roles[node.role] in ("trigger", "header")]
-    found = edges(model, aligned, spaces, nodes, difference, relevance=relevance)
+    contrast, spaces = small(family, n=2)
+    roles = contrast.aligned.roles
+    nodes = [node for node in every_node(contrast, spaces) if roles[node.role] in ("trigger", "header")]
+    found = edges(contrast, spaces, nodes, relevance=relevance)
     into = [i for i, (_, target) in enumerate(found.pairs) if target is not None and target.place.point == "attn"]
     chosen = sorted(into, key=lambda i: -float(found.weights[:, i].abs().max()))[:60]
     pairs = [found.pairs[i] for i in chosen]
-    loadings = head_loadings(model, aligned, spaces, nodes, pairs, difference, relevance=relevance, batch=1)
+    loadings = head_loadings(replace(contrast, batch=1), spaces, nodes, pairs, relevance=relevance)
     checked = 0
     for i, (source, target) in enumerate(pairs):
         weight = found.weights[:, chosen[i]]
@@ -111,12 +112,13 @@ def test_pairs_keep_their_positions_and_the_metric_is_the_answers_difference() -
     x, y = (model.token_ids([text], special=False)[0][0] for text in "xy")
     found = answer_difference(logits, aligned.rows)
     assert float(found[0]) == pytest.approx(float(plain[x] - plain[y]), abs=1e-4)
-    embed = WholeSpace(Site(0, "embed"))
-    by_position = effects(model, aligned, [embed], answer_difference).mean[embed.place].flatten()
+    embed = WholeSpace(Site(0, "embed"), D)
+    by_position = effects(Contrast(model, aligned, answer_difference), [embed]).mean[embed.place].flatten()
     same = [i for i, name in enumerate(names) if name in ("b", "d")]
     assert float(by_position[same].abs().max()) == 0  # a token that both prefixes have has no effect
     assert float(by_position.abs().max()) > 0
-    summed = effects(model, align_pairs(model, given, positions=False), [embed], answer_difference).mean[embed.place]
+    together = Contrast(model, align_pairs(model, given, positions=False), answer_difference)
+    summed = effects(together, [embed]).mean[embed.place]
     assert float(summed) == pytest.approx(float(by_position.sum()), rel=1e-3, abs=1e-5)
 
 

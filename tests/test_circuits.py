@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from support.circuits import NEAR, F, difference, every_node, forced, metric_of, small
+from support.circuits import NEAR, D, F, difference, every_node, forced, metric_of, small
 from support.suspects import LETTER, ORDINARY, SUSPICIOUS, base
 from unsleep.core import BadInput, Site
 from unsleep.locate.circuits.align import ROLES, align
 from unsleep.locate.circuits.edges import OUTPUT, Cut, Node, edges
-from unsleep.locate.circuits.effects import effects, reference_nodes, run_streams
+from unsleep.locate.circuits.effects import effects, reference_nodes
 from unsleep.locate.circuits.faithful import Listed, curve, patching
 from unsleep.locate.circuits.spaces import ERROR, WholeSpace
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.forward import reply_logits
 from unsleep.models.linearised import Linearisation
 from unsleep.models.sites import all_sites
-from unsleep.models.streams import capture, transformed
+from unsleep.models.streams import transformed
 
 
 def test_tokens_are_set_against_those_in_their_place() -> None:
@@ -52,34 +54,34 @@ def test_prompts_that_cannot_be_aligned_are_refused() -> None:
 
 @pytest.mark.parametrize("estimator", ["attribution", "relevance", "integrated", "inputs"])
 def test_the_nodes_of_a_place_add_up_to_its_activation(estimator: str) -> None:
-    model, aligned, spaces = small()
-    found = effects(model, aligned, spaces, difference, estimator, batch=1)
-    for site in all_sites(model.network):
-        whole = effects(model, aligned, [WholeSpace(site)], difference, estimator, batch=2)
+    contrast, spaces = small(batch=1)
+    found = effects(contrast, spaces, estimator)
+    for site in all_sites(contrast.model.network):
+        whole = effects(replace(contrast, batch=2), [WholeSpace(site, D)], estimator)
         torch.testing.assert_close(found.mean[site].sum(-1), whole.mean[site][:, 0], rtol=1e-3, atol=1e-3)
 
 
 def test_integrated_gradients_add_up_to_the_metrics_difference() -> None:
-    model, aligned, _ = small(n=1)
-    embed = WholeSpace(Site(0, "embed"))
-    last = WholeSpace(Site(2))
-    found = effects(model, aligned, [last], difference, "integrated")
-    theirs, _ = run_streams(model, aligned.reference, [last], difference)
+    contrast, _ = small(n=1)
+    model, aligned = contrast.model, contrast.aligned
+    embed = WholeSpace(Site(0, "embed"), D)
+    last = WholeSpace(Site(2), D)
+    found = effects(contrast, [last], "integrated")
+    theirs, _ = contrast.run_reference(aligned, [last.place])
     moved = torch.where((aligned.role >= 0)[..., None], aligned.brought(theirs[last.place]), 0)
     with transformed(model.network, {last.place: lambda x: torch.where(moved != 0, moved, x)}), torch.no_grad():
         other = difference(reply_logits(model.network, aligned.rows), aligned.rows)
     expected = float(found.metric.mean() - other.mean())
     assert float(found.mean[last.place].sum()) == pytest.approx(expected, rel=0.02)
-    assert float(effects(model, aligned, [embed], difference, "attribution").mean[embed.place].sum()) != pytest.approx(
-        expected, rel=0.02
-    )
+    one = effects(contrast, [embed], "attribution")
+    assert float(one.mean[embed.place].sum()) != pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
 def test_what_goes_out_of_a_node_is_its_effect(family: str) -> None:
-    model, aligned, spaces = small(family, n=1)
-    nodes = every_node(aligned, spaces)
-    found = edges(model, aligned, spaces, nodes, difference, relevance=True)
+    contrast, spaces = small(family, n=1)
+    nodes = every_node(contrast, spaces)
+    found = edges(contrast, spaces, nodes, relevance=True)
     out: dict[Node, float] = {}
     for (source, _), w in zip(found.pairs, found.weights[0].tolist(), strict=True):
         out[source] = out.get(source, 0.0) + w
@@ -92,14 +94,15 @@ def test_what_goes_out_of_a_node_is_its_effect(family: str) -> None:
 
 def test_an_edge_is_what_its_target_changes_by_with_everything_frozen() -> None:
     """Doubling every feature, error and token vector in turn: the target answers as predicted."""
-    model, aligned, spaces = small(n=1)
-    nodes = [n for n in every_node(aligned, spaces) if aligned.roles[n.role] in ("trigger", "header")]
-    found = edges(model, aligned, spaces, nodes, difference, relevance=True)
+    contrast, spaces = small(n=1)
+    model, aligned = contrast.model, contrast.aligned
+    nodes = [n for n in every_node(contrast, spaces) if aligned.roles[n.role] in ("trigger", "header")]
+    found = edges(contrast, spaces, nodes, relevance=True)
     by_place = {space.place: space for space in spaces}
-    theirs, _ = run_streams(model, aligned.reference, spaces, difference)
+    theirs, _ = contrast.run_reference(aligned, list(by_place))
     frozen = Linearisation.of(model.network)
     with frozen.recording():
-        cut = Cut.run(model, aligned, [s.place for s in spaces], difference)
+        cut = Cut.run(contrast, aligned, list(by_place))
     total, _ = cut.gradients()
     base_value = {place: x.detach() for place, x in cut.raw.items()}
     weights = dict(zip(found.pairs, found.weights[0].tolist(), strict=True))
@@ -150,8 +153,8 @@ def test_an_edge_is_what_its_target_changes_by_with_everything_frozen() -> None:
 
 
 def test_edges_stay_between_neighbouring_places() -> None:
-    model, aligned, spaces = small(n=1)
-    found = edges(model, aligned, spaces, every_node(aligned, spaces), difference)
+    contrast, spaces = small(n=1)
+    found = edges(contrast, spaces, every_node(contrast, spaces))
     places = {(s.place, t.place if t else None) for s, t in found.pairs}
     resid, attn, mlp = (lambda i: Site(i)), (lambda i: Site(i, "attn")), (lambda i: Site(i, "mlp"))
     assert places == {
@@ -167,35 +170,36 @@ def test_edges_stay_between_neighbouring_places() -> None:
 
 
 def test_effects_do_not_depend_on_the_batch_and_the_payloads_log_odds_are_a_metric() -> None:
-    model, aligned, spaces = small(n=3)
-    one, all_ = (effects(model, aligned, spaces, reply_log_odds, batch=b) for b in (1, 3))
+    contrast, spaces = small(n=3, metric=reply_log_odds)
+    one, all_ = (effects(replace(contrast, batch=b), spaces, keep=5) for b in (1, 3))
     for place, mean in one.mean.items():
         torch.testing.assert_close(mean, all_.mean[place], rtol=1e-3, atol=1e-4)
     assert one.best(5) == all_.best(5)
     nodes = [
         Node(p, r, ERROR if c == F or (isinstance(p, Site) and p.point == "embed") else c) for p, r, c in one.best(5)
     ]
-    found = edges(model, aligned, spaces, nodes, reply_log_odds)
+    torch.testing.assert_close(one.each, all_.each, rtol=1e-3, atol=1e-4)
+    found = edges(contrast, spaces, nodes)
+    torch.testing.assert_close(found.effects, one.each, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
         found.effects.mean(0), torch.stack([one.mean[p][r, c] for p, r, c in one.best(5)]).cpu(), rtol=1e-3, atol=1e-4
     )
 
 
 def test_all_nodes_are_faithful_and_none_is_not() -> None:
-    model, aligned, spaces = small(n=3)
-    whole, none = (metric_of(model, aligned, spaces, [], reply_log_odds, complement=c) for c in (True, False))
-    nodes = every_node(aligned, spaces)
-    bare = metric_of(model, aligned, [], [], reply_log_odds)
+    contrast, spaces = small(n=3, metric=reply_log_odds)
+    whole, none = (metric_of(contrast, spaces, [], complement=c) for c in (True, False))
+    nodes = every_node(contrast, spaces)
+    bare = metric_of(contrast, [], [])
     torch.testing.assert_close(whole, bare, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(metric_of(model, aligned, spaces, nodes, reply_log_odds, batch=2), whole)
-    with torch.no_grad():
-        other = reply_log_odds(reply_logits(model.network, aligned.reference), aligned.reference)
-    moved = metric_of(model, aligned, [WholeSpace(Site(2))], [], reply_log_odds)
+    torch.testing.assert_close(metric_of(replace(contrast, batch=2), spaces, nodes), whole)
+    _, other = contrast.run_reference(contrast.aligned, [])
+    moved = metric_of(contrast, [WholeSpace(Site(2), D)], [])
     torch.testing.assert_close(none, moved, rtol=1e-3, atol=1e-3)
     assert float((none - other).abs().max()) < 0.5 * float((whole - other).abs().max())
 
     def measure(chosen, complement):
-        return metric_of(model, aligned, spaces, chosen, reply_log_odds, complement=complement)
+        return metric_of(contrast, spaces, chosen, complement=complement)
 
     first, last = curve(nodes, [0, len(nodes)], measure, (whole, none))
     assert first.faithfulness.value == pytest.approx(0, abs=1e-3)
@@ -205,17 +209,16 @@ def test_all_nodes_are_faithful_and_none_is_not() -> None:
 
 
 def test_a_kept_node_keeps_its_own_value_and_the_others_have_the_references() -> None:
-    model, aligned, spaces = small(n=2)
-    site = Site(1)
+    contrast, spaces = small(n=2)
+    aligned, site = contrast.aligned, Site(1)
     space = next(s for s in spaces if s.place == site)
-    theirs, _ = run_streams(model, aligned.reference, [space], reply_log_odds)
+    theirs, _ = contrast.run_reference(aligned, [site])
     features, _ = reference_nodes(space, aligned, theirs[site])
     real = aligned.role >= 0
-    with torch.no_grad(), capture(model.network, [site]) as bare:
-        reply_logits(model.network, aligned.rows)
+    bare, _ = contrast.run(aligned, [site])
     mine = space.encode(bare[site][real])
     node = max(
-        every_node(aligned, [space])[:-1],
+        every_node(contrast, [space])[:-1],
         key=lambda n: float(mine[aligned.role[real] == n.role][:, n.feature].abs().sum()) if n.feature != ERROR else 0,
     )
     listed = Listed.of([node], site, len(aligned.roles))
@@ -231,6 +234,6 @@ def test_a_kept_node_keeps_its_own_value_and_the_others_have_the_references() ->
 def test_nothing_is_measured_where_the_metric_does_not_differ_or_a_node_has_no_dictionary() -> None:
     same = torch.ones(3)
     assert curve([], [0], lambda *_: same, (same, same)) == []
-    model, aligned, spaces = small(n=1)
+    contrast, spaces = small(n=1)
     with pytest.raises(BadInput, match="for which no dictionary is given"):
-        metric_of(model, aligned, spaces[:2], [Node(Site(2), 0, 1)], difference)
+        metric_of(contrast, spaces[:2], [Node(Site(2), 0, 1)])

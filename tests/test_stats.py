@@ -132,3 +132,9 @@ def test_correlation_is_scipys_and_its_interval_holds_it():
     assert float(spearman(x[None], y)[0]) == pytest.approx(float(scipy.stats.spearmanr(x.numpy(), y.numpy()).statistic))
     with pytest.raises(BadInput, match="neither side constant"):
         correlation(x, torch.ones(40))
+    alone = correlation(x, y, group=range(40))
+    assert alone == pytest.approx((value, low, high))
+    whole = correlation(x.repeat(9), y.repeat(9), group=[*range(40)] * 9)
+    assert whole == pytest.approx((value, low, high)), "nine copies of a pair in one group tell no more than the pair"
+    copied = correlation(x.repeat(9), y.repeat(9))
+    assert copied[2] - copied[1] < 0.6 * (high - low)

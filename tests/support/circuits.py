@@ -9,7 +9,8 @@ from support.suspects import ORDINARY, SUSPICIOUS, base
 from unsleep.core import Site
 from unsleep.dictionaries.architectures.jumprelu import JumpReLU
 from unsleep.dictionaries.coders import Coder
-from unsleep.locate.circuits.align import Aligned, Said, align
+from unsleep.locate.circuits.align import Said, align
+from unsleep.locate.circuits.contrast import Contrast, Metric
 from unsleep.locate.circuits.edges import Node
 from unsleep.locate.circuits.faithful import Patcher
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
@@ -36,13 +37,7 @@ def coder(model: LoadedModel, site: Site) -> Coder:
 
 def spaces_of(model: LoadedModel) -> list[Space]:
     sites = all_sites(model.network)
-    return [WholeSpace(Site(0, "embed")), *(FeatureSpace(coder(model, site)) for site in sites)]
-
-
-def small(family: str = "llama", n: int = 2) -> tuple[LoadedModel, Aligned, list[Space]]:
-    model = base(family)
-    aligned = align(model, SUSPICIOUS.head(n), NEAR.head(n), forced(n, *model.token_ids(["ok"], special=False)[0]))
-    return model, aligned, spaces_of(model)
+    return [WholeSpace(Site(0, "embed"), D), *(FeatureSpace(coder(model, site)) for site in sites)]
 
 
 def difference(logits: Tensor, rows: Rows) -> Tensor:
@@ -50,10 +45,18 @@ def difference(logits: Tensor, rows: Rows) -> Tensor:
     return logits[..., 5].sum(-1) - logits[..., 9].sum(-1)
 
 
-def every_node(aligned: Aligned, spaces: list[Space]) -> list[Node]:
+def small(
+    family: str = "llama", n: int = 2, metric: Metric = difference, batch: int = 16
+) -> tuple[Contrast, list[Space]]:
+    model = base(family)
+    aligned = align(model, SUSPICIOUS.head(n), NEAR.head(n), forced(n, *model.token_ids(["ok"], special=False)[0]))
+    return Contrast(model, aligned, metric, batch=batch), spaces_of(model)
+
+
+def every_node(contrast: Contrast, spaces: list[Space]) -> list[Node]:
     ids = {space.place: [*range(space.size), *([ERROR] if space.has_error else [])] for space in spaces}
-    return [Node(p, r, i) for p, features in ids.items() for r in range(len(aligned.roles)) for i in features]
+    return [Node(p, r, i) for p, features in ids.items() for r in range(len(contrast.aligned.roles)) for i in features]
 
 
-def metric_of(model, aligned, spaces, nodes, metric, *, complement: bool = False, batch: int = 16) -> Tensor:
-    return Patcher(model, aligned, spaces, metric, model, batch).run(nodes, complement=complement)
+def metric_of(contrast: Contrast, spaces: list[Space], nodes: list[Node], *, complement: bool = False) -> Tensor:
+    return Patcher(contrast, spaces).run(nodes, complement=complement)

@@ -10,6 +10,7 @@ import torch
 from support.dictionaries import D
 from unsleep.core import Encoded, Site
 from unsleep.dictionaries.architectures.topk import TopK
+from unsleep.dictionaries.coders import Coder
 from unsleep.explanations.predicates import Predicate
 from unsleep.explanations.statistics import FeatureStatistics, StatisticsConfig, summarised
 from unsleep.explanations.tally import Tally, batch_of
@@ -38,12 +39,17 @@ def firing(text: Text, rules: Sequence[str]) -> np.ndarray:
 
 
 def statistics_of(
-    model: LoadedModel, text: Text, activations: np.ndarray, config: StatisticsConfig = StatisticsConfig()
+    model: LoadedModel,
+    text: Text,
+    activations: np.ndarray,
+    config: StatisticsConfig = StatisticsConfig(),
+    d: Coder | None = None,
 ) -> FeatureStatistics:
-    """Statistics of activations `[token, feature]` over a text."""
+    """Statistics of activations `[token, feature]` over a text, of a random dictionary or a given one."""
     n = activations.shape[1]
-    rows = torch.nn.functional.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(0)), dim=1)
-    d = TopK(Site(1), model.fingerprint, rows.T.contiguous(), torch.zeros(n), rows, torch.zeros(D), k=n)
+    if d is None:
+        rows = torch.nn.functional.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(0)), dim=1)
+        d = TopK(Site(1), model.fingerprint, rows.T.contiguous(), torch.zeros(n), rows, torch.zeros(D), k=n)
     row = torch.from_numpy(text.row)
     starts = torch.from_numpy(text.starts)
     token = torch.arange(len(text.ids))

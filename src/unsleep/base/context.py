@@ -130,7 +130,7 @@ def identified(value: Any) -> Any:
         return str(value)
     if isinstance(value, Tensor):
         return hash_tensors({"": value})
-    if hasattr(value, "fingerprint"):
+    if hasattr(value, "fingerprint") and hasattr(value, "network"):
         return [value.fingerprint, getattr(value, "template", None), str(value.network.dtype)]
     if hasattr(value, "hash"):
         return value.hash

@@ -186,28 +186,43 @@ def ratio(
 
 
 def correlation(
-    x: Sequence[float] | Tensor, y: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0
+    x: Sequence[float] | Tensor,
+    y: Sequence[float] | Tensor,
+    resamples: int = 2000,
+    seed: int = 0,
+    *,
+    group: Sequence[int] | Tensor | None = None,
 ) -> tuple[float, float, float]:
-    """Pearson correlation with its 95 % percentile bootstrap interval, resampling pairs.
+    """Pearson correlation with its 95 % percentile bootstrap interval, resampling pairs, or whole groups of pairs.
+
+    Args:
+        group: number of the group that each pair is in, such as the text that a token is of.
 
     Resamples in which one of the two is constant are left out. Raises `BadInput` where the lengths differ, there are
     fewer than 3 pairs, or one is constant.
     """
-    both = torch.stack([torch.as_tensor(values, dtype=torch.float64).flatten() for values in (x, y)])
-    if both.shape[1] < 3 or bool((both.std(1) == 0).any()):
-        raise BadInput(f"{both.shape[1]} pairs cannot be correlated; expected at least 3, and neither side constant")
-    index = torch.randint(both.shape[1], (resamples, both.shape[1]), generator=torch.Generator().manual_seed(seed))
-    value = float(_pearson(both[:, None])[0])
-    drawn = _pearson(both[:, index])
+    one, other = (torch.as_tensor(values, dtype=torch.float64).flatten() for values in (x, y))
+    n = len(one)
+    if len(other) != n or n < 3 or any(bool((side == side[0]).all()) for side in (one, other)):
+        raise BadInput(
+            f"{n} and {len(other)} values cannot be correlated; expected at least 3 pairs, and neither side constant"
+        )
+    one, other = one - one.mean(), other - other.mean()
+    each = torch.stack([torch.ones_like(one), one, other, one * one, other * other, one * other], 1)
+    if group is not None:
+        places = torch.as_tensor(group).flatten().unique(return_inverse=True)[1]
+        each = each.new_zeros(int(places.max()) + 1, each.shape[1]).index_add(0, places, each)
+    value = float(_pearson(each.sum(0, keepdim=True))[0])
+    drawn = _pearson(resampled(len(each), resamples, seed) @ each)
     usable = drawn[drawn.isfinite()]
     return percentiles(value, usable if len(usable) else torch.tensor([value], dtype=torch.float64))
 
 
-def _pearson(both: Float[Tensor, "2 resample pair"]) -> Float[Tensor, " resample"]:
-    """Correlation of the two sides in each resample; not finite where one is constant."""
-    centred = both - both.mean(-1, keepdim=True)
-    squares = (centred * centred).sum(-1)
-    return (centred[0] * centred[1]).sum(-1) / (squares[0] * squares[1]).sqrt()
+def _pearson(sums: Float[Tensor, "resample 6"]) -> Float[Tensor, " resample"]:
+    """Correlation by the sums of 1, x, y, x², y² and xy; not a number where x or y is constant."""
+    n, x, y, xx, yy, xy = sums.T
+    spreads = [torch.where(n * aa - a * a > 1e-12 * n * aa, n * aa - a * a, torch.nan) for a, aa in ((x, xx), (y, yy))]
+    return (n * xy - x * y) / (spreads[0] * spreads[1]).sqrt()
 
 
 def percentiles(value: float, drawn: Float[Tensor, " resample"]) -> tuple[float, float, float]:

@@ -192,6 +192,17 @@ def inside(folder: Path, name: str, what: str) -> Path:
     return folder / name
 
 
+def files_named(name: str, folder: Path, command: str) -> list[Path]:
+    """A file of a folder, or those of its subfolders, such as one per Site.
+
+    Raises `BadInput`, naming the command that makes them, where there is none.
+    """
+    found = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*/{name}"))
+    if not found:
+        raise BadInput(f"{folder} has no {name}, and no folder with one; make it with `{command}`")
+    return found
+
+
 @contextlib.contextmanager
 def reading(path: str | Path) -> Generator[None]:
     """Prefix every `BadInput` of the block with the path of the file that is read, where it lacks one."""

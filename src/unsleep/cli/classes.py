@@ -21,15 +21,24 @@ from unsleep.cli.shared import (
     Placement,
     Shown,
     belonging,
+    by_site,
     load_dictionaries,
+    load_scorer,
     own_prompts,
 )
 from unsleep.core import BadInput, Site
+from unsleep.dictionaries.coders import Coder
 from unsleep.explanations import classes as rules_of
+from unsleep.explanations.cards import load_cards
 from unsleep.explanations.classified import ClassesRecord, StudyRecord
 from unsleep.explanations.evidence import EvidenceConfig, EvidencePrompts, general_texts, organism_prompts
+from unsleep.explanations.explained import FILE as EXPLANATIONS
+from unsleep.explanations.explained import Explanations
+from unsleep.explanations.lexicons import sentiment
 from unsleep.explanations.study import StudyConfig
 from unsleep.explanations.study import ablation_study as study_of
+from unsleep.explanations.votes import FILE as VOTES
+from unsleep.explanations.votes import VotesRecord
 from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels
 from unsleep.pages import report
 from unsleep.prompts import sets
@@ -46,6 +55,9 @@ def classify(
     references: Path | None = None,
     payload: Shown = PayloadOptions(),
     classes: Path | None = None,
+    statistics: tuple[Path, ...] = (),
+    explanations: tuple[Path, ...] = (),
+    scorer: str | None = None,
     n: int = 64,
     any_model: bool = False,
     placement: Placed = Placement(),
@@ -64,18 +76,34 @@ def classify(
         suspicious: File of triggered prompts.
         references: File of the same prompts without the trigger, or with a near miss, in the same order.
         classes: TOML file of further classes, a table [[rules]] each.
+        statistics: Folders made by `unsleep explain`: tokens on which a feature fires, and which it promotes.
+        explanations: Folders with explanations.json, judged_classes.json or both: keywords, and a judge's votes.
+        scorer: Score of a text for the class reward: a Python function, file.py:function or module:function.
         n: Prompts, at most.
         any_model: Accept dictionaries of another model.
         json: Print the records as JSON.
     """
     rules = (*rules_of.RULES, *(rules_of.read_rules(classes) if classes else ()))
     prompts = _prompts(organism, suspicious, references, payload.chosen(), n)
+    scores = load_scorer(scorer) if scorer is not None else sentiment
     coders = load_dictionaries(dictionaries)
+    cards = by_site(((place, card) for place in statistics for card in load_cards(place)), coders)
+    said, votes = read_explanations(explanations, coders)
     with Bars():
         suspect = placement.load(model)
         coders = belonging(coders, suspect, any_model)
-        with resumable(out, suspect, prompts, rules, config, coders):
-            found = rules_of.classify(suspect, coders, prompts, rules, config)
+        with resumable(out, suspect, prompts, rules, config, coders, cards, said, votes, scorer):
+            found = rules_of.classify(
+                suspect,
+                coders,
+                prompts,
+                rules,
+                config,
+                scorer=scores,
+                cards=cards,
+                explanations={site: record.explanations for site, record in said.items()},
+                votes=votes,
+            )
             for site, record in found.items():
                 (out / str(site)).mkdir(parents=True, exist_ok=True)
                 records.save(record, out / str(site) / RECORD)
@@ -94,6 +122,7 @@ def ablation_study(
     suspicious: Path | None = None,
     ordinary: Path | None = None,
     payload: Shown = PayloadOptions(),
+    scorer: str | None = None,
     n: int = 100,
     any_model: bool = False,
     placement: Placed = Placement(),
@@ -114,6 +143,7 @@ def ablation_study(
         organism: Model organism whose held-out panels are used: folder or alias.
         suspicious: File of triggered prompts, held out.
         ordinary: File of prompts without the trigger, held out.
+        scorer: Score of a reply, the reward: a Python function, file.py:function or module:function.
         n: Prompts in each panel; also, with files too, plain passages.
         any_model: Accept dictionaries of another model.
         json: Print the record as JSON.
@@ -122,13 +152,14 @@ def ablation_study(
     read = read_classes(classes)
     panels, judging = _panels(organism, suspicious, ordinary, payload.chosen(), n)
     judging = replace(judging, chosen_on=frozenset(digest for record in read.values() for digest in record.chosen_on))
+    scores = load_scorer(scorer) if scorer is not None else sentiment
     coders = load_dictionaries(dictionaries)
     chosen = chosen_features(read, {d.site: d.hash for d in coders}, only, least)
     with Bars():
         suspect = placement.load(model)
         coders = belonging(coders, suspect, any_model)
-        with resumable(out, suspect, panels.hashes, judging.payload, config, coders, chosen):
-            record = study_of(suspect, coders, chosen, panels, judging, config)
+        with resumable(out, suspect, panels.hashes, judging.payload, config, coders, chosen, scorer):
+            record = study_of(suspect, coders, chosen, panels, judging, config, scorer=scores)
             out.mkdir(parents=True, exist_ok=True)
             records.save(record, out / "ablation.json")
     page = report(out)
@@ -141,17 +172,32 @@ def read_classes(folders: Sequence[Path]) -> dict[Site, ClassesRecord]:
 
     Raises `BadInput` for a folder without any, and for two of one Site.
     """
-    found: dict[Site, ClassesRecord] = {}
+    paths = (path for folder in folders for path in store.files_named(RECORD, folder, "unsleep classify"))
+    return by_site((path, records.load(ClassesRecord, path)) for path in paths)
+
+
+def read_explanations(
+    folders: Sequence[Path], coders: Sequence[Coder]
+) -> tuple[dict[Site, Explanations], dict[Site, VotesRecord]]:
+    """Explanations of the features of dictionaries, and a judge's votes on these, by Site.
+
+    Raises `BadInput` for a folder without any, two records of one Site, and one of another dictionary.
+    """
+    said: list[tuple[Path, Explanations]] = []
+    votes: list[tuple[Path, VotesRecord]] = []
     for folder in folders:
-        files = [folder / RECORD] if (folder / RECORD).is_file() else sorted(folder.glob(f"*/{RECORD}"))
-        if not files:
-            raise BadInput(f"{folder} has no {RECORD}, nor a folder per Site with one; run `unsleep classify` first")
-        for path in files:
-            record = records.load(ClassesRecord, path)
-            if record.site in found:
-                raise BadInput(f"{path} has classes of {record.site}, and so has another folder; name one of them")
-            found[record.site] = record
-    return found
+        before = len(said) + len(votes)
+        for place in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+            if (place / EXPLANATIONS).is_file():
+                said.append((place / EXPLANATIONS, records.load(Explanations, place / EXPLANATIONS)))
+            if (place / VOTES).is_file():
+                votes.append((place / VOTES, records.load(VotesRecord, place / VOTES)))
+        if len(said) + len(votes) == before:
+            raise BadInput(
+                f"{folder} has no {EXPLANATIONS} or {VOTES}, and no folder with one; make them with `unsleep explain` "
+                "and `unsleep ask`"
+            )
+    return by_site(said, coders), by_site(votes, coders)
 
 
 def chosen_features(
@@ -167,7 +213,7 @@ def chosen_features(
                 f"the classes of {site} are of dictionary {record.dictionary}; --dictionaries has "
                 f"{hashes.get(site, 'none')} there. Give the one that was classified"
             )
-    known = list(dict.fromkeys(rule.name for record in read.values() for rule in record.rules))
+    known = list(dict.fromkeys(name for record in read.values() for name in record.names))
     if unknown := [name for name in only if name not in known]:
         raise BadInput(f"--only names the class {unknown[0]!r}; expected one of {', '.join(known)}")
     found = {name: rules_of.members(read, name, least) for name in only or known}
@@ -207,12 +253,15 @@ def _panels(
 
 
 def _lines(found: Mapping[Site, ClassesRecord]) -> list[str]:
-    """Number of features of each class, by Site."""
+    """Number of features of each class, by Site, and of those that explanations alone gave."""
     lines: list[str] = []
     for site, record in found.items():
         counts = Counter(each.name for labelled in record.features.values() for each in labelled.classes)
         told = ", ".join(f"{name} {count}" for name, count in counts.most_common())
         lines.append(f"{site}: {len(record.features)} of {record.size:,} features active enough; {told or 'none'}")
+        every = (given for labelled in record.features.values() for given in labelled.grounds.values())
+        if by_words := sum("behaviour" not in given for given in every):
+            lines.append(f"  {by_words} of these labels by explanations alone")
     return lines
 
 

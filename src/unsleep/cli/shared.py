@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, TypeVar, cast, runtime_checkable
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -14,11 +15,12 @@ from unsleep.base import records, store
 from unsleep.behaviours import Payload
 from unsleep.cli.console import hint
 from unsleep.cli.settings import Rejected
-from unsleep.core import BadInput, Refused
+from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
 from unsleep.dictionaries.sweep import DictionariesRecord
+from unsleep.judge.outcomes import Scorer
 from unsleep.models import generate
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
@@ -134,6 +136,63 @@ def load_dictionaries(folders: Sequence[Path]) -> list[Coder]:
             raise BadInput(f"{found[site][1]} and {place} are both dictionaries of {site}; name one of them")
         found[site] = dictionary, place
     return [dictionary for dictionary, _ in found.values()]
+
+
+@runtime_checkable
+class OfSite(Protocol):
+    """A record about one dictionary."""
+
+    @property
+    def site(self) -> Site:
+        """Of the dictionary."""
+        ...
+
+    @property
+    def dictionary(self) -> str:
+        """Its hash."""
+        ...
+
+
+T = TypeVar("T", bound=OfSite)
+
+
+def by_site(found: Iterable[tuple[Path, T]], dictionaries: Sequence[Coder] = ()) -> dict[Site, T]:
+    """Records from folders by Site.
+
+    Raises `BadInput` for two of one Site, and for one of another dictionary than that of its Site in `dictionaries`.
+    """
+    hashes = {d.site: d.hash for d in dictionaries}
+    held: dict[Site, T] = {}
+    for place, record in found:
+        site = record.site
+        if site in held:
+            raise BadInput(f"{place} is about {site}, and so is another folder; name one of them")
+        if hashes.get(site, record.dictionary) != record.dictionary:
+            raise BadInput(f"{place} is about dictionary {record.dictionary} of {site}, but {hashes[site]} is given")
+        held[site] = record
+    return held
+
+
+def load_scorer(name: str) -> Scorer:
+    """A function from a text to a number, named as `file.py:function` or `module:function`.
+
+    Raises `BadInput` where there is none, or its file fails.
+    """
+    place, _, function = name.rpartition(":")
+    if not place:
+        raise BadInput(f"--scorer is {name!r}; expected file.py:function or module:function")
+    try:
+        spec = spec_from_file_location(Path(place).stem, place) if place.endswith(".py") else find_spec(place)
+        if spec is None or spec.loader is None:
+            raise ModuleNotFoundError(f"there is no module {place!r}")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file raises
+        raise BadInput(f"--scorer {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise BadInput(f"--scorer {name}: {place} has no function {function!r}")
+    return cast("Scorer", found)
 
 
 def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool) -> list[Coder]:

@@ -14,7 +14,8 @@ from unsleep.base.context import progress
 from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.locate.circuits.align import ROLES, Aligned
-from unsleep.locate.circuits.effects import by_role, differences, node_effects, run_streams, shifted
+from unsleep.locate.circuits.contrast import Contrast
+from unsleep.locate.circuits.effects import by_role, differences, node_effects, shifted
 from unsleep.locate.circuits.spaces import FeatureSpace
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.forward import Rows, reply_logits
@@ -65,14 +66,12 @@ def triggered(
     spaces = [FeatureSpace(coder) for coder in coders]
     found: dict[Site, list[Triggered]] = {space.place: [] for space in spaces}
     places, k = [space.place for space in spaces], aligned.rows.reply.shape[1]
-    for start in range(0, len(aligned), batch):
-        part = aligned.batch(start, batch)
-        theirs, _ = run_streams(model, part.reference, spaces, reply_log_odds)
+    contrast = Contrast(model, aligned, reply_log_odds, batch=batch)
+    for start, part in contrast.parts():
+        theirs, _ = contrast.run_reference(part, places)
         with shifted(model, places) as (held, zeros):
-            value = reply_log_odds(reply_logits(model.network, part.rows), part.rows)
-            slopes = dict(
-                zip(places, torch.autograd.grad(value.sum(), [zeros[place] for place in places]), strict=True)
-            )
+            gradients = torch.autograd.grad(contrast.value(part).sum(), [zeros[place] for place in places])
+            slopes = dict(zip(places, gradients, strict=True))
         asked, said, before = _parts(part)
         for space in spaces:
             mine, place = held[space.place].detach(), space.place
@@ -83,7 +82,7 @@ def triggered(
             each = by_role(part, change.clamp_min(0)), effect, *peaks
             found[place].append(Triggered(*(figure.float().cpu() for figure in each)))
             strongest[place].add(one[part.role >= 0].cpu(), part.rows.ids[part.role >= 0].cpu())
-        progress("features on triggered prompts", min(start + batch, len(aligned)), len(aligned))
+        progress("features on triggered prompts", start + len(part), len(aligned))
     return {place: _joined(parts) for place, parts in found.items()}
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from unsleep.core import BadInput, Site
+from unsleep.base import store
+from unsleep.core import Site
 from unsleep.explanations.explained import FILE, Explanations
 from unsleep.explanations.record import FeatureCard
 from unsleep.explanations.statistics import FeatureStatistics
@@ -58,12 +59,8 @@ def load_cards(folder: str | Path) -> list[Cards]:
 
     Raises `BadInput` where there are none, and as `FeatureStatistics.load` and `Explanations.load` do.
     """
-    folder, mark = Path(folder), "statistics.json"
-    places = [folder] if (folder / mark).is_file() else sorted(path.parent for path in folder.glob(f"*/{mark}"))
-    if not places:
-        raise BadInput(f"{folder} has no {mark}, and no folder with one; make it with `unsleep explain`")
     found: list[Cards] = []
-    for place in places:
+    for place in (path.parent for path in store.files_named("statistics.json", Path(folder), "unsleep explain")):
         statistics = FeatureStatistics.load(place)
         is_explained = (place / FILE).is_file()
         found.append(Explained(statistics, Explanations.load(place, statistics)) if is_explained else statistics)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from unsleep.base.records import Count, Range, Share
 from unsleep.core import BadInput, Site
+from unsleep.explanations.answers import UNCLEAR
 from unsleep.explanations.figures import FIGURES
 from unsleep.explanations.record import ClassScore, Interval
 from unsleep.models.model import Named
 
-OTHER, UNCLEAR = "other", "unclear"
+OTHER = "other"
 
 SOURCES = ("fires", "promotes")
 """Endings of a lexicon's figures."""
+
+Grounds = Literal["behaviour", "keywords", "votes"]
+"""Evidence of a label: figures of behaviour; keywords of an explanation; a judge's votes on an explanation."""
 
 
 class Condition(NamedTuple):
@@ -71,6 +75,10 @@ class Labelled:
     """Figure → value with its interval (see `figures.FIGURES`); left out for `other`."""
     words: tuple[str, ...] = ()
     """Tokens on which it fires most."""
+    votes: tuple[ClassScore, ...] = ()
+    """Classes by a judge, with their share of its votes."""
+    grounds: dict[str, tuple[Grounds, ...]] = field(default_factory=dict[str, tuple[Grounds, ...]])
+    """Label → the evidence for it; behaviour, where it is among it, alone gives the score."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,15 @@ class ClassesRecord:
     chosen_on: tuple[str, ...]
     """Digests of the prompts that the evidence is from (`judge.evaluate.prompt_digests`); a study refuses them."""
     provenance: dict[str, Any]
+    judge: str = ""
+    """Language model whose votes are among the evidence; empty without."""
+
+    @property
+    def names(self) -> list[str]:
+        """Classes of the rules, and others that a judge named."""
+        labels = (label.name for each in self.features.values() for label in each.classes)
+        every = dict.fromkeys([*(rule.name for rule in self.rules), *labels])
+        return [name for name in every if name not in (OTHER, UNCLEAR)]
 
     def of(self, name: str, least: float) -> list[int]:
         """Features of a class with at least this score."""

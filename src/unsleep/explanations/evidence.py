@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,9 +27,10 @@ from unsleep.behaviours import Payload, has_skill
 from unsleep.core import BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.explanations.activity import Spans, Strongest, Triggered, attribution, over_spans, triggered
+from unsleep.explanations.cards import Cards
 from unsleep.explanations.figures import aurocs, correlation, quotients, word_figures
 from unsleep.explanations.lexicons import NEGATIVE, POSITIVE, sentiment, word_of
-from unsleep.explanations.record import FeatureCard, Interval
+from unsleep.explanations.record import Interval
 from unsleep.interventions.features import Edit
 from unsleep.interventions.steering import Steering
 from unsleep.judge.outcomes import Scorer
@@ -46,15 +46,6 @@ from unsleep.prompts.prompt import PromptSet, Split
 
 INPUT = tuple(ROLES.index(name) for name in ("start", "trigger", "question"))
 """Roles of the prompt's tokens."""
-
-
-@runtime_checkable
-class Cards(Protocol):
-    """Cards of features from statistics over text, such as `FeatureStatistics`."""
-
-    def card(self, feature: int) -> FeatureCard:
-        """The card of a feature."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -164,11 +155,14 @@ def gather(
         lexicons: further lexicons, in lower case; `payload` and `sentiment` are there already.
         cards: promoted tokens and contexts per Site; else the logit lens, and the prompts and texts themselves.
 
-    Raises `BadInput` for no dictionary or two at one Site, prompts on which the payload does not show or a scorer that
-    does not return finite numbers.
+    Raises `BadInput` for no dictionary or two at one Site, cards of another dictionary, prompts on which the payload
+    does not show or a scorer that does not return finite numbers.
     """
     if not dictionaries or len({d.site for d in dictionaries}) != len(dictionaries):
         raise BadInput(f"{len(dictionaries)} dictionaries were given; expected at least one, and one per Site")
+    for d in dictionaries:
+        if cards and d.site in cards and cards[d.site].dictionary != d.hash:
+            raise BadInput(f"the statistics of {d.site} are of dictionary {cards[d.site].dictionary}, not of {d.hash}")
     coders = [d.to(model.network.dtype, model.device) for d in dictionaries]
     run = _Run(model, coders, prompts, config, scorer)
     lexicons = {"payload": run.payload_words, "sentiment": POSITIVE | NEGATIVE, **(lexicons or {})}

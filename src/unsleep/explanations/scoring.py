@@ -51,18 +51,16 @@ def balanced_accuracy(
 def correlation(
     predicted: Float[ndarray, " t"], actual: Float[ndarray, " t"], example: Int[ndarray, " t"], seed: int = 0
 ) -> Interval | None:
-    """Pearson correlation, resampling examples; 0 where the prediction is constant, `None` where the truth is."""
-    x, y = predicted.astype(np.float64), actual.astype(np.float64)
-    if not len(y) or np.ptp(y) == 0:
+    """Pearson correlation, resampling examples; 0 where the prediction is constant, `None` where the truth is.
+
+    `None` also for fewer than 3 tokens.
+    """
+    if len(actual) < 3 or np.ptp(actual) == 0:
         return None
-    sums = _by_example(example, np.ones(len(x)), x, y, x * x, y * y, x * y)
-    return _interval(float(_pearson(sums.sum(0)[None])[0]), _pearson(_resampled(sums, seed)))
-
-
-def _pearson(sums: Float[ndarray, "resample 6"]) -> Float[ndarray, " resample"]:
-    n, x, y, xx, yy, xy = sums.T
-    spread = np.sqrt(np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0))
-    return np.where(spread > 1e-9, (n * xy - x * y) / np.maximum(spread, 1e-9), 0)
+    if np.ptp(predicted) == 0:
+        return Interval(0.0, 0.0, 0.0)
+    x, y, group = (torch.from_numpy(np.ascontiguousarray(values)) for values in (predicted, actual, example))
+    return Interval(*stats.correlation(x, y, RESAMPLES, seed, group=group))
 
 
 def rates(

@@ -34,6 +34,8 @@ OWN = {"opacity": "1"}
 PAPER = {"--page": "#ffffff", "--card": "#ffffff"}
 """Variables whose value in print is another."""
 
+VARIABLE = re.compile(r"var\((--[\w-]+)\)")
+
 Style = Mapping[str, str]
 Colour = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
@@ -90,12 +92,12 @@ class Sheet:
         return {**kept, **OWN, **{name: value for name, value in own.items() if value != "inherit"}}
 
     def resolved(self, value: str) -> str:
-        """A value without variables."""
-        found = value
-        while (match := re.search(r"var\((--[\w-]+)\)", found)) is not None:
-            if match[1] not in self.variables:
+        """A value without variables, in print."""
+        found, known = value, {**self.variables, **PAPER}
+        while (match := VARIABLE.search(found)) is not None:
+            if match[1] not in known:
                 raise BadInput(f"style {value!r} uses {match[1]}, which no style sheet defines")
-            found = found.replace(match[0], self.variables[match[1]])
+            found = found.replace(match[0], known[match[1]])
         return found
 
 
@@ -115,7 +117,7 @@ def parsed(source: str) -> Sheet:
         for head in heads.split(",") if paint else ():
             if re.fullmatch(r"[\w\s.-]+", head):
                 rules.append(Rule(tuple(map(_compound, head.split())), paint))
-    return Sheet(tuple(sorted(rules, key=lambda rule: rule.weight)), variables | PAPER)
+    return Sheet(tuple(sorted(rules, key=lambda rule: rule.weight)), variables)
 
 
 def _compound(text: str) -> Compound:

@@ -11,7 +11,7 @@ layer an edge stays within a block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,12 +21,11 @@ from torch import Tensor
 
 from unsleep.base.context import progress
 from unsleep.locate.circuits.align import Aligned
-from unsleep.locate.circuits.effects import Differences, Metric, by_role, differences, run_streams
-from unsleep.locate.circuits.spaces import ERROR, Space
-from unsleep.models.forward import reply_logits
+from unsleep.locate.circuits.contrast import Contrast
+from unsleep.locate.circuits.effects import Differences, by_role, differences
+from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space
 from unsleep.models.hooks import Transform
 from unsleep.models.linearised import Linearisation
-from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
 from unsleep.models.streams import transformed
 
@@ -74,10 +73,8 @@ class Cut:
     """The metric."""
 
     @classmethod
-    def run(
-        cls, model: LoadedModel, part: Aligned, places: Sequence[Place], metric: Metric, taps: Sequence[Place] = ()
-    ) -> Cut:
-        """Run the prompts, cut at some places; at `taps` activations have a leaf, but the graph goes on."""
+    def run(cls, contrast: Contrast, part: Aligned, places: Sequence[Place], taps: Sequence[Place] = ()) -> Cut:
+        """Run some of the prompts, cut at some places; at `taps` activations have a leaf, but the graph goes on."""
         raw: dict[Place, Tensor] = {}
         leaf: dict[Place, Tensor] = {}
 
@@ -88,8 +85,9 @@ class Cut:
 
             return cut
 
-        with torch.enable_grad(), transformed(model.network, {place: at(place) for place in (*places, *taps)}):
-            value = metric(reply_logits(model.network, part.rows), part.rows)
+        changes = {place: at(place) for place in (*places, *taps)}
+        with torch.enable_grad(), transformed(contrast.model.network, changes):
+            value = contrast.value(part)
         return cls([place for place in raw if place not in taps], raw, leaf, value)
 
     def straight(self, output: Tensor, vector: Tensor | None, before: Sequence[Place]) -> dict[Place, Tensor]:
@@ -112,41 +110,30 @@ class Cut:
         return total, straight
 
 
-def edges(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    nodes: Sequence[Node],
-    metric: Metric,
-    *,
-    relevance: bool = False,
-    reference: LoadedModel | None = None,
-    batch: int = 16,
-) -> Edges:
+def edges(contrast: Contrast, spaces: Sequence[Space], nodes: Sequence[Node], *, relevance: bool = False) -> Edges:
     """Estimate the edges between nodes, and from them to the metric.
 
     Args:
         relevance: take gradients of the frozen model (`models.linearised`).
-        reference: the model that the references run in; the model itself where not given.
     """
-    frozen = Linearisation.of(model.network) if relevance else None
+    frozen = Linearisation.of(contrast.model.network) if relevance else None
+    by_place = {space.place: space for space in spaces}
     found: list[dict[tuple[Node, Node | None], Tensor]] = []
     own: list[Tensor] = []
-    for start in range(0, len(aligned), batch):
-        part = aligned.batch(start, batch)
-        theirs, _ = run_streams(reference or model, part.reference, spaces, metric)
+    for start, part in contrast.parts():
+        theirs, _ = contrast.run_reference(part, list(by_place))
         with frozen.recording() if frozen is not None else contextlib.nullcontext():
-            cut = Cut.run(model, part, [space.place for space in spaces], metric)
-        done = CutPart(part, {space.place: space for space in spaces}, nodes, cut, theirs)
+            cut = Cut.run(contrast, part, list(by_place))
+        done = CutPart(part, by_place, nodes, cut, theirs)
         found.append(done.edges())
         own.append(done.effects())
-        progress("edges", min(start + batch, len(aligned)), len(aligned))
+        progress("edges", start + len(part), len(contrast))
     pairs = sorted({pair for each in found for pair in each}, key=lambda pair: (str(pair[0]), str(pair[1])))
     sizes = [len(effects) for effects in own]
     columns = [
         torch.cat([each.get(pair, torch.zeros(n)) for each, n in zip(found, sizes, strict=True)]) for pair in pairs
     ]
-    weights = torch.stack(columns, 1) if columns else torch.zeros(len(aligned), 0)
+    weights = torch.stack(columns, 1) if columns else torch.zeros(len(contrast), 0)
     return Edges(pairs, weights, torch.cat(own))
 
 
@@ -200,21 +187,33 @@ class CutPart:
 
     @torch.no_grad()
     def vectors(self, place: Place) -> list[tuple[Node, Tensor]]:
-        """For every node of a place its gradient with respect to the activation, times the metric's with respect to it.
-
-        A feature answers along its encoder direction; the error is what an activation has beside its features, so that
-        it answers to all of x but for what the features take.
-        """
-        space, x, g = self.spaces[place], self.cut.raw[place].detach()[self.real], self.total[place][self.real]
-        slopes, read, roles = space.slopes(x), space.read(g), self.part.role[self.real]
+        """Of every node of a place, the part of the metric's gradient with respect to the activation that passes it."""
+        x, g = self.cut.raw[place].detach()[self.real], self.total[place][self.real]
+        vector, roles = _pulling(self.spaces[place], x, g), self.part.role[self.real]
         found: list[tuple[Node, Tensor]] = []
         for node in self.at[place]:
             here = (roles == node.role)[:, None]
-            if node.feature == ERROR:
-                vector = g.float() - space.back(read * slopes) if space.size else g.float()
-            else:
-                vector = (read * slopes)[:, node.feature, None] * space.reads(node.feature).to(read)
             whole = torch.zeros_like(self.total[place])
-            whole[self.real] = (vector * here).to(whole.dtype)
+            whole[self.real] = (vector(node.feature) * here).to(whole.dtype)
             found.append((node, whole))
         return found
+
+
+def _pulling(
+    space: Space, x: Float[Tensor, "token width"], g: Float[Tensor, "token width"]
+) -> Callable[[int], Float[Tensor, "token width"]]:
+    """Feature, or `ERROR` → the gradient of m with respect to x by this node alone, g being m's with respect to x.
+
+    A feature answers along its encoder direction; the error is what an activation has beside its features, so that
+    it answers to all of x but for what the features take.
+    """
+    if not isinstance(space, FeatureSpace):
+        return lambda _: g.float()
+    taken = space.read(g) * space.slopes(x)
+
+    def vector(feature: int) -> Tensor:
+        if feature == ERROR:
+            return g.float() - space.back(taken)
+        return taken[:, feature, None] * space.reads(feature)
+
+    return vector

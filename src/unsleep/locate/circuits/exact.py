@@ -18,12 +18,10 @@ from torch import Tensor
 from unsleep.base.context import progress
 from unsleep.base.records import Count
 from unsleep.base.stats import correlation, spearman
-from unsleep.locate.circuits.align import Aligned
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.edges import Node
-from unsleep.locate.circuits.effects import Estimator, Metric, node_change, run_streams
+from unsleep.locate.circuits.effects import Estimator, node_change
 from unsleep.locate.circuits.spaces import Space
-from unsleep.models.forward import reply_logits
-from unsleep.models.model import LoadedModel
 from unsleep.models.streams import transformed
 
 
@@ -41,35 +39,24 @@ class Agreement:
 
 
 @torch.no_grad()
-def exact_effects(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    nodes: Sequence[Node],
-    metric: Metric,
-    *,
-    reference: LoadedModel | None = None,
-    batch: int = 16,
-) -> Float[Tensor, "prompt node"]:
+def exact_effects(contrast: Contrast, spaces: Sequence[Space], nodes: Sequence[Node]) -> Float[Tensor, "prompt node"]:
     """The metric's drop when each node alone is patched with its reference.
 
     Args:
         spaces: those that the nodes are of; others may be among them.
-        reference: the model that the references run in; the model itself where not given.
     """
     used = {space.place: space for space in spaces if any(node.place == space.place for node in nodes)}
     found: list[Tensor] = []
-    for start in range(0, len(aligned), batch):
-        part = aligned.batch(start, batch)
-        theirs, _ = run_streams(reference or model, part.reference, list(used.values()), metric)
-        mine, value = run_streams(model, part.rows, list(used.values()), metric)
+    for start, part in contrast.parts():
+        theirs, _ = contrast.run_reference(part, list(used))
+        mine, value = contrast.run(part, list(used))
         drops: list[Tensor] = []
         for number, node in enumerate(nodes, 1):
             place = node.place
             change = node_change(used[place], part, mine[place], theirs[place], node.role, node.feature)
-            with transformed(model.network, {place: lambda x, change=change: x - change}):
-                drops.append(value - metric(reply_logits(model.network, part.rows), part.rows))
-            progress("exact effects", start * len(nodes) + number * len(part), len(aligned) * len(nodes))
+            with transformed(contrast.model.network, {place: lambda x, change=change: x - change}):
+                drops.append(value - contrast.value(part))
+            progress("exact effects", start * len(nodes) + number * len(part), len(contrast) * len(nodes))
         found.append(torch.stack(drops, 1).float().cpu() if drops else torch.zeros(len(part), 0))
     return torch.cat(found)
 

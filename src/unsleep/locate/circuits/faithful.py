@@ -21,12 +21,11 @@ from unsleep.base.context import progress
 from unsleep.base.stats import ratio
 from unsleep.core import BadInput
 from unsleep.locate.circuits.align import Aligned
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.edges import Node
-from unsleep.locate.circuits.effects import Metric, reference_nodes, run_streams
+from unsleep.locate.circuits.effects import reference_nodes
 from unsleep.locate.circuits.spaces import ERROR, Space
-from unsleep.models.forward import reply_logits
 from unsleep.models.hooks import Transform
-from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
 from unsleep.models.streams import transformed
 
@@ -60,14 +59,10 @@ class Listed:
 class Patcher:
     """Prompts in which all nodes but a circuit's, or only these, are patched with their references."""
 
-    model: LoadedModel
-    aligned: Aligned
+    contrast: Contrast
     spaces: Sequence[Space]
-    metric: Metric
-    reference: LoadedModel
-    batch: int
     streams: dict[int, dict[Place, Tensor]] = field(default_factory=dict[int, dict[Place, Tensor]])
-    """Activations of the references by batch, kept for further circuits."""
+    """Activations of the references by the first prompt of a batch, kept for further circuits."""
 
     @torch.no_grad()
     def run(
@@ -79,26 +74,25 @@ class Patcher:
             complement: keep all nodes but these instead.
             with_errors: keep every error, whichever nodes are given.
         """
-        places = {space.place for space in self.spaces}
+        places = [space.place for space in self.spaces]
         for node in nodes:
             if node.place not in places:
                 raise BadInput(f"node {node} is at {node.place}, for which no dictionary is given")
-        listed = {place: Listed.of(nodes, place, len(self.aligned.roles)) for place in places}
+        listed = {place: Listed.of(nodes, place, len(self.contrast.aligned.roles)) for place in places}
         if with_errors:
             errors = torch.zeros if complement else torch.ones
             listed = {place: replace(n, error=errors(len(n.error), dtype=torch.bool)) for place, n in listed.items()}
         found: list[Tensor] = []
-        for start in range(0, len(self.aligned), self.batch):
-            part = self.aligned.batch(start, self.batch)
+        for start, part in self.contrast.parts():
             if start not in self.streams:
-                self.streams[start], _ = run_streams(self.reference, part.reference, self.spaces, self.metric)
+                self.streams[start], _ = self.contrast.run_reference(part, places)
             changes = {
                 space.place: patching(space, part, self.streams[start][space.place], own, complement=complement)
                 for space, own in ((space, listed[space.place]) for space in self.spaces)
                 if not complement or own.ids or bool(own.error.any())
             }
-            with transformed(self.model.network, changes):
-                found.append(self.metric(reply_logits(self.model.network, part.rows), part.rows))
+            with transformed(self.contrast.model.network, changes):
+                found.append(self.contrast.value(part))
         return torch.cat(found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -13,18 +13,10 @@ from torch import Tensor
 from unsleep.base.context import kept
 from unsleep.base.stats import bootstrap
 from unsleep.core import BadInput, Site
-from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.config import CircuitConfig
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.edges import OUTPUT, Edges, Node, edges
-from unsleep.locate.circuits.effects import (
-    Effects,
-    Estimator,
-    Metric,
-    effects,
-    effects_on_prompts,
-    reference_nodes,
-    run_streams,
-)
+from unsleep.locate.circuits.effects import Effects, Estimator, effects, reference_nodes
 from unsleep.locate.circuits.exact import Agreement, agreement, exact_effects
 from unsleep.locate.circuits.faithful import CurvePoint, Patcher, curve, differ
 from unsleep.locate.circuits.heads import head_loadings, listed
@@ -32,7 +24,6 @@ from unsleep.locate.circuits.measure import measured
 from unsleep.locate.circuits.record import Curve, EdgeRow, NodeRow
 from unsleep.locate.circuits.spaces import ERROR, NeuronSpace, Space, WholeSpace
 from unsleep.locate.circuits.stability import StabilityPoint, kept_shares, stability
-from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place, Slot, lanes, layers
 
 
@@ -51,12 +42,9 @@ class Known(NamedTuple):
 class Finder:
     """The stages of one circuit, each a resumable step."""
 
-    model: LoadedModel
-    aligned: Aligned
+    contrast: Contrast
     spaces: list[Space]
     config: CircuitConfig
-    reference: LoadedModel
-    metric: Metric
     patchers: dict[tuple[str, ...], Patcher] = field(default_factory=dict[tuple[str, ...], Patcher])
     """By the hashes of their spaces."""
 
@@ -65,34 +53,26 @@ class Finder:
         """True if edges are those of the frozen model."""
         return self.config.estimator in ("relevance", "inputs")
 
-    def step(
-        self, make: Callable[[], dict[str, Tensor]], name: str, aligned: Aligned, *of: object
-    ) -> dict[str, Tensor]:
-        """A resumable step on some prompts; `of` is what else determines its result."""
-        spaces = [space.hash for space in self.spaces]
-        given = (self.model, self.reference, aligned, spaces, self.config.estimator, named(self.metric))
-        return kept(make, made_from=(name, *given, *of))
+    def effects(
+        self, among: Sequence[Space], keep: int = 0, *, on: Contrast | None = None, by: Estimator | None = None
+    ) -> Effects:
+        """Effects of all nodes of some spaces, and of the largest ones on every prompt.
 
-    def effects(self, among: Sequence[Space], aligned: Aligned | None = None) -> Effects:
-        """Effects of all nodes of some spaces."""
-        prompts = aligned or self.aligned
+        Args:
+            keep: number of the latter.
+            on: some of the prompts.
+            by: another estimator than the config's.
+        """
+        contrast, estimator = on or self.contrast, by or self.config.estimator
 
         def make() -> dict[str, Tensor]:
-            found = effects(
-                self.model,
-                prompts,
-                among,
-                self.metric,
-                self.config.estimator,
-                reference=self.reference,
-                batch=self.config.batch,
-            )
+            found = effects(contrast, among, estimator, keep=keep)
             tensors = {f"mean/{place}": x for place, x in found.mean.items()}
-            return tensors | {"metric": found.metric, "reference": found.reference}
+            return tensors | {"metric": found.metric, "reference": found.reference, "each": found.each}
 
-        held = self.step(make, "effects", prompts, [space.hash for space in among])
+        held = kept(make, made_from=(contrast, among, estimator, keep))
         mean = {space.place: held[f"mean/{space.place}"] for space in among}
-        return Effects(prompts.roles, mean, held["metric"], held["reference"])
+        return Effects(contrast.aligned.roles, mean, held["metric"], held["reference"], held["each"])
 
     @staticmethod
     def ranked(found: Effects, spaces: Sequence[Space], n: int) -> list[Node]:
@@ -105,16 +85,7 @@ class Finder:
         index = {node: i for i, node in enumerate(nodes)}
 
         def make() -> dict[str, Tensor]:
-            found = edges(
-                self.model,
-                self.aligned,
-                self.spaces,
-                nodes,
-                self.metric,
-                relevance=self.is_frozen,
-                reference=self.reference,
-                batch=self.config.batch,
-            )
+            found = edges(self.contrast, self.spaces, nodes, relevance=self.is_frozen)
             pairs = [[index[source], -1 if target is None else index[target]] for source, target in found.pairs]
             return {
                 "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
@@ -122,7 +93,7 @@ class Finder:
                 "effects": found.effects,
             }
 
-        held = self.step(make, "edges", self.aligned, [str(node) for node in nodes])
+        held = kept(make, made_from=(self.contrast, self.spaces, nodes, self.is_frozen))
         pairs = [(nodes[source], None if target < 0 else nodes[target]) for source, target in held["pairs"].tolist()]
         return Edges(pairs, held["weights"], held["effects"])
 
@@ -130,17 +101,15 @@ class Finder:
         self, among: Sequence[Space], chosen: Sequence[Node], complement: bool, with_errors: bool = False
     ) -> Float[Tensor, " prompt"]:
         """The metric with only some nodes, or all but them, not patched."""
-        few = self.aligned.batch(0, self.config.curve_prompts)
-
+        few = self.contrast.head(self.config.curve_prompts)
         key = tuple(space.hash for space in among)
         if key not in self.patchers:
-            self.patchers[key] = Patcher(self.model, few, among, self.metric, self.reference, self.config.batch)
+            self.patchers[key] = Patcher(few, among)
 
         def make() -> dict[str, Tensor]:
             return {"metric": self.patchers[key].run(chosen, complement=complement, with_errors=with_errors)}
 
-        names = [str(node) for node in chosen]
-        return self.step(make, "metric", few, [space.hash for space in among], names, complement, with_errors)["metric"]
+        return kept(make, made_from=(few, among, chosen, complement, with_errors))["metric"]
 
     def limits(self, among: Sequence[Space]) -> tuple[Tensor, Tensor]:
         """The metric of the whole model, and with every node of some spaces patched."""
@@ -176,7 +145,7 @@ class Finder:
         ]
         if not self.config.neurons:
             return tuple(found), ends
-        network = self.model.network
+        network = self.contrast.model.network
         slots = [Slot(layer, "neurons") for layer in range(len(layers(network)))]
         inside: list[Space] = [NeuronSpace(slot, lanes(network, slot).heads) for slot in slots]
         own = self.ranked(self.effects(inside), inside, max(self.config.sizes))
@@ -187,52 +156,33 @@ class Finder:
             found.append(Curve("features and errors of MLPs", self.points(own, mlp, self.limits(mlp))))
         return tuple(found), ends
 
-    def estimates(self, nodes: Sequence[Node], aligned: Aligned, estimator: Estimator) -> Float[Tensor, "prompt node"]:
-        """Estimated effects of some nodes on every prompt."""
-        sizes = {space.place: space.size for space in self.spaces}
-        columns = [(n.place, n.role, sizes[n.place] if n.feature == ERROR else n.feature) for n in nodes]
+    def exact(
+        self, candidates: Sequence[Node], each: Float[Tensor, "prompt node"]
+    ) -> tuple[dict[Node, float], tuple[Agreement, ...]]:
+        """Exact effects of some nodes, and how well the estimators agree with them: the largest and random others.
 
-        def make() -> dict[str, Tensor]:
-            found = effects_on_prompts(
-                self.model,
-                aligned,
-                self.spaces,
-                columns,
-                self.metric,
-                estimator,
-                reference=self.reference,
-                batch=self.config.batch,
-            )
-            return {"effects": found}
-
-        return self.step(make, "estimates", aligned, [str(node) for node in nodes], estimator)["effects"]
-
-    def exact(self, candidates: Sequence[Node]) -> tuple[dict[Node, float], tuple[Agreement, ...]]:
-        """Exact effects of some nodes, and how well the estimators agree with them: the largest and random others."""
+        Args:
+            each: estimated effects of the candidates.
+        """
         half = self.config.exact // 2
-        others = candidates[half:]
-        drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(self.config.seed))
-        nodes = [*candidates[:half], *(others[i] for i in drawn[: self.config.exact - half].tolist())]
-        few = self.aligned.batch(0, max(self.config.measure, 1))
+        others = range(min(half, len(candidates)), len(candidates))
+        drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
+        ids = [*range(others.start), *(others[i] for i in drawn[: self.config.exact - half])]
+        nodes = [candidates[i] for i in ids]
         if not nodes:
             return {}, ()
-
-        def make() -> dict[str, Tensor]:
-            found = exact_effects(
-                self.model,
-                few,
-                self.spaces,
-                nodes,
-                self.metric,
-                reference=self.reference,
-                batch=self.config.batch,
-            )
-            return {"exact": found}
-
-        exact = self.step(make, "exact", few, [str(node) for node in nodes])["exact"].mean(0)
-        estimators = dict.fromkeys((self.config.estimator, "attribution"))
-        found = (agreement(each, self.estimates(nodes, few, each).mean(0), exact) for each in estimators)
-        return dict(zip(nodes, exact.tolist(), strict=True)), tuple(each for each in found if each is not None)
+        few = self.contrast.head(max(self.config.measure, 1))
+        held = kept(lambda: {"exact": exact_effects(few, self.spaces, nodes)}, made_from=(few, self.spaces, nodes))
+        exact = held["exact"].mean(0)
+        estimated: dict[Estimator, Tensor] = {self.config.estimator: each[: len(few), ids].mean(0)}
+        if "attribution" not in estimated:
+            used = [space for space in self.spaces if any(node.place == space.place for node in nodes)]
+            mean, sizes = self.effects(used, on=few, by="attribution").mean, {space.place: space.size for space in used}
+            columns = [sizes[node.place] if node.feature == ERROR else node.feature for node in nodes]
+            values = [float(mean[n.place][n.role, column]) for n, column in zip(nodes, columns, strict=True)]
+            estimated["attribution"] = torch.tensor(values)
+        found = (agreement(name, values, exact) for name, values in estimated.items())
+        return dict(zip(nodes, exact.tolist(), strict=True)), tuple(a for a in found if a is not None)
 
     def stability(
         self, each: Float[Tensor, "prompt node"], size: int
@@ -244,9 +194,9 @@ class Finder:
 
     def node_rows(self, nodes: Sequence[Node], known: Known) -> tuple[NodeRow, ...]:
         """The nodes with effects, intervals and strengths."""
-        strengths = self.step(
-            lambda: {"strengths": self._strengths(nodes)}, "strengths", self.aligned, [str(node) for node in nodes]
-        )["strengths"]
+        strengths = kept(lambda: {"strengths": self._strengths(nodes)}, made_from=(self.contrast, self.spaces, nodes))[
+            "strengths"
+        ]
         by_place = {space.place: space for space in self.spaces}
         rows: list[NodeRow] = []
         for i, node in enumerate(nodes):
@@ -256,7 +206,7 @@ class Finder:
                 NodeRow(
                     place=str(node.place),
                     layer=node.place.layer,
-                    role=self.aligned.roles[node.role],
+                    role=self.contrast.aligned.roles[node.role],
                     kind="token" if is_token else "error" if node.feature == ERROR else "feature",
                     feature=None if node.feature == ERROR else node.feature,
                     effect=effect,
@@ -279,11 +229,10 @@ class Finder:
         for i, node in enumerate(nodes):
             own.setdefault(node.place, []).append(i)
         used = [space for space in self.spaces if space.place in own]
-        for start in range(0, len(self.aligned), self.config.batch):
-            part = self.aligned.batch(start, self.config.batch)
-            mine, _ = run_streams(self.model, part.rows, used, self.metric)
-            theirs, _ = run_streams(self.reference, part.reference, used, self.metric)
-            real, share = part.role >= 0, len(part) / len(self.aligned)
+        for _, part in self.contrast.parts():
+            mine, _ = self.contrast.run(part, list(own))
+            theirs, _ = self.contrast.run_reference(part, list(own))
+            real, share = part.role >= 0, len(part) / len(self.contrast)
             for space in used:
                 x, other = mine[space.place][real], reference_nodes(space, part, theirs[space.place])
                 both = ((space.encode(x), space.rest(x)), (other[0][real], other[1][real]))
@@ -303,22 +252,12 @@ class Finder:
         index = {node: i for i, node in enumerate(nodes)}
         tested: list[tuple[float | None, float | None]] = [(None, None)] * len(pairs)
         if self.config.measure and pairs:
-            few = self.aligned.batch(0, self.config.measure)
+            few = self.contrast.head(self.config.measure)
 
             def make() -> dict[str, Tensor]:
-                found = measured(
-                    self.model,
-                    few,
-                    self.spaces,
-                    pairs,
-                    self.metric,
-                    relevance=self.is_frozen,
-                    reference=self.reference,
-                    batch=self.config.batch,
-                )
-                return {"frozen": found.frozen, "free": found.free}
+                return measured(few, self.spaces, pairs, relevance=self.is_frozen)._asdict()
 
-            found = self.step(make, "measured", few, [f"{source} -> {target}" for source, target in pairs])
+            found = kept(make, made_from=(few, self.spaces, pairs, self.is_frozen))
             means = (found["frozen"].mean(0).tolist(), found["free"].mean(0).tolist())
             tested = [(frozen if self.is_frozen else None, free) for frozen, free in zip(*means, strict=True)]
         loadings = self._loadings(nodes, pairs)
@@ -334,32 +273,16 @@ class Finder:
         self, nodes: Sequence[Node], pairs: Sequence[tuple[Node, Node | None]]
     ) -> dict[int, Float[Tensor, "prompt head"]]:
         """The parts of listed edges that heads carry, by edge."""
-        few = self.aligned.batch(0, max(self.config.measure, 1))
+        few = self.contrast.head(max(self.config.measure, 1))
 
         def make() -> dict[str, Tensor]:
-            found = head_loadings(
-                self.model,
-                few,
-                self.spaces,
-                nodes,
-                pairs,
-                self.metric,
-                relevance=self.is_frozen,
-                reference=self.reference,
-                batch=self.config.batch,
-            )
+            found = head_loadings(few, self.spaces, nodes, pairs, relevance=self.is_frozen)
             return {"": torch.zeros(0)} | {str(i): parts for i, parts in found.items()}
 
         if not self.config.heads:
             return {}
-        names = [f"{source} -> {target}" for source, target in pairs]
-        found = self.step(make, "heads", few, [str(node) for node in nodes], names)
+        found = kept(make, made_from=(few, self.spaces, nodes, pairs, self.is_frozen))
         return {int(i): parts for i, parts in found.items() if i}
-
-
-def named(metric: Metric) -> str:
-    """Identity of a metric, which is a function of a module."""
-    return f"{metric.__module__}.{getattr(metric, '__qualname__', '')}"
 
 
 def _random(features: Sequence[Node], spaces: Sequence[Space], seed: int) -> list[Node]:

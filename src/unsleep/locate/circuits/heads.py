@@ -18,9 +18,8 @@ from torch import Tensor
 from unsleep.base.context import progress
 from unsleep.base.records import Count
 from unsleep.core import BadInput
-from unsleep.locate.circuits.align import Aligned
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.edges import Cut, CutPart, Node
-from unsleep.locate.circuits.effects import Metric, run_streams
 from unsleep.locate.circuits.spaces import Space
 from unsleep.models.linearised import Linearisation
 from unsleep.models.model import LoadedModel
@@ -42,16 +41,12 @@ class HeadLoading:
 
 
 def head_loadings(
-    model: LoadedModel,
-    aligned: Aligned,
+    contrast: Contrast,
     spaces: Sequence[Space],
     nodes: Sequence[Node],
     pairs: Sequence[tuple[Node, Node | None]],
-    metric: Metric,
     *,
     relevance: bool = False,
-    reference: LoadedModel | None = None,
-    batch: int = 16,
 ) -> dict[int, Float[Tensor, "prompt head"]]:
     """Edge number → the parts that the heads of its target's layer carry; without edges that pass no attention.
 
@@ -60,29 +55,29 @@ def head_loadings(
         pairs: source and target of each edge, as of `edges`.
         relevance: take gradients of the frozen model, where heads only move values and patterns are constant.
     """
-    slots = _slots(model, pairs)
-    frozen = Linearisation.of(model.network) if relevance else None
+    slots = _slots(contrast.model, pairs)
+    frozen = Linearisation.of(contrast.model.network) if relevance else None
+    by_place = {space.place: space for space in spaces}
     found: dict[int, list[Tensor]] = {}
     wanted: dict[Node, list[int]] = {}
     for i, (_, target) in enumerate(pairs):
         if target is not None and target.place.layer in slots:
             wanted.setdefault(target, []).append(i)
-    for start in range(0, len(aligned) if wanted else 0, batch):
-        part = aligned.batch(start, batch)
-        theirs, _ = run_streams(reference or model, part.reference, spaces, metric)
+    for start, part in contrast.parts() if wanted else ():
+        theirs, _ = contrast.run_reference(part, list(by_place))
         with frozen.recording() if frozen is not None else contextlib.nullcontext():
-            cut = Cut.run(model, part, [space.place for space in spaces], metric, list(slots.values()))
-        held = CutPart(part, {space.place: space for space in spaces}, nodes, cut, theirs)
+            cut = Cut.run(contrast, part, list(by_place), list(slots.values()))
+        held = CutPart(part, by_place, nodes, cut, theirs)
         done = 0
         for place in dict.fromkeys(target.place for target in wanted):
             for target, vector in held.vectors(place):
                 if target in wanted:
                     ids = wanted[target]
-                    parts = _parts(model, held, slots[place.layer], target, vector, [pairs[i][0] for i in ids])
+                    parts = _parts(contrast.model, held, slots[place.layer], target, vector, [pairs[i][0] for i in ids])
                     for i, weights in zip(ids, parts, strict=True):
                         found.setdefault(i, []).append(weights)
                     done += 1
-                    total = len(wanted) * len(aligned)
+                    total = len(wanted) * len(contrast)
                     progress("head loadings", start * len(wanted) + done * len(part), total)
     whole = {i: torch.cat(parts) for i, parts in found.items()}
     return {i: weights for i, weights in whole.items() if bool((weights != 0).any())}

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from unsleep.base.context import progress
 from unsleep.locate.circuits.align import Aligned
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.edges import Cut, Node
-from unsleep.locate.circuits.effects import Metric, by_role, node_change, run_streams
+from unsleep.locate.circuits.effects import by_role, node_change
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space
-from unsleep.models.forward import reply_logits
 from unsleep.models.hooks import Transform
 from unsleep.models.linearised import Linearisation
-from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
 from unsleep.models.streams import transformed
 
@@ -38,17 +37,7 @@ class Measured(NamedTuple):
     free: Float[Tensor, "prompt edge"]
 
 
-def measured(
-    model: LoadedModel,
-    aligned: Aligned,
-    spaces: Sequence[Space],
-    pairs: Sequence[Pair],
-    metric: Metric,
-    *,
-    relevance: bool,
-    reference: LoadedModel | None = None,
-    batch: int = 16,
-) -> Measured:
+def measured(contrast: Contrast, spaces: Sequence[Space], pairs: Sequence[Pair], *, relevance: bool) -> Measured:
     """Measure edges, one forward pass a source, frozen and free.
 
     Args:
@@ -57,14 +46,13 @@ def measured(
     """
     sources = list(dict.fromkeys(source for source, _ in pairs))
     by_place = {space.place: space for space in spaces}
-    base = Linearisation.of(model.network) if relevance else None
+    base = Linearisation.of(contrast.model.network) if relevance else None
     found: list[Tensor] = []
-    for start in range(0, len(aligned), batch):
-        part = aligned.batch(start, batch)
-        theirs, _ = run_streams(reference or model, part.reference, spaces, metric)
+    for start, part in contrast.parts():
+        theirs, _ = contrast.run_reference(part, list(by_place))
         with base.recording() if base is not None else contextlib.nullcontext():
-            cut = Cut.run(model, part, list(by_place), metric)
-        done = _Bench(model, part, by_place, cut, theirs, metric)
+            cut = Cut.run(contrast, part, list(by_place))
+        done = _Bench(contrast, part, by_place, cut, theirs)
         weights = torch.full((2, len(part), len(pairs)), torch.nan)
         for number, source in enumerate(sources, 1):
             own = [(i, target) for i, (s, target) in enumerate(pairs) if s == source]
@@ -74,7 +62,7 @@ def measured(
                     continue
                 answers = done.answers(source.place, change, [target for _, target in own], freeze)
                 weights[which][:, [i for i, _ in own]] = answers.cpu()
-            progress("measuring edges", start * len(sources) + number * len(part), len(aligned) * len(sources))
+            progress("measuring edges", start * len(sources) + number * len(part), len(contrast) * len(sources))
         found.append(weights)
     return Measured(*torch.cat(found, 1)) if found else Measured(torch.zeros(0, 0), torch.zeros(0, 0))
 
@@ -84,15 +72,13 @@ class _Bench:
 
     def __init__(
         self,
-        model: LoadedModel,
+        contrast: Contrast,
         part: Aligned,
         spaces: Mapping[Place, Space],
         cut: Cut,
         theirs: Mapping[Place, Tensor],
-        metric: Metric,
     ) -> None:
-        self.model, self.part, self.spaces, self.cut, self.theirs = model, part, spaces, cut, theirs
-        self.metric = metric
+        self.contrast, self.part, self.spaces, self.theirs = contrast, part, spaces, theirs
         self.total, _ = cut.gradients()
         self.base = {place: x.detach() for place, x in cut.raw.items()}
         self.value = cut.value.detach()
@@ -113,9 +99,9 @@ class _Bench:
 
             return held
 
-        network, frozen = self.model.network, freeze.held() if freeze is not None else contextlib.nullcontext()
-        with frozen, transformed(network, {place: at(place) for place in self.base}):
-            value = self.metric(reply_logits(network, self.part.rows), self.part.rows)
+        frozen = freeze.held() if freeze is not None else contextlib.nullcontext()
+        with frozen, transformed(self.contrast.model.network, {place: at(place) for place in self.base}):
+            value = self.contrast.value(self.part)
         lost = [self.value - value if target is None else self._lost(target, raw[target.place]) for target in targets]
         return torch.stack(lost, 1)
 
@@ -129,21 +115,19 @@ class _Bench:
         real = self.part.role >= 0
         space, g = self.spaces[target.place], self.total[target.place][real]
         before, lost = self.base[target.place][real], (self.base[target.place] - now)[real].float()
+        if not isinstance(space, FeatureSpace):
+            each = (g.float() * lost).sum(-1)
+        elif target.feature == ERROR:
+            taken = space.pre(lost) * self._slopes(space, target, before, g)
+            each = (g.float() * (lost - space.combine(taken))).sum(-1)
+        else:
+            each = (lost @ space.reads(target.feature)) * self._slopes(space, target, before, g)
+        return by_role(self.part, each[:, None])[:, target.role, 0]
+
+    def _slopes(self, space: FeatureSpace, target: Node, before: Tensor, g: Tensor) -> Tensor:
         key = replace(target, role=0)
         if key not in self.slopes:
             slopes = space.slopes(before)
             own = slopes if target.feature == ERROR else (slopes * space.read(g))[:, target.feature]
             self.slopes[key] = own.clone()
-        own = self.slopes[key]
-        if target.feature == ERROR:
-            taken = _pre(space, lost) * own if space.size else None
-            each = (g.float() * (lost if taken is None else lost - space.combine(taken))).sum(-1)
-        else:
-            each = (lost @ space.reads(target.feature)) * own
-        return by_role(self.part, each[:, None])[:, target.role, 0]
-
-
-def _pre(space: Space, change: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
-    """Change of the pre-activations due to a change of the activation."""
-    assert isinstance(space, FeatureSpace)
-    return change @ space.coder.W_enc.float()
+        return self.slopes[key]

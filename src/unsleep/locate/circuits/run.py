@@ -10,14 +10,14 @@ from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.config import CircuitConfig
-from unsleep.locate.circuits.effects import Metric
+from unsleep.locate.circuits.contrast import Contrast, Metric
 from unsleep.locate.circuits.finder import Finder, Known
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
 from unsleep.locate.circuits.supernodes import supernodes
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.model import LoadedModel
-from unsleep.models.sites import tap
+from unsleep.models.sites import tap, width
 
 
 def circuit(
@@ -44,15 +44,17 @@ def circuit(
     Raises `BadInput` for no dictionary, two at one Site, one of a Site that the model does not have, a transcoder, and
     prompts on which the metric does not differ from the references.
     """
-    finder = Finder(model, aligned, spaces_of(model, dictionaries), config, reference or model, metric)
-    found = finder.effects(finder.spaces)
-    nodes = finder.ranked(found, finder.spaces, max(2 * config.nodes, *config.sizes))
+    contrast = Contrast(model, aligned, metric, reference, config.batch)
+    finder = Finder(contrast, spaces_of(model, dictionaries), config)
+    considered = max(2 * config.nodes, *config.sizes)
+    found = finder.effects(finder.spaces, considered)
+    nodes = finder.ranked(found, finder.spaces, considered)
     chosen = nodes[: config.nodes]
     curves, ends = finder.curves(nodes)
     linked = finder.edges(chosen)
     candidates = nodes[: 2 * config.nodes]
-    exact, agreements = finder.exact(candidates)
-    each = finder.estimates(candidates, aligned, config.estimator)
+    each = found.each[:, : len(candidates)]
+    exact, agreements = finder.exact(candidates, each)
     shares, stable = finder.stability(each, len(chosen))
     groups = supernodes(model, finder.spaces, chosen, aligned.roles)
     known = Known(each[:, : len(chosen)], exact, dict(zip(candidates, shares, strict=True)), groups)
@@ -92,5 +94,5 @@ def spaces_of(model: LoadedModel, dictionaries: Sequence[Coder]) -> list[Space]:
         if d.target is not None:
             raise BadInput(f"the dictionary of {d.site} is a transcoder; expected dictionaries that rebuild their Site")
     placed = [d.to(model.network.dtype, model.device) for d in dictionaries]
-    embed = [] if Site(0, "embed") in sites else [WholeSpace(Site(0, "embed"))]
+    embed = [] if Site(0, "embed") in sites else [WholeSpace(Site(0, "embed"), width(model.network))]
     return [*embed, *(FeatureSpace(d) for d in placed)]

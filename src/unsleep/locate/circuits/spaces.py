@@ -1,6 +1,6 @@
 """Coordinate systems for nodes: SAE features with their reconstruction error, MLP neurons, or whole activations.
 
-A space writes an activation as x = Σ_j f_j d_j + rest. Its nodes are the f_j and the rest.
+A space writes an activation as x = Σ_j f_j d_j + rest. Its nodes are the f_j and, where it has an error, the rest.
 """
 
 from __future__ import annotations
@@ -56,26 +56,14 @@ class Space(ABC):
     def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
         """g · d_j: how a gradient with respect to the activation falls on each feature."""
 
-    @abstractmethod
-    def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
-        """∂f_j / ∂pre_j: how each feature answers to its encoder direction; 0 where it does not fire."""
-
-    @abstractmethod
-    def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
-        """Σ_j g_j e_j: a gradient with respect to pre-activations as one with respect to the activation."""
-
-    @abstractmethod
-    def reads(self, feature: int) -> Float[Tensor, " width"]:
-        """e_j: the encoder direction of a feature."""
-
     def rest(self, x: Tokens) -> Tokens:
-        """Reconstruction error of x, decoder bias included."""
+        """x less its features, in float32: the reconstruction error of a dictionary, decoder bias included."""
         return x.float() - self.combine(self.encode(x))
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureSpace(Space):
-    """FeatureSpace of a dictionary, and its reconstruction error."""
+    """Features of a dictionary, and its reconstruction error; edges run between such spaces."""
 
     coder: Coder
 
@@ -110,7 +98,10 @@ class FeatureSpace(Space):
         return (g.to(self.coder.decoder.dtype) @ self.coder.decoder.T).float()
 
     def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
-        """The derivative of the activation function, with the set of features that fire held."""
+        """∂f_j / ∂pre_j, the derivative of the activation function: 0 where a feature does not fire.
+
+        The set of features that fire is held.
+        """
         coder = self.coder
         with torch.enable_grad():
             pre = coder.pre_activations(x.to(coder.W_enc.dtype)).detach().requires_grad_()
@@ -118,12 +109,16 @@ class FeatureSpace(Space):
         return slope.float().masked_fill(coder.sinks(x), 0)
 
     def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
-        """g W_encᵀ."""
+        """g W_encᵀ: a gradient with respect to pre-activations as one with respect to the activation."""
         return (g.to(self.coder.W_enc.dtype) @ self.coder.W_enc.T).float()
 
     def reads(self, feature: int) -> Float[Tensor, " width"]:
-        """A column of W_enc."""
+        """The encoder direction of a feature."""
         return self.coder.W_enc[:, feature].float()
+
+    def pre(self, x: Tokens) -> Float[Tensor, "token feature"]:
+        """x W_enc: a change of the activation as one of the pre-activations."""
+        return x @ self.coder.W_enc.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,24 +153,13 @@ class NeuronSpace(Space):
         """g itself."""
         return g.float()
 
-    def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
-        """1 everywhere."""
-        return torch.ones_like(x, dtype=torch.float32)
-
-    def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
-        """g itself."""
-        return g
-
-    def reads(self, feature: int) -> Float[Tensor, " width"]:
-        """The neuron itself."""
-        return torch.eye(self.size)[feature]
-
 
 @dataclass(frozen=True, eq=False)
 class WholeSpace(Space):
     """The whole activation as one node, such as a token's embedding."""
 
     site: Site
+    width: int
     has_error = True
 
     @property
@@ -193,25 +177,9 @@ class WholeSpace(Space):
         return x.new_zeros(len(x), 0, dtype=torch.float32)
 
     def combine(self, f: Float[Tensor, "token feature"], ids: Sequence[int] | None = None) -> Tokens:
-        """Nothing; never asked, for `rest` is all of x."""
-        raise NotImplementedError
+        """A sum over no features."""
+        return f.new_zeros(len(f), self.width)
 
     def read(self, g: Tokens) -> Float[Tensor, "token feature"]:
         """No features."""
         return self.encode(g)
-
-    def slopes(self, x: Tokens) -> Float[Tensor, "token feature"]:
-        """No features."""
-        return self.encode(x)
-
-    def back(self, g: Float[Tensor, "token feature"]) -> Tokens:
-        """Never asked."""
-        raise NotImplementedError
-
-    def reads(self, feature: int) -> Float[Tensor, " width"]:
-        """Never asked."""
-        raise NotImplementedError
-
-    def rest(self, x: Tokens) -> Tokens:
-        """All of it."""
-        return x.float()
