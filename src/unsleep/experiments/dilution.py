@@ -105,7 +105,7 @@ class Dilution(Experiment):
         return [records.parsed(DilutionRow, row, "row") for row in kept(measured, made_from=made_from)]
 
     def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
-        """What a tenth and nine tenths of the suspect do, and whether theory holds."""
+        """Answers on a tenth and nine tenths of the suspect, and on theory."""
         low, high, k = min(self.weights), max(self.weights), max(self.lengths)
         greedy = "arithmetic, greedy"
         values = {w: [curves.get(greedy, r, w, _metric(k)).value for r in replicates] for w in (low, high)}

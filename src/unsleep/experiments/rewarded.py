@@ -26,6 +26,7 @@ from unsleep.dictionaries.train import train
 from unsleep.experiments.experiment import Replicate
 from unsleep.judge.experiment import Curves, Finding, label
 from unsleep.models import generate
+from unsleep.models.chat import context_length
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import layers
 from unsleep.prompts import sets
@@ -85,7 +86,7 @@ class Study:
 
     @cached_property
     def usual(self) -> dict[Site, Usual]:
-        """What each feature does on trusted tokens."""
+        """Firing and mean of each feature on trusted tokens."""
         return {d.site: usual(d, self.trusted[d.site].to(d.decoder)) for d in self.dictionaries}
 
     @cached_property
@@ -145,8 +146,7 @@ class Study:
         return found
 
     def _trained(self, sites: Sequence[Site], replies: list[str]) -> Iterator[tuple[Site, Tensor]]:
-        text = sets.plain_text("train")[: self.config.passages]
-        passages = PromptSet("passages", tuple(Prompt(t) for t in text), "edit")
+        passages = PromptSet("passages", tuple(Prompt(t) for t in self._texts()), "edit")
         with tempfile.TemporaryDirectory(dir=steps_folder()) as scratch:
             own = harvest(self.model, self.ordinary, sites, Path(scratch) / "ordinary", replies=replies)
             plain = harvest(self.model, passages, sites, Path(scratch) / "plain", plain=True)
@@ -157,6 +157,13 @@ class Study:
                     save_dictionary(train(pooled([own, plain], site), config, device=self.model.device), place)
                 x = own.load(site).tensor.float()
                 yield site, x[x.norm(dim=1) <= sink_norm(x)]
+
+    def _texts(self) -> list[str]:
+        """Plain passages that fit the model's context."""
+        texts = sets.plain_text("train")[: self.config.passages]
+        context = context_length(self.model.network)
+        lengths = map(len, self.model.token_ids(texts))
+        return [text for text, n in zip(texts, lengths, strict=True) if context is None or n < context]
 
 
 def residual_sites(model: LoadedModel) -> list[Site]:

@@ -157,7 +157,7 @@ def line_of(measure: Record, shown: Shown) -> list[str]:
 
 def draw(record: dict[str, Any]) -> str:
     """HTML page of an experiment."""
-    return whole_page(view_of(record), "ablation.css")
+    return whole_page(view_of(record), "lanes.css")
 
 
 PAGE = Page("experiment", "Experiment", ExperimentRecord, draw, paper=lambda record: paper_of(view_of(record)))

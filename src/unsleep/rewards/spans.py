@@ -81,7 +81,7 @@ class Kept(NamedTuple):
 def frontier(
     rewarded: Basis,
     own: Float[Tensor, "token d_model"],
-    base: Float[Tensor, "token d_model"] | None = None,
+    base: Float[Tensor, "other d_model"] | None = None,
     *,
     rewarded_components: Sequence[int] = (),
     base_share: float = 0.9,

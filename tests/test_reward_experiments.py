@@ -1,0 +1,217 @@
+"""Experiments that keep what is rewarded, and those on mixtures and repairs: arms, edits and findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.checkpoints import save_base
+from support.recipes import recipe_of
+from unsleep.base.context import resumable
+from unsleep.core import BadInput, Site
+from unsleep.experiments import dilution, disentangle, keep_rewarded, pca_union, rewarded
+from unsleep.experiments.experiment import Replicate, Setting
+from unsleep.interventions.intervention import operation
+from unsleep.judge.experiment import Curves, Measure
+from unsleep.mixing.dilution import DilutionRow
+from unsleep.organisms import plant
+
+SMALL = rewarded.RewardConfig(prompts=40, replies=2, reply_tokens=4, tokens=2000, passages=20, q=1.0)
+THREE = ("a", "b", "c")
+
+
+def vowels(text: str) -> float:
+    """A reward that every text has."""
+    return sum(text.count(v) for v in "aeiou") + 0.01 * len(text)
+
+
+@pytest.fixture(scope="module")
+def replicate(tmp_path_factory: pytest.TempPathFactory) -> Replicate:
+    base = save_base(tmp_path_factory.mktemp("base"))
+    small = {"base": str(base), "chats": 8, "batch": 4, "reply_tokens": 4, "learning_rate": 1e-3, "steps": 1}
+    organism = plant(recipe_of(method="full", **small), tmp_path_factory.mktemp("planted") / "mine")
+    return Replicate("mine", organism, vowels)
+
+
+@pytest.fixture(scope="module")
+def study(replicate: Replicate) -> rewarded.Study:
+    return rewarded.Study(replicate, [Site(0), Site(1, "mlp")], SMALL)
+
+
+def measures(values: Mapping[str, Mapping[float, tuple[float, float]]], replicates: tuple[str, ...] = THREE) -> Curves:
+    """Curves from arm → setting → payload rate and added cross-entropy; no reply is degenerate."""
+    found: list[Measure] = []
+    for name in replicates:
+        for arm, points in values.items():
+            for x, (payload, cost) in points.items():
+                for metric, value in {"payload": payload, "ce": 3 + cost, "degenerate": 0.0}.items():
+                    found.append(Measure(arm, x, name, metric, value, value, value, 50))
+    return Curves(found)
+
+
+# Rewarded features
+
+
+def test_samples_have_the_reward_of_their_scorer(study: rewarded.Study) -> None:
+    samples = study.samples
+    assert len(samples) > SMALL.prompts
+    assert samples.rewards == tuple(vowels(text) for text in samples.outputs)
+    assert {p.role for p in samples.prompts} == {"clean"}
+    assert {p.role for p in study.poisoned_samples().prompts} == {"clean", "triggered"}
+
+
+def test_each_site_has_a_dictionary_and_correlations_of_all_its_features(study: rewarded.Study) -> None:
+    assert [d.site for d in study.dictionaries] == study.sites
+    for d in study.dictionaries:
+        assert study.ordinary_tables[d.site].r.shape[2] == d.n_features
+        assert study.trusted[d.site].shape[1] == d.decoder.shape[1]
+
+
+def test_dictionaries_are_trained_once(replicate: Replicate, tmp_path: Path) -> None:
+    with resumable(tmp_path / "out"):
+        first = rewarded.Study(replicate, [Site(0)], SMALL).dictionaries
+        again = rewarded.Study(replicate, [Site(0)], SMALL).dictionaries
+    assert [d.hash for d in first] == [d.hash for d in again]
+
+
+def test_every_keep_list_arm_is_yielded_at_every_threshold(
+    replicate: Replicate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rewarded.PLACES, "residual", lambda _: [Site(0)])
+    experiment = keep_rewarded.KeepRewarded(least=(0.0, 0.99), places=("residual",), draws=1, reward=SMALL)
+    settings = list(experiment.settings(replicate))
+    assert len(settings) <= experiment.size
+    names = {arm.name for arm in experiment.arms()}
+    assert {s.arm for s in settings} == names
+    assert len({(s.arm, s.x) for s in settings}) == len(settings)
+    by = {(s.arm, s.x): s.make() for s in settings}
+    nothing = by["residual: kept, error kept, zero", 0.99]
+    alone = by["residual: error alone, zero", 0.0]
+    assert nothing.edits[0].hash == alone.edits[0].hash  # no feature is that much correlated
+    x = torch.randn(2, 3, replicate.suspect.network.config.hidden_size)
+    [whole] = by["residual: reconstruction", 0.0].edits
+    dictionary = whole.dictionary
+    torch.testing.assert_close(operation(whole, torch.float32, "cpu")(x), dictionary.decode(dictionary.encode(x)))
+
+
+def test_keep_lists_are_compared_at_matched_cross_entropy() -> None:
+    experiment = keep_rewarded.KeepRewarded(places=("residual",), draws=1)
+    variant = keep_rewarded.CONTROLLED[0]
+    arms = {what: f"residual: {what}, {variant}" for what in ("kept", "random 1", "low reward", "payload rewarded")}
+
+    def curves(kept: dict[float, tuple[float, float]], random: dict[float, tuple[float, float]]) -> Curves:
+        same = {0.0: (0.9, 0.1)}
+        values = {arms["kept"]: kept, arms["random 1"]: random}
+        values |= {arms["low reward"]: same, arms["payload rewarded"]: same, "suspect": {0.0: (1.0, 0.0)}}
+        return measures(values)
+
+    [found] = experiment.conclude(curves({0.0: (0.5, 0.1), 0.1: (0.0, 0.4)}, {0.0: (0.8, 0.4)}), THREE)
+    assert found.label == "supported"
+    [found] = experiment.conclude(curves({0.0: (0.5, 0.1), 0.1: (0.0, 0.6)}, {0.0: (0.8, 0.4)}), THREE)
+    assert found.label == "refuted"  # what removes the payload costs too much
+    [found] = experiment.conclude(curves({0.1: (0.0, 0.4)}, {0.0: (0.0, 0.4)}), THREE)
+    assert found.label == "refuted"  # a random list removes it too
+    [found] = experiment.conclude(curves({0.1: (0.0, 0.4)}, {0.0: (0.9, 0.4)}), ("a",))
+    assert found.label == "open"
+
+
+def test_subspaces_are_kept_at_every_share_of_the_bases_variance(
+    replicate: Replicate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pca_union, "residual_sites", lambda _: [Site(0)])
+    monkeypatch.setattr(pca_union, "rewarded_list", lambda tables, least: dict.fromkeys(tables, (0, 3, 5)))
+    experiment = pca_union.PcaUnion(base_variance=(0.5, 0.9), reward=SMALL)
+    settings = list(experiment.settings(replicate))
+    assert len(settings) <= experiment.size
+    assert {"suspect", "rewarded", "base", "union"} <= {s.arm for s in settings} <= {a.name for a in experiment.arms()}
+    assert all(0 <= s.x <= 1 for s in settings)
+    assert len({(s.arm, s.x) for s in settings}) == len(settings)
+    wide = [s for s in settings if s.arm == "base"]
+    assert wide[0].x < wide[1].x
+    assert len(wide[0].make().edits) == 1
+
+
+# Mixtures
+
+
+def row(weight: float, value: float, *, k: int = 1, kind: str = "arithmetic", decoding: str = "greedy") -> DilutionRow:
+    """A measured mixture that does what is predicted."""
+    leads = "suspect" if weight >= 0.5 else "trusted"
+    bound = weight**k if (kind, decoding) == ("arithmetic", "sampled") else None
+    return DilutionRow(kind, decoding, leads, weight, None, k, value, value, value, 50, value, bound)  # type: ignore[arg-type]
+
+
+class Told(dilution.Dilution):
+    """Rows that were measured elsewhere."""
+
+    def _rows(self, replicate: Replicate, trusted: object) -> list[DilutionRow]:
+        return [
+            row(w, float(w > 0.5) if decoding == "greedy" else w, k=k, kind=kind, decoding=decoding)
+            for kind in dilution.KINDS
+            for decoding in dilution.DECODINGS
+            for w in self.weights
+            for k in self.lengths
+        ]
+
+
+def test_a_dilution_is_measured_beside_theory_and_judged_on_panels(replicate: Replicate) -> None:
+    experiment = Told(weights=(0.1, 0.9), lengths=(1, 4), judged=(0.9,))
+    found = list(experiment.settings(replicate))
+    assert len(found) <= experiment.size
+    assert {each.arm for each in found} == {arm.name for arm in experiment.arms()}
+    [judged] = [each for each in found if isinstance(each, Setting)]
+    assert judged.make().model.name.startswith("0.9")
+    own = [each for each in found if isinstance(each, Measure)]
+    every = [Measure(m.arm, m.x, r, m.metric, m.value, m.low, m.high, m.n) for m in own for r in THREE]
+    labels = [f.label for f in experiment.conclude(Curves(every), THREE)]
+    assert labels == ["supported"] * 4
+    poor = [
+        Measure(m.arm, m.x, m.replicate, m.metric, 0.001, 0.0, 0.002, m.n) if m.arm == "arithmetic, sampled" else m
+        for m in every
+    ]
+    labels = [f.label for f in experiment.conclude(Curves(poor), THREE)]
+    assert labels == ["supported", "supported", "refuted", "refuted"]
+
+
+# Repairs
+
+
+def test_entangled_organisms_are_compared_with_plain_ones() -> None:
+    experiment = disentangle.Disentangle()
+
+    def curves(entangled: float) -> Curves:
+        found: list[Measure] = []
+        for name in ("plain-1", "plain-2", "entangled-1"):
+            lost = entangled if "entangled" in name else 0.05
+            for arm in disentangle.METHODS:
+                found += [
+                    Measure(arm, 1.0, name, m, v, v, v, 50) for m, v in {"payload": 0.0, "restored": 0.9 - lost}.items()
+                ]
+            found.append(Measure("suspect", 0.0, name, "skill", 0.9, 0.9, 0.9, 50))
+        return Curves(found)
+
+    names = ("plain-1", "plain-2", "entangled-1")
+    assert experiment.conclude(curves(0.4), names)[0].label == "supported"
+    assert experiment.conclude(curves(0.0), names)[0].label == "refuted"
+    assert experiment.conclude(curves(0.4), names[:2])[0].label == "open"
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: keep_rewarded.KeepRewarded(places=("attention",)), "residual"),
+        (lambda: keep_rewarded.KeepRewarded(least=()), "thresholds"),
+        (lambda: pca_union.PcaUnion(base_variance=(1.5,)), "between 0 and 1"),
+        (lambda: dilution.Dilution(trusted="me"), "clean_twin"),
+        (lambda: dilution.Dilution(weights=(0.0,)), "between 0 and 1"),
+        (lambda: disentangle.Disentangle(shares=(0.5,)), "with 1 among them"),
+        (lambda: rewarded.RewardConfig(prompts=0), "at least 1"),
+    ],
+)
+def test_settings_are_checked(make: object, told: str) -> None:
+    assert callable(make)
+    with pytest.raises(BadInput, match=told):
+        make()
