@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import drawings
+import repair_tables
 from circuit_growth import series
 from common import RESULTS
 from markupsafe import Markup
@@ -293,7 +294,15 @@ def exponent(r: Record, name: str) -> str:
     )
 
 
+def joined(lines: Sequence[str]) -> str:
+    """The lines of a table."""
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "repairs": ("repair", lambda r: joined(repair_tables.repairs(r["organisms"]))),
+    "baselines": ("repair", lambda r: joined(repair_tables.baselines(r["organisms"]))),
+    "wins": ("repair", lambda r: joined(repair_tables.wins(r["organisms"]))),
     "setting": ("circuit_nodes", setting),
     "roles": ("circuit_nodes", roles),
     "drawing": ("circuit_nodes", drawing),
