@@ -85,7 +85,9 @@ class Design:
             )
         y = residual(ranks(rewards.double()[None]), nuisance)[0]
         if not bool(y.any()):
-            raise BadInput(f"the rewards of {n} samples are constant given the covariates; nothing can correlate")
+            raise BadInput(
+                f"the rewards of {n} samples are constant given the covariates; give other rewards, or fewer --partial"
+            )
         return cls(y, owner.unique(return_inverse=True)[1], nuisance)
 
     def columns(self, x: Float[Tensor, "*pooling feature sample"]) -> Float[Tensor, "*pooling feature sample"]:
