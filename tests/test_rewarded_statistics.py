@@ -74,6 +74,18 @@ def test_only_small_p_values_see_many_permutations() -> None:
     assert stages(500) == [500]
 
 
+def test_many_rewarded_features_end_the_draws() -> None:
+    y = torch.randn(60, generator=generator())
+    x = torch.cat(
+        [y + 0.1 * torch.randn(200, 60, generator=generator(1)), torch.randn(200, 60, generator=generator(2))]
+    )
+    design = Design.of(y, torch.arange(60), torch.zeros(0, 60))
+    columns = design.columns(x[None])
+    found = permutation_test(lambda ids: columns[:, ids], 400, design, 100_000, level=0.05)
+    assert int(found.draws.max()) == 1000
+    assert bool((benjamini_hochberg(found.p)[:200] <= 0.05).all())
+
+
 def test_the_strongest_pooling_is_paid_for() -> None:
     n, features = 60, 400
     y = torch.randn(n, generator=generator())

@@ -39,4 +39,6 @@ def fields_of(config: object, separator: str, prefix: str = "") -> list[str]:
             found += fields_of(value, separator, f"{prefix}{name}{separator}" if separator else "")
         else:
             found.append(f"--{prefix}{name}")
+            if value is True and not separator:
+                found.append(f"--no-{name}")
     return found

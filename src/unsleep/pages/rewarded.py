@@ -141,7 +141,7 @@ def features_block(record: Record) -> Block:
         "Replicated",
         "On A",
         "p",
-        "adjusted",
+        "Adjusted",
         "On B",
         "p on B",
         "On C",

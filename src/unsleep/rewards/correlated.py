@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unsleep.base.stats import benjamini_hochberg, clustered, correlations, ranks
 from unsleep.core import BadInput, Site, check_least
-from unsleep.rewards.permutation import Design, one_sided, permutation_test
+from unsleep.rewards.permutation import BLOCK, Design, one_sided, permutation_test
 from unsleep.rewards.pooling import POOLINGS, Tokens
 from unsleep.rewards.samples import Parts, Samples
 
@@ -136,11 +136,11 @@ def correlated(
         for (site, ids), start, end in zip(family, ends, ends[1:], strict=False):
             own = (chosen >= start) & (chosen < end)
             if bool(own.any()):
-                x = pooled[site][:, parts.A][:, :, ids[chosen[own] - start]]
+                x = pooled[site][:, parts.A[:, None], ids[chosen[own] - start]]
                 found[:, own] = designs[0].columns(x.transpose(1, 2))
         return found
 
-    test = permutation_test(columns, m, designs[0], limit, config.seed) if m else None
+    test = permutation_test(columns, m, designs[0], limit, level=config.q, seed=config.seed) if m else None
     adjusted = benjamini_hochberg(test.p) if test else torch.zeros(0)
     sites: dict[Site, Correlated] = {}
     for (site, ids), start, end in zip(family, ends.tolist(), ends.tolist()[1:], strict=False):
@@ -174,7 +174,8 @@ def _of_site(
         b = designs[1].columns(each[:, parts.B])
         replication[chosen] = one_sided(b, signs, designs[1], seed=config.seed)[1].float()
         weights = clustered(designs[2].owner, config.resamples, config.seed)
-        scored[chosen] = correlations(designs[2].columns(each[:, parts.C]), designs[2].y, weights).float()
+        for some, x_c in zip(chosen.split(BLOCK), each[:, parts.C].split(BLOCK), strict=True):
+            scored[some] = correlations(designs[2].columns(x_c), designs[2].y, weights).float()
         same = r[1].gather(0, pooling[None])[0].sign() == r[0].gather(0, pooling[None])[0].sign()
     else:
         same = selected
@@ -184,7 +185,7 @@ def _of_site(
 
 def _whole(x: Float[Tensor, "pooling sample feature"], design: Design) -> Float[Tensor, "pooling feature"]:
     """Correlations of all features, block by block."""
-    blocks = x.split(1024, dim=2)
+    blocks = x.split(BLOCK, dim=2)
     return torch.cat([design.columns(block.transpose(1, 2)) @ design.y for block in blocks], 1)
 
 

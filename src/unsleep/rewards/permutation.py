@@ -10,7 +10,8 @@
    pooling is paid for. p = (1 + #{r* ≥ r}) / (1 + draws), ties counted as exceedances.
 4. Only features with fewer than `ENOUGH` exceedances see ten times as many draws in the next stage (after Besag &
    Clifford 1991, Biometrika 78). This keeps p valid: {p ≤ u} is inside {p_1 ≤ u} for u above ENOUGH / (1 + draws of the
-   first stage), and inside {p_2 ≤ u} below it.
+   first stage), and inside {p_2 ≤ u} below it. Where `MANY` features or more are left and all of them would be selected
+   whatever further draws say, there are none: their number decides, on which a single one has next to no influence.
 
 Exact without covariates where prompts, and the samples of a prompt, are exchangeable; else asymptotically.
 """
@@ -35,6 +36,9 @@ FIRST = 1000
 
 ENOUGH = 10
 """Exceedances after which a feature sees no further draws."""
+
+MANY = 100
+"""Features that end the draws by their number."""
 
 CHUNK = 1000
 """Draws in one matrix product."""
@@ -85,7 +89,9 @@ class Design:
             )
         y = residual(ranks(rewards.double()[None]), nuisance)[0]
         if not bool(y.any()):
-            raise BadInput(f"the rewards of {n} samples are constant given the covariates; nothing can correlate")
+            raise BadInput(
+                f"the rewards of {n} samples are constant given the covariates; give other rewards, or fewer --partial"
+            )
         return cls(y, owner.unique(return_inverse=True)[1], nuisance)
 
     def columns(self, x: Float[Tensor, "*pooling feature sample"]) -> Float[Tensor, "*pooling feature sample"]:
@@ -120,9 +126,10 @@ def shuffles(owner: Int[Tensor, " sample"], count: int, generator: torch.Generat
     for size in sizes.unique().tolist():
         prompts = (sizes == size).nonzero()[:, 0]
         block = members[start[prompts][:, None] + torch.arange(size)]
-        traded = torch.rand(count, len(prompts), generator=generator).argsort(1)
-        within = torch.rand(count, len(prompts), size, generator=generator).argsort(2)
-        found[:, block.flatten()] = block[traded].gather(2, within).flatten(1)
+        traded = block[torch.rand(count, len(prompts), generator=generator).argsort(1)]
+        if size > 1:
+            traded = traded.gather(2, torch.rand(count, len(prompts), size, generator=generator).argsort(2))
+        found[:, block.flatten()] = traded.flatten(1)
     return found
 
 
@@ -141,8 +148,13 @@ class Tested(NamedTuple):
         return self.r.abs().argmax(0)
 
 
-def permutation_test(columns: Columns, count: int, design: Design, most: int, seed: int = 0) -> Tested:
-    """Test `count` features against the reward, two-sided, with up to `most` permutations each (see the module)."""
+def permutation_test(
+    columns: Columns, count: int, design: Design, most: int, *, level: float = 0.0, seed: int = 0
+) -> Tested:
+    """Test `count` features against the reward, two-sided, with up to `most` permutations each (see the module).
+
+    `level` is the false discovery rate at which features will be selected.
+    """
     pieces = list(torch.arange(count).split(BLOCK))
     r = torch.cat([columns(some) @ design.y for some in pieces], 1)
     size = r.abs().amax(0)
@@ -160,6 +172,8 @@ def permutation_test(columns: Columns, count: int, design: Design, most: int, se
             progress("permutations", first + number, most)
         seen[alive], done = total, total
         alive = alive[over[alive] < ENOUGH]
+        if len(alive) >= MANY and ENOUGH / (1 + total) <= level * len(alive) / count:
+            break
     progress("permutations", most, most)
     return Tested(r, torch.where(seen > 0, (1.0 + over) / (1.0 + seen), 1.0).double(), seen)
 
