@@ -110,6 +110,7 @@ MARKERS = {
     "explore": ("index.html", "data/manifest.js"),
     "read": ("reading.html", "reading.json", "vector.gguf"),
     "steer": ("steer.json",),
+    "merge": ("config.json", "model.safetensors", "merge.json", "mergekit_config.yml", "README.md"),
     "explain": (
         "explain.json",
         *(f"resid.12/{name}" for name in ("statistics.json", "statistics.safetensors", "explanations.json")),
@@ -126,6 +127,7 @@ LEFT_BY_SNIPPETS = {
         "result/report.html",
         "explorer/index.html",
         "runs/mine/organism.json",
+        "merged/merge.json",
     )
 }
 """What a document's snippets leave."""

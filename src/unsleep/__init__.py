@@ -37,6 +37,8 @@ from unsleep.locate.features import find
 from unsleep.locate.patching import patch
 from unsleep.locate.reading import read
 from unsleep.locate.subspaces.comparison import compare as subspaces
+from unsleep.mixing.merge import merge
+from unsleep.mixing.merge_config import MergeConfig
 from unsleep.models.generate import replies
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
@@ -61,6 +63,7 @@ __all__ = [
     "Job",
     "LoadConfig",
     "LoadedModel",
+    "MergeConfig",
     "Payload",
     "Projection",
     "Prompt",
@@ -93,6 +96,7 @@ __all__ = [
     "load_edit",
     "load_model",
     "load_organism",
+    "merge",
     "open_harvest",
     "organism_job",
     "overlap",

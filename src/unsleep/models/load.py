@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -162,6 +163,24 @@ def is_adapter(name: str | Path, config: LoadConfig = LoadConfig()) -> bool:
     """True if a name is that of an adapter, which brings its base along; raises `BadInput` as `load_model` does."""
     with quiet_transformers():
         return Source.parse(str(name), config.revision, config.subfolder).open(config.trust_remote_code).is_adapter
+
+
+def components(name: str | Path, config: LoadConfig = LoadConfig()) -> list[Files]:
+    """The files of a whole checkpoint, then of the adapters over it; raises `BadInput` as `load_model` does."""
+    with quiet_transformers():
+        return _chain(Source.parse(str(name), config.revision, config.subfolder), config)
+
+
+def tokenizer_of(files: Files) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's or adapter's folder; raises `BadInput` where there is none."""
+    with quiet_transformers(), _loading(files.name):
+        return _tokenizer(files, LoadConfig())
+
+
+def config_of(files: Files) -> PretrainedConfig:
+    """The config of a whole checkpoint; raises `BadInput` for one that cannot be read without remote code."""
+    with quiet_transformers(), _loading(files.name):
+        return AutoConfig.from_pretrained(files.place, trust_remote_code=False)
 
 
 @contextlib.contextmanager

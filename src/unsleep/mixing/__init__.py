@@ -1,0 +1,1 @@
+"""Mixing of models: merges of weights as files, mixtures at decoding."""
