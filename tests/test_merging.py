@@ -20,6 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
 import unsleep
 from support.checkpoints import logits, save_base
+from support.merges import another, bits, change, moved, pair, rank, weights
 from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep import MergeConfig, cli
@@ -35,44 +36,9 @@ from unsleep.models.merging import interpolated
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pair(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Path, Path]:
-    """A model and another that differs in most of its weights."""
-    first = save_base(folder / "first", family, dtype)
-    second = folder / "second"
-    shutil.copytree(first, second)
-    change(second, lambda name, weight: weight if "norm" in name else moved(name, weight, seed))
-    return first, second
-
-
-def moved(name: str, weight: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed + sum(map(ord, name)))
-    return (weight.float() + 0.05 * torch.randn(weight.shape, generator=random)).to(weight.dtype)
-
-
-def change(folder: Path, new: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
-    """Change the weights of a checkpoint; `None` leaves one out."""
-    path = folder / "model.safetensors"
-    found = {name: new(name, weight) for name, weight in load_file(path).items()}
-    save_file({name: weight for name, weight in found.items() if weight is not None}, path, {"format": "pt"})
-
-
 def settings(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
-
-
-def rank(tensor: torch.Tensor) -> torch.Tensor:
-    """The place of each number among those of its dtype: neighbours are one apart."""
-    found = bits(tensor).long()
-    return torch.where(found < 0, -(2 ** (8 * tensor.itemsize - 1)) - found, found)
 
 
 # Arithmetic
@@ -145,9 +111,7 @@ def test_a_text_of_layers_that_cannot_be_read_is_refused(text: str, message: str
 
 def test_a_spherical_merge_is_on_the_arc_between_task_vectors(tmp_path: Path) -> None:
     first, second = pair(tmp_path)
-    base = tmp_path / "base"
-    shutil.copytree(first, base)
-    change(base, lambda name, weight: weight if "norm" in name else moved(name, weight, 7))
+    base = another(first, tmp_path / "base", seed=7)
     config = MergeConfig(alpha=0.3, method="slerp", base=str(base))
     unsleep.merge(first, second, tmp_path / "merged", config)
     a, b, o = ({n: w.double() for n, w in weights(each).items()} for each in (first, second, base))
@@ -264,9 +228,7 @@ def test_a_merge_that_is_killed_anywhere_is_resumed_with_the_same_bytes(tmp_path
     first, second = pair(tmp_path, dtype=torch.bfloat16)
     (first / "model.safetensors").unlink()
     build("llama", torch.bfloat16).save_pretrained(first, max_shard_size="12KB")
-    base = tmp_path / "base"
-    shutil.copytree(second, base)
-    change(base, lambda name, weight: moved(name, weight, 7))
+    base = another(second, tmp_path / "base", seed=7)
     (tmp_path / "work").mkdir()
     command = [sys.executable, "-m", "support.killing", *map(str, (first, second, base, tmp_path / "work")), "20"]
     source = os.pathsep.join([str(Path(unsleep.__file__).parents[1]), str(Path(__file__).parent)])

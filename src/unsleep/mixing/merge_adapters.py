@@ -112,7 +112,7 @@ def adapters_of(sides: Sequence[Side]) -> list[Lora | None] | None:
 def module_list(base: Files) -> str:
     """The list of modules that are a base's layers; raises `BadInput` where it is not known."""
     settings = config_of(base)
-    return layer_list(skeleton(settings).names, text_layers(settings), base.name)
+    return layer_list(skeleton(settings, base.name).names, text_layers(settings), base.name)
 
 
 def write_adapter(
@@ -203,6 +203,7 @@ def _scaled(lora: Lora, factors: Mapping[str, float], dtype: torch.dtype) -> dic
     for module, (a, b, _) in lora.modules.items():
         found[_key(module, "A")] = a.to(dtype)
         found[_key(module, "B")] = (b.double() * factors[module]).to(dtype)
+        check_finite(found[_key(module, "B")], f"the merge of {module}")
     return found
 
 
@@ -223,6 +224,7 @@ def _side_by_side(
         b += [torch.zeros(tall, rank - own, dtype=torch.float64)]
         found[_key(module, "A")] = torch.cat(a).to(dtype)
         found[_key(module, "B")] = torch.cat(b, 1).to(dtype)
+        check_finite(found[_key(module, "B")], f"the merge of {module}")
     return rank, found
 
 

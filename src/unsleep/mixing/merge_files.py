@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from unsleep.core import BadInput
-from unsleep.models.load import config_of, quiet_transformers
+from unsleep.models.load import config_of, loading, quiet_transformers
 from unsleep.models.quantized import method_of
 from unsleep.models.sources import INDEX, WEIGHTS, Files, shards
 
@@ -94,9 +94,9 @@ class Skeleton(NamedTuple):
         return name not in self.names and any(re.search(pattern, name) for pattern in self.ignored)
 
 
-def skeleton(config: PretrainedConfig) -> Skeleton:
-    """Build a model on the meta device, which takes no memory."""
-    with quiet_transformers(), torch.device("meta"):
+def skeleton(config: PretrainedConfig, name: str) -> Skeleton:
+    """Build a model on the meta device, which takes no memory; raises `BadInput` where it is no causal LM."""
+    with quiet_transformers(), loading(name), torch.device("meta"):
         network: Any = AutoModelForCausalLM.from_config(config)
     ignored = network._keys_to_ignore_on_load_unexpected or ()
     names = frozenset(network.state_dict())
@@ -115,7 +115,7 @@ class Checkpoint:
     copies: frozenset[str]
     """Names of tied weights: they are at their source's place, whether or not the file has a copy."""
     extra: Mapping[str, Stored]
-    """What the model's class ignores, such as the causal masks of old files."""
+    """Tensors that the model's class ignores, such as the causal masks of old files."""
 
     @classmethod
     def open(cls, files: Files) -> Checkpoint:
@@ -135,7 +135,7 @@ class Checkpoint:
                 f"{files.name} has weights quantised with {method}, which cannot be merged; merge the original "
                 "checkpoint, or load it and save it dequantised first"
             )
-        bones = skeleton(config)
+        bones = skeleton(config, files.name)
         names = [WEIGHTS] if files.has(WEIGHTS) else shards(files.place)
         found = tuple(shard(files.place / name) for name in names)
         tensors: dict[str, Stored] = {}

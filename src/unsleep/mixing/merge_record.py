@@ -83,7 +83,7 @@ FORMULAS = {
 
 
 def shares(record: MergeRecord) -> list[str]:
-    """What changed, in sentences."""
+    """Sentences on what changed."""
     if record.form == "adapter":
         return ["Both models have the same base: the result is an adapter over it, and nothing is rounded in the base."]
     if record.form == "mergekit":

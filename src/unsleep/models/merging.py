@@ -31,7 +31,8 @@ def combine(
     """Anchor + Σ c · (W − anchor), computed in float64 as (1 − Σ c) · anchor + Σ c · W and rounded once to `dtype`.
 
     Coefficients of 0 give exactly the anchor, a single coefficient of 1 exactly that weight. An element that all of
-    them share stays as it is, since the error of float64 is far below the resolution of narrower dtypes. Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089).
+    them share stays as it is, since the error of float64 is far below the resolution of narrower dtypes. Task
+    arithmetic (Ilharco et al. 2023, arXiv:2212.04089).
     """
     moving = [(factor, weight) for factor, weight in terms if factor]
     if not moving:
