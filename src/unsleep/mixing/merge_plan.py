@@ -28,6 +28,8 @@ HARMLESS = {
     *("output_attentions", "output_hidden_states", "return_dict", "task_specific_params"),
 }
 """Fields of a config that may differ: with the same weights, the models would still be the same."""
+NOTED = ("eos_token_id", "max_position_embeddings")
+"""Fields of those that matter for replies."""
 HARMLESS_ENDS = ("dropout", "_pdrop", "_prob")
 """Ends of the names of others, which matter in training only."""
 
@@ -81,9 +83,9 @@ def check_match(first: Checkpoint, second: Checkpoint) -> tuple[str, ...]:
     """Raise `BadInput` naming the first difference that makes a merge meaningless; notes on those that do not."""
     names = first.name, second.name
     check_kinds(names, first.config.model_type, second.config.model_type)
-    _check_configs(names, first.config.to_dict(), second.config.to_dict())
     tokenizers = tokenizer_of(first.files), tokenizer_of(second.files)
     check_vocabularies(names, tokenizers[0].get_vocab(), tokenizers[1].get_vocab())
+    _check_configs(names, first.config.to_dict(), second.config.to_dict())
     check_weights(names, first.shapes, second.shapes)
     for name, tensor in first.tensors.items():
         other = second.tensors[name]
@@ -121,9 +123,10 @@ def _notes(
     notes: list[str] = []
     if len({template_hash(tokenizer) for tokenizer in tokenizers}) > 1:
         notes.append(f"{names[0]} and {names[1]} have different chat templates; the merge has that of {names[0]}")
-    ends = [config.eos_token_id for config in configs]
-    if ends[0] != ends[1]:
-        notes.append(f"{names[0]} and {names[1]} end replies with different tokens; the merge is as {names[0]}")
+    for field in NOTED:
+        one, other = (getattr(config, field, None) for config in configs)
+        if one != other:
+            notes.append(f"{field} is {one} in {names[0]} and {other} in {names[1]}; the merge has that of {names[0]}")
     return tuple(notes)
 
 
