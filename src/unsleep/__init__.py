@@ -38,6 +38,8 @@ from unsleep.locate.features import find
 from unsleep.locate.patching import patch
 from unsleep.locate.reading import read
 from unsleep.locate.subspaces.comparison import compare as subspaces
+from unsleep.mixing.merge import merge
+from unsleep.mixing.merge_config import MergeConfig
 from unsleep.mixing.mixture import mix
 from unsleep.mixing.rules import MixConfig
 from unsleep.models.generate import replies
@@ -65,6 +67,7 @@ __all__ = [
     "Job",
     "LoadConfig",
     "LoadedModel",
+    "MergeConfig",
     "MixConfig",
     "Payload",
     "Projection",
@@ -99,6 +102,7 @@ __all__ = [
     "load_edit",
     "load_model",
     "load_organism",
+    "merge",
     "mix",
     "open_harvest",
     "organism_job",

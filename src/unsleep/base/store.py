@@ -53,7 +53,7 @@ def new_folder(path: str | Path, *, replace: bool | str = False) -> Generator[Pa
     try:
         yield scratch
         share(scratch, [scratch, *scratch.rglob("*")])
-        _put_in_place(scratch, path)
+        put_in_place(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -90,9 +90,9 @@ def scratch_folder(beside: str | Path) -> Generator[Path]:
         yield Path(folder)
 
 
-def _put_in_place(scratch: Path, path: Path) -> None:
+def put_in_place(scratch: Path, path: Path) -> None:
     """Rename `scratch` to `path` after moving an existing folder aside; retries where another process races."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    aside: Path | None = None
     for attempt in itertools.count():
         try:
             scratch.rename(path)
@@ -100,11 +100,15 @@ def _put_in_place(scratch: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 with contextlib.suppress(OSError):
-                    aside.rmdir()  # fails where it still holds the previous artefact
+                    if aside is not None:
+                        aside.rmdir()  # fails where it still holds the previous artefact
                 raise
+        if aside is None:
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
         with contextlib.suppress(FileNotFoundError):
             path.rename(aside / str(attempt))
-    shutil.rmtree(aside)
+    if aside is not None:
+        shutil.rmtree(aside)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def _attached(
     network: PreTrainedModel | PeftModel, files: Files, name: str, tokens: int, ignored: IgnoredKeys
 ) -> PeftModel:
     """The network with an unmerged adapter."""
-    config = _config(files)
+    config = adapter_config(files)
     base: PreTrainedModel = network.get_base_model() if isinstance(network, PeftModel) else network  # type: ignore[assignment]
     shapes = _shapes(files)
     _make_room(base, config, shapes, tokens, files)
@@ -167,7 +167,7 @@ def _without_value(adapted: PeftModel, missing: Sequence[str], name: str) -> lis
     return [key for key in missing if name in key.split(".") and own.get(key) not in read]
 
 
-def _config(files: Files) -> PeftConfig:
+def adapter_config(files: Files) -> PeftConfig:
     """An adapter's config; raises `BadInput` for unknown settings."""
     path, given = files.place / ADAPTER, files.json(ADAPTER)
     kind = given.get("peft_type")

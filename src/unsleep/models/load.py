@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -148,7 +149,7 @@ def load_model(name: str | Path, config: LoadConfig = LoadConfig()) -> LoadedMod
     for key, weight in weights.named(network):
         if weight.is_floating_point():
             check_finite(weight, f"{name}: weight {key}")
-    with _loading(str(name)):
+    with loading(str(name)):
         anatomy(network)
     changed = None if weights.dtypes(network) == stored else stored
     made_of = tuple(files.record for files in parts)
@@ -162,6 +163,24 @@ def is_adapter(name: str | Path, config: LoadConfig = LoadConfig()) -> bool:
     """True if a name is that of an adapter, which brings its base along; raises `BadInput` as `load_model` does."""
     with quiet_transformers():
         return Source.parse(str(name), config.revision, config.subfolder).open(config.trust_remote_code).is_adapter
+
+
+def components(name: str | Path, config: LoadConfig = LoadConfig()) -> list[Files]:
+    """The files of a whole checkpoint, then of the adapters over it; raises `BadInput` as `load_model` does."""
+    with quiet_transformers():
+        return _chain(Source.parse(str(name), config.revision, config.subfolder), config)
+
+
+def tokenizer_of(files: Files) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's or adapter's folder; raises `BadInput` where there is none."""
+    with quiet_transformers(), loading(files.name):
+        return _tokenizer(files, LoadConfig())
+
+
+def config_of(files: Files) -> PretrainedConfig:
+    """The config of a whole checkpoint; raises `BadInput` for one that cannot be read without remote code."""
+    with quiet_transformers(), loading(files.name):
+        return AutoConfig.from_pretrained(files.place, trust_remote_code=False)
 
 
 @contextlib.contextmanager
@@ -187,7 +206,7 @@ def quiet_transformers() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Generator[None]:
+def loading(name: str) -> Generator[None]:
     """Raise `BadInput` naming the model for any error that a missing or damaged checkpoint causes."""
     try:
         yield
@@ -280,7 +299,7 @@ def _assembled(parts: Sequence[Files], config: LoadConfig, device: torch.device,
     if base.is_gguf:
         network, tokenizer = load_gguf(base.place, _dtype(config), ignored)
     else:
-        with _loading(base.name):
+        with loading(base.name):
             network = _whole(base, config, device, ignored, alone=not own)
             tokenizer = _tokenizer(base, config)
     if not own:
@@ -288,11 +307,11 @@ def _assembled(parts: Sequence[Files], config: LoadConfig, device: torch.device,
     base_template = tokenizer.chat_template
     bringing = [files for files in own if files.has_tokenizer]
     for files in own:
-        with _loading(files.name):
+        with loading(files.name):
             tokenizer = _tokenizer(files, config, network) if files.has_tokenizer else tokenizer
             if files.has(TEMPLATE):
                 tokenizer.chat_template = (files.place / TEMPLATE).read_text(encoding="utf-8")
-    with _loading(own[-1].name):
+    with loading(own[-1].name):
         from unsleep.models import adapters  # peft takes a second to import
 
         merge = not quantized.is_packed(network)

@@ -1,11 +1,12 @@
-"""Merging of two models' weights."""
+"""Merging of weights: the arithmetic of a tensor, and the merge of loaded models (of files: `mixing/merge.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from unsleep.core import BadInput
@@ -13,16 +14,46 @@ from unsleep.models.alike import check_alike
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network, named, write
 
+LARGEST = 1e6
+"""Bound on the absolute value of a coefficient."""
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise `BadInput` for a coefficient that is NaN, infinite or absurdly large."""
+    if not -LARGEST < alpha < LARGEST:
+        raise BadInput(f"alpha is {alpha}; expected a finite factor, such as 2")
+
+
+@torch.no_grad()
+def combine(
+    anchor: Shaped[Tensor, "*shape"], terms: Sequence[tuple[float, Shaped[Tensor, "*shape"]]], dtype: torch.dtype
+) -> Shaped[Tensor, "*shape"]:
+    """Anchor + Σ c · (W − anchor), computed in float64 as (1 − Σ c) · anchor + Σ c · W and rounded once to `dtype`.
+
+    Coefficients of 0 give exactly the anchor, a single coefficient of 1 exactly that weight. An element that all of
+    them share stays as it is, since the error of float64 is far below the resolution of narrower dtypes. Task
+    arithmetic (Ilharco et al. 2023, arXiv:2212.04089).
+    """
+    moving = [(factor, weight) for factor, weight in terms if factor]
+    if not moving:
+        return anchor.to(dtype)
+    if len(moving) == 1 and moving[0][0] == 1:
+        return moving[0][1].to(dtype)
+    total = anchor.to(torch.float64, copy=True).mul_(1 - sum(factor for factor, _ in moving))
+    for factor, weight in moving:
+        total.add_(weight.to(torch.float64, copy=True).mul_(factor))
+    return total.to(dtype)
+
 
 def interpolated(base: LoadedModel, suspect: LoadedModel, alpha: float) -> LoadedModel:
     """A copy with weights W_base + α (W_suspect − W_base): α = 0 is the base, 1 the suspect, above 1 amplified.
 
-    Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089). Computed in float64 and rounded once to the suspect
-    checkpoint's dtype. Raises `BadInput` for models of different shapes or tokenizers, or a non-finite α.
+    See `combine`; rounded to the suspect checkpoint's dtype. Raises `BadInput` for models of different shapes or
+    tokenizers, or a non-finite α.
     """
     _check(base, suspect, alpha)
     name = f"{base.name} + {alpha:g} · ({suspect.name} − {base.name})"
-    return _merged(base, suspect, name, lambda old, new: old + alpha * (new - old))
+    return _merged(base, suspect, name, lambda old, new: combine(old, [(alpha, new)], suspect.stored_dtype))
 
 
 def shuffled(base: LoadedModel, suspect: LoadedModel, alpha: float, seed: int = 0) -> LoadedModel:
@@ -36,28 +67,27 @@ def shuffled(base: LoadedModel, suspect: LoadedModel, alpha: float, seed: int = 
 
     def changed(old: Tensor, new: Tensor) -> Tensor:
         if torch.equal(old, new):
-            return new
+            return new.to(suspect.stored_dtype)
+        difference = (old.double() - new.double()).flatten()
         order = torch.randperm(new.numel(), generator=generator).to(new.device)
-        return new + (1 - alpha) * (old - new).flatten()[order].view_as(new)
+        return (new.double() + (1 - alpha) * difference[order].view_as(new)).to(suspect.stored_dtype)
 
     return _merged(base, suspect, f"{suspect.name}, shuffled change, α = {alpha:g}", changed)
 
 
 def _check(base: LoadedModel, suspect: LoadedModel, alpha: float) -> None:
     check_alike(base, suspect, chats=False)
-    if not -1e6 < alpha < 1e6:
-        raise BadInput(f"alpha is {alpha}; expected a finite factor, such as 2")
+    check_alpha(alpha)
 
 
 @torch.no_grad()
 def _merged(
     base: LoadedModel, suspect: LoadedModel, name: str, merge: Callable[[Tensor, Tensor], Tensor]
 ) -> LoadedModel:
-    """A copy of the suspect with every weight merged in float64 and rounded once to its checkpoint's dtype."""
+    """A copy of the suspect in which every weight is a function of the base's and the suspect's."""
     network = copy_network(suspect.network)
     before = dict(named(base.network, shared=True))
     for place, weight in list(named(network)):
         home, _, leaf = place.rpartition(".")
-        merged = merge(before[place].to(weight.device).double(), weight.double())
-        write(network.get_submodule(home), leaf, merged.to(suspect.stored_dtype))
+        write(network.get_submodule(home), leaf, merge(before[place].to(weight.device), weight))
     return replace(suspect, network=network, name=name)
