@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,16 @@ def test_dropping_the_error_leaves_the_kept_reconstruction(tiny: LoadedModel):
     torch.testing.assert_close(
         run_operation(Edit(Site(1), d, (3, 5), "drop"), x), d.decode(codes), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("error", ["keep", "drop", "project"])
+def test_attention_sinks_are_unchanged(tiny: LoadedModel, error: str):
+    x = torch.randn(1, 6, D)
+    x[0, 0] *= 100
+    d = replace(dictionary(tiny), sink_norm=float(x[0, 1:].norm(dim=-1).max()) * 2)
+    found = run_operation(Edit(Site(1), d, tuple(range(F)), error), x)  # type: ignore[arg-type]
+    assert torch.equal(found[0, 0], x[0, 0])
+    assert not torch.allclose(found[0, 1:], x[0, 1:])
 
 
 def test_projecting_leaves_nothing_of_the_error_along_the_removed_rows(tiny: LoadedModel):

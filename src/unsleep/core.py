@@ -247,6 +247,10 @@ class Dictionary(ABC):
         """Σ values · decoder rows, without the bias."""
 
     @abstractmethod
+    def sinks(self, x: Float[Tensor, "*token d_model"]) -> Bool[Tensor, "*token 1"]:
+        """Mask of attention sinks: tokens that it was not trained on, at which no feature is active."""
+
+    @abstractmethod
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Dictionary:
         """The same dictionary with another dtype or on another device."""
 

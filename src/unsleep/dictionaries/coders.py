@@ -159,7 +159,7 @@ class Coder(Dictionary):
         return Encoded(values.masked_fill(self.sinks(x), 0), ids)
 
     def sinks(self, x: Float[Tensor, "*token d_model"]) -> Bool[Tensor, "*token 1"]:
-        """Mask of attention sinks."""
+        """Mask of attention sinks: tokens whose norm is over `sink_norm`."""
         return x.float().norm(dim=-1, keepdim=True) > self.sink_norm
 
     def encode(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token feature"]:

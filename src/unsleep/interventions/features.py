@@ -37,6 +37,8 @@ class Edit(Intervention):
         keep:     x' = x − Σ_{j∈S} f_j W_dec_j
         drop:     x' = x̂ − Σ_{j∈S} f_j W_dec_j
         project:  as keep, with ε's component in the span of {W_dec_j, j∈S} removed too
+
+    Attention sinks, on which no feature is active, are unchanged.
     """
 
     site: Site
@@ -205,10 +207,11 @@ class FeatureGate:
             return x - removed
         rebuilt = self.dictionary.decode_sparse(code)
         if self.error == "drop":
-            return rebuilt - removed
+            return torch.where(self.dictionary.sinks(x), x, rebuilt - removed)
         if complement is None:
             return x - removed
-        return x - removed - ((x - rebuilt) @ complement.T) @ complement
+        spanned = ((x - rebuilt) @ complement.T) @ complement
+        return torch.where(self.dictionary.sinks(x), x, x - removed - spanned)
 
 
 def merged(ranking: Mapping[Site, Features]) -> list[tuple[Site, int]]:
