@@ -24,6 +24,7 @@ from unsleep.cli import (
     explorer,
     judge,
     organisms,
+    planning,
     repairs,
     steering,
     subspaces,
@@ -38,6 +39,7 @@ STAGES: dict[str, Callable[..., int]] = {
         repairs.repair,
         organisms.plant,
         organisms.panels,
+        planning.plan,
         dictionaries.harvest,
         dictionaries.train,
         edits.find,
@@ -65,7 +67,7 @@ STAGES: dict[str, Callable[..., int]] = {
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "graph", "report", "explore", "serve")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "plan", "graph", "report", "explore", "serve")
 """Stages that are not resumable."""
 
 

@@ -70,9 +70,7 @@ class PlanConfig:
     """GiB set aside for the CUDA context, libraries' workspaces and fragmentation."""
 
     def __post_init__(self) -> None:
-        check_choices(
-            self, "plan", checkpointing=Checkpointing, optimizer=Optimizer, precision=Precision, dtype=Dtype
-        )
+        check_choices(self, "plan", checkpointing=Checkpointing, optimizer=Optimizer, precision=Precision, dtype=Dtype)
         for name in ("tasks", "lengths", "batches", "modules"):
             if not getattr(self, name):
                 raise BadInput.of(name, getattr(self, name), "at least one", "plan")

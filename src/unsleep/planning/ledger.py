@@ -1,7 +1,7 @@
 """Memory and arithmetic of code that runs on the meta device: storages alive, storages saved by autograd, FLOPs.
 
-No number is computed: on the meta device tensors have shapes and storages only. A storage counts once, whatever number of
-tensors view it, from the operation that creates it until nothing refers to it, as in a caching allocator.
+On the meta device tensors have shapes and storages, and no numbers. A storage counts once, however many tensors view
+it, from the operation that creates it until nothing refers to it, as in a caching allocator.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quantised linear layers: bytes of their weights, and stand-ins on the meta device with their working memory.
 
-A 4-bit weight is NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314): 0.5 byte, a byte per block of 64
-for its largest magnitude, and a float32 per 256 of those, 0.516 byte in all. An 8-bit weight is a byte, with a float32
-per output (Dettmers et al. 2022, arXiv:2208.07339).
+A 4-bit weight is NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314): 0.5 byte, a byte per block of
+64 for its largest magnitude, and a float32 per 256 of those, 0.516 byte in all. An 8-bit weight is a byte, with a
+float32 per output (Dettmers et al. 2022, arXiv:2208.07339).
 """
 
 from __future__ import annotations

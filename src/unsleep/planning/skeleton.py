@@ -1,7 +1,7 @@
 """A model without weights: built from its config on the meta device, cut to a few blocks that stand for all.
 
-Blocks of equal modules, shapes and settings are of one kind. The first blocks are kept until every kind is among them, so
-that a model of eighty equal blocks is planned from three.
+Blocks of equal modules, shapes and settings are of one kind. The first blocks are kept until every kind is among them,
+so that a model of eighty equal blocks is planned from three.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     forward    embeddings · block 0 … block L−1 · head, loss
     backward   loss, head · block L−1 … block 0 · embeddings
 
-Before block n the outputs kept by blocks 0 … n−1 are alive; in its backward pass, those of blocks 0 … n and the gradients
-of blocks n+1 … L−1. The peak is the largest of these sums, each with the working memory of its own moment.
+Before block n, what blocks 0 … n−1 keep is alive; in its backward pass, what blocks 0 … n keep, and the gradients of
+blocks n+1 … L−1. The peak is the largest of these sums, each with the working memory of its own moment.
 """
 
 from __future__ import annotations

@@ -78,9 +78,7 @@ def loss_of(network: Any, ids: Tensor) -> Tensor:
     return cross_entropy(picked.float(), ids[:, 1:].reshape(-1))
 
 
-def traced(
-    skeleton: Skeleton, run: Callable[[Any], Tensor | None], *, checkpointed: bool = False
-) -> Timeline:
+def traced(skeleton: Skeleton, run: Callable[[Any], Tensor | None], *, checkpointed: bool = False) -> Timeline:
     """The timeline of a pass; what `run` returns is a loss, whose backward pass belongs to it, or nothing."""
     network = skeleton.network
     ledger = Ledger([*network.parameters(), *network.buffers()])
@@ -103,7 +101,8 @@ def checkpointing(network: Any, ledger: Ledger, on: bool) -> Generator[None]:
     if not on:
         yield
         return
-    name = "activation_checkpointing" if hasattr(network, "activation_checkpointing_enable") else "gradient_checkpointing"
+    is_new = hasattr(network, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if is_new else "gradient_checkpointing"
     # The backward pass suspends function modes, so that the second forward pass needs one of its own.
     contexts = lambda: (contextlib.nullcontext(), FusedAttention(ledger))  # noqa: E731
     getattr(network, f"{name}_enable")({"use_reentrant": False, "context_fn": contexts})
