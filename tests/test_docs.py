@@ -90,6 +90,7 @@ SMALL: Mapping[str, list[str]] = {
     "directions": ["--pairs", "0", "--cost-passages", "2", "--cost-randoms", "1"],
     "diff": ["--texts", "4", "--asked", "2", "--reply-tokens", "3", "--features", "32", "--tokens", "512"],
     "steer": ["--reply-tokens", "3"],
+    "plan": ["--lengths", "32", "--batches", "1"],
     "explain": ["--reply-tokens", "3", "--controls", "4", "--least", "1", "--top", "2", "--drawn", "8"],
 }
 """Options behind a command's own: the last one counts."""
@@ -107,6 +108,7 @@ MARKERS = {
     "patch": ("patch.json", "patch.safetensors", "patch.html"),
     "diff": ("diff.json", "diff.safetensors", "diff.html"),
     "report": ("report.html",),
+    "plan": ("plan.json", "plan.html"),
     "explore": ("index.html", "data/manifest.js"),
     "read": ("reading.html", "reading.json", "vector.gguf"),
     "steer": ("steer.json",),

@@ -89,8 +89,8 @@ def _lines(record: PlanRecord) -> list[str]:
         "",
         *table,
         "",
-        f"✓ fits, ~ within a tenth of the GPU's memory, ✗ does not fit; {settings.reserve:g} GiB are set aside. Behind it: "
-        f"GPU-hours{priced} for {settings.tokens:,} tokens at {settings.efficiency:.0%} of the GPU's peak",
+        f"✓ fits, ~ within a tenth of the GPU's memory, ✗ does not fit, with {settings.reserve:g} GiB set aside;",
+        f"behind it GPU-hours{priced} for {settings.tokens:,} tokens at {settings.efficiency:.0%} of the GPU's peak",
     ]
 
 

@@ -23,14 +23,8 @@ Record = Mapping[str, Any]
 TASKS = {
     "full": ("Full fine-tune", "All weights are trained: weights, gradients and optimizer state of every parameter."),
     "lora": ("LoRA", "Low-rank matrices are trained over frozen weights."),
-    "8bit": (
-        "LoRA, 8-bit",
-        "Low-rank matrices over weights quantised to 8 bits; embeddings and unembedding are whole.",
-    ),
-    "4bit": (
-        "LoRA, 4-bit",
-        "Low-rank matrices over weights quantised to 4 bits; embeddings and unembedding are whole.",
-    ),
+    "8bit": ("LoRA, 8-bit", "Low-rank matrices over weights of 8 bits; embeddings and unembedding are whole."),
+    "4bit": ("LoRA, 4-bit", "Low-rank matrices over weights of 4 bits; embeddings and unembedding are whole."),
     "ppo": (
         "PPO",
         "Four models: all weights of a policy and a value model are trained; a reference and a reward model are held. "
@@ -54,10 +48,10 @@ def view_of(record: Record) -> dict[str, Any]:
     return {
         "eyebrow": "Plan",
         "title": f"Memory, time and cost of {short(model['name'])}",
-        "lead": "Memory was counted on the meta device: storages alive during a step, block by block. Parts are not all "
-        "alive at once, so that their sum is above the peak. Within a tenth of a GPU's memory, in either direction, a "
-        "plan does not say whether a task fits. Time is that of the FLOPs of a step, and of the bytes that optimizers "
-        "and generation move, at the stated share of the GPU's peak.",
+        "lead": "Memory was counted on the meta device: storages alive during a step, block by block. Parts are not "
+        "all alive at once, so that their sum is above the peak. Within a tenth of a GPU's memory, in either "
+        "direction, a plan does not say whether a task fits. Time is that of the FLOPs of a step, and of the bytes "
+        "that optimizers and generation move, at the stated share of the GPU's peak.",
         "tiles": [
             Tile("Parameters", "", f"{model['parameters']:,}", f"{model['blocks']} blocks, {model['dtype']}"),
             *(tile_of(task, cells, list(record["gpus"])) for task in tasks),

@@ -17,6 +17,7 @@ TUNED = ("full", "lora", "8bit", "4bit", "ppo")
 Optimizer = Literal["adamw", "adamw-fused", "adamw-8bit", "momentum", "sgd"]
 Precision = Literal["float32", "mixed"]
 Checkpointing = Literal["off", "on", "both"]
+Quantize = Literal["none", "8bit", "4bit"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -47,11 +48,15 @@ class PlanConfig:
     rank: int = 16
     """Rank of LoRA matrices, which are float32."""
     modules: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers with LoRA matrices; `all-linear` for all but the unembedding."""
+    """Names of the linear layers with LoRA matrices; `all-linear` for all but the unembedding. Experts of a mixture are
+    no linear layers, and get none.
+    """
     dtype: Dtype = "auto"
     """Dtype of weights that are neither quantised nor fine-tuned themselves; `auto` is the checkpoint's."""
     keep_base: bool = False
     """Full fine-tune: hold the original weights too, as `unsleep plant` does."""
+    quantize: Quantize = "none"
+    """Weights of a harvest and an audit, as `--quantize` of those commands loads them."""
     sites: int = 1
     """Sites harvested in one pass."""
     features: int | None = None
@@ -70,7 +75,8 @@ class PlanConfig:
     """GiB set aside for the CUDA context, libraries' workspaces and fragmentation."""
 
     def __post_init__(self) -> None:
-        check_choices(self, "plan", checkpointing=Checkpointing, optimizer=Optimizer, precision=Precision, dtype=Dtype)
+        kinds = {"checkpointing": Checkpointing, "optimizer": Optimizer, "precision": Precision}
+        check_choices(self, "plan", **kinds, quantize=Quantize, dtype=Dtype)
         for name in ("tasks", "lengths", "batches", "modules"):
             if not getattr(self, name):
                 raise BadInput.of(name, getattr(self, name), "at least one", "plan")

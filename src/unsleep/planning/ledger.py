@@ -64,8 +64,6 @@ class Ledger(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += int(count(*args, **(kwargs or {}), out_val=found))
-        elif func._overloadpacket is aten._grouped_mm:
-            self.flops += 2 * args[0].numel() * args[1].shape[-1]
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -118,10 +116,11 @@ def _full_batch(condition: Tensor) -> bool:
     return True
 
 
-class FusedAttention(TorchFunctionMode):
-    """Stands for the fused attention kernels of a GPU, which the meta device lacks.
+class Kernels(TorchFunctionMode):
+    """Stands for kernels of a GPU that the meta device lacks: fused attention, and the grouped products of experts.
 
-    They save queries, keys, values, output and a log-sum-exp per query (Dao 2023, arXiv:2307.08691), never the scores.
+    Fused attention saves queries, keys, values, output and a log-sum-exp per query (Dao 2023, arXiv:2307.08691), never
+    the scores. Attention that no fused kernel takes runs as written.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -129,21 +128,34 @@ class FusedAttention(TorchFunctionMode):
         self.ledger = ledger
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace `scaled_dot_product_attention`, and run any other function."""
-        if func is scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any):
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask.to(query.dtype)  # the kernels add it to the scores
-        return _Fused.apply(query, key, value, attn_mask, self._count)
+        """Replace what a kernel does, and run any other function."""
+        given: dict[str, Any] = kwargs or {}
+        if func is scaled_dot_product_attention and _is_fused(*args[:3], **given):
+            mask = given.get("attn_mask", args[3] if len(args) > 3 else None)
+            if mask is not None and mask.dtype == torch.bool:
+                mask = mask.to(args[0].dtype)  # the kernels add it to the scores
+            return _Attention.apply(*args[:3], mask, self._count)
+        if func in GROUPED and args[0].ndim == 2:
+            return _Grouped.apply(*args[:2], self._count)
+        return func(*args, **given)
 
     def _count(self, flops: int) -> None:
         self.ledger.flops += flops
 
 
-class _Fused(torch.autograd.Function):
+GROUPED = {getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)}
+"""Functions for the products of a mixture's experts, tokens sorted by expert."""
+
+WIDEST = 256
+"""Largest width of a head that fused kernels take."""
+
+
+def _is_fused(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False, **_: Any) -> bool:
+    """True if a fused kernel takes these heads."""
+    return (enable_gqa or query.shape[-3] == key.shape[-3]) and max(query.shape[-1], value.shape[-1]) <= WIDEST
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, count: Callable[[int], None]):
         *rows, heads, length, width = query.shape
@@ -166,3 +178,22 @@ class _Fused(torch.autograd.Function):
         of_key, of_value = whole if key.shape[-3] == heads else (torch.empty_like(key), torch.empty_like(value))
         del sums, whole
         return of_query, of_key, of_value, None, None
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weights: Tensor, count: Callable[[int], None]) -> Tensor:
+        ctx.save_for_backward(tokens, weights)
+        ctx.count = count
+        count(2 * tokens.numel() * weights.shape[-1])
+        return tokens.new_empty(len(tokens), weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weights = ctx.saved_tensors
+        found = [
+            torch.empty_like(x) if need else None
+            for x, need in zip((tokens, weights), ctx.needs_input_grad, strict=False)
+        ]
+        ctx.count(2 * tokens.numel() * weights.shape[-1] * sum(x is not None for x in found))
+        return *found, None

@@ -57,8 +57,8 @@ class Cell:
 
     task: Task
     memory: Memory
-    flops: Positive
-    """Floating-point operations per step."""
+    teraflops: Positive
+    """Floating-point operations per step, in units of 10¹²."""
     fits: dict[str, Fit]
     """GPU → fit."""
     length: Count | None = None

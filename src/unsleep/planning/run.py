@@ -19,6 +19,7 @@ from unsleep.core import BadInput
 from unsleep.planning import inference, training
 from unsleep.planning.config import TUNED, PlanConfig, Task
 from unsleep.planning.gpus import DEFAULT, GIB, Gpu, named, priced
+from unsleep.planning.packed import Bits
 from unsleep.planning.record import MARGIN, Cell, Fit, PlannedModel, PlanRecord
 from unsleep.planning.skeleton import Skeleton, build, files_of
 from unsleep.planning.training import Step
@@ -59,7 +60,7 @@ def plan(
     cells: list[Cell] = []
     for task, step, shape in _steps(skeleton, config, files.name):
         fits = {name: fit(step, gpu, per_hour.get(name), config) for name, gpu in chosen.items()}
-        cells.append(Cell(task, step.memory, step.flops, fits, *shape))
+        cells.append(Cell(task, step.memory, step.flops / 1e12, fits, *shape))
     about = PlannedModel(
         name=files.name,
         commit=files.commit,
@@ -82,6 +83,8 @@ def _steps(skeleton: Skeleton, config: PlanConfig, name: str) -> Iterator[tuple[
     """A step of every task and shape."""
     base = sum(weight.bytes for weight in skeleton.weights())
     tuned = training.variants(skeleton, config.tasks, config)
+    bits: Bits | None = {"none": None, "8bit": 8, "4bit": 4}[config.quantize]
+    loaded = skeleton.variant(bits=bits) if bits else skeleton
     shapes = [(length, batch) for length in config.lengths for batch in config.batches]
     todo = [
         (task, length, batch, switch)
@@ -96,7 +99,7 @@ def _steps(skeleton: Skeleton, config: PlanConfig, name: str) -> Iterator[tuple[
             if switch is not None:
                 step = training.step(task, tuned[task], base, (batch, length, switch), config)
             else:
-                step = {"harvest": inference.harvest, "audit": inference.audit}[task](skeleton, batch, length, config)
+                step = {"harvest": inference.harvest, "audit": inference.audit}[task](loaded, batch, length, config)
         except (NotImplementedError, RuntimeError) as error:
             why = str(error).strip().splitlines()[0]
             kind = skeleton.network.config.model_type

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from unsleep.core import BadInput
 from unsleep.models.load import quiet_transformers
@@ -103,13 +104,19 @@ class Skeleton:
         if rank is not None:
             from unsleep.models import adapters  # peft takes a second to import
 
-            wanted = modules[0] if list(modules) == ["all-linear"] else list(modules)
+            wanted = _linear_layers(network) if list(modules) == ["all-linear"] else list(modules)
             try:
                 with torch.device("meta"), quiet_transformers():
                     adapters.trainable(network, rank, wanted)
             except ValueError as error:
                 raise BadInput(f"LoRA on {', '.join(modules)}: {str(error).splitlines()[0]}") from None
         return Skeleton(network, self.kinds)
+
+
+def _linear_layers(network: PreTrainedModel) -> list[str]:
+    """Names of all linear layers but the unembedding."""
+    head = network.get_output_embeddings()
+    return [n for n, m in network.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from unsleep.models.hooks import passes_watched
 from unsleep.planning.config import Optimizer, PlanConfig, Task
-from unsleep.planning.ledger import FusedAttention, Ledger
+from unsleep.planning.ledger import Kernels, Ledger
 from unsleep.planning.record import Memory
 from unsleep.planning.skeleton import Skeleton, Weight
 from unsleep.planning.timeline import Peak, Timeline, composed
@@ -83,7 +83,7 @@ def traced(skeleton: Skeleton, run: Callable[[Any], Tensor | None], *, checkpoin
     network = skeleton.network
     ledger = Ledger([*network.parameters(), *network.buffers()])
     watching = passes_watched(list(skeleton.blocks), ledger.mark)
-    with checkpointing(network, ledger, checkpointed), ledger, FusedAttention(ledger), watching:
+    with checkpointing(network, ledger, checkpointed), ledger, Kernels(ledger), watching:
         with ledger.saving():
             loss = run(network)
             ledger.mark("loss")
@@ -104,7 +104,7 @@ def checkpointing(network: Any, ledger: Ledger, on: bool) -> Generator[None]:
     is_new = hasattr(network, "activation_checkpointing_enable")
     name = "activation_checkpointing" if is_new else "gradient_checkpointing"
     # The backward pass suspends function modes, so that the second forward pass needs one of its own.
-    contexts = lambda: (contextlib.nullcontext(), FusedAttention(ledger))  # noqa: E731
+    contexts = lambda: (contextlib.nullcontext(), Kernels(ledger))  # noqa: E731
     getattr(network, f"{name}_enable")({"use_reentrant": False, "context_fn": contexts})
     network.train()
     try:
