@@ -77,7 +77,7 @@ class Source:
         return self._files(remote_code).checked()
 
     def open_config(self, remote_code: bool = False) -> Files:
-        """The config of a whole checkpoint and its small files, downloaded from the hub if needed; never weights.
+        """The config of a whole checkpoint, downloaded from the hub if needed; never its weights.
 
         Raises `BadInput` where nothing of that name exists, and for an adapter or a GGUF file.
         """
@@ -255,6 +255,9 @@ def _from_hub(source: Source, asked: str, remote_code: bool, weights: bool = Tru
         templates = [n for n in names if PurePosixPath(n).parent == folder / "additional_chat_templates"]
         suffixes = SMALL | ({".py"} if remote_code else set())
         small = [n for name, n in own.items() if PurePosixPath(name).suffix in suffixes]
+        if not weights:
+            small = [n for n in small if PurePosixPath(n).name == CONFIG or n.endswith(".py")]
+            templates = []
         root = hub.fetch(source.name, [*small, *templates, *marks], source.revision)
         if weights and (wanted := _weights(root / folder, own)):
             root = hub.fetch(source.name, wanted, source.revision)

@@ -39,7 +39,7 @@ def plan(
     """Plan tasks on GPUs: memory, fit, GPU-hours and cost, from a model's config alone.
 
     Args:
-        model: hub id, folder or alias; of it only the config and other small files are read, never weights.
+        model: hub id, folder or alias, of which only the config is read; of weights in a folder, the header at most.
         gpus: names from the table (`gpus.known`).
         prices: GPU → price per hour, in any currency.
         revision: branch, tag or commit of a hub repository.
@@ -100,7 +100,7 @@ def _steps(skeleton: Skeleton, config: PlanConfig, name: str) -> Iterator[tuple[
                 step = training.step(task, tuned[task], base, (batch, length, switch), config)
             else:
                 step = {"harvest": inference.harvest, "audit": inference.audit}[task](loaded, batch, length, config)
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:
             why = str(error).strip().splitlines()[0]
             kind = skeleton.network.config.model_type
             raise BadInput(f"{name} is a {kind}, whose memory cannot be counted without weights ({why})") from error

@@ -160,7 +160,7 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def files_of(name: str, revision: str | None = None, *, remote_code: bool = False) -> Files:
-    """A checkpoint's config and small files, without its weights; raises `BadInput` as `Source.open_config` does."""
+    """The files of a checkpoint, of which its config at least is there; raises `BadInput` as `Source.open_config`."""
     return Source.parse(name, revision).open_config(remote_code)
 
 
