@@ -39,7 +39,7 @@ from unsleep.planning.skeleton import build as built
 from unsleep.planning.training import Step, state_bytes
 
 ROOT = Path(__file__).parents[1]
-SHAPE = PlanConfig(tasks=("full", "lora", "4bit"), lengths=(16,), batches=(2,), rank=4)
+SMALL = PlanConfig(tasks=("harvest",), lengths=(16,), batches=(2,))
 
 
 def config_of(folder: Path, family: str = "llama", **changed: Any) -> Path:
@@ -116,10 +116,11 @@ def test_activations_are_the_storages_that_autograd_saves():
 def test_a_deep_model_is_planned_from_its_first_blocks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     types = {"layer_types": ["sliding_attention", "full_attention"] * 4} if family == "gemma3_text" else {}
     folder = config_of(tmp_path, family, num_hidden_layers=8, **types)
-    short = plan(folder, config=SHAPE)
+    settings = PlanConfig(tasks=("full", "4bit"), lengths=(16,), batches=(2,), rank=4, checkpointing="off")
+    short = plan(folder, config=settings)
     assert len(built(files_of(str(folder))).blocks) < 8
     monkeypatch.setattr(skeletons, "LEAST", 8)
-    whole = plan(folder, config=SHAPE)
+    whole = plan(folder, config=settings)
     assert [c.memory.weights for c in short.cells] == [c.memory.weights for c in whole.cells]
     for one, other in zip(short.cells, whole.cells, strict=True):
         assert one.memory.peak == pytest.approx(other.memory.peak, rel=0.02)
@@ -127,7 +128,7 @@ def test_a_deep_model_is_planned_from_its_first_blocks(family: str, tmp_path: Pa
 
 
 def test_peaks_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path: Path):
-    settings = PlanConfig(tasks=("lora",), lengths=(16, 64), batches=(2, 8), rank=4)
+    settings = PlanConfig(tasks=("lora",), lengths=(16, 64), batches=(2, 8), rank=4, modules=("q_proj",))
     found = plan(config_of(tmp_path, num_hidden_layers=8), config=settings)
     for length in (16, 64):
         small, large = (found.cell("lora", length, batch, checkpointed=False).memory for batch in (2, 8))
@@ -259,8 +260,9 @@ def test_a_dictionary_takes_memory_by_features_and_width():
 
 def test_the_command_writes_a_record_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder, out = config_of(tmp_path / "model", dtype="bfloat16"), tmp_path / "plan"
-    given = ["--lengths", "16", "--batches", "1", "--price", "A10=1.8,t4=0.35", "--out", str(out)]
-    assert run(["plan", str(folder), "--gpu", "T4,A10", *given]) == 0
+    given = ["--lengths", "16", "--batches", "1", "--checkpointing", "on"]
+    prices = ["--price", "A10=1.8,t4=0.35", "--out", str(out)]
+    assert run(["plan", str(folder), "--gpu", "T4,A10", *given, *prices]) == 0
     shown = capsys.readouterr().out
     assert "4bit" in shown
     assert "✓" in shown
@@ -270,7 +272,7 @@ def test_the_command_writes_a_record_and_a_page(tmp_path: Path, capsys: pytest.C
     page = (out / "plan.html").read_text(encoding="utf-8")
     assert "does not fit" not in page
     assert "(fits;" in page
-    assert run(["plan", str(folder), "--gpu", "T4", *given[:4], "--json"]) == 0
+    assert run(["plan", str(folder), "--gpu", "T4", *given, "--tasks", "dictionary", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["schema"] == PlanRecord.SCHEMA
 
 
@@ -340,12 +342,12 @@ def test_what_has_no_config_of_a_language_model_is_refused(tmp_path: Path):
 
 def test_the_dtype_is_that_of_the_checkpoint(tmp_path: Path):
     folder = config_of(tmp_path)
-    assert plan(folder, config=SHAPE).model.dtype == "float32"
+    assert plan(folder, config=SMALL).model.dtype == "float32"
     save_base(tmp_path, dtype=torch.bfloat16)
     settings = json.loads((tmp_path / "config.json").read_text())
     settings.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert plan(folder, config=SHAPE).model.dtype == "bfloat16"
+    assert plan(folder, config=SMALL).model.dtype == "bfloat16"
     assert plan(folder, config=PlanConfig(tasks=("harvest",), dtype="float16", lengths=(16,))).model.dtype == "float16"
 
 
