@@ -92,6 +92,7 @@ SMALL: Mapping[str, list[str]] = {
     "steer": ["--reply-tokens", "3"],
     "mix": ["--n", "4"],
     "rewarded": ["--permutations", "1000", "--resamples", "50", "--no-untrained"],
+    "plan": ["--lengths", "32", "--batches", "1"],
     "explain": ["--reply-tokens", "3", "--controls", "4", "--least", "1", "--top", "2", "--drawn", "8"],
 }
 """Options behind a command's own: the last one counts."""
@@ -109,6 +110,7 @@ MARKERS = {
     "patch": ("patch.json", "patch.safetensors", "patch.html"),
     "diff": ("diff.json", "diff.safetensors", "diff.html"),
     "report": ("report.html",),
+    "plan": ("plan.json", "plan.html"),
     "explore": ("index.html", "data/manifest.js"),
     "rewarded": ("rewarded.json", "rewarded.safetensors", "rewarded.html"),
     "read": ("reading.html", "reading.json", "vector.gguf"),

@@ -48,6 +48,8 @@ from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism, panels, plant
 from unsleep.pages import report
 from unsleep.pages.graph_json import graph
+from unsleep.planning.config import PlanConfig
+from unsleep.planning.run import plan
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
@@ -70,6 +72,7 @@ __all__ = [
     "MergeConfig",
     "MixConfig",
     "Payload",
+    "PlanConfig",
     "Projection",
     "Prompt",
     "PromptSet",
@@ -109,6 +112,7 @@ __all__ = [
     "overlap",
     "panels",
     "patch",
+    "plan",
     "plant",
     "read",
     "read_prompts",

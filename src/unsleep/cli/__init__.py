@@ -27,6 +27,7 @@ from unsleep.cli import (
     merges,
     mixing,
     organisms,
+    planning,
     repairs,
     rewarded,
     steering,
@@ -42,6 +43,7 @@ STAGES: dict[str, Callable[..., int]] = {
         repairs.repair,
         organisms.plant,
         organisms.panels,
+        planning.plan,
         dictionaries.harvest,
         dictionaries.train,
         edits.find,
@@ -73,7 +75,7 @@ STAGES: dict[str, Callable[..., int]] = {
 }
 
 
-STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "graph", "report", "explore", "serve")
+STARTS_OVER = ("edit", "bake", "read", "steer", "panels", "plan", "graph", "report", "explore", "serve")
 """Stages that are not resumable."""
 
 

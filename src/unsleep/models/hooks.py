@@ -103,6 +103,34 @@ def observed(
 
 
 @contextlib.contextmanager
+def passes_watched(blocks: Sequence[nn.Module], watcher: Callable[[str, int], None]) -> Generator[None]:
+    """Call `watcher(what, i)` at the ends of the i-th block's passes, until the block of code ends.
+
+    `what` is "enter" and "leave" for the forward pass, "back" when the gradient of its output is known and "done" when
+    that of its input is: the ends of its backward pass. "done" is missing where the input has no gradient.
+    """
+
+    def on_gradient(x: Any, what: str, i: int) -> None:
+        if isinstance(x, Tensor) and x.requires_grad:
+            x.register_hook(lambda _: watcher(what, i))
+
+    with contextlib.ExitStack() as stack:
+        for i, block in enumerate(blocks):
+
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
+                on_gradient(_input(args, kwargs), "done", i)
+                watcher("enter", i)
+
+            def after(_: nn.Module, args: Any, output: Any, i: int = i) -> None:
+                on_gradient(_first(output), "back", i)
+                watcher("leave", i)
+
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(after).remove)
+        yield
+
+
+@contextlib.contextmanager
 def outputs_of_inputs(
     replaced: Iterable[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
 ) -> Generator[None]:

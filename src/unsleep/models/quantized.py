@@ -59,7 +59,12 @@ def options(config: Any, quantize: Quantize, name: str) -> dict[str, Any]:
         return {}
     if quantize == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     return {"quantization_config": settings}
 
 

@@ -74,6 +74,24 @@ class Source:
 
         Raises `BadInput` where nothing of that name exists, or nothing loadable.
         """
+        return self._files(remote_code).checked()
+
+    def open_config(self, remote_code: bool = False) -> Files:
+        """The config of a whole checkpoint, downloaded from the hub if needed; never its weights.
+
+        Raises `BadInput` where nothing of that name exists, and for an adapter or a GGUF file.
+        """
+        if self.name.endswith(".gguf") or self.subfolder.endswith(".gguf"):
+            raise BadInput(f"{self} is a .gguf file, without a {CONFIG}; give the checkpoint that it was made of")
+        found = self._files(remote_code, weights=False)
+        if not found.place.is_dir():
+            raise BadInput(f"{found.name} is no folder; {EXPECTED}")
+        if not found.has(CONFIG):
+            adapter = f"; it is an adapter over {found.base[0]}: give that" if found.is_adapter else ""
+            raise BadInput(f"{found.name} has no {CONFIG}{adapter or '; ' + found.inside()}")
+        return found
+
+    def _files(self, remote_code: bool, weights: bool = True) -> Files:
         near = difflib.get_close_matches(self.name, bundled.aliases(), 1, 0.85)
         if near and self.name not in bundled.aliases() and not Path(self.name).exists():
             raise BadInput(f"there is no model {self.name!r}; did you mean {near[0]}?")
@@ -82,8 +100,8 @@ class Source:
         if isinstance(resolved, Path):
             place = resolved
         if place.expanduser().exists() or (resolved == self.name and _is_path(self.name)):
-            return Files(str(self), place.expanduser() / self.subfolder).checked()
-        return _from_hub(replace(self, name=str(resolved)), str(self), remote_code).checked()
+            return Files(str(self), place.expanduser() / self.subfolder)
+        return _from_hub(replace(self, name=str(resolved)), str(self), remote_code, weights)
 
 
 def _is_on_hub(text: str) -> bool:
@@ -221,7 +239,7 @@ def check_whole(path: Path) -> None:
         raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
 
 
-def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:
+def _from_hub(source: Source, asked: str, remote_code: bool, weights: bool = True) -> Files:
     """Download the files of a checkpoint, and nothing from sibling folders or subfolders."""
     names = hub.listing(source.name, source.revision)
     is_file = source.subfolder.endswith(".gguf")
@@ -237,8 +255,11 @@ def _from_hub(source: Source, asked: str, remote_code: bool) -> Files:
         templates = [n for n in names if PurePosixPath(n).parent == folder / "additional_chat_templates"]
         suffixes = SMALL | ({".py"} if remote_code else set())
         small = [n for name, n in own.items() if PurePosixPath(name).suffix in suffixes]
+        if not weights:
+            small = [n for n in small if PurePosixPath(n).name == CONFIG or n.endswith(".py")]
+            templates = []
         root = hub.fetch(source.name, [*small, *templates, *marks], source.revision)
-        if wanted := _weights(root / folder, own):
+        if weights and (wanted := _weights(root / folder, own)):
             root = hub.fetch(source.name, wanted, source.revision)
     place = root / source.subfolder
     if not place.exists():
