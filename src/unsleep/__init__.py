@@ -43,6 +43,10 @@ from unsleep.models.model import LoadedModel
 from unsleep.organisms import load_organism, panels, plant
 from unsleep.pages import report
 from unsleep.pages.graph_json import graph
+from unsleep.preference.config import PreferConfig, RewardModelConfig
+from unsleep.preference.reading import read_pairs
+from unsleep.preference.reward_models import reward_model
+from unsleep.preference.run import prefer
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
@@ -62,11 +66,13 @@ __all__ = [
     "LoadConfig",
     "LoadedModel",
     "Payload",
+    "PreferConfig",
     "Projection",
     "Prompt",
     "PromptSet",
     "Refused",
     "RepairConfig",
+    "RewardModelConfig",
     "Row",
     "Site",
     "Steering",
@@ -99,12 +105,15 @@ __all__ = [
     "panels",
     "patch",
     "plant",
+    "prefer",
     "read",
+    "read_pairs",
     "read_prompts",
     "repair",
     "replies",
     "report",
     "reporting",
+    "reward_model",
     "save_dictionary",
     "save_edit",
     "serve",

@@ -1,4 +1,4 @@
-"""Greedy decoding in batches, and of one prompt token by token, greedy or sampled.
+"""Decoding in batches, greedy or sampled, and of one prompt token by token.
 
 In a batch, the shared prefix of all prompts runs once, rows are sorted by length, and finished rows
 leave the batch. Replies equal those of `model.generate(do_sample=False)` up to rounding.
@@ -57,7 +57,6 @@ def replies(
     return model.texts(out)
 
 
-@torch.no_grad()
 def greedy(
     model: LoadedModel,
     rows: Sequence[Sequence[int]],
@@ -72,6 +71,39 @@ def greedy(
     With `share=False` the common prefix runs for every row: hooks then see every token. `stage` is the
     name under which progress is reported, in rows.
     """
+    return _decoded(model, rows, _likeliest, max_new_tokens, batch_size, stage, share)
+
+
+def sampled(
+    model: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 24,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 100,
+    stage: str = "",
+) -> list[list[int]]:
+    """Continuations of rows of token ids sampled from softmax(logits / temperature), as `greedy` gives its own.
+
+    The same seed, rows and `batch_size` give the same continuations. Raises `BadInput` for a temperature that is not
+    over 0.
+    """
+    if not temperature > 0:
+        raise BadInput.of("temperature", temperature, "over 0")
+    return _decoded(model, rows, _sampler(temperature, seed), max_new_tokens, batch_size, stage)
+
+
+@torch.no_grad()
+def _decoded(
+    model: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    choose: Callable[[Tensor], Tensor],
+    max_new_tokens: int,
+    batch_size: int,
+    stage: str,
+    share: bool = True,
+) -> list[list[int]]:
     network = model.network
     shared = shared_tokens(network, rows, max_new_tokens) if share else 0
     prefix = prefix_cache(network, torch.tensor(rows[0][:shared], device=model.device)) if shared else None
@@ -82,7 +114,7 @@ def greedy(
         ids, mask = pad_left([rows[i][shared:] for i in chunk], model.pad_id, model.device)
         cache = repeat_cache(network, prefix, len(chunk)) if prefix is not None else None
         with contiguous_head(network):
-            done = _continue(model, ids, pad(mask, (shared, 0), value=True), cache, max_new_tokens)
+            done = _continue(model, ids, pad(mask, (shared, 0), value=True), cache, max_new_tokens, choose)
         for i, reply in zip(chunk, done, strict=True):
             out[i] = reply
         if stage:
@@ -91,10 +123,15 @@ def greedy(
 
 
 def _continue(
-    model: LoadedModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None, max_new_tokens: int
+    model: LoadedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache | None,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
 ) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in range(len(ids))]
-    for picked in _steps(model, ids, mask, cache, max_new_tokens, _likeliest):
+    for picked in _steps(model, ids, mask, cache, max_new_tokens, choose):
         for row, token in picked:
             out[row].append(token)
     return out
@@ -111,14 +148,9 @@ def stream(
     """
     if not temperature >= 0:
         raise BadInput.of("temperature", temperature, "0 for greedy decoding, or more")
-    generator = torch.Generator().manual_seed(seed)
-
-    def sampled(logits: Tensor) -> Tensor:
-        shares = (logits.float().cpu() / temperature).softmax(-1)
-        return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
-
+    choose = _sampler(temperature, seed) if temperature else _likeliest
     ids, mask = pad_left([row], model.pad_id, model.device)
-    for picked in _steps(model, ids, mask, None, max_new_tokens, sampled if temperature else _likeliest):
+    for picked in _steps(model, ids, mask, None, max_new_tokens, choose):
         yield picked[0][1]
 
 
@@ -143,6 +175,17 @@ class Spelling:
             return ""
         piece, self._said = text[len(self._said) :], text
         return piece
+
+
+def _sampler(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
+    """Draws tokens from softmax(logits / temperature), on the processor, so that a seed means the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(logits: Tensor) -> Tensor:
+        shares = (logits.float().cpu() / temperature).softmax(-1)
+        return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
+
+    return drawn
 
 
 def _likeliest(logits: Tensor) -> Tensor:
