@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import save_base
 
+from support.checkpoints import save_base
 from unsleep.base import records
 from unsleep.base.context import reporting
 from unsleep.cli import run as command

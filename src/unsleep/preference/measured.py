@@ -32,7 +32,7 @@ class Judges:
 
     reward: Reward | None = None
     others: Sequence[Reward] = ()
-    metric: Metric = None
+    metric: Metric | None = None
 
     def __post_init__(self) -> None:
         names = [name_of(each) for each in self.rewards]

@@ -57,7 +57,7 @@ def prefer(
     *,
     reward: Reward | None = None,
     judges: Sequence[Reward] = (),
-    metric_fn: Metric = None,
+    metric_fn: Metric | None = None,
     eval_prompts: PromptSet | None = None,
     eval_columns: Columns | None = None,
     config: PreferConfig = PreferConfig(),

@@ -8,10 +8,10 @@ The signature is that of trlx (Havrilla et al. 2023), so that its users' one lin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from types import CodeType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -24,30 +24,19 @@ Columns = Mapping[str, Sequence[Any]]
 """Further columns of the data by name, a value per sample."""
 
 
-class Reward(Protocol):
-    """A score of replies. `scored` passes arguments by keyword: a callable may take those that it needs and `**_`."""
+Reward = Callable[..., Any]
+"""A score of replies: `(samples, prompts, outputs, **columns)` → a finite number per sample.
 
-    def __call__(self, samples: Sequence[str], prompts: Sequence[str], outputs: Sequence[str], **columns: Any) -> Any:
-        """A number per sample.
+    samples     prompts with their outputs behind them
+    prompts     the messages before each output, as text
+    outputs     the replies alone
+    columns     further columns of the data, a list of a value per sample each
 
-        Args:
-            samples: prompts with their outputs behind them.
-            prompts: the messages before each output, as text.
-            outputs: the replies alone.
-            columns: further columns of the data, a value per sample.
-        """
-        ...
+`scored` passes them by keyword, so that a callable may name those that it needs and `**_`. An object with a method
+`scores(prompts: Sequence[Prompt], outputs: Sequence[str])` is asked for that instead: it sees chats as they are.
+"""
 
-
-class ChatReward(Reward, Protocol):
-    """A reward that scores chats with all their messages, under its own model's chat template."""
-
-    def scores(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> Float[Tensor, " sample"]:
-        """A number per reply; what `scored` asks for, where it is there."""
-        ...
-
-
-Metric = Any
+Metric = Callable[..., Any]
 """A callable of a reward's arguments that gives named metrics, `{name: a number per sample}`, as trlx's `metric_fn`."""
 
 
