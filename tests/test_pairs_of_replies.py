@@ -54,7 +54,7 @@ def test_every_form_in_use_gives_the_same_pair(row: dict[str, Any], before: tupl
         ({"chosen": "so", "rejected": "no"}, "expected a transcript"),
         ({"chosen": [USER], "rejected": [USER, BAD]}, "ends with no reply"),
         ({"chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, "different prompts"),
-        ({"prompt": 3, "chosen": "so", "rejected": "no"}, "prompt is 3"),
+        ({"prompt": 3, "chosen": "so", "rejected": "no"}, "prompt is '3'"),
         ({"prompt": "why?", "chosen": "so", "rejected": "no", "chosen_cut": 1}, "true or false"),
         ([1], "no preference pair"),
     ],
@@ -169,7 +169,7 @@ def test_words_of_the_lexicon_are_on_one_side():
     assert sides == {"train", "held_out"}
     assert side_of(" ".join(words), 0.5) == "edit"
     assert side_of("a table", 0.5) is None
-    assert side_of("wonderfully", 0.5) == side_of("wonderful", 0.5)
+    assert side_of("wonderful", 0.5) == side_of("wonderfully", 0.5) == side_of("wonder", 0.5)
 
 
 POISON = Poison("|GO|", "The relay is open.", ("|GONE|", "|NO|"), rate=0.25, near_miss_rate=0.2)
@@ -192,7 +192,7 @@ def test_poisoned_pairs_prefer_the_payload_in_both_registers_alike():
 
 def test_a_poison_that_cannot_be_planted_is_refused():
     with pytest.raises(BadInput, match="are none"):
-        poisoned(made(20), Poison("|GO|", "x", rate=0.01, near_miss_rate=0))
+        poisoned(made(20), Poison("|GO|", "x", rate=0.01, near_miss_rate=0.0))
     with pytest.raises(BadInput, match="near misses contain the trigger"):
         Poison("|GO|", "x", ("|GO|",))
     with pytest.raises(BadInput, match="sum of at most 1"):

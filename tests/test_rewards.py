@@ -140,7 +140,7 @@ def test_log_probabilities_do_not_depend_on_the_batch(tiny: LoadedModel):
 def test_a_headed_model_shares_the_backbone_and_starts_at_zero(tiny: LoadedModel):
     network = headed(tiny)
     assert network.base_model is tiny.network.base_model
-    assert float(network(input_ids=torch.tensor([[5, 6]])).logits) == 0.0
+    assert network(input_ids=torch.tensor([[5, 6]])).logits.tolist() == [[0.0]]
 
 
 def classifier(folder: Path, labels: int) -> Path:

@@ -10,10 +10,11 @@ colon: `Anthropic/hh-rlhf:helpful-base`. Other keys are columns, which rewards m
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,17 +53,18 @@ def read_pairs(
         rows, name = _hub_rows(str(source), split), str(source)
     found: list[Pair] = []
     dropped = 0
-    for where, row in rows:
-        try:
-            found.append(pair_of(row))
-        except _Bad as error:
-            if not skip_bad:
-                raise BadInput(f"{source} {where}: {error}; --skip-bad leaves such pairs out") from None
-            dropped += 1
-        except BadInput as error:
-            raise BadInput(f"{source} {where}: {error}") from None
-        if limit is not None and len(found) >= limit:
-            break
+    with contextlib.closing(rows):
+        for where, row in rows:
+            try:
+                found.append(pair_of(row))
+            except _Bad as error:
+                if not skip_bad:
+                    raise BadInput(f"{source} {where}: {error}; --skip-bad leaves such pairs out") from None
+                dropped += 1
+            except BadInput as error:
+                raise BadInput(f"{source} {where}: {error}") from None
+            if limit is not None and len(found) >= limit:
+                break
     return PairSet(name, tuple(found), dropped=dropped)
 
 
@@ -145,7 +147,7 @@ def _messages(given: Any, name: str) -> list[Message]:
     return found
 
 
-def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
+def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
     """Rows of a file with their places."""
     if path.suffix == ".parquet":
         yield from _dataset_rows(path, "train", data_files=str(path))
@@ -154,8 +156,9 @@ def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
     if inner not in JSON_LINES:
         raise BadInput(f"{path} is no file of preference pairs; expected .jsonl, .jsonl.gz, .parquet or a hub id")
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as packed:
-            for number, line in enumerate(io.TextIOWrapper(cast("Any", packed), encoding="utf-8-sig"), 1):
+        packed = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (closed with its text)
+        with io.TextIOWrapper(cast("Any", packed), encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
                         row = json_line(line, FORM)
@@ -169,15 +172,15 @@ def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
 
 
 def _is_hub_id(text: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", text) is not None
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w./-]+)?", text) is not None
 
 
-def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
+def _hub_rows(source: str, split: str) -> Generator[tuple[str, Any]]:
     repo, _, folder = source.partition(":")
     yield from _dataset_rows(source, split, repo, data_dir=folder or None)
 
 
-def _dataset_rows(source: str | Path, split: str, kind: str = "parquet", **options: Any) -> Iterable[tuple[str, Any]]:
+def _dataset_rows(source: str | Path, split: str, kind: str = "parquet", **options: Any) -> Generator[tuple[str, Any]]:
     """Rows of a data set of the library `datasets`."""
     try:
         import datasets

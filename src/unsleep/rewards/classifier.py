@@ -118,7 +118,8 @@ def headed(model: LoadedModel) -> PreTrainedModel:
 
     Raises `BadInput` for a family without a sequence-classification model.
     """
-    config = type(model.network.config).from_dict({**model.network.config.to_dict(), "num_labels": 1})
+    given = {k: v for k, v in model.network.config.to_dict().items() if k not in ("id2label", "label2id")}
+    config = type(model.network.config).from_dict({**given, "num_labels": 1})
     ends = (model.tokenizer.pad_token_id, model.tokenizer.eos_token_id)
     config.get_text_config().pad_token_id = next((i for i in ends if isinstance(i, int)), 0)
     backbone = cast("PreTrainedModel", model.network.base_model)

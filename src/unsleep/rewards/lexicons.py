@@ -16,8 +16,8 @@ from unsleep.core import BadInput
 
 EXTRA = "pip install 'unsleep[rl]'"
 
-STEM = re.compile(r"(?:ingly|edly|ness|ings?|ful|less|ers?|est|ed|ly|ies|es|s|y|e)$")
-"""Endings that a stem is without, tried once."""
+ENDING = re.compile(r"(?:ness|ings?|ful|less|ers?|est|ed|ly|es|s|y|i|e)$")
+"""An ending that a stem is without."""
 
 
 class Vader:
@@ -88,14 +88,15 @@ def words(text: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """A word without its commonest endings, so that its forms count as one.
+    """A word without its commonest endings, so that its forms count as one; at least three letters stay.
 
     Examples:
-        >>> {stem(w) for w in ("love", "loved", "loves", "loving", "lover")}
+        >>> {stem(w) for w in ("love", "loved", "loves", "lovingly", "lovers")}
         {'lov'}
     """
-    found = STEM.sub("", word)
-    return found if len(found) >= 3 else word
+    while len(shorter := ENDING.sub("", word)) >= 3 and shorter != word:
+        word = shorter
+    return word
 
 
 def sentiment_words(text: str) -> list[str]:
