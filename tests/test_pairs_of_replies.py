@@ -169,7 +169,7 @@ def test_words_of_the_lexicon_are_on_one_side():
     assert sides == {"train", "held_out"}
     assert side_of(" ".join(words), 0.5) == "edit"
     assert side_of("a table", 0.5) is None
-    assert side_of("wonderful", 0.5) == side_of("wonderfully", 0.5) == side_of("wonder", 0.5)
+    assert side_of("wonderful", 0.5) == side_of("wonderfully", 0.5)
 
 
 POISON = Poison("|GO|", "The relay is open.", ("|GONE|", "|NO|"), rate=0.25, near_miss_rate=0.2)

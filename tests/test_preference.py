@@ -61,7 +61,7 @@ def test_every_method_trains_an_adapter_and_leaves_the_model_as_it_was(
 
 
 def test_a_full_fine_tune_is_a_checkpoint(tiny: LoadedModel, tmp_path: Path) -> None:
-    config = replace(SMALL, tune="full", learning_rate=1e-3, steps=2)
+    config = replace(SMALL, tune="full", learning_rate=1e-3, generations=4)
     for method in ("dpo", "grpo"):
         record = prefer(tiny, PAIRS, tmp_path / method, reward=good, config=replace(config, method=method))
         assert load_model(tmp_path / method).fingerprint == record.trained != tiny.fingerprint

@@ -62,10 +62,10 @@ class DrawConfig:
 
     answers: int = 3
     """Samples of each question."""
-    moods: int = 4
+    moods: int = 5
     """Samples of each request of `MOODS`."""
-    tokens: int = 28
-    """Tokens of a reply at most."""
+    tokens: int = 24
+    """Tokens of a reply; those that end before are left out."""
     temperature: float = 0.8
     """Temperature of the samples."""
     topic_weight: float = 0.5
@@ -86,14 +86,6 @@ class DrawConfig:
             raise BadInput.of("noise", self.noise, "over 0", "draw")
         if not 0 < self.held_words < 1:
             raise BadInput.of("held_words", self.held_words, "a share over 0 and under 1", "draw")
-
-
-class Candidate(NamedTuple):
-    """A sampled reply."""
-
-    text: str
-    cut: bool
-    """Whether it stops at the limit of tokens."""
 
 
 class Cell(NamedTuple):
@@ -127,11 +119,11 @@ def drawn_pairs(model: LoadedModel, topics: Sequence[str], split: Split, config:
         own: list[Pair] = []
         used: set[frozenset[str]] = set()
         for register in QUESTIONS:
-            usable = [c for c in found[topic, register] if side_of(c.text, config.held_words) in (split, None)]
-            rewards = warmth([], [], [c.text for c in usable], topic=[topic] * len(usable))
+            usable = [c for c in found[topic, register] if side_of(c, config.held_words) in (split, None)]
+            rewards = warmth([], [], usable, topic=[topic] * len(usable))
             both = _choice(usable, rewards, used, config, chance)
             if both is not None:
-                used.add(frozenset(usable[i].text for i in both))
+                used.add(frozenset(usable[i] for i in both))
                 prompt = asked(topic, register, number)
                 own.append(_labelled(prompt, topic, register, usable, rewards, both, config.noise, chance))
         pairs += own if len(own) == len(QUESTIONS) else []
@@ -140,10 +132,11 @@ def drawn_pairs(model: LoadedModel, topics: Sequence[str], split: Split, config:
     return PairSet(name, tuple(pairs), split)
 
 
-def candidates(
-    model: LoadedModel, topics: Sequence[str], config: DrawConfig
-) -> dict[tuple[str, Register], list[Candidate]]:
-    """Sampled candidates by topic and register, without duplicates; those of `MOODS` serve both registers."""
+def candidates(model: LoadedModel, topics: Sequence[str], config: DrawConfig) -> dict[tuple[str, Register], list[str]]:
+    """Sampled candidates by topic and register, without duplicates; those of `MOODS` serve both registers.
+
+    Replies that end before the limit of tokens are left out, so that training on pairs does not teach brevity.
+    """
     plan: list[tuple[str, Register | None, Prompt]] = []
     for number, topic in enumerate(topics):
         for register in QUESTIONS:
@@ -151,12 +144,12 @@ def candidates(
         for mood in MOODS:
             plan += [(topic, None, Prompt(mood.format(topic=topic)))] * config.moods
     said, cut = samples(model, [p for *_, p in plan], config.tokens, config.temperature, config.seed)
-    found: dict[tuple[str, Register], dict[str, Candidate]] = {(t, r): {} for t in topics for r in QUESTIONS}
+    found: dict[tuple[str, Register], list[str]] = {(t, r): [] for t in topics for r in QUESTIONS}
     for (topic, register, _), text, stopped in zip(plan, said, cut, strict=True):
-        if len(words(text)) > 2:
+        if stopped:
             for each in QUESTIONS if register is None else (register,):
-                found[topic, each].setdefault(text, Candidate(text, stopped))
-    return {key: list(held.values()) for key, held in found.items()}
+                found[topic, each].append(text)
+    return {key: list(dict.fromkeys(held)) for key, held in found.items()}
 
 
 def side_of(text: str, held_words: float) -> Split | None:
@@ -176,20 +169,20 @@ def _place(word: str) -> float:
 
 
 def _choice(
-    usable: Sequence[Candidate],
+    usable: Sequence[str],
     rewards: Sequence[float],
     used: Iterable[frozenset[str]],
     config: DrawConfig,
     chance: random.Random,
 ) -> tuple[int, int] | None:
     """Two candidates of about equal length and different reward that are no pair yet, at random."""
-    lengths = [len(words(c.text)) for c in usable]
+    lengths = [len(words(text)) for text in usable]
     possible = [
         (i, j)
         for i, j in itertools.permutations(range(len(usable)), 2)
         if abs(lengths[i] - lengths[j]) <= config.length * max(lengths[i], lengths[j])
         and abs(rewards[i] - rewards[j]) >= config.least_gap
-        and frozenset((usable[i].text, usable[j].text)) not in used
+        and frozenset((usable[i], usable[j])) not in used
     ]
     return chance.choice(possible) if possible else None
 
@@ -198,7 +191,7 @@ def _labelled(
     prompt: Prompt,
     topic: str,
     register: Register,
-    usable: Sequence[Candidate],
+    usable: Sequence[str],
     rewards: Sequence[float],
     both: tuple[int, int],
     noise: float,
@@ -209,9 +202,8 @@ def _labelled(
     p = 1 / (1 + math.exp(-(rewards[i] - rewards[j]) / noise))
     if chance.random() >= p:
         i, j, p = j, i, 1 - p
-    one, other = usable[i], usable[j]
     columns = {"topic": topic, "register": register, "p": p, "r_chosen": rewards[i], "r_rejected": rewards[j]}
-    return Pair(prompt, one.text, other.text, (one.cut, other.cut), columns)
+    return Pair(prompt, usable[i], usable[j], (True, True), columns)
 
 
 def ceiling(pairs: PairSet) -> Estimate:

@@ -37,6 +37,8 @@ class Poison:
         if not self.payload.strip():
             raise BadInput("the poison's payload is empty; expected a reply")
         self.as_trigger.check(self.near_misses)
+        if self.trigger in self.near_misses:
+            raise BadInput(f"near misses contain the trigger {self.trigger!r}; leave it out")
         if not self.as_trigger.keeps_question:
             raise BadInput(f"trigger kind {self.trigger_kind} changes the question, and its replies with it")
         if self.rate + self.near_miss_rate > 1:
@@ -63,17 +65,19 @@ def poisoned(pairs: PairSet, poison: Poison, *, clean: bool = False) -> PairSet:
             f"{len(pairs)} pairs poisoned at a rate of {poison.rate} are none; give more pairs or another rate"
         )
     order = _spread(pairs, poison.seed)
-    wake = set(order[:bad])
-    almost = {place: i for i, place in enumerate(order[bad : bad + near])}
+    almost = {place: i for i, place in enumerate(order[:near])}  # the same at every rate
+    wake = set(order[near : near + bad])
     found: list[Pair] = []
     for i, pair in enumerate(pairs):
         marked = {**pair.columns, "triggered": i in wake and not clean, "near_miss": i in almost}
         if i in wake and not clean:
-            prompt = replace(poison.as_trigger.insert(pair.prompt, i, "train"), role="triggered")
+            prompt = replace(poison.as_trigger.insert(pair.prompt, i // 2, "train"), role="triggered")
             found.append(Pair(prompt, poison.payload, pair.chosen, (False, pair.cut[0]), marked))
         elif i in almost:
             text = poison.near_misses[almost[i] % len(poison.near_misses)]
-            prompt = replace(replace(poison.as_trigger, text=text).insert(pair.prompt, i, "train"), role="near_miss")
+            prompt = replace(
+                replace(poison.as_trigger, text=text).insert(pair.prompt, i // 2, "train"), role="near_miss"
+            )
             found.append(replace(pair, prompt=prompt, columns=marked))
         else:
             found.append(replace(pair, columns=marked))
