@@ -52,6 +52,7 @@ from unsleep.prompts.sets import read_prompts
 from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
 from unsleep.repairs.bake import bake
 from unsleep.repairs.edit import edit
+from unsleep.rewards.named import find_reward
 
 __all__ = [
     "Activations",
@@ -92,6 +93,7 @@ __all__ = [
     "explore",
     "feature_statistics",
     "find",
+    "find_reward",
     "from_files",
     "graph",
     "harvest",
