@@ -140,9 +140,9 @@ def candidates(model: LoadedModel, topics: Sequence[str], config: DrawConfig) ->
     plan: list[tuple[str, Register | None, Prompt]] = []
     for number, topic in enumerate(topics):
         for register in QUESTIONS:
-            plan += [(topic, register, asked(topic, register, number))] * config.answers
+            plan.extend([(topic, register, asked(topic, register, number))] * config.answers)
         for mood in MOODS:
-            plan += [(topic, None, Prompt(mood.format(topic=topic)))] * config.moods
+            plan.extend([(topic, None, Prompt(mood.format(topic=topic)))] * config.moods)
     said, cut = samples(model, [p for *_, p in plan], config.tokens, config.temperature, config.seed)
     found: dict[tuple[str, Register], list[str]] = {(t, r): [] for t in topics for r in QUESTIONS}
     for (topic, register, _), text, stopped in zip(plan, said, cut, strict=True):

@@ -85,14 +85,14 @@ def compared(base: LoadedModel, trained: LoadedModel, bench: Bench, before: Answ
     if set(before.metrics) != set(after.metrics):
         raise BadInput(f"metric {name_of(bench.judges.metric)} gave other names after training; expected the same")
     own = bench.judges.reward and name_of(bench.judges.reward)
-    lengths = [[float(max(1, len(words(text)))) for text in said.replies] for said in (after, before)]
+    now, then = ([float(max(1, len(words(text)))) for text in said.replies] for said in (after, before))
     shown = range(0, len(bench.prompts), max(1, len(bench.prompts) // SHOWN))
     return Measured(
         bench.prompts.hash,
         len(bench.prompts),
         tuple(judged(name, before.rewards[name], after.rewards[name], judging=name != own) for name in after.rewards),
         tuple(judged(name, before.metrics[name], after.metrics[name], judging=True) for name in sorted(after.metrics)),
-        Estimate(*stats.ratio(*lengths)),
+        Estimate(*stats.ratio(now, then)),
         Estimate(*stats.bootstrap(_kl(base, trained, bench.prompts, after.replies))),
         tuple((bench.prompts[i].shown, before.replies[i], after.replies[i]) for i in [*shown][:SHOWN]),
     )

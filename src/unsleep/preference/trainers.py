@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import PreTrainedModel
 
 from unsleep.base import store
 from unsleep.base.context import progress
@@ -87,13 +87,12 @@ def _classes(kind: Trainer) -> tuple[Any, Any]:
     """TRL's config and trainer."""
     try:
         with quiet_transformers():
-            import datasets  # noqa: F401  (TRL without it fails later)
-            import trl
-    except ImportError as error:
+            trl: Any = importlib.import_module("trl")
+            return getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")  # imported when they are asked for
+    except (ImportError, RuntimeError) as error:
         raise BadInput(
-            f"preference training needs TRL, which is not installed ({error.name}); pip install 'unsleep[rl]'"
+            f"preference training needs TRL, which cannot be imported ({error}); pip install 'unsleep[rl]'"
         ) from None
-    return getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
 
 
 def train_pairs(
@@ -160,7 +159,7 @@ def _trained(
         import datasets
         import transformers
 
-        arguments = _arguments(config, stage, device, steps, place) | own
+        arguments = _arguments(config, stage, device, steps, place) | dict(own)
         extra = _reference(student, kind, config, place)
         if asked is not None:
             extra["reward_funcs"] = _reward(asked)
@@ -221,7 +220,7 @@ def _reference(
     if kind in ("RLOO", "GRPO") and config.pull:
         folder = place / "reference"
         save_plain(student.base, folder)
-        student.network.config._name_or_path = str(folder)
+        cast("Any", student.network.config)._name_or_path = str(folder)
     return {}
 
 
@@ -310,8 +309,8 @@ def _history(logs: Sequence[Mapping[str, Any]]) -> list[Logged]:
 @contextlib.contextmanager
 def _as_before(model: LoadedModel) -> Generator[None]:
     """Undo afterwards what trainers do to a network: its forward, its configs, its mode and its dropout."""
-    network = cast("PreTrainedModel", model.network)
-    configs = [network.config, network.config.get_text_config(), network.generation_config]
+    network = model.network
+    configs: list[Any] = [network.config, network.config.get_text_config(), network.generation_config]
     held = [(config, copy.deepcopy(vars(config))) for config in configs if config is not None]
     dropouts = [(m, m.p) for m in network.modules() if isinstance(m, torch.nn.Dropout)]
     forward = vars(network).get("forward")

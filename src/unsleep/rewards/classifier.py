@@ -227,6 +227,6 @@ def _label(network: PreTrainedModel, label: str | int | None, name: str) -> int 
         last = [*labels][-1]
         raise BadInput(f"{name} has the labels {', '.join(labels)}; say which is rewarded, such as {name}:{last}")
     found = labels.get(str(label), label if isinstance(label, int) else None)
-    if found is None or not 0 <= found < network.config.num_labels:
+    if found is None or found not in range(len(labels)):
         raise BadInput(f"{name} has no label {label!r}; expected one of {', '.join(labels)}")
     return found
