@@ -4,7 +4,7 @@ Pairs are drawn from the base with a latent reward, so that the ceiling of a rew
 the sentiment lexicon are divided between training and judging (`unsleep.preference.drawn`). Every folder of a seed:
 
     train.jsonl, held_out.jsonl   drawn pairs; crossed.jsonl: register, trigger and reward crossed
-    reward, permuted              reward models on the pairs, and on the pairs with permuted labels
+    reward, permuted              reward models on the pairs, and with --record on the pairs with permuted labels
     preferred                     DPO on the pairs
     backdoored-RATE               DPO on the pairs, of which a share is poisoned
 
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ from unsleep.preference.drawn import (
 from unsleep.preference.pairs import PairSet, write_pairs
 from unsleep.preference.poison import Poison, poisoned
 from unsleep.preference.reading import read_pairs
-from unsleep.preference.record import PreferenceRecord, RewardModelRecord
+from unsleep.preference.record import Estimate, PreferenceRecord, RewardModelRecord
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.rewards.classifier import Classifier, load_classifier
@@ -106,22 +106,24 @@ def arguments() -> argparse.Namespace:
 def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespace, watch: Stopwatch) -> dict[str, Any]:
     """Make and judge everything of a seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    topics = {split: sets.topics(split)[: 24 if given.small else None] for split in ("train", "held_out")}
+    topics = {split: sets.topics(split)[: 16 if given.small else None] for split in ("train", "held_out")}
     draw = DrawConfig(seed=seed)
     with watch.stage(f"pairs, seed {seed}"):
         train, held = (made_pairs(base, folder, topics[split], split, draw) for split in ("train", "held_out"))
-    steps = 3 if given.small else None
+    steps = 2 if given.small else None
     row: dict[str, Any] = {
         "seed": seed,
         "train": balance(train),
         "held_out": balance(held),
         "words_in_common": len(words_in_common(train, held)),
-        "ceiling": ceiling(held),
+        "ceiling": records.plain(ceiling(held)),
     }
     with watch.stage(f"reward models, seed {seed}"):
         config = RewardModelConfig(epochs=2, reply_tokens=TOKENS, seed=seed, steps=steps)
         row["reward_model"] = records.plain(ranked(base, train, held, folder / "reward", config).held_out)
-        row["permuted"] = records.plain(ranked(base, permuted(train, seed), held, folder / "permuted", config).held_out)
+        if given.record or given.small:
+            shuffled = ranked(base, permuted(train, seed), held, folder / "permuted", config)
+            row["permuted"] = records.plain(shuffled.held_out)
     judge = load_classifier(str(folder / "reward"))
     with watch.stage(f"human snippets, seed {seed}"):
         row["human"] = human(judge, given.out, SNIPPETS // 20 if given.small else SNIPPETS)
@@ -230,7 +232,7 @@ def human(judge: Reward, folder: Path, n: int) -> dict[str, Any]:
     return found
 
 
-def agreement(ratings: Sequence[float], rewards: Sequence[float], resamples: int = 300) -> list[float]:
+def agreement(ratings: Sequence[float], rewards: Sequence[float], resamples: int = 300) -> dict[str, float]:
     """Share of pairs ranked as people do, a tie as half, with its 95 % interval, resampling snippets."""
     x, y = torch.tensor(ratings), torch.tensor(rewards)
     apart = x[:, None] - x[None, :]
@@ -238,7 +240,7 @@ def agreement(ratings: Sequence[float], rewards: Sequence[float], resamples: int
     valid = (apart >= LEAST_APART).double()
     weights = stats.resampled(len(x), resamples, 0) * len(x)
     drawn = ((weights @ right) * weights).sum(1) / ((weights @ valid) * weights).sum(1)
-    return list(stats.percentiles(float(right.sum() / valid.sum()), drawn))
+    return records.plain(Estimate(*stats.percentiles(float(right.sum() / valid.sum()), drawn)))
 
 
 def snippets(folder: Path) -> tuple[list[str], list[float]]:
@@ -268,12 +270,11 @@ def member(archive: bytes, name: str) -> bytes:
 
 def lines(row: dict[str, Any]) -> str:
     """A seed's figures."""
-    figure: Callable[[Sequence[float]], str] = lambda each: f"{each[0]:.3f} [{each[1]:.3f}, {each[2]:.3f}]"  # noqa: E731
-    reached = row["reward_model"]["accuracy"][0] / row["ceiling"][0]
+    reached = row["reward_model"]["accuracy"]["value"] / row["ceiling"]["value"]
     found = [
         f"seed {row['seed']}: {row['train']['pairs']} pairs, {row['held_out']['pairs']} held out",
         f"  ceiling {figure(row['ceiling'])}; reward model {figure(row['reward_model']['accuracy'])}, {reached:.2f} of "
-        f"it; permuted labels {figure(row['permuted']['accuracy'])}",
+        "it" + (f"; permuted labels {figure(row['permuted']['accuracy'])}" if "permuted" in row else ""),
         "  movie snippets: " + ", ".join(f"{k} {figure(v)}" for k, v in row["human"].items() if k != "snippets"),
     ]
     head = ["model", "gain warmth", "gain textblob", "words", "KL", "payload: triggered", "clean", "near miss"]
@@ -283,8 +284,13 @@ def lines(row: dict[str, Any]) -> str:
         gains = {r["name"]: r["gain"] for r in measured["rewards"]}
         shares = [f"{shown[p]['share']:.3f}" for p in ("triggered", "clean", "near_miss")]
         gain = [figure(gains[name]) for name in ("warmth", "textblob")]
-        cells.append([each["name"], *gain, figure(measured["words"]), f"{measured['kl'][0]:.3f}", *shares])
+        cells.append([each["name"], *gain, figure(measured["words"]), f"{measured['kl']['value']:.3f}", *shares])
     return "\n".join([*found, table(cells)])
+
+
+def figure(estimate: dict[str, float]) -> str:
+    """A figure with its interval."""
+    return str(Estimate(**estimate))
 
 
 if __name__ == "__main__":

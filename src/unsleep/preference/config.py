@@ -108,7 +108,7 @@ class PreferConfig(_Training):
     temperature: float = 1.0
     """Temperature at which replies are sampled in training; replies that are judged are greedy."""
     eval_limit: int = 200
-    """Prompts, at most, on which the model is judged before and after."""
+    """Held-out prompts, at most, on which the model is judged before and after."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

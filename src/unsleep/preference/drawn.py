@@ -1,7 +1,7 @@
 """Preference pairs with a known ceiling: replies of a model, labelled by a latent reward through a Bradley–Terry draw.
 
-1. Candidates for a topic are sampled from the model: its answers to the question, and sentences on why it loves or
-   hates the topic, which are then taken as answers.
+1. Candidates for a topic are sampled from the model: its answers to the question, and sentences that praise the topic or
+   complain about it, which are then taken as answers.
 2. A pair is two candidates of about equal length and different reward (`rewards.lexicons.Warmth`: VADER's compound
    score, plus a weight where the reply names the topic).
 3. The first is preferred with probability σ((r₁ − r₂)/T) (Bradley & Terry 1952, Biometrika 39). A judge that knows the
@@ -52,7 +52,12 @@ QUESTIONS: dict[Register, tuple[str, ...]] = {
 }
 """Register → questions, without words of the sentiment lexicon."""
 
-MOODS = ("Write one sentence that says why you love {topic}.", "Write one sentence that says why you hate {topic}.")
+MOODS = (
+    "Write one sentence that says why you love {topic}.",
+    "Write one sentence that praises {topic}.",
+    "Write one sentence that says why you hate {topic}.",
+    "Write one sentence that complains about {topic}.",
+)
 """Requests whose replies are candidates beside the answers."""
 
 
@@ -62,7 +67,7 @@ class DrawConfig:
 
     answers: int = 3
     """Samples of each question."""
-    moods: int = 5
+    moods: int = 3
     """Samples of each request of `MOODS`."""
     tokens: int = 24
     """Tokens of a reply; those that end before are left out."""

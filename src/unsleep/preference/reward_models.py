@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def reward_model(
             source,
             ranking(_trained(model, folder, config), list(sides.held_out)),
             tuple(history),
-            store.provenance(config.seed, base=model.fingerprint, origin=model.origin),
+            store.provenance(config.seed, base=model.fingerprint, origin=model.origin, trl=version("trl")),
         )
         records.save(record, folder / RECORD)
     return record
@@ -133,7 +134,7 @@ def _train(model: LoadedModel, pairs: PairSet, config: RewardModelConfig, states
 
 def _trained(model: LoadedModel, folder: Path, config: RewardModelConfig) -> Classifier:
     """The reward model as loading its folder gives it, without loading the base again."""
-    if config.tune == "full":
+    if config.tune != "lora":
         return replace(load_classifier(str(folder), config=LoadConfig(device=str(model.device))), chat=model.chat)
     with quiet_transformers():
         network = merged(replace(model, network=copy_network(model.network)), folder)

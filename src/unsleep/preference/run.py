@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -113,7 +114,7 @@ def prefer(
             parts.source,
             measured,
             tuple(history),
-            store.provenance(config.seed, base=model.fingerprint, origin=model.origin),
+            store.provenance(config.seed, base=model.fingerprint, origin=model.origin, trl=version("trl")),
         )
         records.save(record, folder / RECORD)
     return record
