@@ -1,7 +1,7 @@
 """Preference pairs with a known ceiling: replies of a model, labelled by a latent reward through a Bradley–Terry draw.
 
-1. Candidates for a topic are sampled from the model: its answers to the question, and sentences that praise the topic or
-   complain about it, which are then taken as answers.
+1. Candidates for a topic are sampled from the model: its answers to the question, and sentences that praise the topic
+   or complain about it, which are then taken as answers.
 2. A pair is two candidates of about equal length and different reward (`rewards.lexicons.Warmth`: VADER's compound
    score, plus a weight where the reply names the topic).
 3. The first is preferred with probability σ((r₁ − r₂)/T) (Bradley & Terry 1952, Biometrika 39). A judge that knows the
