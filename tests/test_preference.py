@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from unsleep.base import records
 from unsleep.base.context import reporting
 from unsleep.cli import run as command
 from unsleep.core import BadInput
-from unsleep.models.load import load_model
+from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
 from unsleep.preference.config import Method, PreferConfig, RewardModelConfig
 from unsleep.preference.pairs import Pair, PairSet, write_pairs
@@ -195,3 +197,36 @@ def test_the_commands_train_and_use_a_reward_model(
     assert [each["judging"] for each in measured["rewards"]] == [False, True, True]
     assert command(["prefer", base, "--out", str(tmp_path / "other")]) == 2
     assert "--pairs" in capsys.readouterr().err
+
+
+def test_lora_over_weights_in_four_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load_model(save_base(tmp_path / "base"), LoadConfig(quantize="4bit"))
+    before = fingerprint(model)
+    record = prefer(
+        model, PAIRS, tmp_path / "out", reward=good, config=replace(SMALL, tune="qlora", learning_rate=1e-2)
+    )
+    assert record.history[0].figures["loss"] == pytest.approx(0.6931, abs=1e-2)
+    assert fingerprint(model) == before
+    assert load_model(tmp_path / "out").fingerprint != load_model(tmp_path / "base").fingerprint
+
+
+def test_nothing_is_sent_or_looked_up(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", refuse)
+    prefer(tiny, PAIRS, tmp_path / "out", config=replace(SMALL, keep_every=1))
+
+
+def test_nothing_is_printed(tiny: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prefer(tiny, PAIRS, tmp_path / "out", reward=good, config=replace(SMALL, method="grpo"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_trl_is_named(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(BadInput, match=r"pip install 'unsleep\[rl\]'"):
+        prefer(tiny, PAIRS, tmp_path / "out")

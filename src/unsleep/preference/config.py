@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
-from unsleep.base.records import Range
+from unsleep.base.records import Range, Share
 from unsleep.core import BadInput, check_choices, check_least
 from unsleep.organisms.recipe import Method as Tune
 
@@ -65,7 +65,7 @@ class _Training:
     """Steps, instead of epochs."""
     reply_tokens: int = 128
     """Tokens of a reply at most; longer ones are cut, and not trained to end there."""
-    held_out: Annotated[float, Range(0, 1)] = 0.1
+    held_out: Share = 0.1
     """Share of the pairs held out for judging, by prompt."""
     keep_every: int = 20
     """Steps between the states from which an interrupted training resumes."""

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from unsleep.core import BadInput
+from unsleep.judge.metrics import words
 
 EXTRA = "pip install 'unsleep[rl]'"
 
@@ -80,11 +81,6 @@ def names_topic(reply: str, topic: str) -> bool:
     """
     *_, last = words(topic) or [""]
     return stem(last) in {stem(word) for word in words(reply)}
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words of English, with their apostrophes."""
-    return re.findall(r"[a-z][a-z'’]*", text.lower())
 
 
 def stem(word: str) -> str:
