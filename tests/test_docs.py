@@ -116,8 +116,8 @@ MARKERS = {
         "explain.json",
         *(f"resid.12/{name}" for name in ("statistics.json", "statistics.safetensors", "explanations.json")),
     ),
-    "prefer": ("preference.json", "adapter_model.safetensors"),
-    "reward-model": ("reward_model.json", "adapter_model.safetensors"),
+    "prefer": ("preference.json", "preference.html", "adapter_model.safetensors"),
+    "reward-model": ("reward_model.json", "reward_model.html", "adapter_model.safetensors"),
 }
 """What a stage leaves in its folder."""
 

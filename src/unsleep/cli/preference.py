@@ -9,6 +9,7 @@ from tyro.conf import OmitArgPrefixes
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.core import BadInput
+from unsleep.pages import report
 from unsleep.preference import reward_models, run
 from unsleep.preference.config import ONLINE, PreferConfig, RewardModelConfig
 from unsleep.preference.pairs import PairSet
@@ -43,7 +44,7 @@ def prefer(
 
     Args:
         model: Model to train: hub id, folder, adapter folder, .gguf file or alias.
-        out: New folder for the adapter or checkpoint, and preference.json.
+        out: New folder for the adapter or checkpoint, preference.json and its page.
         pairs: Preference pairs: a file of chosen and rejected replies, or a data set's hub id, such as
             Anthropic/hh-rlhf:helpful-base.
         prompts: Prompts instead of pairs, for rloo, grpo and best-of-n.
@@ -73,7 +74,8 @@ def prefer(
             eval_prompts=asked,
             config=config,
         )
-    say(record, json, "\n".join([*_lines(record), f"Saved in {out}"]))
+    page = report(out)
+    say(record, json, "\n".join([*_lines(record), f"Saved in {out}; page: {page}"]))
     return 0
 
 
@@ -94,7 +96,7 @@ def reward_model(
     Args:
         model: Model whose backbone is trained: hub id, folder, adapter folder, .gguf file or alias.
         pairs: Preference pairs: a file of chosen and rejected replies, or a data set's hub id.
-        out: New folder for the adapter with its head, or the checkpoint, and reward_model.json.
+        out: New folder for the adapter with its head, or the checkpoint, reward_model.json and its page.
         held_out_pairs: Pairs to judge by; by default a share of the data is held out.
         pairs_split: Split of a data set on the hub.
         limit: Read only so many pairs.
@@ -108,10 +110,10 @@ def reward_model(
     with Bars():
         loaded = placement.load(model)
         record = reward_models.reward_model(loaded, data, out, held_out=held, config=config)
-    found = record.held_out
+    found, page = record.held_out, report(out)
     text = (
         f"Held-out accuracy {found.accuracy} on {found.n} pairs, mean margin {found.margin:.2f}\n"
-        f"Saved in {out}; use it as --reward {out}"
+        f"Saved in {out}, to be used as --reward {out}; page: {page}"
     )
     say(record, json, text)
     return 0
