@@ -63,9 +63,6 @@ KEPT = {
 }
 """TRL's name of a logged figure → ours."""
 
-GIVEN = ("trainer_state", "log_extra", "log_metric", "completion_ids", "environments", "prompt_key")
-"""What TRL passes to a reward beside the data's columns."""
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -76,6 +73,7 @@ class Asked:
     prompts: Mapping[str, Prompt]
     reward: Reward
     columns: Columns = field(default_factory=dict[str, Sequence[Any]])
+    """Further columns that the reward takes, a value per prompt, in the order of `ids`."""
 
 
 def check_trl() -> None:
@@ -120,9 +118,7 @@ def train_pairs(
 def train_online(student: Student, asked: Asked, config: PreferConfig, place: Path) -> list[Logged]:
     """Train by RLOO or GRPO on sampled replies that a reward scores; returns the training's history."""
     keys = list(asked.ids)
-    rows = [
-        {"prompt": key, **{name: values[i] for name, values in asked.columns.items()}} for i, key in enumerate(keys)
-    ]
+    rows = [{"prompt": key} for key in keys]
     own = {
         "num_generations": config.generations,
         "per_device_train_batch_size": config.batch * config.generations,
@@ -159,7 +155,7 @@ def _trained(
         import datasets
         import transformers
 
-        arguments = _arguments(config, stage, device, steps, place) | dict(own)
+        arguments = _arguments(config, device, steps, place) | dict(own)
         extra = _reference(student, kind, config, place)
         if asked is not None:
             extra["reward_funcs"] = _reward(asked)
@@ -179,7 +175,7 @@ def _trained(
 
 
 def _arguments(
-    config: PreferConfig | RewardModelConfig, stage: str, device: torch.device, steps: int, place: Path
+    config: PreferConfig | RewardModelConfig, device: torch.device, steps: int, place: Path
 ) -> dict[str, Any]:
     """What every trainer is given."""
     return {
@@ -227,9 +223,11 @@ def _reference(
 def _reward(asked: Asked) -> Callable[..., list[float]]:
     """The reward as TRL calls it."""
 
-    def call(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        own = {name: values for name, values in columns.items() if name not in GIVEN}
-        return scored(asked.reward, [asked.prompts[key] for key in prompts], completions, own).tolist()
+    place = {key: i for i, key in enumerate(asked.ids)}
+
+    def call(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        columns = {name: [values[place[key]] for key in prompts] for name, values in asked.columns.items()}
+        return scored(asked.reward, [asked.prompts[key] for key in prompts], completions, columns).tolist()
 
     call.__name__ = name_of(asked.reward)
     return call
