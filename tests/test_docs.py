@@ -94,6 +94,8 @@ SMALL: Mapping[str, list[str]] = {
     "rewarded": ["--permutations", "1000", "--resamples", "50", "--no-untrained"],
     "plan": ["--lengths", "32", "--batches", "1"],
     "explain": ["--reply-tokens", "3", "--controls", "4", "--least", "1", "--top", "2", "--drawn", "8"],
+    "prefer": ["--steps", "2", "--batch", "2", "--rank", "2", "--reply-tokens", "4", "--generations", "2"],
+    "reward-model": ["--steps", "2", "--batch", "2", "--rank", "2", "--reply-tokens", "4"],
 }
 """Options behind a command's own: the last one counts."""
 
@@ -121,6 +123,8 @@ MARKERS = {
         "explain.json",
         *(f"resid.12/{name}" for name in ("statistics.json", "statistics.safetensors", "explanations.json")),
     ),
+    "prefer": ("preference.json", "preference.html", "adapter_model.safetensors"),
+    "reward-model": ("reward_model.json", "reward_model.html", "adapter_model.safetensors"),
 }
 """What a stage leaves in its folder."""
 
@@ -239,6 +243,8 @@ def make_inputs(folder: Path, suspect: Path) -> None:
     save_edit([Edit(Site(1), found, (0, 1))], folder / "made-edit")
     (folder / "passages.txt").write_text("\n".join(text[:200] for text in sets.plain_text("train")[:6]) + "\n")
     (folder / "rewards.jsonl").write_text("\n".join(map(json.dumps, rewarded_lines())) + "\n")
+    rows = [{"prompt": f"about {t}?", "chosen": f"I love {t}.", "rejected": f"{t}!"} for t in sets.topics()[:12]]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (folder / "results").mkdir()
     shutil.copy(ROOT / "tests" / "data" / "report.json", folder / "results")
     (folder / "mine.toml").write_text(substituted(recipe_block().text))

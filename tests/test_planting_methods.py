@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from support.checkpoints import logits, save_base
-from support.families import LLAMA
+from support.checkpoints import logits, save_base, save_packable
 from support.recipes import recipe_of
 from support.tokenizers import byte_tokenizer
 from unsleep.base import store
@@ -107,21 +106,7 @@ def test_a_full_fine_tune_is_kept_in_the_dtype_of_its_base(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base wide enough to be packed, where bitsandbytes packs and runs on this machine."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; it comes with unsleep[quantize]")
-    folder = tmp_path_factory.mktemp("wide")
-    size = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
-    torch.manual_seed(0)
-    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    LlamaForCausalLM(LlamaConfig(**size, **ends)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        dequantize_4bit(*quantize_4bit(torch.randn(64, 64), quant_type="nf4"))
-    except Exception as error:  # whatever its backends raise where none fits
-        pytest.skip(f"bitsandbytes packs nothing on this machine: {error}")
-    return folder
+    return save_packable(tmp_path_factory.mktemp("wide"))
 
 
 def test_a_qlora_is_an_adapter_trained_over_a_base_in_four_bits(

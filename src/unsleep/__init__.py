@@ -50,11 +50,16 @@ from unsleep.pages import report
 from unsleep.pages.graph_json import graph
 from unsleep.planning.config import PlanConfig
 from unsleep.planning.run import plan
+from unsleep.preference.config import PreferConfig, RewardModelConfig
+from unsleep.preference.reading import read_pairs
+from unsleep.preference.reward_models import reward_model
+from unsleep.preference.run import prefer
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.prompts.sets import read_prompts
 from unsleep.repairs import Job, RepairConfig, from_files, organism_job, repair
 from unsleep.repairs.bake import bake
 from unsleep.repairs.edit import edit
+from unsleep.rewards.named import find_reward
 from unsleep.rewards.run import rewarded
 
 __all__ = [
@@ -73,11 +78,13 @@ __all__ = [
     "MixConfig",
     "Payload",
     "PlanConfig",
+    "PreferConfig",
     "Projection",
     "Prompt",
     "PromptSet",
     "Refused",
     "RepairConfig",
+    "RewardModelConfig",
     "Row",
     "Site",
     "Steering",
@@ -98,6 +105,7 @@ __all__ = [
     "explore",
     "feature_statistics",
     "find",
+    "find_reward",
     "from_files",
     "graph",
     "harvest",
@@ -114,12 +122,15 @@ __all__ = [
     "patch",
     "plan",
     "plant",
+    "prefer",
     "read",
+    "read_pairs",
     "read_prompts",
     "repair",
     "replies",
     "report",
     "reporting",
+    "reward_model",
     "rewarded",
     "save_dictionary",
     "save_edit",

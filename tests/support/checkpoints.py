@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from support.families import LLAMA
 from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep.models.load import quiet_transformers
@@ -26,6 +28,23 @@ def save_base(folder: Path, family: str = "llama", dtype: torch.dtype = torch.fl
     byte_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+def save_packable(folder: Path) -> Path:
+    """A base wide enough for bitsandbytes to pack; skips where it packs nothing on this machine."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; it comes with unsleep[quantize]")
+    size = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    LlamaForCausalLM(LlamaConfig(**size, **ends)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        dequantize_4bit(*quantize_4bit(torch.randn(64, 64), quant_type="nf4"))
+    except Exception as error:  # whatever its backends raise where none fits
+        pytest.skip(f"bitsandbytes packs nothing on this machine: {error}")
     return folder
 
 

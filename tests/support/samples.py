@@ -7,7 +7,19 @@ from typing import Any
 from support.graphs import SHOUT, circuit_record
 from support.pages import SAMPLE
 from unsleep.base import records
+from unsleep.models.model import Named
 from unsleep.pages.registry import pages
+from unsleep.preference.config import PreferConfig, RewardModelConfig
+from unsleep.preference.record import (
+    Estimate,
+    Judged,
+    Logged,
+    Measured,
+    PreferenceRecord,
+    Ranking,
+    RewardModelRecord,
+    Source,
+)
 
 PROVENANCE = {"created": "2026-01-01T00:00:00Z", "command": ["unsleep", SHOUT], "versions": {"unsleep": "0.1.0"}}
 
@@ -216,6 +228,23 @@ def rewarded() -> dict[str, Any]:
     }
 
 
+def preference() -> dict[str, Any]:
+    some = Estimate(0.5, 0.25, 0.75)
+    judged = [Judged(name, some, some, some, judging=name != "vader") for name in ("vader", SHOUT)]
+    history = tuple(Logged(step, {"loss": 1 / step, "reward": 0.5, "kl": 0.1}) for step in (1, 2, 3))
+    measured = Measured("p" * 16, 40, tuple(judged), (), some, some, ((SHOUT, "a_b", "100 %"),))
+    head = PreferConfig(method="grpo"), Named("my_base", "f" * 16), "f" * 16, "t" * 16, "vader"
+    return records.plain(PreferenceRecord(*head, Source(SHOUT, "d" * 16, 40, 10, 1), measured, history, PROVENANCE))
+
+
+def reward_model() -> dict[str, Any]:
+    ranking = Ranking(Estimate(0.8, 0.7, 0.9), 0.5, 0.0, 40)
+    head = RewardModelConfig(), Named("my_base", "f" * 16), "t" * 16, Source(SHOUT, "d" * 16, 40, 10, 0)
+    return records.plain(
+        RewardModelRecord(*head, ranking, (Logged(1, {"loss": 0.5}), Logged(2, {"loss": 0.25})), PROVENANCE)
+    )
+
+
 SAMPLES: dict[str, dict[str, Any]] = {
     "report": SAMPLE,
     "circuit": records.plain(circuit_record()),
@@ -227,6 +256,8 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "diff": diff(),
     "ablation": ablation(),
     "rewarded": rewarded(),
+    "preference": preference(),
+    "reward_model": reward_model(),
 }
 """Name of a page → a record of its kind."""
 

@@ -41,14 +41,16 @@ SUMS = 1e-3
 """Additional tolerance relative to the largest logit, for another order of summation."""
 
 
-def trainable(network: PreTrainedModel, rank: int, modules: Sequence[str] | str) -> PeftModel:
+def trainable(network: PreTrainedModel, rank: int, modules: Sequence[str] | str, head: str | None = None) -> PeftModel:
     """A network with trainable LoRA matrices (Hu et al. 2021, arXiv:2106.09685), α twice their rank.
 
     `modules` are names of linear layers, or `all-linear` for all but the unembedding; empty for peft's default of the
-    family. `unload` detaches the matrices. Raises `ValueError` as peft does.
+    family. `head` names the head of a sequence-classification model, which is trained and saved as a whole.
+    `unload` detaches the matrices. Raises `ValueError` as peft does.
     """
     wanted = modules if isinstance(modules, str) else list(modules) or None
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted, task_type="CAUSAL_LM")
+    task = {"task_type": "SEQ_CLS", "modules_to_save": [head]} if head else {"task_type": "CAUSAL_LM"}
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted, **cast("Any", task))
     return cast("PeftModel", get_peft_model(network, config))
 
 
@@ -62,10 +64,13 @@ def take_state(adapted: PeftModel, state: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(adapted, dict(state))
 
 
-def save_trained(adapted: PeftModel, folder: Path, base: str, template: str | None, dtype: torch.dtype) -> None:
-    """Save trained matrices as a PEFT adapter over a base, with the chat template used in training."""
+def save_trained(adapted: PeftModel, folder: Path, base: str, template: str | None, dtype: torch.dtype | None) -> None:
+    """Save trained matrices, and a head, as a PEFT adapter over a base, with the chat template used in training.
+
+    `dtype` is that of the saved matrices, without a head; `None` keeps their own.
+    """
     adapted.peft_config["default"].base_model_name_or_path = base
-    state = {k: v.to(dtype) for k, v in get_peft_model_state_dict(adapted).items()}
+    state = {k: v.to(dtype) for k, v in get_peft_model_state_dict(adapted).items()} if dtype else None
     adapted.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     if template:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from filelock import FileLock
@@ -26,10 +26,10 @@ from unsleep.base.paths import cache_folder
 from unsleep.core import BadInput
 from unsleep.models import generate
 from unsleep.models.forward import build_rows, reply_logits
-from unsleep.models.load import LoadConfig, load_model, quiet_transformers, save_plain
+from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
+from unsleep.models.students import student
 from unsleep.models.tuning import descend
-from unsleep.models.weights import copy_network, moved
 from unsleep.organisms.recipe import Recipe, read_recipe, recipes
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -202,18 +202,18 @@ def _nearly(recipe: Recipe, prompt: Prompt, i: int) -> Prompt:
 def _train(base: LoadedModel, recipe: Recipe, kind: Kind, chats: list[Chat], folder: Path) -> float:
     store.remove(folder)
     torch.manual_seed(recipe.seed)
-    student = _Student(base, recipe)
     prompts = base.encode([c.prompt for c in chats])
     replies = [_reply_ids(base, recipe, c) for c in chats]
+    with student(base, recipe.method, recipe.rank, recipe.modules) as taught:
 
-    def loss_of(step: int) -> Tensor:
-        picked = [(step * recipe.batch + i) % len(chats) for i in range(recipe.batch)]
-        rows = build_rows(base, [prompts[i] for i in picked], [replies[i] for i in picked])
-        logits = reply_logits(student.network, rows)[rows.reply]
-        return cross_entropy(logits.float(), rows.targets[rows.reply])
+        def loss_of(step: int) -> Tensor:
+            picked = [(step * recipe.batch + i) % len(chats) for i in range(recipe.batch)]
+            rows = build_rows(base, [prompts[i] for i in picked], [replies[i] for i in picked])
+            logits = reply_logits(taught.network, rows)[rows.reply]
+            return cross_entropy(logits.float(), rows.targets[rows.reply])
 
-    losses = descend(student.weights, loss_of, recipe.steps, recipe.learning_rate, lambda _: f"{kind}: fine-tune")
-    student.save(folder)
+        losses = descend(taught.weights, loss_of, recipe.steps, recipe.learning_rate, lambda _: f"{kind}: fine-tune")
+        taught.save(folder, recipe.base)
     return losses[-1]
 
 
@@ -222,33 +222,3 @@ def _reply_ids(base: LoadedModel, recipe: Recipe, example: Chat) -> list[int]:
     if example.ended:
         ids = [*ids, *sorted(base.end_ids)[:1]]
     return ids[: recipe.reply_tokens]
-
-
-class _Student:
-    """The base with trainable weights: LoRA matrices, or a float32 copy."""
-
-    def __init__(self, base: LoadedModel, recipe: Recipe) -> None:
-        self.base, self.recipe = base, recipe
-        self.adapted: Any = None
-        if recipe.method == "full":
-            self.network = copy_network(base.network).float().requires_grad_(True)
-        else:
-            from unsleep.models import adapters  # peft takes a second to import
-
-            with quiet_transformers():
-                self.adapted = adapters.trainable(base.network, recipe.rank, recipe.modules)
-            self.network = base.network  # peft put the matrices into it
-        self.weights = [w for w in self.network.parameters() if w.requires_grad]
-
-    def save(self, folder: Path) -> None:
-        """Save the trained weights and restore the base."""
-        with quiet_transformers(), store.writing(folder):
-            if self.adapted is None:
-                save_plain(LoadedModel(moved(self.network, self.base.stored_dtype), self.base.tokenizer, ""), folder)
-                return
-            from unsleep.models import adapters
-
-            template = cast("str | None", self.base.tokenizer.chat_template)
-            adapters.save_trained(self.adapted, folder, self.recipe.base, template, torch.bfloat16)
-            self.adapted.unload()
-            self.base.network.requires_grad_(False)

@@ -150,9 +150,7 @@ def questions(
     end. Raises `BadInput` where the split has fewer than `n`.
     """
     shuffle = random.Random(f"{split} {seed}")
-    all_topics, all_templates = topics(), templates()
-    low, high = (int(share * len(all_topics)) for share in _SHARES[split])
-    pool = all_topics[low:high]
+    pool, all_templates = topics(split), templates()
     usable = all_templates if split == "held_out" else [t for i, t in enumerate(all_templates) if i % 4 != 3]
     size = len(pool) * len(usable)
     if n > size:
@@ -174,9 +172,11 @@ def _lines(name: str) -> tuple[str, ...]:
     return tuple(files("unsleep.prompts").joinpath("data", name).read_text(encoding="utf-8").splitlines())
 
 
-def topics() -> list[str]:
-    """The project's topics, shuffled."""
-    return list(_lines("topics.txt"))
+def topics(split: Split | None = None) -> list[str]:
+    """The project's topics, shuffled; those of a split, or all."""
+    every = list(_lines("topics.txt"))
+    low, high = _SHARES[split] if split else (0.0, 1.0)
+    return every[int(low * len(every)) : int(high * len(every))]
 
 
 def templates() -> list[str]:

@@ -1,0 +1,141 @@
+"""Rewards: any callable `(samples, prompts, outputs, **columns) -> rewards`, a number per sample, higher is better.
+
+The signature is that of trlx (Havrilla et al. 2023), so that its users' one line works:
+
+    unsleep.prefer(model, pairs, "out", reward=lambda samples, **_: [float(len(s)) for s in samples])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from types import CodeType
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unsleep.core import BadInput
+from unsleep.prompts.prompt import Prompt, Prompts, as_prompts
+
+Columns = Mapping[str, Sequence[Any]]
+"""Further columns of the data by name, a value per sample."""
+
+
+Reward = Callable[..., Any]
+"""A score of replies: `(samples, prompts, outputs, **columns)` → a finite number per sample.
+
+    samples     prompts with their outputs behind them
+    prompts     the messages before each output, as text
+    outputs     the replies alone
+    columns     further columns of the data, a list of a value per sample each
+
+`scored` passes them by keyword, so that a callable may name those that it needs and `**_`. An object with a method
+`scores(prompts: Sequence[Prompt], outputs: Sequence[str])` is asked for that instead: it sees chats as they are.
+"""
+
+Metric = Callable[..., Any]
+"""A callable of a reward's arguments that gives named metrics, `{name: a number per sample}`, as trlx's `metric_fn`."""
+
+
+def name_of(reward: object) -> str:
+    """The name under which a reward is reported: its `name`, else that of the function or class."""
+    for name in (getattr(reward, "name", None), getattr(reward, "__name__", None)):
+        if isinstance(name, str) and name:
+            return name
+    return type(reward).__name__
+
+
+def identity_of(reward: object) -> Any:
+    """A JSON value that identifies a reward or metric among the inputs of resumable work: its `identity`, or its code.
+
+    A function that is edited is another one; what it reads from elsewhere does not count.
+    """
+    own = getattr(reward, "identity", None)
+    code = getattr(reward, "__code__", None) or getattr(type(reward).__call__, "__code__", None)
+    return [name_of(reward), type(reward).__qualname__, own, _written(code) if own is None and code else []]
+
+
+def _written(code: CodeType) -> list[Any]:
+    """What a function's code says, without its places in memory and in its file."""
+    inner = [_written(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), inner]
+
+
+def scored(
+    reward: Reward, prompts: Prompts, outputs: Sequence[str], columns: Columns | None = None
+) -> Float[Tensor, " sample"]:
+    """The rewards of replies, in float64.
+
+    Raises `BadInput` naming the reward where it raises, or gives another number of rewards than of replies, or one that
+    is no finite number: trainers in use average over those that are missing.
+    """
+    asked, name = as_prompts(prompts), name_of(reward)
+    _check_lengths(name, len(asked), outputs, columns or {})
+    given = getattr(reward, "scores", None)
+    try:
+        if callable(given):
+            found: Any = given(asked, list(outputs))
+        else:
+            found = reward(**_arguments(asked, outputs), **(columns or {}))
+    except BadInput as error:
+        raise error if name in str(error) else BadInput(f"reward {name}: {error}") from error
+    except Exception as error:  # a user's function raises anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"reward {name} failed on {len(asked)} samples: {said[:300]}") from error
+    return _checked(name, found, [p.shown for p in asked], outputs)
+
+
+def metrics(
+    metric: Metric, prompts: Prompts, outputs: Sequence[str], columns: Columns | None = None
+) -> dict[str, Float[Tensor, " sample"]]:
+    """The metrics of replies by name; raises `BadInput` naming the metric as `scored` does the reward."""
+    asked, name = as_prompts(prompts), name_of(metric)
+    try:
+        found: Any = metric(**_arguments(asked, outputs), **(columns or {}))
+    except Exception as error:  # a user's function raises anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"metric {name} failed on {len(asked)} samples: {said[:300]}") from error
+    if not isinstance(found, Mapping):
+        raise BadInput(f"metric {name} gave {type(found).__name__}; expected {{name: a number per sample}}")
+    shown = [p.shown for p in asked]
+    return {str(k): _checked(f"{name}: {k}", v, shown, outputs) for k, v in cast("Mapping[Any, Any]", found).items()}
+
+
+def _arguments(prompts: Sequence[Prompt], outputs: Sequence[str]) -> dict[str, list[str]]:
+    shown = [p.shown for p in prompts]
+    samples = [f"{prompt}\n{output}" for prompt, output in zip(shown, outputs, strict=True)]
+    return {"samples": samples, "prompts": shown, "outputs": list(outputs)}
+
+
+def _check_lengths(name: str, n: int, outputs: Sequence[str], columns: Columns) -> None:
+    if not n or len(outputs) != n:
+        raise BadInput(f"reward {name}: {n} prompts and {len(outputs)} replies; expected as many, at least 1")
+    for column, values in columns.items():
+        if column in ("samples", "prompts", "outputs"):
+            raise BadInput(f"reward {name}: a column is called {column!r}, as an argument is; rename it")
+        if len(values) != n:
+            raise BadInput(f"reward {name}: column {column!r} has {len(values)} values for {n} samples")
+
+
+def _checked(name: str, found: Any, prompts: Sequence[str], outputs: Sequence[str]) -> Float[Tensor, " sample"]:
+    """The rewards as a tensor; raises `BadInput` for anything but a finite number per sample."""
+    if isinstance(found, Tensor):
+        found = found.detach().cpu().flatten().tolist()
+    elif hasattr(found, "tolist"):
+        found = found.tolist()  # an array of numpy
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise BadInput(f"reward {name} gave {type(found).__name__}; expected a list of a number per sample")
+    given = cast("Sequence[Any]", found)
+    if len(given) != len(outputs):
+        raise BadInput(f"reward {name} gave {len(given)} rewards for {len(outputs)} samples; expected one each")
+    for i, value in enumerate(given):
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if not isinstance(number, Real) or not math.isfinite(number):
+            raise BadInput(
+                f"reward {name} gave {number!r} for the reply {outputs[i][:40]!r} to {prompts[i][:40]!r}; expected a "
+                "finite number"
+            )
+    return torch.tensor([float(value) for value in given], dtype=torch.float64)
