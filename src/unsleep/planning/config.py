@@ -96,5 +96,5 @@ class PlanConfig:
 
     @property
     def switches(self) -> tuple[bool, ...]:
-        """Whether blocks are checkpointed, one plan each."""
+        """Gradient checkpointing, off and on: one plan each."""
         return {"off": (False,), "on": (True,), "both": (False, True)}[self.checkpointing]

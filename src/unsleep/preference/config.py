@@ -47,7 +47,7 @@ MODULES = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class _Training:
-    """What the training of policies and of reward models shares."""
+    """Options shared by the training of policies and of reward models."""
 
     tune: Tune = "lora"
     """Trained weights: LoRA matrices, LoRA over weights in 4 bits (load the model with --quantize 4bit), or all."""

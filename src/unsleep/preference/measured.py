@@ -28,7 +28,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Judges:
-    """What replies are judged by: the reward that was trained on, others that were not, and metrics."""
+    """Judges of replies: the reward that was trained on, others that were not, and metrics."""
 
     reward: Reward | None = None
     others: Sequence[Reward] = ()

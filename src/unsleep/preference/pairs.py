@@ -27,7 +27,7 @@ class Pair:
     chosen: str
     rejected: str
     cut: tuple[bool, bool] = (False, False)
-    """Whether the chosen, and the rejected reply stops at a limit of tokens, so that it is not trained to end there."""
+    """True for a chosen, and a rejected, reply that stops at a limit of tokens, so that no end is trained there."""
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further values by name, such as a topic, which rewards may take."""
 

@@ -94,7 +94,7 @@ class PreferenceRecord:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How often a reward model prefers the preferred side."""
+    """Accuracy of a reward model: shares of pairs of which it prefers the preferred side."""
 
     accuracy: Estimate
     """Share of pairs ranked as labelled, a tie as half, with its Wilson interval."""

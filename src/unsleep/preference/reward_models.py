@@ -88,7 +88,7 @@ def reward_model(
 
 
 def ranking(reward: Reward, pairs: Sequence[Pair]) -> Ranking:
-    """How often a reward ranks pairs as they are labelled; raises `BadInput` where the reward fails."""
+    """Accuracy of a reward on labelled pairs; raises `BadInput` where the reward fails."""
     difference = margins(reward, pairs)
     ties = int((difference == 0).sum())
     right = int((difference > 0).sum())

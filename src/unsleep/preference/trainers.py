@@ -177,7 +177,7 @@ def _trained(
 def _arguments(
     config: PreferConfig | RewardModelConfig, device: torch.device, steps: int, place: Path
 ) -> dict[str, Any]:
-    """What every trainer is given."""
+    """Arguments of every trainer."""
     return {
         "output_dir": str(place),
         "per_device_train_batch_size": config.batch,

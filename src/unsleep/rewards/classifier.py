@@ -52,7 +52,7 @@ class Classifier:
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What its scores depend on."""
+        """Identity of its scores."""
         held = store.hash_tensors(dict(weights.named(self.network)))
         return [held, chat.template_hash(self.tokenizer, self.chat), self.label]
 

@@ -28,7 +28,7 @@ class Implied:
     reference: LoadedModel
     beta: float = 0.1
     ended: bool = True
-    """Whether the end token behind each reply counts."""
+    """True if the end token behind each reply counts."""
     batch: int = 32
     """Replies per forward pass."""
 
@@ -48,7 +48,7 @@ class Implied:
 
     @property
     def identity(self) -> list[Any]:
-        """What its scores depend on."""
+        """Identity of its scores."""
         return [self.policy.fingerprint, self.policy.template, self.reference.fingerprint, self.beta, self.ended]
 
     def __call__(
