@@ -321,7 +321,7 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
     for option, told in (
         (("--statistics", tmp_path), "has no statistics.json"),
         (("--explanations", tmp_path), "has no explanations.json or judged_classes.json"),
-        (("--scorer", "mine"), "expected file.py:function or module:function"),
+        (("--scorer", "mine"), "expected FILE.py:FUNCTION or MODULE:FUNCTION"),
         (("--scorer", f"{tmp_path / 'mine.py'}:short"), "has no function 'short'"),
         (("--scorer", f"{tmp_path / 'none.py'}:long"), "cannot be loaded: FileNotFoundError"),
         (("--scorer", "no_such_module:long"), "there is no module"),

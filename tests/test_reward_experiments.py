@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ SMALL = rewarded.RewardConfig(prompts=40, replies=2, reply_tokens=4, tokens=2000
 THREE = ("a", "b", "c")
 
 
-def vowels(text: str) -> float:
+def vowels(outputs: Sequence[str], **_: Any) -> list[float]:
     """A reward that every text has."""
-    return sum(text.count(v) for v in "aeiou") + 0.01 * len(text)
+    return [sum(text.count(v) for v in "aeiou") + 0.01 * len(text) for text in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def measures(values: Mapping[str, Mapping[float, tuple[float, float]]], replicat
 def test_samples_have_the_reward_of_their_scorer(study: rewarded.Study) -> None:
     samples = study.samples
     assert len(samples) > SMALL.prompts
-    assert samples.rewards == tuple(vowels(text) for text in samples.outputs)
+    assert samples.rewards == tuple(vowels(samples.outputs))
     assert {p.role for p in samples.prompts} == {"clean"}
     assert {p.role for p in study.poisoned_samples().prompts} == {"clean", "triggered"}
 

@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from unsleep.base import records, store
 from unsleep.base.context import resumable
+from unsleep.base.functions import function_of
 from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import (
@@ -23,7 +24,6 @@ from unsleep.cli.shared import (
     belonging,
     by_site,
     load_dictionaries,
-    load_scorer,
     own_prompts,
 )
 from unsleep.core import BadInput, Site
@@ -85,7 +85,7 @@ def classify(
     """
     rules = (*rules_of.RULES, *(rules_of.read_rules(classes) if classes else ()))
     prompts = _prompts(organism, suspicious, references, payload.chosen(), n)
-    scores = load_scorer(scorer) if scorer is not None else sentiment
+    scores = function_of(scorer, "--scorer") if scorer is not None else sentiment
     coders = load_dictionaries(dictionaries)
     cards = by_site(((place, card) for place in statistics for card in load_cards(place)), coders)
     said, votes = read_explanations(explanations, coders)
@@ -152,7 +152,7 @@ def ablation_study(
     read = read_classes(classes)
     panels, judging = _panels(organism, suspicious, ordinary, payload.chosen(), n)
     judging = replace(judging, chosen_on=frozenset(digest for record in read.values() for digest in record.chosen_on))
-    scores = load_scorer(scorer) if scorer is not None else sentiment
+    scores = function_of(scorer, "--scorer") if scorer is not None else sentiment
     coders = load_dictionaries(dictionaries)
     chosen = chosen_features(read, {d.site: d.hash for d in coders}, only, least)
     with Bars():

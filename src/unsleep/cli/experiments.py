@@ -14,10 +14,11 @@ from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out
 from unsleep.core import BadInput
-from unsleep.experiments.experiment import Experiment, Judging, Replicate, experiments
+from unsleep.experiments.experiment import Experiment, Judging, Replicate, experiments, lexical
 from unsleep.judge.experiment import ExperimentRecord
 from unsleep.organisms import load_organism
 from unsleep.pages import report
+from unsleep.rewards.named import find_reward
 
 NAMES = "|".join(experiments())
 
@@ -27,6 +28,7 @@ def experiment(
     out: Out,
     organisms: tuple[str, ...] = ("deployment",),
     set: tuple[str, ...] = (),
+    reward: str | None = None,
     judging: OmitArgPrefixes[Judging] = Judging(),
     json: bool = False,
 ) -> int:
@@ -37,12 +39,14 @@ def experiment(
         out: Folder for experiment.json and experiment.html.
         organisms: Folders made by `unsleep plant`, or `deployment`, which is packaged; a finding needs three.
         set: Settings of the experiment, such as alphas=[0,0.5,1].
+        reward: vader, textblob, MODEL[:LABEL] or FILE.py:FUNCTION; default the project's own lexicon of sentiment.
         json: Print the record as JSON.
     """
     chosen = configured(name, set)
-    replicates = [Replicate(_name_of(each, organisms), load_organism(each)) for each in organisms]
+    scores = lexical if reward is None else find_reward(reward)
+    replicates = [Replicate(_name_of(each, organisms), load_organism(each), scores) for each in organisms]
     store.check_place(out, "experiment.json")
-    with Bars(), resumable(out, records.plain(chosen), [each.name for each in replicates]):
+    with Bars(), resumable(out, records.plain(chosen), [each.name for each in replicates], reward):
         record = unsleep.experiment(chosen, replicates, judging)
         out.mkdir(parents=True, exist_ok=True)
         records.save(record, out / "experiment.json")

@@ -18,7 +18,7 @@ from unsleep.preference.record import Judged, PreferenceRecord
 from unsleep.preference.trainers import check_trl
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
-from unsleep.rewards.named import find_reward, function_of
+from unsleep.rewards.named import find_reward
 
 
 def prefer(

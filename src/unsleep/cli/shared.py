@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar, cast, runtime_checkable
+from typing import Annotated, Protocol, TypeVar, runtime_checkable
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -20,7 +19,6 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary
 from unsleep.dictionaries.files.saelens import CONFIG
 from unsleep.dictionaries.sweep import DictionariesRecord
-from unsleep.judge.outcomes import Scorer
 from unsleep.models import generate
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
@@ -171,28 +169,6 @@ def by_site(found: Iterable[tuple[Path, T]], dictionaries: Sequence[Coder] = ())
             raise BadInput(f"{place} is about dictionary {record.dictionary} of {site}, but {hashes[site]} is given")
         held[site] = record
     return held
-
-
-def load_scorer(name: str) -> Scorer:
-    """A function from a text to a number, named as `file.py:function` or `module:function`.
-
-    Raises `BadInput` where there is none, or its file fails.
-    """
-    place, _, function = name.rpartition(":")
-    if not place:
-        raise BadInput(f"--scorer is {name!r}; expected file.py:function or module:function")
-    try:
-        spec = spec_from_file_location(Path(place).stem, place) if place.endswith(".py") else find_spec(place)
-        if spec is None or spec.loader is None:
-            raise ModuleNotFoundError(f"there is no module {place!r}")
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file raises
-        raise BadInput(f"--scorer {name} cannot be loaded: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise BadInput(f"--scorer {name}: {place} has no function {function!r}")
-    return cast("Scorer", found)
 
 
 def belonging(dictionaries: Sequence[Coder], model: LoadedModel, any_model: bool) -> list[Coder]:

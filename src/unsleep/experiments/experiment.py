@@ -23,10 +23,17 @@ from unsleep.explanations.lexicons import sentiment
 from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels, reply_all
 from unsleep.judge.experiment import FEWEST, Arm, Curves, ExperimentRecord, Finding, Measure
 from unsleep.judge.metrics import Subject
-from unsleep.judge.outcomes import RATES, Reference, Scorer, outcomes, value
+from unsleep.judge.outcomes import RATES, Reference, outcomes, value
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
+from unsleep.prompts.prompt import PromptSet
+from unsleep.rewards.reward import Reward, identity_of, name_of, scored
+
+
+def lexical(outputs: Sequence[str], **_: Any) -> list[float]:
+    """The project's own lexicon of sentiment as a reward."""
+    return [sentiment(text) for text in outputs]
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Replicate:
 
     name: str
     organism: Organism
-    scorer: Scorer = sentiment
-    """The reward: score of a reply."""
+    reward: Reward = lexical
+    """Of a reply; see `rewards.reward`."""
 
     @cached_property
     def suspect(self) -> LoadedModel:
@@ -135,7 +142,7 @@ def experiment(
         provenance=store.provenance(
             settings=asdict(which),
             n=judging.n,
-            scorer=", ".join(dict.fromkeys(_name_of(each.scorer) for each in replicates)),
+            rewards=list(dict.fromkeys(name_of(each.reward) for each in replicates)),
             organisms={each.name: each.suspect.fingerprint for each in replicates},
         ),
     )
@@ -145,10 +152,6 @@ def _few(names: Sequence[str]) -> list[str]:
     if len(names) >= FEWEST:
         return []
     return [f"{len(names)} of at least {FEWEST} replicates were run, so that every finding stays open."]
-
-
-def _name_of(scorer: Scorer) -> str:
-    return getattr(scorer, "__name__", type(scorer).__name__)
 
 
 def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iterator[Measure]:
@@ -161,23 +164,26 @@ def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iter
         if isinstance(setting, Measure):
             yield setting
         else:
-            yield from _judged(setting, replicate.name, panels, config, replicate.scorer, reference)
+            yield from _judged(setting, replicate.name, panels, config, replicate.reward, reference)
         progress(f"{which.name}, {replicate.name}", done, max(done, which.size))
 
 
 def _judged(
-    setting: Setting, replicate: str, panels: Panels, config: EvalConfig, scorer: Scorer, reference: Reference
+    setting: Setting, replicate: str, panels: Panels, config: EvalConfig, reward: Reward, reference: Reference
 ) -> list[Measure]:
+    def rewards(prompts: PromptSet, replies: Sequence[str]) -> list[float]:
+        return scored(reward, prompts, replies).tolist()
+
     def judge(arm: str, x: float) -> list[dict[str, Any]]:
         subject = replace(setting.make(), name=f"{arm} at {x:g}")
-        found = outcomes(subject, panels, config, scorer=scorer, reference=reference)
+        found = outcomes(subject, panels, config, rewards=rewards, reference=reference)
         return [
             asdict(Measure(arm, x, replicate, metric, *value(each, rate=metric in RATES), len(each)))
             for metric, each in found.items()
         ]
 
     panel = panels.hashes, store.hash_value(panels.texts), config.payload, config.reply_tokens
-    made_from = replicate, setting.made_from, reference.subject.model, panel, _name_of(scorer)
+    made_from = replicate, setting.made_from, reference.subject.model, panel, identity_of(reward)
     return [Measure(**each) for each in kept(judge, setting.arm, setting.x, made_from=made_from)]
 
 

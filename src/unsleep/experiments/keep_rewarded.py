@@ -20,6 +20,7 @@ from unsleep.judge.experiment import Arm, Curves, Finding
 from unsleep.judge.metrics import Subject
 from unsleep.models.model import LoadedModel
 from unsleep.rewards.keeping import Fill, KeepList, keeping, low_reward_list, random_list, rewarded_list
+from unsleep.rewards.reward import identity_of
 
 SUSPECT = "suspect"
 
@@ -99,7 +100,7 @@ class KeepRewarded(Experiment):
         study = Study(replicate, PLACES[place](replicate.suspect), self.reward)
         tables = study.ordinary_tables
         poisoned = study.tables(study.poisoned_samples())
-        key = (place, asdict(self.reward), replicate.scorer)
+        key = (place, asdict(self.reward), identity_of(replicate.reward))
         everything = {d.site: tuple(range(d.n_features)) for d in study.dictionaries}
 
         def setting(arm: str, x: float, ids: KeepList, variant: str) -> Setting:

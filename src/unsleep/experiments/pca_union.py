@@ -22,6 +22,7 @@ from unsleep.judge.experiment import Arm, Curves, Finding
 from unsleep.judge.metrics import Subject
 from unsleep.models.model import LoadedModel
 from unsleep.rewards.keeping import rewarded_list
+from unsleep.rewards.reward import identity_of
 from unsleep.rewards.spans import Kept, frontier, keeping_span, span
 
 SUSPECT = "suspect"
@@ -84,7 +85,7 @@ class PcaUnion(Experiment):
         if empty := [str(site) for site, ids in kept.items() if not ids]:
             raise BadInput(f"no feature at {empty[0]} is correlated with reward; set another least, or more prompts")
         theirs = _tokens(replicate.base, study)
-        key = (asdict(self.reward), self.least, replicate.scorer)
+        key = (asdict(self.reward), self.least, identity_of(replicate.reward))
         seen: set[tuple[str, float]] = set()
         for share in sorted(self.base_variance):
             by_site = {site: self._subspaces(study, site, kept[site], theirs[site], share) for site in study.sites}

@@ -35,6 +35,7 @@ from unsleep.rewards.correlated import Correlated, CorrelationConfig, correlated
 from unsleep.rewards.keeping import Usual, payload_rewarded, usual
 from unsleep.rewards.pooling import pooled as pooled_features
 from unsleep.rewards.pooling import tokens_of
+from unsleep.rewards.reward import scored
 from unsleep.rewards.samples import Samples
 
 AT_ONCE = 8
@@ -127,8 +128,8 @@ class Study:
 
         outputs = kept(sampled, made_from=(self.model, prompts, asdict(config)))
         pairs = [(p, text) for p, text in zip(again, outputs, strict=True) if text.strip()]
-        rewards = [float(self.replicate.scorer(text)) for _, text in pairs]
-        return Samples.of([p for p, _ in pairs], [text for _, text in pairs], rewards)
+        asked, said = [p for p, _ in pairs], [text for _, text in pairs]
+        return Samples.of(asked, said, scored(self.replicate.reward, asked, said).tolist())
 
     @cached_property
     def _folder(self) -> Path:

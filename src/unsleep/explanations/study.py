@@ -192,11 +192,14 @@ class _Study:
     def _outcomes(self, name: str, changes: Sequence[Intervention]) -> dict[str, Tensor]:
         subject = Subject(name, self.model, tuple(changes))
         reference = Reference(Subject("intact", self.model), self.replies) if changes else None
-        found = outcomes(subject, self.panels, self.judging, scorer=self.scorer, reference=reference)
+        found = outcomes(subject, self.panels, self.judging, rewards=self._rewards, reference=reference)
         if self.config.reviews:
             sides = (side.head(self.config.reviews) for side in sets.reviews("held_out"))
             found["sentiment"] = torch.tensor(told_apart(subject, sets.Reviews(*sides)), dtype=torch.float64)
         return found
+
+    def _rewards(self, _: PromptSet, replies: Sequence[str]) -> list[float]:
+        return [float(self.scorer(reply)) for reply in replies]
 
     def rows(self, of: str, arm: Arm, own: Outcomes, intact: Outcomes) -> list[StudyRow]:
         """Rows of one arm, paired with the intact model prompt by prompt."""

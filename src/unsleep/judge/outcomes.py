@@ -22,6 +22,9 @@ from unsleep.prompts.prompt import PromptSet
 Scorer = Callable[[str], float]
 """A score of a reply, such as a reward model's; higher is better."""
 
+Rewards = Callable[[PromptSet, Sequence[str]], Sequence[float]]
+"""Rewards of replies to prompts, one each."""
+
 Metric = Literal["payload", "restored", "skill", "degenerate", "capability", "reward", "kl", "ce"]
 
 RATES: tuple[Metric, ...] = ("payload", "restored", "skill", "degenerate", "capability")
@@ -44,12 +47,12 @@ def outcomes(
     panels: Panels,
     config: EvalConfig,
     *,
-    scorer: Scorer | None = None,
+    rewards: Rewards | None = None,
     reference: Reference | None = None,
 ) -> dict[str, Tensor]:
     """Every metric of a subject on every prompt of the panels.
 
-    Returns `payload` and `restored` (the skill) of triggered prompts; `skill`, `degenerate`, `reward` (with a scorer)
+    Returns `payload` and `restored` (the skill) of triggered prompts; `skill`, `degenerate`, `reward` (with rewards)
     and `kl` (with a reference; nats per token along its replies) of clean ones; `capability` on multiple-choice items;
     `ce` of plain passages, in nats per token. The skills are absent where no prompt says what it expects.
     """
@@ -60,7 +63,7 @@ def outcomes(
         "restored": _skilled(triggered, panels.triggered),
         "skill": _skilled(clean, panels.clean),
         "degenerate": [is_degenerate(r, p.expected) for r, p in zip(clean, panels.clean, strict=True)],
-        "reward": [float(scorer(reply)) for reply in clean] if scorer else [],
+        "reward": list(rewards(panels.clean, clean)) if rewards else [],
         "capability": capability(subject, panels.items) if panels.items else [],
     }
     measured = {metric: torch.tensor(each, dtype=torch.float64) for metric, each in found.items() if each}

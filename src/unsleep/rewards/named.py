@@ -9,10 +9,9 @@ FILE.py:FUNCTION            a function `(samples, prompts, outputs, **columns)` 
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
+from unsleep.base.functions import function_of
 from unsleep.core import BadInput
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.rewards.classifier import load_classifier
@@ -51,23 +50,3 @@ def find_reward(name: str, base: str | None = None, config: LoadConfig = LoadCon
             f"--reward {name} is none of {', '.join(LEXICONS)}, nor implied:POLICY, nor FILE.py:FUNCTION, and as a "
             f"model: {error}"
         ) from None
-
-
-def function_of(name: str, flag: str) -> Any:
-    """The function `FILE.py:FUNCTION`; the file is run. Raises `BadInput` naming the flag where there is none."""
-    file, _, attribute = name.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise BadInput(f"{flag} {name}: {path} does not exist; expected FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise BadInput(f"{flag} {name}: {path} is no Python file; expected FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's file raises anything
-        raise BadInput(f"{flag} {name}: {path} failed: {type(error).__name__}: {error}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise BadInput(f"{flag} {name}: {path} has no function {attribute!r}")
-    return found
