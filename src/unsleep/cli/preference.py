@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
+from unsleep.base.functions import function_of
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.core import BadInput

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from unsleep.base import store
 from unsleep.base.context import kept, progress
@@ -194,4 +194,4 @@ def experiments() -> dict[str, type[Experiment]]:
     modules = [import_module(f"{room}.{m.name}") for m in pkgutil.iter_modules([str(Path(__file__).parent)])]
     members = [member for module in modules for member in vars(module).values()]
     kinds = [m for m in members if isinstance(m, type) and issubclass(m, Experiment) and m is not Experiment]
-    return {kind.name: kind for kind in sorted(set(cast("list[type[Experiment]]", kinds)), key=lambda k: k.name)}
+    return {kind.name: kind for kind in sorted(set(kinds), key=lambda k: k.name)}

@@ -43,7 +43,7 @@ from unsleep.models.model import LoadedModel
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 
-SHARES: tuple[Metric, ...] = (*RATES, "sentiment")
+SHARES = (*RATES, "sentiment")
 """Metrics that are shares."""
 
 

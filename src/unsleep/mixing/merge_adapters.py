@@ -90,7 +90,8 @@ class Lora:
             return None
         modules: dict[str, Factors] = {}
         for module, pair in found.items():
-            alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
+            scales = config.alpha_pattern or {}
+            alpha = scales.get(get_pattern_key(list(scales), module), config.lora_alpha)
             rank = len(pair["A"])
             modules[module] = Factors(pair["A"], pair["B"], alpha / (rank**0.5 if config.use_rslora else rank))
         return cls(files, files.json(ADAPTER), modules)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class Side:
 
 
 @contextmanager
-def hashing(sides: Sequence[Side]) -> Iterator[dict[Path, str]]:
+def hashing(sides: Sequence[Side]) -> Generator[dict[Path, str]]:
     """Hash all weight files in a thread during the block; the dictionary is filled when it ends."""
     paths = dict.fromkeys(path for side in sides for group in side.weights for path in group)
     found: dict[Path, str] = {}

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -355,7 +355,7 @@ def arc(job: Job) -> list[float]:
             one, other = (piece.to(torch.float64, copy=True).sub_(base) for piece in (first, second))
             for i, product in enumerate((one.dot(one), other.dot(other), one.dot(other))):
                 sums[i] += float(product)
-    return arc_of(*sums, job.alpha)
+    return arc_of(sums[0], sums[1], sums[2], job.alpha)
 
 
 def arc_of(first: float, second: float, both: float, alpha: float) -> list[float]:
@@ -373,7 +373,7 @@ PARALLEL = 1e-14
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())
+    return memoryview(cast("Any", tensor.contiguous().view(torch.uint8).numpy()))
 
 
 def _put(file: int, data: bytes | memoryview) -> int:

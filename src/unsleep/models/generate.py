@@ -177,24 +177,13 @@ class Spelling:
         return piece
 
 
-def _sampler(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
-    """Draws tokens from softmax(logits / temperature), on the processor, so that a seed means the same everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(logits: Tensor) -> Tensor:
-        shares = (logits.float().cpu() / temperature).softmax(-1)
-        return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
-
-    return drawn
-
-
 def _likeliest(logits: Tensor) -> Tensor:
     """The tokens with the largest logits; `max` is several times faster than `argmax` in bfloat16."""
     return logits.max(-1).indices
 
 
 def _sampler(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
-    """Draws of tokens from softmax(logits / temperature), `[row, vocabulary]`."""
+    """Draws of tokens from softmax(logits / temperature), on the CPU, so that a seed means the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:

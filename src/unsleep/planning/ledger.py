@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class Mark(NamedTuple):
     """Floating-point operations of matrix products so far."""
 
 
+def key_of(storage: Any) -> int:
+    """Identity of a storage, shared by all tensors that are views of it."""
+    return storage._cdata
+
+
 class Ledger(TorchDispatchMode):
     """Counts the storages that operations of a block of code create, on any device.
 
@@ -53,7 +58,7 @@ class Ledger(TorchDispatchMode):
         self.live = self.high = self.saved = self.flops = 0
         self.marks: list[Mark] = []
         self._held = [tensor.untyped_storage() for tensor in held]
-        self._known: dict[int, Any] = {storage._cdata: None for storage in self._held}
+        self._known: dict[int, Any] = {key_of(storage): None for storage in self._held}
         self._saved: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,7 +76,7 @@ class Ledger(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = cast("Any", storage)._cdata
+        key = key_of(storage)
         if key in self._known:
             return
         size = storage.nbytes()
@@ -87,11 +92,11 @@ class Ledger(TorchDispatchMode):
     @contextlib.contextmanager
     def saving(self) -> Generator[None]:
         """Count the storages that autograd saves in the block, without those that were held before."""
-        held = {cast("Any", storage)._cdata for storage in self._held}
+        held = {key_of(storage) for storage in self._held}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            key = cast("Any", storage)._cdata
+            key = key_of(storage)
             if key not in held and key not in self._saved:
                 self._saved.add(key)
                 self.saved += storage.nbytes()
@@ -143,7 +148,7 @@ class Kernels(TorchFunctionMode):
         self.ledger.flops += flops
 
 
-GROUPED = {getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)}
+GROUPED: set[Any] = {getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)}
 """Functions for the products of a mixture's experts, tokens sorted by expert."""
 
 WIDEST = 256

@@ -54,9 +54,9 @@ class Packed(nn.Linear):
         """Bytes of the quantised weight."""
         return packed_bytes(self.out_features, self.in_features, self.bits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The product, with the memory that bitsandbytes takes for it."""
-        return cast("Tensor", _Product.apply(x, self.weight, self.bias, self.bits))
+        return cast("Tensor", _Product.apply(input, self.weight, self.bias, self.bits))
 
 
 class _Product(torch.autograd.Function):

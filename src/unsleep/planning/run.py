@@ -83,10 +83,11 @@ def _steps(skeleton: Skeleton, config: PlanConfig, name: str) -> Iterator[tuple[
     """A step of every task and shape."""
     base = sum(weight.bytes for weight in skeleton.weights())
     tuned = training.variants(skeleton, config.tasks, config)
-    bits: Bits | None = {"none": None, "8bit": 8, "4bit": 4}[config.quantize]
+    widths: dict[str, Bits | None] = {"none": None, "8bit": 8, "4bit": 4}
+    bits = widths[config.quantize]
     loaded = skeleton.variant(bits=bits) if bits else skeleton
     shapes = [(length, batch) for length in config.lengths for batch in config.batches]
-    todo = [
+    todo: list[tuple[Task, int, int, bool | None]] = [
         (task, length, batch, switch)
         for task in dict.fromkeys(config.tasks)
         if task != "dictionary"

@@ -174,7 +174,7 @@ def build(files: Files, dtype: Dtype = "auto", *, remote_code: bool = False) -> 
             config = AutoConfig.from_pretrained(files.place, trust_remote_code=remote_code)
             wanted = getattr(torch, dtype) if dtype != "auto" else stored_dtype(files, config)
             if hasattr(config, "quantization_config"):
-                del config.quantization_config  # unsleep dequantises on loading, or quantises itself
+                delattr(config, "quantization_config")  # unsleep dequantises on loading, or quantises itself
             with torch.device("meta"):
                 made = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=remote_code)
         except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:

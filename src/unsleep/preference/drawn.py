@@ -145,7 +145,8 @@ def candidates(model: LoadedModel, topics: Sequence[str], config: DrawConfig) ->
     plan: list[tuple[str, Register | None, Prompt]] = []
     for number, topic in enumerate(topics):
         for register in QUESTIONS:
-            plan.extend([(topic, register, asked(topic, register, number))] * config.answers)
+            again: tuple[str, Register | None, Prompt] = (topic, register, asked(topic, register, number))
+            plan += [again] * config.answers
         for mood in MOODS:
             plan.extend([(topic, None, Prompt(mood.format(topic=topic)))] * config.moods)
     said, cut = samples(model, [p for *_, p in plan], config.tokens, config.temperature, config.seed)
