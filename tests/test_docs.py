@@ -142,7 +142,8 @@ LEFT_BY_SNIPPETS = {
 }
 """What a document's snippets leave."""
 
-HEAVY = {"ablation-study", "ask", "circuit", "classify", "graph", "overlap", "repair", "serve", "subspaces", "veto"}
+HEAVY = {"ablation-study", "ask", "circuit", "classify", "experiment", "graph", "overlap", "repair", "serve"}
+HEAVY |= {"subspaces", "veto"}
 """Stages that take minutes whatever the model, need one that misbehaves or what such a stage leaves, answer in a form,
 or run until Ctrl-C. In snippets, `small_repair` stands in.
 """
