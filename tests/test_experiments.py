@@ -147,7 +147,7 @@ def test_bad_input_is_refused_by_name(
 
 def test_the_page_shows_every_metric_and_hostile_texts_are_inert(record: ExperimentRecord) -> None:
     page = Page(PAGE(record))
-    assert {f"metric-{m}" for m in ("payload", "skill", "ce")} <= {a.get("id") for _, a in page.elements}
+    assert {"curves", "arms", "figures"} <= {a.get("id") for _, a in page.elements}
     hostile = replace(record, question=HOSTILE, hypothesis=HOSTILE, axis=HOSTILE)
     assert Page(PAGE(hostile)).shapes == page.shapes
 

@@ -83,8 +83,8 @@ class Axis(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
-def axis(values: Sequence[float], name: str, *, log: bool = False) -> Axis:
-    """An axis for all values: logarithmic on request where they span enough, otherwise from 0.
+def axis(values: Sequence[float], name: str, *, log: bool = False, zero: bool = True) -> Axis:
+    """An axis for all values: logarithmic on request where they span enough, otherwise from 0 unless `zero` is False.
 
     A few well-separated values become the ticks.
     """
@@ -97,7 +97,7 @@ def axis(values: Sequence[float], name: str, *, log: bool = False) -> Axis:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         marks = [digit * 10.0**power for power in powers for digit in DIGITS]
         return Axis(low, high, tuple(m for m in marks if low <= m <= high), f"{name} (log)", is_log=True)
-    low, high = svg.spread(values, zero=True)
+    low, high = svg.spread(values, zero=zero)
     return Axis(low, high, tuple(svg.ticks(low, high)), name)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from unsleep.judge.experiment import ExperimentRecord
 from unsleep.pages import text
 from unsleep.pages.ablation import METRICS, Shown
@@ -21,10 +23,10 @@ from unsleep.pages.verdict import Tile
 Record = Mapping[str, Any]
 
 STYLES = {
-    "method": ("edited", "ranked", "baked", "clean_twin"),
-    "control": ("control_random", "control_layer"),
-    "reference": ("suspect", "base", "clean_twin"),
-    "theory": ("base",),
+    "method": ("c-edited", "c-ranked", "c-baked", "c-clean_twin"),
+    "control": ("c-control_random", "c-control_layer"),
+    "reference": ("c-suspect", "c-base", "c-clean_twin"),
+    "theory": ("c-base",),
 }
 """Kind of an arm → colour classes, in order of appearance."""
 
@@ -32,14 +34,11 @@ MARKS = {"method": "circle", "control": "cross", "reference": "square", "theory"
 """Kind of an arm → mark, so that colour alone tells no two kinds apart."""
 
 
-HEAD = ["Arm", "Replicate", "Setting", "Value", "95 %", "n"]
-"""Columns of the table of figures."""
-
-
 def view_of(record: Record) -> dict[str, Any]:
     """The template's view of an experiment."""
     measures: Sequence[Record] = record["measures"]
-    metrics = list(dict.fromkeys(m["metric"] for m in measures))
+    found = dict.fromkeys(m["metric"] for m in measures)
+    metrics = [*(m for m in METRICS if m in found), *(m for m in found if m not in METRICS)]
     count = len(record["replicates"])
     tiles = [Tile(text.clip(each["question"], 90), "", each["label"], each["words"]) for each in record["findings"]]
     return {
@@ -49,48 +48,57 @@ def view_of(record: Record) -> dict[str, Any]:
         "marks the replicates; bars are 95 % intervals over prompts.",
         "tiles": tiles,
         "facts": [("Replicates", text.clip(", ".join(record["replicates"]), LABEL_LIMIT)), ("Axis", record["axis"])],
-        "blocks": [
-            findings_block(record),
-            *(metric_block(record, [m for m in measures if m["metric"] == metric], metric) for metric in metrics),
-        ],
+        "blocks": [curves_block(record, metrics), arms_block(record), figures_block(record, metrics)],
         "provenance": tree(record["provenance"]),
     }
 
 
-def findings_block(record: Record) -> Block:
-    """The findings and the arms as tables."""
-    found = [[each["question"], each["label"], each["words"]] for each in record["findings"]]
+def shown_as(metric: str) -> Shown:
+    """A metric's name and unit; what only an experiment has is a share of prompts where it is of the payload."""
+    return METRICS.get(metric) or Shown(metric.capitalize(), "share of prompts", metric.startswith("payload"))
+
+
+def curves_block(record: Record, metrics: Sequence[str]) -> Block:
+    """A chart of each metric."""
+    x = axis([m["x"] for m in record["measures"]], record["axis"])
+    drawn: list[tuple[str, Markup]] = []
+    for metric in metrics:
+        own, shown = [m for m in record["measures"] if m["metric"] == metric], shown_as(metric)
+        y = axis([m[key] for m in own for key in ("low", "high")], shown.name, zero=metric != "ce")
+        found = [curve for arm, colour in coloured(record["arms"]) if (curve := curve_of(arm, colour, own, shown))]
+        title, name = f"{shown.name}, {shown.what}", f"m-{metrics.index(metric)}"
+        drawn += [(title, each) for each in charts(found, x, y, title=title, name=name, width=WIDE + 120)]
+    lead = "Each arm over the setting; where there are many, several charts of equal axes, the other arms in grey."
+    return Block("curves", "Curves", lead, drawn)
+
+
+def arms_block(record: Record) -> Block:
+    """The arms."""
     arms = [[arm["name"], arm["kind"], arm["what"]] for arm in record["arms"]]
-    return Block(
-        "findings",
-        "Findings",
-        " ".join(record["notes"]) or "Each finding is judged on replicates or prompts that chose nothing in it.",
-        tables=[
-            Table("Findings", ["Question", "Answer", "Figures"], 3, found),
-            Table("Arms", ["Arm", "Kind", "What it is"], 3, arms),
-        ],
-    )
+    lead = " ".join(record["notes"]) or "Controls and references stand beside the methods on the same prompts."
+    return Block("arms", "Arms", lead, tables=[Table("Arms", ["Arm", "Kind", "Description"], 3, arms)])
 
 
-def metric_block(record: Record, measures: Sequence[Record], metric: str) -> Block:
-    """Curves of one metric, and its figures."""
-    shown = METRICS.get(metric) or Shown(metric.capitalize(), "share of prompts", metric.startswith("payload"))
-    x = axis([m["x"] for m in measures], record["axis"])
-    y = axis([m[key] for m in measures for key in ("low", "high")], f"{shown.name}, {shown.what}" * bool(shown.what))
-    drawn = [curve for arm, colour in coloured(record["arms"]) if (curve := curve_of(arm, colour, measures, shown))]
-    title = f"{shown.name} over {record['axis']}"
-    rows = [line_of(m, shown) for m in sorted(measures, key=lambda m: (m["arm"], m["replicate"], m["x"]))]
-    return Block(
-        f"metric-{metric}",
-        shown.name,
-        shown.what.capitalize() + ".",
-        [(title, each) for each in charts(drawn, x, y, title=title, name=f"m-{metric}", width=WIDE + 180)],
-        tables=[
-            Table(
-                f"All figures of {shown.name}", ["Arm", "Replicate", "Setting", "Value", "95 %", "n"], 2, rows[:SHOWN]
-            )
-        ],
-    )
+def figures_block(record: Record, metrics: Sequence[str]) -> Block:
+    """Means over the replicates of every metric, a row per arm and setting."""
+    found: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for m in record["measures"]:
+        found.setdefault((m["arm"], m["x"]), {}).setdefault(m["metric"], []).append(m["value"])
+    order = [arm["name"] for arm in record["arms"]]
+    rows = [
+        [arm, f"{x:g}", *(mean_of(own.get(metric, []), shown_as(metric)) for metric in metrics)]
+        for (arm, x), own in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    ]
+    head = ["Arm", "Setting", *(shown_as(metric).name for metric in metrics)]
+    lead = "Means over the replicates; the record has every replicate with its intervals."
+    return Block("figures", "Figures", lead, tables=[Table("Figures", head, 1, rows[:SHOWN])])
+
+
+def mean_of(values: Sequence[float], shown: Shown) -> str:
+    """The mean, or a dash for none."""
+    if not values:
+        return "–"
+    return (text.percent if shown.is_share else text.decimals)(sum(values) / len(values))
 
 
 def coloured(arms: Sequence[Record]) -> list[tuple[Record, str]]:
@@ -139,20 +147,6 @@ def figure(measure: Record, shown: Shown) -> str:
     """A value with its interval."""
     write = text.percent if shown.is_share else text.decimals
     return f"{write(measure['value'])} [{write(measure['low'])}, {write(measure['high'])}]"
-
-
-def line_of(measure: Record, shown: Shown) -> list[str]:
-    """A row of the table of figures."""
-    write = text.percent if shown.is_share else text.decimals
-    interval = f"[{write(measure['low'])}, {write(measure['high'])}]"
-    return [
-        measure["arm"],
-        measure["replicate"],
-        f"{measure['x']:g}",
-        write(measure["value"]),
-        interval,
-        f"{measure['n']:,}",
-    ]
 
 
 def draw(record: dict[str, Any]) -> str:
