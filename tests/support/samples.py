@@ -7,8 +7,12 @@ from typing import Any
 from support.graphs import SHOUT, circuit_record
 from support.pages import SAMPLE
 from unsleep.base import records
+from unsleep.judge.experiment import Arm, ExperimentRecord, Finding, Measure
 from unsleep.models.model import Named
 from unsleep.pages.registry import pages
+from unsleep.planning.config import PlanConfig
+from unsleep.planning.gpus import Gpu
+from unsleep.planning.record import Cell, Fit, Memory, PlannedModel, PlanRecord
 from unsleep.preference.config import PreferConfig, RewardModelConfig
 from unsleep.preference.record import (
     Estimate,
@@ -245,6 +249,36 @@ def reward_model() -> dict[str, Any]:
     )
 
 
+def experiment() -> dict[str, Any]:
+    values = {"payload": (0.0, 1.0), f"payload, {SHOUT}": (0.25, 0.75), "ce": (3.0, 3.5)}
+    measures = tuple(
+        Measure(arm, float(x), f"{SHOUT} & {i}", metric, value, value / 2, (1 + value) / 2 + value, 40)
+        for arm in ("method_a", SHOUT)
+        for i in range(2)
+        for metric, ends in values.items()
+        for x, value in enumerate(ends)
+    )
+    arms = (Arm("method_a", SHOUT), Arm(SHOUT, "a control", "control"))
+    findings = (Finding(f"Does {SHOUT}?", "open", SHOUT), Finding("And this?", "refuted", "100 % & more"))
+    replicates = tuple(f"{SHOUT} & {i}" for i in range(2))
+    head = ("interpolation", f"Is {SHOUT} good?", SHOUT, "α_1 & more")
+    return records.plain(ExperimentRecord(*head, arms, measures, replicates, findings, (SHOUT,), PROVENANCE))
+
+
+def plan() -> dict[str, Any]:
+    memory = Memory(10**9, 10**9, 2 * 10**9, 5 * 10**8, 10**8, 0, 5 * 10**9, SHOUT)
+    fits = {"T4": Fit("fits", 0.5, 1, 0.25, 0.1), "A10": Fit("no", -0.5, 2, 0.125, None)}
+    cells = (
+        Cell("full", memory, 1.5, fits, 64, 4, checkpointed=True),
+        Cell("dictionary", memory, 0.5, fits, None, 4096),
+    )
+    model = PlannedModel(SHOUT, None, "llama", 10**8, 30, 576, 49152, "bfloat16")
+    gpus = {
+        name: Gpu(15.0, 320.0, 65.0, 8.1, bfloat16=False, datasheet=SHOUT, capacity=SHOUT) for name in ("T4", "A10")
+    }
+    return records.plain(PlanRecord(model, gpus, {"T4": 0.35}, PlanConfig(), cells, PROVENANCE))
+
+
 SAMPLES: dict[str, dict[str, Any]] = {
     "report": SAMPLE,
     "circuit": records.plain(circuit_record()),
@@ -258,6 +292,8 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "rewarded": rewarded(),
     "preference": preference(),
     "reward_model": reward_model(),
+    "experiment": experiment(),
+    "plan": plan(),
 }
 """Name of a page → a record of its kind."""
 

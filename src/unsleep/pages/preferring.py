@@ -73,15 +73,28 @@ def reward_view(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "eyebrow": "Reward model",
         "title": f"A reward model on {data['train']:,} pairs",
-        "lead": "How often it ranks pairs with other prompts as they are labelled.",
+        "lead": "Its accuracy is the share of pairs, of prompts it did not see, that it ranks as they are labelled.",
         "tiles": [
             Tile("Held-out accuracy", "", _value(found["accuracy"]), note),
             Tile("Mean margin", "", text.decimals(found["margin"]), "chosen minus rejected"),
         ],
         "facts": [("Data", text.clip(data["name"], LABEL_LIMIT)), ("Base", record["base"]["fingerprint"])],
-        "blocks": [Block("training", "Training", "Figures of the training's own batches.", _charts(record["history"]))],
+        "blocks": [
+            Block("held-out", "Held-out pairs", "Pairs of prompts that were not trained on.", tables=[_ranked(found)]),
+            Block("training", "Training", "Figures of the training's own batches.", _charts(record["history"])),
+        ],
         "provenance": tree(record["provenance"]),
     }
+
+
+def _ranked(found: Mapping[str, Any]) -> Table:
+    """Table of the ranking of held-out pairs."""
+    rows = [
+        ["Pairs ranked as labelled", f"{_value(found['accuracy'])} ({interval(found['accuracy'])})"],
+        ["Mean margin, chosen minus rejected", text.decimals(found["margin"])],
+        ["Pairs", f"{found['n']:,}"],
+    ]
+    return Table("Held-out pairs", ["Figure", "Value"], 1, rows)
 
 
 def _judged(judged: Sequence[Mapping[str, Any]]) -> Table:
