@@ -253,3 +253,13 @@ def test_another_format_than_an_edit_was_made_under_is_told(folder: Path, tmp_pa
 def test_the_version_is_told(capsys: Capture):
     assert cli.run(["--version"]) == 0
     assert re.fullmatch(r"unsleep \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_a_repair_names_what_is_missing(tmp_path: Path, capsys: Capture) -> None:
+    for name in ("bad.txt", "good.txt"):
+        (tmp_path / name).write_text("one\ntwo\n")
+    words = ["repair", "nobody/nothing", "--out", str(tmp_path / "out"), "--suspicious", str(tmp_path / "bad.txt")]
+    assert cli.run(words) == 2
+    assert "--ordinary and --payload missing" in capsys.readouterr().err
+    assert cli.run([*words, "--ordinary", str(tmp_path / "good.txt")]) == 2
+    assert "--payload missing" in capsys.readouterr().err

@@ -102,6 +102,8 @@ def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
             f"TOO FEW: the interval's upper end is above {POWER}; at least 73 prompts without the payload are needed"
         )
     lines += ["", f"{label} (score {score:.2f}). Report: {out / 'report.html'}"]
+    if (cleaned := out / "cleaned").is_dir():
+        lines.append(f"Checkpoint: {cleaned}, which plain transformers load")
     say(store.read_json(out / "result.json"), as_json, "\n".join(lines))
 
 

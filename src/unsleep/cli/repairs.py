@@ -87,8 +87,10 @@ def material_of(
 ) -> Material:
     """Selection and held-out prompts from files; raises `BadInput`, saying `missing`, where one is not given."""
     (suspicious, ordinary), (counterparts, part) = files, plain
-    if suspicious is None or ordinary is None or payload is None:
-        raise BadInput(missing)
+    given = {"--suspicious": suspicious, "--ordinary": ordinary, "--payload": payload}
+    if lacking := [flag for flag, value in given.items() if value is None]:
+        only = f"{' and '.join(lacking)} missing: " if len(lacking) < len(given) else ""
+        raise BadInput(f"{only}{missing}")
     return from_files(
         sets.read_prompts(suspicious, "triggered"),
         sets.read_prompts(ordinary),
