@@ -88,7 +88,8 @@ def material_of(
     """Selection and held-out prompts from files; raises `BadInput`, saying `missing`, where one is not given."""
     (suspicious, ordinary), (counterparts, part) = files, plain
     given = {"--suspicious": suspicious, "--ordinary": ordinary, "--payload": payload}
-    if lacking := [flag for flag, value in given.items() if value is None]:
+    if suspicious is None or ordinary is None or payload is None:
+        lacking = [flag for flag, value in given.items() if value is None]
         only = f"{' and '.join(lacking)} missing: " if len(lacking) < len(given) else ""
         raise BadInput(f"{only}{missing}")
     return from_files(
