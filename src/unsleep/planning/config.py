@@ -48,8 +48,8 @@ class PlanConfig:
     rank: int = 16
     """Rank of LoRA matrices, which are float32."""
     modules: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers with LoRA matrices; `all-linear` for all but the unembedding. Experts of a mixture are
-    no linear layers, and get none.
+    """Names of the linear layers with LoRA matrices; `all-linear` for all but the unembedding. Matrices that PEFT
+    adds to the experts of a mixture are not counted.
     """
     dtype: Dtype = "auto"
     """Dtype of weights that are neither quantised nor fine-tuned themselves; `auto` is the checkpoint's."""
