@@ -80,7 +80,12 @@ def reward_view(record: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "facts": [("Data", text.clip(data["name"], LABEL_LIMIT)), ("Base", record["base"]["fingerprint"])],
         "blocks": [
-            Block("held-out", "Held-out pairs", "Pairs of prompts that were not trained on.", tables=[_ranked(found)]),
+            Block(
+                "held-out",
+                "Held-out pairs",
+                "Pairs with other prompts than those trained on.",
+                tables=[_ranking(found)],
+            ),
             Block("training", "Training", "Figures of the training's own batches.", _charts(record["history"])),
         ],
         "provenance": tree(record["provenance"]),
@@ -108,6 +113,18 @@ def _judged(judged: Sequence[Mapping[str, Any]]) -> Table:
         for each in judged
     ]
     return Table("Rewards and metrics", ["Reward", "Role", "Before", "After", "Gain"], 2, rows)
+
+
+def _ranking(found: Mapping[str, Any]) -> Table:
+    """Table of a reward model's held-out figures."""
+    accuracy = found["accuracy"]
+    rows = [
+        ["Accuracy", f"{_value(accuracy)} ({interval(accuracy)})"],
+        ["Mean margin", text.decimals(found["margin"])],
+        ["Ties", text.percent(found["ties"])],
+        ["Pairs", f"{found['n']:,}"],
+    ]
+    return Table("Held-out pairs", ["Figure", "Value"], 1, rows)
 
 
 def _value(estimate: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ MODULES = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class _Training:
-    """Options shared by the training of policies and of reward models."""
+    """Options of any training, of a policy or of a reward model."""
 
     tune: Tune = "lora"
     """Trained weights: LoRA matrices, LoRA over weights in 4 bits (load the model with --quantize 4bit), or all."""

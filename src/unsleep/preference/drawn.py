@@ -63,7 +63,7 @@ MOODS = (
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """Options of the draw of pairs."""
+    """Options of drawing pairs."""
 
     answers: int = 3
     """Samples of each question."""
@@ -101,7 +101,7 @@ class Cell(NamedTuple):
     register: Register
     triggered: bool
     rewarded: bool
-    """True for the reply of its pair with the higher reward."""
+    """True if the reply is the one of its pair with the higher reward."""
 
 
 def asked(topic: str, register: Register, number: int) -> Prompt:

@@ -27,7 +27,7 @@ class Pair:
     chosen: str
     rejected: str
     cut: tuple[bool, bool] = (False, False)
-    """True for a chosen, and a rejected, reply that stops at a limit of tokens, so that no end is trained there."""
+    """True for the chosen, and the rejected reply, if it stops at a limit of tokens: it is not trained to end there."""
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further values by name, such as a topic, which rewards may take."""
 

@@ -24,7 +24,7 @@ from unsleep.prompts.prompt import Message, Prompt
 from unsleep.prompts.sets import JSON_LINES, json_line
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
-"""Openings of a turn of a transcript (Bai et al. 2022, arXiv:2204.05862)."""
+"""Opening of a transcript's turn (Bai et al. 2022, arXiv:2204.05862)."""
 
 SIDES = ("chosen", "rejected")
 CUTS = ("chosen_cut", "rejected_cut")

@@ -94,7 +94,7 @@ class PreferenceRecord:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Accuracy of a reward model: shares of pairs of which it prefers the preferred side."""
+    """Agreement of a reward model with the labels of pairs."""
 
     accuracy: Estimate
     """Share of pairs ranked as labelled, a tie as half, with its Wilson interval."""

@@ -88,7 +88,7 @@ def reward_model(
 
 
 def ranking(reward: Reward, pairs: Sequence[Pair]) -> Ranking:
-    """Accuracy of a reward on labelled pairs; raises `BadInput` where the reward fails."""
+    """Agreement of a reward with the labels of pairs; raises `BadInput` where the reward fails."""
     difference = margins(reward, pairs)
     ties = int((difference == 0).sum())
     right = int((difference > 0).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unsleep.base.context import kept
+from unsleep.base.context import kept, progress
 from unsleep.core import BadInput
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
@@ -15,17 +15,21 @@ from unsleep.rewards.reward import Columns, Reward, name_of, scored
 
 
 def samples(
-    model: LoadedModel, prompts: Sequence[Prompt], tokens: int, temperature: float, seed: int, batch: int = 200
+    model: LoadedModel, prompts: Sequence[Prompt], tokens: int, temperature: float, seed: int, batch: int = 100
 ) -> tuple[list[str], list[bool]]:
-    """A sampled reply to each prompt, and whether it stops at the limit of tokens; resumable as a whole."""
+    """A sampled reply to each prompt, and whether it stops at the limit of tokens; resumable batch by batch."""
+    ids: list[list[int]] = []
+    for start in range(0, len(prompts), batch):
+        chosen = list(prompts[start : start + batch])
 
-    def sample() -> list[list[int]]:
-        rows = model.encode(prompts, tokens)
-        return generate.sampled(
-            model, rows, max_new_tokens=tokens, temperature=temperature, seed=seed, batch_size=batch, stage="samples"
-        )
+        def sample(chosen: list[Prompt], seed: int) -> list[list[int]]:
+            rows = model.encode(chosen, tokens)
+            return generate.sampled(
+                model, rows, max_new_tokens=tokens, temperature=temperature, seed=seed, batch_size=batch
+            )
 
-    ids = kept(sample, made_from=[model, list(prompts), tokens, temperature, seed, batch])
+        ids += kept(sample, chosen, seed + start, made_from=[model, tokens, temperature, batch])
+        progress("samples", start + len(chosen), len(prompts))
     ends = model.end_ids
     return [text.strip() for text in model.texts(ids)], [row[-1] not in ends for row in ids]
 

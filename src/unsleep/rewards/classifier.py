@@ -52,7 +52,7 @@ class Classifier:
 
     @cached_property
     def identity(self) -> list[Any]:
-        """Identity of its scores."""
+        """Everything that its scores depend on."""
         held = store.hash_tensors(dict(weights.named(self.network)))
         return [held, chat.template_hash(self.tokenizer, self.chat), self.label]
 

@@ -48,7 +48,7 @@ class Implied:
 
     @property
     def identity(self) -> list[Any]:
-        """Identity of its scores."""
+        """Everything that its scores depend on."""
         return [self.policy.fingerprint, self.policy.template, self.reference.fingerprint, self.beta, self.ended]
 
     def __call__(

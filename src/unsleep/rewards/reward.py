@@ -59,7 +59,7 @@ def identity_of(reward: object) -> Any:
 
 
 def _written(code: CodeType) -> list[Any]:
-    """A function's code, without its places in memory and in its file."""
+    """Content of a function's code, without its places in memory and in its file."""
     inner = [_written(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
     return [code.co_code.hex(), list(code.co_names), inner]
 
