@@ -92,16 +92,6 @@ def reward_view(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ranked(found: Mapping[str, Any]) -> Table:
-    """Table of the ranking of held-out pairs."""
-    rows = [
-        ["Pairs ranked as labelled", f"{_value(found['accuracy'])} ({interval(found['accuracy'])})"],
-        ["Mean margin, chosen minus rejected", text.decimals(found["margin"])],
-        ["Pairs", f"{found['n']:,}"],
-    ]
-    return Table("Held-out pairs", ["Figure", "Value"], 1, rows)
-
-
 def _judged(judged: Sequence[Mapping[str, Any]]) -> Table:
     """Table of rewards and metrics."""
     rows = [
@@ -119,7 +109,7 @@ def _ranking(found: Mapping[str, Any]) -> Table:
     """Table of a reward model's held-out figures."""
     accuracy = found["accuracy"]
     rows = [
-        ["Accuracy", f"{_value(accuracy)} ({interval(accuracy)})"],
+        ["Pairs ranked as labelled", f"{_value(accuracy)} ({interval(accuracy)})"],
         ["Mean margin", text.decimals(found["margin"])],
         ["Ties", text.percent(found["ties"])],
         ["Pairs", f"{found['n']:,}"],
