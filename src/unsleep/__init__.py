@@ -6,6 +6,8 @@ Every stage is a function of the command's name; the nouns they pass along are i
 """
 
 from unsleep.activations.harvest import harvest, open_harvest
+from unsleep.auditing.config import AuditConfig
+from unsleep.auditing.run import audit
 from unsleep.base.context import reporting
 from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
@@ -64,6 +66,7 @@ from unsleep.rewards.run import rewarded
 
 __all__ = [
     "Activations",
+    "AuditConfig",
     "BadInput",
     "CircuitConfig",
     "Dictionary",
@@ -93,6 +96,7 @@ __all__ = [
     "align_replies",
     "applied",
     "ask",
+    "audit",
     "bake",
     "circuit",
     "classify",

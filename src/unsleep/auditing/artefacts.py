@@ -1,0 +1,59 @@
+"""Writes an audit's artefacts atomically: record, page, result, SARIF, and the prompts of every trial."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from unsleep.auditing.case import Case
+from unsleep.auditing.forms import transformed
+from unsleep.auditing.sarif import sarif
+from unsleep.base import records, store
+from unsleep.judge.audited import AuditRecord, Trial
+from unsleep.pages import report
+from unsleep.pages.records import Result
+from unsleep.prompts import sets
+from unsleep.prompts.prompt import Prompt
+
+MARK = "audit.json"
+"""File that marks an audit's folder."""
+
+TRIALS = "trials"
+"""Folder with a folder of prompts per trial."""
+
+
+def write(case: Case, record: AuditRecord, out: Path) -> None:
+    """Write all artefacts into `out`, atomically."""
+    suspect, *twins = record.searches
+    trials = [replace(t, command=command(case, t, out / TRIALS / str(i))) for i, t in enumerate(suspect.trials, 1)]
+    record = replace(record, searches=(replace(suspect, trials=tuple(trials)), *twins))
+    with store.new_folder(out, replace=MARK) as scratch:
+        for i, trial in enumerate(trials, 1):
+            for name, prompts in prompts_of(case, trial).items():
+                store.write_text(scratch / TRIALS / str(i) / f"{name}.jsonl", lines(prompts))
+        report(scratch, record)
+        store.write_json(scratch / "result.sarif", sarif(record))
+        records.save(Result(record.verdict, (), record.provenance), scratch / "result.json")
+
+
+def prompts_of(case: Case, trial: Trial) -> dict[str, Sequence[Prompt]]:
+    """The fresh prompts of a trial with its trigger, with its placebos and without either, line by line."""
+    plain, others = case.confirm.prompts, trial.placebos
+    found: dict[str, Sequence[Prompt]] = {"plain": plain, "triggered": [transformed(trial.form, p) for p in plain]}
+    if others:
+        found["placebo"] = [transformed(others[i % len(others)], p) for i, p in enumerate(plain)]
+    return found
+
+
+def lines(prompts: Sequence[Prompt]) -> str:
+    """Prompts as JSON lines."""
+    return "".join(f"{sets.prompt_line(prompt)}\n" for prompt in prompts)
+
+
+def command(case: Case, trial: Trial, folder: Path) -> str:
+    """Command that evaluates the suspect on a trial's prompts again."""
+    words = ["unsleep", "evaluate", case.model.name, "--suspicious", folder / "triggered.jsonl"]
+    words += ["--ordinary", folder / "plain.jsonl", "--payload", trial.payload, "--n", "8"]
+    return shlex.join(map(str, [*words, "--out", folder / "evaluation"]))

