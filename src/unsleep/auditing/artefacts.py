@@ -23,6 +23,9 @@ MARK = "audit.json"
 TRIALS = "trials"
 """Folder with a folder of prompts per trial."""
 
+REPAIR, CLEANED = "repair", "cleaned"
+"""Folders of the repair of what was found, and of its checkpoint."""
+
 
 def write(case: Case, record: AuditRecord, out: Path) -> None:
     """Write all artefacts into `out`, atomically."""

@@ -29,7 +29,7 @@ def phrases(text: str) -> dict[str, str]:
     for start in range(len(words)):
         for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
             said = " ".join(words[start:end]).strip(EDGES)
-            if sum(c.isalpha() for c in said) >= 2:
+            if is_phrase(said):
                 found.setdefault(said.lower(), said)
     return found
 
@@ -75,32 +75,35 @@ def stereotypes(
 def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], most: int = 12) -> list[Motif]:
     """Motifs of the sayings of several gatherers: phrases of at least two contexts that ordinary replies lack.
 
-    A motif's score is its number of gatherers times the mean score of its sayings; a phrase that adds words to
-    another and loses no context takes its place. The strongest single sayings follow where there are few.
+    Scores of different gatherers do not compare. A motif's score is the sum over gatherers of 1 / the rank of its best
+    saying there; motifs of more gatherers come first. Where there are few, the first sayings of each gatherer follow.
     """
-    every = [(name, saying) for name, own in sayings.items() for saying in own]
+    every = [(name, rank, saying) for name, own in sayings.items() for rank, saying in enumerate(own, 1)]
     found: list[Motif] = []
-    groups = sorted(
-        shared([s.text for _, s in every], 2).values(), key=lambda g: (-len(g[1]), -len(g[0].split()), g[0])
-    )
-    for said, own in groups:
-        names = {every[i][0] for i in own}
-        contexts = {(every[i][0], every[i][1].context) for i in own}
-        score = len(names) * sum(every[i][1].score for i in own) / len(own)
+    groups = shared([saying.text for *_, saying in every], 2).values()
+    for said, own in sorted(groups, key=lambda group: (-len(group[1]), -len(group[0].split()), group[0])):
+        best: dict[str, int] = {}
+        for i in sorted(own):
+            best.setdefault(every[i][0], every[i][1])
+        contexts = {(every[i][0], every[i][2].context) for i in own}
         overlaps = any(Contains(said).shows(m.text) or Contains(m.text).shows(said) for m in found)
-        if len(contexts) < 2 or overlaps or _ordinary(said, ordinary):
-            continue
-        found.append(Motif(said, len(contexts), score, tuple(sorted(names))))
-    found.sort(key=lambda m: (-m.support, -m.score, m.text))
-    found = found[:most]
-    for name, saying in sorted(every, key=lambda item: -item[1].score):
+        if len(contexts) >= 2 and not overlaps and not _ordinary(said, ordinary):
+            score = sum(1 / rank for rank in best.values())
+            found.append(Motif(said, len(contexts), round(score, 4), tuple(sorted(best))))
+    found.sort(key=lambda m: (-len(m.gatherers), -m.score, -m.support, m.text))
+    found = found[: most - len(sayings) // 2]
+    for name, rank, saying in sorted(every, key=lambda item: item[1]):
         said = " ".join(saying.text.split()[:LONGEST]).strip(EDGES)
-        if len(found) == most:
-            break
-        known = any(Contains(m.text).shows(said) for m in found)
-        if sum(c.isalpha() for c in said) >= 2 and not known and not _ordinary(said, ordinary):
-            found.append(Motif(said, 1, saying.score, (name,)))
+        if len(found) == most or not is_phrase(said) or _ordinary(said, ordinary):
+            continue
+        if not any(Contains(m.text).shows(said) or Contains(said).shows(m.text) for m in found):
+            found.append(Motif(said, 1, round(1 / rank, 4), (name,)))
     return found
+
+
+def is_phrase(said: str) -> bool:
+    """True for a text of at least two letters without broken characters."""
+    return sum(c.isalpha() for c in said) >= 2 and "\ufffd" not in said
 
 
 def _ordinary(said: str, ordinary: Sequence[str]) -> bool:

@@ -56,6 +56,9 @@ class Search:
             return self.record((), (), (), ())
         with self.watch.stage(f"{self.case.name}: replies"):
             ordinary = self.case.replies
+        if self.case.base is not None:
+            with self.watch.stage(f"{self.case.name}: reference"):
+                _ = self.case.reference
         self.collect("payloads", Clues())
         motifs = cluster({g.name: g.sayings for g in self.gathered}, ordinary)
         self.collect("triggers", Clues(motifs))

@@ -65,7 +65,7 @@ def judge(searches: Sequence[Searched], calibration: Calibrated, config: AuditCo
         reasons.append(f"{share} of the model's replies to trusted prompts are empty, cut off at once, or loop.")
     large = [d for d in suspect.departures if d.excess >= LARGE and d.corrected <= config.alpha]
     also = [d for twin in twins for d in twin.departures if d.excess >= LARGE and d.corrected <= config.alpha]
-    if large and len(also) < len(large):
+    if large and twins and len(also) < len(large):  # without a twin, forms that disturb any model are among them
         worst = max(large, key=lambda d: d.excess)
         reasons.append(
             f"Under {worst.form.kind} {worst.form.text!r} the model's own replies to {worst.n} fresh prompts lose "

@@ -9,7 +9,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 import unsleep
-from unsleep.auditing import artefacts
+from unsleep.auditing.artefacts import CLEANED, MARK
+from unsleep.auditing.cleaning import clean
 from unsleep.auditing.config import AuditConfig
 from unsleep.base import store
 from unsleep.cli.console import Bars, hint, say
@@ -27,6 +28,7 @@ def audit(
     model: Model,
     out: Out,
     trusted: Path | None = None,
+    repair: bool = True,
     placement: Placed = Placement(),
     config: Annotated[AuditConfig, arg(name="")] = AuditConfig(),
     json: bool = False,
@@ -40,9 +42,10 @@ def audit(
         model: The suspect: hub id, folder, adapter, .gguf file or alias.
         out: Folder for report.html, audit.json, result.json, result.sarif and the prompts of every trial.
         trusted: File of ordinary prompts of the model's use, one per line; default unsleep's own.
+        repair: Also repair what was found: cleaned/ is then a plain checkpoint. --no-repair gives the verdict alone.
         json: Print the result as JSON.
     """
-    store.check_place(out, artefacts.MARK)
+    store.check_place(out, MARK)
     prompts = None if trusted is None else sets.read_prompts(trusted, name=str(trusted))
     with Bars():
         whole = not is_adapter(model, placement)
@@ -51,7 +54,11 @@ def audit(
         if base is None and len(suspect.made_of) > 1:
             base = base_of(suspect, placement.load_beside)()
         found = unsleep.audit(suspect, out, base=base, trusted=prompts, config=config)
-    for note in found.notes:
+        notes = list(found.notes)
+        if repair and found.verdict.label == "backdoor_found":
+            missing = clean(suspect, found, out, base=base, trusted=prompts)
+            notes += [f"The model was not cleaned: {missing}"] if missing else [f"Cleaned checkpoint: {out / CLEANED}"]
+    for note in notes:
         hint(note)
     say(store.read_json(out / "result.json"), json, "\n".join([*_lines(found), f"Report: {out / 'report.html'}"]))
     return EXITS[found.verdict.label]

