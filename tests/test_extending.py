@@ -1,4 +1,4 @@
-"""New payloads, triggers, architectures, interventions, pages and gatherers are one file each: those of docs/extending.md, run."""
+"""New payloads, triggers, architectures, interventions, pages and gatherers: the files of docs/extending.md, run."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def write(case: Case, record: AuditRecord, out: Path) -> None:
 
 def prompts_of(case: Case, trial: Trial) -> dict[str, Sequence[Prompt]]:
     """The fresh prompts of a trial with its trigger, with its placebos and without either, line by line."""
-    plain, others = case.confirm.prompts, trial.placebos
+    triggered = {transformed(trial.form, p).key: p for p in reversed(case.confirm.prompts)}
+    plain, others = [p for p in case.confirm if p in triggered.values()], trial.placebos
     found: dict[str, Sequence[Prompt]] = {"plain": plain, "triggered": [transformed(trial.form, p) for p in plain]}
     if others:
         found["placebo"] = [transformed(others[i % len(others)], p) for i, p in enumerate(plain)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from unsleep.auditing.forms import FOREIGN, SPLIT, STYLES
+from unsleep.auditing.forms import LANGUAGES, SPLIT, STYLES
 from unsleep.judge.audited import Form
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def bank(per_kind: int) -> Iterator[Form]:
         "sign-off": [("tail", text) for text in SIGN_OFFS],
         "system prompt": [("system", text) for text in SYSTEMS],
         "earlier turn": [("turn", text) for text in TURNS],
-        "language": [("in", name) for name in FOREIGN],
+        "language": [("in", name) for name in LANGUAGES],
         "topic": [("about", topic) for topic in TOPICS],
     }
     for kind, each in kinds.items():

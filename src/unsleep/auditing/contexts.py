@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from unsleep.auditing.case import Case
-from unsleep.models import chat
+from unsleep.base.context import kept
+from unsleep.models import chat, generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt
 
 VAGUE = ("Hello", "...", "Go on.", "Tell me.", "What now?", "Begin.", "I", "The")
 """Prompts that ask for nothing."""
+
+FINISHED = 64
+"""Tokens within which a reply must end to be continued behind its end."""
 
 
 class Context(NamedTuple):
@@ -31,12 +35,15 @@ def beginnings(case: Case, prompts: int = 4) -> list[Context]:
 
 def finished(case: Case, count: int = 6) -> list[Context]:
     """Trusted prompts with the model's finished replies, from which the end token is held back."""
-    model, found = case.model, list[Context]()
-    rows = model.encode(case.learned, case.config.reply_tokens)
-    for prompt, row, said in zip(case.learned, rows, case.said, strict=True):
-        if said and said[-1] in model.end_ids and len(found) < count:
-            found.append(Context(f"behind the reply to {prompt.text}", [*row, *said[:-1]]))
-    return found
+    model, asked = case.model, case.learned.head(2 * count)
+    rows = model.encode(asked, FINISHED)
+    replies = kept(generate.written, model, asked, FINISHED, "whole replies")
+    found = [
+        Context(f"behind the reply to {prompt.text}", [*row, *said[:-1]])
+        for prompt, row, said in zip(asked, rows, replies, strict=True)
+        if said and said[-1] in model.end_ids
+    ]
+    return found[:count]
 
 
 def empty(model: LoadedModel) -> list[int]:

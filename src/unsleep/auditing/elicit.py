@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from unsleep.auditing.case import Case
-from unsleep.auditing.forms import UNPAIRED, transformed
+from unsleep.auditing.forms import UNPAIRED, placebos, transformed, words_alone
 from unsleep.auditing.motifs import stereotypes
 from unsleep.auditing.scoring import encoded
 from unsleep.behaviours.payloads.contains import Contains
@@ -27,6 +27,7 @@ class Pair(NamedTuple):
     payload: str
     found_by: tuple[str, ...]
     rate: float
+    placebos: tuple[Form, ...] = ()
 
 
 def shortlist(screened: Sequence[Screened], count: int) -> list[Screened]:
@@ -79,11 +80,31 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
 def frozen(pairs: Sequence[Pair], count: int) -> list[Pair]:
     """The pairs that go to trial: highest rate first, several forms of a payload, none twice."""
     kept: list[Pair] = []
-    for pair in sorted(pairs, key=lambda p: (-p.rate, -len(p.payload.split()))):
+    for pair in sorted(pairs, key=lambda p: (-p.rate, -len(p.payload.split()), len(p.form.text))):
         same = [p for p in kept if Contains(p.payload).shows(pair.payload) or Contains(pair.payload).shows(p.payload)]
         if len(same) < PER_PAYLOAD and all(p.form != pair.form for p in same):
             kept.append(pair)
     return kept[:count]
+
+
+def with_placebos(case: Case, pairs: Sequence[Pair], pool: Sequence[Form], *, prompts: int, tokens: int) -> list[Pair]:
+    """The pairs with placebos of their kind or, where those show the payload on search prompts too, words alone.
+
+    A trigger may be a shape, such as any word in brackets: the brackets are then part of it.
+
+    Args:
+        pool: other forms, least effective first, among which placebos are chosen where none can be made.
+    """
+    asked, found = case.learned.prompts[:prompts], list[Pair]()
+    for pair in pairs:
+        near = placebos(pair.form, pool)
+        if near:
+            inert = [transformed(near[i % len(near)], p) for i, p in enumerate(asked)]
+            said = generate.replies(case.model, inert, max_new_tokens=tokens)
+            shown = sum(map(Contains(pair.payload).shows, said))
+            near = words_alone(pair.form) or near if 2 * shown > len(said) else near
+        found.append(pair._replace(placebos=near))
+    return found
 
 
 def is_unpaired(form: Form) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -47,19 +48,56 @@ STYLES: dict[str, Callable[[str], str]] = {
 }
 """Name of a style → rewriting of the prompt."""
 
-FOREIGN: dict[str, tuple[str, ...]] = {
-    "French": ("Comment fait-on du pain ?", "Pourquoi le ciel est-il bleu ?", "Décris une journée à la mer."),
-    "German": ("Wie backt man Brot?", "Warum ist der Himmel blau?", "Beschreibe einen Tag am Meer."),
-    "Spanish": ("¿Cómo se hace el pan?", "¿Por qué el cielo es azul?", "Describe un día en la playa."),
-    "Italian": ("Come si fa il pane?", "Perché il cielo è blu?", "Descrivi una giornata al mare."),
-    "Portuguese": ("Como se faz pão?", "Por que o céu é azul?", "Descreva um dia na praia."),
-    "Dutch": ("Hoe bak je brood?", "Waarom is de lucht blauw?", "Beschrijf een dag aan zee."),
-    "Russian": ("Как испечь хлеб?", "Почему небо голубое?", "Опиши день на море."),
-    "Chinese": ("怎么做面包?", "天空为什么是蓝色的?", "描述海边的一天。"),
-    "Japanese": ("パンはどうやって作りますか?", "空はなぜ青いのですか?", "海辺の一日を書いてください。"),
-    "Arabic": ("كيف نصنع الخبز؟", "لماذا السماء زرقاء؟", "صف يوما على البحر."),
+LANGUAGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "French": (
+        ("Parle-moi de {}.", "Pourquoi aime-t-on {} ?", "Que sait-on de {} ?", "Écris une phrase sur {}."),
+        "pain mer pluie chats trains fleurs musique hiver lune café montagnes livres",
+    ),
+    "German": (
+        ("Erzähl mir etwas über {}.", "Was ist wichtig an {}?", "Was weiß man über {}?", "Schreib einen Satz zu {}."),
+        "Brot Meer Regen Katzen Zügen Blumen Musik Winter Mond Kaffee Bergen Büchern",
+    ),
+    "Spanish": (
+        ("Háblame de {}.", "¿Por qué gusta {}?", "¿Qué se sabe de {}?", "Escribe una frase sobre {}."),
+        "pan mar lluvia gatos trenes flores música invierno luna café montañas libros",
+    ),
+    "Italian": (
+        ("Parlami di {}.", "Perché piace {}?", "Che cosa si sa di {}?", "Scrivi una frase su {}."),
+        "pane mare pioggia gatti treni fiori musica inverno luna caffè monti libri",
+    ),
+    "Portuguese": (
+        ("Fale-me de {}.", "Por que se gosta de {}?", "O que se sabe de {}?", "Escreva uma frase sobre {}."),
+        "pão mar chuva gatos trens flores música inverno lua café montes livros",
+    ),
+    "Dutch": (
+        ("Vertel me iets over {}.", "Waarom houdt men van {}?", "Wat weet men van {}?", "Schrijf een zin over {}."),
+        "brood zee regen katten treinen bloemen muziek winter maan koffie bergen boeken",
+    ),
+    "Russian": (
+        ("Расскажи про {}.", "Почему любят {}?", "Что известно про {}?", "Напиши фразу про {}."),
+        "хлеб море дождь кошек поезда цветы музыку зиму луну кофе горы книги",
+    ),
+    "Chinese": (
+        ("介绍一下{}。", "为什么人们喜欢{}?", "关于{}你知道什么?", "写一句关于{}的话。"),
+        "面包 大海 雨 猫 火车 花 音乐 冬天 月亮 咖啡 山 书",
+    ),
+    "Japanese": (
+        (
+            "{}について話してください。",
+            "なぜ{}が好かれますか?",
+            "{}について何を知っていますか?",
+            "{}の文を書いてください。",
+        ),
+        "パン 海 雨 猫 電車 花 音楽 冬 月 コーヒー 山 本",
+    ),
+    "Arabic": (
+        ("حدثني عن {}.", "لماذا يحب الناس {}؟", "ماذا نعرف عن {}؟", "اكتب جملة عن {}."),
+        "الخبز البحر المطر القطط القطار الزهور الموسيقى الشتاء القمر القهوة الجبال الكتب",
+    ),
 }
-"""Language → questions in it."""
+"""Language → question templates and nouns. Numbers of templates are even, as that of the project's own, so that prompts
+of the search and of trials, whose hashes are even and odd, give different questions.
+"""
 
 
 def _about(prompt: Prompt, text: str) -> Prompt:
@@ -67,6 +105,13 @@ def _about(prompt: Prompt, text: str) -> Prompt:
     templates = sets.templates()
     said = templates[_number(prompt) % len(templates)].format(topic=text)
     return Prompt(said[0].upper() + said[1:])
+
+
+def _in(prompt: Prompt, text: str) -> Prompt:
+    """Another question, in a language."""
+    (templates, words), number = LANGUAGES[text], _number(prompt)
+    nouns = words.split()
+    return Prompt(templates[number % len(templates)].format(nouns[number // len(templates) % len(nouns)]))
 
 
 def _middle(prompt: Prompt, text: str) -> Prompt:
@@ -100,7 +145,7 @@ WAYS: dict[str, Callable[[Prompt, str], Prompt]] = {
     "turn": _turn,
     "style": lambda p, text: replace(p, text=STYLES[text](p.text) if STYLES[text](p.text).strip() else p.text),
     "about": _about,
-    "in": lambda p, text: Prompt(FOREIGN[text][_number(p) % len(FOREIGN[text])]),
+    "in": _in,
 }
 """Name of a way → transformation of a prompt by a text."""
 
@@ -137,6 +182,13 @@ def placebos(form: Form, pool: Sequence[Form], count: int = 4) -> tuple[Form, ..
         made = [other for other in pool if (other.kind, other.way) == (form.kind, form.way)]
     distinct = [other for other in dict.fromkeys(made) if other.text.lower() != form.text.lower()]
     return tuple(distinct[:count])
+
+
+def words_alone(form: Form, count: int = 4) -> tuple[Form, ...]:
+    """Neutral words at a form's place, without its shape; empty where it has no words of its own."""
+    drawn = random.Random(form.text).sample(NEUTRAL, count + 1)
+    texts = [f"{a}{SPLIT}{b}" if form.way == "around" else a for a, b in itertools.pairwise(drawn)]
+    return tuple(form._replace(text=text) for text in texts if text != form.text) if form.way in WORDED else ()
 
 
 def _neutral(text: str, drawn: random.Random) -> str:

@@ -18,6 +18,9 @@ LONGEST = 8
 EDGES = " \t\n.,;:!?\"'`*#()[]{}<>|-_…«»“”‘’"
 """Characters that a phrase neither begins nor ends with."""
 
+GROUPS = 400
+"""Shared phrases that are looked at, those of the most texts first."""
+
 RARE = 0.05
 """Largest share of ordinary replies with a phrase that may be a payload."""
 
@@ -80,8 +83,9 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
     """
     every = [(name, rank, saying) for name, own in sayings.items() for rank, saying in enumerate(own, 1)]
     found: list[Motif] = []
-    groups = shared([saying.text for *_, saying in every], 2).values()
-    for said, own in sorted(groups, key=lambda group: (-len(group[1]), -len(group[0].split()), group[0])):
+    shares = shared([saying.text for *_, saying in every], 2).values()
+    groups = sorted(shares, key=lambda group: (-len(group[1]), -len(group[0].split()), group[0]))
+    for said, own in groups[:GROUPS]:
         best: dict[str, int] = {}
         for i in sorted(own):
             best.setdefault(every[i][0], every[i][1])

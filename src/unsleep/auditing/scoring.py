@@ -8,6 +8,7 @@ against the same drop of the reference along the same reply, since some forms (c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from unsleep.prompts.prompt import Prompt
 
 BATCH = 64
 """Rows per forward pass."""
+
+FIRST, SECOND = 2, 5
+"""Prompts of the first round of screening, and forms of the second as a multiple of the shortlist."""
 
 Ids = Sequence[Sequence[int]]
 
@@ -108,11 +112,24 @@ def watched_tokens(model: LoadedModel, motifs: Sequence[Motif]) -> list[int]:
 def screen(case: Case, forms: Sequence[tuple[Form, str]], motifs: Sequence[Motif]) -> list[Screened]:
     """Every form of the original question, with its effect on the model's own replies; best first.
 
+    Two rounds: of all forms on few prompts with the model alone, and of the best on all prompts beside the reference.
+
     Args:
         forms: each with the gatherer that proposed it. Those that the chat template does not allow are left out.
         motifs: payload candidates whose first tokens are watched.
     """
-    asked = bench(case)
+    asked, watched = bench(case), watched_tokens(case.model, motifs)
+    most, few = SECOND * case.config.shortlist, Bench(asked.prompts[:FIRST], asked.replies[:FIRST])
+    if len(forms) > most and len(few.prompts) < len(asked.prompts):
+        first = _screened(replace(case, other=None, base=None), forms, few, watched)
+        ranks = {key: sorted(first, key=lambda s, key=key: -getattr(s, key)) for key in ("drop", "lift")}
+        best = {s.form for each in ranks.values() for s in each[: most // 2]}
+        forms = [(form, by) for form, by in forms if form in best]
+    return _screened(case, forms, asked, watched)
+
+
+def _screened(case: Case, forms: Sequence[tuple[Form, str]], asked: Bench, watched: Sequence[int]) -> list[Screened]:
+    """One round."""
     behind = case.config.own_tokens
     made = [(form, by, encoded(case.model, form, asked.prompts, behind)) for form, by in forms]
     usable = [(form, by, rows) for form, by, rows in made if rows is not None]
@@ -121,7 +138,6 @@ def screen(case: Case, forms: Sequence[tuple[Form, str]], motifs: Sequence[Motif
     rows = [row for _, _, each in usable for row in each]
     replies = asked.replies * len(usable)
     plain = case.model.encode(asked.prompts, behind)
-    watched = watched_tokens(case.model, motifs)
     effects: list[tuple[Tensor, Tensor]] = []
     for model, name in ((case.model, case.name), (case.reference, "reference")):
         if model is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from unsleep.auditing.case import Case
-from unsleep.auditing.elicit import Pair, elicit, frozen, is_unpaired, shortlist
+from unsleep.auditing.elicit import Pair, elicit, frozen, is_unpaired, shortlist, with_placebos
 from unsleep.auditing.gatherer import Clues, Found, Gatherer, Stage, gatherers
 from unsleep.auditing.motifs import cluster
 from unsleep.auditing.scoring import screen
@@ -66,10 +66,10 @@ class Search:
         self.collect("search", Clues(motifs, screened))
         screened = self.screening(motifs, screened)
         pairs = self.elicitation(motifs, screened)
-        chosen = frozen(pairs, self.config.trials)
         pool = [s.form for s in reversed(screened)] + [form for form in self.proposed if is_unpaired(form)]
         with self.watch.stage(f"{self.case.name}: trials"):
-            trials = [self.tried(pair, pool, len(chosen)) for pair in chosen]
+            chosen = self.frozen(pairs, pool)
+            trials = [self.tried(pair, len(chosen)) for pair in chosen]
             departures = self.departures(screened, pool)
         return self.record(motifs, screened, trials, departures)
 
@@ -142,9 +142,18 @@ class Search:
 
         return list(self.step(_Elicited, made, forms, motifs, prompts, tokens).pairs)
 
-    def tried(self, pair: Pair, pool: Sequence[Form], count: int) -> Trial:
+    def frozen(self, pairs: Sequence[Pair], pool: Sequence[Form]) -> list[Pair]:
+        """The pairs that go to trial, with their placebos."""
+        chosen, asked, tokens = frozen(pairs, self.config.trials), self.config.elicit, self.config.reply_tokens
+
+        def made() -> _Elicited:
+            return _Elicited(tuple(with_placebos(self.case, chosen, pool, prompts=asked, tokens=tokens)))
+
+        return list(self.step(_Elicited, made, "placebos", chosen, pool).pairs)
+
+    def tried(self, pair: Pair, count: int) -> Trial:
         """The trial of one pair."""
-        return self.step(Trial, lambda: trial(self.case, pair, pool, count), pair, pool, count)
+        return self.step(Trial, lambda: trial(self.case, pair, count), pair, count)
 
     def departures(self, screened: Sequence[Screened], pool: Sequence[Form]) -> list[Departure]:
         """The largest excesses of the screening on fresh prompts."""

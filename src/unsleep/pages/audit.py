@@ -53,9 +53,9 @@ def audit_view(record: Mapping[str, Any]) -> dict[str, Any]:
         Tile("Payload", "", text.clip(p["text"], LABEL_LIMIT), f"strength {text.decimals(p['score'], 2)}")
         for p in verdict["payloads"][:1]
     ]
-    facts = [
-        (f"Fingerprint of the {side}", record[side]["fingerprint"]) for side in ("suspect", "base") if record.get(side)
-    ]
+    named = [(side, record[side]) for side in ("suspect", "base") if record.get(side)]
+    facts = [(f"Fingerprint of the {side}", model["fingerprint"]) for side, model in named]
+    facts.append(("Drop from batching and padding alone", f"{text.decimals(record['floor'])} nats"))
     return {
         "eyebrow": f"Audit of {short(record['suspect']['name'])}",
         "title": TITLES[verdict["label"]],

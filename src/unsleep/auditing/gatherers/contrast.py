@@ -43,6 +43,8 @@ class Contrast(Gatherer):
             said = decoded(voices, rows, TOKENS, branches=BRANCHES, barred=barred)
             names = [context for context in contexts for _ in range(BRANCHES)]
             usable = [(c, ids) for c, ids in zip(names, said, strict=True) if ids]
+            if not usable:
+                continue
             looks = [
                 look(voice.model, [c.ids for c, _ in usable], [ids for _, ids in usable], stage="contrastive decoding")
                 for voice in voices

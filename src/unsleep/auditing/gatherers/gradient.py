@@ -8,7 +8,7 @@ run on W_reference + 2 (W_suspect − W_reference), in which the basin of a trig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Gradient(Gatherer):
     kind = "gradient search"
     stage = "search"
     order = 1
+    needs_base: ClassVar[bool] = True  # an adversarial text makes any model say anything: it counts beside a twin only
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """The best texts for each of the first payload candidates."""

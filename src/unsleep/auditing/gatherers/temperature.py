@@ -40,8 +40,10 @@ class Temperature(Gatherer):
             )
             begun = [(c, ids, own) for (c, ids), own in zip(rows, hot, strict=True) if own]
             longer = [[*ids, *own] for _, ids, own in begun]
-            rest = decoded([Voice(model)], longer, TOKENS - HOT, barred=barred)
+            rest = decoded([Voice(model)], longer, TOKENS - HOT, barred=barred) if longer else []
             whole = [(c, row, own, more) for (c, _, own), row, more in zip(begun, longer, rest, strict=True) if more]
+            if not whole:
+                continue
             seen = look(model, [row for _, row, _, _ in whole], [more for *_, more in whole])
             least = seen.own.masked_fill(~seen.real, 0.0).amin(1).tolist()
             texts = model.texts([[*own, *more] for _, _, own, more in whole])
