@@ -66,7 +66,8 @@ class Search:
         self.collect("search", Clues(motifs, screened))
         screened = self.screening(motifs, screened)
         pairs = self.elicitation(motifs, screened)
-        pool = [s.form for s in reversed(screened)] + [form for form in self.proposed if is_unpaired(form)]
+        known = {s.form for s in screened}
+        pool = [form for form in self.proposed if form not in known] + [s.form for s in reversed(screened)]
         with self.watch.stage(f"{self.case.name}: trials"):
             chosen = self.frozen(pairs, pool)
             trials = [self.tried(pair, len(chosen)) for pair in chosen]
