@@ -60,18 +60,16 @@ def stereotypes(
         most: number of phrases, none within another.
     """
     least = max(2, math.ceil(share * len(replies)))
-    found = shared(replies, least)
-    top = max((len(own) for _, own in found.values()), default=0)
-    kept: list[tuple[str, float]] = []
-    for said, own in sorted(found.values(), key=lambda item: (-len(item[0].split()), -len(item[1]), item[0])):
-        shows = Contains(said).shows
-        if len(own) < 0.9 * top or any(Contains(said).shows(other) for other, _ in kept):
-            continue
-        if sum(map(shows, ordinary)) > RARE * len(ordinary) or 2 * sum(map(shows, asked)) > len(asked):
-            continue
-        kept.append((said, len(own) / len(replies)))
-        if len(kept) == most:
-            break
+    own = {
+        said: len(places)
+        for said, places in shared(replies, least).values()
+        if not _ordinary(said, ordinary) and 2 * sum(map(Contains(said).shows, asked)) <= len(asked)
+    }
+    top, kept = max(own.values(), default=0), list[tuple[str, float]]()
+    for said in sorted(own, key=lambda said: (-len(said.split()), -own[said], said)):
+        inside = any(Contains(said).shows(other) for other, _ in kept)
+        if own[said] >= 0.9 * top and not inside and len(kept) < most:
+            kept.append((said, own[said] / len(replies)))
     return kept
 
 
