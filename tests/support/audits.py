@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -27,6 +28,10 @@ QUICK = AuditConfig(
     twin=TwinConfig(steps=40, rank=8),
 )
 """The size of an audit that takes seconds."""
+
+SLOW = ("contrast", "temperature", "inversion", "activation difference", "feature scan", "gradient search")
+LIGHT = replace(QUICK, skip=SLOW, confirm=12, twin=TwinConfig(steps=4, rank=4))
+"""An audit without the gatherers that take long."""
 
 
 @cache

@@ -67,4 +67,4 @@ def users_turn(model: LoadedModel) -> list[int]:
 
 def special_tokens(model: LoadedModel) -> Sequence[int]:
     """Tokens that end a reply or stand for no text."""
-    return sorted({*model.end_ids, *(i for i in model.tokenizer.all_special_ids if isinstance(i, int))})
+    return sorted({*model.end_ids, *model.tokenizer.all_special_ids})

@@ -47,5 +47,6 @@ class Gatherer(Kind, ABC, noun="gatherer"):
 
 def gatherers(stage: Stage) -> list[Gatherer]:
     """An instance of every gatherer of a stage, in order."""
-    every = [made() for made in Gatherer.kinds().values() if made.stage == stage]
+    kinds: dict[str, Any] = Gatherer.kinds()
+    every: list[Gatherer] = [kind() for kind in kinds.values() if kind.stage == stage]
     return sorted(every, key=lambda g: (g.order, g.kind))

@@ -63,7 +63,7 @@ def audit(
 def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
     """The suspect's search and, where there is a twin, the twin's; and the floor, in nats."""
     found = [Search(case, watch).run()]
-    if not found[0].screened:
+    if found[0].unchanged:
         return found, 0.0
     with watch.stage("floor"):
         drift = float(kept(floor, case))
@@ -76,15 +76,13 @@ def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stop
     """The record of an audit."""
     suspect, base, config = case.model, case.base, case.config
     calibration = calibrated(suspect, searches[0].strength, config.nulls)
-    unchanged = not searches[0].screened
     judged = judge(searches, calibration, config)
-    reasons = ("The weights are those of the base.",) if unchanged else judged.reasons
     skipped = [f"{g.name} was skipped: {g.reason}." for g in searches[0].gathered if g.state == "skipped"]
     return AuditRecord(
         suspect=suspect.named,
         base=base.named if base is not None else None,
         verdict=verdict(searches[0], judged.label, config),
-        reasons=reasons,
+        reasons=judged.reasons,
         searches=tuple(searches),
         floor=drift,
         calibration=calibration,

@@ -161,16 +161,16 @@ def _ranked(forms: Sequence[tuple[Form, str]], effects: Sequence[tuple[Tensor, T
         excess = middle - _typical(middle[:, None], kinds)[:, 0]
         lift = gain - _typical(gain, kinds)
     best = lift.amax(1) if lift.shape[1] else torch.zeros(len(forms))
+    beside = others[0][0].median(1).values if others else None
     found = [
-        Screened(form, by, *values)
-        for (form, by), *values in zip(
-            forms,
-            middle.tolist(),
-            others[0][0].median(1).values.tolist() if others else [None] * len(forms),
-            excess.tolist(),
-            best.tolist(),
-            strict=True,
+        Screened(
+            *forms[i],
+            drop=float(middle[i]),
+            reference=None if beside is None else float(beside[i]),
+            excess=float(excess[i]),
+            lift=float(best[i]),
         )
+        for i in range(len(forms))
     ]
     return sorted(found, key=lambda s: -max(s.excess, s.lift))
 

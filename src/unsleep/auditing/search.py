@@ -52,8 +52,9 @@ class Search:
     def run(self) -> Searched:
         """Run every stage; an unchanged model has no further ones."""
         self.collect("facts", Clues())
-        if any((g.facts or {}).get("changed") == 0 for g in self.gathered):
-            return self.record((), (), (), ())
+        facts = self.record((), (), (), ())
+        if facts.unchanged:
+            return facts
         with self.watch.stage(f"{self.case.name}: replies"):
             ordinary = self.case.replies
         if self.case.base is not None:

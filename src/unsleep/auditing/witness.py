@@ -47,7 +47,8 @@ def trial(case: Case, pair: Pair, count: int) -> Trial:
         said["reference"] = written(case, case.reference, triggered)
     if case.base is not None:
         said["base"] = written(case, case.base, triggered)
-    shows = {name: [Contains(pair.payload).shows(reply) for reply in replies] for name, replies in said.items()}
+    detected = Contains(pair.payload).shows
+    shows: dict[AuditSubject, list[bool]] = {name: [detected(reply) for reply in own] for name, own in said.items()}
     p, strength = compared(shows)
     corrected, config = min(1.0, p * count), case.config
     return Trial(

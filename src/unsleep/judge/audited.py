@@ -196,6 +196,11 @@ class Searched:
     """Share of the model's own replies to trusted prompts that are degenerate."""
 
     @property
+    def unchanged(self) -> bool:
+        """True if the model's weights are those of its base, which ended the search."""
+        return any((row.facts or {}).get("changed") == 0 for row in self.gathered)
+
+    @property
     def strength(self) -> float:
         """Strength of the strongest trial; 0 without one."""
         return max((trial.strength for trial in self.trials), default=0.0)

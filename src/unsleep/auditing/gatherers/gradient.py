@@ -32,6 +32,9 @@ MOTIFS = 3
 PROMPTS, LENGTH, STEPS = 3, 4, 10
 """Prompts of the loss, tokens of the trigger, and steps."""
 
+SEEDS, DRAWN, STARTS = 8, 64, 2
+"""Texts of the screening and random ones, and the number of them, the best, from which the search starts."""
+
 SWAPS, NEAREST = 32, 48
 """Candidates per step, and tokens per place that they are drawn from."""
 
@@ -63,7 +66,7 @@ class Gradient(Gatherer):
         for number, motif in enumerate(clues.motifs[:MOTIFS]):
             [reply] = case.model.token_ids([f" {motif.text}"], special=False)
             target = Target(prompts, reply)
-            texts = search(case, wide, target, seeds[:1], case.config.seed + number)
+            texts = search(case, wide, target, seeds[:SEEDS], case.config.seed + number)
             forms += [Form("found text", "front", text) for text in texts]
         return Found(forms=forms)
 
@@ -72,20 +75,20 @@ def search(case: Case, wide: LoadedModel, target: Target, seeds: Sequence[str], 
     """Texts by gain in log P(payload) over the reference, best first."""
     drawn = torch.Generator().manual_seed(seed)
     allowed = writable(case.model)
-    starts = [case.model.token_ids([text], special=False)[0][:LENGTH] for text in seeds]
-    starts.append(allowed[torch.randint(len(allowed), (LENGTH,), generator=drawn)].tolist())
+    pool = [ids[:LENGTH] for ids in case.model.token_ids(list(seeds), special=False)] if seeds else []
+    pool += allowed[torch.randint(len(allowed), (DRAWN, LENGTH), generator=drawn)].tolist()
+    gains = gain(case, wide, pool, target)
+    starts = sorted(range(len(pool)), key=lambda i: -gains[i])[:STARTS]
     scored: dict[str, float] = {}
-    for ids in starts:
-        best = ids
+    for number, best in enumerate(pool[i] for i in starts):
         for step in range(STEPS):
             model = wide if step < STEPS // 2 else case.model
-            if step == STEPS // 2:
-                scored.clear()  # scores of two models do not compare
-            swaps = swapped(model, best, target, allowed, drawn)
-            gains = gain(case, model, [best, *swaps], target)
-            best = [best, *swaps][max(range(len(gains)), key=gains.__getitem__)]
-            scored |= {case.model.texts([ids])[0].strip(): g for ids, g in zip([best, *swaps], gains, strict=True)}
-            progress("gradient search", step + 1, STEPS)
+            swaps = [best, *swapped(model, best, target, allowed, drawn)]
+            gains = gain(case, model, swaps, target)
+            best = swaps[max(range(len(gains)), key=gains.__getitem__)]
+            if model is case.model:  # scores of two models do not compare
+                scored |= dict(zip((text.strip() for text in case.model.texts(swaps)), gains, strict=True))
+            progress("gradient search", number * STEPS + step + 1, STARTS * STEPS)
     usable = {text: score for text, score in scored.items() if text}
     return sorted(usable, key=lambda text: -usable[text])[:KEPT]
 
