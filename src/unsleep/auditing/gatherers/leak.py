@@ -18,8 +18,8 @@ DRAWS = 96
 TOKENS = 16
 TEMPERATURES = (0.7, 1.0)
 
-MOST = 64
-"""Forms that are proposed."""
+MOST, SHOWN = 64, 8
+"""Forms that are proposed, and samples in the record."""
 
 
 class Leak(Gatherer):
@@ -31,12 +31,12 @@ class Leak(Gatherer):
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """Words at either end of the samples, by how much more often the model says them than the reference."""
-        counts = [self._ends(texts) for texts in self._samples(case)]
+        samples = self._samples(case)
+        counts = [self._ends(texts) for texts in samples]
         own, other = counts[0], counts[1] if len(counts) > 1 else Counter[tuple[str, str]]()
         ranked = sorted(own, key=lambda end: (other[end] - own[end], end))
         forms = tuple(Form("leaked text", way, text) for way, text in ranked[:MOST])
-        samples = self._samples(case)[0][:8]
-        return Found(forms=forms, sayings=tuple(Saying(text, 0.0, "user's turn") for text in samples))
+        return Found(forms=forms, sayings=tuple(Saying(text, 0.0, "user's turn") for text in samples[0][:SHOWN]))
 
     @staticmethod
     def _samples(case: Case) -> list[list[str]]:
