@@ -1,4 +1,4 @@
-"""Options of an audit."""
+"""Options of an audit: budget, bounds of a witness, surrogate twin."""
 
 from __future__ import annotations
 
