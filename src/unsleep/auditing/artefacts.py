@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unsleep.auditing.case import Case
 from unsleep.auditing.forms import transformed
+from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.sarif import sarif
 from unsleep.base import records, store
 from unsleep.judge.audited import AuditRecord, Trial
@@ -23,22 +24,34 @@ MARK = "audit.json"
 TRIALS = "trials"
 """Folder with a folder of prompts per trial."""
 
-REPAIR, CLEANED = "repair", "cleaned"
-"""Folders of the repair of what was found, and of its checkpoint."""
+REPAIR, CLEANED, GUARD, CLEANING = "repair", "cleaned", "guard", "cleaning"
+"""Folders of the repair of what was found, of the checkpoint and of the guard; the name of the cleaning's steps."""
 
 
 def write(case: Case, record: AuditRecord, out: Path) -> None:
     """Write all artefacts into `out`, atomically."""
     suspect, *twins = record.searches
-    trials = [replace(t, command=command(case, t, out / TRIALS / str(i))) for i, t in enumerate(suspect.trials, 1)]
+    trials = [
+        t if t.form.way == ROUNDED else replace(t, command=command(case, t, out / TRIALS / str(i)))
+        for i, t in enumerate(suspect.trials, 1)
+    ]
     record = replace(record, searches=(replace(suspect, trials=tuple(trials)), *twins))
     with store.new_folder(out, replace=MARK) as scratch:
         for i, trial in enumerate(trials, 1):
+            if trial.form.way == ROUNDED:
+                continue  # of prompts as they are: the model differs
             for name, prompts in prompts_of(case, trial).items():
                 store.write_text(scratch / TRIALS / str(i) / f"{name}.jsonl", lines(prompts))
-        report(scratch, record)
-        store.write_json(scratch / "result.sarif", sarif(record))
-        records.save(Result(record.verdict, (), record.provenance), scratch / "result.json")
+        rewrite(record, scratch)
+
+
+def rewrite(record: AuditRecord, folder: Path) -> AuditRecord:
+    """Write the record, page, result and SARIF of an audit; returns the record."""
+    report(folder, record)
+    store.write_json(folder / "result.sarif", sarif(record))
+    rows = record.cleaning.rows if record.cleaning is not None else ()
+    records.save(Result(record.verdict, rows, record.provenance), folder / "result.json")
+    return record
 
 
 def prompts_of(case: Case, trial: Trial) -> dict[str, Sequence[Prompt]]:

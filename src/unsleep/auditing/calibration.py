@@ -41,4 +41,4 @@ def calibrated(model: LoadedModel, score: float, file: Path | None) -> Calibrate
     """The calibration of a model's score; raises `BadInput` for a file that is not one of nulls."""
     family = family_of(model)
     nulls = records.load(Nulls, file).families.get(family, ()) if file is not None else ()
-    return Calibrated(family, len(nulls), conformal(score, nulls) if nulls else None)
+    return Calibrated(family, len(nulls), conformal(score, nulls) if nulls else None, tuple(nulls))

@@ -101,12 +101,12 @@ def open_case(
     search, confirm = (
         PromptSet(name, tuple(half), "edit") for name, half in zip(("search", "confirm"), halves, strict=True)
     )
-    fitted = None if base is None else _fitted(base, suspect)
-    return Case("suspect", suspect, fitted, search, confirm.head(config.confirm), config)
+    beside = None if base is None else fitted(base, suspect)
+    return Case("suspect", suspect, beside, search, confirm.head(config.confirm), config)
 
 
-def _fitted(base: LoadedModel, suspect: LoadedModel) -> LoadedModel:
-    """The base with the suspect's tokenizer and chat template."""
+def fitted(base: LoadedModel, suspect: LoadedModel) -> LoadedModel:
+    """The base with the suspect's tokenizer and chat template; raises `BadInput` where it is not the suspect's."""
     known = suspect.tokenizer.get_vocab()
     other = [token for token, number in base.tokenizer.get_vocab().items() if known.get(token) != number]
     if other:

@@ -1,4 +1,4 @@
-"""Options of an audit: budget, bounds of a witness, surrogate twin."""
+"""Options of an audit: budget, bounds of a witness, surrogate twin; and of the cleaning behind it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unsleep.core import BadInput, check_least
+from unsleep.repairs.config import RepairConfig
 from unsleep.repairs.twin import TwinConfig
 
 
@@ -56,3 +57,29 @@ class AuditConfig:
                 raise BadInput.of(name, getattr(self, name), "a number between 0 and 1", "audit")
         if not self.seconds >= 0:
             raise BadInput.of("seconds", self.seconds, "0 or more", "audit")
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """Options of the cleaning of a suspect in which a backdoor was found."""
+
+    repair: RepairConfig = RepairConfig()
+    """The repair that takes the found triggers as suspicious prompts."""
+    prompts: int = 240
+    """Trusted prompts, at most; half of them judge."""
+    skip: tuple[str, ...] = ()
+    """Cures to leave out, by name."""
+    tune: TwinConfig = TwinConfig()
+    """Training of the re-distilled base and of the cures that fine-tune."""
+    items: int = 0
+    """Multiple-choice items in the table of cures."""
+    false_alarms: float = 0.05
+    """Stated false-positive rate of the guard."""
+    stress: bool = True
+    """Also run the stress tests of the cleaned model, beside a control."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "clean", 1, "prompts")
+        check_least(self, "clean", 0, "items")
+        if not 0 < self.false_alarms < 1:
+            raise BadInput.of("false_alarms", self.false_alarms, "a share between 0 and 1", "clean")

@@ -146,6 +146,7 @@ WAYS: dict[str, Callable[[Prompt, str], Prompt]] = {
     "style": lambda p, text: replace(p, text=STYLES[text](p.text) if STYLES[text](p.text).strip() else p.text),
     "about": _about,
     "in": _in,
+    "rounded": lambda p, text: p,
 }
 """Name of a way → transformation of a prompt by a text."""
 

@@ -47,9 +47,12 @@ def audit(
     """
     out = Path(out)
     store.check_place(out, artefacts.MARK)
-    if unknown := [name for name in config.skip if name not in Gatherer.kinds()]:
-        raise BadInput.of("skip", unknown[0], f"gatherers: {', '.join(Gatherer.kinds())}", "audit")
+    known = [*Gatherer.kinds(), "rounding"]
+    if unknown := [name for name in config.skip if name not in known]:
+        raise BadInput.of("skip", unknown[0], f"gatherers: {', '.join(known)}", "audit")
     case = open_case(suspect, base, trusted if trusted is not None else own_prompts(), config)
+    if (earlier := before_cleaning(case, out)) is not None:
+        return earlier
     with resumable(out, suspect, base, case.search, case.confirm, asdict(config)) as folder:
         times = folder / "stages.json"
         before = records.load(Stages, times).stages if times.is_file() else ()
@@ -58,6 +61,14 @@ def audit(
         found = recorded(case, searches, drift, watch)
         artefacts.write(case, found, out)
     return found
+
+
+def before_cleaning(case: Case, out: Path) -> AuditRecord | None:
+    """The record in `out` of the same audit, whose cleaning was interrupted; `None` otherwise."""
+    if not (out / f".{artefacts.CLEANING}.steps").is_dir():
+        return None
+    found = records.load(AuditRecord, out / artefacts.MARK)
+    return found if found.provenance["audit"] == case.hash else None
 
 
 def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
@@ -91,6 +102,7 @@ def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stop
         stages=tuple(watch.stages),
         provenance=store.provenance(
             config.seed,
+            audit=case.hash,
             origin=suspect.origin,
             base=base.origin if base is not None else None,
             prompts={"search": case.search.hash, "confirm": case.confirm.hash},

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from unsleep.auditing import rounding
 from unsleep.auditing.case import Case
 from unsleep.auditing.elicit import Pair, elicit, frozen, is_unpaired, shortlist, with_placebos
 from unsleep.auditing.gatherer import Clues, Found, Gatherer, Stage, gatherers
@@ -69,9 +70,12 @@ class Search:
         pairs = self.elicitation(motifs, screened)
         known = {s.form for s in screened}
         pool = [form for form in self.proposed if form not in known] + [s.form for s in reversed(screened)]
+        rounded = self.rounded()
         with self.watch.stage(f"{self.case.name}: trials"):
             chosen = self.frozen(pairs, pool)
-            trials = [self.tried(pair, len(chosen)) for pair in chosen]
+            count = len(chosen) + len(rounded)
+            trials = [self.tried(pair, count) for pair in chosen]
+            trials += [self.scanned(bits, payload, count) for bits, payload in rounded]
             departures = self.departures(screened, pool)
         return self.record(motifs, screened, trials, departures)
 
@@ -156,6 +160,18 @@ class Search:
     def tried(self, pair: Pair, count: int) -> Trial:
         """The trial of one pair."""
         return self.step(Trial, lambda: trial(self.case, pair, count), pair, count)
+
+    def rounded(self) -> list[tuple[int, str]]:
+        """Widths at which the rounded model's replies to search prompts share a phrase, with the phrase."""
+        if "rounding" in self.config.skip:
+            return []
+        with self.watch.stage(f"{self.case.name}: rounding"):
+            found = [(bits, kept(rounding.candidate, self.case, bits)) for bits in rounding.BITS]
+        return [(bits, phrase) for bits, phrase in found if phrase]
+
+    def scanned(self, bits: int, payload: str, count: int) -> Trial:
+        """The trial of a phrase of the rounded model."""
+        return self.step(Trial, lambda: rounding.scan(self.case, bits, payload, count), bits, payload, count)
 
     def departures(self, screened: Sequence[Screened], pool: Sequence[Form]) -> list[Departure]:
         """The largest excesses of the screening on fresh prompts."""

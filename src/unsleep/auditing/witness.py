@@ -47,6 +47,11 @@ def trial(case: Case, pair: Pair, count: int) -> Trial:
         said["reference"] = written(case, case.reference, triggered)
     if case.base is not None:
         said["base"] = written(case, case.base, triggered)
+    return judged(case, pair, prompts, said, count)
+
+
+def judged(case: Case, pair: Pair, prompts: PromptSet, said: Mapping[AuditSubject, Sequence[str]], count: int) -> Trial:
+    """The trial of a pair, from every subject's replies to the same prompts."""
     detected = Contains(pair.payload).shows
     shows: dict[AuditSubject, list[bool]] = {name: [detected(reply) for reply in own] for name, own in said.items()}
     p, strength = compared(shows)
@@ -54,13 +59,13 @@ def trial(case: Case, pair: Pair, count: int) -> Trial:
     return Trial(
         form=pair.form,
         payload=pair.payload,
-        placebos=others,
+        placebos=pair.placebos,
         found_by=tuple(dict.fromkeys(pair.found_by)),
         rates=tuple(_rate(name, own) for name, own in shows.items()),
         p=p,
         corrected=corrected,
         strength=strength,
-        witness=bool(others) and corrected <= config.alpha and strength >= config.least,
+        witness=bool(pair.placebos) and corrected <= config.alpha and strength >= config.least,
         transcripts=_transcripts(prompts, said),
     )
 

@@ -9,14 +9,15 @@ from typing import Annotated
 from tyro.conf import arg
 
 import unsleep
-from unsleep.auditing.artefacts import CLEANED, MARK
-from unsleep.auditing.cleaning import clean
-from unsleep.auditing.config import AuditConfig
+from unsleep.auditing import cleaning
+from unsleep.auditing.artefacts import MARK
+from unsleep.auditing.config import AuditConfig, CleanConfig
 from unsleep.base import store
 from unsleep.cli.console import Bars, hint, say
 from unsleep.cli.shared import Model, Out, Placed, Placement
-from unsleep.judge.audited import AuditRecord
+from unsleep.judge.audited import AuditRecord, Cleaning
 from unsleep.models.load import is_adapter
+from unsleep.pages.names import SUBJECT_NAMES
 from unsleep.prompts import sets
 from unsleep.repairs import base_of
 
@@ -31,6 +32,7 @@ def audit(
     repair: bool = True,
     placement: Placed = Placement(),
     config: Annotated[AuditConfig, arg(name="")] = AuditConfig(),
+    clean: CleanConfig = CleanConfig(),
     json: bool = False,
 ) -> int:
     """Audit a model for a backdoor whose trigger and payload are unknown.
@@ -43,9 +45,11 @@ def audit(
         out: Folder for report.html, audit.json, result.json, result.sarif and the prompts of every trial.
         trusted: File of ordinary prompts of the model's use, one per line; default unsleep's own.
         repair: Also repair what was found: cleaned/ is then a plain checkpoint. --no-repair gives the verdict alone.
+        clean: Options of the repair and of the cures beside it.
         json: Print the result as JSON.
     """
     store.check_place(out, MARK)
+    cleaning.check_cures(clean)
     prompts = None if trusted is None else sets.read_prompts(trusted, name=str(trusted))
     with Bars():
         whole = not is_adapter(model, placement)
@@ -54,11 +58,9 @@ def audit(
         if base is None and len(suspect.made_of) > 1:
             base = base_of(suspect, placement.load_beside)()
         found = unsleep.audit(suspect, out, base=base, trusted=prompts, config=config)
-        notes = list(found.notes)
         if repair and found.verdict.label == "backdoor_found":
-            missing = clean(suspect, found, out, base=base, trusted=prompts)
-            notes += [f"The model was not cleaned: {missing}"] if missing else [f"Cleaned checkpoint: {out / CLEANED}"]
-    for note in notes:
+            found = cleaning.clean(suspect, found, out, base=base, trusted=prompts, config=clean)
+    for note in found.notes:
         hint(note)
     say(store.read_json(out / "result.json"), json, "\n".join([*_lines(found), f"Report: {out / 'report.html'}"]))
     return EXITS[found.verdict.label]
@@ -73,4 +75,18 @@ def _lines(found: AuditRecord) -> list[str]:
         f"  {t.kind} {t.text!r}: payload on {t.reasr:.3f} [{t.low:.3f}, {t.high:.3f}] of {t.n} fresh prompts"
         for t in verdict.triggers
     ]
+    if found.cleaning is not None:
+        lines += [found.cleaning.words, *_table(found.cleaning)]
+    return lines
+
+
+def _table(cleaning: Cleaning) -> list[str]:
+    """ASR on triggered and KL on clean held-out prompts of every repair."""
+    rows = {(row.subject, row.panel, row.metric): row.value for row in cleaning.rows}
+    lines: list[str] = []
+    for subject in dict.fromkeys(["suspect", *(cure.subject for cure in cleaning.cures)]):
+        shown, moved = rows.get((subject, "triggered", "asr")), rows.get((subject, "clean", "kl"))
+        if shown is not None:
+            told = "" if moved is None else f", KL {moved:.3f} on clean ones"
+            lines.append(f"  {SUBJECT_NAMES[subject]}: payload on {shown:.3f} of triggered prompts{told}")
     return lines

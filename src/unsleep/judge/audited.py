@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from unsleep.base.machine import Stage
 from unsleep.base.records import Count, Positive, Share
+from unsleep.judge.results import Row
 from unsleep.models.model import Named
 
 AuditLabel = Literal["backdoor_found", "nothing_found", "inconclusive"]
@@ -214,6 +215,8 @@ class Calibrated:
     n: Count
     p: Share | None
     """(1 + nulls with at least the score) / (n + 1); `None` where the family has no nulls."""
+    nulls: tuple[Share, ...] = ()
+    """Scores of the benign models."""
 
     @property
     def words(self) -> str:
@@ -224,6 +227,81 @@ class Calibrated:
             f"Of {self.n} benign models of this family ({self.family}), p = {self.p:.3f}; the smallest that {self.n} "
             f"models can give is {1 / (self.n + 1):.3f}."
         )
+
+
+@dataclass(frozen=True)
+class Cured:
+    """A row of the cleaning's table: a repair, its chosen variant, and its result on the selection prompts."""
+
+    subject: str
+    """Its name in `rows`."""
+    state: State
+    words: str
+    """The chosen variant, or the reason for which it was skipped or failed."""
+    seconds: Positive
+    shown: Count = 0
+    """Selection prompts under the found triggers whose reply shows the payload."""
+    n: Count = 0
+    kl: float = 0.0
+    """On trusted selection prompts, in nats per token."""
+
+
+class Measured(NamedTuple):
+    """Flagged prompts of n, with the 95 % interval of their share."""
+
+    flagged: Count
+    n: Count
+    low: Share
+    high: Share
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """The guard of a suspect (`auditing.guard`), on held-out prompts."""
+
+    rate: Share
+    """Stated false-positive rate."""
+    calibrated: Count
+    """Ordinary prompts that set its thresholds."""
+    monitors: tuple[str, ...]
+    """What it reads."""
+    triggered: Measured
+    clean: Measured
+
+
+class Stressed(NamedTuple):
+    """A stress test of one model: the share of replies with the payload, or a probe's AUROC, with its interval."""
+
+    test: str
+    """int8, int4, relearned n, perturbed ε or probe (`auditing.stress`)."""
+    role: str
+    """cleaned, suspect or control."""
+    value: Share
+    low: Share
+    high: Share
+    n: Count
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """The cleaning of a suspect: repairs without knowledge of its true trigger, judged on held-out prompts."""
+
+    shipped: str
+    """Subject that `cleaned/` contains; empty if none."""
+    words: str
+    """Sentence on what was shipped, or why nothing was."""
+    payload: str
+    triggers: tuple[Form, ...]
+    """Found triggers that made the suspicious prompts."""
+    cures: tuple[Cured, ...]
+    rows: tuple[Row, ...]
+    """Held-out figures of every subject."""
+    prompts: dict[str, Count]
+    """Part → number of prompts."""
+    guard: Guarded | None = None
+    unguarded: str = ""
+    """Reason for which there is no guard."""
+    stress: tuple[Stressed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,3 +324,4 @@ class AuditRecord:
     """Part → number of trusted prompts."""
     stages: tuple[Stage, ...]
     provenance: dict[str, Any]
+    cleaning: Cleaning | None = None

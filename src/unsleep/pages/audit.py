@@ -5,12 +5,14 @@ audit.json -> check -> make text visible -> view of each section -> report.html
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unsleep.judge.audited import AuditRecord, AuditSubject
 from unsleep.pages import text
 from unsleep.pages.blocks import Block, Table
+from unsleep.pages.cleaning import cleaning_block
 from unsleep.pages.comparing import SHOWN, paper_of, short, whole_page
 from unsleep.pages.page import LABEL_LIMIT, REPLY_LIMIT, tree
 from unsleep.pages.registry import Page
@@ -64,7 +66,9 @@ def audit_view(record: Mapping[str, Any]) -> dict[str, Any]:
         "facts": facts,
         "blocks": [
             *(witness_block(trial, i) for i, trial in enumerate(suspect["trials"], 1)),
+            cleaning_block(record.get("cleaning")),
             *(block for i, search in enumerate(record["searches"]) for block in search_blocks(search, i)),
+            evidence_block(record),
             gatherers_block(record["searches"]),
             power_block(record),
             stages_block(record["stages"]),
@@ -170,6 +174,43 @@ def search_blocks(search: Mapping[str, Any], number: int) -> list[Block]:
             [Table("Departures", ["Form", "Kind", "Excess, nats", "p, Bonferroni"], 2, gone)] if gone else [],
         ),
     ]
+
+
+def evidence_block(record: Mapping[str, Any]) -> Block:
+    """The score against benign models', and the best evidence of every gatherer beside the twin's."""
+    nulls = sorted(record["calibration"].get("nulls", ()))
+    score, searches = record["verdict"]["score"], record["searches"]
+    tables: list[Table] = []
+    if nulls:
+        cuts = [0.0, *(x / 10 for x in range(1, 11))]
+        rows = [
+            [
+                f"{low:.1f} to {high:.1f}",
+                str(sum(low <= x < high or (high == 1.0 and x == 1.0) for x in nulls)),
+                "here" if low <= score < high or (high == 1.0 and score == 1.0) else "",
+            ]
+            for low, high in itertools.pairwise(cuts)
+        ]
+        tables.append(Table("Scores of benign models", ["Score", "Benign models", "Suspect"], 1, rows))
+    names = [g["name"] for g in searches[0]["gathered"]]
+    rows = [[name, *(cell for search in searches for cell in best_of(search, name))] for name in names]
+    sides = ("suspect", "twin")[: len(searches)]
+    head = ["Gatherer", *(f"{what}, {side}" for side in sides for what in ("Excess", "Lift", "Tried", "Strength"))]
+    tables.append(Table("Evidence by gatherer", head, 1, rows))
+    lead = (
+        "Largest excess and lift, in nats, of the forms that a gatherer proposed, and its trials with their largest "
+        "strength. The twin's search is the null: evidence counts where the suspect's exceeds it. "
+        f"{calibration_words(record['calibration'])[:1].upper()}{calibration_words(record['calibration'])[1:]}."
+    )
+    return Block("evidence", "Evidence by gatherer", lead, (), (), tables)
+
+
+def best_of(search: Mapping[str, Any], name: str) -> list[str]:
+    """A gatherer's best excess and lift, number of trials and strongest trial in one search."""
+    own = [s for s in search["screened"] if s["found_by"] == name]
+    tried = [t["strength"] for t in search["trials"] if name in t["found_by"]]
+    best = [text.decimals(max(s[key] for s in own), 2) if own else "–" for key in ("excess", "lift")]
+    return [*best, str(len(tried)), text.decimals(max(tried), 2) if tried else "–"]
 
 
 def gatherers_block(searches: Sequence[Mapping[str, Any]]) -> Block:
