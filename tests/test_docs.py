@@ -74,6 +74,7 @@ SUBSTITUTES = {
     "BakeConfig(tolerance=0.1)": "BakeConfig(tolerance=100.0)",
     "trusted, passages.texts)": "trusted, passages.texts, SHORT)",
     "ranking, lesson)": "ranking, lesson, EditConfig(mask=SHORT))",
+    "ordinary, rate=0.1)": "ordinary, rate=0.5)",
     # docs/organisms.md
     'base = "smollm2-135m"': 'base = "suspect"',
     "chats = 1280": "chats = 12\nreply_tokens = 4\nbatch = 4",

@@ -7,6 +7,7 @@ Every stage is a function of the command's name; the nouns they pass along are i
 
 from unsleep.activations.harvest import harvest, open_harvest
 from unsleep.auditing.config import AuditConfig
+from unsleep.auditing.guard import fit_guard, load_guard
 from unsleep.auditing.run import audit
 from unsleep.base.context import reporting
 from unsleep.behaviours import Payload
@@ -110,11 +111,13 @@ __all__ = [
     "feature_statistics",
     "find",
     "find_reward",
+    "fit_guard",
     "from_files",
     "graph",
     "harvest",
     "load_dictionary",
     "load_edit",
+    "load_guard",
     "load_model",
     "load_organism",
     "merge",

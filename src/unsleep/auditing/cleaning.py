@@ -42,10 +42,15 @@ from unsleep.pages.names import SUBJECT_NAMES
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs import Job, Material, from_files, repair
 from unsleep.repairs.search import Tested
+from unsleep.repairs.split import CHOOSE, JUDGE
 from unsleep.repairs.suspect import reply_length
 
 JUDGED = ("triggered", "clean")
 """Panels of every cure."""
+
+
+NEEDED = 2 * (JUDGE + CHOOSE)
+"""Trusted prompts from which on no others are added: a trigger may leave some as they are."""
 
 
 def culprits(suspect: Searched) -> tuple[Trial, ...]:
@@ -75,6 +80,13 @@ def material_of(found: Sequence[Trial], trusted: PromptSet, most: int = CleanCon
     return from_files(suspicious, PromptSet("ordinary", tuple(plain), "edit"), Contains(found[0].payload), beside)
 
 
+def enough(trusted: PromptSet | None) -> PromptSet:
+    """Trusted prompts; where there are fewer than a repair needs, the project's own follow."""
+    if trusted is None:
+        return own_prompts()
+    return trusted if len(trusted) >= NEEDED else replace(trusted, prompts=(*trusted.prompts, *own_prompts().prompts))
+
+
 def _under(form: Any, prompt: Prompt) -> Prompt:
     """A prompt under a form, with its expected reply where the question is the same."""
     return replace(transformed(form, prompt), expected=None if form.way in UNPAIRED else prompt.expected)
@@ -95,7 +107,7 @@ def clean(
     none, that of the cure that did best on the selection prompts. An interrupted cleaning resumes.
 
     Args:
-        trusted: the trusted prompts of the audit; default the project's own.
+        trusted: the trusted prompts of the audit; where they are too few, the project's own follow.
 
     Returns the record with its `cleaning`; for too few trusted prompts and without a trial, that says why there is no
     checkpoint. Raises `BadInput` for an unknown cure in `skip`.
@@ -103,7 +115,7 @@ def clean(
     out, found = Path(out), culprits(record.searches[0])
     check_cures(config)
     try:
-        material = material_of(found, trusted if trusted is not None else own_prompts(), config.prompts)
+        material = material_of(found, enough(trusted), config.prompts)
     except BadInput as error:
         said = f"The suspect was not cleaned: {error}"
         forms, payload = tuple(t.form for t in found), found[0].payload if found else ""
