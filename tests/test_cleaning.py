@@ -249,9 +249,7 @@ def test_where_the_repair_fails_the_best_cure_is_shipped(tmp_path: Path, monkeyp
     assert (tmp_path / "out" / "cleaned" / "config.json").is_file()
 
 
-def test_too_few_prompts_leave_a_sentence_in_the_place_of_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_too_few_prompts_leave_a_sentence_in_the_place_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(enough(questions(30))) > len(enough(None)) >= 200
     assert enough(audits.trusted()).prompts[:140] == audits.trusted().prompts
     monkeypatch.setattr("unsleep.auditing.cleaning.own_prompts", lambda: PromptSet("trusted", (), "edit"))

