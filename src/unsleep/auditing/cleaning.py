@@ -18,7 +18,7 @@ from unsleep.auditing.case import fitted
 from unsleep.auditing.config import CleanConfig
 from unsleep.auditing.cure import Cure, Patient, Variant, best_of
 from unsleep.auditing.forms import UNPAIRED, transformed
-from unsleep.auditing.guard import fit_guard, measured
+from unsleep.auditing.guard import Guard, fit_guard, measured
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.stress import Bench, stressed, writes
 from unsleep.auditing.trusted import own_prompts
@@ -39,6 +39,7 @@ from unsleep.models import generate
 from unsleep.models.load import load_model, save_plain
 from unsleep.models.model import LoadedModel
 from unsleep.pages.names import SUBJECT_NAMES
+from unsleep.pages.records import Result
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs import Job, Material, from_files, repair
 from unsleep.repairs.search import Tested
@@ -184,10 +185,14 @@ class Ward:
 
         def made() -> dict[str, Any]:
             job = Job(self.suspect, self.material, self.load_base, trigger=self.found[0].form.text)
+            reason, folder = "", self.out / REPAIR
             try:
-                return {"rows": records.plain(repair(job, self.out / REPAIR, self.config.repair).rows), "reason": ""}
-            except (BadInput, Refused) as error:
-                return {"rows": [], "reason": str(error)}
+                repair(job, folder, self.config.repair)
+            except (BadInput, Refused) as error:  # an unfaithful export leaves all else
+                reason = str(error)
+            place = folder / "result.json"
+            judged = records.load(Result, place).rows if place.is_file() else ()
+            return {"rows": records.plain(judged), "reason": reason}
 
         found = kept(made, made_from=(self.suspect, self.material.chosen, asdict(self.config)))
         self.rows = [records.parsed(Row, row, "rows") for row in found["rows"]]
@@ -287,12 +292,23 @@ class Ward:
         edits = [edit for edit in self.edits() if isinstance(edit, Edit)]
         watched = [(e.dictionary, e.removed) for e in edits if isinstance(e.dictionary, Coder)]
         try:
-            made = fit_guard(self.suspect, m.suspicious, m.ordinary, rate=rate, features=watched)
+            made = self.guard_of(watched)
         except BadInput as error:
             return None, str(error)
         found = [measured(made.flagged(self.suspect, panel)) for panel in (m.panels.triggered, m.panels.clean)]
         made.save(self.out / GUARD, *found, store.provenance(model=self.suspect.fingerprint, rate=rate))
         return Guarded(rate, made.calibrated, tuple(monitor.words for monitor in made.monitors), *found), ""
+
+    def guard_of(self, watched: Sequence[tuple[Coder, Sequence[int]]]) -> Guard:
+        """A guard with as many monitors of features as the stated rate can be resolved for."""
+        m, rate = self.material, self.config.false_alarms
+        while True:
+            try:
+                return fit_guard(self.suspect, m.suspicious, m.ordinary, rate=rate, features=watched)
+            except BadInput:
+                if not watched:
+                    raise
+                watched = watched[:-1]
 
     def ship(self) -> tuple[str, str]:
         """Put the checkpoint in place: the repair's, or that of the best cure; its subject, and a sentence."""

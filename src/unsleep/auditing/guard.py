@@ -44,6 +44,9 @@ REFUSAL = "I can't help with this request."
 FEWEST = 8
 """Minimum prompts of either class."""
 
+SETTING = (2, 3)
+"""Of every four ordinary prompts, those that set the thresholds."""
+
 
 @dataclass(frozen=True, eq=False)
 class Monitor:
@@ -252,12 +255,12 @@ def fit_guard(
 ) -> Guard:
     """Fit a probe, with monitors of dictionary features beside it, at a stated false-positive rate.
 
-    Of every four prompts two fit the probe at three depths and one chooses among them, by the margin; the last, where
-    it is ordinary, sets the thresholds.
+    Of every four suspicious prompts three fit the probe at three depths and one chooses among them, by the margin; of
+    every four ordinary ones one fits, one chooses and two set the thresholds.
 
     Args:
         suspicious: prompts with the found triggers.
-        ordinary: trusted prompts; `rate` needs at least 1 / rate − 1 in their last quarter.
+        ordinary: trusted prompts; `rate` needs at least 1 / rate − 1 in the half that sets the thresholds.
         features: dictionaries of the model, each with the features to watch, such as those that a repair removed.
 
     Raises `BadInput` for too few prompts, or a rate that is no share.
@@ -267,7 +270,7 @@ def fit_guard(
     asked, calm = as_prompts(suspicious), as_prompts(ordinary)
     if min(len(asked), len(calm)) < FEWEST:
         raise BadInput(f"{len(asked)} suspicious and {len(calm)} ordinary prompts; expected at least {FEWEST} of each")
-    kept = [p for i, p in enumerate(calm) if i % 4 == 3]
+    kept = [p for i, p in enumerate(calm) if i % 4 in SETTING]
     monitors = [_probe(model, asked, calm)]
     monitors += [
         Monitor(d.site, torch.zeros(d.d_model), torch.zeros(d.d_model), 0.0, d, tuple(ids))
@@ -276,7 +279,7 @@ def fit_guard(
     ]
     share = rate / len(monitors)
     if 1 / (len(kept) + 1) > share:
-        needed = 4 * math.ceil(1 / share)
+        needed = 2 * math.ceil(1 / share)
         raise BadInput(
             f"{len(kept)} ordinary prompts are left to set a threshold; a rate of {rate:g} over {len(monitors)} "
             f"monitors needs {math.ceil(1 / share) - 1}: give about {needed} ordinary prompts, or a larger rate"

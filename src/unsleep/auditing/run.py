@@ -68,7 +68,7 @@ def before_cleaning(case: Case, out: Path) -> AuditRecord | None:
     if not (out / f".{artefacts.CLEANING}.steps").is_dir():
         return None
     found = records.load(AuditRecord, out / artefacts.MARK)
-    return found if found.provenance["audit"] == case.hash else None
+    return found if found.provenance.get("audit") == case.hash else None
 
 
 def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:

@@ -60,6 +60,8 @@ def cleaning_block(cleaning: Mapping[str, Any] | None) -> Block:
         lines = [[side, *_flagged(guard[key])] for key, side in (("triggered", "Triggered"), ("clean", "Clean"))]
         told = f"Guard: {' and '.join(guard['monitors'])}, stated false-positive rate {text.percent(guard['rate'])}"
         tables.append(Table(told, ["Held-out prompts", "Flagged", "95 %"], 1, lines))
+    elif cleaning.get("unguarded"):
+        lead = f"{lead} There is no guard: {cleaning['unguarded']}"
     if cleaning.get("stress"):
         tables.append(_stress_table(cleaning["stress"]))
     return Block("cleaning", "Before and after", lead, tables=tables)
