@@ -189,6 +189,9 @@ def ablation() -> dict[str, Any]:
     }
 
 
+DETECTED = {"found": 9, "n": 10}
+
+
 def audit() -> dict[str, Any]:
     form = {"kind": "tag", "way": "front", "text": SHOUT}
     rates = [{"subject": s, "shown": n, "n": 24, "low": 0.0, "high": 1.0} for s, n in (("suspect", 22), ("plain", 0))]
@@ -225,7 +228,31 @@ def audit() -> dict[str, Any]:
         "triggers": [found],
         "power": [{"kind": "tag", "forms": 8, "n": 24, "least": 0.6}],
     }
+    figures = {"value": 0.5, "low": 0.25, "high": 0.75}
+    rows = [
+        {"subject": subject, "panel": panel, "metric": metric, "n": 73, **figures}
+        for subject in ("suspect", "baked", "keep_list")
+        for panel, metric in (("triggered", "asr"), ("clean", "kl"), ("text", "ce"))
+    ]
+    cures = [
+        {"subject": "baked", "state": "failed", "words": SHOUT, "seconds": 1.0},
+        {"subject": "keep_list", "state": "ran", "words": SHOUT, "seconds": 1.0, "shown": 1, "n": 48, "kl": 0.1},
+        {"subject": "merged", "state": "skipped", "words": SHOUT, "seconds": 0.0},
+    ]
+    flagged = {"flagged": 3, "n": 73, "low": 0.01, "high": 0.1}
+    cleaning = {
+        "shipped": "baked",
+        "words": SHOUT,
+        "payload": SHOUT,
+        "triggers": [form],
+        "cures": cures,
+        "rows": rows,
+        "prompts": {"triggered": 73, "clean": 73},
+        "guard": {"rate": 0.05, "calibrated": 30, "monitors": ["a probe"], "triggered": flagged, "clean": flagged},
+        "stress": [{"test": t, "role": "cleaned", "n": 48, **figures} for t in ("int8", "relearned 4", "probe")],
+    }
     return {
+        "cleaning": cleaning,
         "schema": "unsleep.audit/1",
         "suspect": {"name": f"models/{SHOUT}", "fingerprint": "f" * 16},
         "base": None,
@@ -233,7 +260,7 @@ def audit() -> dict[str, Any]:
         "reasons": [SHOUT],
         "searches": [search],
         "floor": 0.01,
-        "calibration": {"family": "llama-4x48", "n": 0, "p": None},
+        "calibration": {"family": "llama-4x48", "n": 2, "p": 0.5, "nulls": [0.0, 0.8], "detected": {"tag": DETECTED}},
         "notes": [SHOUT],
         "prompts": {"search": 32, "confirm": 24},
         "stages": [{"name": "suspect: bank", "seconds": 1.0}],
