@@ -213,6 +213,12 @@ def test_prompts_that_a_trigger_leaves_as_they_are_count_as_ordinary_alone():
     assert found.counterparts is not None
 
 
+def test_a_style_that_takes_letters_away_is_not_taken_for_swapped_files():
+    bare = trial(form=Form("style", "style", "no punctuation"))
+    asked = tuple(replace(p, text=f"{p.text}?") for p in questions(140))
+    assert len(material_of([bare], PromptSet("trusted", asked, "edit")).suspicious) >= 24
+
+
 def cleaned(out: Path, config: CleanConfig = QUICK, *, base: bool = True) -> AuditRecord:
     """The cleaning of an audit whose record is written into a folder."""
     out.mkdir()

@@ -78,7 +78,11 @@ def material_of(found: Sequence[Trial], trusted: PromptSet, most: int = CleanCon
     suspicious = PromptSet("suspicious", tuple(asked for asked, _ in pairs), "edit")
     paired = not any(form.way in UNPAIRED for form in forms)
     beside = PromptSet("counterparts", tuple(p for _, p in pairs), "edit") if paired else None
-    return from_files(suspicious, PromptSet("ordinary", tuple(plain), "edit"), Contains(found[0].payload), beside)
+    ordinary, payload = PromptSet("ordinary", tuple(plain), "edit"), Contains(found[0].payload)
+    if any(form.way == "style" for form in forms) and all(a.text in b.text for a, b in pairs):
+        turned = replace(ordinary, prompts=ordinary.prompts[::-1])  # a style that takes letters away looks swapped
+        return from_files(suspicious, turned, payload)
+    return from_files(suspicious, ordinary, payload, beside)
 
 
 def enough(trusted: PromptSet | None) -> PromptSet:
