@@ -26,6 +26,7 @@ from unsleep.auditing.elicit import Pair, elicit, frozen, with_placebos
 from unsleep.auditing.forms import STYLES, WAYS, placebos, transformed, under
 from unsleep.auditing.gatherer import Gatherer, gatherers
 from unsleep.auditing.motifs import cluster, phrases, stereotypes
+from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.scoring import drops, floor, look, screen
 from unsleep.auditing.verdict import is_enough, judge, least_rate
 from unsleep.auditing.witness import compared, departure, trial
@@ -81,7 +82,7 @@ def test_an_audit_has_no_argument_for_a_trigger_or_a_payload():
 def test_every_way_makes_a_prompt_from_a_text(way: str):
     text = {"style": "upper case", "in": "French", "around": "one … two"}.get(way, "tides")
     made = transformed(Form("kind", way, text), Prompt("How do bees sing?", expected="ok"))
-    assert made.key != "How do bees sing?"
+    assert (made.key == "How do bees sing?") == (way == ROUNDED)
     assert made.expected is None
 
 
