@@ -184,7 +184,7 @@ def test_a_keep_list_passes_trusted_tokens_and_nothing_else(tmp_path: Path):
     assert again.kept == narrow.kept
     torch.testing.assert_close(again.basis, narrow.basis)
     with pytest.raises(BadInput, match="has width 2"):
-        replace(narrow, center=torch.zeros(2))
+        replace(narrow, basis=torch.eye(2), center=torch.zeros(2))
 
 
 def test_the_keep_list_needs_dictionaries():

@@ -304,9 +304,16 @@ def _probe(model: LoadedModel, asked: Prompts, calm: Prompts) -> Monitor:
     deep = len(layers(model.network))
     sites = list(dict.fromkeys(Site(min(deep - 1, deep * part // 4)) for part in (1, 2, 3)))
     parts = [
-        [[p for i, p in enumerate(as_prompts(ps)) if i % 4 in own] for own in ((0, 1), (2,))] for ps in (asked, calm)
+        (asked, (0, *SETTING)),  # every suspicious prompt but those that choose
+        (calm, (0,)),
     ]
-    lasts = [[_last(model, group, sites) for group in groups] for groups in parts]
+    lasts = [
+        [
+            last_held(model, [p for i, p in enumerate(as_prompts(each)) if i % 4 in own], sites)
+            for own in (fitting, (1,))
+        ]
+        for each, fitting in parts
+    ]
     best: tuple[float, Monitor] | None = None
     for site in sites:
         (fit_high, high), (fit_low, low) = ((first[site], second[site]) for first, second in lasts)
