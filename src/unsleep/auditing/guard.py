@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from unsleep.activations.held import batches_held
+from unsleep.activations.held import batches_held, last_held
 from unsleep.base import records, store
 from unsleep.base.records import Count, Share
 from unsleep.base.stats import wilson
