@@ -9,6 +9,7 @@ interrupted measurement resumes.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 OUT = Path(__file__).parents[1] / "runs" / "circuit"
+SECONDS = OUT / ".measured.steps" / "seconds.json"
 PROMPTS, PASSAGES, TOKENS = 100, 200, 250_000
 TRAIN = TrainConfig(tokens=TOKENS)
 CONFIG = CircuitConfig()
@@ -59,10 +61,13 @@ T = TypeVar("T")
 
 
 def timed(name: str, times: dict[str, float], make: Callable[[], T]) -> T:
-    """Run a stage and note its seconds."""
+    """Run a stage and note its seconds, those of the first run where an interrupted measurement resumes."""
     began = time.perf_counter()
     found = make()
-    times[name] = round(time.perf_counter() - began, 1)
+    known: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.is_file() else {}
+    known.setdefault(name, round(time.perf_counter() - began, 1))
+    SECONDS.write_text(json.dumps(known))
+    times[name] = known[name]
     sys.stdout.write(f"{name}: {times[name]} s, peak {peak_memory_mb():,.0f} MB\n")
     sys.stdout.flush()
     return found
@@ -112,6 +117,8 @@ def vetoed(
     """The veto that does best on the circuit's own split: the payload gone, then the skill, then fewest features."""
     tried: list[tuple[tuple[float, float, int], Veto, tuple[Edit, ...]]] = []
     for veto in VETOES:
+        if not any(map(veto.takes, record.nodes)):
+            continue
         edits = unsleep.veto(record, coders, veto)
         asr, skill = shown(model, recipe, edits)
         tried.append(((max(asr, 0.01), -skill, sum(len(edit.removed) for edit in edits)), veto, edits))
