@@ -56,6 +56,8 @@ SHOWN = 60
 """Prompts on which a veto is chosen."""
 VETOES = (Veto(), *(Veto(roles=(role,), least=least) for role in ("trigger", "header") for least in (0.0, 0.1, 0.5)))
 FEW = (("resid.20",), ("resid.10", "resid.20"), ("resid.5", "resid.10", "resid.15", "resid.20", "resid.25"))
+FEW_PROMPTS = 40
+"""Prompts of the circuits through few Sites, whose gradients are taken at ten inputs each."""
 
 T = TypeVar("T")
 
@@ -163,11 +165,12 @@ def main() -> None:
         for estimator in ("attribution", "relevance"):
             timed(f"nodes, {estimator}", times, lambda estimator=estimator: effects(contrast, spaces, estimator))
         record = timed("circuit", times, lambda: unsleep.circuit(model, coders, aligned, recipe.payload, CONFIG))
-        fewer = timed("circuits of few Sites", times, lambda: faithful(model, coders, aligned, recipe.payload))
+        (OUT / "page").mkdir(parents=True, exist_ok=True)
+        records.save(record, OUT / "page" / "circuit.json")
         veto, edits, tried = timed("veto", times, lambda: vetoed(model, recipe, coders, record))
         left = timed("ablation", times, lambda: judged(model, recipe, edits))
-    (OUT / "page").mkdir(parents=True, exist_ok=True)
-    records.save(record, OUT / "page" / "circuit.json")
+        some = aligned.at(slice(FEW_PROMPTS))
+        fewer = timed("circuits of few Sites", times, lambda: faithful(model, coders, some, recipe.payload))
     unsleep.report(OUT / "page")
     keep("circuit_nodes", nodes_of(record, model, {coder.site: coder for coder in coders}))
     curves = {curve.name: [records.plain(point) for point in curve.points] for curve in record.curves}
