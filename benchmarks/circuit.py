@@ -117,18 +117,18 @@ def vetoed(
     model: LoadedModel, recipe: Recipe, coders: list[Coder], record: CircuitRecord
 ) -> tuple[Veto, tuple[Edit, ...], list[dict[str, object]]]:
     """The veto that does best on the circuit's own split: the payload gone, then the skill, then fewest features."""
-    tried: list[tuple[tuple[float, float, int], Veto, tuple[Edit, ...]]] = []
+    tried: list[tuple[tuple[float, float, int], float, Veto, tuple[Edit, ...]]] = []
     for veto in VETOES:
         if not any(map(veto.takes, record.nodes)):
             continue
         edits = unsleep.veto(record, coders, veto)
         asr, skill = shown(model, recipe, edits)
-        tried.append(((max(asr, 0.01), -skill, sum(len(edit.removed) for edit in edits)), veto, edits))
+        tried.append(((max(asr, 0.01), -skill, sum(len(edit.removed) for edit in edits)), asr, veto, edits))
     told = [
         {"veto": records.plain(veto), "features": size, "asr": asr, "skill": -skill}
-        for (asr, skill, size), veto, _ in tried
+        for (_, skill, size), asr, veto, _ in tried
     ]
-    _, veto, edits = min(tried, key=lambda each: each[0])
+    *_, veto, edits = min(tried, key=lambda each: each[0])
     return veto, edits, told
 
 
