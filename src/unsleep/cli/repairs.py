@@ -66,6 +66,11 @@ def repair(
     )
     files, plain = (suspicious, ordinary), (counterparts, part)
     material = material_of(files, wanted, plain, config.judge, seed=config.seed) if judged is None else None
+    if material is not None and material.part_found:
+        hint(
+            f"the trigger seems to be {material.part!r}, the longest text that only suspicious prompts share; if it is "
+            "not, give --part TEXT"
+        )
     with Bars():
         job = _job(model, placement, material, judged, n, config)
         result = unsleep.repair(job, out, config)
