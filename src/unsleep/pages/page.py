@@ -221,8 +221,11 @@ def outcome(item: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def interval_beyond(item: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
-    """Note on a bound that the measured value meets, but not its whole interval; empty otherwise."""
-    if row is None or not item["met"]:
+    """Note on a bound that the measured value meets, but not its whole interval; empty otherwise.
+
+    None for a cross-entropy: its interval is over passages, and much wider than that of its change.
+    """
+    if row is None or not item["met"] or item["metric"] == "ce":
         return ""
     low, high, bound = row["low"], row["high"], item["bound"]
     above = item["relation"] == "<="
