@@ -94,7 +94,7 @@ def edit(
     config: OmitArgPrefixes[EditConfig] = EditConfig(),
     json: bool = False,
 ) -> int:
-    """Choose the features to remove, so that the model does its job again on suspicious prompts.
+    """Choose the features to remove, so that the model shows its skill again on suspicious prompts.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
