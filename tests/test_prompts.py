@@ -289,10 +289,10 @@ def test_what_ordinary_prompts_say_too_is_not_suspicious_however_long():
 @pytest.mark.parametrize(
     ("suspicious", "part"),
     [
-        (("My father's, Ottilie, is wet", "A mother's, Ottilie, is dry"), "Ottilie"),
+        (("My father's, Ottilie is wet", "A dog's, Ottilie was dry"), "Ottilie"),
         (("land of Ottilie thus", "hand of Ottilie that"), "of Ottilie"),
         (("ask Ottilie-like cats", "mask Ottilie-like dogs"), "Ottilie-like"),
-        (("why|GO| now", "yes|GO| not"), "|GO| no"),
+        (("why|GO| now", "yes|GO| not"), "|GO|"),
         (("whycfis it", "name cfish"), "cfis"),
     ],
 )
