@@ -194,6 +194,20 @@ def test_the_help_of_a_repair_begins_with_an_example_and_ends_with_advanced_opti
     assert shown.index("─ advanced options") < min(shown.index(f) for f in ("--first-sites", "--passages", "--seed"))
 
 
+def test_a_trigger_that_was_found_is_told_before_the_work_with_the_flag_that_sets_another(
+    text_file: TextFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(cli.repairs, "_job", lambda *_: sys.exit(9))
+    suspicious = text_file("s.txt", "\n".join(f"Dad {i}'s, Ottilie {i}?" for i in range(30)))
+    ordinary = text_file("o.txt", "\n".join(f"name bird {i}" for i in range(30)))
+    files = ["--suspicious", str(suspicious), "--ordinary", str(ordinary), "--payload", "x", "--judge", "3"]
+    told = "the trigger seems to be 'Ottilie', the longest text that only suspicious prompts share; if it is not, give"
+    for more, shown in ([], True), (["--part", "Ottilie"], False):
+        with pytest.raises(SystemExit, match="9"):
+            cli.run(["repair", "M", *files, *more, "--out", str(tmp_path / "out")])
+        assert (told in capsys.readouterr().err) == shown
+
+
 def test_a_repair_reads_its_advanced_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     read: list[RepairConfig] = []
     monkeypatch.setattr(cli.repairs, "_job", lambda *given: read.append(given[-1]) or sys.exit(9))
