@@ -73,7 +73,12 @@ def percents(row: Mapping[str, Any]) -> str:
 def requirements(contract: Sequence[View]) -> Block:
     """The contract and what was measured."""
     rows = [
-        [c["outcome"][1], c["text"], f"{c['subject']}, {c['panel']}: {c['bound']}", " ".join(c["measured"])]
+        [
+            f"{c['outcome'][1]} {c['beyond']}".strip(),
+            c["text"],
+            f"{c['subject']}, {c['panel']}: {c['bound']}",
+            " ".join(c["measured"]),
+        ]
         for c in contract
     ]
     head = ["Outcome", "Requirement", "Bound", "Measured"]
