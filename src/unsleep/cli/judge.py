@@ -105,7 +105,8 @@ def evaluate(
     record = pages.record(
         result, None, figures, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked
     )
-    summary, title = pages.Summary(model=model, **_removed(edits)), f"Evaluation of {Path(model).name}"
+    summary = pages.Summary(model=model, checkpoint=baked, **_removed(edits))
+    title = f"Evaluation of {Path(model).name}"
     records.save(pages.page(result, record, title, summary, as_payload(judging.payload)), out / "report.json")
     records.save(record, out / "result.json")
     unsleep.report(out)
