@@ -51,7 +51,7 @@ _reading: set[type] = set()
 def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A flag per field of a dataclass, as tyro has it; raises `Rejected` for invalid values."""
     kind = info.type
-    if isinstance(kind, type) and issubclass(kind, Panel):
+    if Panel in getattr(kind, "__mro__", ()):
         return StructConstructorSpec(dict, kind.fields)
     if not is_dataclass(kind) or not kind.__module__.startswith("unsleep.") or kind in _reading:
         return None
