@@ -9,6 +9,7 @@ interrupted measurement resumes.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet
 
 OUT = Path(__file__).parents[1] / "runs" / "circuit"
+SECONDS = OUT / ".measured.steps" / "seconds.json"
 PROMPTS, PASSAGES, TOKENS = 100, 200, 250_000
 TRAIN = TrainConfig(tokens=TOKENS)
 CONFIG = CircuitConfig()
@@ -54,15 +56,20 @@ SHOWN = 60
 """Prompts on which a veto is chosen."""
 VETOES = (Veto(), *(Veto(roles=(role,), least=least) for role in ("trigger", "header") for least in (0.0, 0.1, 0.5)))
 FEW = (("resid.20",), ("resid.10", "resid.20"), ("resid.5", "resid.10", "resid.15", "resid.20", "resid.25"))
+FEW_PROMPTS = 40
+"""Prompts of the circuits through few Sites, whose gradients are taken at ten inputs each."""
 
 T = TypeVar("T")
 
 
 def timed(name: str, times: dict[str, float], make: Callable[[], T]) -> T:
-    """Run a stage and note its seconds."""
+    """Run a stage and note its seconds, those of the first run where an interrupted measurement resumes."""
     began = time.perf_counter()
     found = make()
-    times[name] = round(time.perf_counter() - began, 1)
+    known: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.is_file() else {}
+    known.setdefault(name, round(time.perf_counter() - began, 1))
+    SECONDS.write_text(json.dumps(known))
+    times[name] = known[name]
     sys.stdout.write(f"{name}: {times[name]} s, peak {peak_memory_mb():,.0f} MB\n")
     sys.stdout.flush()
     return found
@@ -110,16 +117,18 @@ def vetoed(
     model: LoadedModel, recipe: Recipe, coders: list[Coder], record: CircuitRecord
 ) -> tuple[Veto, tuple[Edit, ...], list[dict[str, object]]]:
     """The veto that does best on the circuit's own split: the payload gone, then the skill, then fewest features."""
-    tried: list[tuple[tuple[float, float, int], Veto, tuple[Edit, ...]]] = []
+    tried: list[tuple[tuple[float, float, int], float, Veto, tuple[Edit, ...]]] = []
     for veto in VETOES:
+        if not any(map(veto.takes, record.nodes)):
+            continue
         edits = unsleep.veto(record, coders, veto)
         asr, skill = shown(model, recipe, edits)
-        tried.append(((max(asr, 0.01), -skill, sum(len(edit.removed) for edit in edits)), veto, edits))
+        tried.append(((max(asr, 0.01), -skill, sum(len(edit.removed) for edit in edits)), asr, veto, edits))
     told = [
         {"veto": records.plain(veto), "features": size, "asr": asr, "skill": -skill}
-        for (asr, skill, size), veto, _ in tried
+        for (_, skill, size), asr, veto, _ in tried
     ]
-    _, veto, edits = min(tried, key=lambda each: each[0])
+    *_, veto, edits = min(tried, key=lambda each: each[0])
     return veto, edits, told
 
 
@@ -156,11 +165,12 @@ def main() -> None:
         for estimator in ("attribution", "relevance"):
             timed(f"nodes, {estimator}", times, lambda estimator=estimator: effects(contrast, spaces, estimator))
         record = timed("circuit", times, lambda: unsleep.circuit(model, coders, aligned, recipe.payload, CONFIG))
-        fewer = timed("circuits of few Sites", times, lambda: faithful(model, coders, aligned, recipe.payload))
+        (OUT / "page").mkdir(parents=True, exist_ok=True)
+        records.save(record, OUT / "page" / "circuit.json")
         veto, edits, tried = timed("veto", times, lambda: vetoed(model, recipe, coders, record))
         left = timed("ablation", times, lambda: judged(model, recipe, edits))
-    (OUT / "page").mkdir(parents=True, exist_ok=True)
-    records.save(record, OUT / "page" / "circuit.json")
+        some = aligned.at(slice(FEW_PROMPTS))
+        fewer = timed("circuits of few Sites", times, lambda: faithful(model, coders, some, recipe.payload))
     unsleep.report(OUT / "page")
     keep("circuit_nodes", nodes_of(record, model, {coder.site: coder for coder in coders}))
     curves = {curve.name: [records.plain(point) for point in curve.points] for curve in record.curves}

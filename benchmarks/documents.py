@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import drawings
+import recorded_tables
 import repair_tables
 from circuit_growth import series
 from common import RESULTS
 from markupsafe import Markup
+from recorded_tables import table
 
 from unsleep.pages.circuits import graph
 from unsleep.pages.curves import Curve, Dot, axis, chart
@@ -62,12 +64,6 @@ def tokens(words: Sequence[str]) -> str:
     """Tokens as code, with visible spaces and line ends, which break no table."""
     seen = (re.sub(r"\s", lambda m: {"\n": "↵", "\t": "⇥"}.get(m[0], "␣"), word) for word in words)
     return " ".join(f"`{word.replace('|', '¦').replace('`', 'ˋ')}`" for word in seen)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def counted(n: int, word: str) -> str:
@@ -294,19 +290,6 @@ def exponent(r: Record, name: str) -> str:
     )
 
 
-def plan(record: Record) -> str:
-    """Predicted and measured peaks of every cell, largest error first."""
-    rows = sorted(record["measured"].items(), key=lambda item: -abs(item[1]["error"]))
-    close = sum(abs(row["error"]) <= 0.15 for _, row in rows)
-    head = ["cell", "predicted, MB", "measured, MB", "error"]
-    cells = [
-        [f"`{name}`", f"{row['predicted'] / 1e6:.1f}", f"{row['measured'] / 1e6:.1f}", f"{row['error']:+.1%}"]
-        for name, row in rows
-    ]
-    told = f"{close} of {len(rows)} cells are within 15 %; the mean error is {record['mean_error']:.1%}.\n\n"
-    return told + table(head, cells)
-
-
 def joined(lines: Sequence[str]) -> str:
     """The lines of a table."""
     return "\n".join(lines) + "\n"
@@ -326,7 +309,11 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "faithfulness": ("circuit", faithfulness),
     "veto": ("circuit", veto),
     "cost": ("circuit", cost),
-    "plan": ("plan", plan),
+    "plan": ("plan", recorded_tables.plan),
+    "explanations": ("explanations", recorded_tables.explanations),
+    "classes": ("classes", recorded_tables.classes),
+    "causes": ("classes", recorded_tables.causes),
+    "mixtures": ("mixture", recorded_tables.mixtures),
     "growth": ("circuit_growth", growth),
 }
 """Block → the record that it is from, and its text."""
