@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Annotated, Any, ClassVar
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import arg
 from tyro.constructors import (
     MISSING_NONPROP,
     ConstructorRegistry,
@@ -75,7 +75,7 @@ def _parted(found: StructConstructorSpec, names: Sequence[str]) -> StructConstru
     made.__doc__ = found.instantiate.__doc__
     behind = tuple(field for field in found.fields if field.name in names)
     panel = type("AdvancedPanel", (Panel,), {"fields": behind})
-    kind: Any = Annotated[panel, OmitArgPrefixes]
+    kind: Any = Annotated[panel, arg(name="")]
     words = "Options that seldom need a change, here and in the panels below."
     ahead = [field for field in found.fields if field.name not in names]
     nested = [field for field in ahead if is_dataclass(field.type)]
