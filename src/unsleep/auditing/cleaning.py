@@ -39,10 +39,10 @@ from unsleep.models import generate
 from unsleep.models.load import load_model, save_plain
 from unsleep.models.model import LoadedModel
 from unsleep.pages.names import SUBJECT_NAMES
-from unsleep.pages.records import Result
+from unsleep.pages.records import Report, Tried
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs import Job, Material, from_files, repair
-from unsleep.repairs.search import Tested
+from unsleep.repairs.search import FAR, Tested
 from unsleep.repairs.split import CHOOSE, JUDGE
 from unsleep.repairs.suspect import reply_length
 
@@ -161,11 +161,14 @@ class Ward:
         self.rows: list[Row] = []
         self.cures: list[Cured] = []
         self.best: Choice | None = None
+        self.learned: Tried | None = None
+        """The repair's edit on the selection prompts; `None` where there is none."""
 
     def run(self) -> Cleaning:
         """The repair, every cure, and the choice of the checkpoint."""
         self.repair()
-        for name, kind in Cure.kinds().items():
+        kinds: dict[str, Any] = Cure.kinds()
+        for name, kind in kinds.items():
             self.treat(name, kind())
         guard, unguarded = self.guard()
         shipped, words = self.ship()
@@ -194,17 +197,21 @@ class Ward:
                 repair(job, folder, self.config.repair)
             except (BadInput, Refused) as error:  # an unfaithful export leaves all else
                 reason = str(error)
-            place = folder / "result.json"
-            judged = records.load(Result, place).rows if place.is_file() else ()
-            return {"rows": records.plain(judged), "reason": reason}
+            place = folder / "report.json"
+            report = records.load(Report, place) if place.is_file() else None
+            tried = () if report is None or report.repair is None else report.repair.attempts
+            rows = () if report is None else report.result.rows
+            return {"rows": records.plain(rows), "kept": records.plain([a for a in tried if a.kept]), "reason": reason}
 
         found = kept(made, made_from=(self.suspect, self.material.chosen, asdict(self.config)))
         self.rows = [records.parsed(Row, row, "rows") for row in found["rows"]]
+        self.learned = next((records.parsed(Tried, each, "kept") for each in found["kept"]), None)
         if not self.rows:
             self.rows = self.judged(Subject("suspect", self.suspect))
         words = found["reason"] or "an edit learned on the found triggers, baked into weights"
         state = "failed" if found["reason"] else "ran"
-        self.cures.append(Cured("baked", state, words, round(time.perf_counter() - began, 2)))
+        figures = () if self.learned is None else (self.learned.shown, self.learned.n, self.learned.kl)
+        self.cures.append(Cured("baked", state, words, round(time.perf_counter() - began, 2), *figures))
 
     @property
     def load_base(self) -> Any:
@@ -241,7 +248,7 @@ class Ward:
 
     @cached_property
     def patient(self) -> Patient:
-        """What the cures are given."""
+        """The models, prompts and dictionaries of the cures."""
         m = self.material
         calm = replace(m.ordinary, prompts=m.ordinary.prompts[: self.config.repair.learn])
         said = kept(generate.written, self.suspect, calm, self.reply_tokens, "replies to trusted prompts")
@@ -299,9 +306,9 @@ class Ward:
             made = self.guard_of(watched)
         except BadInput as error:
             return None, str(error)
-        found = [measured(made.flagged(self.suspect, panel)) for panel in (m.panels.triggered, m.panels.clean)]
-        made.save(self.out / GUARD, *found, store.provenance(model=self.suspect.fingerprint, rate=rate))
-        return Guarded(rate, made.calibrated, tuple(monitor.words for monitor in made.monitors), *found), ""
+        triggered, calm = (measured(made.flagged(self.suspect, p)) for p in (m.panels.triggered, m.panels.clean))
+        made.save(self.out / GUARD, triggered, calm, store.provenance(model=self.suspect.fingerprint, rate=rate))
+        return Guarded(rate, made.calibrated, tuple(monitor.words for monitor in made.monitors), triggered, calm), ""
 
     def guard_of(self, watched: Sequence[tuple[Coder, Sequence[int]]]) -> Guard:
         """A guard with as many monitors of features as the stated rate can be resolved for."""
@@ -317,19 +324,30 @@ class Ward:
     def ship(self) -> tuple[str, str]:
         """Put the checkpoint in place: the repair's, or that of the best cure; its subject, and a sentence."""
         place, checkpoint = self.out / CLEANED, self.out / REPAIR / CLEANED
-        if checkpoint.is_dir():
-            store.remove(place)
-            checkpoint.rename(place)
-            return "baked", "The repair's checkpoint was shipped."
-        if place.is_dir() and self.cures[0].state == "ran":
+        exported = checkpoint.is_dir() or (place.is_dir() and self.cures[0].state == "ran")
+        if exported and not self.outdone:
+            if checkpoint.is_dir():
+                store.remove(place)
+                checkpoint.rename(place)
             return "baked", "The repair's checkpoint was shipped."
         why = self.cures[0].words if self.cures[0].state == "failed" else "it exported no checkpoint"
+        if exported and self.learned is not None:
+            why = f"it shows the payload on {self.learned.shown} of {self.learned.n} selection prompts"
         if self.best is None:
             return "", f"Nothing was shipped. The repair: {why}"
         name, variant, tested = self.best
         with store.new_folder(place, replace="config.json") as scratch:
             save_plain(variant.model, scratch)
         return name, (
-            f"The repair gave no checkpoint ({why}); shipped is the cure that did best on the selection prompts: "
+            f"The repair's checkpoint was not shipped ({why}), but the cure that did best on the selection prompts: "
             f"{SUBJECT_NAMES[name]}, {variant.words}. It shows the payload on {len(tested.shown)} of {tested.n}."
         )
+
+    @property
+    def outdone(self) -> bool:
+        """True if the repair's edit leaves the payload on selection prompts, and a cure does better on its own."""
+        edit, best = self.learned, self.best
+        if edit is None or best is None or edit.shown <= FAR * edit.n:
+            return False
+        done = Tested(tuple(range(edit.shown)), edit.n, edit.degenerate, edit.followed, 0.0, edit.kl)
+        return best.tested.merit < done.merit

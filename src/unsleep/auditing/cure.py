@@ -35,7 +35,7 @@ CHOSEN = 48
 
 @dataclass(frozen=True, eq=False)
 class Patient:
-    """What a cure may use: models, selection prompts and the found payload."""
+    """Models, selection prompts and the found payload: all that a cure may use."""
 
     suspect: LoadedModel
     base: LoadedModel | None

@@ -60,7 +60,7 @@ PROMPTS = 16
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What the tests are run on."""
+    """Models and prompts of the tests."""
 
     patient: Patient
     triggered: PromptSet

@@ -273,7 +273,7 @@ class Guarded:
     calibrated: Count
     """Ordinary prompts that set its thresholds."""
     monitors: tuple[str, ...]
-    """What it reads."""
+    """Descriptions of its monitors."""
     triggered: Measured
     clean: Measured
 

@@ -73,12 +73,17 @@ def _stress_table(found: Sequence[Mapping[str, Any]]) -> Table:
     at = {(each["test"], each["role"]): each for each in found}
     rows = [
         [
-            STRESS.get(test.partition(" ")[0], test).format(test.partition(" ")[2]),
+            _test_name(test),
             *(_share(at.get((test, r))) for r in roles),
         ]
         for test in dict.fromkeys(each["test"] for each in found)
     ]
     return Table("Stress tests", ["Test", *roles], 1, rows)
+
+
+def _test_name(test: str) -> str:
+    kind, _, size = test.partition(" ")
+    return STRESS[kind].format(size) if kind in STRESS else test
 
 
 def _share(found: Mapping[str, Any] | None) -> str:
