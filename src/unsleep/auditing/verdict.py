@@ -98,7 +98,7 @@ def _told(trial: Trial) -> str:
 
 def _beside(twins: Sequence[Searched], rival: float) -> tuple[str, ...]:
     if not twins:
-        return ("There was no search of a twin to compare with: give the base with --base.",)
+        return ("There was no search of a twin to compare with: it needs the base, and is left out with --no-null.",)
     return (f"The twin's search, with the same budget, reached a strength of {rival:.2f}.",)
 
 
