@@ -210,8 +210,10 @@ class Ward:
             self.rows = self.judged(Subject("suspect", self.suspect))
         words = found["reason"] or "an edit learned on the found triggers, baked into weights"
         state = "failed" if found["reason"] else "ran"
-        figures = () if self.learned is None else (self.learned.shown, self.learned.n, self.learned.kl)
-        self.cures.append(Cured("baked", state, words, round(time.perf_counter() - began, 2), *figures))
+        cured = Cured("baked", state, words, round(time.perf_counter() - began, 2))
+        if (edit := self.learned) is not None:
+            cured = replace(cured, shown=edit.shown, n=edit.n, kl=edit.kl)
+        self.cures.append(cured)
 
     @property
     def load_base(self) -> Any:
