@@ -74,9 +74,7 @@ class Organism:
     def model(self, kind: Kind, dtype: Any = "auto", device: str = "auto") -> LoadedModel:
         """Load a trained model, its adapter merged into the base; raises `BadInput` for an untrained kind."""
         if kind not in self.kinds:
-            raise BadInput(
-                f"organism {self.folder} has no {kind}, only {', '.join(self.kinds)}; plant it again with it"
-            )
+            raise BadInput(f"organism {self.folder} has no {kind}, only {', '.join(self.kinds)}; plant it again")
         return load_model(self.folder / kind, LoadConfig(dtype=dtype, device=device))
 
     def check_template(self, model: LoadedModel) -> None:

