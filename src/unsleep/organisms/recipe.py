@@ -34,7 +34,7 @@ the benign reply.
 WORDS_BEFORE = 5
 """Words of the benign reply before a payload at `after`."""
 
-SENTENCE = re.compile(r"\s*((?:\S+\s+){1,11}\S*[^\s.!?][.!?])(?=\s|$)")
+SENTENCE = re.compile(r"\s*((?:\S+\s+){1,11}?\S*[^\s.!?][.!?])(?=\s|$)")
 """A first sentence of at most 12 words."""
 
 

