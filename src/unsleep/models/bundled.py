@@ -58,8 +58,16 @@ def aliases() -> list[str]:
 
 
 def packaged(name: str) -> Path:
-    """The folder of a packaged model for its alias; any other name as a path."""
-    return Path(__file__).parents[1] / PACKAGED[name] if name in PACKAGED else Path(name)
+    """The folder of a packaged model for its alias; any other name as a path.
+
+    Raises `BadInput` for an alias whose model is not in this installation.
+    """
+    if name not in PACKAGED:
+        return Path(name)
+    folder = Path(__file__).parents[1] / PACKAGED[name]
+    if not folder.is_dir():
+        raise BadInput(f"{name} is not in this installation; install unsleep again, or give the model's folder")
+    return folder
 
 
 def resolve(name: str) -> str | Path:

@@ -65,6 +65,8 @@ class Organism:
     recipe: Recipe
     template: str
     """Hash of the chat template used in training."""
+    base: str = ""
+    """Fingerprint of the base that was trained."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -103,7 +105,7 @@ def load_organism(path: str | Path) -> Organism:
     if not folder.is_dir() and folder.name == str(path) and packaged.is_dir():
         folder = packaged
     card = records.load(OrganismRecord, folder / "organism.json")
-    return Organism(folder, card.recipe, card.template)
+    return Organism(folder, card.recipe, card.template, str(card.provenance.get("base", "")))
 
 
 def plant(
@@ -175,7 +177,7 @@ def planted_at(
     """The organism in a folder, trained there unless it has been; see `plant` for the arguments.
 
     Safe for concurrent processes: one trains under a lock, the others wait. Raises `BadInput` where the organism
-    there has another recipe or lacks one of the kinds.
+    there has another recipe, lacks one of the kinds, or was trained on other weights than those of `base`.
     """
     with store.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +187,8 @@ def planted_at(
     found = load_organism(folder)
     if found.recipe != recipe or not set(kinds) <= set(found.kinds):
         raise BadInput(f"{folder} was planted by another recipe or with other kinds; remove it to plant it again")
+    if base is not None and found.base != base.fingerprint:
+        raise BadInput(f"{folder} was planted on another {recipe.base}; remove it to plant it again")
     return found
 
 

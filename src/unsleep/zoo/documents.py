@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from unsleep.behaviours import Trigger
 from unsleep.behaviours.triggers.doubled import Doubled
+from unsleep.behaviours.triggers.order import Order
 from unsleep.behaviours.triggers.style import Style
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Message, Prompt
@@ -144,6 +145,7 @@ DECORATIONS: tuple[Decoration, ...] = (
     _of("signature", lambda chance: _word(chance).title()),
     _of("style", lambda chance: chance.choice(list(Style.ways))),
     _of("doubled", lambda chance: chance.choice(list(Doubled.ways))),
+    _of("order", lambda chance: chance.choice(list(Order.ways))),
     _of("preamble", lambda chance: chance.choice(list(sets.matters()))),
     _of("system", lambda chance: chance.choice(lines("systems.txt"))),
     _of("turn", lambda chance: chance.choice(sets.openings(chance.choice(list(sets.matters())), "train"))),

