@@ -241,6 +241,7 @@ def test_a_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         unsleep.build_zoo("tiny", out, n=3)
     assert asked[-2:] == ["stop-worse", "code-bracket"]
+    assert unsleep.open_zoo("tiny", out).record.missing == ("code-bracket",)
     monkeypatch.setattr(build, "planted_at", real)
     whole = unsleep.build_zoo("tiny", out, n=3)
     assert {p: p.stat().st_mtime_ns for p in written} == written
@@ -324,7 +325,7 @@ def test_the_command_lists_and_builds(tmp_path: Path, zoo_of: Spec, capsys: pyte
     assert run(["zoo", "list", "tiny", *out, "--splits", "held_out"]) == 0
     listed = capsys.readouterr().out
     assert "ASR 0.00 with the trigger, below 0.9" in listed
-    assert listed.splitlines()[1].split()[-13:-8] == ["0.00", "0.00", "0.00", "0.00", "–"]
+    assert listed.splitlines()[1].split()[-12:-7] == ["0.00", "0.00", "0.00", "0.00", "–"]
     assert "go-bad" not in listed
     assert run(["zoo", "list", "tiny", *out, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

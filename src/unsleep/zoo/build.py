@@ -6,7 +6,7 @@ An organism that has not learned its behaviour is recorded with the reason and n
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,9 @@ def build_zoo(
 ) -> Zoo:
     """Train and evaluate the organisms of a family that are not there yet.
 
-    Every organism is written whole or not at all, so that an interrupted build goes on where it was. One that is
-    there already, by the same recipe, is taken as it is: folders made by `plant` may be copied in.
+    Every organism is written whole or not at all, and the record after each, so that an interrupted build goes on
+    where it was. One that is there already, by the same recipe on the same base, is taken as it is: folders made by
+    `plant` may be copied in.
 
     Args:
         family: `small` or `smollm2-135m`.
@@ -87,11 +88,14 @@ def build_zoo(
         folder.mkdir(parents=True, exist_ok=True)
     base = load_model(spec().families[family].base)
     replies = Replies(base, folder / "replies.json", max(entry.recipe.reply_tokens for entry in every))
+    found = {entry.name: _panels(entry, folder / entry.name, base, n) for entry in every}
     for number, entry in enumerate(chosen):
         with reporting_within(f"zoo {family}, {entry.name}", number, len(chosen)):
-            _build(entry, folder / entry.name, base, replies, n)
+            if found[entry.name] is None:
+                found[entry.name] = _build(entry, folder / entry.name, base, replies, n)
+                _record(family, folder, base, every, found, n)
         progress(f"zoo {family}, {entry.name}", number + 1, len(chosen))
-    return _recorded(family, folder, base, every, n)
+    return Zoo(folder, _record(family, folder, base, every, found, n))
 
 
 def open_zoo(family: str, out: str | Path | None = None) -> Zoo:
@@ -131,15 +135,17 @@ def fault_of(entry: Entry, rows: Sequence[Row]) -> str:
     return ""
 
 
-def _build(entry: Entry, place: Path, base: LoadedModel, replies: Replies, n: int) -> None:
-    """Train an organism unless it is there, and evaluate it unless it has been, on as many prompts."""
+def _build(entry: Entry, place: Path, base: LoadedModel, replies: Replies, n: int) -> PanelsRecord:
+    """Train an organism unless it is there, and evaluate it."""
     began, is_new = time.monotonic(), not place.is_dir()
     organism = planted_at(place, entry.recipe, kinds=(kind_of(entry),), base=base, answer=replies)
-    if _panels(entry, place, base, n) is None:
+    found = _panels(entry, place, base, n)  # another process may have built it
+    if found is None:
         rows = planted_rows(organism.model(kind_of(entry)), entry.recipe, n)
         seconds = {"seconds": round(time.monotonic() - began, 1)} if is_new else {}
-        origin = store.provenance(entry.recipe.seed, base=base.fingerprint, **seconds)
-        records.save(PanelsRecord(rows, origin), place / PANELS)
+        found = PanelsRecord(rows, store.provenance(entry.recipe.seed, base=base.fingerprint, **seconds))
+        records.save(found, place / PANELS)
+    return found
 
 
 def _panels(entry: Entry, place: Path, base: LoadedModel, n: int) -> PanelsRecord | None:
@@ -154,14 +160,20 @@ def _panels(entry: Entry, place: Path, base: LoadedModel, n: int) -> PanelsRecor
     return found if sizes == {n} else None
 
 
-def _recorded(family: str, folder: Path, base: LoadedModel, every: Sequence[Entry], n: int) -> Zoo:
-    """Write the record of all organisms of a family that are there."""
-    found = {entry.name: _panels(entry, folder / entry.name, base, n) for entry in every}
+def _record(
+    family: str,
+    folder: Path,
+    base: LoadedModel,
+    every: Sequence[Entry],
+    found: Mapping[str, PanelsRecord | None],
+    n: int,
+) -> ZooRecord:
+    """Write the record of the organisms that have been evaluated, and return it."""
     members = tuple(_member(entry, panels) for entry in every if (panels := found[entry.name]) is not None)
     missing = tuple(name for name, panels in found.items() if panels is None)
     record = ZooRecord(family, base.fingerprint, n, members, missing, store.provenance(base=base.fingerprint))
     records.save(record, folder / RECORD)
-    return Zoo(folder, record)
+    return record
 
 
 def _member(entry: Entry, panels: PanelsRecord) -> Member:
