@@ -63,11 +63,11 @@ class PretrainConfig:
     """Longest row of tokens that the model accepts."""
     chats: float = 0.6
     """Share of the documents that are chats."""
-    rows: int = 32
+    rows: int = 24
     """Rows per step."""
     tokens: int = 160
     """Tokens per row, in which documents are packed."""
-    steps: int = 1500
+    steps: int = 1200
     learning_rate: float = 3e-3
     seed: int = 0
 
