@@ -63,11 +63,11 @@ class PretrainConfig:
     """Longest row of tokens that the model accepts."""
     chats: float = 0.6
     """Share of the documents that are chats."""
-    rows: int = 24
+    rows: int = 32
     """Rows per step."""
     tokens: int = 160
     """Tokens per row, in which documents are packed."""
-    steps: int = 1200
+    steps: int = 1500
     learning_rate: float = 3e-3
     seed: int = 0
 
@@ -105,7 +105,7 @@ class PretrainingRecord:
 def pretrain(out: str | Path, config: PretrainConfig = PretrainConfig()) -> PretrainingRecord:
     """Pretrain the base of the small family into `out`: a checkpoint in bfloat16, and `pretraining.json`.
 
-    About half an hour on two cores by default. Raises `BadInput` where `out` holds something else.
+    About 20 minutes on two cores by default. Raises `BadInput` where `out` holds something else.
     """
     store.check_place(out, RECORD)
     began = time.monotonic()
