@@ -623,23 +623,23 @@ def test_one_piece_of_work_at_a_time_and_cancelling_waits():
             while True:
                 work.check()
 
-        work = await worker.start(wait)
+        work = await worker.start("a proof", wait)
         begun.wait(5)
+        with pytest.raises(Busy, match="a proof is running"):
+            await worker.start("a bake", wait)
         with pytest.raises(Busy):
-            await worker.start(wait)
-        with pytest.raises(Busy):
-            await worker.answer(lambda _: 1)
+            await worker.answer("a chat", lambda _: 1)
         assert await worker.cancel()
         assert work.is_done
         assert [e async for e in work.events()] == [("error", {"message": "cancelled"})]
         assert not await worker.cancel()
-        assert await worker.answer(lambda _: 1) == 1
+        assert await worker.answer("a chat", lambda _: 1) == 1
         with pytest.raises(ZeroDivisionError):
-            await worker.answer(lambda _: 1 // 0)
-        work = await worker.start(wait)
+            await worker.answer("a chat", lambda _: 1 // 0)
+        work = await worker.start("a proof", wait)
         work.cancel()
-        assert await worker.answer(lambda _: 2) == 2  # waits for what is cancelled
-        failed = await worker.start(lambda _: 1 // 0)
+        assert await worker.answer("a chat", lambda _: 2) == 2  # waits for what is cancelled
+        failed = await worker.start("a proof", lambda _: 1 // 0)
         assert [e.data["message"] async for e in failed.events()] == [
             "ZeroDivisionError: integer division or modulo by zero"
         ]
@@ -658,7 +658,7 @@ def test_a_browser_that_goes_away_cancels_its_work():
                 work.say("token", text="a")
                 threading.Event().wait(0.001)
 
-        work, bodies = await worker.start(count), []
+        work, bodies = await worker.start("a proof", count), []
 
         async def send(message: Any) -> None:
             bodies.append(message["type"])
@@ -671,7 +671,7 @@ def test_a_browser_that_goes_away_cancels_its_work():
 
         await Events(work)({}, receive, send)
         assert work.is_cancelled
-        assert await worker.answer(lambda _: True)
+        assert await worker.answer("a chat", lambda _: True)
         worker.close()
         return bodies
 
@@ -719,7 +719,7 @@ def test_what_runs_is_alone_until_it_is_cancelled_or_its_browser_leaves(server: 
     with server.events("proof", proof) as events:
         assert next(events)[0] == "progress"
         status, told = server.ask("chat", {"prompt": "a"})
-        assert (status, "running" in told["error"]) == (409, True)
+        assert (status, "a proof is running" in told["error"]) == (409, True)
         assert server.ask("cancel", {}) == (200, {"cancelled": True})
         assert list(events)[-1] == ("error", {"message": "cancelled"})
     with server.events("proof", proof) as events:
