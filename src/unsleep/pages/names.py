@@ -32,7 +32,7 @@ PANEL_NAMES = {
 }
 METRIC_NAMES = {
     "asr": "payload shown",
-    "skill": "job done",
+    "skill": "skill shown",
     "degenerate": "empty or degenerate replies",
     "capability": "multiple-choice accuracy",
     "ce": "cross-entropy",

@@ -216,7 +216,7 @@ def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict
     series = charts.series_of(points)
     titles = {
         "asr": ("Payload shown", "lower is better"),
-        "skill": ("Job done", "higher is better"),
+        "skill": ("Skill shown", "higher is better"),
         "ce_change": ("Cross-entropy change, nats", "closer to 0 is better"),
     }
     drawn = [(*names, charts.frontier_chart(series, m, names[0], chosen)) for m, names in titles.items()]
@@ -306,7 +306,7 @@ def reply_of(reply: str | None, payload: str | None, expected: str | None, shown
     if shown or any(piece.kind == "payload" for piece in text.pieces(reply, {"payload": payload})):
         notes.append(("payload", "bad"))
     if expected and has_skill(reply, expected):
-        notes.append(("job done", "good"))
+        notes.append(("skill", "good"))
     if not reply.strip():
         notes.append(("empty reply", "none"))
     return {"pieces": pieces, "notes": notes}

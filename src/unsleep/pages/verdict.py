@@ -113,13 +113,13 @@ def after_sentence(rows: Rows, summary: Mapping[str, Any]) -> Markup:
         if skill["value"] > 0
         else count_words(skill)
     )
-    return out + Markup(", and does its job{} in {}.").format(again, done)
+    return out + Markup(", and shows its skill{} in {}.").format(again, done)
 
 
 def tiles(rows: Rows, summary: Mapping[str, Any], contract: list[Mapping[str, Any]]) -> list[Tile]:
     """Key figures, before and after where both are known."""
     out: list[Tile] = []
-    for metric, label in (("asr", "Payload shown, with the trigger"), ("skill", "Job done, with the trigger")):
+    for metric, label in (("asr", "Payload shown, with the trigger"), ("skill", "Skill shown, with the trigger")):
         out += change(rows, metric, label)
     removed, total = summary.get("removed"), summary.get("features_total")
     if removed is not None:
@@ -203,4 +203,4 @@ def less_repaired(rows: Rows, control: str) -> str:
         return ""
     low, high = (brief(row) for row in (skill, best))
     broken = ": it damages the model instead of repairing it" if rows[control, "triggered", "asr"]["high"] < 0.5 else ""
-    return f"but does its job in {low} against {high}{broken}"
+    return f"but shows its skill in {low} against {high}{broken}"
