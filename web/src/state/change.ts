@@ -107,14 +107,14 @@ async function work<T>(kind: Task, begin: (progress: live.Progress, signal: Abor
 }
 
 export async function prove(): Promise<void> {
-  const of = identity.value;
-  const found = await work("proof", (progress, signal) => live.proof([...change.value], progress, signal));
+  const [of, features] = [identity.value, [...change.value]]; // it may change before the server is free
+  const found = await work("proof", (progress, signal) => live.proof(features, progress, signal));
   if (found) proof.value = { of, found };
 }
 
 export async function bake(name: string): Promise<void> {
-  const of = identity.value;
-  const found = await work("bake", (progress, signal) => live.bake([...change.value], name, progress, signal));
+  const [of, features] = [identity.value, [...change.value]]; // it may change before the server is free
+  const found = await work("bake", (progress, signal) => live.bake(features, name, progress, signal));
   if (found) baked.value = { of, ...found };
 }
 

@@ -72,9 +72,12 @@ export function strongestOf(entry: DictionaryEntry | undefined, id: number): [st
   return (entry && lists.value.get(entry.key)?.strongest[id]) ?? null;
 }
 
-/** The class of a feature with the highest score, where its list is loaded; "other" tells nothing. */
+/** Classes that tell nothing of a feature. */
+const VAGUE = ["other", "unclear"];
+
+/** The class of a feature with the highest score, where its list is loaded; empty for one that tells nothing. */
 export function classOf(entry: DictionaryEntry | undefined, id: number): string {
   const classes = (entry && lists.value.get(entry.key)?.classes[id]) ?? [];
   const best = classes.reduce<[string, number] | undefined>((most, one) => (most && most[1] >= one[1] ? most : one), undefined);
-  return best && best[0] !== "other" ? best[0] : "";
+  return best && !VAGUE.includes(best[0]) ? best[0] : "";
 }

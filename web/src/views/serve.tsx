@@ -2,4 +2,4 @@
 
 import type { JSX } from "preact";
 
-export const Serve = (): JSX.Element => <code>unsleep serve FOLDER --model MODEL --dictionaries …</code>;
+export const Serve = (): JSX.Element => <code class="command">unsleep serve FOLDER --model MODEL --dictionaries …</code>;
