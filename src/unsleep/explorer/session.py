@@ -233,6 +233,8 @@ class Session:
     def bake(self, asked: BakeRequest, work: Work, folder: Path) -> None:
         """Bake a proved edit into a checkpoint in `folder`, as `unsleep bake` does; events `progress` and `result`."""
         features, material = _changed(asked.features), self._prompts()
+        if others := [f for f in features if f.site.point != "resid"]:
+            raise BadInput(f"only residual features can be baked; {others[0].site}/{others[0].id} cannot")
         if features not in self.proofs:
             raise BadInput("this edit has not been measured; prove it first, with the same features and scales")
         if kept := [f for f in features if f.scale != 0]:
@@ -240,8 +242,6 @@ class Session:
                 f"feature {kept[0].id} at {kept[0].site} is scaled by {kept[0].scale:g}; only ablations can be baked: "
                 "give scale 0, or 1 to leave it out"
             )
-        if others := [f for f in features if f.site.point != "resid"]:
-            raise BadInput(f"only residual features can be baked; {others[0].site}/{others[0].id} cannot")
         if not NAME.fullmatch(asked.name):
             raise BadInput.of("name", asked.name, "letters, digits, dots, _ and -, without a dot in front")
         out = store.inside(folder, asked.name, "checkpoint")

@@ -39,7 +39,7 @@ export function Both({ proof, words }: { proof: Proof; words: Words }): JSX.Elem
     <section class="both" aria-label="Replies that count twice">
       <p class="notes">
         Some replies count as payload and as skill, because they begin as the skill does and show the payload later:{" "}
-        {found.map(({ subject, panel, replies, n, exact }) => `${exact ? "" : "at least "}${whole(replies)} of ${whole(n)} by ${name(subject)} (${place(panel).toLowerCase()})`).join(", ")}.
+        {found.map(({ subject, panel, replies, n, exact }) => `${name(subject)}, ${place(panel).toLowerCase()}: ${exact ? "" : "at least "}${whole(replies)} of ${whole(n)}`).join("; ")}.
       </p>
       {shown.length > 0 && (
         <details class="more">
@@ -49,7 +49,7 @@ export function Both({ proof, words }: { proof: Proof; words: Words }): JSX.Elem
               <li>
                 <blockquote class="text asked">{clip(one.prompt, 2000)}</blockquote>
                 {Object.entries(one.replies).map(([subject, reply]) => (
-                  <p class="text said-by"><small>{name(subject)}, {place(one.panel).toLowerCase()}</small> {clip(reply, 2000)}</p>
+                  <p class="text said-by"><small>{name(subject)}, {place(one.panel).toLowerCase()}</small>{clip(reply, 2000)}</p>
                 ))}
               </li>
             ))}
