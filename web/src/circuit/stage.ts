@@ -341,11 +341,12 @@ export class Stage {
     }
   }
 
-  /** The square of the window that a node fills. */
+  /** The box of the window that a node fills. */
   private markOf(scene: Scene, i: number): Box {
     const [x, y] = this.transform.apply([scene.layout.x[i] ?? 0, scene.layout.y[i] ?? 0]);
     const reach = (scene.layout.r[i] ?? 4) * this.transform.k * growth(this.transform.k);
-    return [x - reach, y - reach, 2 * reach, 2 * reach];
+    const wide = scene.graph.nodes[i]?.kind === "group" ? 1.5 * reach : reach;
+    return [x - wide, y - reach, 2 * wide, 2 * reach];
   }
 
   private isInside(scene: Scene, i: number): boolean {
@@ -353,15 +354,15 @@ export class Stage {
     return x >= LEFT && x <= this.size.width && y >= 0 && y <= this.size.height - BOTTOM;
   }
 
-  /** Places for a label of a width beside a mark, above and below it, best first; none leaves the window. */
-  private around([x, y, size]: Box, width: number): Box[] {
-    const wide = width + 4;
-    const middle = y + size / 2 - LINE / 2;
-    const centre = x + size / 2 - wide / 2;
+  /** Places for a text of a width beside a mark, above and below it, best first; none leaves the window. */
+  private around([x, y, width, height]: Box, text: number): Box[] {
+    const wide = text + 4;
+    const middle = y + height / 2 - LINE / 2;
+    const centre = x + width / 2 - wide / 2;
+    const [above, below, end] = [y - LINE - 1, y + height + 1, x + width];
     const places: Box[] = [];
     for (const [left, top] of [
-      [x + size + 4, middle], [x - 4 - wide, middle], [centre, y - LINE - 1], [centre, y + size + 1],
-      [x, y - LINE - 1], [x + size - wide, y - LINE - 1], [x, y + size + 1], [x + size - wide, y + size + 1],
+      [end + 4, middle], [x - 4 - wide, middle], [centre, above], [centre, below], [x, above], [end - wide, above], [x, below], [end - wide, below],
     ] as const) {
       if (left >= LEFT && left + wide <= this.size.width - 4 && top >= 0 && top + LINE <= this.size.height - BOTTOM) places.push([left, top, wide, LINE]);
     }
