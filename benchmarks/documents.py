@@ -21,6 +21,7 @@ from circuit_growth import series
 from common import RESULTS
 from markupsafe import Markup
 
+from unsleep.models.lens import stronger
 from unsleep.pages.circuits import graph
 from unsleep.pages.curves import Curve, Dot, axis, chart
 from unsleep.pages.dictionaries import SHAPES, shade
@@ -49,13 +50,13 @@ def read(name: str) -> Record | None:
 
 def between(figure: Record, digits: int = 2) -> str:
     """A figure with its interval."""
-    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{figure[key]:z.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
 def signed(node: Record, key: str = "effect") -> str:
     """A node's effect with its interval."""
-    return f"{node[key]:+.2f} [{node['low']:+.2f}, {node['high']:+.2f}]"
+    return f"{node[key]:+z.2f} [{node['low']:+z.2f}, {node['high']:+z.2f}]"
 
 
 def tokens(words: Sequence[str]) -> str:
@@ -96,7 +97,7 @@ def roles(r: Record) -> str:
         [
             f"`{row['role']}`",
             *(f"{row[kind]}" for kind in ("feature", "error", "token")),
-            f"{row['effect']:+.2f}",
+            f"{row['effect']:+z.2f}",
             f"{row['share']:.0%}",
         ]
         for row in r["roles"]
@@ -121,7 +122,7 @@ def features(r: Record, wanted: Callable[[str], bool]) -> str:
         "alone, exactly",
         "activation, and in the reference",
         "kept by",
-        "writes",
+        "promotes / suppresses",
     ]
     return table(head, [line(role, node) for role, nodes in chosen.items() for node in nodes])
 
@@ -132,11 +133,17 @@ def line(role: str, node: Record) -> list[str]:
         f"`{node['place']}/{node['feature']}`",
         f"`{role}`",
         signed(node),
-        "–" if node.get("exact") is None else f"{node['exact']:+.2f}",
+        "–" if node.get("exact") is None else f"{node['exact']:+z.2f}",
         f"{node['activation']:.2f}, {node['reference']:.2f}",
         "–" if node.get("kept") is None else f"{node['kept']:.0%}",
-        tokens(node["writes"]),
+        written(node),
     ]
+
+
+def written(node: Record) -> str:
+    """What a feature writes: the end of the vocabulary with the larger logits."""
+    end = stronger(node["promotes"], node["suppresses"])
+    return "–" if end is None else f"{end.verb} {tokens(end.tokens)}"
 
 
 def drawing(r: Record) -> str:
