@@ -78,9 +78,7 @@ def nodes_of(record: CircuitRecord, model: LoadedModel, coders: Mapping[Site, Co
         "sites": len(record.dictionaries),
         "roles": shares(record),
         "features": {
-            role: [{**records.plain(record.nodes[i]), **written[i]} for i in ids]
-            for role, ids in listed.items()
-            if ids
+            role: [{**records.plain(record.nodes[i]), **written[i]} for i in ids] for role, ids in listed.items() if ids
         },
         "drawn": {
             "roles": record.roles,

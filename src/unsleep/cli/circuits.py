@@ -88,6 +88,8 @@ def circuit(
         json: Print the record as JSON.
     """
     store.check_place(out, "circuit.json")
+    if n < 1:
+        raise BadInput(f"--n is {n}; expected at least 1")
     coders = load_dictionaries(dictionaries)
     if pairs is not None and (organism or suspicious or references):
         raise BadInput("--pairs are prompts of their own; expected no --organism, --suspicious or --references")
