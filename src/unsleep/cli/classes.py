@@ -114,7 +114,10 @@ def classify(
                 records.save(record, out / str(site) / RECORD)
     lines = [*_lines(found), *_strongest(found, said, show), f"Saved in {out}"]
     say({str(site): record for site, record in found.items()}, json, "\n".join(lines))
-    hint(f"next: unsleep explore {out} --out page, to look at them; or unsleep ablation-study, to ablate each class")
+    hint(
+        f"next: unsleep explore DIR --out explorer, where DIR holds {out} and what `unsleep explain` made; or "
+        "unsleep ablation-study, to ablate each class"
+    )
     return 0
 
 

@@ -164,7 +164,7 @@ def _context(context: Context) -> str:
 
 
 def _next(out: Path) -> None:
-    hint(f"next: unsleep explore {out} --out page, to look at every feature")
+    hint(f"next: unsleep explore {out} --out explorer, to look at every feature")
 
 
 def _at(dictionaries: list[Coder], sites: tuple[str, ...]) -> list[Coder]:

@@ -312,15 +312,15 @@ def node_block(record: Record) -> Block:
         f"Effects in units of the {quantity_of(record)}, mean over prompts; activations are means over the role's "
         "tokens. Exact: the node alone patched, nothing frozen. Kept: share of resamples of the prompts whose circuit "
         "has the node. Token: that of the role at which the node is most often strongest. Promotes or suppresses: what "
-        "the feature's decoder row writes, the side with the larger logits. A supernode is features that write much the "
-        "same at one role."
+        "the feature's decoder row writes, the side with the larger logits. A supernode is features that write much "
+        "the same at one role."
     )
     name = "Nodes of the circuit, largest |effect| first"
     return Block("nodes", "Nodes", lead, tables=[without_empty(Table(name, head, len(words), rows))] if rows else [])
 
 
 def written(node: Record) -> str:
-    """The tokens that a feature promotes or suppresses, whichever have the larger logits; empty where none are known."""
+    """The tokens that a feature promotes or suppresses, whichever have the larger logits; empty if unknown."""
     end = stronger(node.get("promotes", ()), node.get("suppresses", ()))
     return "" if end is None else f"{end.verb} {' '.join(map(text.token_text, end.tokens))}"
 
