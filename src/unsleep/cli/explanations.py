@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +11,10 @@ from tyro.conf import OmitArgPrefixes, arg
 import unsleep
 from unsleep.base import records, store
 from unsleep.cli.console import Bars, hint, say, visible_line
-from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, load_dictionaries, own_replies
+from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, by_site, load_dictionaries, own_replies
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
-from unsleep.explanations.cards import Explained, load_cards
+from unsleep.explanations.cards import load_cards
 from unsleep.explanations.explained import Compared, ExplainConfig, Explanations
 from unsleep.explanations.record import Context, FeatureCard
 from unsleep.explanations.run import MARK, ExplainedSite, ExplainRecord
@@ -71,7 +71,7 @@ def explain(
     wanted = _wanted(features, circuit, show)
     if not asked and not read and wanted and (out / MARK).is_file():
         record = records.load(ExplainRecord, out / MARK)
-        say(record, json, "\n".join(_told(out, wanted)))
+        say(record, json, "\n".join(_told(out, record, wanted, load_dictionaries(dictionaries))))
         _next(out)
         return 0
     if not asked and not read:
@@ -93,7 +93,7 @@ def explain(
     for row in record.sites:
         lines += _figures(row, record.tokens)
         lines += [] if wanted else _best(out, row.site, show)
-    say(record, json, "\n".join([*lines, *_told(out, wanted), f"Saved in {out}"]))
+    say(record, json, "\n".join([*lines, *_told(out, record, wanted, coders), f"Saved in {out}"]))
     _next(out)
     return 0
 
@@ -129,14 +129,13 @@ def _check(wanted: Mapping[tuple[Site, int], str], sizes: Mapping[Site, int]) ->
             raise BadInput(f"feature {site}/{feature} does not exist; {site} has 0 to {sizes[site] - 1}")
 
 
-def _told(out: Path, wanted: Mapping[tuple[Site, int], str]) -> list[str]:
+def _told(
+    out: Path, record: ExplainRecord, wanted: Mapping[tuple[Site, int], str], dictionaries: Sequence[Coder]
+) -> list[str]:
     """What is known of some features: explanation, scores, tokens that it writes, strongest contexts."""
-    if not wanted:
-        return []
-    cards = {each.site: each for each in load_cards(out)}
-    sizes = {site: card.size for site, card in cards.items() if isinstance(card, FeatureStatistics)}
-    sizes |= {site: card.statistics.size for site, card in cards.items() if isinstance(card, Explained)}
-    _check(wanted, sizes)
+    _check(wanted, {row.site: row.features for row in record.sites})
+    places = [out / str(site) for site in dict.fromkeys(site for site, _ in wanted)]
+    cards = by_site(((place, card) for place in places for card in load_cards(place)), dictionaries)
     lines: list[str] = []
     for (site, feature), effect in wanted.items():
         card = cards[site].card(feature)
