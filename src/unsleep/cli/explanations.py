@@ -68,16 +68,16 @@ def explain(
     if reply_tokens < 0 or (reply_tokens and not prompts):
         raise BadInput(f"--reply-tokens is {reply_tokens} with {len(prompts)} files of prompts; expected at least one")
     asked, read = [sets.read_prompts(p) for p in prompts], [sets.read_prompts(p) for p in passages]
-    wanted = _wanted(features, circuit, show)
-    if not asked and not read and wanted and (out / MARK).is_file():
+    if not asked and not read and (features or circuit) and (out / MARK).is_file():
         record = records.load(ExplainRecord, out / MARK)
-        say(record, json, "\n".join(_told(out, record, wanted, load_dictionaries(dictionaries))))
+        wanted = _wanted(features, circuit, show, {row.site: row.features for row in record.sites})
+        say(record, json, "\n".join(_told(out, wanted, load_dictionaries(dictionaries))))
         _next(out)
         return 0
     if not asked and not read:
         raise BadInput("there is no text; give --prompts, --passages or both")
     coders = _at(load_dictionaries(dictionaries), sites)
-    _check(wanted, {d.site: d.n_features for d in coders})
+    wanted = _wanted(features, circuit, show, {d.site: d.n_features for d in coders})
     with Bars():
         loaded = placement.load(model, plain=not asked)
         coders = belonging(coders, loaded, any_model)
@@ -93,27 +93,36 @@ def explain(
     for row in record.sites:
         lines += _figures(row, record.tokens)
         lines += [] if wanted else _best(out, row.site, show)
-    say(record, json, "\n".join([*lines, *_told(out, record, wanted, coders), f"Saved in {out}"]))
+    say(record, json, "\n".join([*lines, *_told(out, wanted, coders), f"Saved in {out}"]))
     _next(out)
     return 0
 
 
-def _wanted(features: tuple[str, ...], circuit: Path | None, show: int) -> dict[tuple[Site, int], str]:
-    """The features to print, each with what the circuit says of it; raises `BadInput` for a name that is none."""
+def _wanted(
+    features: tuple[str, ...], circuit: Path | None, show: int, sizes: Mapping[Site, int]
+) -> dict[tuple[Site, int], str]:
+    """The features to print, each with what the circuit says of it, whose Sites are among those of `sizes`.
+
+    Raises `BadInput` for a name that is none, and for a feature that does not exist.
+    """
     found: dict[tuple[Site, int], str] = {}
     for name in features:
         place, _, number = name.rpartition("/")
         if not place or not number.isdecimal():
             raise BadInput(f"--features names {name!r}; expected features such as mlp.29/167")
         found[Site.parse(place), int(number)] = ""
+    _check(found, sizes)
     if circuit is not None:
         nodes = records.load(CircuitRecord, circuit / "circuit.json").nodes
         own: dict[tuple[Site, int], list[NodeRow]] = {}
         for node in sorted(nodes, key=lambda node: -abs(node.effect)):
-            if node.kind == "feature" and node.feature is not None:
+            if node.kind == "feature" and node.feature is not None and Site.parse(node.place) in sizes:
                 own.setdefault((Site.parse(node.place), node.feature), []).append(node)
         for feature, rows in list(own.items())[:show]:
             found[feature] = ", ".join(f"{node.effect:+.2f} nats at {node.role}" for node in rows)
+        if not own:
+            raise BadInput(f"{circuit} has no feature at {', '.join(map(str, sizes))}, the Sites that are explained")
+        _check(found, sizes)
     return found
 
 
@@ -129,11 +138,8 @@ def _check(wanted: Mapping[tuple[Site, int], str], sizes: Mapping[Site, int]) ->
             raise BadInput(f"feature {site}/{feature} does not exist; {site} has 0 to {sizes[site] - 1}")
 
 
-def _told(
-    out: Path, record: ExplainRecord, wanted: Mapping[tuple[Site, int], str], dictionaries: Sequence[Coder]
-) -> list[str]:
+def _told(out: Path, wanted: Mapping[tuple[Site, int], str], dictionaries: Sequence[Coder]) -> list[str]:
     """What is known of some features: explanation, scores, tokens that it writes, strongest contexts."""
-    _check(wanted, {row.site: row.features for row in record.sites})
     places = [out / str(site) for site in dict.fromkeys(site for site, _ in wanted)]
     cards = by_site(((place, card) for place in places for card in load_cards(place)), dictionaries)
     lines: list[str] = []
