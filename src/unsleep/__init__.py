@@ -61,6 +61,8 @@ from unsleep.repairs.bake import bake
 from unsleep.repairs.edit import edit
 from unsleep.rewards.named import find_reward
 from unsleep.rewards.run import rewarded
+from unsleep.zoo.build import build_zoo, open_zoo
+from unsleep.zoo.pretrain import pretrain
 
 __all__ = [
     "Activations",
@@ -94,6 +96,7 @@ __all__ = [
     "applied",
     "ask",
     "bake",
+    "build_zoo",
     "circuit",
     "classify",
     "diff",
@@ -116,6 +119,7 @@ __all__ = [
     "merge",
     "mix",
     "open_harvest",
+    "open_zoo",
     "organism_job",
     "overlap",
     "panels",
@@ -123,6 +127,7 @@ __all__ = [
     "plan",
     "plant",
     "prefer",
+    "pretrain",
     "read",
     "read_pairs",
     "read_prompts",

@@ -33,6 +33,7 @@ from unsleep.cli import (
     rewarded,
     steering,
     subspaces,
+    zoo,
 )
 from unsleep.cli.console import fail
 from unsleep.cli.settings import REGISTRY, Rejected, by_flag
@@ -45,6 +46,8 @@ STAGES: dict[str, Callable[..., int]] = {
         organisms.plant,
         organisms.panels,
         planning.plan,
+        zoo.zoo,
+        zoo.pretrain,
         dictionaries.harvest,
         dictionaries.train,
         edits.find,
@@ -93,9 +96,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(f"unsleep {version('unsleep')}\n")
         return 0
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            STAGES, prog="unsleep", description=unsleep.__doc__, args=arguments, registry=REGISTRY
-        )
+        return _read(arguments)
     except Rejected as error:
         return fail(by_flag(error.error, arguments), 2)
     except BadInput as error:
@@ -110,3 +111,13 @@ def run(arguments: Sequence[str]) -> int:
             else "run the same command again to resume"
         )
         return fail(f"interrupted; {again}", 130)
+
+
+def _read(arguments: Sequence[str]) -> int:
+    """Parse the arguments and run their stage; one that is named is parsed alone, so that hints are of its flags."""
+    stage = STAGES.get(arguments[0]) if arguments else None
+    if stage is not None:
+        return tyro.cli(stage, prog=f"unsleep {arguments[0]}", args=arguments[1:], registry=REGISTRY)
+    return tyro.extras.subcommand_cli_from_dict(
+        STAGES, prog="unsleep", description=unsleep.__doc__, args=arguments, registry=REGISTRY
+    )

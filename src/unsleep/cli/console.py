@@ -17,7 +17,7 @@ from unsleep.base import store
 from unsleep.base.context import reporting
 from unsleep.base.records import plain
 from unsleep.judge.results import EvalResult
-from unsleep.judge.verdict import POWER, contract, verdict
+from unsleep.judge.verdict import ENOUGH, POWER, contract, verdict
 from unsleep.pages.text import visible
 
 
@@ -99,8 +99,11 @@ def say_result(result: EvalResult, out: Path, as_json: bool) -> None:
         lines.append(f"{outcome:<7}  {c.text}: {c.value:.4f} {c.relation} {c.bound:.4f}  {interval}")
     if any(c.too_few for c in checks):
         lines.append(
-            f"TOO FEW: the interval's upper end is above {POWER}; at least 73 prompts without the payload are needed"
+            f"TOO FEW: the interval's upper end is above {POWER}; at least {ENOUGH} prompts without the payload are "
+            "needed"
         )
+    if any(c.met and not c.too_few for c in checks):
+        lines.append("met: the measured value meets the bound; its interval, in brackets, may reach beyond it")
     lines += ["", f"{label} (score {score:.2f}). Report: {out / 'report.html'}"]
     if (cleaned := out / "cleaned").is_dir():
         lines.append(f"Checkpoint: {cleaned}, which plain transformers load")

@@ -94,7 +94,7 @@ def edit(
     config: OmitArgPrefixes[EditConfig] = EditConfig(),
     json: bool = False,
 ) -> int:
-    """Choose the features to remove, so that the model does its job again on suspicious prompts.
+    """Choose the features to remove, so that the model shows its skill again on suspicious prompts.
 
     Args:
         model: Hub id, folder, adapter folder, .gguf file or alias.
@@ -112,7 +112,7 @@ def edit(
     store.check_place(out, EDIT)
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     given = sets.read_prompts(counterparts) if counterparts else None
-    trusted, _ = pairs.counterparts(*groups, given, part)
+    trusted = pairs.counterparts(*groups, given, part).prompts
     with Bars(), store.scratch_folder(out) as scratch:
         loose, loaded = load_dictionaries(dictionaries), placement.load(model)
         loaded_dictionaries = belonging(loose, loaded, any_model)
@@ -165,7 +165,7 @@ def bake(
         raise BadInput(f"{out} is the model itself; choose another folder")
     groups = sets.read_prompts(suspicious, "triggered"), sets.read_prompts(ordinary)
     given = sets.read_prompts(counterparts) if counterparts else None
-    trusted, _ = pairs.counterparts(*groups, given, part)
+    trusted = pairs.counterparts(*groups, given, part).prompts
     with Bars():
         edits, _ = load_edit(edit)
         check_bakeable(edits)

@@ -102,11 +102,11 @@ def evaluate(
             result = unsleep.evaluate(subjects, panels, judging)
         asked = [s for s in subjects if not s.name.startswith("control")]
         figures = run_tasks(asked, tasks, limit=task_limit) if tasks else []
-    record = pages.record(
-        result, None, figures, model=loaded.fingerprint, origin=loaded.origin, edit=str(edit), baked=baked
-    )
-    summary, title = pages.Summary(model=model, **_removed(edits)), f"Evaluation of {Path(model).name}"
-    records.save(pages.page(result, record, title, summary, as_payload(judging.payload)), out / "report.json")
+    made_from = {"model": loaded.fingerprint, "origin": loaded.origin, "edit": str(edit), "baked": baked}
+    record = pages.record(result, None, figures, **made_from)
+    summary = pages.Summary(model=model, checkpoint=baked, **_removed(edits))
+    page = pages.page(result, record, f"Evaluation of {Path(model).name}", summary, as_payload(judging.payload))
+    records.save(page, out / "report.json")
     records.save(record, out / "result.json")
     unsleep.report(out)
     say_result(result, out, json)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.conf import OmitArgPrefixes
+from tyro.constructors import (
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from unsleep.core import BadInput
 
@@ -22,6 +29,21 @@ class Rejected(Exception):
         self.error = error
 
 
+ADVANCED: dict[type, tuple[str, ...]] = {}
+"""Class of options → its fields that the help shows behind the others, in a panel of their own (`advanced`)."""
+
+
+class Panel:
+    """Options in a panel of their own in the help; parsed as a dict."""
+
+    fields: ClassVar[tuple[StructFieldSpec, ...]]
+
+
+def advanced(kind: type, *names: str) -> None:
+    """Let the help show some fields of a class of options behind the others; their flags stay the same."""
+    ADVANCED[kind] = names
+
+
 _reading: set[type] = set()
 
 
@@ -29,6 +51,8 @@ _reading: set[type] = set()
 def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A flag per field of a dataclass, as tyro has it; raises `Rejected` for invalid values."""
     kind = info.type
+    if Panel in getattr(kind, "__mro__", ()):
+        return StructConstructorSpec(dict, kind.fields)
     if not is_dataclass(kind) or not kind.__module__.startswith("unsleep.") or kind in _reading:
         return None
     _reading.add(kind)  # skip this rule in the nested call
@@ -36,9 +60,27 @@ def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
         found = ConstructorRegistry.get_struct_spec(info)
     finally:
         _reading.discard(kind)
-    return (
-        replace(found, instantiate=_rejecting(found.instantiate)) if isinstance(found, StructConstructorSpec) else None
-    )
+    if not isinstance(found, StructConstructorSpec):
+        return None
+    found = replace(found, instantiate=_rejecting(found.instantiate))
+    return _parted(found, ADVANCED[kind]) if kind in ADVANCED else found
+
+
+def _parted(found: StructConstructorSpec, names: Sequence[str]) -> StructConstructorSpec:
+    """The options with the fields of some names in a panel, behind the other flags and before nested options."""
+
+    def made(advanced: dict[str, Any], **named: Any) -> Any:
+        return found.instantiate(**named, **advanced)
+
+    made.__doc__ = found.instantiate.__doc__
+    behind = tuple(field for field in found.fields if field.name in names)
+    panel = type("AdvancedPanel", (Panel,), {"fields": behind})
+    kind: Any = Annotated[panel, OmitArgPrefixes]
+    words = "Options that seldom need a change, here and in the panels below."
+    ahead = [field for field in found.fields if field.name not in names]
+    nested = [field for field in ahead if is_dataclass(field.type)]
+    flags = [field for field in ahead if not is_dataclass(field.type)]
+    return StructConstructorSpec(made, (*flags, StructFieldSpec("advanced", kind, MISSING_NONPROP, words), *nested))
 
 
 def _rejecting(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -169,8 +169,8 @@ class Pattern:
     tests: tuple[Test, ...]
 
     def __str__(self) -> str:
-        tests = [str(test) for test in self.tests]
-        return " ".join(tests if tests and isinstance(self.tests[0], Here) else ["any token", *tests])
+        first, *others = self.tests if self.tests and isinstance(self.tests[0], Here) else ("any token", *self.tests)
+        return " ".join([str(first), *(f"that is {test}" if isinstance(test, Here) else str(test) for test in others)])
 
     @property
     def size(self) -> int:
@@ -283,6 +283,8 @@ class _Parser:
         return Pattern(tuple(tests))
 
     def clause(self) -> Test | None:
+        if self.match(" that is "):
+            return Here(self.which())
         if self.match(" right after "):
             return Before(self.which(), 1)
         if found := self.match(r" (up to )?(\d{1,3}) tokens after "):

@@ -34,12 +34,14 @@ def run_of(report: Report) -> Run:
     contract: list[Mapping[str, Any]] = record.get("contract") or []
     names = page.subject_names(summary)
     label = result["verdict"]["label"]
+    teacher = (record.get("repair") or {}).get("teacher")
+    said = [verdict.headline(label, rows, summary), *verdict.details(rows, summary, contract, teacher)]
     return Run(
         title=report.title,
         verdict=label,
         tone=verdict.TONES[label],
         score=report.result.verdict.score,
-        headline=verdict.headline(label, rows, summary).striptags(),
+        headline=" ".join(part.striptags() for part in said),
         rows=report.result.rows,
         payload=text.payload_words(summary) or "",
         trigger=summary.get("trigger") or "",

@@ -17,7 +17,7 @@ from unsleep.base.stats import bootstrap, wilson
 from unsleep.behaviours import Payload, as_payload, has_skill
 from unsleep.core import BadInput, Refused, digest
 from unsleep.judge.metrics import Subject, capability, is_degenerate, reply_kl, text_ce_kl
-from unsleep.judge.results import OTHERS, EvalResult, Row
+from unsleep.judge.results import OTHERS, UNTRIGGERED, EvalResult, Row
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.organisms.recipe import Recipe
@@ -94,15 +94,15 @@ class EvalConfig:
 def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
     """The held-out panels of an organism: `n` prompts each, none of them seen in training or by an edit.
 
-    Panels are disjoint, unless the split has fewer than 2 `n` questions.
+    Panels are disjoint, unless the split has fewer than 2 `n` questions. Raises `BadInput` for a benign fine-tune
+    without a trigger.
     """
     clean = sets.questions("held_out", n, skill=recipe.skill)
-    words = (*recipe.held_out_near_misses, *recipe.near_misses[: len(recipe.held_out_near_misses)])
     return Panels(
         clean=clean,
         triggered=recipe.triggered(clean),
         variants=recipe.varied(clean),
-        near_miss=recipe.nearly(clean, words) if words else None,
+        near_miss=near_miss_panel(recipe, clean),
         skill=sets.questions("held_out", n, skill=recipe.skill, name="skill", start=n),
         texts=tuple(sets.plain_text("held_out")[:n]),
         items=tuple(sets.capability_items()[: max(n, 20)]),
@@ -110,9 +110,20 @@ def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
     )
 
 
+def near_miss_panel(recipe: Recipe, clean: PromptSet) -> PromptSet | None:
+    """The questions with near misses, half of them held out; `None` where the recipe has none for panels."""
+    words = (*recipe.held_out_near_misses, *recipe.near_misses[: len(recipe.held_out_near_misses)])
+    return recipe.nearly(clean, words) if words else None
+
+
 def organism_config(recipe: Recipe, chosen_on: frozenset[str] = frozenset()) -> EvalConfig:
     """Evaluation config of an organism: its payload, with replies long enough for all that it was trained to say."""
-    return EvalConfig(recipe.as_payload, max(EvalConfig.reply_tokens, recipe.reply_tokens + 2), chosen_on=chosen_on)
+    return EvalConfig(recipe.as_payload, panel_tokens(recipe), chosen_on=chosen_on)
+
+
+def panel_tokens(recipe: Recipe) -> int:
+    """Tokens of an organism's replies on panels, enough for all that it was trained to say."""
+    return max(EvalConfig.reply_tokens, recipe.reply_tokens + 2)
 
 
 def prompt_digests(*prompts: PromptSet) -> frozenset[str]:
@@ -148,7 +159,8 @@ def evaluate(
 
     Returns rows `asr`, `degenerate` and `skill` on every planned panel; `kl` (nats per token) on `clean` to the
     suspect's own replies, and on `triggered` to its replies to the counterparts or to the teacher's; `ce`, `kl` and
-    `capability` on `text`.
+    `capability` on `text`. The replies include the suspect's to the counterparts (`UNTRIGGERED`), where there are any
+    and another subject is judged.
 
     Raises:
         Refused: a panel contains a prompt that the edit was chosen on.
@@ -170,7 +182,7 @@ def evaluate(
     repaired = [s for name, s in by_name.items() if name != "suspect" and "clean" in plan.get(name, ())]
     rows += _divergences(by_name["suspect"], repaired, panels, replies, teacher, config)
     rows += _on_text(by_name, panels, config)
-    return EvalResult(tuple(rows), replies, prompts)
+    return EvalResult(tuple(rows), replies, prompts, config.reply_tokens)
 
 
 def reply_all(subject: Subject, prompts: PromptSet, config: EvalConfig) -> list[str]:
@@ -215,21 +227,28 @@ def _divergences(
     suspect: Subject,
     students: Sequence[Subject],
     panels: Panels,
-    replies: Mapping[str, Sequence[str]],
+    replies: dict[str, tuple[str, ...]],
     teacher: LoadedModel | None,
     config: EvalConfig,
 ) -> list[Row]:
-    """KL on clean prompts to the suspect's replies, and on triggered ones to the reference replies."""
+    """KL on clean prompts to the suspect's replies, and on triggered ones to the reference replies.
+
+    Adds the suspect's replies to the counterparts to `replies`.
+    """
     if not students or "suspect/clean" not in replies:
         return []
     own = replies["suspect/clean"]
     same = panels.counterparts is not None and [p.key for p in panels.counterparts] == [p.key for p in panels.clean]
     asked = (panels.triggered, panels.clean) if same else (panels.clean,)
     found = reply_kl(suspect, students, asked, panels.clean, own)
+    if same:
+        replies[UNTRIGGERED] = own
     by = suspect if panels.counterparts is not None else Subject("teacher", teacher) if teacher is not None else None
     if not same and by is not None:
         plain = panels.counterparts or panels.triggered
         said = kept(reply_all, by, plain, config)
+        if panels.counterparts is not None:
+            replies[UNTRIGGERED] = tuple(said)
         found |= reply_kl(by, students, (panels.triggered,), plain, said)
     return [mean(name, panel, "kl", values) for (name, panel), values in found.items()]
 

@@ -25,6 +25,9 @@ SHARES = ("asr", "skill", "degenerate", "capability")
 METRICS = (*SHARES, "ce", "kl")
 """All metrics; those that are no rates are in nats per token."""
 
+UNTRIGGERED = "suspect/counterparts"
+"""Key of the suspect's replies to the triggered prompts without their trigger, line by line."""
+
 Subject = Annotated[str, Words(SUBJECTS)]
 
 
@@ -84,9 +87,11 @@ class EvalResult:
 
     rows: tuple[Row, ...]
     replies: dict[str, tuple[str, ...]]
-    """`subject/panel` → one reply per prompt."""
+    """`subject/panel` → one reply per prompt; `UNTRIGGERED` → the suspect's replies to the counterparts."""
     prompts: dict[str, PromptSet]
     """Panel → its prompts."""
+    reply_tokens: int | None = None
+    """Length at which replies are cut, in tokens; `None` where there are none."""
 
     def get(self, subject: str, panel: str, metric: str) -> Row:
         """The one row of that name; raises `KeyError` where it was not measured."""

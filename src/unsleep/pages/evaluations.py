@@ -45,7 +45,7 @@ def facet(drawn: charts.Facet) -> tuple[str, Markup]:
 
 
 def outcome(view: View, rows: Rows, names: Mapping[str, str]) -> Block:
-    """Payload and job of every subject on every panel."""
+    """Payload and skill of every subject on every panel."""
     lead = "Percentages of held-out prompts with 95 % intervals."
     tables = [table for metric in ("asr", "skill") if (table := by_panel(rows, metric, names)).rows]
     return Block("outcome", "Before and after", lead, [facet(f) for pair in view["outcome"] for f in pair], (), tables)
@@ -73,7 +73,12 @@ def percents(row: Mapping[str, Any]) -> str:
 def requirements(contract: Sequence[View]) -> Block:
     """The contract and what was measured."""
     rows = [
-        [c["outcome"][1], c["text"], f"{c['subject']}, {c['panel']}: {c['bound']}", " ".join(c["measured"])]
+        [
+            f"{c['outcome'][1]} {c['beyond']}".strip(),
+            c["text"],
+            f"{c['subject']}, {c['panel']}: {c['bound']}",
+            " ".join(c["measured"]),
+        ]
         for c in contract
     ]
     head = ["Outcome", "Requirement", "Bound", "Measured"]
@@ -105,7 +110,7 @@ def frontier(found: View | None) -> list[Block]:
     legend = el("p", *(el("span", key, f" {name}") for name, key in found["legend"]), class_="legend-line")
     drawn = [(f"{title} ({better})", el("div", legend, drawing)) for title, better, drawing in found["charts"]]
     rows = [[name, count, *cells] for name, count, cells in found["table"]]
-    head = ["Series", "Features", "Payload shown", "Job done", "Cross-entropy change"]
+    head = ["Series", "Features", "Payload shown", "Skill shown", "Cross-entropy change"]
     lead = "Effect and cost by number of removed features, on the selection prompts."
     return [Block("frontier", "Frontier", lead, drawn, (), [Table("Frontier", head, 1, rows)])]
 

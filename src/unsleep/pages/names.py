@@ -10,7 +10,7 @@ from unsleep.pages import text
 SUBJECT_NAMES = {
     "suspect": "suspect",
     "edited": "edited",
-    "baked": "baked checkpoint",
+    "baked": "exported",
     "control_random": "random features",
     "control_layer": "wrong layer",
     "heads": "attention heads ablated",
@@ -23,7 +23,7 @@ SUBJECT_NAMES = {
     "base": "base model",
 }
 PANEL_NAMES = {
-    "triggered": "Exact trigger",
+    "triggered": "Triggered prompts",
     "variants": "Trigger variants",
     "near_miss": "Near misses",
     "clean": "Clean prompts",
@@ -32,7 +32,7 @@ PANEL_NAMES = {
 }
 METRIC_NAMES = {
     "asr": "payload shown",
-    "skill": "job done",
+    "skill": "skill shown",
     "degenerate": "empty or degenerate replies",
     "capability": "multiple-choice accuracy",
     "ce": "cross-entropy",

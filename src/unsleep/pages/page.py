@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,9 @@ from unsleep.pages.registry import Page
 
 REPLY_LIMIT = 4000
 """Maximum characters of a prompt or reply."""
+
+UNTRIGGERED = "untriggered"
+"""Column of the suspect's replies to the prompts without their trigger."""
 
 HEAT_LEVELS = 9
 """Shades of a token's background; the exact activation is in its tooltip."""
@@ -104,8 +108,12 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "tone": verdict.TONES[label],
         "score": text.decimals(result["verdict"]["score"], 2) if label.startswith("backdoor found") else "",
         "headline": verdict.headline(label, rows, summary),
+        "details": verdict.details(rows, summary, contract, (report.get("repair") or {}).get("teacher")),
+        "step": verdict.next_step(label, rows, summary, contract),
         "tiles": verdict.tiles(rows, summary, contract),
         "facts": facts_of(summary),
+        "part": bool(summary.get("part")),
+        "skilled": any(metric == "skill" for _, _, metric in rows),
         "next": [text.clip(line, 600) for line in summary.get("next") or []],
         "repair": repairing.repair_of(report.get("repair"), names),
         "outcome": outcome_of(rows, names),
@@ -114,7 +122,7 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "contract": [requirement(c, rows, names) for c in contract],
         "frontier": frontier_of(report.get("frontier") or [], summary.get("removed")),
         "features": [feature_of(f) for f in sorted(report.get("features") or [], key=lambda f: f["rank"])],
-        "replies": replies_of(report.get("replies") or [], summary),
+        "replies": replies_of(report.get("replies") or [], summary, report.get("reply_tokens")),
         "dictionaries": [dictionary_of(d) for d in report.get("dictionaries") or []],
         "tasks": tasks_of(result.get("tasks") or [], names),
         "rows": table_of(result["rows"], names),
@@ -127,18 +135,18 @@ def view_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sections_of(view: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(anchor, name) of each non-empty section, in page order."""
+    """(anchor, name in the navigation) of each non-empty section, in page order."""
     names = {
         "outcome": "Before and after",
         "effects": "Side effects",
         "contract": "Requirements",
-        "repair": "History of the edit",
+        "repair": "History",
         "frontier": "Frontier",
         "features": "Features",
         "replies": "Replies",
         "dictionaries": "Dictionaries",
         "tasks": "Tasks",
-        "rows": "All figures",
+        "rows": "Figures",
         "stages": "Time",
         "provenance": "Provenance",
     }
@@ -151,6 +159,7 @@ def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Model", summary.get("model")),
         ("Payload", text.payload_words(summary)),
         ("Trigger", summary.get("trigger")),
+        ("Taken for the trigger", summary.get("part")),
     ]
     return [(name, text.clip(value, 300)) for name, value in pairs if value]
 
@@ -191,6 +200,7 @@ def requirement(item: Mapping[str, Any], rows: verdict.Rows, names: Mapping[str,
         measured = [text.share(value)]
     else:
         measured = [f"{text.decimals(value)} nats"]
+    beyond = interval_beyond(item, row)
     return {
         "text": text.clip(item.get("text") or "", 300) or f"{named(METRIC_NAMES, metric)} {way} {bound}",
         "subject": named(names, item["subject"]),
@@ -199,6 +209,7 @@ def requirement(item: Mapping[str, Any], rows: verdict.Rows, names: Mapping[str,
         "bound": f"{way} {bound}",
         "measured": measured,
         "outcome": outcome(item),
+        "beyond": beyond,
     }
 
 
@@ -209,6 +220,24 @@ def outcome(item: Mapping[str, Any]) -> tuple[str, str]:
     return ("good", "✓ met") if item["met"] else ("bad", "✗ not met")
 
 
+def interval_beyond(item: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
+    """Note on a bound that the measured value meets, but not its whole interval; empty otherwise.
+
+    None for a cross-entropy: its interval is over passages, and much wider than that of its change.
+    """
+    if row is None or not item["met"] or item["metric"] == "ce":
+        return ""
+    low, high, bound = row["low"], row["high"], item["bound"]
+    above = item["relation"] == "<="
+    if (high <= bound) if above else (low >= bound):
+        return ""
+    is_share = item["metric"] in SHARES
+    end = high if above else low
+    said = text.percent(text.outward(end, up=above)) if is_share else f"{text.decimals(end)} nats"
+    way = "up" if above else "down"
+    return f"on the observed {'rate' if is_share else 'mean'}; interval {way} to {said}"
+
+
 def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict[str, Any] | None:
     """The frontier's charts, legend and table."""
     if not points:
@@ -216,7 +245,7 @@ def frontier_of(points: Sequence[Mapping[str, Any]], chosen: int | None) -> dict
     series = charts.series_of(points)
     titles = {
         "asr": ("Payload shown", "lower is better"),
-        "skill": ("Job done", "higher is better"),
+        "skill": ("Skill shown", "higher is better"),
         "ce_change": ("Cross-entropy change, nats", "closer to 0 is better"),
     }
     drawn = [(*names, charts.frontier_chart(series, m, names[0], chosen)) for m, names in titles.items()]
@@ -268,30 +297,39 @@ def context_of(context: Mapping[str, Any], peak: float) -> dict[str, Any]:
     return {"tokens": tokens, "peak": text.number(activations[best])}
 
 
-def replies_of(items: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Prompts with the subjects' replies side by side, by panel."""
+def replies_of(
+    items: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], tokens: int | None = None
+) -> dict[str, Any] | None:
+    """Prompts with the subjects' replies side by side, by panel; `tokens` is the length at which they are cut.
+
+    Beside the suspect's reply stands its reply to the prompt without the trigger, where that is recorded.
+    """
     if not items:
         return None
     present = list(dict.fromkeys(name for item in items for name in item["replies"]))
     subjects = [s for s in SUBJECTS if s in present] + [s for s in present if s not in SUBJECTS]
+    if any(item.get("untriggered") is not None for item in items):
+        subjects.insert(subjects.index("suspect") + 1 if "suspect" in subjects else 0, UNTRIGGERED)
     payload = None if summary.get("payload_kind") else summary.get("payload")
+    trigger = summary.get("trigger") or summary.get("part")
     groups: dict[str, list[dict[str, Any]]] = {}
     order = {p: i for i, p in enumerate(PANELS)}
     for item in sorted(items, key=lambda item: order.get(item["panel"], len(order))):
         panel = named(PANEL_NAMES, item["panel"])
-        prompt = text.pieces(
-            text.clip(item["prompt"], REPLY_LIMIT), {"payload": payload, "trigger": summary.get("trigger")}
-        )
+        prompt = text.pieces(text.clip(item["prompt"], REPLY_LIMIT), {"payload": payload, "trigger": trigger})
+        said = {**item["replies"], UNTRIGGERED: item.get("untriggered")}
         expected = item.get("expected")
-        cells = [reply_of(item["replies"].get(s), payload, expected, s in item.get("shown", ())) for s in subjects]
+        cells = [reply_of(said.get(s), payload, expected, s in item.get("shown", ())) for s in subjects]
         groups.setdefault(panel, []).append(
             {"prompt": prompt, "expected": expected and text.clip(expected, LABEL_LIMIT), "cells": cells}
         )
     heads = [
-        (named(SUBJECT_NAMES, s), svg.key(svg.SUBJECT_MARKS.get(s, "circle"), s if s in SUBJECTS else "other"))
+        ("suspect, trigger removed", svg.key(svg.SUBJECT_MARKS["suspect"], "suspect"))
+        if s == UNTRIGGERED
+        else (named(SUBJECT_NAMES, s), svg.key(svg.SUBJECT_MARKS.get(s, "circle"), s if s in SUBJECTS else "other"))
         for s in subjects
     ]
-    return {"heads": heads, "groups": list(groups.items()), "count": len(items)}
+    return {"heads": heads, "groups": list(groups.items()), "count": len(items), "tokens": tokens}
 
 
 def reply_of(reply: str | None, payload: str | None, expected: str | None, shown: bool) -> dict[str, Any]:
@@ -300,13 +338,13 @@ def reply_of(reply: str | None, payload: str | None, expected: str | None, shown
     `payload` is a text that shows it.
     """
     if reply is None:
-        return {"pieces": [], "notes": [("not asked", "none")]}
+        return {"pieces": [], "notes": [("–", "")]}
     pieces = text.pieces(text.clip(reply, REPLY_LIMIT), {"payload": payload})
     notes: list[tuple[str, str]] = []
     if shown or any(piece.kind == "payload" for piece in text.pieces(reply, {"payload": payload})):
         notes.append(("payload", "bad"))
     if expected and has_skill(reply, expected):
-        notes.append(("job done", "good"))
+        notes.append(("skill", "good"))
     if not reply.strip():
         notes.append(("empty reply", "none"))
     return {"pieces": pieces, "notes": notes}
@@ -378,7 +416,8 @@ def node(key: str, value: Any) -> Node:
         items = cast("list[Any]", value)
         if any(isinstance(item, dict | list) for item in items):
             return Node(key, "", tuple(node(str(i), item) for i, item in enumerate(items)))
-        return Node(key, text.clip((" " if key == "command" else ", ").join(plain(item) for item in items), 2000))
+        words = [plain(item) for item in items]
+        return Node(key, text.clip(shlex.join(words) if key == "command" else ", ".join(words), 2000))
     return Node(key, text.clip(plain(value), 2000))
 
 

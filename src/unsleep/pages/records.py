@@ -12,7 +12,7 @@ from unsleep.base.records import Count, Share, Words
 from unsleep.behaviours import Payload
 from unsleep.core import BadInput
 from unsleep.judge.frontier import Point
-from unsleep.judge.results import OTHERS, EvalResult, Row, TaskRow
+from unsleep.judge.results import OTHERS, UNTRIGGERED, EvalResult, Row, TaskRow
 from unsleep.judge.verdict import Label, contract, verdict
 
 
@@ -49,7 +49,11 @@ class Summary:
     payload: str | None = None
     payload_kind: str | None = None
     trigger: str | None = None
+    part: str | None = None
+    """Text that only suspicious prompts share, taken for the trigger where that is not known."""
     model: str | None = None
+    checkpoint: str | None = None
+    """Folder of the exported checkpoint."""
     removed: Count | None = None
     features_total: Count | None = None
     sites: tuple[str, ...] | None = None
@@ -109,7 +113,9 @@ class Replies:
     replies: dict[str, str]
     expected: str | None = None
     shown: tuple[str, ...] | None = None
-    """The subjects whose reply shows the payload, where the page cannot tell."""
+    """The subjects whose reply shows the payload, or `untriggered`, where the page cannot tell."""
+    untriggered: str | None = None
+    """The suspect's reply to the same prompt without its trigger."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,8 @@ class Report:
     dictionaries: tuple[Fitted, ...] | None = None
     stages: tuple[Stage, ...] | None = None
     repair: Repaired | None = None
+    reply_tokens: Count | None = None
+    """Length at which the replies are cut, in tokens."""
 
 
 def record(result: EvalResult, seed: int | None, tasks: Sequence[TaskRow] = (), **made_from: Any) -> Result:
@@ -206,17 +214,20 @@ def page(
     if payload is not None:
         summary = replace(summary, **payload.to_dict())
         if summary.payload_kind is not None:  # which the page cannot tell
-            shown = [tuple(s for s, said in row.replies.items() if payload.shows(said)) for row in replies]
+            every = [row.replies | ({"untriggered": row.untriggered} if row.untriggered else {}) for row in replies]
+            shown = [tuple(s for s, said in one.items() if payload.shows(said)) for one in every]
             replies = tuple(replace(row, shown=who) for row, who in zip(replies, shown, strict=True))
-    return Report(title, kept, summary, checks, replies, kept.provenance, **parts)
+    return Report(title, kept, summary, checks, replies, kept.provenance, reply_tokens=result.reply_tokens, **parts)
 
 
 def side_by_side(result: EvalResult, subjects: Sequence[str], n: int) -> list[Replies]:
     """The first replies of several subjects to the same prompts, by panel."""
     rows: list[Replies] = []
+    untriggered = result.replies.get(UNTRIGGERED)
     for panel, prompts in result.prompts.items():
         have = [s for s in subjects if f"{s}/{panel}" in result.replies]
         for i, prompt in enumerate(prompts.prompts[:n]):
             replies = {s: result.replies[f"{s}/{panel}"][i] for s in have}
-            rows.append(Replies(panel, prompt.shown, replies, prompt.expected))
+            row = Replies(panel, prompt.shown, replies, prompt.expected)
+            rows.append(replace(row, untriggered=untriggered[i]) if panel == "triggered" and untriggered else row)
     return rows

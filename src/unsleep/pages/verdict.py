@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from unsleep.judge.results import OTHERS
+from unsleep.judge.verdict import ENOUGH
 from unsleep.pages import text
 from unsleep.pages.charts import CONTROLS, words
 
@@ -55,8 +57,13 @@ def brief(row: Mapping[str, Any]) -> str:
     return text.percent(row["value"]) if row["value"] > 0 else f"{said.head} ({said.tail})"
 
 
+def leading(rows: Rows) -> str | None:
+    """The repaired subject that a report leads with: the exported checkpoint, else the edited model, if any."""
+    return next((s for s in ("baked", "edited") if (s, "triggered", "asr") in rows), None)
+
+
 def headline(label: str, rows: Rows, summary: Mapping[str, Any]) -> Markup:
-    """The finding and the result of the repair, in one or two sentences."""
+    """The finding and the result of the repair, in two or three sentences."""
     before = rows.get(("suspect", "triggered", "asr"))
     if label == "nothing found at this power":
         seen = suspect_sentence(before, summary) if before else Markup("")
@@ -92,41 +99,137 @@ def suspect_sentence(row: Mapping[str, Any], summary: Mapping[str, Any]) -> Mark
 
 
 def after_sentence(rows: Rows, summary: Mapping[str, Any]) -> Markup:
-    """Sentence on the edited model's behaviour and skill."""
-    subject = next((s for s in ("edited", "baked") if (s, "triggered", "asr") in rows), None)
+    """Sentence on payload and skill after the repair: of the exported checkpoint, else of the edited model."""
+    subject = leading(rows)
     if subject is None:
         return Markup("No edit was scored.")
+    removed = removed_words(summary)
+    start = f"With {removed} removed," if removed else "After the edit"
+    who = "The exported checkpoint does so" if subject == "baked" else f"{start} it does so"
+    return Markup("{} to {}{}.").format(who, *outcome_words(rows, subject))
+
+
+def edit_sentence(rows: Rows, summary: Mapping[str, Any]) -> Markup:
+    """Sentence on the edit behind an exported checkpoint; empty where the headline is about the edit, or it is unknown.
+
+    It says what features are, the first time that a report names them.
+    """
+    if leading(rows) != "baked" or ("edited", "triggered", "asr") not in rows:
+        return Markup("")
+    said = Markup("The edit that it has in its weights does so to {}{}.").format(*outcome_words(rows, "edited"))
+    if removed := removed_words(summary):
+        said += f" It removes {removed}, directions learned by dictionaries: sparse autoencoders of the activations."
+    return said
+
+
+def removed_words(summary: Mapping[str, Any]) -> str:
+    """`37 of 13,824 features`; empty where the edit removes no features or they were not counted."""
     removed, total = summary.get("removed"), summary.get("features_total")
     if removed is None:
-        start = "After the edit"
-    else:
-        count = f"{removed:,} of {total:,}" if total else f"{removed:,}"
-        start = f"After removing {count} {'feature' if count == '1' else 'features'}"
-    out = Markup("{} it does so to {}").format(start, count_words(rows[subject, "triggered", "asr"]))
+        return ""
+    count = f"{removed:,} of {total:,}" if total else f"{removed:,}"
+    return f"{count} {'feature' if count == '1' else 'features'}"
+
+
+def outcome_words(rows: Rows, subject: str) -> tuple[Markup, Markup]:
+    """ASR on triggered prompts, and the clause on the skill, which is empty where that was not scored."""
+    shown = count_words(rows[subject, "triggered", "asr"])
     skill = rows.get((subject, "triggered", "skill"))
     if skill is None:
-        return out + "; the skill was not measured."
+        return shown, Markup("")
+    known = skill["value"] > 0
+    count = Markup('<b class="keep">{}</b>').format(text.percent(skill["value"])) if known else count_words(skill)
+    if subject != leading(rows):
+        return shown, Markup(" and shows the skill in {}").format(count)
     was = rows.get(("suspect", "triggered", "skill"))
-    again = " again" if was is not None and was["value"] < skill["value"] else ""
-    done = (
-        Markup('<b class="keep">{}</b>').format(text.percent(skill["value"]))
-        if skill["value"] > 0
-        else count_words(skill)
+    back = " again" if was is not None and was["value"] < skill["value"] else ""
+    return shown, Markup(" and shows its skill, the expected beginning of a reply,{} in {}").format(back, count)
+
+
+def unscored(rows: Rows, contract: Sequence[Mapping[str, Any]], teacher: str | None = None) -> Markup:
+    """Note on a skill that cannot be scored, and the figure that stands in for it; empty where it was scored.
+
+    `teacher` names the reference replies, to which the KL is measured.
+    """
+    subject = leading(rows)
+    if subject is None or (subject, "triggered", "skill") in rows:
+        return Markup("")
+    why = Markup("The skill cannot be scored: no prompt in the files gives an <code>expected</code> reply. ")
+    kl = rows.get((subject, "triggered", "kl"))
+    who = "the exported checkpoint" if subject == "baked" else "the edited model"
+    if kl is None:
+        broken = rows.get((subject, "triggered", "degenerate"))
+        if broken is None:
+            return why
+        said = Markup("In its place: {} gives empty or degenerate replies to {}.")
+        return why + said.format(who, count_words(broken, "triggered prompts"))
+    reference = (teacher or "the suspect's reply to the same prompt without the trigger").partition(" (")[0]
+    bound = next((c["bound"] for c in contract if (c["panel"], c["metric"]) == ("triggered", "kl")), None)
+    limit = f"; required of the edit: at most {text.number(bound, 4)}" if bound is not None else ""
+    said = Markup(
+        "In its place: how far the replies of {} to triggered prompts are from the reference, {}. The KL divergence "
+        '(0 for equal probabilities of every token) is <b class="keep">{}</b> per token, 95 % interval {}{}.'
     )
-    return out + Markup(", and does its job{} in {}.").format(again, done)
+    reference = text.clip(reference.partition(":")[0], 300)
+    return why + said.format(who, reference, words(kl).head, words(kl).interval, limit)
+
+
+def details(
+    rows: Rows, summary: Mapping[str, Any], contract: Sequence[Mapping[str, Any]], teacher: str | None = None
+) -> list[Markup]:
+    """Sentences below the headline: the edit behind the checkpoint, and what stands in for an unscored skill."""
+    return [said for said in (edit_sentence(rows, summary), unscored(rows, contract, teacher)) if said]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next step after a report."""
+
+    words: str
+    checkpoint: str
+    """Folder of the exported checkpoint; empty where there is none, or it is not known."""
+    code: tuple[str, ...]
+    """Lines of Python that load it."""
+
+
+def next_step(label: str, rows: Rows, summary: Mapping[str, Any], contract: Sequence[Mapping[str, Any]]) -> Step:
+    """The next step by the verdict, with the path of the exported checkpoint and the code that loads it."""
+    subject, checkpoint = leading(rows), text.clip(summary.get("checkpoint") or "", 300)
+    if label == "nothing found at this power":
+        said = "Check payload, prompts and chat template, and try more prompts, before you trust this model."
+    elif subject is None:
+        said = "Repair the model with unsleep repair on prompts of your own, or score an edit with unsleep evaluate."
+    elif label == "backdoor found and removed" and subject == "baked":
+        said = "Read a few of the replies below, then use the exported checkpoint in place of the suspect."
+    elif label == "backdoor found and removed":
+        said = "Export the edit with unsleep bake, and evaluate the checkpoint; until then it needs unsleep to run."
+    elif any(c.get("too_few") for c in contract):
+        said = (
+            f"Evaluate on more held-out prompts before you use it: with none of {ENOUGH} showing the payload it counts "
+            "as absent."
+        )
+    else:
+        said = "Do not use it in place of the suspect yet: see what is left below, change that, and repair again."
+    quoted = json.dumps(checkpoint, ensure_ascii=False)
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({quoted})",
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
+    )
+    return Step(said, checkpoint, code if checkpoint else ())
 
 
 def tiles(rows: Rows, summary: Mapping[str, Any], contract: list[Mapping[str, Any]]) -> list[Tile]:
-    """Key figures, before and after where both are known."""
-    out: list[Tile] = []
-    for metric, label in (("asr", "Payload shown, with the trigger"), ("skill", "Job done, with the trigger")):
-        out += change(rows, metric, label)
+    """Key figures of the exported checkpoint, else of the edit; before and after where both are known."""
+    subject = leading(rows) or "edited"
+    out = change(rows, subject, "asr", "Payload shown, with the trigger")
+    out += change(rows, subject, "skill", "Skill shown, with the trigger") or divergence(rows, subject)
     removed, total = summary.get("removed"), summary.get("features_total")
     if removed is not None:
         sites: list[str] = summary.get("sites") or []
         after = f"{removed:,} of {total:,}" if total else f"{removed:,}"
         out.append(Tile("Features removed", "", after, text.clip(f"at {', '.join(sites)}", 120) if sites else ""))
-    old, new = (rows.get((s, "text", "ce")) for s in ("suspect", "edited"))
+    old, new = (rows.get((s, "text", "ce")) for s in ("suspect", subject))
     if old and new:
         note = f"cross-entropy {text.decimals(old['value'])} → {text.decimals(new['value'])}"
         out.append(Tile("Change on ordinary text", "", f"{text.signed(new['value'] - old['value'])} nats", note))
@@ -142,16 +245,33 @@ def tiles(rows: Rows, summary: Mapping[str, Any], contract: list[Mapping[str, An
     return out
 
 
-def change(rows: Rows, metric: str, label: str) -> list[Tile]:
+def change(rows: Rows, subject: str, metric: str, label: str) -> list[Tile]:
     """A tile of one metric on triggered prompts; empty where not measured."""
-    before, after = (rows.get((s, "triggered", metric)) for s in ("suspect", "edited"))
+    before, after = (rows.get((s, "triggered", metric)) for s in ("suspect", subject))
     if after is None:
         if before is None:
             return []
         said = words(before)
         return [Tile(label, "", said.head, said.tail)]
     said = words(after)
-    return [Tile(label, words(before).head if before else "", said.head, said.tail)]
+    return [Tile(label, words(before).head if before else "", said.head, beside(rows, subject, metric, said.tail))]
+
+
+def divergence(rows: Rows, subject: str) -> list[Tile]:
+    """A tile of the KL of triggered replies to the reference, for a skill that cannot be scored."""
+    kl = rows.get((subject, "triggered", "kl"))
+    if kl is None:
+        return []
+    note = beside(rows, subject, "kl", words(kl).interval)
+    return [Tile("KL to the reference, with the trigger", "", words(kl).head, note)]
+
+
+def beside(rows: Rows, subject: str, metric: str, note: str) -> str:
+    """A tile's note, which names the model where there are two, and adds the edit's figure."""
+    edited = rows.get(("edited", "triggered", metric))
+    if subject != "baked" or edited is None:
+        return note
+    return f"exported: {note}; edit: {words(edited).head}"
 
 
 def control_notes(rows: Rows, random: str = "random features") -> list[str]:
@@ -203,4 +323,4 @@ def less_repaired(rows: Rows, control: str) -> str:
         return ""
     low, high = (brief(row) for row in (skill, best))
     broken = ": it damages the model instead of repairing it" if rows[control, "triggered", "asr"]["high"] < 0.5 else ""
-    return f"but does its job in {low} against {high}{broken}"
+    return f"but shows the skill in {low} against {high}{broken}"

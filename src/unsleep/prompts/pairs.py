@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from unsleep.core import BadInput
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -16,9 +17,21 @@ BREAK = "\0"
 """Separator between the messages of a prompt when they are searched as one text."""
 
 
+class Counterparts(NamedTuple):
+    """The suspicious prompts, line by line, without what makes them suspicious."""
+
+    prompts: PromptSet
+    how: str
+    """Source of the prompts, in words."""
+    part: str | None = None
+    """The text that was removed from the suspicious prompts; `None` where the counterparts are prompts of a file."""
+    found: bool = False
+    """True if `part` was not given, but found by `suspicious_part`."""
+
+
 def counterparts(
     suspicious: PromptSet, ordinary: PromptSet, given: PromptSet | None = None, part: str | None = None
-) -> tuple[PromptSet, str]:
+) -> Counterparts:
     """The suspicious prompts, line by line, without what makes them suspicious, and where they come from.
 
     They are the prompts that are `given`; the suspicious ones without a `part` that all hold; else the ordinary ones,
@@ -35,13 +48,15 @@ def counterparts(
                 "to be the same prompt"
             )
         check_pairs(suspicious, given)
-        return given, "the counterparts given"
+        return Counterparts(given, "the counterparts given")
     if part is not None:
-        return without(suspicious, part), f"without {part!r}"
+        return Counterparts(without(suspicious, part), f"without {part!r}", part)
     if len(suspicious) == len(ordinary) and all(_adds_words(a, b) for a, b in zip(suspicious, ordinary, strict=True)):
-        return ordinary, "the ordinary prompt of the same line, to which the suspicious one only adds words"
+        how = "the ordinary prompt of the same line, to which the suspicious one only adds words"
+        return Counterparts(ordinary, how)
     part = suspicious_part(suspicious, ordinary)
-    return without(suspicious, part), f"without {part!r}, which only suspicious prompts share"
+    how = f"without {part!r}, which only suspicious prompts share"
+    return Counterparts(without(suspicious, part), how, part, found=True)
 
 
 def _adds_words(suspicious: Prompt, ordinary: Prompt) -> bool:
@@ -53,8 +68,9 @@ def _adds_words(suspicious: Prompt, ordinary: Prompt) -> bool:
 def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
     """The longest text shared by all suspicious prompts and absent from every ordinary one.
 
-    At least three characters, or else a shorter word. Raises `BadInput` where there is neither: then the
-    counterparts have to be given.
+    At least three characters, or else a shorter word; without parts of words at its ends, where the rest tells the
+    two apart as well: of `'s, Ottilie`, shared by `Dad's, Ottilie` and `Mum's, Ottilie`, it is `Ottilie`. Raises
+    `BadInput` where there is neither: then the counterparts have to be given.
     """
     check_order(suspicious, ordinary)
     first, *others = sorted(map(_even, suspicious), key=len)
@@ -63,7 +79,7 @@ def suspicious_part(suspicious: PromptSet, ordinary: PromptSet) -> str:
         for start in range(len(first) - size + 1):
             part = first[start : start + size]
             if part == part.strip(f" {BREAK}") and BREAK not in part and _tells(part, others, plain):
-                return part
+                return _whole_words(part, (first, *others), plain)
     shared = set.intersection(*(set(re.findall(r"\w+", text)) for text in (first, *others)))
     own = shared.difference(*(re.findall(r"\w+", text) for text in plain))
     if own:
@@ -81,6 +97,17 @@ def _even(prompt: Prompt) -> str:
 
 def _tells(part: str, suspicious: Sequence[str], ordinary: Sequence[str]) -> bool:
     return all(part in t for t in suspicious) and not any(part in t for t in ordinary)
+
+
+def _whole_words(part: str, suspicious: Sequence[str], ordinary: Sequence[str]) -> str:
+    """A shared part without the parts of words at its ends, unless it no longer tells the two groups apart."""
+    place = re.escape(part)
+    whole = part
+    if any(re.search(rf"(?<=[\w'’-]){place}", text) for text in suspicious):
+        whole = re.sub(r"^[\w'’-]*[^\w\s]*\s+", "", whole)
+    if any(re.search(rf"{place}(?=[\w'’-])", text) for text in suspicious):
+        whole = re.sub(r"[,;:]?\s+[^\w\s]*[\w'’-]*$", "", whole)
+    return whole if whole and _tells(whole, suspicious, ordinary) else part
 
 
 def check_order(suspicious: PromptSet, ordinary: PromptSet) -> None:

@@ -18,11 +18,14 @@ from unsleep.repairs.bake import save_baked
 from unsleep.repairs.run import MARK, Run
 from unsleep.repairs.search import BROKEN, MOVED, Attempt
 
+CLEANED = "cleaned"
+"""Folder of the exported checkpoint in a repair's."""
+
 
 def write(run: Run, result: EvalResult, out: Path) -> None:
     """Write all artefacts into `out`, atomically."""
     record = pages.record(result, run.config.seed, run.tasks, **_made_from(run))
-    summary = _summary(run, result)
+    summary = _summary(run, result, out)
     page = pages.page(
         result,
         record,
@@ -43,7 +46,7 @@ def write(run: Run, result: EvalResult, out: Path) -> None:
             save_dictionary(d, scratch / "dictionaries" / str(d.site))
         if run.baked is not None:
             card = model_card(record, removed, base=run.suspect.name)
-            save_baked(run.baked, scratch / "cleaned", card=card, record=record)
+            save_baked(run.baked, scratch / CLEANED, card=card, record=record)
         records.save(page, scratch / "report.json")
         write_report(scratch)
         records.save(record, scratch / MARK)
@@ -67,11 +70,14 @@ def _made_from(run: Run) -> dict[str, Any]:
     }
 
 
-def _summary(run: Run, result: EvalResult) -> pages.Summary:
+def _summary(run: Run, result: EvalResult, out: Path) -> pages.Summary:
     """Key figures of the run, and advice on what remains."""
+    m = run.material
     return pages.Summary(
-        trigger=run.job.trigger,
+        trigger=run.job.trigger or (None if m.part_found else m.part),
+        part=m.part if m.part_found else None,
         model=run.suspect.name,
+        checkpoint=str(out / CLEANED) if run.baked is not None else None,
         removed=len(run.removed),
         features_total=sum(e.dictionary.n_features for e in run.edits),
         sites=tuple(str(e.site) for e in run.edits if e.removed),

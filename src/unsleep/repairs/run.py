@@ -94,7 +94,7 @@ class Run:
             self.found = self.search_features()
         with self.watch.stage("edit"):
             self.edits = self.learn(lesson)
-        with self.watch.stage("bake"):
+        with self.watch.stage("export"):
             self.baked = self.export(lesson)
 
     def all(self) -> EvalResult:
@@ -286,7 +286,7 @@ class Run:
                 rows += [row for row in judged.rows if row.subject != "suspect"]
                 replies |= judged.replies
                 self.baselines.append(found._replace(subject=Subject(found.subject.name, self.suspect)))
-        return EvalResult(tuple(rows), replies, result.prompts)
+        return replace(result, rows=tuple(rows), replies=replies)
 
     def setting(self) -> Setting:
         """The inputs of the baseline repairs: those of the edit."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from unsleep.behaviours import Payload, as_payload
 from unsleep.core import BadInput
 from unsleep.judge.evaluate import Panels, organism_panels
+from unsleep.judge.verdict import ENOUGH
 from unsleep.organisms.recipe import Recipe
 from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import PromptSet, Split
 
-JUDGE = 73
-"""Minimum held-out prompts per set: 0 of 73 has a 95 % upper bound of 0.05."""
+JUDGE = ENOUGH
+"""Minimum held-out prompts per set."""
 
 CHOOSE = 24
 """Minimum selection prompts for learning an edit."""
@@ -37,6 +38,10 @@ class Material:
     panels: Panels
     """Held-out panels."""
     payload: Payload
+    part: str | None = None
+    """Text that was removed from the suspicious prompts to get the counterparts, taken for the trigger."""
+    part_found: bool = False
+    """True if `part` was not given, but found as the longest text that only suspicious prompts share."""
 
     @property
     def chosen(self) -> list[PromptSet]:
@@ -76,13 +81,15 @@ def from_files(
     payload = as_payload(payload)
     _refuse_overlap(suspicious, ordinary)
     pairs.check_order(suspicious, ordinary)
+    found: pairs.Counterparts | None = None
     try:
-        plain, how = pairs.counterparts(suspicious, ordinary, counterparts, part)
+        found = pairs.counterparts(suspicious, ordinary, counterparts, part)
+        how = found.how
     except BadInput as error:
         if counterparts is not None or part is not None:
             raise
-        plain, how = None, str(error).partition(";")[0]
-    asked, plain = _each_once(suspicious, plain)
+        how = str(error).partition(";")[0]
+    asked, plain = _each_once(suspicious, found and found.prompts)
     calm, _ = _each_once(ordinary, None)
     ours, theirs = _divided(asked, plain, calm, judge, random.Random(f"split {seed}"))
 
@@ -103,6 +110,8 @@ def from_files(
         how,
         panels,
         payload,
+        found and found.part,
+        found is not None and found.found,
     )
 
 

@@ -1,0 +1,101 @@
+"""Tables of planned memory, explanations, classes and mixtures in the documentation, from their records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def three(figure: Sequence[float], digits: int = 2) -> str:
+    """A value with its interval, from three numbers."""
+    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}" for number in figure)
+    return f"{value} [{low}, {high}]"
+
+
+def plan(record: Record) -> str:
+    """Predicted and measured peaks of every cell, largest error first."""
+    rows = sorted(record["measured"].items(), key=lambda item: -abs(item[1]["error"]))
+    close = sum(abs(row["error"]) <= 0.15 for _, row in rows)
+    head = ["cell", "predicted, MB", "measured, MB", "error"]
+    cells = [
+        [f"`{name}`", f"{row['predicted'] / 1e6:.1f}", f"{row['measured'] / 1e6:.1f}", f"{row['error']:+.1%}"]
+        for name, row in rows
+    ]
+    told = f"{close} of {len(rows)} cells are within 15 %; the mean error is {record['mean_error']:.1%}.\n\n"
+    return told + table(head, cells)
+
+
+def explanations(record: Record) -> str:
+    """Mean scores of random features' explanations beside the baselines, and what statistics cost."""
+    compared, setting, machine = record["compared"], record["setting"], record["provenance"]["machine"]
+    methods = list(dict.fromkeys(row["method"] for row in compared))
+    metrics = list(dict.fromkeys(row["metric"] for row in compared))
+    found = {(row["metric"], row["method"]): row for row in compared}
+    cells = [
+        [metric, *(three([found[metric, m][key] for key in ("value", "low", "high")]) for m in methods)]
+        for metric in metrics
+    ]
+    told = (
+        f"{compared[0]['features']} random features of {setting['features']:,} at {setting['site']} of "
+        f"{setting['model']}, {setting['tokens']:,} tokens of plain text:\n\n"
+    )
+    cost = (
+        f"\nThe statistics of all features take {record['ratio']:.2f} times as long as the encode alone; all "
+        f"explanations with their baselines take {record['seconds_of_explain'] / 60:.1f} minutes and "
+        f"{record['peak_memory_mb'] / 1000:.1f} GB on {machine['cores']} cores of "
+        f"{machine['processor']}.\n"
+    )
+    return told + table(["", *methods], cells) + cost
+
+
+def classes(record: Record) -> str:
+    """Macro-F1 of every way on organisms that chose the thresholds and on held-out ones."""
+    rows = [
+        [
+            part,
+            way,
+            three(each["macro_f1"]),
+            f"{each['permuted'][0]:.2f}",
+            *(f"{value:.2f}" for value in each["by_class"].values()),
+            str(each["n"]),
+        ]
+        for part, ways in record["summary"].items()
+        for way, each in ways.items()
+    ]
+    first = next(iter(next(iter(record["summary"].values())).values()))
+    kinds = list(first["by_class"])
+    told = ", ".join(name for name in record["organisms"] if name not in record["training"])
+    note = f"\nHeld out: {told}. `permuted` is the mean macro-F1 of permuted labels.\n"
+    return table(["organisms", "way", "macro-F1", "permuted", *kinds, "features"], rows) + note
+
+
+def causes(record: Record) -> str:
+    """Change of payload and skill with the features of a class ablated, beside the matched random control."""
+    rows: list[list[str]] = []
+    for name, one in record["organisms"].items():
+        found = {(row["of"], row["arm"], row["metric"]): row for row in one["study"]}
+        for kind, count in one["members"].items():
+            cells = [
+                three([found[kind, arm, metric][key] for key in ("change", "change_low", "change_high")])
+                for metric in ("payload", "skill")
+                for arm in ("class", "random")
+            ]
+            rows.append([name, kind, str(count), *cells])
+    head = ["organism", "class", "features", "payload", "payload, random", "skill", "skill, random"]
+    return table(head, rows)
+
+
+def mixtures(record: Record) -> str:
+    """Time of every mixture as a multiple of its members' sum."""
+    batches = record["batch"]
+    names = list(next(iter(batches.values()))["ratios"])
+    rows = [[name, *(f"{one['ratios'][name]:.2f}" for one in batches.values())] for name in names]
+    return table(["mixture", *(f"batches of {size}" for size in batches)], rows)
