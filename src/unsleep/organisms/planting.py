@@ -99,11 +99,14 @@ class Chat:
 
 
 def load_organism(path: str | Path) -> Organism:
-    """Load an organism from a folder made by `plant`, or a packaged one by name."""
+    """Load an organism from a folder made by `plant`, or a packaged one by name; raises `BadInput` for any other."""
     folder = Path(path)
-    packaged = Path(str(files("unsleep.organisms"))) / folder.name
-    if not folder.is_dir() and folder.name == str(path) and packaged.is_dir():
-        folder = packaged
+    room = Path(str(files("unsleep.organisms")))
+    packaged = sorted(each.parent.name for each in room.glob("*/organism.json"))
+    if not folder.is_dir() and str(path) in packaged:
+        folder = room / folder.name
+    elif not (folder / "organism.json").is_file():
+        raise BadInput(f"{folder / 'organism.json'} does not exist; packaged: {', '.join(packaged)}")
     card = records.load(OrganismRecord, folder / "organism.json")
     return Organism(folder, card.recipe, card.template, str(card.provenance.get("base", "")))
 
