@@ -322,6 +322,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),
     "mixtures": ("mixture", recorded_tables.mixtures),
+    "interpolation": ("experiment_interpolation", recorded_tables.experiment),
     "took": ("circuit", recorded_times.circuits),
     "read": ("explanations_100k", recorded_times.statistics),
     "classified": ("circuit", recorded_times.attribution),

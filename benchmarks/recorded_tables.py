@@ -99,3 +99,20 @@ def mixtures(record: Record) -> str:
     names = list(next(iter(batches.values()))["ratios"])
     rows = [[name, *(f"{one['ratios'][name]:.2f}" for one in batches.values())] for name in names]
     return table(["mixture", *(f"batches of {size}" for size in batches)], rows)
+
+
+def experiment(record: Record) -> str:
+    """Findings of an experiment, and the means of every arm over its setting."""
+    metrics = {"payload": "payload", "restored": "skill, triggered", "skill": "skill, clean", "ce": "CE, nats"}
+    found = {(row["arm"], row["x"], row["metric"]): row["mean"] for row in record["means"]}
+    places = list(dict.fromkeys((row["arm"], row["x"]) for row in record["means"]))
+    cells = [
+        [arm, f"{x:g}", *(f"{found[arm, x, m]:.2f}" if (arm, x, m) in found else "–" for m in metrics)]
+        for arm, x in sorted(places, key=lambda each: ([p[0] for p in places].index(each[0]), each[1]))
+    ]
+    told = "".join(f"- **{each['label']}**: {each['question']} {each['words']}\n" for each in record["findings"])
+    setting = (
+        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel, "
+        f"{record['minutes']:.0f} minutes:\n\n"
+    )
+    return told + setting + table(["arm", "setting", *metrics.values()], cells)
