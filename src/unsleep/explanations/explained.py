@@ -235,8 +235,8 @@ class _Work:
         if min(len(train.fires), len(held_out.fires)) < self.config.least:
             return None
         text = self.statistics.text
-        ends = (self.statistics.outputs(name, feature) for name in ("promoted", "suppressed"))
-        written = stronger(*ends, self.config.named)
+        promoted, suppressed = (self.statistics.outputs(name, feature) for name in ("promoted", "suppressed"))
+        written = stronger(promoted, suppressed, self.config.named)
         found = learn(text, train, self.config)
         if written is not None:
             found = replace(found, **{written.verb: written.tokens})

@@ -247,7 +247,8 @@ def faithful_block(record: Record) -> Block:
 
 def curve_name(curve: Record) -> str:
     """A curve's name, that of today for one of an older record."""
-    return {"neurons": NEURONS_ONLY, "features and errors of MLPs": MLP_ONLY}.get(curve["name"], curve["name"])
+    name: str = curve["name"]
+    return {"neurons": NEURONS_ONLY, "features and errors of MLPs": MLP_ONLY}.get(name, name)
 
 
 def sure_block(record: Record) -> Block:
