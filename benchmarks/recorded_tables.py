@@ -82,7 +82,7 @@ def causes(record: Record) -> str:
     rows: list[list[str]] = []
     for name, one in record["organisms"].items():
         found = {(row["of"], row["arm"], row["metric"]): row for row in one["study"]}
-        for kind, count in one["members"].items():
+        for kind, count in one["members"].items() if found else ():
             cells = [
                 three([found[kind, arm, metric][key] for key in ("change", "change_low", "change_high")])
                 for metric in ("payload", "skill")
