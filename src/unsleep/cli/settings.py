@@ -50,7 +50,7 @@ _reading: set[type] = set()
 @REGISTRY.struct_rule
 def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A flag per field of a dataclass, as tyro has it; raises `Rejected` for invalid values."""
-    kind = info.type
+    kind: Any = info.type  # also what is no class, such as a generic alias
     if isinstance(kind, type) and issubclass(kind, Panel):
         return StructConstructorSpec(dict, kind.fields)
     if not is_dataclass(kind) or not kind.__module__.startswith("unsleep.") or kind in _reading:
