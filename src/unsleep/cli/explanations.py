@@ -139,7 +139,7 @@ def _check(wanted: Mapping[tuple[Site, int], str], sizes: Mapping[Site, int]) ->
 
 
 def _told(out: Path, wanted: Mapping[tuple[Site, int], str], dictionaries: Sequence[Coder]) -> list[str]:
-    """What is known of some features: explanation, scores, tokens that it writes, strongest contexts."""
+    """Lines on some features: explanation, scores, tokens that it writes, strongest contexts."""
     places = [out / str(site) for site in dict.fromkeys(site for site, _ in wanted)]
     cards = by_site(((place, card) for place in places for card in load_cards(place)), dictionaries)
     lines: list[str] = []
@@ -154,7 +154,7 @@ def _told(out: Path, wanted: Mapping[tuple[Site, int], str], dictionaries: Seque
 
 
 def _facts(card: FeatureCard) -> Iterator[str]:
-    """How often a feature fires, and what it writes."""
+    """Density of a feature, and what it writes."""
     yield f"fires at {card.density:.3%} of the tokens" if card.density else "never fires in this text"
     if card.written is not None:
         yield f"{card.written.verb} {' '.join(repr(visible_line(token)) for token in card.written.tokens)}"

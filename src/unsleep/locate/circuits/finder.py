@@ -44,7 +44,7 @@ class Known(NamedTuple):
 
 
 class Strengths(NamedTuple):
-    """How strong nodes are at their roles' tokens."""
+    """Strengths of nodes at their roles' tokens."""
 
     values: Float[Tensor, "2 node"]
     """Means over prompts and tokens, in the prompts and in their references."""
