@@ -94,4 +94,4 @@ def test_a_notebook_runs(name: str, tmp_path: Path):
         assert (tmp_path / "runs" / "trace" / "graph" / "graph-metadata.json").is_file()
         assert re.search(r"^\d+ features ablated", printed, re.MULTILINE)
         assert re.search(r"^\d+ of 96 features explained", printed, re.MULTILINE)
-        assert (tmp_path / "runs" / "explorer" / "index.html").is_file()
+        assert (tmp_path / "runs" / "trace" / "explorer" / "index.html").is_file()
