@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             tokens = [" " + word for word in body["text"].split(" ")]
             values = [float(i % 3) for i in range(len(tokens))]
             self.answer({"tokens": tokens, "values": {str(i): values for i in body.get("ids") or [0]}})
-        elif self.live.busy.acquire(blocking=False):
+        elif self.live.busy.acquire(timeout=2):  # as the server does for a browser that left
             try:
                 with contextlib.suppress(OSError):  # the page has gone away
                     self.stream(path, body)
