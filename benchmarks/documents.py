@@ -22,7 +22,7 @@ import repair_tables
 from circuit_growth import series
 from common import RESULTS
 from markupsafe import Markup
-from recorded_tables import table
+from recorded_tables import between, machine_of, table
 
 from unsleep.models.lens import stronger
 from unsleep.pages.circuits import graph
@@ -51,10 +51,9 @@ def read(name: str) -> Record | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def between(figure: Record, digits: int = 2) -> str:
+def estimated(figure: Record) -> str:
     """A figure with its interval."""
-    value, low, high = (f"{figure[key]:z.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return between([figure[key] for key in ("value", "low", "high")])
 
 
 def signed(node: Record, key: str = "effect") -> str:
@@ -89,7 +88,7 @@ def setting(r: Record) -> str:
 
 
 def roles(r: Record) -> str:
-    """Where the effect is."""
+    """Effect by role."""
     rows = [
         [
             f"`{row['role']}`",
@@ -138,7 +137,7 @@ def line(role: str, node: Record) -> list[str]:
 
 
 def written(node: Record) -> str:
-    """What a feature writes: the end of the vocabulary with the larger logits."""
+    """Tokens that a feature writes, of the end of the vocabulary with the larger logits."""
     end = stronger(node["promotes"], node["suppresses"])
     return "–" if end is None else f"{end.verb} {tokens(end.tokens)}"
 
@@ -153,7 +152,7 @@ def drawing(r: Record) -> str:
 
 
 def certain(r: Record) -> str:
-    """How far estimates and the choice of nodes can be trusted."""
+    """Agreement of estimates with exact effects, and stability of the choice of nodes."""
     agreed = [
         [
             f"`{a['estimator']}`",
@@ -163,7 +162,7 @@ def certain(r: Record) -> str:
         ]
         for a in r["agreements"]
     ]
-    stable = [[f"{s['nodes']}", between(s["overlap"]), f"{s['core']:.0%}"] for s in r["stability"]]
+    stable = [[f"{s['nodes']}", estimated(s["overlap"]), f"{s['core']:.0%}"] for s in r["stability"]]
     parts = []
     if agreed:
         parts.append(table(["estimator", "nodes", "Pearson with exact effects", "Spearman"], agreed))
@@ -189,7 +188,7 @@ def faithfulness(r: Record) -> str:
         {point["nodes"] for points in known.values() for point in points} & {10, 25, 50, 100, 200, 500, 2000}
     )
     at = {name: {p["nodes"]: p["faithfulness"] for p in points} for name, points in known.items()}
-    rows = [[name, *(between(at[name][n]) if n in at[name] else "–" for n in sizes)] for name in known]
+    rows = [[name, *(estimated(at[name][n]) if n in at[name] else "–" for n in sizes)] for name in known]
     reached = []
     for name, points in known.items():
         enough = [p["nodes"] for p in points if p["faithfulness"]["value"] >= ENOUGH]
@@ -251,9 +250,8 @@ def share(value: float | None) -> str:
 def cost(r: Record) -> str:
     """Time and memory, without stages that found their result there already."""
     rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items() if seconds >= 1]
-    machine = r["provenance"]["machine"]
     peak = f"{r['peak_memory_mb'] / 1000:.1f} GB"
-    told = f"\nPeak memory was {peak}, on {machine['cores']} cores of {machine['processor']}.\n"
+    told = f"\nPeak memory was {peak}, on {machine_of(r)}.\n"
     return table(["stage", "minutes"], rows) + told
 
 
@@ -273,8 +271,7 @@ def growth(r: Record) -> str:
         ]
         for row in sorted(r["points"], key=lambda row: (row["features"], row["tokens"]))
     ]
-    machine = r["provenance"]["machine"]
-    told = f"\nSeconds on {machine['cores']} cores of {machine['processor']}."
+    told = f"\nSeconds on {machine_of(r)}."
     if r["left_out"]:
         told += f" {counted(len(r['left_out']), 'larger point')} did not fit into the time of the measurement."
     grown = [exponent(r, name) for name in ("prompts", "words", "features")]
@@ -284,7 +281,7 @@ def growth(r: Record) -> str:
 
 
 def exponent(r: Record, name: str) -> str:
-    """How time grows along a series: the quotient of its last and first point."""
+    """Growth of time and memory along a series: quotients of its last and first point."""
     found = series(r["points"], name)
     if len(found) < 2:
         return ""

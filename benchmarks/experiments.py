@@ -52,9 +52,8 @@ def main() -> None:
         chosen, out, began = experiments()[name](), RUNS / "experiments" / name, time.perf_counter()
         with reporting(None), resumable(out, records.plain(chosen), asked.n, [each.name for each in replicates]):
             record = unsleep.experiment(chosen, replicates, Judging(asked.n))
-            store.remove(out)
-            out.mkdir(parents=True)
-            records.save(record, out / "experiment.json")
+            with store.new_folder(out, replace="experiment.json") as folder:
+                records.save(record, folder / "experiment.json")
         unsleep.report(out)
         keep(
             f"experiment_{name}",

@@ -14,10 +14,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def three(figure: Sequence[float], digits: int = 2) -> str:
+def between(figure: Sequence[float], digits: int = 2) -> str:
     """A value with its interval, from three numbers."""
-    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}" for number in figure)
+    value, low, high = (f"{number:z.{digits}f}" for number in figure)
     return f"{value} [{low}, {high}]"
+
+
+def machine_of(record: Record) -> str:
+    """Cores and processor of a record's machine."""
+    machine = record["provenance"]["machine"]
+    return f"{machine['cores']} cores of {machine['processor']}"
 
 
 def plan(record: Record) -> str:
@@ -35,12 +41,12 @@ def plan(record: Record) -> str:
 
 def explanations(record: Record) -> str:
     """Mean scores of random features' explanations beside the baselines, and what statistics cost."""
-    compared, setting, machine = record["compared"], record["setting"], record["provenance"]["machine"]
+    compared, setting = record["compared"], record["setting"]
     methods = list(dict.fromkeys(row["method"] for row in compared))
     metrics = list(dict.fromkeys(row["metric"] for row in compared))
     found = {(row["metric"], row["method"]): row for row in compared}
     cells = [
-        [metric, *(three([found[metric, m][key] for key in ("value", "low", "high")]) for m in methods)]
+        [metric, *(between([found[metric, m][key] for key in ("value", "low", "high")]) for m in methods)]
         for metric in metrics
     ]
     told = (
@@ -50,8 +56,7 @@ def explanations(record: Record) -> str:
     cost = (
         f"\nThe statistics of all features take {record['ratio']:.2f} times as long as the encode alone; all "
         f"explanations with their baselines take {record['seconds_of_explain'] / 60:.1f} minutes and "
-        f"{record['peak_memory_mb'] / 1000:.1f} GB on {machine['cores']} cores of "
-        f"{machine['processor']}.\n"
+        f"{record['peak_memory_mb'] / 1000:.1f} GB on {machine_of(record)}.\n"
     )
     return told + table(["", *methods], cells) + cost
 
@@ -62,7 +67,7 @@ def classes(record: Record) -> str:
         [
             part,
             way,
-            three(each["macro_f1"]),
+            between(each["macro_f1"]),
             f"{each['permuted'][0]:.2f}",
             *(f"{value:.2f}" for value in each["by_class"].values()),
             str(each["n"]),
@@ -84,7 +89,7 @@ def causes(record: Record) -> str:
         found = {(row["of"], row["arm"], row["metric"]): row for row in one["study"]}
         for kind, count in one["members"].items() if found else ():
             cells = [
-                three([found[kind, arm, metric][key] for key in ("change", "change_low", "change_high")])
+                between([found[kind, arm, metric][key] for key in ("change", "change_low", "change_high")])
                 for metric in ("payload", "skill")
                 for arm in ("class", "random")
             ]

@@ -1,21 +1,17 @@
-"""How long stages take, in sentences of the documentation, from their records."""
+"""Durations of stages, in sentences of the documentation, from their records."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from recorded_tables import machine_of
+
 Record = Mapping[str, Any]
 
 
-def machine_of(r: Record) -> str:
-    """What a record was measured on."""
-    machine = r["provenance"]["machine"]
-    return f"{machine['cores']} cores of {machine['processor']}"
-
-
 def circuits(r: Record) -> str:
-    """How long a circuit takes."""
+    """Minutes and memory of a circuit."""
     s, minutes = r["setting"], r["seconds"]["circuit"] / 60
     return (
         f"{s['prompts']} prompts of {s['columns']} tokens, with dictionaries at {s['sites']} Sites of the "
@@ -25,7 +21,7 @@ def circuits(r: Record) -> str:
 
 
 def statistics(r: Record) -> str:
-    """How long statistics take."""
+    """Seconds of the statistics of features."""
     s, seconds = r["setting"], r["seconds"]["statistics"]
     return (
         f"Statistics of {s['features']:,} features over {s['tokens']:,} tokens take about "
@@ -35,7 +31,7 @@ def statistics(r: Record) -> str:
 
 
 def attribution(r: Record) -> str:
-    """How long the attribution behind classes takes."""
+    """Minutes of the attribution behind classes."""
     s, minutes = r["setting"], r["seconds"]["nodes, attribution"] / 60
     return (
         f"Attribution at {s['sites']} Sites takes about {minutes:.1f} minutes for {s['prompts']} prompts on "
@@ -45,7 +41,7 @@ def attribution(r: Record) -> str:
 
 
 def proofs(r: Record) -> str:
-    """How long a proof takes."""
+    """Seconds of an evaluation as a proof has it."""
     return (
         "Attack success and skill of the model and of one edit on held-out panels took "
         f"{r['seconds']['ablation']:.0f} s on {machine_of(r)}, where `benchmarks/circuit.py` recorded it. "

@@ -1,8 +1,8 @@
 """Pretraining of the small family's base: a Llama of 3 million parameters with a tokenizer of its own.
 
-Its statistics need a hundred fine-tunes, which at this size take less than a minute each. It is pretrained from
-scratch on text that the project ships (`documents`): byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909), ChatML
-prompts, AdamW. Interrupted, it goes on from its last saved state.
+Its statistics need a hundred fine-tunes, which are cheap at this size. It is pretrained from scratch on text that the
+project ships (`documents`): byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909), ChatML prompts, AdamW. An
+interrupted run goes on from its last saved state.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class PretrainingRecord:
 def pretrain(out: str | Path, config: PretrainConfig = PretrainConfig()) -> PretrainingRecord:
     """Pretrain the base of the small family into `out`: a checkpoint in bfloat16, and `pretraining.json`.
 
-    About 20 minutes on two cores by default. Raises `BadInput` where `out` holds something else.
+    Raises `BadInput` where `out` holds something else.
     """
     store.check_place(out, RECORD)
     began = time.monotonic()
