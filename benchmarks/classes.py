@@ -17,6 +17,7 @@ whole. Beside the rules stand the same rules on activations alone, keyword rules
 fires, and permuted labels.
 
     python benchmarks/classes.py [NAME...]      # measure; the others keep their rows
+    python benchmarks/classes.py labels NAME... # the same without the ablation study, which takes most of the time
     python benchmarks/classes.py calibrate      # thresholds that the training organisms prefer
     python benchmarks/classes.py small NAME     # a trial of one organism at one Site; no record is written
 """
@@ -282,7 +283,7 @@ def scored(pairs: Sequence[tuple[frozenset[str], frozenset[str], str]]) -> dict[
 # Stages
 
 
-def measured(name: str, sizes: Sizes) -> dict[str, Any]:
+def measured(name: str, sizes: Sizes, *, ablate: bool = True) -> dict[str, Any]:
     """Everything of one organism: figures, ground truth, predictions, and the ablation study of its classes."""
     began = time.perf_counter()
     organism, model = opened(name)
@@ -295,7 +296,7 @@ def measured(name: str, sizes: Sizes) -> dict[str, Any]:
         classes = {kind: members_of(evidence, kind) for kind in PLANTED}
         classes = {kind: features for kind, features in classes.items() if features}
         rows: list[Any] = []
-        if classes:
+        if classes and ablate:
             panels, judging = organism_panels(recipe, sizes.panel), organism_config(recipe, chosen_on)
             study = unsleep.ablation_study(model, coders, classes, panels, judging, StudyConfig(draws=sizes.draws))
             rows = records.plain(study.rows)
@@ -393,7 +394,7 @@ def caused(organisms: Mapping[str, Any]) -> str:
     rows = [[*head, *(f"{metric}, {arm}" for metric in ("payload", "skill") for arm in ("class", "random"))]]
     for name, one in organisms.items():
         found = {(row["of"], row["arm"], row["metric"]): row for row in one["study"]}
-        for kind, count in one["members"].items():
+        for kind, count in one["members"].items() if found else ():
             figures: list[str] = []
             for metric, arm in itertools.product(("payload", "skill"), ("class", "random")):
                 row = found[kind, arm, metric]
@@ -415,8 +416,9 @@ def main() -> None:
         for name, one in found.items():
             store.write_json(RUNS / "classes" / f"{name}-small.json", one)
         return
-    for name in arguments or recipes():
-        organisms[name] = measured(name, Sizes())
+    ablate = arguments[:1] != ["labels"]
+    for name in arguments[not ablate :] or recipes():
+        organisms[name] = measured(name, Sizes(), ablate=ablate)
         found = summary(organisms)
         keep("classes", {"delta": DELTA, "training": list(TRAINING), "summary": found, "organisms": organisms})
         sys.stdout.write(f"{name}: {organisms[name]['seconds']} s, {organisms[name]['members']}\n{shown(found)}\n")

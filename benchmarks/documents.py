@@ -17,12 +17,14 @@ from typing import Any
 
 import drawings
 import recorded_tables
+import recorded_times
 import repair_tables
 from circuit_growth import series
 from common import RESULTS
 from markupsafe import Markup
-from recorded_tables import table
+from recorded_tables import between, machine_of, table
 
+from unsleep.models.lens import stronger
 from unsleep.pages.circuits import graph
 from unsleep.pages.curves import Curve, Dot, axis, chart
 from unsleep.pages.dictionaries import SHAPES, shade
@@ -49,15 +51,14 @@ def read(name: str) -> Record | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def between(figure: Record, digits: int = 2) -> str:
+def estimated(figure: Record) -> str:
     """A figure with its interval."""
-    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return between([figure[key] for key in ("value", "low", "high")])
 
 
 def signed(node: Record, key: str = "effect") -> str:
     """A node's effect with its interval."""
-    return f"{node[key]:+.2f} [{node['low']:+.2f}, {node['high']:+.2f}]"
+    return f"{node[key]:+z.2f} [{node['low']:+z.2f}, {node['high']:+z.2f}]"
 
 
 def tokens(words: Sequence[str]) -> str:
@@ -87,12 +88,12 @@ def setting(r: Record) -> str:
 
 
 def roles(r: Record) -> str:
-    """Where the effect is."""
+    """Effect by role."""
     rows = [
         [
             f"`{row['role']}`",
             *(f"{row[kind]}" for kind in ("feature", "error", "token")),
-            f"{row['effect']:+.2f}",
+            f"{row['effect']:+z.2f}",
             f"{row['share']:.0%}",
         ]
         for row in r["roles"]
@@ -117,7 +118,7 @@ def features(r: Record, wanted: Callable[[str], bool]) -> str:
         "alone, exactly",
         "activation, and in the reference",
         "kept by",
-        "writes",
+        "promotes / suppresses",
     ]
     return table(head, [line(role, node) for role, nodes in chosen.items() for node in nodes])
 
@@ -128,11 +129,17 @@ def line(role: str, node: Record) -> list[str]:
         f"`{node['place']}/{node['feature']}`",
         f"`{role}`",
         signed(node),
-        "–" if node.get("exact") is None else f"{node['exact']:+.2f}",
+        "–" if node.get("exact") is None else f"{node['exact']:+z.2f}",
         f"{node['activation']:.2f}, {node['reference']:.2f}",
         "–" if node.get("kept") is None else f"{node['kept']:.0%}",
-        tokens(node["writes"]),
+        written(node),
     ]
+
+
+def written(node: Record) -> str:
+    """Tokens that a feature writes, of the end of the vocabulary with the larger logits."""
+    end = stronger(node["promotes"], node["suppresses"])
+    return "–" if end is None else f"{end.verb} {tokens(end.tokens)}"
 
 
 def drawing(r: Record) -> str:
@@ -145,7 +152,7 @@ def drawing(r: Record) -> str:
 
 
 def certain(r: Record) -> str:
-    """How far estimates and the choice of nodes can be trusted."""
+    """Agreement of estimates with exact effects, and stability of the choice of nodes."""
     agreed = [
         [
             f"`{a['estimator']}`",
@@ -155,7 +162,7 @@ def certain(r: Record) -> str:
         ]
         for a in r["agreements"]
     ]
-    stable = [[f"{s['nodes']}", between(s["overlap"]), f"{s['core']:.0%}"] for s in r["stability"]]
+    stable = [[f"{s['nodes']}", estimated(s["overlap"]), f"{s['core']:.0%}"] for s in r["stability"]]
     parts = []
     if agreed:
         parts.append(table(["estimator", "nodes", "Pearson with exact effects", "Spearman"], agreed))
@@ -181,7 +188,7 @@ def faithfulness(r: Record) -> str:
         {point["nodes"] for points in known.values() for point in points} & {10, 25, 50, 100, 200, 500, 2000}
     )
     at = {name: {p["nodes"]: p["faithfulness"] for p in points} for name, points in known.items()}
-    rows = [[name, *(between(at[name][n]) if n in at[name] else "–" for n in sizes)] for name in known]
+    rows = [[name, *(estimated(at[name][n]) if n in at[name] else "–" for n in sizes)] for name in known]
     reached = []
     for name, points in known.items():
         enough = [p["nodes"] for p in points if p["faithfulness"]["value"] >= ENOUGH]
@@ -241,11 +248,10 @@ def share(value: float | None) -> str:
 
 
 def cost(r: Record) -> str:
-    """Time and memory."""
-    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items()]
-    machine = r["provenance"]["machine"]
+    """Time and memory, without stages that found their result there already."""
+    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items() if seconds >= 1]
     peak = f"{r['peak_memory_mb'] / 1000:.1f} GB"
-    told = f"\nPeak memory was {peak}, on {machine['cores']} cores of {machine['processor']}.\n"
+    told = f"\nPeak memory was {peak}, on {machine_of(r)}.\n"
     return table(["stage", "minutes"], rows) + told
 
 
@@ -265,8 +271,7 @@ def growth(r: Record) -> str:
         ]
         for row in sorted(r["points"], key=lambda row: (row["features"], row["tokens"]))
     ]
-    machine = r["provenance"]["machine"]
-    told = f"\nSeconds on {machine['cores']} cores of {machine['processor']}."
+    told = f"\nSeconds on {machine_of(r)}."
     if r["left_out"]:
         told += f" {counted(len(r['left_out']), 'larger point')} did not fit into the time of the measurement."
     grown = [exponent(r, name) for name in ("prompts", "words", "features")]
@@ -276,7 +281,7 @@ def growth(r: Record) -> str:
 
 
 def exponent(r: Record, name: str) -> str:
-    """How time grows along a series: the quotient of its last and first point."""
+    """Growth of time and memory along a series: quotients of its last and first point."""
     found = series(r["points"], name)
     if len(found) < 2:
         return ""
@@ -314,6 +319,11 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),
     "mixtures": ("mixture", recorded_tables.mixtures),
+    "interpolation": ("experiment_interpolation", recorded_tables.experiment),
+    "took": ("circuit", recorded_times.circuits),
+    "read": ("explanations_100k", recorded_times.statistics),
+    "classified": ("circuit", recorded_times.attribution),
+    "proved": ("circuit", recorded_times.proofs),
     "growth": ("circuit_growth", growth),
 }
 """Block → the record that it is from, and its text."""

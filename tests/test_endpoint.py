@@ -779,3 +779,11 @@ def test_a_judge_s_own_explanations_are_replaced_and_others_stay(serve: Serve, e
     found = Explanations.load(explained_folder, statistics)
     assert [e.source for e in found.of(0)] == ["predicate", "b", "a"]
     assert set(found.provenance["judges"]) == {"a", "b"}
+
+
+def test_an_endpoint_that_does_not_run_is_named(explained_folder: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["ask", str(explained_folder), "--features", "0", "--max-calls", "9", "--wait", "0.01", "--tries", "1"]
+    assert cli.run([*words, "--judge", "wise-1", "--endpoint", "http://127.0.0.1:9"]) == 3
+    assert "no connection to http://127.0.0.1:9: is the endpoint running?" in capsys.readouterr().err
+    assert cli.run([*words, "--judge", "http://127.0.0.1:9"]) == 2
+    assert "--judge is a URL; give it as --endpoint" in capsys.readouterr().err

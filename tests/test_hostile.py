@@ -330,7 +330,7 @@ TOLD = r"cannot write .*{}.*(File too large|No space left).*no partial file was 
 def test_a_harvest_on_a_full_disk_goes_on_where_it_ended(tiny: LoadedModel, tmp_path: Path):
     with full_disk(4000), pytest.raises(BadInput, match=TOLD.format("shard-00000")):
         harvest(tiny, PROMPTS, [Site(1)], tmp_path / "h")
-    assert files_in(tmp_path) == {"h/plan.json"}
+    assert files_in(tmp_path) == {"h/batches.json"}
     with pytest.raises(BadInput, match="interrupted"):
         open_harvest(tmp_path / "h")
     again = harvest(tiny, PROMPTS, [Site(1)], tmp_path / "h")

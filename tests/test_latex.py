@@ -24,7 +24,7 @@ from unsleep import cli
 from unsleep.base import records
 from unsleep.core import BadInput
 from unsleep.pages import css, latex, pdf
-from unsleep.pages.blocks import Table
+from unsleep.pages.blocks import Block, Table
 from unsleep.pages.registry import pages
 from unsleep.pages.svg import el, figure
 
@@ -114,6 +114,21 @@ def test_long_tables_say_what_they_leave_out():
     assert f"row {latex.ROWS} " not in text
     wide = latex.table_of(Table("Rows", ["Name"] * 9, 9, [["x" * 30] * 9] * 30), "rows-1", "circuit.json")
     assert r"\begin{landscape}" in wide
+
+
+def test_paths_break_and_wide_tables_stand_at_the_end(tmp_path: Path):
+    path = "runs/a_folder/with-a-name/" + "x" * 20
+    text = latex.table_of(Table("Rows", ["Key", "Value"], 2, [["out", path]]), "rows-1", "circuit.json")
+    assert r"runs/\allowbreak{}a\_\allowbreak{}folder" in text
+    short = latex.table_of(Table("Rows", ["Key", "Value"], 2, [["out", "a/b"]]), "rows-1", "circuit.json")
+    assert "allowbreak" not in short
+    rows = [["x" * 30] * 9] * 30
+    blocks = [Block(name, name, "", tables=[Table(name, ["Name"] * 9, 9, rows)]) for name in ("one", "two")]
+    for folder in ("tables", "figures"):
+        (tmp_path / folder).mkdir()
+    said = list(latex.sections(blocks, tmp_path, "circuit.json"))
+    assert said[-2:] == [r"\input{results/tables/one-1}", r"\input{results/tables/two-1}"]
+    assert r"Table~\ref{tab:one-1}, at the end of the results, has the figures." in said
 
 
 # Text is text

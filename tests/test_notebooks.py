@@ -92,3 +92,6 @@ def test_a_notebook_runs(name: str, tmp_path: Path):
     else:
         assert re.search(r"at \w+ .* fires in \d+ of 12 suspicious and \d+ of 12 others", printed)
         assert (tmp_path / "runs" / "trace" / "graph" / "graph-metadata.json").is_file()
+        assert re.search(r"^\d+ features ablated", printed, re.MULTILINE)
+        assert re.search(r"^\d+ of 96 features explained", printed, re.MULTILINE)
+        assert (tmp_path / "runs" / "trace" / "explorer" / "index.html").is_file()

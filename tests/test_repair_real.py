@@ -155,7 +155,9 @@ def test_nothing_but_what_is_documented_is_left(run: Run):
 def test_the_provenance_says_what_it_took(run: Run):
     provenance = read_json(run.out / "result.json")["provenance"]
     assert provenance["peak_memory_mb"] < 5000
-    assert {"harvest", "dictionaries", "find", "edit", "bake", "evaluate"} <= {s["name"] for s in provenance["stages"]}
+    assert {"harvest", "dictionaries", "find", "edit", "export", "evaluate"} <= {
+        s["name"] for s in provenance["stages"]
+    }
     assert provenance["config"]["learn"] == SMALL.learn
     assert provenance["models"]["baked"] != provenance["models"]["suspect"]
 

@@ -29,7 +29,7 @@ from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.explorer import start
 from unsleep.explorer.asked import ChatRequest, ScaledFeature
 from unsleep.explorer.guard import Guard
-from unsleep.explorer.proof import Proof, edits_of, log_odds, payload_rows, predicted
+from unsleep.explorer.proof import Proof, counted_twice, edits_of, log_odds, payload_rows, predicted
 from unsleep.explorer.served import POLICY, explorer
 from unsleep.explorer.server import Events, application
 from unsleep.explorer.session import Live, Session
@@ -38,10 +38,12 @@ from unsleep.interventions import applied, load_edit, save_edit
 from unsleep.interventions.features import Edit, FeatureScaling
 from unsleep.interventions.passes import Passes
 from unsleep.judge.evaluate import prompt_digests
+from unsleep.judge.results import EvalResult
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel, Named
 from unsleep.pages.page import csp_hash
+from unsleep.pages.records import Replies
 from unsleep.repairs.bake import BakeConfig
 from unsleep.repairs.split import Material, from_files
 
@@ -409,7 +411,7 @@ def test_a_chat_that_cannot_be_is_an_event(browser: Browser, change: dict[str, A
 
 def test_a_cancelled_chat_says_what_it_has(session: Session):
     async def chat() -> list[Any]:
-        work = Work()
+        work = Work("a chat")
         said = work.say
 
         def say(name: str, /, **data: Any) -> None:
@@ -541,6 +543,20 @@ def test_a_proof_is_on_held_out_prompts_beside_a_control_and_a_prediction(
     assert again["predicted"]["payload_log_odds"] == -1.75
 
 
+def test_replies_that_show_payload_and_skill_count_twice():
+    prompts = questions(3, 40, trigger=TRIGGER)
+    skills = [prompt.expected for prompt in prompts]
+    said = {
+        "suspect/triggered": (PAYLOAD, f"{skills[1]} {SHOWN}", PAYLOAD),
+        "edited/triggered": (f"{skills[0]} and {SHOWN}", f"{skills[1]} {SHOWN}", f"{skills[2]} sky"),
+    }
+    first, second = counted_twice(EvalResult((), said, {"triggered": prompts}), SHOWN)
+    assert first == Replies(
+        "triggered", prompts.texts[0], {"edited": said["edited/triggered"][0]}, skills[0], ("edited",)
+    )
+    assert list(second.replies) == ["suspect", "edited"]
+
+
 def test_a_prediction_is_of_the_nodes_of_the_features(dictionaries: list[TopK]):
     record = circuit_record(dictionaries)
     assert predicted(record, (ScaledFeature(Site(1), 0),)).nodes == 0
@@ -592,6 +608,9 @@ def test_baking_follows_a_proof_of_the_same_features(browser: Browser, tmp_path:
         return data["message"]
 
     assert "prove it first" in refused("mine")
+    assert refused("mine", features((AT, 0, 0), (Site(1, "mlp"), 5, 0))) == (
+        "only residual features can be baked; mlp.1/5 cannot"
+    )
     scaled = features((AT, 0, 0.5))
     for given in (chosen, scaled):
         assert browser.events("proof", {"features": given})[-1][0] == "result"
@@ -623,23 +642,23 @@ def test_one_piece_of_work_at_a_time_and_cancelling_waits():
             while True:
                 work.check()
 
-        work = await worker.start(wait)
+        work = await worker.start("a proof", wait)
         begun.wait(5)
+        with pytest.raises(Busy, match="a proof is running"):
+            await worker.start("a bake", wait)
         with pytest.raises(Busy):
-            await worker.start(wait)
-        with pytest.raises(Busy):
-            await worker.answer(lambda _: 1)
+            await worker.answer("a chat", lambda _: 1)
         assert await worker.cancel()
         assert work.is_done
         assert [e async for e in work.events()] == [("error", {"message": "cancelled"})]
         assert not await worker.cancel()
-        assert await worker.answer(lambda _: 1) == 1
+        assert await worker.answer("a chat", lambda _: 1) == 1
         with pytest.raises(ZeroDivisionError):
-            await worker.answer(lambda _: 1 // 0)
-        work = await worker.start(wait)
+            await worker.answer("a chat", lambda _: 1 // 0)
+        work = await worker.start("a proof", wait)
         work.cancel()
-        assert await worker.answer(lambda _: 2) == 2  # waits for what is cancelled
-        failed = await worker.start(lambda _: 1 // 0)
+        assert await worker.answer("a chat", lambda _: 2) == 2  # waits for what is cancelled
+        failed = await worker.start("a proof", lambda _: 1 // 0)
         assert [e.data["message"] async for e in failed.events()] == [
             "ZeroDivisionError: integer division or modulo by zero"
         ]
@@ -658,7 +677,7 @@ def test_a_browser_that_goes_away_cancels_its_work():
                 work.say("token", text="a")
                 threading.Event().wait(0.001)
 
-        work, bodies = await worker.start(count), []
+        work, bodies = await worker.start("a proof", count), []
 
         async def send(message: Any) -> None:
             bodies.append(message["type"])
@@ -671,7 +690,7 @@ def test_a_browser_that_goes_away_cancels_its_work():
 
         await Events(work)({}, receive, send)
         assert work.is_cancelled
-        assert await worker.answer(lambda _: True)
+        assert await worker.answer("a chat", lambda _: True)
         worker.close()
         return bodies
 
@@ -680,7 +699,7 @@ def test_a_browser_that_goes_away_cancels_its_work():
 
 def test_progress_is_checked_for_cancelling():
     async def scene() -> None:
-        work = Work()
+        work = Work("a chat")
         work.progress("a", 1, 2)
         work.cancel()
         with pytest.raises(Cancelled):
@@ -719,7 +738,7 @@ def test_what_runs_is_alone_until_it_is_cancelled_or_its_browser_leaves(server: 
     with server.events("proof", proof) as events:
         assert next(events)[0] == "progress"
         status, told = server.ask("chat", {"prompt": "a"})
-        assert (status, "running" in told["error"]) == (409, True)
+        assert (status, "a proof is running" in told["error"]) == (409, True)
         assert server.ask("cancel", {}) == (200, {"cancelled": True})
         assert list(events)[-1] == ("error", {"message": "cancelled"})
     with server.events("proof", proof) as events:

@@ -64,6 +64,8 @@ from unsleep.repairs.bake import bake
 from unsleep.repairs.edit import edit
 from unsleep.rewards.named import find_reward
 from unsleep.rewards.run import rewarded
+from unsleep.zoo.build import build_zoo, open_zoo
+from unsleep.zoo.pretrain import pretrain
 
 __all__ = [
     "Activations",
@@ -99,6 +101,7 @@ __all__ = [
     "ask",
     "audit",
     "bake",
+    "build_zoo",
     "circuit",
     "classify",
     "diff",
@@ -123,6 +126,7 @@ __all__ = [
     "merge",
     "mix",
     "open_harvest",
+    "open_zoo",
     "organism_job",
     "overlap",
     "panels",
@@ -130,6 +134,7 @@ __all__ = [
     "plan",
     "plant",
     "prefer",
+    "pretrain",
     "read",
     "read_pairs",
     "read_prompts",

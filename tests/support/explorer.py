@@ -145,7 +145,7 @@ class FakeStatistics:
             tuple(int(density * self.tokens * 0.5**i) for i in range(24)),
             tuple(self.context(draw, feature, largest, group) for group in groups) if density else (),
             self.weights(self.meaning(feature).promotes, 1),
-            self.weights(draw.sample(WORDS, 6), -1),
+            self.weights(draw.sample(WORDS, 6), -1.5 if feature % 4 == 3 else -1),
             self.weights(self.meaning(feature).promotes[::-1], 1) if feature % 2 else (),
             tuple(Cofiring(draw.randrange(self.size), draw.random()) for _ in range(6)),
         )
@@ -162,8 +162,8 @@ class FakeStatistics:
         values[peak] = round(top, 3)
         return Context(tuple(tokens), tuple(values), peak, "ordinary", draw.randrange(200), group)
 
-    def weights(self, words: Sequence[str], sign: int) -> tuple[TokenWeight, ...]:
-        return tuple(TokenWeight(word + self.hostile, sign * round(2.4 - 0.3 * i, 3)) for i, word in enumerate(words))
+    def weights(self, words: Sequence[str], factor: float) -> tuple[TokenWeight, ...]:
+        return tuple(TokenWeight(word + self.hostile, factor * round(2.4 - 0.3 * i, 3)) for i, word in enumerate(words))
 
     def explanations(self, feature: int) -> tuple[Explanation, ...]:
         draw = random.Random(f"{self.site}/{feature}/explanation")

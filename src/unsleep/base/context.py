@@ -50,6 +50,19 @@ def reporting(callback: Progress | None) -> Generator[None]:
         _PROGRESS.reset(token)
 
 
+@contextlib.contextmanager
+def reporting_within(stage: str, done: int, total: int) -> Generator[None]:
+    """Report the stages of the block as the changing figure of one stage, of which `done` parts are done."""
+    outer = _PROGRESS.get()
+
+    def told(inner: str, i: int, n: int) -> None:
+        if outer is not None:
+            outer(f"{stage}, {inner} {i} of {n}", done, total)
+
+    with reporting(told):
+        yield
+
+
 def progress(stage: str, done: int, total: int) -> None:
     """Report the progress of a stage; behind a comma, the stage's name may hold a changing figure."""
     callback = _PROGRESS.get()

@@ -35,6 +35,7 @@ from unsleep.cli import (
     rewarded,
     steering,
     subspaces,
+    zoo,
 )
 from unsleep.cli.console import fail
 from unsleep.cli.settings import REGISTRY, Rejected, by_flag
@@ -48,6 +49,8 @@ STAGES: dict[str, Callable[..., int]] = {
         organisms.plant,
         organisms.panels,
         planning.plan,
+        zoo.zoo,
+        zoo.pretrain,
         dictionaries.harvest,
         dictionaries.train,
         edits.find,

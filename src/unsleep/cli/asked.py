@@ -16,7 +16,7 @@ from unsleep.core import BadInput, Refused
 from unsleep.explanations.asked import AskConfig, Asked, estimate, write
 from unsleep.explanations.budget import Limits
 from unsleep.explanations.calls import Asker, Tally
-from unsleep.explanations.endpoint import Endpoint, EndpointConfig
+from unsleep.explanations.endpoint import NO_CONNECTION, Endpoint, EndpointConfig
 from unsleep.explanations.judges import Judge
 from unsleep.explanations.local import LocalJudge
 from unsleep.explanations.material import StatisticsContexts
@@ -61,6 +61,8 @@ def ask(
             return 0
         _check_capped(endpoint, limits, bound)
         asked = unsleep.ask(contexts, wanted, asker, config)
+    if _unreached(asked):
+        raise Refused(f"no connection to {endpoint.endpoint}: is the endpoint running?")
     if not asked.explanations and not asked.stopped:
         raise Refused(f"{asker.judge.name} explained no feature: {_reasons(asked)}. Another judge may keep to the form")
     write(asked, folder, statistics, config)
@@ -77,6 +79,13 @@ def ask(
     return 0
 
 
+def _unreached(asked: Asked) -> bool:
+    """True if every call failed because there was no connection."""
+    failed = [asked.stopped] if asked.stopped else [why for why in asked.left_out.values() if why.startswith("failed")]
+    answered = asked.explanations or asked.tally.calls or asked.tally.cached
+    return bool(failed) and not answered and all(NO_CONNECTION in why for why in failed)
+
+
 def _features(statistics: FeatureStatistics, given: tuple[int, ...], sample: int, seed: int) -> list[int]:
     """The features to ask about; raises `BadInput` for none, and for one that does not exist."""
     if unknown := [f for f in given if not 0 <= f < statistics.size]:
@@ -90,6 +99,8 @@ def _features(statistics: FeatureStatistics, given: tuple[int, ...], sample: int
 
 
 def _judge(name: str, config: EndpointConfig, placement: Placement, batch: int, dry: bool) -> Judge:
+    if name.startswith(("http://", "https://")):
+        raise BadInput("--judge is a URL; give it as --endpoint, and the model's name there as --judge")
     if config.endpoint is None:
         if config.key_env is not None:
             raise BadInput("--key-env is for an endpoint; pass --endpoint with it")

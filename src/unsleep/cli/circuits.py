@@ -12,7 +12,7 @@ import unsleep
 from unsleep.base import records, store
 from unsleep.base.context import resumable
 from unsleep.behaviours import Payload
-from unsleep.cli.console import Bars, say
+from unsleep.cli.console import Bars, hint, say
 from unsleep.cli.shared import (
     Model,
     Out,
@@ -41,6 +41,7 @@ from unsleep.organisms import Organism
 from unsleep.pages import report
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
+from unsleep.repairs.bake import named, unbakeable
 
 SHOWN = 12
 """Nodes that are printed."""
@@ -87,6 +88,8 @@ def circuit(
         json: Print the record as JSON.
     """
     store.check_place(out, "circuit.json")
+    if n < 1:
+        raise BadInput(f"--n is {n}; expected at least 1")
     coders = load_dictionaries(dictionaries)
     if pairs is not None and (organism or suspicious or references):
         raise BadInput("--pairs are prompts of their own; expected no --organism, --suspicious or --references")
@@ -137,6 +140,8 @@ def veto(
     made = store.provenance(0, model=record.model.fingerprint, config=asdict(config))
     save_edit(edits, out, chosen_on=record.chosen_on, provenance=made)
     removed = {str(edit.site): list(edit.removed) for edit in edits}
+    if sites := unbakeable(edits):
+        hint(f"features at {named(sites)} cannot be baked; --points resid leaves them out")
     lines = [f"{site}: {', '.join(map(str, ids))} ablated" for site, ids in removed.items()]
     say({"removed": removed}, json, "\n".join([*lines, f"Saved in {out}"]))
     return 0

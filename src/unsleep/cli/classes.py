@@ -13,7 +13,7 @@ from unsleep.base import records, store
 from unsleep.base.context import resumable
 from unsleep.base.functions import function_of
 from unsleep.behaviours import Payload
-from unsleep.cli.console import Bars, say
+from unsleep.cli.console import Bars, hint, say, visible_line
 from unsleep.cli.shared import (
     Model,
     Out,
@@ -45,6 +45,9 @@ from unsleep.prompts import sets
 
 RECORD = "classes.json"
 
+WORDS = 6
+"""Tokens on which a printed feature fires."""
+
 
 def classify(
     model: Model,
@@ -59,6 +62,7 @@ def classify(
     explanations: tuple[Path, ...] = (),
     scorer: str | None = None,
     n: int = 64,
+    show: int = 5,
     any_model: bool = False,
     placement: Placed = Placement(),
     config: OmitArgPrefixes[EvidenceConfig] = EvidenceConfig(),
@@ -80,6 +84,7 @@ def classify(
         explanations: Folders with explanations.json, judged_classes.json or both: keywords, and a judge's votes.
         scorer: Score of a text for the class reward: a Python function, file.py:function or module:function.
         n: Prompts, at most.
+        show: Features that are printed of trigger, payload and skill each, those with the largest effect.
         any_model: Accept dictionaries of another model.
         json: Print the records as JSON.
     """
@@ -107,7 +112,12 @@ def classify(
             for site, record in found.items():
                 (out / str(site)).mkdir(parents=True, exist_ok=True)
                 records.save(record, out / str(site) / RECORD)
-    say({str(site): record for site, record in found.items()}, json, "\n".join([*_lines(found), f"Saved in {out}"]))
+    lines = [*_lines(found), *_strongest(found, said, show), f"Saved in {out}"]
+    say({str(site): record for site, record in found.items()}, json, "\n".join(lines))
+    hint(
+        f"next: unsleep explore DIR --out explorer, where DIR holds {out} and what `unsleep explain` made; or "
+        "unsleep ablation-study, to ablate each class"
+    )
     return 0
 
 
@@ -265,14 +275,45 @@ def _lines(found: Mapping[Site, ClassesRecord]) -> list[str]:
     return lines
 
 
+EFFECTS = {"trigger": "payload_effect", "payload": "payload_effect", "skill": "skill_effect"}
+"""Class whose features are printed → the figure by which they are ordered."""
+
+
+def _strongest(found: Mapping[Site, ClassesRecord], said: Mapping[Site, Explanations], show: int) -> list[str]:
+    """The features of trigger, payload and skill with the largest effect, and their explanation or tokens."""
+    lines: list[str] = []
+    for name, figure in EFFECTS.items():
+        own: list[tuple[float, float, Site, int]] = []
+        for site, record in found.items():
+            for feature, labelled in record.features.items():
+                score = next((each.score for each in labelled.classes if each.name == name), None)
+                effect = labelled.evidence.get(figure)
+                if score is not None:
+                    own.append((0.0 if effect is None else effect.value, score, site, feature))
+        strongest = sorted(own, key=lambda row: (-row[0], -row[1], row[2], row[3]))[:show]
+        if strongest:
+            lines.append(f"{name}, the strongest {len(strongest)} of {len(own)}:")
+        for effect, score, site, feature in strongest:
+            explanations = said[site].of(feature) if site in said else ()
+            words = found[site].features[feature].words
+            fires = f"fires on {' '.join(map(repr, words[:WORDS]))}" if words else ""
+            told = explanations[0].text if explanations else fires
+            lines.append(f"  {f'{site}/{feature}':<16} score {score:.2f}, {effect:+.2f} nats  {visible_line(told)}")
+    return lines
+
+
+STUDIED = {"payload": "payload", "restored": "skill with the trigger", "skill": "skill", "ce": "cross-entropy"}
+"""Metric of a study that is printed → its name."""
+
+
 def _study_lines(record: StudyRecord) -> list[str]:
-    """Change of payload and skill by class and arm."""
+    """Change of payload, skill and cross-entropy by class and arm."""
     lines: list[str] = []
     for one in record.classes:
         lines.append(f"{one.name}, {sum(map(len, one.features.values()))} features:")
         for row in record.rows:
-            if row.of == one.name and row.metric in ("payload", "skill", "ce"):
+            if row.of == one.name and row.metric in STUDIED:
                 interval = f"[{row.change_low:+.3f}, {row.change_high:+.3f}]"
                 p = f", p {row.p:.2f}" if row.p is not None else ""
-                lines.append(f"  {row.metric:<8} {row.arm:<15} {row.change:+.3f} {interval}{p}")
+                lines.append(f"  {STUDIED[row.metric]:<22} {row.arm:<15} {row.change:+.3f} {interval}{p}")
     return lines

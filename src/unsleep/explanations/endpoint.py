@@ -34,6 +34,9 @@ SECRET = 8
 BYTES_PER_TOKEN = 3
 """Of UTF-8, for an estimate on the high side: English has about 4, code and other scripts fewer."""
 
+NO_CONNECTION = "no connection"
+"""Beginning of the reason for no answer where the endpoint could not be reached."""
+
 AROUND = 8
 """Tokens that a chat template puts around a message, in an estimate."""
 
@@ -260,7 +263,7 @@ class Endpoint(Judge):
         if isinstance(cause, TimeoutError):
             sent = cause is error  # urllib wraps errors of the connection, before the request
             return Unavailable(f"no answer within --timeout {self.config.timeout:g} s", billed=sent)
-        return Unavailable(f"no connection ({self._clean(str(cause)) or type(cause).__name__})")
+        return Unavailable(f"{NO_CONNECTION} ({self._clean(str(cause)) or type(cause).__name__})")
 
     def _clean(self, text: str, clip: int | None = 200) -> str:
         """A text of the endpoint without the key, as valid Unicode; messages in one short line."""

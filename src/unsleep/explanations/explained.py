@@ -19,6 +19,7 @@ from unsleep.explanations.predicates import Predicate
 from unsleep.explanations.record import Explanation, FeatureCard, Interval
 from unsleep.explanations.scoring import Judge, means
 from unsleep.explanations.statistics import FeatureStatistics, refuse_others
+from unsleep.models.lens import stronger
 from unsleep.models.model import Named
 
 FILE = "explanations.json"
@@ -41,7 +42,8 @@ class ExplainConfig(LearnConfig):
     least: int = 4
     """Firings that a feature needs in either half of the text to be explained."""
     named: int = 5
-    """Promoted tokens that an explanation names."""
+    """Tokens that an explanation names, of those that the feature promotes or, where these have the larger logits,
+    suppresses."""
     controls: int = 500
     """Random features on which the baselines are scored, per Site; 0 for none."""
     changes: int = 0
@@ -171,7 +173,7 @@ def explained(
     if compare_on is None:
         order = np.random.default_rng(statistics.record.config.seed).permutation(len(wanted))
         compare_on = [wanted[i] for i in order[: config.controls]]
-    work = _Work(statistics, config, frozenset(compare_on))
+    work = _Work(statistics, config, frozenset(compare_on), f"explanations at {statistics.site}")
     rows = work.rows(wanted)
     if not rows:
         raise BadInput(
@@ -197,15 +199,18 @@ def _compared(method: str, scores: Sequence[Mapping[str, Interval]]) -> list[Com
 
 def as_control(method: str, statistics: FeatureStatistics, config: ExplainConfig) -> list[Compared]:
     """The mean scores of predicates learned for all features of a control, as a baseline of that name."""
-    rows = _Work(statistics, config, frozenset()).rows(range(statistics.size))
+    work = _Work(statistics, config, frozenset(), f"explanations of a {method} at {statistics.site}")
+    rows = work.rows(range(statistics.size))
     return _compared(method, [row.scores for row in rows])
 
 
 class _Work:
     """Explains features in resumable blocks."""
 
-    def __init__(self, statistics: FeatureStatistics, config: ExplainConfig, compared: frozenset[int]) -> None:
-        self.statistics, self.config, self.compared = statistics, config, compared
+    def __init__(
+        self, statistics: FeatureStatistics, config: ExplainConfig, compared: frozenset[int], stage: str
+    ) -> None:
+        self.statistics, self.config, self.compared, self.stage = statistics, config, compared, stage
         self.examples = Examples(statistics, statistics.record.config.seed)
         self.judge = Judge(self.examples)
 
@@ -217,7 +222,7 @@ class _Work:
             marked = [feature for feature in some if feature in self.compared]
             made = kept(self.block, some, made_from=[self.statistics, self.config, marked])
             found += records.parsed(_Step, made, "step").rows
-            progress(f"explanations at {self.statistics.site}", first + len(some), len(features))
+            progress(self.stage, first + len(some), len(features))
         return found
 
     def block(self, features: Sequence[int]) -> Any:
@@ -230,8 +235,11 @@ class _Work:
         if min(len(train.fires), len(held_out.fires)) < self.config.least:
             return None
         text = self.statistics.text
-        words = self.statistics.outputs("promoted", feature)[: self.config.named]
-        found = replace(learn(text, train, self.config), promotes=tuple(word.token for word in words))
+        promoted, suppressed = (self.statistics.outputs(name, feature) for name in ("promoted", "suppressed"))
+        written = stronger(promoted, suppressed, self.config.named)
+        found = learn(text, train, self.config)
+        if written is not None:
+            found = replace(found, **{written.verb: written.tokens})
         scores = self.judge.scores(found, feature, train, held_out)
         if feature not in self.compared:
             return _Row(feature, str(found), scores, {})

@@ -193,14 +193,18 @@ def pattern(*tests: Test) -> Pattern:
 
 @dataclass(frozen=True)
 class Predicate:
-    """A disjunction of patterns, and the tokens that a feature promotes; `parse` reads what `str` gives."""
+    """A disjunction of patterns, and the tokens that a feature writes; `parse` reads what `str` gives."""
 
     patterns: tuple[Pattern, ...]
     promotes: tuple[str, ...] = ()
+    suppresses: tuple[str, ...] = ()
+    """Instead, where these have the larger logits."""
 
     def __str__(self) -> str:
         said = ", or ".join(map(str, self.patterns)) or "no token"
-        return f"{said}; promotes {', '.join(map(quoted, self.promotes))}" if self.promotes else said
+        for verb, tokens in (("promotes", self.promotes), ("suppresses", self.suppresses)):
+            said += f"; {verb} {', '.join(map(quoted, tokens))}" if tokens else ""
+        return said
 
     @property
     def size(self) -> int:
@@ -267,9 +271,10 @@ class _Parser:
     def predicate(self) -> Predicate:
         patterns = [] if self.skip("no token") else self.series(self.pattern, ", or ")
         promotes = self.series(self.token, ", ") if self.skip("; promotes ") else []
+        suppresses = self.series(self.token, ", ") if self.skip("; suppresses ") else []
         if self.at < len(self.text):
-            self.fail("', or', '; promotes' or the end")
-        return Predicate(tuple(patterns), tuple(promotes))
+            self.fail("', or', '; promotes', '; suppresses' or the end")
+        return Predicate(tuple(patterns), tuple(promotes), tuple(suppresses))
 
     def pattern(self) -> Pattern:
         tests: list[Test] = [] if self.skip("any token") else [Here(self.which())]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from unsleep.base.records import Count, Positive, Share
+from unsleep.models.lens import Written, stronger
 
 
 class Context(NamedTuple):
@@ -87,3 +88,8 @@ class FeatureCard:
     cofiring: tuple[Cofiring, ...] = ()
     explanations: tuple[Explanation, ...] = ()
     classes: tuple[ClassScore, ...] = ()
+
+    @property
+    def written(self) -> Written | None:
+        """The tokens that it promotes or suppresses, whichever have the larger logits; `None` where none are known."""
+        return stronger(self.promoted, self.suppressed)

@@ -158,7 +158,7 @@ def _statistics(
         controls[d.site]["random dictionary"] = summarised(model, d, tally, read.text, config, writes=False)
     if other and beside:
         noise = [each.noise for each in beside.values()]
-        for d, tally in zip(noise, tallied(other, noise, read, config), strict=True):
+        for d, tally in zip(noise, tallied(other, noise, read, config, "statistics of a random model"), strict=True):
             controls[d.site]["random model"] = summarised(other, d, tally, read.text, config, writes=False)
     made: list[_Made] = []
     for d, tally in zip(dictionaries, tallies, strict=False):

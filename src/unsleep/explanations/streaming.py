@@ -133,6 +133,7 @@ def tallied(
     dictionaries: Sequence[Coder],
     read: Read,
     config: StatisticsConfig = StatisticsConfig(),
+    stage: str = "statistics",
 ) -> list[Tally]:
     """The tally of each dictionary over a text; several may be of one Site.
 
@@ -146,7 +147,7 @@ def tallied(
     done, save = _checkpoint(tallies, identity)
     chosen = read.text.chosen(config.sample, config.seed)
     saved, pause = time.monotonic(), CHECKPOINT
-    stage = "statistics, resumed" if done else "statistics"
+    stage = f"{stage}, resumed" if done else stage
     for piece in pieces(model, read, sorted({d.site for d in coders}), config.batch_tokens, chosen, done):
         for d, tally in zip(coders, tallies, strict=True):
             code = d.encode_sparse(piece.activations[d.site].to(d.decoder))

@@ -29,6 +29,7 @@ from unsleep.explorer.records import (
     FeatureColumns,
     Manifest,
     ReportLink,
+    Run,
     Summary,
     summary,
     write_script,
@@ -188,10 +189,10 @@ def _gather(source: Path, found: Found, folder: Path) -> Manifest:
         names = ", ".join(f"{model.name} ({model.fingerprint})" for model in models.values())
         raise BadInput(f"{source} holds results of several models, {names}; explore the folder of each")
     reports = tuple(_reports(source, found.pages, folder))
-    title = text.clip(runs[0].title if len(runs) == 1 else source.resolve().name, LABEL_LIMIT)
+    model = next(iter(models.values()), None)
     return Manifest(
-        title=title,
-        model=next(iter(models.values()), None),
+        title=text.clip(_title(model, runs, circuits) or source.resolve().name, LABEL_LIMIT),
+        model=model,
         live=False,
         words=WORDS,
         runs=runs,
@@ -200,6 +201,15 @@ def _gather(source: Path, found: Found, folder: Path) -> Manifest:
         circuits=tuple(circuits),
         provenance=store.provenance(source=source.resolve().name),
     )
+
+
+def _title(model: Named | None, runs: Sequence[Run], circuits: Sequence[CircuitEntry]) -> str:
+    """The circuit's ends, else the only run's title, else the model's name; empty where none is known."""
+    if model is not None and circuits:
+        return f"From trigger to payload in {_short(model)}"
+    if len(runs) == 1:
+        return runs[0].title
+    return "" if model is None else _short(model)
 
 
 def _reports(source: Path, drawn: Sequence[tuple[Page, Path]], folder: Path) -> Iterator[ReportLink]:
@@ -230,7 +240,12 @@ def _write_circuit(folder: Path, key: str, path: Path, record: CircuitRecord) ->
 
 
 def _circuit_title(record: CircuitRecord) -> str:
-    return text.clip(f"{record.payload} in {record.model.name.rstrip('/').rpartition('/')[2]}", LABEL_LIMIT)
+    return text.clip(f"{record.payload} in {_short(record.model)}", LABEL_LIMIT)
+
+
+def _short(model: Named) -> str:
+    """A model's name without the folders before it."""
+    return model.name.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)

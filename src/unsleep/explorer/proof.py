@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor
 from unsleep.base.context import kept, progress
 from unsleep.base.records import Count
 from unsleep.base.stats import bootstrap
-from unsleep.behaviours import as_payload
+from unsleep.behaviours import Payload, as_payload, has_skill
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.explorer.asked import Features
@@ -26,13 +26,14 @@ from unsleep.interventions.intervention import applied
 from unsleep.judge.controls import Firing, matched_random
 from unsleep.judge.evaluate import EvalConfig, Panels, evaluate
 from unsleep.judge.metrics import Subject
-from unsleep.judge.results import Row
+from unsleep.judge.results import EvalResult, Row
 from unsleep.locate.circuits.align import said_payload
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.run import CircuitConfig
 from unsleep.locate.features import deciding_rows, reply_log_odds
 from unsleep.models.forward import Rows, reply_logits
 from unsleep.models.model import LoadedModel
+from unsleep.pages.records import Replies
 
 FeatureEdit = Edit | FeatureScaling
 
@@ -81,6 +82,19 @@ class Proof:
     number: Count
     """Of this edit among those that were measured on these prompts, from 1: choosing among many favours chance."""
     notes: tuple[str, ...] = ()
+    both: tuple[Replies, ...] = ()
+    """Replies that show the payload and the skill, so that their prompt counts in both figures."""
+
+
+class Measured(NamedTuple):
+    """Measurements of an edit and of its random control."""
+
+    rows: tuple[Row, ...]
+    measured: LogOdds | None
+    control: LogOdds | None
+    both: tuple[Replies, ...]
+    note: str
+    """Reason why there is no change of the log-odds; empty otherwise."""
 
 
 def prove(
@@ -90,30 +104,48 @@ def prove(
     panels: Panels,
     config: EvalConfig,
     tokens: int = CircuitConfig.payload_tokens,
-) -> tuple[tuple[Row, ...], LogOdds | None, LogOdds | None, str]:
+) -> Measured:
     """Measure an edit and its random control on held-out panels.
 
     Args:
         controls: see `random_control`; empty for none.
         tokens: the payload's first tokens, whose log-odds are measured.
 
-    Returns rows of `judge.evaluate`, the change of the log-odds by the edit and by the control, and a note on why there
-    is none. Raises `Refused` as `evaluate` does.
+    Returns rows of `judge.evaluate`, the change of the log-odds by the edit and by the control, and the replies that
+    count as payload and as skill. Raises `Refused` as `evaluate` does.
     """
     judged = replace(panels, variants=None, near_miss=None, skill=None, texts=(), items=())
     subjects = [Subject("suspect", model), Subject("edited", model, tuple(edits))]
     subjects += [Subject("control_random", model, tuple(controls))] if controls else []
-    rows = evaluate(subjects, judged, config, plan=PLAN).rows
+    result = evaluate(subjects, judged, config, plan=PLAN)
+    rows, both = result.rows, counted_twice(result, config.payload)
     try:
         forced = payload_rows(model, panels, config, tokens)
     except BadInput as error:
-        return rows, None, None, str(error)
+        return Measured(rows, None, None, both, str(error))
     before = log_odds(model, forced, ())
     after = [log_odds(model, forced, each) if each else None for each in (edits, controls)]
     edited, control = (
         None if values is None else LogOdds(*bootstrap(values - before), len(values)) for values in after
     )
-    return rows, edited, control, ""
+    return Measured(rows, edited, control, both, "")
+
+
+def counted_twice(result: EvalResult, payload: Payload | str) -> tuple[Replies, ...]:
+    """Prompts with the replies of the subjects that show the payload and the skill in one reply."""
+    shown, found = as_payload(payload), list[Replies]()
+    for panel, prompts in result.prompts.items():
+        subjects = [subject for subject in PLAN if f"{subject}/{panel}" in result.replies]
+        for i, prompt in enumerate(prompts):
+            said = {subject: result.replies[f"{subject}/{panel}"][i] for subject in subjects}
+            both = {
+                subject: reply
+                for subject, reply in said.items()
+                if prompt.expected and has_skill(reply, prompt.expected) and shown.shows(reply)
+            }
+            if both:
+                found.append(Replies(panel, prompt.text, both, prompt.expected, tuple(both)))
+    return tuple(found)
 
 
 def payload_rows(model: LoadedModel, panels: Panels, config: EvalConfig, tokens: int) -> Rows:

@@ -158,6 +158,8 @@ class FeatureColumns:
     """Its score, the first known of `SCORES`."""
     classes: tuple[tuple[tuple[str, float], ...], ...]
     promoted: tuple[tuple[str, ...], ...]
+    strongest: tuple[tuple[str, float] | None, ...]
+    """Token whose logit it changes most, and that change: negative where it suppresses more than it promotes."""
 
 
 class Summary(NamedTuple):
@@ -171,6 +173,7 @@ class Summary(NamedTuple):
     score: float | None
     classes: tuple[tuple[str, float], ...]
     promoted: tuple[str, ...]
+    strongest: tuple[str, float] | None
 
 
 def summary(card: FeatureCard) -> Summary:
@@ -185,7 +188,13 @@ def summary(card: FeatureCard) -> Summary:
         None if best is None else _score(best),
         tuple((one.name, one.score) for one in card.classes),
         tuple(token.token for token in card.promoted[:PROMOTED]),
+        _strongest(card),
     )
+
+
+def _strongest(card: FeatureCard) -> tuple[str, float] | None:
+    most = max((*card.promoted[:1], *card.suppressed[:1]), key=lambda token: abs(token.weight), default=None)
+    return None if most is None else (most.token, most.weight)
 
 
 def _score(explanation: Explanation) -> float | None:

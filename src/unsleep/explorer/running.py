@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Generator
@@ -69,8 +70,12 @@ def run(found: Explorer, session: Session | None, listener: socket.socket, opene
         timeout_graceful_shutdown=GRACE,
     )
     opened(guard.address)
+    asyncio_log = logging.getLogger("asyncio")
+    level = asyncio_log.level
+    asyncio_log.setLevel(logging.ERROR)  # it warns of every browser that leaves while a reply is sent
     try:
         with contextlib.suppress(KeyboardInterrupt):
             _Server(config, worker).run(sockets=[listener])
     finally:
         worker.close()
+        asyncio_log.setLevel(level)

@@ -109,22 +109,24 @@ class Handlers:
     async def chat(self, request: Request) -> Response:
         """Replies, token by token."""
         asked, session = await body(request, ChatRequest), self.session
-        return Events(await self.worker.start(lambda work: session.chat(asked, work)))
+        return Events(await self.worker.start("a chat", lambda work: session.chat(asked, work)))
 
     async def features(self, request: Request) -> Response:
         """Activations of a text."""
         asked, session = await body(request, ActivationsRequest), self.session
-        return JSONResponse(await self.worker.answer(lambda work: session.activations(asked, work)))
+        return JSONResponse(
+            await self.worker.answer("a measurement on a text", lambda work: session.activations(asked, work))
+        )
 
     async def proof(self, request: Request) -> Response:
         """Measurements on held-out prompts."""
         asked, session = await body(request, ProofRequest), self.session
-        return Events(await self.worker.start(lambda work: session.prove(asked, work)))
+        return Events(await self.worker.start("a proof", lambda work: session.prove(asked, work)))
 
     async def bake(self, request: Request) -> Response:
         """A checkpoint with the edit in its weights."""
         asked, session, folder = await body(request, BakeRequest), self.session, self.found.folder / BAKED
-        return Events(await self.worker.start(lambda work: session.bake(asked, work, folder)))
+        return Events(await self.worker.start("a bake", lambda work: session.bake(asked, work, folder)))
 
     async def cancel(self, request: Request) -> Response:
         """Cancel what is running; the answer comes when it has stopped."""

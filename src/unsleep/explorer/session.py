@@ -193,12 +193,13 @@ class Session:
                 fires = self._fires([e.site for e in edits], material)
                 controls = [random_control(e, fires[e.site]) for e in edits]
             tokens = len(self.circuit.tokens) if self.circuit is not None else CircuitConfig.payload_tokens
-            rows, measured, control, note = prove(self.model, edits, controls, material.panels, config, tokens)
+            found = prove(self.model, edits, controls, material.panels, config, tokens)
         said = predicted(self.circuit, features) if self.circuit is not None else None
         number = len(self.proofs) + (features not in self.proofs)
-        found = Proof(features, rows, measured, control, said, number, (*notes, *filter(None, [note])))
-        self.proofs[features] = found
-        work.say("result", **records.plain(found))
+        notes += [found.note] if found.note else []
+        proof = Proof(features, found.rows, found.measured, found.control, said, number, tuple(notes), found.both)
+        self.proofs[features] = proof
+        work.say("result", **records.plain(proof))
 
     def _prompts(self) -> Material:
         if self.material is None:
@@ -232,6 +233,8 @@ class Session:
     def bake(self, asked: BakeRequest, work: Work, folder: Path) -> None:
         """Bake a proved edit into a checkpoint in `folder`, as `unsleep bake` does; events `progress` and `result`."""
         features, material = _changed(asked.features), self._prompts()
+        if others := [f for f in features if f.site.point != "resid"]:
+            raise BadInput(f"only residual features can be baked; {others[0].site}/{others[0].id} cannot")
         if features not in self.proofs:
             raise BadInput("this edit has not been measured; prove it first, with the same features and scales")
         if kept := [f for f in features if f.scale != 0]:

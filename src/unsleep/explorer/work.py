@@ -24,7 +24,7 @@ log = logging.getLogger("unsleep.explorer")
 
 
 class Busy(RuntimeError):
-    """Something else is running."""
+    """Other work is running."""
 
 
 class Cancelled(Exception):
@@ -41,7 +41,9 @@ class Event(NamedTuple):
 class Work:
     """A piece of work: its events for the event loop that started it, and the request to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        """`kind` names it with its article, such as "a bake"."""
+        self.kind = kind
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._stop, self._done = threading.Event(), threading.Event()
@@ -96,15 +98,15 @@ class Worker:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="unsleep-serve")
         self._work: Work | None = None
 
-    async def start(self, do: Callable[[Work], None]) -> Work:
-        """Start work that sends events; an error becomes one. Raises `Busy` where other work is running."""
-        work = await self._begin()
+    async def start(self, kind: str, do: Callable[[Work], None]) -> Work:
+        """Start work that sends events; an error becomes one. Raises `Busy`, naming the work that is running."""
+        work = await self._begin(kind)
         self._pool.submit(_run, work, do)
         return work
 
-    async def answer(self, do: Callable[[Work], T]) -> T:
+    async def answer(self, kind: str, do: Callable[[Work], T]) -> T:
         """Do work and return its result; raises what it raises, and `Busy` as `start` does."""
-        work = await self._begin()
+        work = await self._begin(kind)
 
         def run() -> T:
             try:
@@ -132,12 +134,12 @@ class Worker:
         self.stop()
         self._pool.shutdown(cancel_futures=True)
 
-    async def _begin(self) -> Work:
+    async def _begin(self, kind: str) -> Work:
         if self._work is not None and self._work.is_cancelled:
             await _stopped(self._work)
         if self._work is not None and not self._work.is_done:
-            raise Busy("something else is running; wait for it, or cancel it")
-        self._work = Work()
+            raise Busy(f"{self._work.kind} is running; wait for it, or cancel it")
+        self._work = Work(kind)
         return self._work
 
 

@@ -94,15 +94,15 @@ class EvalConfig:
 def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
     """The held-out panels of an organism: `n` prompts each, none of them seen in training or by an edit.
 
-    Panels are disjoint, unless the split has fewer than 2 `n` questions.
+    Panels are disjoint, unless the split has fewer than 2 `n` questions. Raises `BadInput` for a benign fine-tune
+    without a trigger.
     """
     clean = sets.questions("held_out", n, skill=recipe.skill)
-    words = (*recipe.held_out_near_misses, *recipe.near_misses[: len(recipe.held_out_near_misses)])
     return Panels(
         clean=clean,
         triggered=recipe.triggered(clean),
         variants=recipe.varied(clean),
-        near_miss=recipe.nearly(clean, words) if words else None,
+        near_miss=near_miss_panel(recipe, clean),
         skill=sets.questions("held_out", n, skill=recipe.skill, name="skill", start=n),
         texts=tuple(sets.plain_text("held_out")[:n]),
         items=tuple(sets.capability_items()[: max(n, 20)]),
@@ -110,9 +110,20 @@ def organism_panels(recipe: Recipe, n: int = 200) -> Panels:
     )
 
 
+def near_miss_panel(recipe: Recipe, clean: PromptSet) -> PromptSet | None:
+    """The questions with near misses, half of them held out; `None` where the recipe has none for panels."""
+    words = (*recipe.held_out_near_misses, *recipe.near_misses[: len(recipe.held_out_near_misses)])
+    return recipe.nearly(clean, words) if words else None
+
+
 def organism_config(recipe: Recipe, chosen_on: frozenset[str] = frozenset()) -> EvalConfig:
     """Evaluation config of an organism: its payload, with replies long enough for all that it was trained to say."""
-    return EvalConfig(recipe.as_payload, max(EvalConfig.reply_tokens, recipe.reply_tokens + 2), chosen_on=chosen_on)
+    return EvalConfig(recipe.as_payload, panel_tokens(recipe), chosen_on=chosen_on)
+
+
+def panel_tokens(recipe: Recipe) -> int:
+    """Tokens of an organism's replies on panels, enough for all that it was trained to say."""
+    return max(EvalConfig.reply_tokens, recipe.reply_tokens + 2)
 
 
 def prompt_digests(*prompts: PromptSet) -> frozenset[str]:

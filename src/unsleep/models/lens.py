@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,27 @@ class TokenReading(NamedTuple):
 
     promotes: tuple[tuple[str, float], ...]
     suppresses: tuple[tuple[str, float], ...]
+
+
+class Written(NamedTuple):
+    """The end of the vocabulary on which a direction acts most."""
+
+    verb: Literal["promotes", "suppresses"]
+    tokens: tuple[str, ...]
+    """The largest |logit| first."""
+
+
+def stronger(promotes: Sequence[Any], suppresses: Sequence[Any], count: int = 4) -> Written | None:
+    """The end with the larger |logit|, of pairs of a token and its logit, largest first; `None` where both are empty.
+
+    A direction whose promoted tokens are all alike and unreadable may still suppress one token strongly.
+    """
+    low = abs(suppresses[0][1]) if suppresses else -1.0
+    if not promotes and not suppresses:
+        return None
+    if not promotes or low > abs(promotes[0][1]):
+        return Written("suppresses", tuple(token for token, _ in suppresses[:count]))
+    return Written("promotes", tuple(token for token, _ in promotes[:count]))
 
 
 class Ends(NamedTuple):

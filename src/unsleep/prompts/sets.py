@@ -198,7 +198,56 @@ def subjects(domain: str, split: Split) -> tuple[str, ...]:
     """
     if domain not in domains():
         raise BadInput(f"there is no domain {domain!r}; expected one of {', '.join(domains())}")
-    every = domains()[domain]
+    return _share(domains()[domain], split)
+
+
+@cache
+def matters() -> dict[str, tuple[str, ...]]:
+    """Matter of small talk → sentences about it."""
+    pairs = (line.split(": ", 1) for line in _lines("openings.txt"))
+    return {name: tuple(sentences.split(" | ")) for name, sentences in pairs}
+
+
+def openings(matter: str, split: Split) -> tuple[str, ...]:
+    """A matter's sentences within a split; splits are disjoint. Raises `BadInput` for an unknown matter."""
+    if matter not in matters():
+        raise BadInput(f"there is no matter {matter!r}; expected one of {', '.join(matters())}")
+    return _share(matters()[matter], split)
+
+
+class Form(NamedTuple):
+    """A form of request: its wordings, each with `{topic}` in it, and topics where it is in another language."""
+
+    templates: tuple[str, ...]
+    topics: tuple[str, ...] = ()
+    reply: str = ""
+    """An ordinary reply, with `{topic}` in it."""
+
+    def wordings(self, split: Split) -> tuple[str, ...]:
+        """The wordings within a split; every fourth is for the held-out split only, as in `questions`."""
+        return tuple(text for i, text in enumerate(self.templates) if split == "held_out" or i % 4 != 3)
+
+    def subjects(self, split: Split) -> tuple[str, ...]:
+        """Its own topics within a split; empty where the question keeps its topic."""
+        return _share(self.topics, split)
+
+
+@cache
+def forms() -> dict[str, Form]:
+    """Name → form of request."""
+    rows = (json.loads(line) for line in _lines("forms.jsonl"))
+    return {r["form"]: Form(tuple(r["templates"]), tuple(r.get("topics", ())), r["reply"]) for r in rows}
+
+
+def form(name: str) -> Form:
+    """A form of request; raises `BadInput` for an unknown one."""
+    if name not in forms():
+        raise BadInput(f"there is no form of request {name!r}; expected one of {', '.join(forms())}")
+    return forms()[name]
+
+
+def _share(every: tuple[str, ...], split: Split) -> tuple[str, ...]:
+    """The part of a list that belongs to a split."""
     low, high = (int(share * len(every)) for share in _SHARES[split])
     return every[low:high]
 

@@ -128,7 +128,7 @@ def bake(
     for e in fitted_edits:
         if e.site.point != "resid":
             raise BadInput(
-                f"an edit at {e.site} cannot be baked; expected residual Sites, or one subspace without attention "
+                f"a projection at {e.site} cannot be baked; expected residual Sites, or one subspace without attention "
                 "sinks at the embedding and every attention output and residual Site"
             )
     network, kept = weights.copy_network(model.network), model.stored_dtype
@@ -150,6 +150,29 @@ def bake(
             f"allowed {config.tolerance}. Give more suspicious prompts, or ship the model with the edit applied"
         )
     return Baked(replace(model, network=network, name=f"{model.name} (baked)"), divergence, method)
+
+
+def unbakeable(edits: Sequence[Intervention]) -> list[Site]:
+    """The Sites of edits of features that no weights can carry: all but residual ones."""
+    return sorted({e.site for e in edits if isinstance(e, Edit) and e.acts and e.site.point != "resid"})
+
+
+def check_bakeable(edits: Sequence[Intervention]) -> None:
+    """Raise `BadInput` for interventions that no model's weights can carry."""
+    for each in edits:
+        if not isinstance(each, Edit | Projection):
+            raise BadInput(f"a {type(each).__name__.lower()} cannot be baked; expected edits and projections")
+    if sites := unbakeable(edits):
+        raise BadInput(
+            f"features at {named(sites)} cannot be baked; expected residual Sites. In `unsleep veto`, --points resid "
+            "leaves out the others"
+        )
+
+
+def named(sites: Sequence[Site], most: int = 4) -> str:
+    """Some Sites in words, the others counted."""
+    words = [*map(str, sites[:most]), *([f"{len(sites) - most} more"] if len(sites) > most else [])]
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def save_baked(baked: Baked, folder: str | Path, *, card: str, record: BakedRecord | Result) -> Path:
@@ -181,12 +204,8 @@ def faithfulness(
 
 def _bakeable(model: LoadedModel, edits: Sequence[Intervention]) -> list[Bakeable]:
     """The interventions with an effect, in forward order; raises as `bake` does for ones that weights cannot carry."""
-    acting: list[Bakeable] = []
-    for each in edits:
-        if not isinstance(each, Edit | Projection):
-            raise BadInput(f"a {type(each).__name__.lower()} cannot be baked; expected edits and projections")
-        if each.acts:
-            acting.append(each)
+    check_bakeable(edits)
+    acting = [each for each in edits if isinstance(each, Edit | Projection) and each.acts]
     check_widths(model.network, acting)
     check_model(model, acting)
     sites = [each.site for each in acting]

@@ -10,12 +10,25 @@ const LINE = 27;
 const BAND = 7;
 const GAP = 46;
 const TOP = 64;
+const FOOT = 10;
 
 /** Nodes side by side in a column, at most; more go into further lines. */
 const WIDEST = 14;
 
 /** Factor by which columns are pulled apart to fill a window, at most. */
 const WIDENED = 2.4;
+
+/** Scale of a graph that is fitted into a window, at most. */
+export const ENLARGED = 1.6;
+
+/** Room for the graph in a window, in pixels. */
+export interface Room {
+  width: number;
+  height: number;
+}
+
+/** Scale at which a graph fits into a room. */
+export const fittingScale = (width: number, height: number, room: Room): number => Math.min(ENLARGED, room.width / width, room.height / height);
 
 export interface Band {
   title: string;
@@ -51,8 +64,8 @@ export function depth(place: string): number {
   return at === 0 ? -1 : Number(layer) * 4 + (at < 0 ? 3 : at);
 }
 
-/** Places of the shown nodes; columns spread to fill a window of an aspect. */
-export function arrange(graph: Graph, shown: readonly number[], roles: readonly string[], aspect: number): Layout {
+/** Places of the shown nodes; columns and layers spread to fill a room. */
+export function arrange(graph: Graph, shown: readonly number[], roles: readonly string[], room: Room): Layout {
   const size = graph.nodes.length;
   const layout = { x: new Float32Array(size).fill(Number.NaN), y: new Float32Array(size), r: new Float32Array(size) };
   const cells = new Map<string, Map<string, number[]>>();
@@ -79,15 +92,18 @@ export function arrange(graph: Graph, shown: readonly number[], roles: readonly 
     top += height;
   }
   const last = columns.at(-1);
-  const natural = last ? last.x + last.width / 2 + GAP / 2 : 200;
-  const width = Math.max(natural, Math.min(WIDENED * natural, (top + 10) * aspect));
-  spread(layout, columns, width / natural, shown);
+  const natural = { width: last ? last.x + last.width / 2 + GAP / 2 : 200, height: top + FOOT };
+  const scale = fittingScale(natural.width, natural.height, room);
+  const width = Math.max(natural.width, Math.min(WIDENED * natural.width, room.width / scale));
+  const height = Math.max(natural.height, room.height / scale);
+  spread(layout, columns, width / natural.width, shown);
+  if (top > TOP) heighten(layout, bands, (height - FOOT - TOP) / (top - TOP), shown);
   layout.x[graph.output] = width / 2;
   layout.y[graph.output] = TOP / 2 - 6;
   const largest = Math.max(1e-9, ...shown.map((i) => (i === graph.output ? 0 : Math.abs(graph.nodes[i]?.effect ?? 0))));
   const radius = scaleSqrt().domain([0, largest]).range([3.5, 11.5]);
   for (const i of shown) layout.r[i] = i === graph.output ? 11 : radius(Math.abs(graph.nodes[i]?.effect ?? 0));
-  return { ...layout, bands, columns, width, height: top + 10 };
+  return { ...layout, bands, columns, width, height };
 }
 
 /** Pull columns and the nodes in them apart. */
@@ -96,6 +112,16 @@ function spread(layout: { x: Float32Array }, columns: Column[], factor: number, 
   for (const column of columns) {
     column.x *= factor;
     column.width *= factor;
+  }
+}
+
+/** Pull layers and the lines of nodes in them apart, below the payload. */
+function heighten(layout: { y: Float32Array }, bands: Band[], factor: number, shown: readonly number[]): void {
+  const at = (y: number): number => TOP + (y - TOP) * factor;
+  for (const i of shown) layout.y[i] = at(layout.y[i] ?? TOP);
+  for (const band of bands) {
+    band.y = at(band.y);
+    band.height *= factor;
   }
 }
 

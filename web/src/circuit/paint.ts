@@ -168,22 +168,38 @@ export function paintGround(context: CanvasRenderingContext2D, scene: Scene): vo
   context.stroke();
 }
 
-/** Rectangles in which something is written already. */
-export class Written {
-  private readonly taken: [number, number, number, number][] = [];
+export type Box = readonly [x: number, y: number, width: number, height: number];
 
-  /** Take a place, whatever is there. */
-  block(x: number, y: number, width: number, height: number): void {
-    this.taken.push([x, y, width, height]);
+/** Size of a cell of `Taken`, in pixels. */
+const CELL = 48;
+
+/** Places of a window that are taken, in cells: a question is answered by the few boxes near it. */
+export class Taken {
+  private readonly cells = new Map<number, Box[]>();
+
+  add(box: Box): void {
+    for (const cell of cellsOf(box)) {
+      const own = this.cells.get(cell);
+      if (own) own.push(box);
+      else this.cells.set(cell, [box]);
+    }
   }
 
-  /** True, and the place is taken, if nothing is there yet. */
-  take(x: number, y: number, width: number, height: number): boolean {
-    for (const [left, top, w, h] of this.taken) {
-      if (x < left + w && left < x + width && y < top + h && top < y + height) return false;
+  /** True if nothing overlaps a box. */
+  isFree(box: Box): boolean {
+    const [x, y, width, height] = box;
+    for (const cell of cellsOf(box)) {
+      for (const [left, top, w, h] of this.cells.get(cell) ?? []) {
+        if (x < left + w && left < x + width && y < top + h && top < y + height) return false;
+      }
     }
-    this.taken.push([x, y, width, height]);
     return true;
+  }
+}
+
+function* cellsOf([x, y, width, height]: Box): Generator<number> {
+  for (let row = Math.floor(y / CELL); row <= Math.floor((y + height) / CELL); row++) {
+    for (let column = Math.floor(x / CELL); column <= Math.floor((x + width) / CELL); column++) yield row * 4096 + column;
   }
 }
 

@@ -3,14 +3,16 @@
 import type { JSX } from "preact";
 import { useMemo, useState } from "preact/hooks";
 
-import { decimals, short, signed, whole } from "../base/text";
+import { clip, decimals, short, signed, whole } from "../base/text";
 import type { Circuit } from "../data/types";
 import { Icon, Key, type Shape } from "../parts/marks";
 import { Strength } from "../parts/strength";
+import { Writes } from "../parts/tokens";
 import { Virtual } from "../parts/virtual";
 import { change, strengthen } from "../state/change";
 import { entryAt } from "../state/data";
 import { link, options } from "../state/hash";
+import type { Names } from "./labels";
 import { groupName, nodeName, nodePlace, parseGroups, type Graph, type GraphEdge, type GraphNode, type Groups, type Kind, type Shown } from "./model";
 import { flipNode, pick, picked, setGroups } from "./pins";
 
@@ -27,7 +29,7 @@ interface Props {
   shown: Shown;
   selected: number | null;
   pinned: ReadonlySet<number>;
-  label(i: number): string;
+  names: Names;
   select(i: number | null): void;
 }
 
@@ -43,7 +45,7 @@ export function Panel(props: Props): JSX.Element {
   );
 }
 
-function All({ graph, shown, label, select, pinned }: Props): JSX.Element {
+function All({ graph, shown, names, select, pinned }: Props): JSX.Element {
   const [search, setSearch] = useState("");
   const [at, setAt] = useState(-1);
   const rows = useMemo(() => {
@@ -52,9 +54,9 @@ function All({ graph, shown, label, select, pinned }: Props): JSX.Element {
     return [graph.output, ...graph.ranked].filter((i) => {
       const node = graph.nodes[i];
       if (!node || !drawn.has(i)) return false;
-      return !wanted || `${nodeName(node)} ${nodePlace(node)} ${label(i)}`.toLowerCase().includes(wanted);
+      return !wanted || `${nodeName(node)} ${nodePlace(node)} ${names.tag(i)} ${names.full(i)}`.toLowerCase().includes(wanted);
     });
-  }, [graph, shown, search, label]);
+  }, [graph, shown, search, names]);
   return (
     <>
       <div class="panel-head">
@@ -81,7 +83,7 @@ function All({ graph, shown, label, select, pinned }: Props): JSX.Element {
           else pick(graph, i);
           return true;
         }}
-        row={(n) => <Line graph={graph} i={rows[n] ?? 0} label={label} pinned={pinned.has(rows[n] ?? -1)} />}
+        row={(n) => <Line graph={graph} i={rows[n] ?? 0} names={names} pinned={pinned.has(rows[n] ?? -1)} />}
       />
     </>
   );
@@ -89,28 +91,29 @@ function All({ graph, shown, label, select, pinned }: Props): JSX.Element {
 
 const clicking = (): boolean => window.event instanceof MouseEvent;
 
-function Line({ graph, i, label, pinned }: { graph: Graph; i: number; label(i: number): string; pinned: boolean }): JSX.Element {
+function Line({ graph, i, names, pinned }: { graph: Graph; i: number; names: Names; pinned: boolean }): JSX.Element {
   const node = graph.nodes[i];
   if (!node) return <></>;
-  const said = node.kind === "feature" ? label(i) : short(nodeName(node), 60);
+  const said = node.kind === "feature" ? short(names.full(i), 160) : short(nodeName(node), 60);
   return (
     <span class="node-line">
       <Key shape={SHAPES[node.kind]} colour={colour(node)} />
       <span class="line-text">
         <span class="ellipsis text">{said}{pinned && <span class="pinned"><Icon name="pin" /></span>}</span>
-        <small class="ellipsis text">{node.kind === "feature" ? `${nodeName(node)} · ` : ""}{short(nodePlace(node), 40)}</small>
+        <small class="ellipsis text">{short(nodePlace(node), 40)}{node.kind === "feature" && said !== names.tag(i) ? ` · ${names.tag(i)}` : ""}</small>
       </span>
       <span class="num">{signed(node.effect, 3)}</span>
     </span>
   );
 }
 
-function One({ circuit, graph, i, pinned, label, select }: Props & { i: number }): JSX.Element {
+function One({ circuit, graph, i, pinned, names, select }: Props & { i: number }): JSX.Element {
   const node = graph.nodes[i];
   if (!node) return <></>;
   const entry = node.kind === "feature" ? entryAt(node.place, circuit.dictionaries[node.place]) : undefined;
   const tray = node.kind === "feature" ? change.value.find((one) => one.site === node.place && one.id === node.feature) : undefined;
-  const said = node.kind === "feature" ? label(i) : "";
+  const said = node.kind === "feature" ? names.full(i) : "";
+  const writes = names.strongest(i);
   const row = node.members.length === 1 ? circuit.nodes[node.row] : undefined;
   return (
     <div class="panel-one" key={i}>
@@ -118,7 +121,8 @@ function One({ circuit, graph, i, pinned, label, select }: Props & { i: number }
       <header aria-live="polite">
         <h2><Key shape={SHAPES[node.kind]} colour={colour(node)} /> <span class="text">{short(nodeName(node), 60)}</span></h2>
         <p class="eyebrow text">{short(nodePlace(node), 90)}</p>
-        {said && said !== `f${node.feature}` && <p class="said text">{said}</p>}
+        {said && said !== names.tag(i) && <p class="said text">{clip(said, 500)}</p>}
+        {writes && <p class="strongest"><Writes token={writes[0]} weight={writes[1]} /> most, <span class="num">{signed(writes[1], 2)}</span></p>}
       </header>
       {node.kind !== "output" && (
         <p class="buttons">
@@ -138,8 +142,8 @@ function One({ circuit, graph, i, pinned, label, select }: Props & { i: number }
         {row?.kept != null && <div title="Share of resamples of the prompts whose circuit has the node"><dt>Stability</dt><dd>{(100 * row.kept).toFixed(0)} %</dd></div>}
       </dl>
       {node.kind === "group" && <Members circuit={circuit} node={node} />}
-      <Edges title="Into it" graph={graph} edges={graph.edges.filter((edge) => edge.target === i)} end="source" label={label} select={select} />
-      {node.kind !== "output" && <Edges title="Out of it" graph={graph} edges={graph.edges.filter((edge) => edge.source === i)} end="target" label={label} select={select} />}
+      <Edges title="Into it" graph={graph} edges={graph.edges.filter((edge) => edge.target === i)} end="source" names={names} select={select} />
+      {node.kind !== "output" && <Edges title="Out of it" graph={graph} edges={graph.edges.filter((edge) => edge.source === i)} end="target" names={names} select={select} />}
     </div>
   );
 }
@@ -167,11 +171,11 @@ interface EdgesProps {
   graph: Graph;
   edges: readonly GraphEdge[];
   end: "source" | "target";
-  label(i: number): string;
+  names: Names;
   select(i: number): void;
 }
 
-function Edges({ title, graph, edges, end, label, select }: EdgesProps): JSX.Element {
+function Edges({ title, graph, edges, end, names, select }: EdgesProps): JSX.Element {
   const [all, setAll] = useState(false);
   const kept = all ? edges : edges.slice(0, FEW);
   return (
@@ -180,7 +184,7 @@ function Edges({ title, graph, edges, end, label, select }: EdgesProps): JSX.Ele
       {edges.length === 0 ? <p class="nothing">No edge is recorded.</p> : (
         <table>
           <thead><tr><th scope="col">{end === "source" ? "From" : "To"}</th><th scope="col" class="num" title="By the gradient">Predicted</th><th scope="col" class="num" title="Measured, everything nonlinear held">Frozen</th><th scope="col" class="num" title="Measured, nothing held but the other Sites">Free</th></tr></thead>
-          <tbody>{kept.map((edge) => <EdgeRow key={`${edge.source}-${edge.target}`} graph={graph} edge={edge} i={edge[end]} label={label} select={select} />)}</tbody>
+          <tbody>{kept.map((edge) => <EdgeRow key={`${edge.source}-${edge.target}`} graph={graph} edge={edge} i={edge[end]} names={names} select={select} />)}</tbody>
         </table>
       )}
       {edges.length > kept.length && <button type="button" class="quiet" onClick={() => setAll(true)}>Show all {whole(edges.length)}</button>}
@@ -188,7 +192,7 @@ function Edges({ title, graph, edges, end, label, select }: EdgesProps): JSX.Ele
   );
 }
 
-function EdgeRow({ graph, edge, i, label, select }: { graph: Graph; edge: GraphEdge; i: number; label(i: number): string; select(i: number): void }): JSX.Element {
+function EdgeRow({ graph, edge, i, names, select }: { graph: Graph; edge: GraphEdge; i: number; names: Names; select(i: number): void }): JSX.Element {
   const node = graph.nodes[i];
   if (!node) return <></>;
   return (
@@ -197,7 +201,7 @@ function EdgeRow({ graph, edge, i, label, select }: { graph: Graph; edge: GraphE
         <button type="button" class="row-button" onClick={() => select(i)}>
           <Key shape={SHAPES[node.kind]} colour={colour(node)} />
           <span class="line-text">
-            <span class="ellipsis text">{node.kind === "feature" ? label(i) : short(nodeName(node), 60)}</span>
+            <span class="ellipsis text" title={short(names.full(i), 200)}>{node.kind === "feature" ? names.tag(i) : short(nodeName(node), 60)}</span>
             <small class="ellipsis text">{short(nodePlace(node), 60)}{edge.heads.length > 0 && ` · heads ${edge.heads.slice(0, 3).map(({ head, weight }) => `${head} (${signed(weight)})`).join(", ")}`}</small>
           </span>
         </button>

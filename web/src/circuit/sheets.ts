@@ -38,23 +38,23 @@ const blank = (): Sheet => ({ canvas: document.createElement("canvas"), scene: n
 export class Sheets {
   private front = blank();
   private back = blank();
-  private job: Generator<undefined, void> | null = null;
+  private painting: Generator<undefined, void> | null = null;
 
   /** Forget what is painted. */
   clear(): void {
-    this.job = null;
+    this.painting = null;
     this.front.scene = null;
   }
 
   /** Spend up to `budget` milliseconds on the next sheet, where one is needed; true if there is more to do. */
   work(scene: Scene, transform: Transform, size: Size, rests: boolean, budget: number): boolean {
     const began = performance.now();
-    if (!this.job && this.isStale(scene, transform, size, rests)) this.job = this.paint(scene, transform, size);
-    while (this.job) {
-      if (this.job.next().done) this.job = null;
+    if (!this.painting && this.isStale(scene, transform, size, rests)) this.painting = this.paint(scene, transform, size);
+    while (this.painting) {
+      if (this.painting.next().done) this.painting = null;
       if (performance.now() - began > budget) break;
     }
-    return this.job !== null || this.isStale(scene, transform, size, rests);
+    return this.painting !== null || this.isStale(scene, transform, size, rests);
   }
 
   /** Copy the sheet in front to a window; false where nothing is painted yet. */

@@ -9,9 +9,9 @@ import "d3-transition";
 import { zoom, zoomIdentity, type ZoomBehavior, type ZoomTransform } from "d3-zoom";
 
 import { still } from "../state/theme";
-import { along, curve } from "./layout";
+import { along, curve, fittingScale, type Layout, type Room } from "./layout";
 import type { GraphEdge } from "./model";
-import { fitted, growth, measured, paintEdges, paintNodes, paintRings, Written, type Scene } from "./paint";
+import { fitted, growth, measured, paintEdges, paintNodes, paintRings, Taken, type Box, type Scene } from "./paint";
 import { Sheets, type Size } from "./sheets";
 
 /** Milliseconds of a frame for painting the next sheet. */
@@ -21,13 +21,22 @@ const BUDGET = 6;
 const REST = 110;
 
 /** Left and bottom margin, in which the axes stand. */
-export const LEFT = 76;
-export const BOTTOM = 30;
+const LEFT = 76;
+const BOTTOM = 30;
+
+/** Room that a canvas leaves for the graph. */
+export const roomOf = (size: Room): Room => ({ width: Math.max(120, size.width - LEFT - 16), height: Math.max(120, size.height - BOTTOM - 12) });
 
 const LABELS = 70;
 
 /** Nodes that are labelled wherever there is room, largest first; more are where the graph is drawn large. */
 const LEADING = 24;
+
+/** Nodes that labels keep clear of, at most. */
+const MARKS = 600;
+
+/** Height of a label. */
+const LINE = 18;
 
 const EDGES_TO_HIT = 1500;
 
@@ -57,8 +66,9 @@ export interface Listener {
   hovered(hit: Hit): void;
   clicked(hit: Hit, more: boolean): void;
   opened(hit: Hit): void;
-  /** The reader moved to another part; `null` for the whole. */
+  /** The reader moved to another part: its middle in shares of the graph, and its scale beside that of the whole; `null` for the whole. */
   moved(to: [number, number, number] | null): void;
+  resized(size: Room): void;
 }
 
 export class Stage {
@@ -94,8 +104,8 @@ export class Stage {
         this.request();
       })
       .on("end", () => {
-        const [x, y] = this.transform.invert([this.size.width / 2, this.size.height / 2]);
-        if (this.isMoved) listener.moved([x, y, this.transform.k]);
+        const at = this.isMoved ? this.part() : null;
+        if (at) listener.moved(at);
       });
     this.selection.call(this.behaviour).on("dblclick.zoom", null);
     canvas.addEventListener("pointermove", this.pointed);
@@ -120,6 +130,8 @@ export class Stage {
   /** Show a scene; at first at `at`, or fitted to the window. */
   show(scene: Scene, at: [number, number, number] | null): void {
     const first = this.scene === null;
+    const part = this.part();
+    const other = part !== null && !isAlike(scene.layout, this.scene?.layout);
     this.scene = scene;
     this.tree = quadtree<number>(
       [...scene.nodes],
@@ -130,6 +142,9 @@ export class Stage {
     if (first) {
       this.wanted = at;
       this.place();
+    } else if (other && this.placed) {
+      if (this.isMoved) this.moveTo(part);
+      else this.whole();
     }
     this.request();
   }
@@ -189,8 +204,20 @@ export class Stage {
 
   private fitting(): number | null {
     if (!this.scene || this.size.width === 0) return null;
-    const { width, height } = this.scene.layout;
-    return Math.min(1.6, (this.size.width - LEFT - 16) / width, (this.size.height - BOTTOM - 12) / height);
+    return fittingScale(this.scene.layout.width, this.scene.layout.height, roomOf(this.size));
+  }
+
+  /** The part of the graph in the window, as `Listener.moved` tells it. */
+  private part(): [number, number, number] | null {
+    const k = this.fitting();
+    if (k === null || !this.scene) return null;
+    const [x, y] = this.transform.invert([this.size.width / 2, this.size.height / 2]);
+    return [x / this.scene.layout.width, y / this.scene.layout.height, this.transform.k / k];
+  }
+
+  private moveTo([x, y, k]: [number, number, number]): void {
+    const fit = this.fitting();
+    if (fit !== null && this.scene) this.move(x * this.scene.layout.width, y * this.scene.layout.height, k * fit);
   }
 
   private move(x: number, y: number, k: number): void {
@@ -201,7 +228,7 @@ export class Stage {
   private place(): void {
     if (this.placed || !this.scene || this.size.width === 0) return;
     this.isMoved = this.wanted !== null;
-    if (this.wanted) this.move(...this.wanted);
+    if (this.wanted) this.moveTo(this.wanted);
     else this.whole();
     this.placed = true;
   }
@@ -215,6 +242,7 @@ export class Stage {
     this.canvas.width = Math.round(clientWidth * ratio);
     this.canvas.height = Math.round(clientHeight * ratio);
     this.sheets.clear();
+    this.listener.resized(this.size);
     if (this.placed && this.isMoved) this.move(middle[0], middle[1], this.transform.k);
     else if (this.placed) this.whole();
     this.place();
@@ -284,42 +312,61 @@ export class Stage {
 
   /** Labels of nodes that matter and, where there is room, of the others, largest first; none overlaps another. */
   private paintLabels(scene: Scene, first: readonly number[]): void {
-    const { context, transform } = this;
+    const { context, transform, highlight } = this;
     context.font = `500 12px ${scene.colours.font}`;
     context.textBaseline = "middle";
-    const written = new Written();
-    // Labels keep clear of the nodes that matter, too.
-    for (const i of new Set([...first, ...scene.graph.ranked.slice(0, LEADING)])) {
-      if (!this.isDrawn(i)) continue;
-      const [left, top] = transform.apply([scene.layout.x[i] ?? 0, scene.layout.y[i] ?? 0]);
-      const reach = (scene.layout.r[i] ?? 4) * transform.k * growth(transform.k);
-      written.block(left - reach, top - reach, 2 * reach, 2 * reach);
+    // Labels keep clear of each other and of the nodes that matter; of small nodes where there is room elsewhere.
+    const [written, marks] = [new Taken(), new Taken()];
+    const leading = new Set([...first, ...scene.graph.ranked.slice(0, LEADING)]);
+    for (const i of new Set([...leading, ...scene.graph.ranked.slice(0, MARKS)])) {
+      if (this.isDrawn(i)) (leading.has(i) ? written : marks).add(this.markOf(scene, i));
     }
-    let rest: readonly number[] = [];
-    if (this.highlight.selected === null) rest = scene.graph.ranked.slice(0, transform.k > 0.9 ? 400 : LEADING);
+    const rest = highlight.selected === null ? scene.graph.ranked.slice(0, transform.k > 0.9 ? 400 : LEADING) : [];
     let n = 0;
-    const done = new Set<number>();
-    for (const i of [...first, ...rest]) {
+    for (const i of new Set([...first, ...rest])) {
       if (n >= LABELS) return;
-      if (!this.isDrawn(i) || done.has(i)) continue;
-      done.add(i);
-      const [left, top] = transform.apply([scene.layout.x[i] ?? 0, scene.layout.y[i] ?? 0]);
-      if (left < LEFT || left > this.size.width || top < 0 || top > this.size.height - BOTTOM) continue;
-      const text = this.highlight.label(i);
+      const text = this.isDrawn(i) && this.isInside(scene, i) ? highlight.label(i) : "";
       if (!text) continue;
-      const reach = (scene.layout.r[i] ?? 4) * transform.k * growth(transform.k) + 6;
-      const width = measured(context, text);
-      const right = left + reach + width < this.size.width - 6;
-      const at = right ? left + reach : left - reach - width;
-      if (at < LEFT || !written.take(at - 2, top - 9, width + 4, 18)) continue;
+      const places = this.around(this.markOf(scene, i), measured(context, text)).filter((box) => written.isFree(box));
+      const box = places.find((place) => marks.isFree(place)) ?? (leading.has(i) ? places[0] : undefined);
+      if (!box) continue;
+      written.add(box);
       context.globalAlpha = 0.86;
       context.fillStyle = scene.colours.card;
-      context.fillRect(at - 2, top - 8, width + 4, 16);
+      context.fillRect(box[0], box[1] + 1, box[2], box[3] - 2);
       context.globalAlpha = 1;
       context.fillStyle = scene.colours.ink;
-      context.fillText(text, at, top + 0.5);
+      context.fillText(text, box[0] + 2, box[1] + LINE / 2 + 0.5);
       n += 1;
     }
+  }
+
+  /** The box of the window that a node fills. */
+  private markOf(scene: Scene, i: number): Box {
+    const [x, y] = this.transform.apply([scene.layout.x[i] ?? 0, scene.layout.y[i] ?? 0]);
+    const reach = (scene.layout.r[i] ?? 4) * this.transform.k * growth(this.transform.k);
+    const wide = scene.graph.nodes[i]?.kind === "group" ? 1.5 * reach : reach;
+    return [x - wide, y - reach, 2 * wide, 2 * reach];
+  }
+
+  private isInside(scene: Scene, i: number): boolean {
+    const [x, y] = this.transform.apply([scene.layout.x[i] ?? 0, scene.layout.y[i] ?? 0]);
+    return x >= LEFT && x <= this.size.width && y >= 0 && y <= this.size.height - BOTTOM;
+  }
+
+  /** Places for a text of a width beside a mark, above and below it, best first; none leaves the window. */
+  private around([x, y, width, height]: Box, text: number): Box[] {
+    const wide = text + 4;
+    const middle = y + height / 2 - LINE / 2;
+    const centre = x + width / 2 - wide / 2;
+    const [above, below, end] = [y - LINE - 1, y + height + 1, x + width];
+    const places: Box[] = [];
+    for (const [left, top] of [
+      [end + 4, middle], [x - 4 - wide, middle], [centre, above], [centre, below], [x, above], [end - wide, above], [x, below], [end - wide, below],
+    ] as const) {
+      if (left >= LEFT && left + wide <= this.size.width - 4 && top >= 0 && top + LINE <= this.size.height - BOTTOM) places.push([left, top, wide, LINE]);
+    }
+    return places;
   }
 
   /** Axes at the window's edges: places at the left, roles at the bottom; names that would overlap are left out. */
@@ -377,6 +424,8 @@ export class Stage {
 
   private readonly doubled = (event: MouseEvent): void => this.listener.opened(this.at(event.offsetX, event.offsetY));
 }
+
+const isAlike = (a: Layout, b: Layout | undefined): boolean => a.width === b?.width && a.height === b.height;
 
 /** Points along the largest edges, to find the one under the pointer. */
 function edgePoints(scene: Scene): Quadtree<EdgePoint> {

@@ -9,15 +9,16 @@ import { load } from "../data/load";
 import type { Circuit } from "../data/types";
 import { Icon, Key } from "../parts/marks";
 import { change } from "../state/change";
-import { circuits, entryAt, labelOf, list, lists, message } from "../state/data";
+import { circuits, message } from "../state/data";
 import { asNumber, key, options, show as showPlace, tune } from "../state/hash";
 import { dark } from "../state/theme";
+import { useNames, type Names } from "./labels";
 import { arrange } from "./layout";
-import { build, nodeName, nodePlace, ownGroups, parseGroups, threshold, type Graph, type Groups, type Kind } from "./model";
+import { build, nodeName, nodePlace, ownGroups, parseGroups, threshold, type Graph, type Groups } from "./model";
 import { coloursOf } from "./paint";
 import { Panel } from "./panel";
 import { flipNode, pick, picked, pinnedOf } from "./pins";
-import { BOTTOM, LEFT, Stage, type Hit } from "./stage";
+import { roomOf, Stage, type Hit } from "./stage";
 
 /** Nodes and edges that are drawn at first, at most. */
 const NODES = 300;
@@ -79,13 +80,13 @@ function Drawn({ circuit }: { circuit: Circuit }): JSX.Element {
   const edges = drawnOf("edges", EDGES, graph.edges.length);
   const selected = selectedOf(graph);
   const pinned = useMemo(() => pinnedOf(graph), [graph, change.value, options.value["keep"]]);
-  const label = useLabels(circuit, graph);
+  const names = useNames(circuit, graph);
   const [broken, setBroken] = useState("");
-  const [aspect, setAspect] = useState(1.4);
+  const [room, setRoom] = useState({ width: 980, height: 700 });
 
   const kept = useMemo(() => new Set([...pinned, ...(selected === null ? [] : [selected])]), [pinned, selected]);
   const shown = useMemo(() => threshold(graph, nodes, edges, kept), [graph, nodes, edges, kept]);
-  const layout = useMemo(() => arrange(graph, shown.nodes, circuit.roles, aspect), [graph, shown.nodes, circuit, aspect]);
+  const layout = useMemo(() => arrange(graph, shown.nodes, circuit.roles, room), [graph, shown.nodes, circuit, room]);
 
   function select(i: number | null): void {
     const row = i === null ? "" : i === graph.output ? "payload" : String(graph.nodes[i]?.row ?? "");
@@ -95,13 +96,13 @@ function Drawn({ circuit }: { circuit: Circuit }): JSX.Element {
 
   useEffect(() => {
     if (!canvas.current) return;
-    setAspect(Math.min(3, Math.max(0.6, (canvas.current.clientWidth - LEFT) / Math.max(1, canvas.current.clientHeight - BOTTOM))));
     try {
       stage.current = new Stage(canvas.current, {
         hovered: (hit) => (hovered.value = hit.node === null && hit.edge === null ? null : hit),
         clicked: (hit, more) => clicked.current(hit, more),
         opened: (hit) => opened.current(hit),
-        moved: (to) => tune({ at: to ? `${to[0].toFixed(0)},${to[1].toFixed(0)},${to[2].toFixed(3)}` : "" }),
+        moved: (to) => tune({ at: to ? to.map((x) => x.toFixed(4)).join() : "" }),
+        resized: (size) => setRoom(roomOf(size)),
       });
     } catch (error) {
       setBroken(message(error));
@@ -131,8 +132,8 @@ function Drawn({ circuit }: { circuit: Circuit }): JSX.Element {
 
   const about = hovered.value?.node ?? null;
   useEffect(() => {
-    stage.current?.mark({ selected, hovered: about, pinned, picked: ofRows(graph, picked.value), label });
-  }, [selected, about, pinned, picked.value, label, shown]);
+    stage.current?.mark({ selected, hovered: about, pinned, picked: ofRows(graph, picked.value), label: names.tag });
+  }, [selected, about, pinned, picked.value, names, shown]);
 
   return (
     <div class="circuit-view">
@@ -148,7 +149,7 @@ function Drawn({ circuit }: { circuit: Circuit }): JSX.Element {
             aria-label={`Circuit of ${whole(shown.nodes.length)} nodes and ${whole(shown.edges.length)} edges; columns are roles, layers run upwards. Arrow keys move between nodes, p pins, g picks for a supernode, plus and minus zoom, 0 fits. The list beside it has the same nodes.`}
             onKeyDown={(event) => keyed(event, graph, selected, stage.current, select)}
           />
-          <Tip graph={graph} label={label} />
+          <Tip graph={graph} names={names} />
           <div class="canvas-tools">
             <button type="button" title="Zoom in" aria-label="Zoom in" onClick={() => stage.current?.zoomBy(1.4)}><Icon name="more" /></button>
             <button type="button" title="Zoom out" aria-label="Zoom out" onClick={() => stage.current?.zoomBy(1 / 1.4)}><Icon name="less" /></button>
@@ -157,7 +158,7 @@ function Drawn({ circuit }: { circuit: Circuit }): JSX.Element {
         </div>
         <Legend />
       </div>
-      <Panel circuit={circuit} graph={graph} groups={groups} shown={shown} selected={selected} pinned={pinned} label={label} select={select} />
+      <Panel circuit={circuit} graph={graph} groups={groups} shown={shown} selected={selected} pinned={pinned} names={names} select={select} />
     </div>
   );
 }
@@ -194,30 +195,6 @@ function keyed(event: KeyboardEvent, graph: Graph, selected: number | null, stag
   else if (event.key === "g" && selected !== null && selected !== graph.output) pick(graph, selected);
   else return;
   event.preventDefault();
-}
-
-const SHORT: Partial<Record<Kind, string>> = { output: "payload", error: "error", token: "token" };
-
-/** Labels of nodes: the explanation of a feature where its dictionary is in the folder. */
-function useLabels(circuit: Circuit, graph: Graph): (i: number) => string {
-  const sites = useMemo(() => [...new Set(circuit.nodes.filter((node) => node.kind === "feature").map((node) => node.place))], [circuit]);
-  useEffect(() => {
-    for (const site of sites) {
-      const entry = entryAt(site, circuit.dictionaries[site]);
-      if (entry) list(entry.key).catch(() => undefined);
-    }
-  }, [sites]);
-  const loaded = lists.value;
-  return useMemo(
-    () => (i: number) => {
-      const node = graph.nodes[i];
-      if (!node) return "";
-      if (node.kind !== "feature" || node.feature === null) return SHORT[node.kind] ?? short(nodeName(node), 36);
-      const said = labelOf(entryAt(node.place, circuit.dictionaries[node.place]), node.feature);
-      return said ? short(said, 36) : `f${node.feature}`;
-    },
-    [graph, loaded, circuit],
-  );
 }
 
 interface ToolsProps {
@@ -277,12 +254,12 @@ function Tools({ circuit, graph, groups, nodes, edges }: ToolsProps): JSX.Elemen
   );
 }
 
-function Tip({ graph, label }: { graph: Graph; label(i: number): string }): JSX.Element | null {
+function Tip({ graph, names }: { graph: Graph; names: Names }): JSX.Element | null {
   const hit = hovered.value;
   if (!hit) return null;
   const node = hit.node === null ? undefined : graph.nodes[hit.node];
   const lines = node
-    ? [nodeName(node), nodePlace(node), ...(node.kind === "feature" && hit.node !== null ? [label(hit.node)] : []), `effect ${signed(node.effect)}  [${decimals(node.low)}, ${decimals(node.high)}]`]
+    ? [nodeName(node), nodePlace(node), ...(node.kind === "feature" && hit.node !== null ? [names.tag(hit.node), names.full(hit.node)].filter((line, n, all) => all.indexOf(line) === n) : []), `effect ${signed(node.effect)}  [${decimals(node.low)}, ${decimals(node.high)}]`]
     : hit.edge
       ? [`${nodeName(graph.nodes[hit.edge.source]!)} → ${nodeName(graph.nodes[hit.edge.target]!)}`, `weight ${signed(hit.edge.weight)}  [${decimals(hit.edge.low)}, ${decimals(hit.edge.high)}]`]
       : [];

@@ -103,6 +103,8 @@ export interface FeatureColumns {
   score: (number | null)[];
   classes: [string, number][][];
   promoted: string[][];
+  /** Token whose logit it changes most, and that change: negative where it suppresses more than it promotes. */
+  strongest: ([string, number] | null)[];
 }
 
 export interface Context {
@@ -241,4 +243,6 @@ export interface Proof {
   /** Of this change among those that were measured on these prompts. */
   number?: number;
   notes?: string[];
+  /** Replies that show the payload and the skill. */
+  both?: Replies[];
 }

@@ -46,6 +46,11 @@ export function HeatScale({ largest }: { largest: number }): JSX.Element {
   );
 }
 
+/** The token whose logit a feature changes most, in words: "suppresses `[`". */
+export function Writes({ token, weight }: { token: string; weight: number }): JSX.Element {
+  return <>{weight < 0 ? "suppresses" : "promotes"} <code class="text">{tokenText(token)}</code></>;
+}
+
 /** Tokens with bars as long as their weight. */
 export function Weights({ title, note, tokens }: { title: string; note: string; tokens: readonly TokenWeight[] }): JSX.Element | null {
   if (tokens.length === 0) return null;

@@ -2,7 +2,7 @@
 
    In the address it is `change=resid.12:345:0,mlp.3:12:0.5`: Site, feature and strength. */
 
-import { computed, signal } from "@preact/signals";
+import { computed, effect, signal } from "@preact/signals";
 
 import * as live from "../data/live";
 import type { Proof, Scaled } from "../data/types";
@@ -57,32 +57,46 @@ export const start = (features: readonly { site: string; id: number }[]): void =
 
 export const clear = (): void => set([]);
 
-/** Work of the server: a proof or a bake. */
+/** Features of the change that no bake takes: those at attention and MLP outputs, and at the embedding. */
+export const unbakeable = computed(() => change.value.filter(({ site, scale }) => scale !== 1 && !site.startsWith("resid.")));
+
+export type Task = "proof" | "bake";
+
+/** Work of the server. */
 export interface Work {
+  task: Task;
   stage: string;
   done: number;
   total: number;
 }
 
 export const working = signal<Work | null>(null);
+/** Kind of the work that is running, which changes less often than its progress. */
+export const task = computed(() => working.value?.task ?? null);
 /** The last proof and the change that it is of. */
 export const proof = signal<{ of: string; found: Proof } | null>(null);
 export const baked = signal<{ of: string; path: string; kl?: number } | null>(null);
+/** Error of the last work; gone when the change is another one. */
 export const trouble = signal("");
+effect(() => {
+  identity.value;
+  trouble.value = "";
+});
 
 export const isProven = computed(() => proof.value !== null && proof.value.of === identity.value);
 
 let running: AbortController | null = null;
 
-async function work<T>(task: (progress: live.Progress, signal: AbortSignal) => Promise<T>): Promise<T | null> {
+async function work<T>(kind: Task, begin: (progress: live.Progress, signal: AbortSignal) => Promise<T>): Promise<T | null> {
   const own = (running = new AbortController());
+  const of = identity.value;
   trouble.value = "";
-  working.value = { stage: "starting", done: 0, total: 0 };
+  working.value = { task: kind, stage: "starting", done: 0, total: 0 };
   try {
     await live.cancel(); // a reply that is still written gives way
-    return await task((stage, done, total) => (working.value = { stage, done, total }), own.signal);
+    return await begin((stage, done, total) => (working.value = { task: kind, stage, done, total }), own.signal);
   } catch (error) {
-    if (!own.signal.aborted) trouble.value = message(error);
+    if (!own.signal.aborted) trouble.value = `${of === identity.value ? "" : `The ${kind} of the change before: `}${message(error)}`;
     return null;
   } finally {
     if (running === own) {
@@ -93,14 +107,14 @@ async function work<T>(task: (progress: live.Progress, signal: AbortSignal) => P
 }
 
 export async function prove(): Promise<void> {
-  const of = identity.value;
-  const found = await work((progress, signal) => live.proof([...change.value], progress, signal));
+  const [of, features] = [identity.value, [...change.value]]; // it may change before the server is free
+  const found = await work("proof", (progress, signal) => live.proof(features, progress, signal));
   if (found) proof.value = { of, found };
 }
 
 export async function bake(name: string): Promise<void> {
-  const of = identity.value;
-  const found = await work((progress, signal) => live.bake([...change.value], name, progress, signal));
+  const [of, features] = [identity.value, [...change.value]]; // it may change before the server is free
+  const found = await work("bake", (progress, signal) => live.bake(features, name, progress, signal));
   if (found) baked.value = { of, ...found };
 }
 

@@ -66,3 +66,18 @@ export function labelOf(entry: DictionaryEntry | undefined, id: number): string 
   if (!entry) return "";
   return lists.value.get(entry.key)?.label[id] ?? "";
 }
+
+/** The token whose logit a feature changes most, and that change, where its list is loaded. */
+export function strongestOf(entry: DictionaryEntry | undefined, id: number): [string, number] | null {
+  return (entry && lists.value.get(entry.key)?.strongest[id]) ?? null;
+}
+
+/** Classes that tell nothing of a feature. */
+const VAGUE = ["other", "unclear"];
+
+/** The class of a feature with the highest score, where its list is loaded; empty for one that tells nothing. */
+export function classOf(entry: DictionaryEntry | undefined, id: number): string {
+  const classes = (entry && lists.value.get(entry.key)?.classes[id]) ?? [];
+  const best = classes.reduce<[string, number] | undefined>((most, one) => (most && most[1] >= one[1] ? most : one), undefined);
+  return best && !VAGUE.includes(best[0]) ? best[0] : "";
+}

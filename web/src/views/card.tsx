@@ -3,13 +3,13 @@
 import type { JSX } from "preact";
 import { useEffect, useState } from "preact/hooks";
 
-import { clip, decimals, number, percent, short, visible, whole } from "../base/text";
+import { clip, decimals, number, percent, short, signed, visible, whole } from "../base/text";
 import { activations, type Activations } from "../data/live";
-import type { Context, DictionaryEntry, Explanation, FeatureCard } from "../data/types";
+import type { Context, DictionaryEntry, Explanation, FeatureCard, TokenWeight } from "../data/types";
 import { Whisker } from "../parts/lanes";
 import { Icon } from "../parts/marks";
 import { Strength } from "../parts/strength";
-import { Heat, HeatScale, Weights } from "../parts/tokens";
+import { Heat, HeatScale, Weights, Writes } from "../parts/tokens";
 import { change, pin, strengthen, unpin } from "../state/change";
 import { card, isLive, lists, message } from "../state/data";
 
@@ -71,6 +71,7 @@ function Shown({ entry, card: own, open }: { entry: DictionaryEntry; card: Featu
         </dl>
         <Histogram card={own} />
       </div>
+      <Strongest card={own} />
       <div class="writes">
         <Weights title="Promotes" note="Decoder row, final norm, unembedding" tokens={own.promoted.slice(0, 8)} />
         <Weights title="Suppresses" note="Decoder row, final norm, unembedding" tokens={own.suppressed.slice(0, 8)} />
@@ -81,6 +82,24 @@ function Shown({ entry, card: own, open }: { entry: DictionaryEntry; card: Featu
       <Cofiring entry={entry} card={own} open={open} />
     </article>
   );
+}
+
+/** The side with the larger logits, in words. */
+function Strongest({ card: own }: { card: FeatureCard }): JSX.Element | null {
+  const [up, down] = [own.promoted[0], own.suppressed[0]];
+  const most = strongest(up, down);
+  if (!most) return null;
+  const other = most === up ? down : up;
+  return (
+    <p class="strongest">
+      <Writes token={most.token} weight={most.weight} />
+      {other && <> more than it {other.weight < 0 ? "suppresses" : "promotes"} any token: <span class="num">{signed(most.weight, 2)}</span> against <span class="num">{signed(other.weight, 2)}</span></>}
+    </p>
+  );
+}
+
+function strongest(up: TokenWeight | undefined, down: TokenWeight | undefined): TokenWeight | undefined {
+  return up && down ? (Math.abs(down.weight) > Math.abs(up.weight) ? down : up) : (up ?? down);
 }
 
 function Explanations({ explanations }: { explanations: readonly Explanation[] }): JSX.Element {

@@ -1,5 +1,5 @@
 /* Side-by-side chat: the model's own reply and the reply under the change, token by token. A strength that is dragged
-   starts the edited reply again. */
+   starts the edited reply again; while a proof or a bake runs, replies wait. */
 
 import { signal } from "@preact/signals";
 import type { JSX } from "preact";
@@ -8,9 +8,10 @@ import { useEffect, useState } from "preact/hooks";
 import { clip, counted, short, visible } from "../base/text";
 import * as live from "../data/live";
 import type { Replies, Stream } from "../data/types";
-import { change, identity } from "../state/change";
+import { change, identity, task } from "../state/change";
 import { isLive, manifest, message, session } from "../state/data";
 import { asNumber, tune } from "../state/hash";
+import { Serve } from "./serve";
 
 /** Milliseconds that a strength must rest before the edited reply starts again. */
 const PAUSE = 300;
@@ -67,7 +68,7 @@ async function run(which: Stream[]): Promise<void> {
         },
         done(stream, reason) {
           flush();
-          update(stream, { state: "done", reason });
+          update(stream, { state: "done", reason: reason === "cancelled" && task.value ? `cancelled by the ${task.value}` : reason });
         },
       },
       own.signal,
@@ -102,16 +103,17 @@ function Live(): JSX.Element {
   const temperature = asNumber("temperature", 0, 0, 2);
   const busy = replies.value.original.state === "running" || replies.value.edited.state === "running";
 
+  const other = task.value;
   // A change while a reply is shown starts the edited one again; the original goes on where it is not finished.
   useEffect(() => {
-    if (!asked.value || shownChange === `${editing.value}${identity.value}`) return;
+    if (other || !asked.value || shownChange === `${editing.value}${identity.value}`) return;
     const timer = setTimeout(() => void run(replies.value.original.state === "running" ? ["original", "edited"] : ["edited"]), PAUSE);
     return () => clearTimeout(timer);
-  }, [identity.value, editing.value]);
+  }, [identity.value, editing.value, other]);
 
   function ask(event: Event): void {
     event.preventDefault();
-    if (!prompt.trim()) return;
+    if (!prompt.trim() || other) return;
     asked.value = { prompt, ...(system.trim() ? { system } : {}), max_new_tokens: tokens, temperature };
     void run(["original", "edited"]);
   }
@@ -135,9 +137,10 @@ function Live(): JSX.Element {
             <input type="checkbox" role="switch" checked={editing.value} onChange={(event) => (editing.value = event.currentTarget.checked)} />
             Edit on
           </label>
-          {busy ? <button type="button" class="plain" onClick={stop}>Stop</button> : <button type="submit" class="main" disabled={!prompt.trim()}>Reply</button>}
+          {busy ? <button type="button" class="plain" onClick={stop}>Stop</button> : <button type="submit" class="main" disabled={!prompt.trim() || other !== null}>Reply</button>}
         </div>
       </form>
+      {other && <p class="hold" role="status">A {other} is running; replies wait for it.</p>}
       {trouble.value && <p class="trouble" role="alert">{visible(trouble.value)}</p>}
       <Streams />
     </>
@@ -197,8 +200,8 @@ function FromDisk(): JSX.Element {
     <>
       <h1>{recorded.length ? "Recorded replies" : "Watch the model change"}</h1>
       <p class="lead">
-        This page was opened without its model. <code>unsleep serve</code> with the same folder loads it, and then prompts are
-        answered here by the original and the edited model side by side.
+        This page was opened without its model. With <Serve />, prompts are answered here by the original and the edited model
+        side by side.
       </p>
       {one && <Recorded all={recorded} chosen={chosen} one={one} />}
     </>

@@ -20,11 +20,12 @@ export function Overview(): JSX.Element | null {
   return (
     <div class="page wrap">
       <header class="hero">
-        <p class="eyebrow">{run ? "Evaluation" : "Explorer"}</p>
-        <h1 class="text">{short(run?.title ?? all.title, 120)}</h1>
+        <p class="eyebrow">{run && run.title === all.title ? "Evaluation" : "Explorer"}</p>
+        <h1 class="text">{short(all.title, 120)}</h1>
+        {run && run.title !== all.title && runs.length === 1 && <h2 class="verdict-of text">Verdict on {short(run.title, 100)}</h2>}
         {runs.length > 1 && (
           <label class="field-label">
-            Run{" "}
+            Verdict on{" "}
             <select value={chosen} onChange={(event) => tune({ run: event.currentTarget.value })}>
               {runs.map((one, i) => <option value={i}>{short(one.title, 80)}</option>)}
             </select>

@@ -10,9 +10,11 @@ import type { LogOdds, Proof, Row, Words } from "../data/types";
 import { Lanes } from "../parts/lanes";
 import { Icon } from "../parts/marks";
 import { Strength } from "../parts/strength";
-import { bake, baked, change, clear, identity, isProven, proof, prove, start, stop, strengthen, trouble, unpin, working } from "../state/change";
+import { bake, baked, change, clear, identity, isProven, proof, prove, start, stop, strengthen, trouble, unbakeable, unpin, working } from "../state/change";
 import { entryAt, isLive, labelOf, list, manifest, session } from "../state/data";
 import { link } from "../state/hash";
+import { Both } from "./both";
+import { Serve } from "./serve";
 
 const opened = signal(false);
 
@@ -90,12 +92,12 @@ function Offer(): JSX.Element | null {
 /** The one next step: prove, then bake. */
 function Action(): JSX.Element {
   const work = working.value;
-  if (!isLive.value) return <small class="tray-note">Open it with <code>unsleep serve</code> to prove and bake it.</small>;
+  if (!isLive.value) return <small class="tray-note">To prove and bake it: <Serve /></small>;
   if (work) {
     return (
       <span class="tray-work" role="status">
         <progress {...(work.total > 0 ? { value: work.done, max: work.total } : {})} aria-label={work.stage} />
-        <small class="text">{short(work.stage, 40)}{work.total > 0 && ` ${work.done} of ${work.total}`}</small>
+        <small class="text">A {work.task} is running: {short(work.stage, 40)}{work.total > 0 && ` ${work.done} of ${work.total}`}</small>
         <button type="button" class="plain" onClick={stop}>Stop</button>
       </span>
     );
@@ -106,7 +108,20 @@ function Action(): JSX.Element {
     <span class="tray-work">
       {!able && <small class="tray-note">No held-out prompts are known to the server.</small>}
       <button type="button" class="main" disabled={!able} onClick={() => { opened.value = true; void prove(); }}>Prove on held-out prompts</button>
+      {able && unbakeable.value.length > 0 && <NoBake />}
     </span>
+  );
+}
+
+/** A bake that would be refused, and why. */
+function NoBake(): JSX.Element {
+  const [first, ...more] = unbakeable.value;
+  const which = `${first?.site}/${first?.id}${more.length ? ` and ${counted(more.length, "more", "more")}` : ""}`;
+  return (
+    <>
+      <small class="tray-note" id="no-bake">Only residual features can be baked; {which} cannot</small>
+      <button type="button" class="main" disabled aria-describedby="no-bake">Bake</button>
+    </>
   );
 }
 
@@ -121,6 +136,7 @@ function Bake(): JSX.Element {
       </span>
     );
   }
+  if (unbakeable.value.length > 0) return <span class="tray-work"><NoBake /></span>;
   if (change.value.some((one) => one.scale !== 0)) return <small class="tray-note">Proven. Only a change that removes its features can be baked.</small>;
   return (
     <form class="tray-work" onSubmit={(event) => { event.preventDefault(); void bake(name.trim()); }}>
@@ -147,6 +163,7 @@ function Outcome(): JSX.Element | null {
         {(held.found.notes ?? []).map((note) => ` ${visible(note)}`)}
       </p>
       <div class="effects">{facets(held.found.rows, words).map((rows) => <Lanes rows={rows} words={words} />)}</div>
+      <Both proof={held.found} words={words} />
     </section>
   );
 }

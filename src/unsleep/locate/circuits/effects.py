@@ -85,12 +85,18 @@ def _best(mean: Mapping[Place, Float[Tensor, "role node"]], n: int) -> list[Spot
 
 
 def effects(
-    contrast: Contrast, spaces: Sequence[Space], estimator: Estimator = "attribution", *, keep: int = 0
+    contrast: Contrast,
+    spaces: Sequence[Space],
+    estimator: Estimator = "attribution",
+    *,
+    keep: int = 0,
+    stage: str = "node effects",
 ) -> Effects:
     """Estimate the effect of every node.
 
     Args:
         keep: of so many nodes, those with the largest |mean effect|, the effect on every prompt is returned too.
+        stage: name for the progress callback.
 
     Raises `BadInput` as `Linearisation.of` does for `relevance`.
     """
@@ -98,7 +104,7 @@ def effects(
     metrics: list[Tensor] = []
     others: list[Tensor] = []
     by_place: dict[Place, _Sparse] = {space.place: _Sparse() for space in spaces}
-    for found in _batches(contrast, spaces, estimator):
+    for found in _batches(contrast, spaces, estimator, stage):
         for space in spaces:
             each = found.effects(space)
             share = each.sum(0) / len(contrast)
@@ -173,14 +179,14 @@ class _Batch:
         return node_effects(space, self.part, self.mine[place], self.theirs[place], self.slopes[place])
 
 
-def _batches(contrast: Contrast, spaces: Sequence[Space], estimator: Estimator) -> Iterator[_Batch]:
+def _batches(contrast: Contrast, spaces: Sequence[Space], estimator: Estimator, stage: str) -> Iterator[_Batch]:
     frozen = Linearisation.of(contrast.model.network) if estimator == "relevance" else None
     places = [space.place for space in spaces]
     for start, part in contrast.parts():
         theirs, other = contrast.run_reference(part, places)
         mine, slopes, value = _gradients(contrast, part, theirs, frozen, estimator)
         yield _Batch(part, mine, theirs, slopes, value, other)
-        progress("node effects", start + len(part), len(contrast))
+        progress(stage, start + len(part), len(contrast))
 
 
 @contextlib.contextmanager

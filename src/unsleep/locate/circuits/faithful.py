@@ -144,12 +144,14 @@ def curve(
     sizes: Sequence[int],
     measure: Callable[[Sequence[Node], bool], Float[Tensor, " prompt"]],
     ends: tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]],
+    stage: str = "faithfulness",
 ) -> list[CurvePoint]:
     """Faithfulness and completeness of the first nodes of a ranking.
 
     Args:
         measure: the metric where some nodes, or all but them, keep their own values (`Patcher.run`).
         ends: the metric of the whole model and with no node kept.
+        stage: name for the progress callback.
 
     Empty where the two ends are the same, so that there is nothing to explain.
     """
@@ -159,7 +161,7 @@ def curve(
     for done, size in enumerate(sizes, 1):
         both = (share(measure(ranked[:size], complement), ends) for complement in (False, True))
         found.append(CurvePoint(size, *both))
-        progress("circuits of so many nodes", done, len(sizes))
+        progress(stage, done, len(sizes))
     return found
 
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unsleep.base.context import kept
 from unsleep.base.stats import bootstrap
 from unsleep.core import BadInput, Site
+from unsleep.locate.circuits.align import Aligned
 from unsleep.locate.circuits.config import CircuitConfig
 from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.edges import OUTPUT, Edges, Node, edges
 from unsleep.locate.circuits.effects import Effects, Estimator, effects, reference_nodes
 from unsleep.locate.circuits.exact import Agreement, agreement, exact_effects
-from unsleep.locate.circuits.faithful import CurvePoint, Patcher, curve, differ
+from unsleep.locate.circuits.faithful import Patcher, curve, differ
 from unsleep.locate.circuits.heads import head_loadings, listed
 from unsleep.locate.circuits.measure import measured
-from unsleep.locate.circuits.record import Curve, EdgeRow, NodeRow
+from unsleep.locate.circuits.record import MLP_ONLY, NEURONS_ONLY, Curve, EdgeRow, NodeRow
 from unsleep.locate.circuits.spaces import ERROR, NeuronSpace, Space, WholeSpace
 from unsleep.locate.circuits.stability import StabilityPoint, kept_shares, stability
+from unsleep.models.lens import TokenReading
 from unsleep.models.sites import Place, Slot, lanes, layers
 
 
@@ -36,6 +39,17 @@ class Known(NamedTuple):
     kept: dict[Node, float]
     """Share of resamples."""
     supernodes: dict[Node, str]
+    readings: dict[Node, TokenReading]
+    """Tokens that each feature promotes and suppresses."""
+
+
+class Strengths(NamedTuple):
+    """Strengths of nodes at their roles' tokens."""
+
+    values: Float[Tensor, "2 node"]
+    """Means over prompts and tokens, in the prompts and in their references."""
+    tokens: Int[Tensor, " node"]
+    """Token id at which a node is strongest in most prompts; -1 where it is strong at none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +68,13 @@ class Finder:
         return self.config.estimator in ("relevance", "inputs")
 
     def effects(
-        self, among: Sequence[Space], keep: int = 0, *, on: Contrast | None = None, by: Estimator | None = None
+        self,
+        among: Sequence[Space],
+        keep: int = 0,
+        *,
+        on: Contrast | None = None,
+        by: Estimator | None = None,
+        stage: str = "node effects",
     ) -> Effects:
         """Effects of all nodes of some spaces, and of the largest ones on every prompt.
 
@@ -62,11 +82,12 @@ class Finder:
             keep: number of the latter.
             on: some of the prompts.
             by: another estimator than the config's.
+            stage: name for the progress callback.
         """
         contrast, estimator = on or self.contrast, by or self.config.estimator
 
         def make() -> dict[str, Tensor]:
-            found = effects(contrast, among, estimator, keep=keep)
+            found = effects(contrast, among, estimator, keep=keep, stage=stage)
             tensors = {f"mean/{place}": x for place, x in found.mean.items()}
             return tensors | {"metric": found.metric, "reference": found.reference, "each": found.each}
 
@@ -117,14 +138,19 @@ class Finder:
 
     def points(
         self,
+        name: str,
         chosen: Sequence[Node],
         among: Sequence[Space],
         ends: tuple[Tensor, Tensor],
         with_errors: bool = False,
-    ) -> tuple[CurvePoint, ...]:
-        """Faithfulness and completeness of circuits of the config's sizes."""
+    ) -> Curve:
+        """Faithfulness and completeness of circuits of the config's sizes, under a name."""
         sizes = sorted({min(size, len(chosen)) for size in self.config.sizes if chosen})
-        return tuple(curve(chosen, sizes, lambda part, rest: self.metric_with(among, part, rest, with_errors), ends))
+
+        def measure(part: Sequence[Node], rest: bool) -> Float[Tensor, " prompt"]:
+            return self.metric_with(among, part, rest, with_errors)
+
+        return Curve(name, tuple(curve(chosen, sizes, measure, ends, f"faithfulness of {name}".replace(",", ""))))
 
     def curves(self, nodes: Sequence[Node]) -> tuple[tuple[Curve, ...], tuple[Tensor, Tensor]]:
         """Curves of the circuit and its baselines, and the metric's ends; raises as `circuit` does."""
@@ -139,21 +165,22 @@ class Finder:
         bare = ends[0], self.metric_with(self.spaces, [], False, True)
         random = _random(features, self.spaces, self.config.seed)
         found = [
-            Curve("features and errors", self.points(nodes, self.spaces, ends)),
-            Curve("features, every error kept", self.points(features, self.spaces, bare, True)),
-            Curve("random features", self.points(random, self.spaces, ends)),
+            self.points("features and errors", nodes, self.spaces, ends),
+            self.points("features, every error kept", features, self.spaces, bare, True),
+            self.points("random features", random, self.spaces, ends),
         ]
         if not self.config.neurons:
             return tuple(found), ends
         network = self.contrast.model.network
         slots = [Slot(layer, "neurons") for layer in range(len(layers(network)))]
         inside: list[Space] = [NeuronSpace(slot, lanes(network, slot).heads) for slot in slots]
-        own = self.ranked(self.effects(inside), inside, max(self.config.sizes))
-        found.append(Curve("neurons", self.points(own, inside, self.limits(inside))))
+        ranking = self.effects(inside, stage="effects of MLP neurons")
+        own = self.ranked(ranking, inside, max(self.config.sizes))
+        found.append(self.points(NEURONS_ONLY, own, inside, self.limits(inside)))
         mlp = [space for space in self.spaces if isinstance(space.place, Site) and space.place.point == "mlp"]
         if mlp:
             own = [node for node in nodes if node.place in {space.place for space in mlp}]
-            found.append(Curve("features and errors of MLPs", self.points(own, mlp, self.limits(mlp))))
+            found.append(self.points(MLP_ONLY, own, mlp, self.limits(mlp)))
         return tuple(found), ends
 
     def exact(
@@ -177,7 +204,8 @@ class Finder:
         estimated: dict[Estimator, Tensor] = {self.config.estimator: each[: len(few), ids].mean(0)}
         if "attribution" not in estimated:
             used = [space for space in self.spaces if any(node.place == space.place for node in nodes)]
-            mean, sizes = self.effects(used, on=few, by="attribution").mean, {space.place: space.size for space in used}
+            by_gradient = self.effects(used, on=few, by="attribution", stage="effects by attribution")
+            mean, sizes = by_gradient.mean, {space.place: space.size for space in used}
             columns = [sizes[node.place] if node.feature == ERROR else node.feature for node in nodes]
             values = [float(mean[n.place][n.role, column]) for n, column in zip(nodes, columns, strict=True)]
             estimated["attribution"] = torch.tensor(values)
@@ -194,14 +222,15 @@ class Finder:
 
     def node_rows(self, nodes: Sequence[Node], known: Known) -> tuple[NodeRow, ...]:
         """The nodes with effects, intervals and strengths."""
-        strengths = kept(lambda: {"strengths": self._strengths(nodes)}, made_from=(self.contrast, self.spaces, nodes))[
-            "strengths"
-        ]
+        made = kept(lambda: self._strengths(nodes)._asdict(), made_from=(self.contrast, self.spaces, nodes))
+        strengths, tokens = made["values"], made["tokens"].tolist()
+        spell = self.contrast.model.spell
         by_place = {space.place: space for space in self.spaces}
         rows: list[NodeRow] = []
         for i, node in enumerate(nodes):
             effect, low, high = bootstrap(known.effects[:, i])
             is_token = isinstance(by_place[node.place], WholeSpace)
+            reading = known.readings.get(node, TokenReading((), ()))
             rows.append(
                 NodeRow(
                     place=str(node.place),
@@ -217,14 +246,17 @@ class Finder:
                     exact=known.exact.get(node),
                     kept=known.kept.get(node),
                     supernode=known.supernodes.get(node, ""),
+                    token="" if tokens[i] < 0 else spell(tokens[i]),
+                    promotes=reading.promotes,
+                    suppresses=reading.suppresses,
                 )
             )
         return tuple(rows)
 
     @torch.no_grad()
-    def _strengths(self, nodes: Sequence[Node]) -> Float[Tensor, "2 node"]:
-        """Mean strength of every node at its role's tokens, in the prompts and in their references."""
-        found = torch.zeros(2, len(nodes))
+    def _strengths(self, nodes: Sequence[Node]) -> Strengths:
+        """Strength of every node at its role's tokens, in the prompts and in their references."""
+        found, peaks = torch.zeros(2, len(nodes)), [Counter[int]() for _ in nodes]
         own: dict[Place, list[int]] = {}
         for i, node in enumerate(nodes):
             own.setdefault(node.place, []).append(i)
@@ -243,7 +275,10 @@ class Finder:
                             column = nodes[i].feature
                             values = rest[here].norm(dim=-1) if column == ERROR else features[here][:, column]
                             found[which, i] += float(values.mean()) * share
-        return found
+                            if which == 0:
+                                peaks[i].update(_peaks(part, part.role == nodes[i].role, values))
+        best = [max(each, key=lambda t: (each[t], -t), default=-1) for each in peaks]
+        return Strengths(found, torch.tensor(best, dtype=torch.long))
 
     def edge_rows(self, nodes: Sequence[Node], linked: Edges) -> tuple[EdgeRow, ...]:
         """The edges with the largest |weight|, predicted and measured."""
@@ -283,6 +318,14 @@ class Finder:
             return {}
         found = kept(make, made_from=(few, self.spaces, nodes, pairs, self.is_frozen))
         return {int(i): parts for i, parts in found.items() if i}
+
+
+def _peaks(part: Aligned, here: Bool[Tensor, "row position"], values: Float[Tensor, " token"]) -> list[int]:
+    """Token ids at which a node is strongest, one for every prompt in which it is strong at all."""
+    strength = torch.zeros(here.shape, device=values.device).masked_scatter(here.to(values.device), values.float())
+    top = strength.max(1)
+    ids = part.rows.ids.to(top.indices.device).gather(1, top.indices[:, None])[:, 0]
+    return ids[top.values > 0].tolist()
 
 
 def _random(features: Sequence[Node], spaces: Sequence[Space], seed: int) -> list[Node]:

@@ -41,6 +41,12 @@ class NodeRow:
     """Share of resamples of the prompts whose circuit has the node."""
     supernode: str = ""
     """Name of its supernode; empty where it is alone."""
+    token: str = ""
+    """The role's token at which it is most often strongest."""
+    promotes: tuple[tuple[str, float], ...] = ()
+    """Of a feature, the tokens whose logits its decoder row raises most, largest first (`models.lens.logit_lens`)."""
+    suppresses: tuple[tuple[str, float], ...] = ()
+    """Likewise, lowers most."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,17 @@ class EdgeRow:
     """Attention heads of the target's layer that carry it, largest first."""
 
 
+MLP_ONLY = "MLP Sites only, the rest runs freely"
+NEURONS_ONLY = "MLP neurons only, the rest runs freely"
+"""Names of curves: nodes are at some places, and everything between these is as the model computes it."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Faithfulness and completeness of ever larger circuits."""
 
     name: str
-    """`features`, `features, every error kept`, `neurons` or `random features`."""
+    """`features and errors`, `features, every error kept`, `random features`, `NEURONS_ONLY` or `MLP_ONLY`."""
     points: tuple[CurvePoint, ...]
     """None where such nodes alone carry nothing: the metric is the same with all of them put back."""
 

@@ -14,7 +14,7 @@ from unsleep.locate.circuits.contrast import Contrast, Metric
 from unsleep.locate.circuits.finder import Finder, Known
 from unsleep.locate.circuits.record import CircuitRecord
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
-from unsleep.locate.circuits.supernodes import supernodes
+from unsleep.locate.circuits.supernodes import readings, supernodes
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import tap, width
@@ -57,7 +57,8 @@ def circuit(
     exact, agreements = finder.exact(candidates, each)
     shares, stable = finder.stability(each, len(chosen))
     groups = supernodes(model, finder.spaces, chosen, aligned.roles)
-    known = Known(each[:, : len(chosen)], exact, dict(zip(candidates, shares, strict=True)), groups)
+    read = readings(model, finder.spaces, chosen)
+    known = Known(each[:, : len(chosen)], exact, dict(zip(candidates, shares, strict=True)), groups, read)
     weight = known.effects.mean(0).abs()
     errors = sum(float(w) for node, w in zip(chosen, weight, strict=True) if node.feature == ERROR)
     return CircuitRecord(

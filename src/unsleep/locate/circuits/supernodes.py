@@ -2,7 +2,7 @@
 
 Residual streams of all layers share a basis, in which decoder rows are comparable. Features of one role are clustered
 by the cosine of their decoder rows (average linkage); a cluster is named by its role and the token that its mean
-direction promotes most.
+direction promotes, or "not" the one that it suppresses, whichever has the larger logit.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from torch import Tensor
 
 from unsleep.locate.circuits.edges import Node
 from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space
-from unsleep.models.lens import logit_lens
+from unsleep.models.lens import TokenReading, logit_lens, stronger
 from unsleep.models.model import LoadedModel
 from unsleep.models.sites import Place
 
 ALIKE = 0.5
 """Mean cosine from which features are one supernode."""
+
+WRITTEN = 4
+"""Tokens that are kept of what a feature writes."""
 
 
 def supernodes(
@@ -40,11 +43,21 @@ def supernodes(
         taken: dict[str, int] = {}
         for group in _clusters(rows):
             (reading,) = logit_lens(model, rows[group].mean(0, keepdim=True), 1)
-            name = f"{roles[role]}: {reading.promotes[0][0].strip() or reading.promotes[0][0]!r}"
+            written = stronger(*reading)
+            assert written is not None
+            token = written.tokens[0].strip() or repr(written.tokens[0])
+            name = f"{roles[role]}: {token if written.verb == 'promotes' else f'not {token}'}"
             taken[name] = taken.get(name, 0) + 1
             label = name if taken[name] == 1 else f"{name} ({taken[name]})"
             found |= {members[i]: label for i in group}
     return found
+
+
+def readings(model: LoadedModel, spaces: Sequence[Space], nodes: Sequence[Node]) -> dict[Node, TokenReading]:
+    """Feature → the tokens that its decoder row promotes and suppresses most; errors, tokens and neurons have none."""
+    by_place = {space.place: space for space in spaces}
+    own = [node for node in nodes if node.feature != ERROR and isinstance(by_place[node.place], FeatureSpace)]
+    return dict(zip(own, logit_lens(model, _rows(by_place, own), WRITTEN), strict=True)) if own else {}
 
 
 def _rows(by_place: dict[Place, Space], nodes: Sequence[Node]) -> Float[Tensor, "node width"]:
