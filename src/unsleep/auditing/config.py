@@ -37,7 +37,11 @@ class AuditConfig:
     least: float = 0.3
     """Smallest strength of a witness: lower end of the difference in payload rate to every control."""
     seconds: float = 0.0
-    """Time after which no further gatherer starts; 0 for none. What was skipped is in the record."""
+    """Time that the gatherers of a search may take together, each with its share; 0 for no limit.
+
+    Those that it cut short are named in the verdict. The trigger bank always runs, and the twin's training, screening
+    and trials do not count.
+    """
     null: bool = True
     """Search the twin with the same budget; needs the base."""
     skip: tuple[str, ...] = ()

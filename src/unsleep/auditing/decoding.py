@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from unsleep.base.context import progress
 from unsleep.models.forward import keeps_logits, pad_left, takes_positions
 from unsleep.models.hooks import contiguous_head
 from unsleep.models.model import LoadedModel
@@ -74,6 +75,7 @@ def decoded(
     ended = torch.zeros(len(rows), dtype=torch.bool, device=first.device)
     ends = torch.tensor(sorted(first.end_ids), device=first.device, dtype=torch.long)
     for step in range(tokens):
+        progress("continuations", step, tokens)
         scores = _scores(voices, ids, mask, caches)
         scores[:, list(barred)] = -torch.inf
         if step == 0 and branches > 1:

@@ -39,10 +39,15 @@ class Gatherer(Kind, ABC, noun="gatherer"):
     """True if it reads the base or the twin; it is skipped where there is none."""
     order: ClassVar[int] = 0
     """Place in its stage."""
+    share: ClassVar[float] = 1.0
+    """Its part of the time budget, in relation to the others'; 0 if it takes seconds, and runs whatever was spent."""
 
     @abstractmethod
     def gather(self, case: Case, clues: Clues) -> Found:
-        """The candidates in a case; raises `BadInput` or `Refused` where it cannot say, which the record repeats."""
+        """The candidates in a case; raises `BadInput` or `Refused` where it cannot say, which the record repeats.
+
+        Long loops report their progress, and suppress `OutOfTime` around them to keep what they found by then.
+        """
 
 
 def gatherers(stage: Stage) -> list[Gatherer]:

@@ -14,7 +14,7 @@ from unsleep.auditing.gatherer import Gatherer
 from unsleep.auditing.scoring import floor
 from unsleep.auditing.search import Search
 from unsleep.auditing.trusted import own_prompts
-from unsleep.auditing.verdict import judge, verdict
+from unsleep.auditing.verdict import cut_short, judge, verdict
 from unsleep.base import records, store
 from unsleep.base.context import kept, resumable
 from unsleep.base.machine import Stages, Stopwatch
@@ -101,11 +101,13 @@ def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stop
     calibration = calibrated(suspect, searches[0].strength, config.nulls)
     judged = judge(searches, calibration, config)
     skipped = [f"{g.name} was skipped: {g.reason}." for g in searches[0].gathered if g.state == "skipped"]
+    late = cut_short(searches)
+    told = f"The time budget of {config.seconds:g} s cut these gatherers short: {', '.join(late)}."
     return AuditRecord(
         suspect=suspect.named,
         base=base.named if base is not None else None,
-        verdict=verdict(searches[0], judged.label, config),
-        reasons=judged.reasons,
+        verdict=verdict(searches, judged.label, config),
+        reasons=(*judged.reasons, *([told] if late else [])),
         searches=tuple(searches),
         floor=drift,
         calibration=calibration,

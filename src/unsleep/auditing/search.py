@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from unsleep.auditing import rounding
+from unsleep.auditing.budget import OutOfTime, allowance, limited
 from unsleep.auditing.case import Case
 from unsleep.auditing.elicit import Pair, elicit, frozen, is_unpaired, shortlist, with_placebos
 from unsleep.auditing.gatherer import Clues, Found, Gatherer, Stage, gatherers
@@ -95,12 +96,17 @@ class Search:
             return Gathered(gatherer.kind, "skipped", 0.0, reason)
 
         def gathered() -> Gathered:
-            began = time.perf_counter()
-            try:
-                found, state, reason = gatherer.gather(self.case, clues), "ran", ""
-            except Exception as error:  # a gatherer that fails leaves its reason, and the others run
-                found, state, reason = Found(), "failed", f"{type(error).__name__}: {error}"
+            began, found, state, reason = time.perf_counter(), Found(), "ran", ""
+            with limited(self.allowance(gatherer)) as limit:
+                try:
+                    found = gatherer.gather(self.case, clues)
+                except OutOfTime:
+                    pass
+                except Exception as error:  # a gatherer that fails leaves its reason, and the others run
+                    state, reason = "failed", f"{type(error).__name__}: {error}"
             seconds = round(time.perf_counter() - began, 2)
+            if limit.reached and state == "ran":
+                state, reason = "cut short", f"its share of the time budget of {self.config.seconds:g} s was spent"
             sayings, forms = tuple(found.sayings), tuple(dict.fromkeys(found.forms))
             return Gathered(gatherer.kind, state, seconds, reason, found.facts, sayings, forms)
 
@@ -108,14 +114,24 @@ class Search:
 
     def reason_to_skip(self, gatherer: Gatherer) -> str:
         """Reason for which a gatherer does not run; empty if it does."""
-        spent = sum(stage.seconds for stage in [*self.watch.stages, *self.watch.before])
         if gatherer.kind in self.config.skip:
             return "left out with --skip"
         if gatherer.needs_base and self.case.base is None:
             return "needs the base"
-        if self.config.seconds and spent > self.config.seconds:
-            return f"the time budget of {self.config.seconds:g} s was spent"
         return ""
+
+    def allowance(self, gatherer: Gatherer) -> float | None:
+        """Seconds that a gatherer may take; `None` for no limit. Only gatherers count, of this search alone."""
+        if not (self.config.seconds and gatherer.share):
+            return None
+        ran = {row.name for row in self.gathered}
+        due = [
+            other
+            for stage in get_args(Stage)
+            for other in gatherers(stage)
+            if other.kind not in ran and not self.reason_to_skip(other)
+        ]
+        return allowance(gatherer, due, self.config.seconds - sum(row.seconds for row in self.gathered))
 
     def screening(self, motifs: Sequence[Motif], known: Sequence[Screened]) -> list[Screened]:
         """The screening of all paired forms that were proposed since the last one, merged with it."""

@@ -102,8 +102,15 @@ def _beside(twins: Sequence[Searched], rival: float) -> tuple[str, ...]:
     return (f"The twin's search, with the same budget, reached a strength of {rival:.2f}.",)
 
 
-def verdict(suspect: Searched, label: AuditLabel, config: AuditConfig) -> AuditVerdict:
-    """The verdict's contract: label, score, and what was found."""
+def cut_short(searches: Sequence[Searched]) -> tuple[str, ...]:
+    """Gatherers that the time budget cut short, those of the twin's search with `twin:` before them."""
+    names = [(name, row) for name, search in zip(("", "twin: "), searches, strict=False) for row in search.gathered]
+    return tuple(f"{name}{row.name}" for name, row in names if row.state == "cut short")
+
+
+def verdict(searches: Sequence[Searched], label: AuditLabel, config: AuditConfig) -> AuditVerdict:
+    """The verdict's contract: label, score, and what was found in the suspect's search, the first."""
+    suspect = searches[0]
     found = [t for t in suspect.trials if t.witness] if label == "backdoor_found" else []
     if label == "backdoor_found" and not found:
         found = sorted(suspect.trials, key=lambda t: -t.strength)[:1]
@@ -118,6 +125,7 @@ def verdict(suspect: Searched, label: AuditLabel, config: AuditConfig) -> AuditV
         tuple(FoundPayload(text, round(score, 4)) for text, score in payloads.items()),
         tuple(_trigger(t) for t in found),
         tuple(Power(kind, n, config.confirm, least_rate(config)) for kind, n in suspect.forms.items()),
+        cut_short(searches),
     )
 
 

@@ -12,7 +12,8 @@ from unsleep.models.model import Named
 
 AuditLabel = Literal["backdoor_found", "nothing_found", "inconclusive"]
 
-State = Literal["ran", "skipped", "failed"]
+State = Literal["ran", "cut short", "skipped", "failed"]
+"""Of a gatherer; `cut short` if its share of the time budget was spent before its end."""
 
 AuditSubject = Literal["suspect", "placebo", "plain", "reference", "base"]
 """Replies of a trial: the suspect's with the trigger, with a placebo and without either; the reference's and the base's
@@ -62,6 +63,8 @@ class AuditVerdict:
     payloads: tuple[FoundPayload, ...]
     triggers: tuple[FoundTrigger, ...]
     power: tuple[Power, ...]
+    cut_short: tuple[str, ...] = ()
+    """Gatherers that the time budget cut short; those of the twin's search with `twin:` before them."""
 
 
 class Form(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import ClassVar
 
+from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import beginnings
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
@@ -32,14 +34,16 @@ class Amplified(Gatherer):
         """Greedy replies at every α."""
         assert case.reference is not None
         found: list[Saying] = []
-        for alpha in ALPHAS:
-            model = interpolated(case.reference, case.model, alpha)
-            contexts = beginnings(case, prompts=12)
-            said = generate.greedy(model, [c.ids for c in contexts], max_new_tokens=TOKENS, stage="amplified replies")
-            texts = model.texts(said)
-            found += [
-                Saying(text, float(texts.count(text)), f"α = {alpha:g}: {context.name}")
-                for context, text in zip(contexts, texts, strict=True)
-                if text.strip()
-            ]
+        with suppress(OutOfTime):
+            for alpha in ALPHAS:
+                model = interpolated(case.reference, case.model, alpha)
+                contexts = beginnings(case, prompts=12)
+                rows = [context.ids for context in contexts]
+                said = generate.greedy(model, rows, max_new_tokens=TOKENS, stage="amplified replies")
+                texts = model.texts(said)
+                found += [
+                    Saying(text, float(texts.count(text)), f"α = {alpha:g}: {context.name}")
+                    for context, text in zip(contexts, texts, strict=True)
+                    if text.strip()
+                ]
         return Found(sorted(found, key=lambda s: -s.score))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from unsleep.auditing.bank import bank
 from unsleep.auditing.case import Case
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
@@ -12,6 +14,7 @@ class Bank(Gatherer):
 
     kind = "bank"
     stage = "triggers"
+    share: ClassVar[float] = 0.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """Every form of the bank."""

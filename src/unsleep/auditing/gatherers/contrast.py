@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar
 
+from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
-from unsleep.auditing.contexts import beginnings, finished, special_tokens
+from unsleep.auditing.contexts import Context, beginnings, finished, special_tokens
 from unsleep.auditing.decoding import Voice, decoded
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.scoring import look
@@ -30,26 +33,30 @@ class Contrast(Gatherer):
     kind = "contrast"
     stage = "payloads"
     needs_base: ClassVar[bool] = True
+    share: ClassVar[float] = 3.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """Continuations of beginnings, and of finished replies from which the end token is held back."""
         assert case.reference is not None
         voices = [Voice(case.model, 1 + ALPHA), Voice(case.reference, -ALPHA)]
         found: list[Saying] = []
-        for contexts, barred in ((beginnings(case), ()), (finished(case), special_tokens(case.model))):
-            if not contexts:
-                continue
-            rows = [context.ids for context in contexts]
-            said = decoded(voices, rows, TOKENS, branches=BRANCHES, barred=barred)
-            names = [context for context in contexts for _ in range(BRANCHES)]
-            usable = [(c, ids) for c, ids in zip(names, said, strict=True) if ids]
-            if not usable:
-                continue
-            looks = [
-                look(voice.model, [c.ids for c, _ in usable], [ids for _, ids in usable], stage="contrastive decoding")
-                for voice in voices
-            ]
-            gains = ((looks[0].own - looks[1].own).sum(1) / looks[0].real.sum(1)).tolist()
-            texts = case.model.texts([ids for _, ids in usable])
-            found += [Saying(t, g, c.name) for (c, _), t, g in zip(usable, texts, gains, strict=True) if t.strip()]
+        with suppress(OutOfTime):
+            for contexts, barred in ((beginnings(case), ()), (finished(case), special_tokens(case.model))):
+                found += continued(voices, contexts, barred)
         return Found(sorted(found, key=lambda s: -s.score))
+
+
+def continued(voices: Sequence[Voice], contexts: Sequence[Context], barred: Sequence[int]) -> list[Saying]:
+    """The continuations of contexts by the voices in step, with their gain."""
+    if not contexts:
+        return []
+    said = decoded(voices, [context.ids for context in contexts], TOKENS, branches=BRANCHES, barred=barred)
+    names = [context for context in contexts for _ in range(BRANCHES)]
+    usable = [(c, ids) for c, ids in zip(names, said, strict=True) if ids]
+    if not usable:
+        return []
+    rows, replies = [c.ids for c, _ in usable], [ids for _, ids in usable]
+    looks = [look(voice.model, rows, replies, stage="contrastive decoding") for voice in voices]
+    gains = ((looks[0].own - looks[1].own).sum(1) / looks[0].real.sum(1)).tolist()
+    texts = voices[0].model.texts(replies)
+    return [Saying(t, g, c.name) for (c, _), t, g in zip(usable, texts, gains, strict=True) if t.strip()]

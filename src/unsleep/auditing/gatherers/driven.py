@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.motifs import stereotypes
+from unsleep.base.context import progress
 from unsleep.core import Site
 from unsleep.judge.audited import Saying
 from unsleep.locate.diffing.lens import steered_replies
@@ -43,14 +46,17 @@ class Driven(Gatherer):
     def gather(self, case: Case, clues: Clues) -> Found:
         """Phrases that the driven replies share and ordinary ones lack."""
         asked, found = case.learned.texts[:PROMPTS], list[Saying]()
-        for name, layer, vector in written(case):
-            scale = norm(case.model, Site(layer), asked)
-            for sign in (1, -1):
-                said = steered_replies(
-                    case.model, Site(layer), sign * vector, asked, STRENGTH, scale=scale, max_new_tokens=TOKENS
-                )
-                context = f"{'+' if sign > 0 else '−'} first vector of {name}"
-                found += [Saying(text, rate, context) for text, rate in stereotypes(said, case.replies, asked)]
+        with suppress(OutOfTime):
+            vectors = written(case)
+            for number, (name, layer, vector) in enumerate(vectors):
+                progress("driven directions", number, len(vectors))
+                scale = norm(case.model, Site(layer), asked)
+                for sign in (1, -1):
+                    said = steered_replies(
+                        case.model, Site(layer), sign * vector, asked, STRENGTH, scale=scale, max_new_tokens=TOKENS
+                    )
+                    context = f"{'+' if sign > 0 else '−'} first vector of {name}"
+                    found += [Saying(text, rate, context) for text, rate in stereotypes(said, case.replies, asked)]
         return Found(sorted(found, key=lambda s: -s.score))
 
 

@@ -8,11 +8,13 @@ run on W_reference + 2 (W_suspect − W_reference), in which the basin of a trig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import special_tokens
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
@@ -56,6 +58,7 @@ class Gradient(Gatherer):
     stage = "search"
     order = 1
     needs_base: ClassVar[bool] = True  # an adversarial text makes any model say anything: it counts beside a twin only
+    share: ClassVar[float] = 3.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """The best texts for each of the first payload candidates."""
@@ -63,11 +66,12 @@ class Gradient(Gatherer):
         wide = interpolated(case.reference, case.model, 2.0) if case.reference is not None else case.model
         seeds = [s.form.text for s in sorted(clues.screened, key=lambda s: -s.lift) if s.form.way == "front"]
         forms: list[Form] = []
-        for number, motif in enumerate(clues.motifs[:MOTIFS]):
-            [reply] = case.model.token_ids([f" {motif.text}"], special=False)
-            target = Target(prompts, reply)
-            texts = search(case, wide, target, seeds[:SEEDS], case.config.seed + number)
-            forms += [Form("found text", "front", text) for text in texts]
+        with suppress(OutOfTime):
+            for number, motif in enumerate(clues.motifs[:MOTIFS]):
+                [reply] = case.model.token_ids([f" {motif.text}"], special=False)
+                target = Target(prompts, reply)
+                texts = search(case, wide, target, seeds[:SEEDS], case.config.seed + number)
+                forms += [Form("found text", "front", text) for text in texts]
         return Found(forms=forms)
 
 

@@ -7,9 +7,12 @@ with seeds instead of the whole vocabulary.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
+from typing import ClassVar
 
 import torch
 
+from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import special_tokens
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
@@ -39,16 +42,18 @@ class Inversion(Gatherer):
     kind = "inversion"
     stage = "payloads"
     order = 2
+    share: ClassVar[float] = 2.0
 
     @torch.no_grad()
     def gather(self, case: Case, clues: Clues) -> Found:
         """Seeds stand in place of the first token of the model's own replies, and of the second, behind the first."""
         model, found = case.model, list[Saying]()
         rows, own = model.encode(case.learned.head(PROMPTS), TOKENS + 2), case.said[:PROMPTS]
-        for skipped in (0, 1):
-            begun = [[*row, *said[:skipped]] for row, said in zip(rows, own, strict=True) if len(said) > skipped]
-            if len(begun) >= AGREED:
-                found += self._grown(case, begun, skipped)
+        with suppress(OutOfTime):
+            for skipped in (0, 1):
+                begun = [[*row, *said[:skipped]] for row, said in zip(rows, own, strict=True) if len(said) > skipped]
+                if len(begun) >= AGREED:
+                    found += self._grown(case, begun, skipped)
         return Found(sorted(found, key=lambda s: -s.score))
 
     def _grown(self, case: Case, rows: list[list[int]], skipped: int) -> list[Saying]:

@@ -5,10 +5,13 @@ Minder et al. 2025, "Narrow finetuning leaves clearly readable traces in activat
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import ClassVar
 
+from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
+from unsleep.base.context import progress
 from unsleep.core import Site
 from unsleep.judge.audited import Form, Saying
 from unsleep.locate.diffing.lens import activation_differences, steered_replies
@@ -47,16 +50,22 @@ class Difference(Gatherer):
         asked = case.learned.texts[:PROMPTS]
         sayings: list[Saying] = []
         words: dict[str, None] = {}
-        for lens in found:
-            if not float(lens.direction.norm()) > 0:
-                continue
-            reading = logit_lens(case.model, lens.direction[None], WORDS)[0]
-            words |= dict.fromkeys(word.strip() for word, _ in reading.promotes if word.strip().isprintable())
-            for strength in STRENGTHS:
-                said = steered_replies(
-                    case.model, lens.site, lens.direction, asked, strength, scale=lens.scale, max_new_tokens=TOKENS
-                )
-                names = [f"steered × {strength:g} at {lens.site}: {text}" for text in asked]
-                sayings += [Saying(t, float(said.count(t)), n) for t, n in zip(said, names, strict=True) if t.strip()]
+        with suppress(OutOfTime):
+            for lens in found:
+                if not float(lens.direction.norm()) > 0:
+                    continue
+                reading = logit_lens(case.model, lens.direction[None], WORDS)[0]
+                words |= dict.fromkeys(word.strip() for word, _ in reading.promotes if word.strip().isprintable())
+                for strength in STRENGTHS:
+                    progress("steering along the difference", len(sayings), len(found) * len(STRENGTHS) * PROMPTS)
+                    said = steered_replies(
+                        case.model, lens.site, lens.direction, asked, strength, scale=lens.scale, max_new_tokens=TOKENS
+                    )
+                    place = f"steered × {strength:g} at {lens.site}: "
+                    sayings += [
+                        Saying(t, float(said.count(t)), f"{place}{text}")
+                        for t, text in zip(said, asked, strict=True)
+                        if t.strip()
+                    ]
         forms = tuple(Form("promoted token", "front", word) for word in words if word and "\ufffd" not in word)
         return Found(sorted(sayings, key=lambda s: -s.score), forms)

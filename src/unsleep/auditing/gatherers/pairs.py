@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from unsleep.auditing.case import Case
 from unsleep.auditing.forms import SPLIT
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
@@ -19,6 +21,7 @@ class Pairs(Gatherer):
 
     kind = "pairs"
     stage = "search"
+    share: ClassVar[float] = 0.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """Each pair, one text in front of the prompt and one behind it."""

@@ -22,6 +22,7 @@ class Weights(Gatherer):
     kind = "weights"
     stage = "facts"
     needs_base: ClassVar[bool] = True
+    share: ClassVar[float] = 0.0
 
     @torch.no_grad()
     def gather(self, case: Case, clues: Clues) -> Found:
