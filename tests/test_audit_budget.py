@@ -15,7 +15,7 @@ from unsleep.auditing.search import Search
 from unsleep.auditing.verdict import cut_short
 from unsleep.base.context import progress, reporting
 from unsleep.base.machine import Stopwatch
-from unsleep.judge.audited import Gathered, Saying, Searched
+from unsleep.judge.audited import Gathered, Saying, Searched, State
 from unsleep.repairs.twin import TwinConfig
 
 
@@ -82,7 +82,7 @@ def test_a_gatherer_that_is_cut_short_keeps_what_it_had_found(monkeypatch: pytes
 
 
 def test_gatherers_of_the_twin_that_were_cut_short_are_told_apart():
-    def searched(state: str) -> Searched:
+    def searched(state: State) -> Searched:
         return Searched("model", (Gathered("leak", state, 1.0, ""),), (), (), {}, (), (), 0.0)
 
     assert cut_short([searched("ran"), searched("cut short")]) == ("twin: leak",)
