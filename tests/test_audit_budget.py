@@ -51,9 +51,12 @@ def test_the_bank_and_what_takes_seconds_have_no_limit():
     search = Search(case, Stopwatch())
     limits = {g.kind: search.allowance(g) for stage in ("facts", "triggers", "search") for g in gatherers(stage)}
     assert limits["weights"] is limits["bank"] is limits["pairs"] is None
-    assert limits["rare tokens"] == pytest.approx(10.0 / 6)  # of what needs no base: 2 + 2 + 1 + 1 parts
+    parts = {
+        g.kind: g.share for stage in ("payloads", "triggers", "search") for g in gatherers(stage) if not g.needs_base
+    }
+    assert limits["rare tokens"] == pytest.approx(10.0 / sum(parts.values()))
     search.gathered.append(Gathered("temperature", "cut short", 9.0, ""))
-    assert search.allowance(_named("rare tokens")) == pytest.approx(1.0 / 4)
+    assert search.allowance(_named("rare tokens")) == pytest.approx(1.0 / (sum(parts.values()) - parts["temperature"]))
     assert Search(audits.case(audits.harmless()), Stopwatch()).allowance(_named("rare tokens")) is None
 
 

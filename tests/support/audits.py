@@ -29,7 +29,8 @@ QUICK = AuditConfig(
 )
 """The size of an audit that takes seconds."""
 
-SLOW = ("contrast", "temperature", "inversion", "activation difference", "feature scan", "gradient search")
+SLOW = ("contrast", "temperature", "inversion", "activation difference", "feature scan", "difference dictionary")
+SLOW += ("gradient search",)
 LIGHT = replace(QUICK, skip=(*SLOW, "rounding"), confirm=12, twin=TwinConfig(steps=4, rank=4))
 """An audit without the gatherers that take long."""
 
