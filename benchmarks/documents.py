@@ -24,6 +24,7 @@ from common import RESULTS
 from markupsafe import Markup
 from recorded_tables import between, machine_of, table
 
+from unsleep.experiments.experiment import experiments
 from unsleep.models.lens import stronger
 from unsleep.pages.circuits import graph
 from unsleep.pages.curves import Curve, Dot, axis, chart
@@ -319,7 +320,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),
     "mixtures": ("mixture", recorded_tables.mixtures),
-    "interpolation": ("experiment_interpolation", recorded_tables.experiment),
+    **{name: (f"experiment_{name}", recorded_tables.experiment) for name in experiments()},
     "took": ("circuit", recorded_times.circuits),
     "read": ("explanations_100k", recorded_times.statistics),
     "classified": ("circuit", recorded_times.attribution),

@@ -116,8 +116,9 @@ def experiment(record: Record) -> str:
         for arm, x in sorted(places, key=lambda each: ([p[0] for p in places].index(each[0]), each[1]))
     ]
     told = "".join(f"- **{each['label']}**: {each['question']} {each['words']}\n" for each in record["findings"])
+    given = "".join(f", `{each}`" for each in record["settings"])
     setting = (
-        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel, "
+        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel{given}, "
         f"{record['minutes']:.0f} minutes:\n\n"
     )
     return told + setting + table(["arm", "setting", *metrics.values()], cells)
