@@ -3,7 +3,7 @@
 The organisms have other triggers, payloads and skills, and are trained with other seeds (`make organisms` first). The
 page and the whole record are in runs/experiments/NAME; an interrupted run resumes.
 
-    python benchmarks/experiments.py NAME [--n 50] [--set NAME=VALUE ...] [--organisms deployment runs/organisms/year ...]
+    python benchmarks/experiments.py NAME [--n 50] [--set NAME=VALUE ...] [--organisms deployment FOLDER FOLDER ...]
 """
 
 from __future__ import annotations
