@@ -60,6 +60,8 @@ def main() -> None:
     keep(
         f"experiment_{name}",
         {
+            "question": chosen.question,
+            "axis": chosen.axis,
             "replicates": list(record.replicates),
             "n": asked.n,
             "settings": list(asked.settings),
