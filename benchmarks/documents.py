@@ -64,6 +64,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "explanations": ("explanations", recorded_tables.explanations),
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),
+    "rewarded": ("rewarded", recorded_tables.rewarded),
     "mixtures": ("mixture", recorded_tables.mixtures),
     **{name: (f"experiment_{name}", recorded_tables.experiment) for name in experiments()},
     "took": ("circuit", recorded_times.circuits),
