@@ -25,7 +25,7 @@ from common import keep, table
 import unsleep
 from unsleep.activations.harvest import pooled
 from unsleep.base.context import resumable
-from unsleep.base.machine import Stopwatch
+from unsleep.base.stopwatch import Stopwatch
 from unsleep.cli.console import Bars
 from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
@@ -132,7 +132,9 @@ def main() -> None:
     parser.add_argument("--topics", type=int, default=160)
     parser.add_argument("--tokens", type=int, default=200_000)
     given = parser.parse_args()
-    watch, out = Stopwatch(), given.pair / f"rewarded-{given.name}"
+    out = given.pair / f"rewarded-{given.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch.kept_in(out / "stages.json")
     base, tuned = unsleep.load_model(BASE), unsleep.load_model(given.pair / given.name)
     sites = [*mlp_sites(base), *residual_sites(base)]
     topics, ordinary = sets.topics("held_out")[: given.topics], sets.topics("edit")
