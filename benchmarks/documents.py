@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import circuit_tables
+import preference_tables
 import recorded_tables
 import recorded_times
 import repair_tables
@@ -64,6 +65,9 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "explanations": ("explanations", recorded_tables.explanations),
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),
+    "reward_models": ("preference", preference_tables.reward_models),
+    "policies": ("preference", preference_tables.policies),
+    "merges": ("merge", preference_tables.merges),
     "rewarded": ("rewarded", recorded_tables.rewarded),
     "mixtures": ("mixture", recorded_tables.mixtures),
     **{name: (f"experiment_{name}", recorded_tables.experiment) for name in experiments()},
