@@ -76,8 +76,8 @@ def merges(record: Record) -> str:
     cost = record["cost"]
     memory, speed = cost["memory"], cost["bytes_per_second"]
     told = (
-        f"\nTwo models of {cost['model_bytes'] / 1e9:.1f} GB are merged at {speed['ratio']:.2f} × the speed of `cp`, in "
-        f"bytes moved per second (a merge moves three bytes for each that it writes, a copy two), in "
+        f"\nTwo models of {cost['model_bytes'] / 1e9:.1f} GB are merged at {speed['ratio']:.2f} × the speed of `cp`, "
+        f"in bytes moved per second (a merge moves three bytes for each that it writes, a copy two), in "
         f"{cost['time_ratio']:.2f} × its time; anonymous memory is {memory['peak'] / 1e6:,.0f} MB, "
         f"{memory['ratio']:.2f} of twice the largest tensor and 500 MB. Measured on {machine_of(record)}.\n"
     )
