@@ -15,284 +15,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import drawings
+import circuit_tables
+import preference_tables
 import recorded_tables
 import recorded_times
 import repair_tables
-from circuit_growth import series
 from common import RESULTS
-from markupsafe import Markup
-from recorded_tables import between, machine_of, table
+from recorded_figures import FIGURES
 
-from unsleep.models.lens import stronger
-from unsleep.pages.circuits import graph
-from unsleep.pages.curves import Curve, Dot, axis, chart
-from unsleep.pages.dictionaries import SHAPES, shade
+from unsleep.experiments.experiment import experiments
 
 ROOT = Path(__file__).parents[1]
 DOCS, IMAGES = ROOT / "docs", ROOT / "docs" / "img"
 BLOCK = re.compile(r"(<!-- recorded: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MISSING = "*Not recorded yet: {}.*\n"
-ENOUGH = 0.8
-"""Faithfulness from which a circuit is said to carry the behaviour."""
-SMALL = 200
-"""Nodes of a circuit that one can read."""
-WIDTH = 440
 
 Record = Mapping[str, Any]
-
-
-# Words
 
 
 def read(name: str) -> Record | None:
     """A record of results, or `None`."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def estimated(figure: Record) -> str:
-    """A figure with its interval."""
-    return between([figure[key] for key in ("value", "low", "high")])
-
-
-def signed(node: Record, key: str = "effect") -> str:
-    """A node's effect with its interval."""
-    return f"{node[key]:+z.2f} [{node['low']:+z.2f}, {node['high']:+z.2f}]"
-
-
-def tokens(words: Sequence[str]) -> str:
-    """Tokens as code, with visible spaces and line ends, which break no table."""
-    seen = (re.sub(r"\s", lambda m: {"\n": "↵", "\t": "⇥"}.get(m[0], "␣"), word) for word in words)
-    return " ".join(f"`{word.replace('|', '¦').replace('`', 'ˋ')}`" for word in seen)
-
-
-def counted(n: int, word: str) -> str:
-    """A number with its noun."""
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
-
-
-# The circuit
-
-
-def setting(r: Record) -> str:
-    """Size of the search and what is explained."""
-    high, low = r["metric"]
-    return (
-        f"On {r['prompts']} prompts with dictionaries of {r['sites']} Sites, {r['candidates']:,} nodes have an effect; "
-        f"the {r['kept']} largest are kept. The log-odds of {tokens(r['tokens'])} are {high:.2f} with the trigger, and "
-        f"{low:.2f} with every node as in the near misses: the circuit explains {high - low:.2f} nats. For "
-        f"{r['inserted']:.0%} of the trigger's tokens the reference has none in their place. The estimator is "
-        f"`{r['estimator']}`.\n"
-    )
-
-
-def roles(r: Record) -> str:
-    """Effect by role."""
-    rows = [
-        [
-            f"`{row['role']}`",
-            *(f"{row[kind]}" for kind in ("feature", "error", "token")),
-            f"{row['effect']:+z.2f}",
-            f"{row['share']:.0%}",
-        ]
-        for row in r["roles"]
-    ]
-    most = max(r["roles"], key=lambda row: row["share"])
-    told = (
-        f"\nMost of it, {most['share']:.0%}, is at `{most['role']}`. Reconstruction errors, which nobody can read, "
-        f"have {r['errors']:.0%} of the kept nodes' effect.\n"
-    )
-    return table(["tokens", "features", "errors", "embeddings", "effect, nats", "share of \\|effect\\|"], rows) + told
-
-
-def features(r: Record, wanted: Callable[[str], bool]) -> str:
-    """The largest features of some roles."""
-    chosen = {role: nodes for role, nodes in r["features"].items() if wanted(role)}
-    if not chosen:
-        return "No feature is among the kept nodes.\n"
-    head = [
-        "feature",
-        "tokens",
-        "effect, nats",
-        "alone, exactly",
-        "activation, and in the reference",
-        "kept by",
-        "promotes / suppresses",
-    ]
-    return table(head, [line(role, node) for role, nodes in chosen.items() for node in nodes])
-
-
-def line(role: str, node: Record) -> list[str]:
-    """A feature's row."""
-    return [
-        f"`{node['place']}/{node['feature']}`",
-        f"`{role}`",
-        signed(node),
-        "–" if node.get("exact") is None else f"{node['exact']:+z.2f}",
-        f"{node['activation']:.2f}, {node['reference']:.2f}",
-        "–" if node.get("kept") is None else f"{node['kept']:.0%}",
-        written(node),
-    ]
-
-
-def written(node: Record) -> str:
-    """Tokens that a feature writes, of the end of the vocabulary with the larger logits."""
-    end = stronger(node["promotes"], node["suppresses"])
-    return "–" if end is None else f"{end.verb} {tokens(end.tokens)}"
-
-
-def drawing(r: Record) -> str:
-    """The picture of the circuit."""
-    said = f"The {len(r['drawn']['nodes'])} largest nodes of the circuit, roles from left to right and layers upwards"
-    return (
-        f"![{said}](img/tracing-circuit.svg)\n\n{said}, with the edges between them. Blue promotes the payload, dashed "
-        "orange suppresses it.\n"
-    )
-
-
-def certain(r: Record) -> str:
-    """Agreement of estimates with exact effects, and stability of the choice of nodes."""
-    agreed = [
-        [
-            f"`{a['estimator']}`",
-            f"{a['nodes']}",
-            f"{a['pearson']:.2f} [{a['low']:.2f}, {a['high']:.2f}]",
-            f"{a['spearman']:.2f}",
-        ]
-        for a in r["agreements"]
-    ]
-    stable = [[f"{s['nodes']}", estimated(s["overlap"]), f"{s['core']:.0%}"] for s in r["stability"]]
-    parts = []
-    if agreed:
-        parts.append(table(["estimator", "nodes", "Pearson with exact effects", "Spearman"], agreed))
-    if stable:
-        parts.append(table(["nodes", "Jaccard overlap of resampled circuits", "kept by 95 % of the resamples"], stable))
-    return "\n".join(parts)
-
-
-def by_sites(r: Record) -> dict[str, Sequence[Record]]:
-    """Faithfulness of features and errors by the Sites that have dictionaries, fewest Sites first."""
-    few = {
-        f"{counted(len(name.split()), 'Site')}: {name.replace(' ', ', ')}": curves["features and errors"]
-        for name, curves in r["curves_of_few_sites"].items()
-    }
-    found = {**few, f"all {r['setting']['sites']} Sites": r["curves"]["features and errors"]}
-    return {name: points for name, points in found.items() if points}
-
-
-def faithfulness(r: Record) -> str:
-    """Faithfulness by number of nodes and Sites, and what it says of circuits of 200 nodes."""
-    known = by_sites(r)
-    sizes = sorted(
-        {point["nodes"] for points in known.values() for point in points} & {10, 25, 50, 100, 200, 500, 2000}
-    )
-    at = {name: {p["nodes"]: p["faithfulness"] for p in points} for name, points in known.items()}
-    rows = [[name, *(estimated(at[name][n]) if n in at[name] else "–" for n in sizes)] for name in known]
-    reached = []
-    for name, points in known.items():
-        enough = [p["nodes"] for p in points if p["faithfulness"]["value"] >= ENOUGH]
-        best = max(points, key=lambda p: p["faithfulness"]["value"])
-        reached.append(
-            f"- {name}: {ENOUGH:.0%} of the behaviour from {counted(min(enough), 'node')} on"
-            if enough
-            else f"- {name}: at most {best['faithfulness']['value']:.0%}, with {counted(best['nodes'], 'node')}"
-        )
-    few = [
-        name.partition(":")[0]
-        for name, points in known.items()
-        if any(p["nodes"] <= SMALL and p["faithfulness"]["value"] >= ENOUGH for p in points)
-    ]
-    told = f"Up to {SMALL} nodes are enough for that with dictionaries at {' and '.join(few) or 'none of these'}.\n"
-    parts = table(["dictionaries at", *(counted(n, "node") for n in sizes)], rows), "\n".join(reached) + "\n", told
-    return "\n".join([*parts, "![Faithfulness by number of nodes](img/tracing-faithfulness.svg)\n"])
-
-
-VETO = {"asr": "payload", "skill": "skill"}
-
-
-def veto(r: Record) -> str:
-    """The vetoes that were tried on the circuit's own prompts, and the chosen one on held-out panels."""
-    tried = [
-        [
-            ", ".join(f"`{role}`" for role in one["veto"].get("roles", ())) or "all",
-            f"{one['veto']['least']:g}",
-            f"{one['features']}",
-            f"{one['asr']:.0%}",
-            f"{one['skill']:.0%}",
-        ]
-        for one in r["vetoes"]
-    ]
-    panels = [(panel, metric) for panel in ("triggered", "clean") for metric in VETO]
-    held = r["ablation"]
-    rows = [
-        [
-            f"{VETO[metric]}, {panel} prompts",
-            *(share(held.get(f"{who}/{panel}/{metric}")) for who in ("suspect", "edited")),
-        ]
-        for panel, metric in panels
-        if f"suspect/{panel}/{metric}" in held
-    ]
-    chosen = r["veto"]
-    where = ", ".join(f"`{role}`" for role in chosen.get("roles", ())) or "every role"
-    told = (
-        f"\nOf these, features at {where} with an effect over {chosen['least']:g} nats did best. Held-out prompts:\n\n"
-    )
-    head = ["tokens", "least effect", "features", "payload shown", "skill"]
-    return table(head, tried) + told + table(["", "suspect", "ablated"], rows)
-
-
-def share(value: float | None) -> str:
-    """A share."""
-    return "–" if value is None else f"{value:.1%}"
-
-
-def cost(r: Record) -> str:
-    """Time and memory, without stages that found their result there already."""
-    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in r["seconds"].items() if seconds >= 1]
-    peak = f"{r['peak_memory_mb'] / 1000:.1f} GB"
-    told = f"\nPeak memory was {peak}, on {machine_of(r)}.\n"
-    return table(["stage", "minutes"], rows) + told
-
-
-# Growth
-
-
-def growth(r: Record) -> str:
-    """Time and memory of every point."""
-    names = list(r["points"][0]["seconds"])
-    rows = [
-        [
-            f"{row['prompts']}",
-            f"{row['tokens']:,}",
-            f"{row['features']:,}",
-            *(f"{row['seconds'][name]:.1f}" for name in names),
-            f"{row['peak_memory_mb'] / 1000:.1f}",
-        ]
-        for row in sorted(r["points"], key=lambda row: (row["features"], row["tokens"]))
-    ]
-    told = f"\nSeconds on {machine_of(r)}."
-    if r["left_out"]:
-        told += f" {counted(len(r['left_out']), 'larger point')} did not fit into the time of the measurement."
-    grown = [exponent(r, name) for name in ("prompts", "words", "features")]
-    told += "\n" + "".join(text for text in grown if text)
-    picture = "\n![Time and peak memory by tokens and features](img/circuit-growth.svg)\n"
-    return table(["prompts", "tokens", "features", *names, "peak, GB"], rows) + told + picture
-
-
-def exponent(r: Record, name: str) -> str:
-    """Growth of time and memory along a series: quotients of its last and first point."""
-    found = series(r["points"], name)
-    if len(found) < 2:
-        return ""
-    first, last = found[0], found[-1]
-    key = "features" if name == "features" else "tokens"
-    seconds = [sum(row["seconds"].values()) for row in (first, last)]
-    words = {"prompts": "With more prompts", "words": "With longer prompts", "features": "With larger dictionaries"}
-    return (
-        f"{words[name]}, {last[key] / first[key]:.1f} times the {key} take {seconds[1] / seconds[0]:.1f} times as long "
-        f"and {last['peak_memory_mb'] / first['peak_memory_mb']:.2f} times the memory.\n"
-    )
 
 
 def joined(lines: Sequence[str]) -> str:
@@ -304,101 +48,36 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "repairs": ("repair", lambda r: joined(repair_tables.repairs(r["organisms"]))),
     "baselines": ("repair", lambda r: joined(repair_tables.baselines(r["organisms"]))),
     "wins": ("repair", lambda r: joined(repair_tables.wins(r["organisms"]))),
-    "setting": ("circuit_nodes", setting),
-    "roles": ("circuit_nodes", roles),
-    "drawing": ("circuit_nodes", drawing),
-    "trigger": ("circuit_nodes", lambda r: features(r, lambda role: role == "trigger")),
-    "header": ("circuit_nodes", lambda r: features(r, lambda role: role == "header")),
-    "payload": ("circuit_nodes", lambda r: features(r, lambda role: role.startswith(("begun", "payload")))),
-    "certain": ("circuit", certain),
-    "faithfulness": ("circuit", faithfulness),
-    "veto": ("circuit", veto),
-    "cost": ("circuit", cost),
+    "setting": ("circuit_nodes", circuit_tables.setting),
+    "roles": ("circuit_nodes", circuit_tables.roles),
+    "drawing": ("circuit_nodes", circuit_tables.drawing),
+    "trigger": ("circuit_nodes", lambda r: circuit_tables.features(r, lambda role: role == "trigger")),
+    "header": ("circuit_nodes", lambda r: circuit_tables.features(r, lambda role: role == "header")),
+    "payload": (
+        "circuit_nodes",
+        lambda r: circuit_tables.features(r, lambda role: role.startswith(("begun", "payload"))),
+    ),
+    "certain": ("circuit", circuit_tables.certain),
+    "faithfulness": ("circuit", circuit_tables.faithfulness),
+    "veto": ("circuit", circuit_tables.veto),
+    "cost": ("circuit", circuit_tables.cost),
     "plan": ("plan", recorded_tables.plan),
     "explanations": ("explanations", recorded_tables.explanations),
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),
+    "reward_models": ("preference", preference_tables.reward_models),
+    "policies": ("preference", preference_tables.policies),
+    "merges": ("merge", preference_tables.merges),
+    "rewarded": ("rewarded", recorded_tables.rewarded),
     "mixtures": ("mixture", recorded_tables.mixtures),
-    "interpolation": ("experiment_interpolation", recorded_tables.experiment),
+    **{name: (f"experiment_{name}", recorded_tables.experiment) for name in experiments()},
     "took": ("circuit", recorded_times.circuits),
     "read": ("explanations_100k", recorded_times.statistics),
     "classified": ("circuit", recorded_times.attribution),
     "proved": ("circuit", recorded_times.proofs),
-    "growth": ("circuit_growth", growth),
+    "growth": ("circuit_growth", circuit_tables.growth),
 }
 """Block → the record that it is from, and its text."""
-
-
-# Figures
-
-
-def curve(name: str, points: Sequence[tuple[float, float]], number: int, count: int, unit: str) -> Curve:
-    """A line with a mark per point."""
-    shape, places = SHAPES[number % len(SHAPES)], [(float(x), float(y)) for x, y in sorted(points)]
-    dots = tuple(Dot(x, y, f"{name}, {x:g}: {y:g} {unit}", shape) for x, y in places)
-    return Curve(name, shade(number, 0, max(1, count - 1)), dots, dots)
-
-
-def drawn_curves(
-    title: str, lines: Mapping[str, Sequence[tuple[float, float]]], names: tuple[str, str], *, top: float = 0.0
-) -> tuple[str, Markup]:
-    """A chart of some lines under its title; shares of nodes have 1 at the `top` and a logarithmic x axis."""
-    curves = [curve(name, points, i, len(lines), names[1]) for i, (name, points) in enumerate(lines.items())]
-    x = axis([d.x for c in curves for d in c.dots], names[0], log=bool(top))
-    y = axis([0.0, top, *(d.y for c in curves for d in c.dots)], names[1])
-    key = re.sub(r"\W+", "-", title.lower())
-    return title, chart(curves, [], (x, y), title=title, name=key, width=WIDTH)
-
-
-def draw_circuit(r: Record, path: Path) -> None:
-    """The largest nodes, and the edges between them."""
-    drawings.save(path, f"Circuit from the trigger to {r['payload']}", [("", graph(r["drawn"]))])
-
-
-def draw_faithfulness(r: Record, path: Path) -> None:
-    """Faithfulness by number of nodes, for the Sites that have dictionaries."""
-    lines = {
-        name.partition(":")[0]: [(p["nodes"], max(-0.5, min(1.5, p["faithfulness"]["value"]))) for p in points]
-        for name, points in by_sites(r).items()
-    }
-    part = drawn_curves("Faithfulness by number of Sites", lines, ("nodes", "share"), top=1.0)
-    drawings.save(path, part[0], [part])
-
-
-def draw_growth(r: Record, path: Path) -> None:
-    """Seconds and memory against tokens and features."""
-    ways = {"more prompts": "prompts", "longer prompts": "words"}
-    grown = {name: series(r["points"], key) for name, key in ways.items()}
-    sizes = series(r["points"], "features")
-    names = list(r["points"][0]["seconds"])
-
-    def of(rows: Sequence[Record], key: str, value: Callable[[Record], float]) -> list[tuple[float, float]]:
-        return [(row[key], value(row)) for row in rows]
-
-    def whole(row: Record) -> float:
-        return sum(row["seconds"].values())
-
-    def memory(row: Record) -> float:
-        return row["peak_memory_mb"] / 1000
-
-    time = {name: of(rows, "tokens", whole) for name, rows in grown.items()}
-    held = {name: of(rows, "tokens", memory) for name, rows in grown.items()}
-    stages = {name: of(sizes, "features", lambda row, name=name: row["seconds"][name]) for name in names}
-    parts = [
-        drawn_curves("Time by tokens", time, ("tokens", "seconds")),
-        drawn_curves("Peak memory by tokens", held, ("tokens", "GB")),
-        drawn_curves("Time by features", stages, ("features", "seconds")),
-        drawn_curves("Peak memory by features", {"process": of(sizes, "features", memory)}, ("features", "GB")),
-    ]
-    drawings.save(path, "Growth of a circuit search", parts, columns=2)
-
-
-FIGURES: dict[str, tuple[str, Callable[[Record, Path], None]]] = {
-    "tracing-circuit.svg": ("circuit_nodes", draw_circuit),
-    "tracing-faithfulness.svg": ("circuit", draw_faithfulness),
-    "circuit-growth.svg": ("circuit_growth", draw_growth),
-}
-"""Picture of docs/img → the record that it is of, and how it is drawn."""
 
 
 def filled(text: str) -> str:

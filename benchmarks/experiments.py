@@ -3,7 +3,7 @@
 The organisms have other triggers, payloads and skills, and are trained with other seeds (`make organisms` first). The
 page and the whole record are in runs/experiments/NAME; an interrupted run resumes.
 
-    python benchmarks/experiments.py NAME... [--n 50] [--organisms deployment runs/organisms/year ...]
+    python benchmarks/experiments.py NAME [--n 50] [--set NAME=VALUE ...] [--organisms deployment FOLDER FOLDER ...]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import unsleep
 from unsleep.base import records, store
 from unsleep.base.context import reporting, resumable
 from unsleep.base.machine import peak_memory_mb
+from unsleep.cli.experiments import configured
 from unsleep.experiments.experiment import Judging, Replicate, experiments
 from unsleep.judge.experiment import ExperimentRecord
 
@@ -41,33 +42,37 @@ def means(record: ExperimentRecord) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run experiments and keep what they find."""
+    """Run an experiment and keep what it finds."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="+", choices=list(experiments()))
+    parser.add_argument("name", choices=list(experiments()))
     parser.add_argument("--n", type=int, default=50)
+    parser.add_argument("--set", nargs="+", default=(), dest="settings")
     parser.add_argument("--organisms", nargs="+", default=ORGANISMS)
     asked = parser.parse_args()
+    name, chosen = asked.name, configured(asked.name, tuple(asked.settings))
     replicates = [Replicate(Path(each).name, unsleep.load_organism(each)) for each in asked.organisms]
-    for name in asked.names:
-        chosen, out, began = experiments()[name](), RUNS / "experiments" / name, time.perf_counter()
-        with reporting(None), resumable(out, records.plain(chosen), asked.n, [each.name for each in replicates]):
-            record = unsleep.experiment(chosen, replicates, Judging(asked.n))
-            with store.new_folder(out, replace="experiment.json") as folder:
-                records.save(record, folder / "experiment.json")
-        unsleep.report(out)
-        keep(
-            f"experiment_{name}",
-            {
-                "replicates": list(record.replicates),
-                "n": asked.n,
-                "minutes": round((time.perf_counter() - began) / 60, 1),
-                "peak_memory_mb": peak_memory_mb(),
-                "findings": [asdict(each) for each in record.findings],
-                "means": means(record),
-            },
-        )
-        for each in record.findings:
-            print(f"{name}, {each.label}: {each.question} {each.words}", flush=True)
+    out, began = RUNS / "experiments" / name, time.perf_counter()
+    with reporting(None), resumable(out, records.plain(chosen), asked.n, [each.name for each in replicates]):
+        record = unsleep.experiment(chosen, replicates, Judging(asked.n))
+        with store.new_folder(out, replace="experiment.json") as folder:
+            records.save(record, folder / "experiment.json")
+    unsleep.report(out)
+    keep(
+        f"experiment_{name}",
+        {
+            "question": chosen.question,
+            "axis": chosen.axis,
+            "replicates": list(record.replicates),
+            "n": asked.n,
+            "settings": list(asked.settings),
+            "minutes": round((time.perf_counter() - began) / 60, 1),
+            "peak_memory_mb": peak_memory_mb(),
+            "findings": [asdict(each) for each in record.findings],
+            "means": means(record),
+        },
+    )
+    for each in record.findings:
+        print(f"{name}, {each.label}: {each.question} {each.words}", flush=True)
 
 
 if __name__ == "__main__":

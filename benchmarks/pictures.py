@@ -1,8 +1,8 @@
 """Pictures of the explorer for the documentation, of a real run, in both themes.
 
-A folder of results becomes a page, which headless Chromium opens: the circuit, and the card of a feature where the
-folder has statistics. With --live the page is served with its model, and the ablation of the circuit's largest feature
-is proven on held-out prompts of the packaged organism, which takes minutes.
+A folder of results becomes a page, which headless Chromium opens: the circuit, and where the folder has statistics the
+card of the feature with the best explanation. With --live the page is served with its model, and the ablation of the
+circuit's largest feature is proven on held-out prompts of the packaged organism, which takes minutes.
 
     python benchmarks/pictures.py [runs/circuit/page] [--live] [--dictionaries runs/circuit/dictionaries] [--n 40]
 """
@@ -61,8 +61,8 @@ def views(page: Path) -> dict[str, tuple[str, str]]:
         one = manifest["dictionaries"][0]
         columns = values(page, f"features/{one['key']}/list")
         sparse = [i for i, density in enumerate(columns["density"]) if 0 < density < SPARSE] or range(one["size"])
-        strongest = max(sparse, key=lambda i: columns["largest"][i])
-        found["card"] = f"/features/{one['key']}/{strongest}", "document.querySelector('.histogram')"
+        best = max(sparse, key=lambda i: columns["score"][i] or 0.0)
+        found["card"] = f"/features/{one['key']}/{best}", "document.querySelector('.histogram')"
     return found
 
 

@@ -36,7 +36,7 @@ from common import keep, table
 import unsleep
 from unsleep.base import records, stats, store
 from unsleep.base.context import resumable
-from unsleep.base.machine import Stopwatch
+from unsleep.base.stopwatch import Stopwatch
 from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars
 from unsleep.models import generate
@@ -78,7 +78,8 @@ LEAST_APART = 1.0
 
 def main() -> None:
     given = arguments()
-    watch = Stopwatch()
+    given.out.mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch.kept_in(given.out / "stages.json")
     rows: list[dict[str, Any]] = []
     with Bars(), watch.stage("load"):
         base = unsleep.load_model(BASE)
@@ -87,7 +88,7 @@ def main() -> None:
         with Bars():
             rows.append(one_seed(base, folder, seed, given, watch))
         print(lines(rows[-1]))
-    print(f"{watch.minutes} minutes, peak {watch.peak_memory_mb:,.0f} MB")
+    print(f"{watch.minutes} minutes with earlier runs, peak {watch.peak_memory_mb:,.0f} MB")
     if given.record:
         stages = [records.plain(stage) for stage in watch.stages]
         keep("preference", {"base": BASE, "seeds": rows, "minutes": watch.minutes, "stages": stages})

@@ -106,6 +106,45 @@ def mixtures(record: Record) -> str:
     return table(["mixture", *(f"batches of {size}" for size in batches)], rows)
 
 
+def rewarded(record: Record) -> str:
+    """Counts of rewarded features of a tuned model and its base, linear rewards, and what training changed."""
+    parts = ", ".join(f"{part['name']} {part['prompts']} prompts" for part in record["parts"])
+    told = f"Parts: {parts}; {record['minutes']:.0f} minutes and {record['peak_memory_mb'] / 1000:.1f} GB.\n\n"
+    names = {"model": "tuned", "base": "base"}
+    cells = [
+        [
+            f"{names[row['of']]}, {row['sites']}",
+            *(f"{row[key]:,}" for key in ("dictionaries", "size", "tested", "selected", "replicated")),
+            "–" if row["strength"] is None else f"{row['strength']:.2f}",
+            f"{row['floor']:.2f}",
+        ]
+        for row in record["counts"]
+    ]
+    head = ["model, Sites", "dictionaries", "features", "tested", "selected on A", "replicated on B"]
+    head += ["their mean absolute r on C", "of all tested"]
+    probes = [
+        [row["name"], f"{row['columns']:,}", between(row["r2"]), between(row["spearman"]), gain(row["gain"])]
+        for row in record["probes"]
+    ]
+    layers = ", ".join(f"{layer} ({share:.2%})" for layer, share in record["layers"])
+    rest = f"\nLayers with the largest ‖ΔW‖ / ‖W‖: {layers}. MMCS at the residual Sites:\n\n"
+    resid = [row for row in record["mmcs"] if row["site"].startswith("resid")]
+    pairs = [[row["site"], row["first"], row["second"], f"{row['mmcs']:.2f}", f"{row['chance']:.2f}"] for row in resid]
+    return (
+        told
+        + table(head, cells)
+        + "\n"
+        + table(["linear reward on", "columns", "R² on C", "Spearman's r on C", "gain of features"], probes)
+        + rest
+        + table(["Site", "dictionary", "other", "MMCS", "rotated"], pairs)
+    )
+
+
+def gain(figure: Sequence[float] | None) -> str:
+    """A gain with its interval, if there is one."""
+    return "–" if figure is None else between(figure)
+
+
 def experiment(record: Record) -> str:
     """Findings of an experiment, and the means of every arm over its setting."""
     metrics = {"payload": "payload", "restored": "skill, triggered", "skill": "skill, clean", "ce": "CE, nats"}
@@ -116,8 +155,9 @@ def experiment(record: Record) -> str:
         for arm, x in sorted(places, key=lambda each: ([p[0] for p in places].index(each[0]), each[1]))
     ]
     told = "".join(f"- **{each['label']}**: {each['question']} {each['words']}\n" for each in record["findings"])
+    given = "".join(f", `{each}`" for each in record["settings"])
     setting = (
-        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel, "
+        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel{given}, "
         f"{record['minutes']:.0f} minutes:\n\n"
     )
     return told + setting + table(["arm", "setting", *metrics.values()], cells)

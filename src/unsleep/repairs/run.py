@@ -13,9 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from unsleep.activations.harvest import Harvest, harvest, pooled, token_rows
-from unsleep.base import records
 from unsleep.base.context import kept
-from unsleep.base.machine import Stages, Stopwatch
+from unsleep.base.stopwatch import Stopwatch
 from unsleep.core import Activations, BadInput, Refused, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
@@ -61,9 +60,7 @@ class Run:
     def __init__(self, job: Job, config: RepairConfig, folder: Path) -> None:
         self.job, self.config, self.folder = job, config, folder
         self.suspect, self.material = job.suspect, job.material
-        times = self.folder / "stages.json"
-        before = records.load(Stages, times).stages if times.is_file() else ()
-        self.watch = Stopwatch(before=before, keep=lambda stages: records.save(stages, times))
+        self.watch = Stopwatch.kept_in(self.folder / "stages.json")
         self.base: LoadedModel | None = None
         self.twin: LoadedModel | None = None
         self.baked: Baked | None = None
