@@ -14,7 +14,7 @@ from unsleep.auditing.gatherers import contrast
 from unsleep.auditing.search import Search
 from unsleep.auditing.verdict import cut_short
 from unsleep.base.context import progress, reporting
-from unsleep.base.machine import Stopwatch
+from unsleep.base.stopwatch import Stopwatch
 from unsleep.judge.audited import Gathered, Saying, Searched, State
 from unsleep.repairs.twin import TwinConfig
 

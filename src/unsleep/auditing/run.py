@@ -17,7 +17,7 @@ from unsleep.auditing.trusted import own_prompts
 from unsleep.auditing.verdict import cut_short, judge, verdict
 from unsleep.base import records, store
 from unsleep.base.context import kept, resumable
-from unsleep.base.machine import Stages, Stopwatch
+from unsleep.base.stopwatch import Stopwatch
 from unsleep.core import BadInput
 from unsleep.judge.audited import AuditRecord, Searched
 from unsleep.models.model import LoadedModel
@@ -54,9 +54,7 @@ def audit(
     if (earlier := before_cleaning(case, out)) is not None:
         return earlier
     with resumable(out, suspect, base, case.search, case.confirm, asdict(config)) as folder:
-        times = folder / "stages.json"
-        before = records.load(Stages, times).stages if times.is_file() else ()
-        watch = Stopwatch(before=before, keep=lambda stages: records.save(stages, times))
+        watch = Stopwatch.kept_in(folder / "stages.json")
         searches, drift = searched(case, watch)
         found = recorded(case, searches, drift, watch)
         artefacts.write(case, found, out)

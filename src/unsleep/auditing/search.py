@@ -20,7 +20,7 @@ from unsleep.auditing.scoring import screen
 from unsleep.auditing.witness import departure, trial
 from unsleep.base import records
 from unsleep.base.context import kept
-from unsleep.base.machine import Stopwatch
+from unsleep.base.stopwatch import Stopwatch
 from unsleep.judge.audited import Departure, Form, Gathered, Motif, Screened, Searched, Trial
 
 LISTED = 40

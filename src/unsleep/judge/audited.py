@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from unsleep.base.machine import Stage
 from unsleep.base.records import Count, Positive, Share
+from unsleep.base.stopwatch import Stage
 from unsleep.judge.results import Row
 from unsleep.models.model import Named
 
