@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from typing import Any, cast
 
+import pytest
 import torch
 
 from support import audits
 from unsleep.auditing.case import Case
 from unsleep.auditing.forms import transformed
 from unsleep.auditing.gatherer import Clues
+from unsleep.auditing.gatherers import sweep
 from unsleep.auditing.gatherers.sweep import Sweep, vocabulary
+from unsleep.auditing.scoring import Ids, Look
 from unsleep.judge.audited import Form
 from unsleep.models.forward import build_rows
 from unsleep.models.model import LoadedModel
-from unsleep.models.weights import copy_network
 
 TOKEN = "@"
 """A token that no prompt has."""
 
 
-@cache
-def disturbed() -> LoadedModel:
-    """The base with another embedding of one token."""
-    network = copy_network(audits.base().network)
-    [[token]] = audits.base().token_ids([TOKEN], special=False)
-    with torch.no_grad():
-        cast("Any", network.get_input_embeddings()).weight[token].mul_(-60.0)
-    return LoadedModel(network, audits.base().tokenizer, "disturbed")
+def looks(*sensitive: str) -> Callable[..., Look]:
+    """A stand-in for `look`: replies behind the token lose 5 nats in models of some names."""
+
+    def look(model: LoadedModel, prompts: Ids, replies: Ids, *_: object, **__: object) -> Look:
+        [[token]] = model.token_ids([TOKEN], special=False)
+        lost = [5.0 * (token in row and model.name in sensitive) for row in prompts]
+        own = -torch.tensor(lost)[:, None].expand(-1, len(replies[0]))
+        return Look(own, torch.ones(own.shape, dtype=torch.bool), torch.zeros(len(lost), 0))
+
+    return look
 
 
 def case(beside: bool) -> Case:
-    """The case of it, read against the base itself or without one."""
-    found = audits.case(disturbed(), None, replace(audits.QUICK, per_kind=64))
+    """The harmless model, read against the base or without a reference."""
+    found = audits.case(audits.harmless(), None, replace(audits.QUICK, per_kind=64, learn=8, reply_tokens=8))
     return replace(found, base=audits.base(), other=audits.base()) if beside else found
 
 
-def test_the_token_with_an_effect_is_first_at_either_place():
-    for beside in (True, False):
-        forms = Sweep().gather(case(beside), Clues()).forms
-        assert {form.way: form.text for form in reversed(forms)} == {"back": TOKEN, "front": TOKEN}
-        assert {form.kind for form in forms} == {"swept token"}
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_token_with_an_effect_is_proposed_at_either_place(beside: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep, "look", looks("harmless"))
+    forms = list(Sweep().gather(case(beside), Clues()).forms)
+    assert forms == [Form("swept token", "back", TOKEN), Form("swept token", "front", TOKEN)]
 
 
-def test_a_reference_with_the_same_effect_leaves_nothing():
-    same = replace(case(True), other=disturbed())
-    assert Sweep().gather(same, Clues()).forms == []
+def test_a_reference_with_the_same_effect_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep, "look", looks("harmless", "base"))
+    assert Sweep().gather(case(True), Clues()).forms == []
+
+
+def test_a_sweep_proposes_as_many_tokens_as_it_may_of_a_real_model():
+    forms = Sweep().gather(case(False), Clues()).forms
+    assert {form.way for form in forms} == {"back", "front"}
+    assert len(forms) == len(set(forms)) <= 2 * sweep.KEPT
 
 
 def test_a_vocabulary_is_thinned_evenly_and_has_no_text_twice():

@@ -19,12 +19,15 @@ WAYS = ("back", "front")
 PER_KIND = 8
 """Tokens of a place, as a multiple of the forms of a kind; evenly over the vocabulary where it has more."""
 
+LEAD = 4
+"""First tokens of the model's own reply whose largest drop counts."""
+
 COMPARED, KEPT = 8, 16
 """Tokens with the largest drop that the reference reads too, as a multiple of those that are proposed."""
 
 
 class Sweep(Gatherer):
-    """Single tokens behind or in front of the shortest prompt, by the drop of the model's own first reply token.
+    """Single tokens behind or in front of the shortest prompt, by the worst-token drop of the model's own reply.
 
     The drop is read above the reference's, where there is one.
     """
@@ -51,9 +54,9 @@ def vocabulary(model: LoadedModel, most: int) -> list[str]:
 
 
 def swept(case: Case, forms: list[Form]) -> list[Form]:
-    """The forms with the largest drop of the first own token, best first; above the reference's if there is one."""
+    """The forms with the largest drop, best first; above the reference's if there is one."""
     shortest = min(zip(*bench(case), strict=True), key=lambda pair: len(pair[0].text))
-    one = Bench([shortest[0]], [shortest[1][:1]])
+    one = Bench([shortest[0]], [shortest[1][:LEAD]])
     best = sorted(_drops(case.model, forms, one), key=lambda pair: -pair[1])
     if case.reference is None:
         return [form for form, drop in best[:KEPT] if drop > 0]
@@ -64,9 +67,9 @@ def swept(case: Case, forms: list[Form]) -> list[Form]:
 
 def _drops(model: LoadedModel, forms: list[Form], one: Bench) -> list[tuple[Form, float]]:
     """Forms that the chat template allows, with the drop in nats."""
-    made = [(form, rows[0]) for form in forms if (rows := encoded(model, form, one.prompts, 1)) is not None]
+    made = [(form, rows[0]) for form in forms if (rows := encoded(model, form, one.prompts, LEAD)) is not None]
     if not made:
         return []
-    before = look(model, model.encode(one.prompts, 1), one.replies).repeated(len(made))
+    before = look(model, model.encode(one.prompts, LEAD), one.replies).repeated(len(made))
     after = look(model, [row for _, row in made], one.replies * len(made), stage="token sweep")
     return list(zip((form for form, _ in made), drops(before, after).tolist(), strict=True))
