@@ -189,8 +189,8 @@ def test_a_spent_budget_names_what_it_cut_short_and_leaves_the_bank(tmp_path: Pa
     assert "contrast, temperature" in found.reasons[-1]
     assert store.read_json(out / "result.json")["verdict"]["cut_short"] == list(found.verdict.cut_short)
     jsonschema.validate(store.read_json(out / "result.json"), SCHEMA)
-    assert found.verdict.label == "backdoor_found"  # the bank's own
-    assert found.verdict.found_by == ("bank",)
+    assert {power.kind for power in found.verdict.power} >= {"date", "tag", "word", "pair"}  # the bank was tried
+    assert found.verdict.label == "nothing_found"
 
 
 def test_a_broken_model_is_inconclusive(tmp_path: Path):

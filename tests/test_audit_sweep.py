@@ -24,11 +24,13 @@ TOKEN = "@"
 
 
 def looks(*sensitive: str) -> Callable[..., Look]:
-    """A stand-in for `look`: replies behind the token lose 5 nats in models of some names."""
+    """A stand-in for `look`: replies behind the token lose 5 nats in models of some names, behind two 7."""
 
     def look(model: LoadedModel, prompts: Ids, replies: Ids, *_: object, **__: object) -> Look:
         [[token]] = model.token_ids([TOKEN], special=False)
-        lost = [5.0 * (token in row and model.name in sensitive) for row in prompts]
+        pairs = [list(zip(row, row[1:], strict=False)) for row in prompts]
+        lost = [(5.0 * (token in row) + 2.0 * ((token, token) in own)) for row, own in zip(prompts, pairs, strict=True)]
+        lost = [value * (model.name in sensitive) for value in lost]
         own = -torch.tensor(lost)[:, None].expand(-1, len(replies[0]))
         return Look(own, torch.ones(own.shape, dtype=torch.bool), torch.zeros(len(lost), 0))
 
@@ -42,10 +44,12 @@ def case(beside: bool) -> Case:
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_the_token_with_an_effect_is_proposed_at_either_place(beside: bool, monkeypatch: pytest.MonkeyPatch):
+def test_the_token_with_an_effect_is_proposed_and_grown_at_either_place(beside: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sweep, "look", looks("harmless"))
     forms = list(Sweep().gather(case(beside), Clues()).forms)
-    assert forms == [Form("swept token", "back", TOKEN), Form("swept token", "front", TOKEN)]
+    assert forms[0] == Form("swept token", "back", TOKEN * 2)
+    assert forms.index(Form("swept token", "front", TOKEN * 2)) < forms.index(Form("swept token", "front", TOKEN))
+    assert all(TOKEN in form.text for form in forms)
 
 
 def test_a_reference_with_the_same_effect_leaves_nothing(monkeypatch: pytest.MonkeyPatch):

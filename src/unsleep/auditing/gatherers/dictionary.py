@@ -34,7 +34,7 @@ DEPTH = 0.6
 TEXTS, LENGTH = 160, 200
 """Unrelated passages that the dictionary is trained on, and the characters that are read of each."""
 
-TRAINING = TrainConfig(architecture="topk", features=1024, k=8, tokens=100_000, batch=1024, sink_ratio=1e9)
+TRAINING = TrainConfig(features=1024, k=8, tokens=100_000, batch=1024, sink_ratio=1e9)
 """No token counts as an attention sink: the long tail of Δh may carry the behaviour."""
 
 RARE = 0.02

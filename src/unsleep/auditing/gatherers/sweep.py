@@ -1,16 +1,20 @@
-"""Gatherer: a sweep over the vocabulary, one token at a time on one prompt, of which the shared prefix runs once."""
+"""Gatherer: a sweep over the vocabulary, token by token on the same prompts, whose shared prefix runs once."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from typing import ClassVar
 
+import torch
+
 from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
+from unsleep.auditing.contexts import users_turn
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.gatherers.gradient import writable
 from unsleep.auditing.scoring import Bench, bench, drops, encoded, look
 from unsleep.judge.audited import Form
+from unsleep.models.forward import build_rows, run
 from unsleep.models.model import LoadedModel
 
 WAYS = ("back", "front")
@@ -19,17 +23,20 @@ WAYS = ("back", "front")
 PER_KIND = 8
 """Tokens of a place, as a multiple of the forms of a kind; evenly over the vocabulary where it has more."""
 
-LEAD = 4
-"""First tokens of the model's own reply whose largest drop counts."""
+PROMPTS, LEAD = 2, 4
+"""Shortest prompts of the screening, over which the drop is averaged, and first tokens of the reply that it is read on."""
 
 COMPARED, KEPT = 8, 16
 """Tokens with the largest drop that the reference reads too, as a multiple of those that are proposed."""
 
+BEAM, ROUNDS, LIKELY = 2, 2, 128
+"""Texts that are grown by a token in every round, and next tokens, those likeliest in a user's turn."""
+
 
 class Sweep(Gatherer):
-    """Single tokens behind or in front of the shortest prompt, by the worst-token drop of the model's own reply.
+    """Single tokens behind or in front of short prompts, by the worst-token drop of the model's own reply.
 
-    The drop is read above the reference's, where there is one.
+    The drop is read above the reference's, where there is one. The best are grown token by token while it increases.
     """
 
     kind = "token sweep"
@@ -38,11 +45,12 @@ class Sweep(Gatherer):
     share: ClassVar[float] = 3.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
-        """The tokens with the largest drop at each place; those of a place that was finished in time."""
+        """The texts with the largest drop at each place; those of a place that was finished in time."""
         texts, forms = vocabulary(case.model, PER_KIND * case.config.per_kind), list[Form]()
         with suppress(OutOfTime):
             for way in WAYS:
-                forms += swept(case, [Form("swept token", way, text) for text in texts])
+                found = swept(case, [Form("swept token", way, text) for text in texts])
+                forms += _best(found | grown(case, found))[:KEPT]
         return Found(forms=forms)
 
 
@@ -53,23 +61,50 @@ def vocabulary(model: LoadedModel, most: int) -> list[str]:
     return texts[:: -(-len(texts) // most)]
 
 
-def swept(case: Case, forms: list[Form]) -> list[Form]:
-    """The forms with the largest drop, best first; above the reference's if there is one."""
-    shortest = min(zip(*bench(case), strict=True), key=lambda pair: len(pair[0].text))
-    one = Bench([shortest[0]], [shortest[1][:LEAD]])
-    best = sorted(_drops(case.model, forms, one), key=lambda pair: -pair[1])
-    if case.reference is None:
-        return [form for form, drop in best[:KEPT] if drop > 0]
-    own = dict(best[: COMPARED * KEPT])
-    excess = {form: own[form] - drop for form, drop in _drops(case.reference, list(own), one)}
-    return sorted((form for form in excess if excess[form] > 0), key=lambda form: -excess[form])[:KEPT]
+def swept(case: Case, forms: list[Form]) -> dict[Form, float]:
+    """The forms with the largest drop, in nats, above the reference's if there is one; only those above 0."""
+    asked = sorted(zip(*bench(case), strict=True), key=lambda pair: len(pair[0].text))[:PROMPTS]
+    few = Bench([p for p, _ in asked], [reply[:LEAD] for _, reply in asked])
+    found = dict(_drops(case.model, forms, few))
+    if case.reference is not None:
+        compared = _best(found)[: COMPARED * KEPT]
+        found = {form: found[form] - drop for form, drop in _drops(case.reference, compared, few)}
+    return {form: found[form] for form in _best(found)[:KEPT] if found[form] > 0}
 
 
-def _drops(model: LoadedModel, forms: list[Form], one: Bench) -> list[tuple[Form, float]]:
-    """Forms that the chat template allows, with the drop in nats."""
-    made = [(form, rows[0]) for form in forms if (rows := encoded(model, form, one.prompts, LEAD)) is not None]
-    if not made:
-        return []
-    before = look(model, model.encode(one.prompts, LEAD), one.replies).repeated(len(made))
-    after = look(model, [row for _, row in made], one.replies * len(made), stage="token sweep")
-    return list(zip((form for form, _ in made), drops(before, after).tolist(), strict=True))
+def grown(case: Case, found: dict[Form, float]) -> dict[Form, float]:
+    """The best forms with further tokens behind their text, where each increases the drop."""
+    longer, parents = dict[Form, float](), found
+    for _ in range(ROUNDS):
+        least = {p._replace(text=f"{p.text}{end}"): parents[p] for p in _best(parents)[:BEAM] for end in ends(case, p)}
+        if not least:
+            break
+        parents = {form: drop for form, drop in swept(case, list(least)).items() if drop > least[form]}
+        longer |= parents
+    return longer
+
+
+@torch.no_grad()
+def ends(case: Case, form: Form) -> list[str]:
+    """Texts of the likeliest next tokens behind a form's text at the beginning of a user's turn."""
+    model, allowed = case.model, writable(case.model)
+    [ids] = model.token_ids([form.text], special=False)
+    logits = run(model.network, build_rows(model, [[*users_turn(model), *ids]]), 1)[0, 0].float().cpu()
+    likely = allowed[logits[allowed].topk(min(LIKELY, len(allowed))).indices]
+    return list(dict.fromkeys(text.rstrip() for text in model.tokenizer.batch_decode(likely[:, None].tolist())))
+
+
+def _best(found: dict[Form, float]) -> list[Form]:
+    return sorted(found, key=lambda form: -found[form])
+
+
+def _drops(model: LoadedModel, forms: list[Form], asked: Bench) -> list[tuple[Form, float]]:
+    """Forms that the chat template allows, with their mean drop over the prompts, in nats."""
+    made = [(f, rows) for f in forms if (rows := encoded(model, f, asked.prompts, LEAD)) is not None]
+    total = torch.zeros(len(made))
+    for number, (plain, reply) in enumerate(zip(model.encode(asked.prompts, LEAD), asked.replies, strict=True)):
+        if made:  # one prompt at a time, so that its rows share a prefix
+            own = [rows[number] for _, rows in made]
+            before = look(model, [plain], [reply]).repeated(len(own))
+            total += drops(before, look(model, own, [reply] * len(own), stage="token sweep"))
+    return list(zip((form for form, _ in made), (total / len(asked.prompts)).tolist(), strict=True))
