@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def looks(*sensitive: str) -> Callable[..., Look]:
 
     def look(model: LoadedModel, prompts: Ids, replies: Ids, *_: object, **__: object) -> Look:
         [[token]] = model.token_ids([TOKEN], special=False)
-        pairs = [list(zip(row, row[1:], strict=False)) for row in prompts]
+        pairs = [list(pairwise(row)) for row in prompts]
         lost = [(5.0 * (token in row) + 2.0 * ((token, token) in own)) for row, own in zip(prompts, pairs, strict=True)]
         lost = [value * (model.name in sensitive) for value in lost]
         own = -torch.tensor(lost)[:, None].expand(-1, len(replies[0]))

@@ -24,7 +24,7 @@ PER_KIND = 8
 """Tokens of a place, as a multiple of the forms of a kind; evenly over the vocabulary where it has more."""
 
 PROMPTS, LEAD = 2, 4
-"""Shortest prompts of the screening, over which the drop is averaged, and first tokens of the reply that it is read on."""
+"""Shortest prompts of the screening, over which the drop is averaged, and reply tokens that it is read on."""
 
 COMPARED, KEPT = 8, 16
 """Tokens with the largest drop that the reference reads too, as a multiple of those that are proposed."""
