@@ -191,7 +191,7 @@ function Edges({ title, graph, edges, end, names, select }: EdgesProps): JSX.Ele
       <h3>{title} <small>{whole(edges.length)}</small></h3>
       {edges.length === 0 ? <p class="nothing">No edge is recorded.</p> : (
         <table>
-          <thead><tr><th scope="col">{end === "source" ? "From" : "To"}</th><th scope="col" class="num" title="By the gradient">Predicted</th><th scope="col" class="num" title="Measured, everything nonlinear held">Frozen</th><th scope="col" class="num" title="Measured, nothing held but the other Sites">Free</th></tr></thead>
+          <thead><tr><th scope="col">{end === "source" ? "From" : "To"}</th><th scope="col" class="num" title="By the gradient, on the prompts on which the edge was measured">Predicted</th><th scope="col" class="num" title="Measured, everything nonlinear held">Frozen</th><th scope="col" class="num" title="Measured, nothing held but the other Sites and the set of features that fire">Free</th></tr></thead>
           <tbody>{kept.map((edge) => <EdgeRow key={`${edge.source}-${edge.target}`} graph={graph} edge={edge} i={edge[end]} names={names} select={select} />)}</tbody>
         </table>
       )}
@@ -214,7 +214,7 @@ function EdgeRow({ graph, edge, i, names, select }: { graph: Graph; edge: GraphE
           </span>
         </button>
       </th>
-      <td class={`num ${edge.weight < 0 ? "minus" : "plus"}`} title={`${decimals(edge.low)} to ${decimals(edge.high)}`}>{signed(edge.weight)}</td>
+      <td class={`num ${edge.weight < 0 ? "minus" : "plus"}`} title={`On all prompts ${signed(edge.weight)}, ${decimals(edge.low)} to ${decimals(edge.high)}`}>{signed(edge.predicted)}</td>
       <td class="num">{edge.frozen === null ? "–" : signed(edge.frozen)}</td>
       <td class="num">{edge.free === null ? "–" : signed(edge.free)}</td>
     </tr>

@@ -180,6 +180,8 @@ export interface CircuitEdge {
   high: number;
   frozen?: number | null;
   free?: number | null;
+  /** The weight on the prompts on which the two above were measured. */
+  predicted?: number | null;
   /** Attention heads of the target's layer that carry it. */
   heads?: { head: number; weight: number }[];
 }
