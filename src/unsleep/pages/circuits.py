@@ -63,8 +63,8 @@ def view_of(record: Record) -> dict[str, Any]:
         "eyebrow": "Circuit",
         "title": f"From trigger to payload in {short(record['model']['name'])}",
         "lead": "A node is a feature, a reconstruction error or a token embedding at the tokens of a role. Its effect "
-        "is the change of the metric if it were as in the reference prompt; an edge is the direct part of "
-        "one node's effect through another.",
+        "is what the metric would lose if the node were as in the reference prompt; an edge is the part of one node's "
+        "effect that passes directly through another.",
         "tiles": tiles,
         "facts": facts,
         "blocks": [
