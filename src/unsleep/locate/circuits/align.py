@@ -185,7 +185,8 @@ def _pairs(
                 missing += d - c
                 a, b = 0, len(other)
             block = [before + i for i in range(a, b)] or [max(0, before - 1)]
-            each = [[i] for i in block] if b - a == d - c else [block] * (d - c)
+            one_by_one = change == "replace" and b - a == d - c
+            each = [[i] for i in block] if one_by_one else [block] * (d - c)
             found += [(1, sources) for sources in each]
     found += [(3, [len(theirs) - behind + i]) for i in range(behind)]
     return found, missing
