@@ -52,9 +52,8 @@ def preference_view(record: Mapping[str, Any]) -> dict[str, Any]:
         table = Table("Examples", ["Prompt", "Before", "After"], 3, shown)
         blocks.append(Block("examples", "Examples", "Replies before and after.", tables=[table]))
     blocks.append(Block("training", "Training", "Figures of the training's own batches.", _charts(record["history"])))
-    trained_on = (
-        f"{record['reward']} on {data['train']:,} prompts" if record.get("reward") else f"{data['train']:,} pairs"
-    )
+    prompts = f"{data['train'] - data.get('tied', 0):,} prompts"
+    trained_on = f"{record['reward']} on {prompts}" if record.get("reward") else f"{data['train']:,} pairs"
     return {
         "eyebrow": "Preference training",
         "title": f"{config['method']} on {trained_on}",

@@ -171,6 +171,8 @@ def _trained(
             student.adapted.delete_adapter("ref")  # a copy of the new adapter: without it, the reference is the base
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_state(place))
+    if trainer.state.global_step < trainer.args.max_steps:
+        raise BadInput(f"{stage} stopped after {trainer.state.global_step} of {trainer.args.max_steps} steps")
     return _history(trainer.state.log_history)
 
 
