@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from unsleep.base import records
 from unsleep.base.context import kept
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_least
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.judge.evaluate import organism_panels
 from unsleep.judge.experiment import Arm, Curves, Finding, Measure, label
@@ -60,8 +60,13 @@ class Dilution(Experiment):
     def __post_init__(self) -> None:
         if self.trusted not in TRUSTED:
             raise BadInput.of("trusted", self.trusted, f"one of {', '.join(TRUSTED)}")
-        if not self.weights or not all(0 < w < 1 for w in (*self.weights, *self.judged)):
+        if not self.weights or not all(0 < w < 1 for w in self.weights):
             raise BadInput.of("weights", self.weights, "weights between 0 and 1")
+        if not all(0 < w < 1 for w in self.judged):
+            raise BadInput.of("judged", self.judged, "weights between 0 and 1")
+        if not self.lengths or min(self.lengths) < 1:
+            raise BadInput.of("lengths", self.lengths, "payload lengths of at least 1 token")
+        check_least(self, self.name, 1, "n", "draws")
 
     @property
     def size(self) -> int:

@@ -85,12 +85,14 @@ class Design:
         if n - len(nuisance) < FREEDOM:
             raise BadInput(
                 f"{n} samples leave {n - len(nuisance)} degrees of freedom beside {len(nuisance)} covariates and "
-                f"intercept; expected at least {FREEDOM}. Give more samples, coarser topics, or fewer --partial"
+                f"intercept; expected at least {FREEDOM}. Give more samples, coarser topics, or fewer covariates "
+                "(--partial)"
             )
         y = residual(ranks(rewards.double()[None]), nuisance)[0]
         if not bool(y.any()):
             raise BadInput(
-                f"the rewards of {n} samples are constant given the covariates; give other rewards, or fewer --partial"
+                f"the rewards of {n} samples are constant given the covariates; give other rewards, or "
+                "partial out fewer covariates (--partial)"
             )
         return cls(y, owner.unique(return_inverse=True)[1], nuisance)
 
