@@ -296,7 +296,7 @@ def templated() -> PreTrainedTokenizerFast:
     [
         ({"tokenizer": other_tokenizer()}, MixConfig(), "gpt2 and llama have different tokenizers: token"),
         ({"tokenizer": templated()}, MixConfig(), "different chat templates.*--chat-template"),
-        ({}, MixConfig("geometric", (0.5, 0.25, 0.25)), "weights are .* expected one for each of the 2 models"),
+        ({}, MixConfig("geometric", (0.5, 0.25, 0.25)), "--weights has 3 for 2 models; expected one each"),
         ({}, MixConfig("contrastive"), "expected those of a contrast"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_an_edited_function_is_another_reward():
     other.__name__ = "first"
     assert identity_of(first) == identity_of(first) != identity_of(other)
     assert identity_of(Warmth(0.1)) != identity_of(Warmth(0.2))
+
+    def scaled(by: float, outputs: Sequence[str], **_: Any) -> list[float]:
+        return [by] * len(outputs)
+
+    def closed(by: float) -> Any:
+        return lambda outputs, **_: [by] * len(outputs)
+
+    bound = functools.partial(scaled, 1.0)
+    assert name_of(bound) == "scaled"
+    assert (
+        identity_of(bound) == identity_of(functools.partial(scaled, 1.0)) != identity_of(functools.partial(scaled, 2.0))
+    )
+    assert identity_of(closed(1.0)) == identity_of(closed(1.0)) != identity_of(closed(2.0))
 
 
 def test_both_lexicons_prefer_praise():

@@ -29,6 +29,9 @@ DECODINGS = ("greedy", "sampled")
 
 JUDGED = "arithmetic mixture, whole panels"
 
+HELD = 0.9
+"""Share of the intervals that have to agree with theory."""
+
 TRUSTED = {"clean_twin": "the clean twin", "base": "the base"}
 """Trusted model → words."""
 
@@ -129,12 +132,12 @@ class Dilution(Experiment):
             ),
             Finding(
                 "Is wᵏ a lower bound of the attack success under sampling?",
-                label([all(each) for each in bound]),
-                f"Measured intervals that reach it: {_counted(bound)}.",
+                label([_nearly_all(each) for each in bound]),
+                f"Measured intervals that reach it: {_counted(bound)}; an interval misses one in twenty by chance.",
             ),
             Finding(
                 "Does teacher forcing predict the attack success?",
-                label([all(each) for each in close]),
+                label([_nearly_all(each) for each in close]),
                 f"Predictions within the measured interval, widened by 0.02: {_counted(close)}.",
             ),
         ]
@@ -189,6 +192,11 @@ def _metric(k: int) -> str:
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{v:.2f}" for v in values)
+
+
+def _nearly_all(each: Sequence[bool]) -> bool:
+    """True for at least `HELD` of them: a 95 % interval misses one in twenty even where the theory is exact."""
+    return sum(each) >= HELD * len(each)
 
 
 def _counted(each: Sequence[Sequence[bool]]) -> str:

@@ -88,7 +88,7 @@ class MixConfig:
         if self.kind == "contrastive" and not self.weights:
             raise BadInput.of("weights", (), "those of a contrast, such as 1.5 -0.5", "mix")
         if self.weights and len(self.weights) != models:
-            raise BadInput(f"--weights has {len(self.weights)} numbers for {models} models; expected one for each")
+            raise BadInput(f"--weights has {len(self.weights)} for {models} models; expected one each")
         return self.weights or (1 / models,) * models
 
 

@@ -60,7 +60,7 @@ def named(names: Sequence[str]) -> dict[str, Gpu]:
     found: dict[str, Gpu] = {}
     for name in names:
         if name.lower() not in spelled:
-            raise BadInput.of("gpu", name, f"of {', '.join(known())}")
+            raise BadInput.of("gpu", name, f"one of {', '.join(known())}")
         found[spelled[name.lower()]] = known()[spelled[name.lower()]]
     if not found:
         raise BadInput.of("gpu", "", f"at least one of {', '.join(known())}")
@@ -72,7 +72,7 @@ def priced(prices: Mapping[str, float], gpus: Mapping[str, Gpu]) -> dict[str, fl
     spelled = {name.lower(): name for name in gpus}
     for name, price in prices.items():
         if name.lower() not in spelled:
-            raise BadInput.of("price", name, f"of a GPU that is planned for: {', '.join(gpus)}")
+            raise BadInput.of("price", name, f"one of the GPUs that are planned for, {', '.join(gpus)} (--gpu)")
         if not 0 <= price < records.LARGEST:
             raise BadInput.of("price", price, f"an amount per hour of {name}, at least 0")
     return {spelled[name.lower()]: float(price) for name, price in prices.items()}
