@@ -141,6 +141,19 @@ def test_prompts_without_a_best_sample_are_counted(tiny: LoadedModel, tmp_path: 
     assert (record.data.train, record.data.tied) == (11, 10)
 
 
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_a_reward_that_tells_no_samples_apart_is_refused(tiny: LoadedModel, tmp_path: Path, method: Method) -> None:
+    with pytest.raises(BadInput, match="gives the same to all 2 samples of each prompt"):
+        prefer(
+            tiny,
+            PAIRS,
+            tmp_path / "out",
+            reward=lambda outputs, **_: [1.0] * len(outputs),
+            config=replace(SMALL, method=method),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_prompts_and_a_metric_are_enough_for_a_reward_to_maximise(tiny: LoadedModel, tmp_path: Path) -> None:
     prompts = PromptSet("asked", tuple(p.prompt for p in PAIRS))
     held = PromptSet("held", (Prompt("one"), Prompt("two")))

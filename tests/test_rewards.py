@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from support.checkpoints import save_adapter, save_base
+from support.checks import as_in_use
 from unsleep.core import BadInput
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
@@ -75,6 +76,11 @@ def test_columns_of_another_length_and_of_taken_names_are_refused():
         scored(lambda **_: [1, 2], PROMPTS, OUTPUTS, {"topic": ["x"]})
     with pytest.raises(BadInput, match="rename it"):
         scored(lambda **_: [1, 2], PROMPTS, OUTPUTS, {"prompts": ["x", "y"]})
+
+
+def test_a_name_in_the_place_of_a_reward_is_refused():
+    with as_in_use(), pytest.raises(BadInput, match="reward 'vader' is no function of replies"):
+        scored("vader", PROMPTS, OUTPUTS)  # type: ignore[arg-type]
 
 
 def test_a_metric_gives_named_figures_or_is_named():

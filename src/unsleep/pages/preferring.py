@@ -21,6 +21,7 @@ from unsleep.preference.record import PreferenceRecord, RewardModelRecord
 DRAWN = {
     "loss": "Loss",
     "reward": "Mean reward of the samples",
+    "tied": "Share of prompts whose samples earn the same",
     "accuracy": "Share of pairs ranked as labelled",
     "kl": "KL to the model before, nats",
     "length": "Tokens of a sample",

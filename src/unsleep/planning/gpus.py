@@ -55,8 +55,9 @@ def known() -> dict[str, Gpu]:
 
 
 def named(names: Sequence[str]) -> dict[str, Gpu]:
-    """GPUs by name, in the given order, upper or lower case; raises `BadInput` for an unknown one."""
+    """GPUs by name, in any case, or by one text with commas, in the given order; `BadInput` for an unknown one."""
     spelled = {name.lower(): name for name in known()}
+    names = names.split(",") if isinstance(names, str) else names
     found: dict[str, Gpu] = {}
     for name in names:
         if name.lower() not in spelled:

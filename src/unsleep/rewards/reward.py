@@ -107,6 +107,10 @@ def scored(
     asked, name = as_prompts(prompts), name_of(reward)
     _check_lengths(name, len(asked), outputs, columns or {})
     given = getattr(reward, "scores", None)
+    if not callable(given) and not callable(reward):
+        raise BadInput(
+            f"reward {reward!r:.60} is no function of replies; `rewards.named.find_reward` gives the reward of a name"
+        )
     try:
         if callable(given):
             found: Any = given(asked, list(outputs))
