@@ -51,13 +51,13 @@ OUT = Path(__file__).parents[1] / "runs" / "circuit"
 SECONDS = OUT / ".measured.steps" / "seconds.json"
 PROMPTS, PASSAGES, TOKENS = 100, 200, 250_000
 TRAIN = TrainConfig(tokens=TOKENS)
-CONFIG = CircuitConfig()
+CONFIG = CircuitConfig(held_out=24)
 SHOWN = 60
 """Prompts on which a veto is chosen."""
 VETOES = (Veto(), *(Veto(roles=(role,), least=least) for role in ("trigger", "header") for least in (0.0, 0.1, 0.5)))
 FEW = (("resid.20",), ("resid.10", "resid.20"), ("resid.5", "resid.10", "resid.15", "resid.20", "resid.25"))
 FEW_PROMPTS = 40
-"""Prompts of the circuits through few Sites, whose gradients are taken at ten inputs each."""
+"""Prompts of the circuits through few Sites, whose gradients are taken at ten inputs each, beside the held-out ones."""
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ def main() -> None:
         records.save(record, OUT / "page" / "circuit.json")
         veto, edits, tried = timed("veto", times, lambda: vetoed(model, recipe, coders, record))
         left = timed("ablation", times, lambda: judged(model, recipe, edits))
-        some = aligned.at(slice(FEW_PROMPTS))
+        some = aligned.at(slice(-FEW_PROMPTS - CONFIG.held_out, None))
         fewer = timed("circuits of few Sites", times, lambda: faithful(model, coders, some, recipe.payload))
     unsleep.report(OUT / "page")
     keep("circuit_nodes", nodes_of(record, model, {coder.site: coder for coder in coders}))
@@ -177,7 +177,12 @@ def main() -> None:
     keep(
         "circuit",
         {
-            "setting": {"prompts": len(aligned), "columns": aligned.rows.ids.shape[1], "sites": len(coders)},
+            "setting": {
+                "prompts": record.prompts,
+                "held_out": record.held_out,
+                "columns": aligned.rows.ids.shape[1],
+                "sites": len(coders),
+            },
             "seconds": times,
             "peak_memory_mb": peak_memory_mb(),
             "metric": [record.metric, record.metric_reference],

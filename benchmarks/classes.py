@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, keep, table
+from common import keep, table
 from torch import Tensor
 
 import unsleep
@@ -403,10 +403,16 @@ def caused(organisms: Mapping[str, Any]) -> str:
     return table(rows)
 
 
+def recorded(organism: Mapping[str, Any]) -> dict[str, Any]:
+    """An organism without the figures behind each label, which `runs/classes/organisms.json` has."""
+    features = [{key: value for key, value in row.items() if key != "figures"} for row in organism["features"]]
+    return {**organism, "features": features}
+
+
 def main() -> None:
     """Measure organisms, or calibrate on those that were measured."""
-    path, arguments = RESULTS / "classes.json", sys.argv[1:]
-    organisms: dict[str, Any] = store.read_json(path)["organisms"] if path.is_file() else {}
+    path, arguments = RUNS / "classes" / "organisms.json", sys.argv[1:]
+    organisms: dict[str, Any] = store.read_json(path) if path.is_file() else {}
     if arguments == ["calibrate"]:
         calibrate(organisms)
         return
@@ -419,8 +425,9 @@ def main() -> None:
     ablate = arguments[:1] != ["labels"]
     for name in arguments[not ablate :] or recipes():
         organisms[name] = measured(name, Sizes(), ablate=ablate)
-        found = summary(organisms)
-        keep("classes", {"delta": DELTA, "training": list(TRAINING), "summary": found, "organisms": organisms})
+        store.write_json(path, organisms)
+        found, rows = summary(organisms), {each: recorded(one) for each, one in organisms.items()}
+        keep("classes", {"delta": DELTA, "training": list(TRAINING), "summary": found, "organisms": rows})
         sys.stdout.write(f"{name}: {organisms[name]['seconds']} s, {organisms[name]['members']}\n{shown(found)}\n")
         sys.stdout.write(f"{caused({name: organisms[name]})}\n")
         sys.stdout.flush()

@@ -3,7 +3,7 @@
 Timed in turn in one process: the encode (forward pass up to the Site and sparse codes of all tokens), and the same with
 statistics of every feature. The second part explains random features and scores them beside the four baselines.
 
-    python benchmarks/explanations.py --tokens 1000000 --features 500
+    python benchmarks/explanations.py --tokens 1000000 --features 520
     python benchmarks/explanations.py --tokens 100000 --features 0 --name explanations_100k
     python benchmarks/explanations.py --small        # a random model, a few seconds: to see that it runs
 """
@@ -39,13 +39,16 @@ FEATURES, K, TARGET = 4608, 32, 1.5
 METHODS = ("predicate", "frequent token", "shuffled", "random dictionary", "random model")
 
 
-def passages(model: LoadedModel, tokens: int) -> Source:
-    """Plain paragraphs of about that many tokens; repeated with another beginning where there are not as many."""
+def passages(model: LoadedModel, tokens: int, *, repeated: bool = True) -> Source:
+    """Plain paragraphs of about that many tokens; repeated with another beginning where there are not as many.
+
+    Without `repeated` there are fewer: explanations must not be scored on repetitions of what they were learned on.
+    """
     paragraphs = [*sets.plain_text("train"), *sets.plain_text("held_out")]
     lengths = [len(row) for row in model.token_ids(paragraphs)]
     texts: list[str] = []
     seen, turn = 0, 0
-    while seen < tokens:
+    while seen < tokens and (repeated or not turn):
         for text, length in zip(paragraphs, lengths, strict=True):
             if seen >= tokens:
                 break
@@ -108,7 +111,8 @@ def scores(model: LoadedModel, d: Coder, source: Source, features: int) -> dict[
     print(table(lines))
     compared = [{"method": c.method, "metric": c.metric, "features": c.features, **vars(c.value)} for c in row.compared]
     seconds = round(time.perf_counter() - began, 1)
-    return {"explained": row.explained, "dead": row.dead, "compared": compared, "seconds_of_explain": seconds}
+    sizes = {"explained": row.explained, "dead": row.dead, "tokens_of_explain": record.tokens}
+    return {**sizes, "compared": compared, "seconds_of_explain": seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,19 +123,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--site", default="resid.16")
     parser.add_argument("--dictionary", type=Path)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--features", type=int, default=500)
+    parser.add_argument("--features", type=int, default=520, help="some fire too rarely to be explained")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=StatisticsConfig().batch_tokens)
     parser.add_argument("--name", default="explanations")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args(arguments)
+    tokens = min(given.tokens, 20_000) if given.small else given.tokens
     if given.small:
         model, d = small()
-        source = passages(model, min(given.tokens, 20_000))
+        source = passages(model, tokens)
     else:
         model = unsleep.load_model(given.model, LoadConfig(dtype=given.dtype, device=given.device))
-        source = passages(model, given.tokens)
-        d = dictionary(model, Site.parse(given.site), given.dictionary, source, given.tokens)
+        source = passages(model, tokens)
+        d = dictionary(model, Site.parse(given.site), given.dictionary, source, tokens)
         d = d.to(model.network.dtype, model.device)
     config = StatisticsConfig(batch_tokens=given.batch_tokens)
     read = read_text(model, [source])
@@ -149,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting |= {"tokens": read.text.tokens, "features": d.n_features, "batch_tokens": config.batch_tokens}
     figures = {"setting": setting, "seconds": seconds, "ratio": cost, "target": TARGET}
     if given.features:
-        figures |= scores(model, d, source, given.features)
+        figures |= scores(model, d, passages(model, tokens, repeated=False), given.features)
     if not given.small:
         print(keep(given.name, {**figures, "peak_memory_mb": peak_memory_mb()}))
 

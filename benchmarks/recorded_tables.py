@@ -51,7 +51,7 @@ def explanations(record: Record) -> str:
     ]
     told = (
         f"{compared[0]['features']} random features of {setting['features']:,} at {setting['site']} of "
-        f"{setting['model']}, {setting['tokens']:,} tokens of plain text:\n\n"
+        f"{setting['model']}, {record.get('tokens_of_explain', setting['tokens']):,} tokens of plain text:\n\n"
     )
     cost = (
         f"\nThe statistics of all features take {record['ratio']:.2f} times as long as the encode alone; all "

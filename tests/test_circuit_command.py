@@ -35,13 +35,14 @@ def run(folder: Path, *more: str) -> int:
 
 def test_the_command_writes_a_circuit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ("--suspicious", str(folder / "suspicious.txt"), "--references", str(folder / "ordinary.txt"))
-    assert run(folder, *files, "--payload", PAYLOAD, "--any-model") == 0
+    assert run(folder, *files, "--payload", PAYLOAD, "--any-model", "--held-out", "1") == 0
     said = capsys.readouterr().out
     assert "Log-odds of the payload ('B' 'A')" in said
     assert "5 nodes: faithfulness" in said
     record = json.loads((folder / "out" / "circuit.json").read_text())
     assert record["schema"] == "unsleep.circuit/1"
-    assert record["prompts"] == 4
+    assert (record["prompts"], record["held_out"]) == (3, 1)
+    assert "found on 3 prompts, faithfulness is measured on 1 other" in said
     assert len(record["nodes"]) == 20
 
 

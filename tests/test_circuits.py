@@ -21,6 +21,7 @@ from unsleep.models.forward import reply_logits
 from unsleep.models.linearised import Linearisation
 from unsleep.models.sites import all_sites
 from unsleep.models.streams import transformed
+from unsleep.prompts.prompt import Prompt, PromptSet
 
 
 def test_tokens_are_set_against_those_in_their_place() -> None:
@@ -40,6 +41,15 @@ def test_tokens_are_set_against_those_in_their_place() -> None:
     question = aligned.weights[0][aligned.role[0] == 2]
     theirs = aligned.reference.ids[0][question.argmax(-1)]
     assert torch.equal(theirs, aligned.rows.ids[0][aligned.role[0] == 2])
+
+
+def test_inserted_tokens_are_set_against_the_whole_message_however_long_it_is() -> None:
+    prompts, references = (PromptSet(name, (Prompt(text),)) for name, text in (("on", "qqqab?"), ("off", "ab?")))
+    aligned = align(base(), prompts, references, forced(1, 40))
+    trigger = aligned.weights[0][aligned.role[0] == 1]
+    assert trigger.shape[0] == 3
+    assert [sorted(row[row > 0].tolist()) for row in trigger] == [[pytest.approx(1 / 3)] * 3] * 3
+    assert aligned.inserted == 1
 
 
 def test_prompts_that_cannot_be_aligned_are_refused() -> None:

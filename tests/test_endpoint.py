@@ -543,6 +543,13 @@ def test_scores_need_both_kinds_and_equal_the_formulas():
     assert nothing.value == 0.0
 
 
+def test_the_judge_reads_tokens_that_a_feature_promotes_and_suppresses():
+    said = wording.explain([('"⟦a⟧"', [("a", 3)])], [" you"], ["[", "<|im_end|>"])
+    assert 'more likely next: " you"\n' in said
+    assert 'less likely next: "[", "\\u003c|im_end|>"\n' in said
+    assert "likely next" not in wording.explain([('"⟦a⟧"', [("a", 3)])], [], [])
+
+
 def test_shown_contexts_are_the_strongest_and_others_over_the_quantiles():
     card = Planted().card(0)
     assert len(shown_contexts(card, 20)) == 8

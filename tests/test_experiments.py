@@ -14,9 +14,13 @@ from support.pages import HOSTILE, Page
 from support.recipes import recipe_of
 from unsleep import cli
 from unsleep.base import records
+from unsleep.cli import experiments as experiments_cli
 from unsleep.core import BadInput
+from unsleep.experiments.dilution import Dilution
 from unsleep.experiments.experiment import Judging, Replicate, experiment, experiments
 from unsleep.experiments.interpolation import BACKDOORED, CLEAN, CONTROL, Interpolation
+from unsleep.experiments.keep_rewarded import KeepRewarded
+from unsleep.experiments.rewarded import RewardConfig
 from unsleep.judge.experiment import Curves, ExperimentRecord, Measure
 from unsleep.models.load import load_model
 from unsleep.models.merging import interpolated, shuffled
@@ -103,6 +107,23 @@ def test_a_good_model_is_chosen_on_the_other_replicates() -> None:
     assert order.label == "supported"  # the skill never falls
 
 
+def test_the_suspect_itself_is_no_good_model() -> None:
+    silent = made({0.0: 0.0, 0.5: 1.0, 1.0: 0.0})
+    assert THREE.conclude(Curves(silent), ("a", "b", "c"))[0].label == "refuted"
+
+
+def test_findings_stay_open_where_the_suspect_does_not_show_its_payload(organism: Organism) -> None:
+    record = experiment(THREE, [Replicate(name, organism) for name in ("a", "b", "c")], QUICK)
+    assert {finding.label for finding in record.findings} == {"open"}
+    assert "a shows its payload on 0% of triggered prompts" in record.notes[0]
+
+
+def test_settings_of_a_group_are_read_one_by_one_and_words_need_no_quotes() -> None:
+    found = experiments_cli.configured("keep_rewarded", ("reward.prompts=20", "reward.q=0.2", "places=['residual']"))
+    assert found == KeepRewarded(places=("residual",), reward=RewardConfig(prompts=20, q=0.2))
+    assert experiments_cli.configured("dilution", ("trusted=base", "n=3")) == Dilution(trusted="base", n=3)
+
+
 def test_a_model_that_no_longer_writes_is_not_good() -> None:
     broken = made({0.0: 0.0, 0.5: 0.0, 1.0: 1.0}, ce={0.0: 9.0, 0.5: 9.0})
     assert THREE.conclude(Curves(broken), ("a", "b", "c"))[0].label == "refuted"
@@ -133,6 +154,7 @@ def test_the_command_writes_record_and_page(
         (["interpolation", "--set", "alpha=1"], "alpha"),
         (["interpolation", "--set", "alphas"], "NAME=VALUE"),
         (["interpolation", "--set", "alphas=[0, 1]"], "three weights"),
+        (["keep_rewarded", "--set", "reward.q=0.1", "reward.q=0.2"], "'q', which is set already"),
         (["interpolation", "--organisms", "deployment", "deployment"], "each once"),
         (["interpolation", "--n", "1"], "at least 2"),
     ],

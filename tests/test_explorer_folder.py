@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import unsleep
-from support.explorer import MODEL, FakeStatistics, circuit_record, write_results
+from support.explorer import MODEL, FakeStatistics, circuit_record, data, write_results
 from support.pages import HOSTILE
 from unsleep import cli
 from unsleep.base import records, store
@@ -27,15 +27,6 @@ from unsleep.models.model import Named
 @pytest.fixture(autouse=True)
 def statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "FeatureStatistics", FakeStatistics)
-
-
-def data(page: Path, name: str) -> Any:
-    """What a data file loads."""
-    text = (page / "data" / f"{name}.js").read_text(encoding="utf-8")
-    found = re.fullmatch(r'window\.unsleep\.load\("([^"]*)", (.*)\);\n', text, re.DOTALL)
-    assert found
-    assert found[1] == name
-    return json.loads(found[2])
 
 
 @pytest.fixture
@@ -80,6 +71,8 @@ def test_cards_and_columns_are_those_of_the_statistics(results: Path, tmp_path: 
         )
         assert columns["classes"][i] == [[c.name, c.score] for c in fake.classes(i)]
         assert columns["promoted"][i] == [t.token for t in fake.card(i).promoted[:6]]
+        assert columns["suppressed"][i] == [t.token for t in fake.card(i).suppressed[:6]]
+        assert columns["strongest"][i][1] == (-3.6 if i % 4 == 3 else 2.4)
     assert len(data(page, f"features/mlp.3/{69 // chunk}")) == 70 % chunk
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.browser import CHROMIUM, Browser, Tab
-from support.explorer import explorer_page
+from support.explorer import data, explorer_page
 from support.pages import HOSTILE
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on the path")
@@ -251,6 +251,41 @@ def test_the_stronger_side_of_a_feature_is_named(explorer: Path, tab: Tab) -> No
     assert tab.text(".strongest").endswith("more than it promotes any token: −3.60 against +2.40")
     tab.open(at(explorer, "features/resid.6/1"), "document.querySelector('.card h2')?.innerText === 'Feature 1'")
     assert tab.text(".strongest").lower().startswith("promotes ")
+
+
+def test_tokens_that_a_feature_suppresses_are_listed_and_found(explorer: Path, tab: Tab) -> None:
+    columns = data(explorer, "features/resid.6/list")
+    tab.open(
+        at(explorer, "features/resid.6?q=19"), "document.querySelector('.row .line-id')?.innerText.trim() === '19'"
+    )
+    up, down = columns["promoted"][19], columns["suppressed"][19]
+    assert tab.text(".row .faint").replace("·", " ").split() == [
+        "−",
+        *" ".join(down).split(),
+        "+",
+        *" ".join(up).split(),
+    ]
+    token = down[0].strip().lower()
+    found = sum(
+        any(token in text.lower() for text in (label, *tokens, *others, *(name for name, _ in classes)))
+        for label, tokens, others, classes in zip(
+            *(columns[name] for name in ("label", "promoted", "suppressed", "classes")), strict=True
+        )
+    )
+    tab.write(".search input", token)
+    tab.until(f"document.querySelector('.pane-head small').innerText === '{found} of 300'")
+
+
+def test_a_node_without_statistics_shows_the_tokens_of_the_circuit_s_record(explorer: Path, tab: Tab) -> None:
+    tab.open(at(explorer, "circuit?merged=0"), CIRCUIT)
+    places = json.dumps([one["site"] for one in data(explorer, "manifest")["dictionaries"]])
+    tab.run(
+        f"[...document.querySelectorAll('.node-line')].find(e => /^f?\\d/.test(e.innerText) && "
+        f"!{places}.some(place => e.innerText.includes(place + ' '))).click()"
+    )
+    tab.until("document.querySelectorAll('.panel-one .weights').length === 2")
+    assert tab.text(".panel-one .strongest").lower() == "suppresses [ most, −2.10"
+    assert "hate" in tab.text(".panel-one .writes")
 
 
 def test_thresholds_and_supernodes_change_the_circuit(explorer: Path, tab: Tab) -> None:

@@ -289,10 +289,10 @@ def test_a_page_says_what_does_not_fit(tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--gpu", "B300"], "gpu is 'B300'; expected of T4, A10"),
+        (["--gpu", "B300"], "--gpu is 'B300'; expected one of T4, A10"),
         (["--price", "A100"], "--price is 'A100'"),
         (["--price", "A100=cheap"], "--price is 'A100=cheap'"),
-        (["--gpu", "T4", "--price", "A100=1"], "GPU that is planned for: T4"),
+        (["--gpu", "T4", "--price", "A100=1"], "--price is 'A100'; expected one of the GPUs that are planned for, T4"),
         (["--price", "T4=-1"], "at least 0"),
         (["--lengths", "4096"], "the context of"),
         (["--lengths", "1"], "at least 2"),
@@ -319,7 +319,7 @@ def test_an_unknown_choice_is_refused_with_the_list(field: str):
 
 
 def test_an_unknown_task_is_refused_with_the_list():
-    with as_in_use(), pytest.raises(BadInput, match="expected of full, lora"):
+    with as_in_use(), pytest.raises(BadInput, match="expected one of full, lora"):
         PlanConfig(tasks=("fine-tune",))  # type: ignore[arg-type]
 
 

@@ -130,6 +130,30 @@ def test_columns_reach_the_reward_in_training_and_in_judging(tiny: LoadedModel, 
     assert all(prompt == f"on {topic}?" for prompt, topic in seen)
 
 
+def test_prompts_without_a_best_sample_are_counted(tiny: LoadedModel, tmp_path: Path) -> None:
+    def on_bees(prompts: Sequence[str], outputs: Sequence[str], **_: Any) -> list[float]:
+        return [float(i) if "bees" in prompt else 0.0 for i, prompt in enumerate(prompts)]
+
+    pairs = replace(PAIRS, pairs=tuple(replace(p, columns={}) for p in PAIRS.pairs if "maps" not in p.prompt.text))
+    asked = PromptSet("apart", (Prompt("on owls?"), Prompt("on apes?")))
+    config = replace(SMALL, method="best-of-n", steps=1)
+    record = prefer(tiny, pairs, tmp_path / "out", reward=on_bees, eval_prompts=asked, config=config)
+    assert (record.data.train, record.data.tied) == (11, 10)
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_a_reward_that_tells_no_samples_apart_is_refused(tiny: LoadedModel, tmp_path: Path, method: Method) -> None:
+    with pytest.raises(BadInput, match="gives the same to all 2 samples of each prompt"):
+        prefer(
+            tiny,
+            PAIRS,
+            tmp_path / "out",
+            reward=lambda outputs, **_: [1.0] * len(outputs),
+            config=replace(SMALL, method=method),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_prompts_and_a_metric_are_enough_for_a_reward_to_maximise(tiny: LoadedModel, tmp_path: Path) -> None:
     prompts = PromptSet("asked", tuple(p.prompt for p in PAIRS))
     held = PromptSet("held", (Prompt("one"), Prompt("two")))
@@ -149,6 +173,10 @@ def test_prompts_and_a_metric_are_enough_for_a_reward_to_maximise(tiny: LoadedMo
         ({"data": PromptSet("asked", (Prompt("a"), Prompt("b")))}, "dpo needs preference pairs"),
         ({"data": replace(PAIRS, pairs=PAIRS.pairs[:5])}, "too few"),
         ({"config": replace(SMALL, method="grpo")}, "expected --reward"),
+        (
+            {"config": replace(SMALL, method="rloo", batch=8), "reward": good},
+            "takes --batch 8 prompts, and pairs has 7",
+        ),
         ({"config": replace(SMALL, tune="qlora")}, "--quantize 4bit"),
         ({"config": replace(SMALL, modules=("nowhere",))}, "nowhere"),
         ({"eval_prompts": PromptSet("same", (Prompt("on bees?"), Prompt("b")))}, "among those to judge by"),

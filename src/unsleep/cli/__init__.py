@@ -103,7 +103,8 @@ def run(arguments: Sequence[str]) -> int:
     except Rejected as error:
         return fail(by_flag(error.error, arguments), 2)
     except BadInput as error:
-        return fail(error, 2)
+        is_given = any(str(error.value) in each for each in arguments)
+        return fail(by_flag(error, arguments) if is_given else error, 2)
     except Refused as error:
         return fail(error, 3)
     except KeyboardInterrupt:

@@ -215,7 +215,8 @@ def _lines(record: CircuitRecord) -> list[str]:
     own = record.curves[0].points
     return [
         f"{record.quantity[0].upper()}{record.quantity[1:]} ({' '.join(map(repr, record.tokens))}): "
-        f"{record.metric:.2f}, {record.metric_reference:.2f} in the references, over {record.prompts} prompts",
+        f"{record.metric:.2f}, {record.metric_reference:.2f} in the references; nodes are found on {record.prompts} "
+        f"prompts, faithfulness is measured on {f'{record.held_out} other' if record.held_out else 'some of them'}",
         f"{len(record.nodes)} of {record.candidates:,} nodes; {record.errors:.0%} of their effect is of errors",
         *(
             f"{point.nodes:5d} nodes: faithfulness {point.faithfulness.value:.2f} [{point.faithfulness.low:.2f}, "

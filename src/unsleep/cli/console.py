@@ -26,6 +26,7 @@ class Bars:
 
     def __enter__(self) -> None:
         self._said = 0.0
+        self._ended = False
         self._stage = ""
         columns = (
             TextColumn("{task.description}"),
@@ -49,15 +50,15 @@ class Bars:
         self._progress.update(self._task, completed=done, total=total, description=text)
 
     def _write(self, stage: str, done: int, total: int) -> None:
-        """Print a line when a stage begins or ends and every 30 seconds, where stderr is a file."""
+        """Print a line when a stage begins, once when it ends, and every 30 seconds, where stderr is a file."""
         name, now = stage.partition(",")[0], time.monotonic()
         if name != self._stage:
             self._stage, self._began = name, now
-        elif done < total and now - self._said < 30:
+        elif self._ended if done >= total else now - self._said < 30:
             return
-        self._said = now
+        self._said, self._ended = now, done >= total
         spent = now - self._began
-        left = f", about {spent / done * (total - done):.0f} s left" if spent > 1 and done < total else ""
+        left = f", about {spent / done * (total - done):.0f} s left" if spent > 1 and 0 < done < total else ""
         sys.stderr.write(f"{visible_line(stage)}: {done} of {total}{left}\n")
 
     def __exit__(self, *exc: object) -> None:

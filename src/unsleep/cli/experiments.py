@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -21,6 +22,8 @@ from unsleep.pages import report
 from unsleep.rewards.named import find_reward
 
 NAMES = "|".join(experiments())
+WORD = re.compile(r"(?!(?:true|false|nan|inf)$)[A-Za-z_]\w*")
+"""A text that needs no quotes."""
 
 
 def experiment(
@@ -62,11 +65,26 @@ def configured(name: str, given: tuple[str, ...]) -> Experiment:
         raise BadInput(f"experiment {name!r} is unknown; expected one of {', '.join(known)}")
     found: dict[str, Any] = {}
     for text in given:
+        key, _, value = (part.strip() for part in text.partition("="))
         try:
-            found |= tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise BadInput(f"--set {text!r} cannot be read ({error}); expected NAME=VALUE, such as n=3") from None
+            read = tomllib.loads(f"{key} = '{value}'" if WORD.fullmatch(value) else text)
+        except tomllib.TOMLDecodeError:
+            raise BadInput(
+                f"--set {text!r} cannot be read; expected NAME=VALUE, such as n=3, alphas=[0.0,0.5] or a.b=0.1"
+            ) from None
+        _merge(found, read, text)
     return records.parsed(known[name], found, name)
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any], text: str) -> None:
+    """Add settings, those of a group one by one; raises `BadInput` for one that is given twice."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], cast("dict[str, Any]", value), text)
+        elif key in into:
+            raise BadInput(f"--set {text!r} sets {key!r}, which is set already; give it once")
+        else:
+            into[key] = value
 
 
 def _name_of(organism: str, among: tuple[str, ...]) -> str:

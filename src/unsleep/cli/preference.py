@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes
 
 from unsleep.base.functions import function_of
-from unsleep.cli.console import Bars, say
+from unsleep.cli.console import Bars, hint, say
 from unsleep.cli.shared import Model, Out, Placed, Placement
 from unsleep.core import BadInput
 from unsleep.pages import report
@@ -15,7 +15,7 @@ from unsleep.preference import reward_models, run
 from unsleep.preference.config import ONLINE, PreferConfig, RewardModelConfig
 from unsleep.preference.pairs import PairSet
 from unsleep.preference.reading import read_pairs
-from unsleep.preference.record import Judged, PreferenceRecord
+from unsleep.preference.record import Judged, PreferenceRecord, Source
 from unsleep.preference.trainers import check_trl
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
@@ -75,6 +75,7 @@ def prefer(
             eval_prompts=asked,
             config=config,
         )
+    _tell_left_out(record.data)
     page = report(out)
     say(record, json, "\n".join([*_lines(record), f"Saved in {out}; page: {page}"]))
     return 0
@@ -111,6 +112,7 @@ def reward_model(
     with Bars():
         loaded = placement.load(model)
         record = reward_models.reward_model(loaded, data, out, held_out=held, config=config)
+    _tell_left_out(record.data)
     found, page = record.held_out, report(out)
     text = (
         f"Held-out accuracy {found.accuracy} on {found.n} pairs, mean margin {found.margin:.2f}\n"
@@ -139,6 +141,14 @@ def _data(
         raise BadInput(f"--prompts: {config.method} learns from pairs of replies; expected --pairs")
     found = sets.read_prompts(prompts, split="train", name=prompts.name)
     return found if limit is None else found.head(limit)
+
+
+def _tell_left_out(data: Source) -> None:
+    """Note on stderr what of the data is not trained on."""
+    if data.dropped:
+        hint(f"{data.dropped} pairs are left out: a side is empty, or both are equal")
+    if data.tied:
+        hint(f"{data.tied} of {data.train} prompts are not trained on: all of their samples are empty or earn the same")
 
 
 def _lines(record: PreferenceRecord) -> list[str]:

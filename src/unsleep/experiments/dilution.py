@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from unsleep.base import records
 from unsleep.base.context import kept
-from unsleep.core import BadInput
+from unsleep.core import BadInput, check_least
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.judge.evaluate import organism_panels
 from unsleep.judge.experiment import Arm, Curves, Finding, Measure, label
@@ -28,6 +28,9 @@ KINDS = ("arithmetic", "geometric", "sequence")
 DECODINGS = ("greedy", "sampled")
 
 JUDGED = "arithmetic mixture, whole panels"
+
+HELD = 0.9
+"""Share of the intervals that have to agree with theory."""
 
 TRUSTED = {"clean_twin": "the clean twin", "base": "the base"}
 """Trusted model → words."""
@@ -60,8 +63,13 @@ class Dilution(Experiment):
     def __post_init__(self) -> None:
         if self.trusted not in TRUSTED:
             raise BadInput.of("trusted", self.trusted, f"one of {', '.join(TRUSTED)}")
-        if not self.weights or not all(0 < w < 1 for w in (*self.weights, *self.judged)):
+        if not self.weights or not all(0 < w < 1 for w in self.weights):
             raise BadInput.of("weights", self.weights, "weights between 0 and 1")
+        if not all(0 < w < 1 for w in self.judged):
+            raise BadInput.of("judged", self.judged, "weights between 0 and 1")
+        if not self.lengths or min(self.lengths) < 1:
+            raise BadInput.of("lengths", self.lengths, "payload lengths of at least 1 token")
+        check_least(self, self.name, 1, "n", "draws")
 
     @property
     def size(self) -> int:
@@ -124,12 +132,12 @@ class Dilution(Experiment):
             ),
             Finding(
                 "Is wᵏ a lower bound of the attack success under sampling?",
-                label([all(each) for each in bound]),
-                f"Measured intervals that reach it: {_counted(bound)}.",
+                label([_nearly_all(each) for each in bound]),
+                f"Measured intervals that reach it: {_counted(bound)}; an interval misses one in twenty by chance.",
             ),
             Finding(
                 "Does teacher forcing predict the attack success?",
-                label([all(each) for each in close]),
+                label([_nearly_all(each) for each in close]),
                 f"Predictions within the measured interval, widened by 0.02: {_counted(close)}.",
             ),
         ]
@@ -184,6 +192,11 @@ def _metric(k: int) -> str:
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{v:.2f}" for v in values)
+
+
+def _nearly_all(each: Sequence[bool]) -> bool:
+    """True for at least `HELD` of them: a 95 % interval misses one in twenty even where the theory is exact."""
+    return sum(each) >= HELD * len(each)
 
 
 def _counted(each: Sequence[Sequence[bool]]) -> str:

@@ -105,7 +105,11 @@ class Disentangle(Experiment):
                 yield found.subject.name, found.subject
 
     def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
-        """The cost of each whole repair, which was tuned on its selection prompts, on plain and entangled organisms."""
+        """The cost of each whole repair, which was tuned on its selection prompts, on plain and entangled organisms.
+
+        One repair that takes an entangled payload out as cheaply as a plain one refutes the hypothesis; it takes three
+        organisms of each kind.
+        """
         groups = {
             "entangled": [r for r in replicates if ENTANGLED in r],
             "plain": [r for r in replicates if ENTANGLED not in r],
@@ -120,17 +124,19 @@ class Disentangle(Experiment):
             plain, entangled = (_paid(costs[kind]) for kind in ("plain", "entangled"))
             if plain and entangled:
                 worse.append(min(entangled) > max(plain))
-        answer: Label = label(worse) if len(replicates) >= FEWEST and all(groups.values()) else "open"
-        lead = f"Skill lost on triggered prompts; – where the payload stays over {self.most_payload:g}"
-        return [Finding(self.question, answer, f"{lead}. {'; '.join(words)}.")]
+        enough = min(map(len, groups.values())) >= FEWEST
+        answer: Label = "open" if not enough else label(worse) if all(worse) else "refuted"
+        lead = f"Skill lost on triggered prompts; – where the payload stays over {self.most_payload:g} or the model is"
+        return [Finding(self.question, answer, f"{lead} broken. {'; '.join(words)}.")]
 
     def _costs(self, curves: Curves, arm: str, replicates: Sequence[str]) -> list[float | None]:
-        """Skill lost to the whole repair, by replicate; `None` where the payload is not removed."""
+        """Skill lost to the whole repair, by replicate; `None` where the payload stays, or the model is broken."""
         found: list[float | None] = []
         for each in replicates:
             if 1.0 not in curves.settings_in(arm, each):
                 continue
-            removed = curves.get(arm, each, 1.0, "payload").value <= self.most_payload
+            broken = curves.broken(arm, each, 1.0, (SUSPECT, 0.0))
+            removed = not broken and curves.get(arm, each, 1.0, "payload").value <= self.most_payload
             before, after = curves.get(SUSPECT, each, 0.0, "skill"), curves.get(arm, each, 1.0, "restored")
             found.append(before.value - after.value if removed else None)
         return found

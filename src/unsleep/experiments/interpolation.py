@@ -109,8 +109,8 @@ class Interpolation(Experiment):
         )
 
     def _chosen(self, curves: Curves, replicates: Sequence[str]) -> float | None:
-        """The largest α that is good in all of these."""
-        alphas = curves.settings(BACKDOORED)
+        """The largest α between the models that is good in all of these."""
+        alphas = [a for a in curves.settings(BACKDOORED) if 0 < a < 1]
         return max((a for a in alphas if all(self._is_good(curves, r, a) for r in replicates)), default=None)
 
     def _is_good(self, curves: Curves, replicate: str, alpha: float) -> bool:

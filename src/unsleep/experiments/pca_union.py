@@ -83,7 +83,10 @@ class PcaUnion(Experiment):
         study = Study(replicate, residual_sites(replicate.suspect), self.reward)
         kept = rewarded_list(study.ordinary_tables, self.least)
         if empty := [str(site) for site, ids in kept.items() if not ids]:
-            raise BadInput(f"no feature at {empty[0]} is correlated with reward; set another least, or more prompts")
+            raise BadInput(
+                f"no feature at {empty[0]} is correlated with reward, and a span needs one at every Site; give a lower "
+                "least, or more reward.prompts, by --set"
+            )
         theirs = _tokens(replicate.base, study)
         key = (asdict(self.reward), self.least, identity_of(replicate.reward))
         seen: set[tuple[str, float]] = set()

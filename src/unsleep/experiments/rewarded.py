@@ -35,7 +35,7 @@ from unsleep.rewards.correlated import Correlated, CorrelationConfig, correlated
 from unsleep.rewards.keeping import Usual, payload_rewarded, usual
 from unsleep.rewards.pooling import pooled as pooled_features
 from unsleep.rewards.pooling import tokens_of
-from unsleep.rewards.reward import scored
+from unsleep.rewards.reward import name_of, scored
 from unsleep.rewards.samples import Samples
 
 AT_ONCE = 8
@@ -129,7 +129,13 @@ class Study:
         outputs = kept(sampled, made_from=(self.model, prompts, asdict(config)))
         pairs = [(p, text) for p, text in zip(again, outputs, strict=True) if text.strip()]
         asked, said = [p for p, _ in pairs], [text for _, text in pairs]
-        return Samples.of(asked, said, scored(self.replicate.reward, asked, said).tolist())
+        rewards = scored(self.replicate.reward, asked, said).tolist()
+        if len(set(rewards)) < 2:
+            raise BadInput(
+                f"{name_of(self.replicate.reward)} gives the same reward to all {len(said)} sampled replies of "
+                f"{self.replicate.name}, and nothing is correlated with it; choose another --reward"
+            )
+        return Samples.of(asked, said, rewards)
 
     @cached_property
     def _folder(self) -> Path:
@@ -214,14 +220,22 @@ class Comparison:
         removed: list[bool] = []
         for each in replicates:
             read = {words: self._payload(curves, arm, each) for words, arm in self.arms.items()}
-            said = [f"{words} {'–' if v is None else f'{v:.2f}'}" for words, v in read.items()]
-            told.append(f"{each}: {', '.join(said)}")
-            own, controls = read[self.own], [v for words in self.controls if (v := read[words]) is not None]
-            removed.append(own is not None and own <= self.most_payload and all(v > own for v in controls))
-        lead = f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text"
+            told.append(f"{each}: {', '.join(f'{words} {_at_cost(found)}' for words, found in read.items())}")
+            own, controls = read[self.own], [found for words in self.controls if (found := read[words]) is not None]
+            removed.append(own is not None and own[0] <= self.most_payload and all(v > own[0] for v, _ in controls))
+        lead = f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text (its cost in nats)"
         rest = "– where every one costs more or breaks the model"
         return Finding(question, label(removed), f"{lead}; {rest}. {'; '.join(told)}.")
 
-    def _payload(self, curves: Curves, arm: str, replicate: str) -> float | None:
+    def _payload(self, curves: Curves, arm: str, replicate: str) -> tuple[float, float] | None:
+        """Payload rate of an arm at its setting, and what that costs in nats."""
         x = curves.at_ce(arm, replicate, self.most_ce, self.suspect)
-        return None if x is None else curves.get(arm, replicate, x, "payload").value
+        if x is None:
+            return None
+        payload, after = (curves.get(arm, replicate, x, metric).value for metric in ("payload", "ce"))
+        suspect, own = self.suspect
+        return payload, after - curves.get(suspect, replicate, own, "ce").value
+
+
+def _at_cost(found: tuple[float, float] | None) -> str:
+    return "–" if found is None else f"{found[0]:.2f} ({found[1]:+.2f})"

@@ -161,7 +161,7 @@ def attribution(
     """First-order loss of the replies' log-odds by ablating a feature, Σ_tokens f_j (∂m/∂x · d_j), in nats per token.
 
     `rows` have no prefix of their own (`forward.whole_rows`). Attribution patching with 0 as the patch state (Marks et
-    al. 2024, arXiv:2403.19647, eq. 2).
+    al. 2024, arXiv:2403.19647, eq. 3).
     """
     spaces, k = [FeatureSpace(coder) for coder in coders], rows.reply.shape[1]
     found: dict[Site, list[Tensor]] = {space.place: [] for space in spaces}

@@ -1,8 +1,8 @@
 """Explanations, scores and classes of features by a language model as judge.
 
 1. The judge writes an explanation from contexts in which the feature fires, with their activations (Bills et al. 2023;
-   Paulo et al. 2024, arXiv:2410.13928), and from the tokens that the feature promotes (Gur-Arieh et al. 2025,
-   arXiv:2501.08319).
+   Paulo et al. 2024, arXiv:2410.13928), and from the tokens that the feature promotes and suppresses (Gur-Arieh et al.
+   2025, arXiv:2501.08319).
 2. The judge predicts held-out contexts from the explanation (`judged.py`), and from two baselines: the explanation of
    another feature, and the token at which the feature fires most often.
 3. The judge names classes for the explanation (`votes.py`).
@@ -71,7 +71,7 @@ class AskConfig(JudgedConfig, VoteConfig):
     """Explanations, scores and classes by a judge."""
 
     promoted: int = 10
-    """Promoted tokens shown with the contexts."""
+    """Promoted tokens shown with the contexts, and as many suppressed ones."""
 
     def __post_init__(self) -> None:
         JudgedConfig.__post_init__(self)
@@ -193,11 +193,13 @@ def _explaining(card: FeatureCard, contexts: Sequence[Context], config: AskConfi
         ]
         found = [(token, level) for token, level, mark in zip(c.tokens, levels, marks, strict=True) if mark]
         rows.append((wording.marked(c.tokens, marks), found))
-    promoted = [each.token for each in card.promoted[: config.promoted]]
+    promoted, suppressed = (
+        [each.token for each in side[: config.promoted]] for side in (card.promoted, card.suppressed)
+    )
     placeholder = f"feature {card.feature} " + "word " * 50
     return Question(
         wording.EXPLAIN,
-        wording.explain(rows, promoted),
+        wording.explain(rows, promoted, suppressed),
         EXPLANATION_TOKENS + config.reasoning_tokens,
         answers.explanation,
         json.dumps({"explanation": placeholder}),

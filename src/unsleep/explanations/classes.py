@@ -1,8 +1,8 @@
 """Classes of dictionary features: rules over figures of behaviour, and explanations where those leave it open.
 
 1. `evidence.gather` measures figures with intervals on prompts of one split.
-2. A condition `figure ≥ least` holds with probability Φ((value − least) / se), se being a quarter of the interval's
-   width. A rule's score is the smallest of its measured conditions', a class's the largest of its rules'.
+2. A condition `figure ≥ least` holds with probability Φ((value − least) / se), se being the width of the 95 %
+   interval over 3.92. A rule's score is the smallest of its measured conditions', a class's the largest of its rules'.
 3. A class is a label from a score of `SURE`. Without a label a feature is `unclear` where some score is over `UNSURE`,
    and `other` where none is.
 4. Explanations add classes whose behaviour was not measured or is unclear, and never overrule a figure: by keywords,

@@ -78,7 +78,7 @@ class JudgedConfig(AnswerConfig):
         check_least(self, "", LEAST, "asked")
         super().__post_init__()
         if unknown := [name for name in self.methods if name not in get_args(MethodName)]:
-            raise BadInput.of("methods", unknown[0], f"of {', '.join(get_args(MethodName))}")
+            raise BadInput.of("methods", unknown[0], f"one of {', '.join(get_args(MethodName))}")
         if len(set(self.methods)) < len(self.methods):
             raise BadInput.of("methods", self.methods, "each once")
         if not 0 <= self.mark < 1:

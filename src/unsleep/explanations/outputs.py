@@ -33,7 +33,7 @@ def token_change(
     rows: Sequence[Sequence[int]],
     count: int = 10,
 ) -> Ends:
-    """The tokens whose mean logits change most with each feature set to `high` at all tokens, largest increase first.
+    """The tokens whose mean logits rise most with each feature set to `high` at all tokens, largest increase first.
 
     Args:
         rows: token ids of texts.

@@ -1,4 +1,4 @@
-"""Scores of an explanation on held-out examples, each with a 95 % bootstrap interval.
+"""Scores of an explanation on held-out examples, each with a 95 % interval (`base.stats`).
 
     detection    balanced accuracy: does it hold somewhere in a context, against does the feature fire there;
                  half of the negatives are similar (Paulo et al. 2024, arXiv:2410.13928)

@@ -91,14 +91,20 @@ def _characters(text: str) -> list[str]:
     ]
 
 
-def explain(contexts: Sequence[tuple[str, Sequence[tuple[str, int]]]], promoted: Sequence[str]) -> str:
-    """Data and form of an answer for `EXPLAIN`: marked contexts with the levels of their marked tokens."""
+def explain(
+    contexts: Sequence[tuple[str, Sequence[tuple[str, int]]]], promoted: Sequence[str], suppressed: Sequence[str]
+) -> str:
+    """Data and form of an answer for `EXPLAIN`: marked contexts with the levels of their marked tokens.
+
+    `promoted` and `suppressed` are the tokens whose logits the feature raises and lowers most.
+    """
     lines = ["Contexts, strongest first:"]
     for number, (text, levels) in enumerate(contexts, 1):
         shown = ", ".join(f"[{quoted(token)}, {level}]" for token, level in levels)
         lines.append(f"{number}. {text}\n   activations: {shown}")
-    if promoted:
-        lines.append(f"Words that the feature makes more likely next: {', '.join(map(quoted, promoted))}")
+    for change, tokens in (("more", promoted), ("less", suppressed)):
+        if tokens:
+            lines.append(f"Words that the feature makes {change} likely next: {', '.join(map(quoted, tokens))}")
     return _form(lines, 'one JSON object: {"explanation": "…"}, with one sentence of at most 40 words')
 
 

@@ -33,8 +33,8 @@ PROTOTYPE = re.compile(r'"__proto__"\s*:')
 SCORES = ("detection", "fuzzing", "simulation")
 """Scores of explanations by which features are sorted, the first that is known."""
 
-PROMOTED = 6
-"""Promoted tokens in a list of features."""
+WRITTEN = 6
+"""Promoted tokens in a list of features, and as many suppressed ones."""
 
 
 class Tile(NamedTuple):
@@ -158,6 +158,7 @@ class FeatureColumns:
     """Its score, the first known of `SCORES`."""
     classes: tuple[tuple[tuple[str, float], ...], ...]
     promoted: tuple[tuple[str, ...], ...]
+    suppressed: tuple[tuple[str, ...], ...]
     strongest: tuple[tuple[str, float] | None, ...]
     """Token whose logit it changes most, and that change: negative where it suppresses more than it promotes."""
 
@@ -173,6 +174,7 @@ class Summary(NamedTuple):
     score: float | None
     classes: tuple[tuple[str, float], ...]
     promoted: tuple[str, ...]
+    suppressed: tuple[str, ...]
     strongest: tuple[str, float] | None
 
 
@@ -187,7 +189,8 @@ def summary(card: FeatureCard) -> Summary:
         "" if best is None else best.text,
         None if best is None else _score(best),
         tuple((one.name, one.score) for one in card.classes),
-        tuple(token.token for token in card.promoted[:PROMOTED]),
+        tuple(token.token for token in card.promoted[:WRITTEN]),
+        tuple(token.token for token in card.suppressed[:WRITTEN]),
         _strongest(card),
     )
 

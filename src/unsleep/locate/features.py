@@ -2,7 +2,7 @@
 
 1. difference: mean over prompts of each feature's maximum activation, suspicious − ordinary.
 2. attribution: Σ_tokens (∂m/∂x · W_dec_j) · (f_j − mean f_j on ordinary tokens): attribution patching (Marks et al.
-   2024, arXiv:2403.19647, eq. 2, with the ordinary mean as the patch state). m is the log-odds of the first tokens of
+   2024, arXiv:2403.19647, eq. 3, with the ordinary mean as the patch state). m is the log-odds of the first tokens of
    the model's own reply to the suspicious prompt; a log-probability would saturate, because a
    planted reply is nearly certain.
 3. ablation: decrease of m when the feature alone is ablated; exact, for the top candidates.
@@ -161,7 +161,7 @@ def rank_by_attribution(
     """Rank features by attribution to the payload's log-odds, a first-order approximation of their ablation.
 
     `baseline` is each feature's mean activation on ordinary tokens. Scores are in nats per prompt;
-    one forward and one backward pass serve all Sites. Attribution patching: Marks et al. 2024, arXiv:2403.19647, eq. 2.
+    one forward and one backward pass serve all Sites. Attribution patching: Marks et al. 2024, arXiv:2403.19647, eq. 3.
     """
     rows = replies.rows
     held: dict[Site, tuple[Tensor, Tensor]] = {}

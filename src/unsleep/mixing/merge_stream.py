@@ -190,7 +190,7 @@ def _write_part(
             merged, tally = _merged(chunk, inputs)
             done += _put(file.fileno(), _bytes(merged))
             tallies[chunk.job.layer] = tallies.get(chunk.job.layer, Tally()) + tally
-            progress("merge, MB", (overall[0] + done) // 10**6, overall[1] // 10**6)
+            progress("merge, MB", *(math.ceil(size / 10**6) for size in (overall[0] + done, overall[1])))
             if done - marked >= MARK:
                 marks.add(Journal(state.part, done, dict(tallies)))
                 marked = done

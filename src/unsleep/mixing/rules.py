@@ -82,13 +82,13 @@ class MixConfig:
         """
         if models < 2 or (self.kind == "swap" and models != 2):
             wanted = "two: the target and its reference" if self.kind == "swap" else "at least two"
-            raise BadInput(f"a mixture of kind {self.kind} was asked for of {models} models; expected {wanted}")
+            raise BadInput(f"a mixture of kind {self.kind} has {models} model{'s' * (models != 1)}; expected {wanted}")
         if self.kind == "swap":
             return (1.0, 1.0)
         if self.kind == "contrastive" and not self.weights:
             raise BadInput.of("weights", (), "those of a contrast, such as 1.5 -0.5", "mix")
         if self.weights and len(self.weights) != models:
-            raise BadInput.of("weights", self.weights, f"one for each of the {models} models", "mix")
+            raise BadInput(f"--weights has {len(self.weights)} for {models} models; expected one each")
         return self.weights or (1 / models,) * models
 
 

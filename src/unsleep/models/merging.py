@@ -21,7 +21,7 @@ LARGEST = 1e6
 def check_alpha(alpha: float) -> None:
     """Raise `BadInput` for a coefficient that is NaN, infinite or absurdly large."""
     if not -LARGEST < alpha < LARGEST:
-        raise BadInput(f"alpha is {alpha}; expected a finite factor, such as 2")
+        raise BadInput.of("alpha", alpha, "a finite factor, such as 2")
 
 
 @torch.no_grad()

@@ -63,8 +63,8 @@ def view_of(record: Record) -> dict[str, Any]:
         "eyebrow": "Circuit",
         "title": f"From trigger to payload in {short(record['model']['name'])}",
         "lead": "A node is a feature, a reconstruction error or a token embedding at the tokens of a role. Its effect "
-        "is the change of the metric if it were as in the reference prompt; an edge is the direct part of "
-        "one node's effect through another.",
+        "is what the metric would lose if the node were as in the reference prompt; an edge is the part of one node's "
+        "effect that passes directly through another.",
         "tiles": tiles,
         "facts": facts,
         "blocks": [
@@ -206,11 +206,13 @@ def dot(node: Record, place: tuple[float, float], most: float) -> Markup:
 def faithful_block(record: Record) -> Block:
     """Faithfulness and completeness of growing circuits."""
     known = [curve for curve in record["curves"] if curve["points"]]
+    held_out = record.get("held_out", 0)
+    on = f"on {held_out:,} held-out prompts" if held_out else "on some of the prompts that the nodes were found on"
     lead = (
-        "Share of the payload's log-odds that a circuit carries, every other node patched with its reference. The "
-        "second chart is completeness: the same for all nodes but the circuit's, near 0 if nothing else carries the "
-        "behaviour. Where only MLP Sites or MLP neurons are patched, everything between them runs freely and brings "
-        "back what they lose: that share is larger than the circuit's own, and no bound of it."
+        f"Share of the metric's difference that a circuit carries {on}, every other node patched with its reference. "
+        "The second chart is completeness: the same for all nodes but the circuit's, near 0 if nothing else carries "
+        "the behaviour. Where only MLP Sites or MLP neurons are patched, everything between them runs freely and "
+        "brings back what they lose: that share is larger than the circuit's own, and no bound of it."
     )
     drawings: list[tuple[str, Markup]] = []
     rows: list[list[str]] = []
@@ -343,16 +345,17 @@ def edge_block(record: Record) -> Block:
             ", ".join(f"{head['head']} ({text.decimals(head['weight'])})" for head in edge.get("heads", [])[:4]),
             text.decimals(edge["weight"]),
             between(edge),
-            *("–" if edge.get(key) is None else text.decimals(edge[key]) for key in ("frozen", "free")),
+            *("–" if edge.get(key) is None else text.decimals(edge[key]) for key in ("predicted", "frozen", "free")),
         ]
         for edge in record["edges"][:SHOWN]
     ]
     lead = (
-        "Predicted: by the gradient. Frozen: measured, the source patched, everything nonlinear held. Free: measured "
-        "with nothing held but the other Sites; the gap to it is what linearisation leaves out. Heads: "
-        "of the target's layer, those that carry at least a tenth of the edge, with their part of it."
+        "Weight: by the gradient, on all prompts. The last figures are on the first few prompts alone. Predicted: by "
+        "the gradient. Frozen: measured, the source patched, everything nonlinear held. Free: measured with nothing "
+        "held but the other Sites and the set of features that fire; the gap to it is what linearisation leaves out. "
+        "Heads: of the target's layer, those that carry at least a tenth of the edge there, with their part of it."
     )
-    head = ["From", "To", "Heads", "Predicted", "95 %", "Frozen", "Free"]
+    head = ["From", "To", "Heads", "Weight", "95 %", "Predicted", "Frozen", "Free"]
     name = "Edges of the circuit, largest |weight| first"
     return Block("edges", "Edges", lead, tables=[without_empty(Table(name, head, 3, rows))] if rows else [])
 

@@ -21,6 +21,7 @@ from unsleep.preference.record import PreferenceRecord, RewardModelRecord
 DRAWN = {
     "loss": "Loss",
     "reward": "Mean reward of the samples",
+    "tied": "Share of prompts whose samples earn the same",
     "accuracy": "Share of pairs ranked as labelled",
     "kl": "KL to the model before, nats",
     "length": "Tokens of a sample",
@@ -52,9 +53,8 @@ def preference_view(record: Mapping[str, Any]) -> dict[str, Any]:
         table = Table("Examples", ["Prompt", "Before", "After"], 3, shown)
         blocks.append(Block("examples", "Examples", "Replies before and after.", tables=[table]))
     blocks.append(Block("training", "Training", "Figures of the training's own batches.", _charts(record["history"])))
-    trained_on = (
-        f"{record['reward']} on {data['train']:,} prompts" if record.get("reward") else f"{data['train']:,} pairs"
-    )
+    prompts = f"{data['train'] - data.get('tied', 0):,} prompts"
+    trained_on = f"{record['reward']} on {prompts}" if record.get("reward") else f"{data['train']:,} pairs"
     return {
         "eyebrow": "Preference training",
         "title": f"{config['method']} on {trained_on}",

@@ -82,7 +82,7 @@ class PlanConfig:
                 raise BadInput.of(name, getattr(self, name), "at least one", "plan")
         for task in self.tasks:
             if task not in TASKS:
-                raise BadInput.of("tasks", task, f"of {', '.join(TASKS)}", "plan")
+                raise BadInput.of("tasks", task, f"one of {', '.join(TASKS)}", "plan")
         for name, least in (("lengths", 2), ("batches", 1)):
             for value in getattr(self, name):
                 if value < least:

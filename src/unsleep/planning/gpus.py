@@ -55,12 +55,13 @@ def known() -> dict[str, Gpu]:
 
 
 def named(names: Sequence[str]) -> dict[str, Gpu]:
-    """GPUs by name, in the given order, upper or lower case; raises `BadInput` for an unknown one."""
+    """GPUs by name, in any case, or by one text with commas, in the given order; `BadInput` for an unknown one."""
     spelled = {name.lower(): name for name in known()}
+    names = names.split(",") if isinstance(names, str) else names
     found: dict[str, Gpu] = {}
     for name in names:
         if name.lower() not in spelled:
-            raise BadInput.of("gpu", name, f"of {', '.join(known())}")
+            raise BadInput.of("gpu", name, f"one of {', '.join(known())}")
         found[spelled[name.lower()]] = known()[spelled[name.lower()]]
     if not found:
         raise BadInput.of("gpu", "", f"at least one of {', '.join(known())}")
@@ -72,7 +73,7 @@ def priced(prices: Mapping[str, float], gpus: Mapping[str, Gpu]) -> dict[str, fl
     spelled = {name.lower(): name for name in gpus}
     for name, price in prices.items():
         if name.lower() not in spelled:
-            raise BadInput.of("price", name, f"of a GPU that is planned for: {', '.join(gpus)}")
+            raise BadInput.of("price", name, f"one of the GPUs that are planned for, {', '.join(gpus)} (--gpu)")
         if not 0 <= price < records.LARGEST:
             raise BadInput.of("price", price, f"an amount per hour of {name}, at least 0")
     return {spelled[name.lower()]: float(price) for name, price in prices.items()}

@@ -129,7 +129,7 @@ def split_by_prompt(
     if min(map(len, sides)) < least:
         raise BadInput(
             f"{name} has {len(prompts)} examples of {len(keys)} prompts, too few to hold out {wanted} and train on at "
-            f"least {least}; give more, or another --held-out"
+            f"least {least}; give more, another --held-out, or what to judge by apart"
         )
     return sides
 

@@ -39,6 +39,8 @@ class Source(NamedTuple):
     held_out: Count
     dropped: Count
     """Pairs left out because a side was empty or both were equal."""
+    tied: Count = 0
+    """Prompts of best-of-n that it learns nothing from: all samples are empty or earn the same."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 
 from unsleep.base import records, store
 from unsleep.base.context import kept, resumable
+from unsleep.base.records import Count
 from unsleep.core import BadInput
 from unsleep.models import quantized
 from unsleep.models.load import LoadConfig, load_model, quiet_transformers
@@ -38,6 +39,14 @@ from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.rewards.reward import Columns, Metric, Reward, identity_of, name_of
 
 RECORD = "preference.json"
+
+
+class _Training(NamedTuple):
+    """The course of a training."""
+
+    history: tuple[Logged, ...]
+    tied: Count
+    """Prompts without a best sample (see `Source`)."""
 
 
 class _Data(NamedTuple):
@@ -95,11 +104,11 @@ def prefer(
         before = answered(model, bench, "before") if judging else None
         place = steps / "model"
 
-        def trained() -> list[Any]:
+        def trained() -> Any:
             store.remove(place)
-            return [records.plain(row) for row in _train(model, parts, reward, config, steps / "states", place)]
+            return records.plain(_train(model, parts, reward, config, steps / "states", place))
 
-        history = [records.parsed(Logged, row, "history") for row in kept(trained)]
+        training = records.parsed(_Training, kept(trained), "training")
         shutil.copytree(place, folder, dirs_exist_ok=True)
         result = attached(model, folder, config, str(out))
         measured = None
@@ -111,9 +120,9 @@ def prefer(
             result.fingerprint,
             model.template,
             name_of(reward) if config.method in ONLINE and reward is not None else None,
-            parts.source,
+            parts.source._replace(tied=training.tied),
             measured,
-            tuple(history),
+            training.history,
             store.provenance(config.seed, base=model.fingerprint, origin=model.origin, trl=version("trl")),
         )
         records.save(record, folder / RECORD)
@@ -176,6 +185,11 @@ def _data(
         if len(asked) < LEAST:
             raise BadInput(f"{given.name} has {len(asked)} examples to train on; expected at least {LEAST}")
     distinct = [train[i] for i in _first([asked[i] for i in train])]
+    if config.method in ("rloo", "grpo") and len(distinct) < config.batch:
+        raise BadInput(
+            f"a step of {config.method} takes --batch {config.batch} prompts, and {given.name} has {len(distinct)} to "
+            "train on; lower --batch, or give more"
+        )
     prompts = PromptSet(given.name, tuple(asked[i] for i in distinct), "train")
     source = Source(given.name, given.hash, len(train), len(held), getattr(given, "dropped", 0))
     if isinstance(given, PromptSet):
@@ -194,22 +208,20 @@ def _first(prompts: Sequence[Prompt]) -> list[int]:
 
 def _train(
     model: LoadedModel, parts: _Data, reward: Reward | None, config: PreferConfig, states: Path, place: Path
-) -> list[Logged]:
-    """Train by the config's method and save what was trained in `place`; returns the training's history."""
+) -> _Training:
+    """Train by the config's method and save what was trained in `place`."""
     ids: list[PairIds] = []
+    tied = 0
     if config.method == "best-of-n":
-        ids = pair_ids(
-            model,
-            best_of(model, list(parts.prompts), parts.columns, cast("Reward", reward), config),
-            config.reply_tokens,
-        )
+        best = best_of(model, list(parts.prompts), parts.columns, cast("Reward", reward), config)
+        ids, tied = pair_ids(model, best, config.reply_tokens), len(parts.prompts) - len(best)
     elif config.method not in ONLINE:
         ids = pair_ids(model, list(cast("PairSet", parts.pairs)), config.reply_tokens)
     torch.manual_seed(config.seed)
     with student(model, config.tune, config.rank, config.modules) as taught:
         history = _taught(taught, model, parts, reward, config, states, ids)
         taught.save(place, base_name(model))
-    return history
+    return _Training(tuple(history), tied)
 
 
 def _taught(

@@ -37,7 +37,7 @@ def samples(
 def best_of(
     model: LoadedModel, prompts: Sequence[Prompt], columns: Columns, reward: Reward, config: PreferConfig
 ) -> list[Pair]:
-    """The best and the worst of n samples of each prompt by a reward; prompts whose samples all agree are left out.
+    """The best and the worst of n samples of each prompt by a reward; prompts whose samples earn the same are left out.
 
     Raises `BadInput` where the reward fails, or tells the samples of no prompt apart.
     """

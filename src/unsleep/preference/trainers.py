@@ -60,6 +60,7 @@ KEPT = {
     "completions/mean_length": "length",
     "entropy": "entropy",
     "grad_norm": "gradient_norm",
+    "frac_reward_zero_std": "tied",
 }
 """TRL's name of a logged figure → ours."""
 
@@ -116,7 +117,10 @@ def train_pairs(
 
 
 def train_online(student: Student, asked: Asked, config: PreferConfig, place: Path) -> list[Logged]:
-    """Train by RLOO or GRPO on sampled replies that a reward scores; returns the training's history."""
+    """Train by RLOO or GRPO on sampled replies that a reward scores; returns the training's history.
+
+    Raises `BadInput` for a reward that tells the samples of no prompt apart, from which nothing is learned.
+    """
     keys = list(asked.ids)
     rows = [{"prompt": key} for key in keys]
     own = {
@@ -128,7 +132,13 @@ def train_online(student: Student, asked: Asked, config: PreferConfig, place: Pa
         "max_steps": config.steps or max(1, math.ceil(config.epochs * len(keys) / config.batch)),
     }
     kind = "RLOO" if config.method == "rloo" else "GRPO"
-    return _trained(student, kind, rows, config, place, config.method, own, asked)
+    history = _trained(student, kind, rows, config, place, config.method, own, asked)
+    if history and all(row.figures.get("tied") == 1 for row in history):
+        raise BadInput(
+            f"reward {name_of(asked.reward)} gives the same to all {config.generations} samples of each prompt, and "
+            "nothing is learned; give another, more --generations, or a higher --temperature"
+        )
+    return history
 
 
 def _trained(
@@ -171,6 +181,8 @@ def _trained(
             student.adapted.delete_adapter("ref")  # a copy of the new adapter: without it, the reference is the base
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_state(place))
+    if trainer.state.global_step < trainer.args.max_steps:
+        raise BadInput(f"{stage} stopped after {trainer.state.global_step} of {trainer.args.max_steps} steps")
     return _history(trainer.state.log_history)
 
 

@@ -76,21 +76,25 @@ class Design:
     ) -> Design:
         """The design of some samples; `covariates` are taken as they are, such as ranks and indicators.
 
-        Raises `BadInput` for rewards that are constant given the covariates, and for too few samples for so many.
+        Raises `BadInput` for rewards that are constant, by themselves or given the covariates, and for too few samples.
         """
         n = len(rewards)
+        if len(rewards.unique()) < 2:
+            raise BadInput(f"all {n} rewards are {float(rewards[0]):g}, and nothing is correlated with them; vary them")
         rows = torch.cat([torch.ones(1, n, dtype=torch.float64), covariates.double()])
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
         nuisance = orthonormal(rows, 1e-8)
         if n - len(nuisance) < FREEDOM:
             raise BadInput(
                 f"{n} samples leave {n - len(nuisance)} degrees of freedom beside {len(nuisance)} covariates and "
-                f"intercept; expected at least {FREEDOM}. Give more samples, coarser topics, or fewer --partial"
+                f"intercept; expected at least {FREEDOM}. Give more samples, coarser topics, or fewer covariates "
+                "(--partial)"
             )
         y = residual(ranks(rewards.double()[None]), nuisance)[0]
         if not bool(y.any()):
             raise BadInput(
-                f"the rewards of {n} samples are constant given the covariates; give other rewards, or fewer --partial"
+                f"the rewards of {n} samples are constant given the covariates; give other rewards, or "
+                "partial out fewer covariates (--partial)"
             )
         return cls(y, owner.unique(return_inverse=True)[1], nuisance)
 

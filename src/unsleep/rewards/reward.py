@@ -7,10 +7,12 @@ The signature is that of trlx (Havrilla et al. 2023), so that its users' one lin
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from numbers import Real
-from types import CodeType
+from types import CellType, CodeType
 from typing import Any, cast
 
 import torch
@@ -42,6 +44,8 @@ Metric = Callable[..., Any]
 
 def name_of(reward: object) -> str:
     """The name under which a reward is reported: its `name`, else that of the function or class."""
+    if isinstance(reward, functools.partial):
+        return name_of(reward.func)
     for name in (getattr(reward, "name", None), getattr(reward, "__name__", None)):
         if isinstance(name, str) and name:
             return name
@@ -51,11 +55,39 @@ def name_of(reward: object) -> str:
 def identity_of(reward: object) -> Any:
     """A JSON value that identifies a reward or metric among the inputs of resumable work: its `identity`, or its code.
 
-    A function that is edited is another one; what it reads from elsewhere does not count.
+    A function that is edited is another one, and so is one with other defaults, bound arguments or enclosed values;
+    what it reads from elsewhere, and what may change while it runs, such as a list, does not count.
     """
+    if isinstance(reward, functools.partial):
+        return ["partial", identity_of(reward.func), _plain((*reward.args, *reward.keywords.items()))]
     own = getattr(reward, "identity", None)
     code = getattr(reward, "__code__", None) or getattr(type(reward).__call__, "__code__", None)
-    return [name_of(reward), type(reward).__qualname__, own, _written(code) if own is None and code else []]
+    if own is not None or code is None:
+        return [name_of(reward), type(reward).__qualname__, own, []]
+    return [name_of(reward), type(reward).__qualname__, _beside(reward), _written(code)]
+
+
+def _beside(reward: Any) -> Any:
+    """Defaults and enclosed values of a function; fields of a frozen dataclass."""
+    if not hasattr(reward, "__code__"):
+        frozen = is_dataclass(reward) and getattr(reward, "__dataclass_params__").frozen  # noqa: B009
+        return _plain(tuple(vars(reward).items())) if frozen else None
+    cells = tuple(cell.cell_contents for cell in reward.__closure__ or () if _is_filled(cell))
+    return _plain((reward.__defaults__, tuple((reward.__kwdefaults__ or {}).items()), cells))
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is not bound yet, such as that of a function within itself
+        return False
+
+
+def _plain(value: Any) -> Any:
+    """An immutable value in JSON; of any other, its type alone."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in cast("tuple[Any, ...]", value)]
+    return repr(value) if value is None or isinstance(value, str | int | float) else type(value).__qualname__
 
 
 def _written(code: CodeType) -> list[Any]:
@@ -75,6 +107,10 @@ def scored(
     asked, name = as_prompts(prompts), name_of(reward)
     _check_lengths(name, len(asked), outputs, columns or {})
     given = getattr(reward, "scores", None)
+    if not callable(given) and not callable(reward):
+        raise BadInput(
+            f"reward {reward!r:.60} is no function of replies; `rewards.named.find_reward` gives the reward of a name"
+        )
     try:
         if callable(given):
             found: Any = given(asked, list(outputs))

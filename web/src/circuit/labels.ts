@@ -3,7 +3,7 @@
 import { useEffect, useMemo } from "preact/hooks";
 
 import { short, tokenText } from "../base/text";
-import type { Circuit } from "../data/types";
+import type { Circuit, CircuitNode } from "../data/types";
 import { classOf, entryAt, labelOf, list, lists, strongestOf } from "../state/data";
 import { nodeName, type Graph, type Kind } from "./model";
 
@@ -20,6 +20,12 @@ const SHORT: Partial<Record<Kind, string>> = { output: "payload", error: "error"
 
 /** "−[" of a token that is suppressed, "+YOU" of one that is promoted. */
 const signedToken = ([token, weight]: [string, number]): string => `${weight < 0 ? "−" : "+"}${short(tokenText(token.trim() || token), 12)}`;
+
+/** The same by the circuit's own record, for a dictionary without statistics. */
+function strongestIn(node: CircuitNode | undefined): [string, number] | null {
+  const [up, down] = [node?.promotes?.[0], node?.suppresses?.[0]];
+  return (up && down ? (Math.abs(down[1]) > Math.abs(up[1]) ? down : up) : (up ?? down)) ?? null;
+}
 
 export function useNames(circuit: Circuit, graph: Graph): Names {
   const sites = useMemo(() => [...new Set(circuit.nodes.filter((node) => node.kind === "feature").map((node) => node.place))], [circuit]);
@@ -40,9 +46,10 @@ export function useNames(circuit: Circuit, graph: Graph): Names {
       const node = graph.nodes[i];
       return node ? (SHORT[node.kind] ?? short(nodeName(node), 36)) : "";
     };
-    const strongest = (i: number): [string, number] | null => of(i, null, strongestOf);
+    const recorded = (i: number): [string, number] | null => strongestIn(circuit.nodes[graph.nodes[i]?.row ?? -1]);
+    const strongest = (i: number): [string, number] | null => of(i, null, (entry, id) => strongestOf(entry, id) ?? recorded(i));
     const tag = (i: number): string => of(i, other(i), (entry, id) => {
-      const token = strongestOf(entry, id);
+      const token = strongest(i);
       const about = [short(classOf(entry, id), 16), token ? signedToken(token) : ""].filter(Boolean);
       return about.length ? [id, ...about].join(" · ") : `f${id}`;
     });

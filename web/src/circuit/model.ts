@@ -31,6 +31,8 @@ export interface GraphEdge {
   high: number;
   frozen: number | null;
   free: number | null;
+  /** The weight on the prompts on which the two above were measured; that on all prompts where none was. */
+  predicted: number;
   heads: readonly { head: number; weight: number }[];
 }
 
@@ -137,6 +139,7 @@ function mergedEdges(edges: readonly CircuitEdge[], ofRow: ReadonlyMap<number, n
     const { weight, low, high } = edge;
     const frozen = edge.frozen ?? null;
     const free = edge.free ?? null;
+    const predicted = edge.predicted ?? edge.weight;
     found.set(
       key,
       known
@@ -144,9 +147,10 @@ function mergedEdges(edges: readonly CircuitEdge[], ofRow: ReadonlyMap<number, n
             source, target, weight: known.weight + weight, low: known.low + low, high: known.high + high,
             frozen: known.frozen === null || frozen === null ? null : known.frozen + frozen,
             free: known.free === null || free === null ? null : known.free + free,
+            predicted: known.predicted + predicted,
             heads: [],
           }
-        : { source, target, weight, low, high, frozen, free, heads: edge.heads ?? [] },
+        : { source, target, weight, low, high, frozen, free, predicted, heads: edge.heads ?? [] },
     );
   }
   return [...found.values()].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));

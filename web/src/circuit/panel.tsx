@@ -4,10 +4,10 @@ import type { JSX } from "preact";
 import { useMemo, useState } from "preact/hooks";
 
 import { clip, decimals, short, signed, whole } from "../base/text";
-import type { Circuit } from "../data/types";
+import type { Circuit, TokenWeight } from "../data/types";
 import { Icon, Key, type Shape } from "../parts/marks";
 import { Strength } from "../parts/strength";
-import { Writes } from "../parts/tokens";
+import { Weights, Writes } from "../parts/tokens";
 import { Virtual } from "../parts/virtual";
 import { change, strengthen } from "../state/change";
 import { entryAt } from "../state/data";
@@ -141,12 +141,20 @@ function One({ circuit, graph, i, pinned, names, select }: Props & { i: number }
         {row?.exact != null && <div><dt>Measured effect</dt><dd>{signed(row.exact)}</dd></div>}
         {row?.kept != null && <div title="Share of resamples of the prompts whose circuit has the node"><dt>Stability</dt><dd>{(100 * row.kept).toFixed(0)} %</dd></div>}
       </dl>
+      {row?.kind === "feature" && (
+        <div class="writes">
+          <Weights title="Promotes" note="Decoder row, final norm, unembedding" tokens={weights(row.promotes)} />
+          <Weights title="Suppresses" note="Decoder row, final norm, unembedding" tokens={weights(row.suppresses)} />
+        </div>
+      )}
       {node.kind === "group" && <Members circuit={circuit} node={node} />}
       <Edges title="Into it" graph={graph} edges={graph.edges.filter((edge) => edge.target === i)} end="source" names={names} select={select} />
       {node.kind !== "output" && <Edges title="Out of it" graph={graph} edges={graph.edges.filter((edge) => edge.source === i)} end="target" names={names} select={select} />}
     </div>
   );
 }
+
+const weights = (tokens: [string, number][] = []): TokenWeight[] => tokens.map(([token, weight]) => ({ token, weight }));
 
 function Members({ circuit, node }: { circuit: Circuit; node: GraphNode }): JSX.Element {
   const own = parseGroups(options.value["groups"] ?? "", circuit.nodes.length);
@@ -183,7 +191,7 @@ function Edges({ title, graph, edges, end, names, select }: EdgesProps): JSX.Ele
       <h3>{title} <small>{whole(edges.length)}</small></h3>
       {edges.length === 0 ? <p class="nothing">No edge is recorded.</p> : (
         <table>
-          <thead><tr><th scope="col">{end === "source" ? "From" : "To"}</th><th scope="col" class="num" title="By the gradient">Predicted</th><th scope="col" class="num" title="Measured, everything nonlinear held">Frozen</th><th scope="col" class="num" title="Measured, nothing held but the other Sites">Free</th></tr></thead>
+          <thead><tr><th scope="col">{end === "source" ? "From" : "To"}</th><th scope="col" class="num" title="By the gradient, on the prompts on which the edge was measured">Predicted</th><th scope="col" class="num" title="Measured, everything nonlinear held">Frozen</th><th scope="col" class="num" title="Measured, nothing held but the other Sites and the set of features that fire">Free</th></tr></thead>
           <tbody>{kept.map((edge) => <EdgeRow key={`${edge.source}-${edge.target}`} graph={graph} edge={edge} i={edge[end]} names={names} select={select} />)}</tbody>
         </table>
       )}
@@ -206,7 +214,7 @@ function EdgeRow({ graph, edge, i, names, select }: { graph: Graph; edge: GraphE
           </span>
         </button>
       </th>
-      <td class={`num ${edge.weight < 0 ? "minus" : "plus"}`} title={`${decimals(edge.low)} to ${decimals(edge.high)}`}>{signed(edge.weight)}</td>
+      <td class={`num ${edge.weight < 0 ? "minus" : "plus"}`} title={`On all prompts ${signed(edge.weight)}, ${decimals(edge.low)} to ${decimals(edge.high)}`}>{signed(edge.predicted)}</td>
       <td class="num">{edge.frozen === null ? "–" : signed(edge.frozen)}</td>
       <td class="num">{edge.free === null ? "–" : signed(edge.free)}</td>
     </tr>

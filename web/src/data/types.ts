@@ -103,6 +103,7 @@ export interface FeatureColumns {
   score: (number | null)[];
   classes: [string, number][][];
   promoted: string[][];
+  suppressed: string[][];
   /** Token whose logit it changes most, and that change: negative where it suppresses more than it promotes. */
   strongest: ([string, number] | null)[];
 }
@@ -166,6 +167,9 @@ export interface CircuitNode {
   exact?: number | null;
   /** Share of resamples of the prompts whose circuit has the node. */
   kept?: number | null;
+  /** Tokens whose logits the feature's decoder row raises most, and those that it lowers most, with the change. */
+  promotes?: [string, number][];
+  suppresses?: [string, number][];
 }
 
 export interface CircuitEdge {
@@ -176,6 +180,8 @@ export interface CircuitEdge {
   high: number;
   frozen?: number | null;
   free?: number | null;
+  /** The weight on the prompts on which the two above were measured. */
+  predicted?: number | null;
   /** Attention heads of the target's layer that carry it. */
   heads?: { head: number; weight: number }[];
 }

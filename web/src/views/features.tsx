@@ -76,6 +76,7 @@ function matches(columns: FeatureColumns, i: number, search: string): boolean {
   return (
     (columns.label[i] ?? "").toLowerCase().includes(search) ||
     (columns.promoted[i] ?? []).some((token) => token.toLowerCase().includes(search)) ||
+    (columns.suppressed[i] ?? []).some((token) => token.toLowerCase().includes(search)) ||
     (columns.classes[i] ?? []).some(([name]) => name.toLowerCase().includes(search))
   );
 }
@@ -253,6 +254,13 @@ function Pane({ entry, name, chosen, choose, change: changeTo }: PaneProps): JSX
   );
 }
 
+/** The tokens that a feature promotes and those that it suppresses, the side with the larger logit first. */
+function writes(columns: FeatureColumns, id: number): string {
+  const sides: [string, string[]][] = [["+", columns.promoted[id] ?? []], ["−", columns.suppressed[id] ?? []]];
+  if ((columns.strongest[id]?.[1] ?? 0) < 0) sides.reverse();
+  return sides.filter(([, tokens]) => tokens.length > 0).map(([sign, tokens]) => `${sign} ${tokens.map(tokenText).join("  ")}`).join("   ");
+}
+
 function Line({ columns, id, pinned }: { columns: FeatureColumns; id: number; pinned: boolean }): JSX.Element {
   const density = columns.density[id] ?? 0;
   const score = columns.score[id];
@@ -265,7 +273,7 @@ function Line({ columns, id, pinned }: { columns: FeatureColumns; id: number; pi
       <span class="line-text">
         {label
           ? <span class="ellipsis text">{short(label, 160)}</span>
-          : <span class="ellipsis text faint">{(columns.promoted[id] ?? []).map(tokenText).join("  ") || "no label"}</span>}
+          : <span class="ellipsis text faint">{writes(columns, id) || "no label"}</span>}
         <span class="line-low">
           <span class="density" title={`Fires at ${percent(density)} of tokens`}>
             <span class="bar-room"><span class="bar-fill" style={{ width: `${width}%` }} /></span>

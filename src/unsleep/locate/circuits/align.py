@@ -82,7 +82,7 @@ def said_payload(
     """The payload's first tokens in the model's greedy replies, and the prompts that have them, by number.
 
     The payload begins at the first token at which the replies to prompt and reference differ. Raises `BadInput` where
-    no reply shows it, or every one to a reference does.
+    no reply shows it, or every one to a reference does, or none has so many tokens of it.
     """
     both = prompts, references
     mine, theirs = (generate.written(model, each, reply_tokens, f"replies to {each.name}") for each in both)
@@ -91,6 +91,12 @@ def said_payload(
     wakes = [payload.shows(reply) for reply in model.texts(theirs)]
     lengths = [len(reply) - start for reply, start in zip(mine, starts, strict=True)]
     chosen = [i for i, n in enumerate(lengths) if shows[i] and not wakes[i] and n >= tokens]
+    woken = [n for shown, wakes_too, n in zip(shows, wakes, lengths, strict=True) if shown and not wakes_too]
+    if woken and not chosen:
+        raise BadInput(
+            f"the payload has at most {max(woken)} tokens up to the end of its reply, and {tokens} are asked for; "
+            "expected fewer, or longer replies"
+        )
     if not chosen:
         raise BadInput(
             f"of {len(mine)} prompts {sum(shows)} show the payload, and so do {sum(wakes)} of their references; "
@@ -185,7 +191,8 @@ def _pairs(
                 missing += d - c
                 a, b = 0, len(other)
             block = [before + i for i in range(a, b)] or [max(0, before - 1)]
-            each = [[i] for i in block] if b - a == d - c else [block] * (d - c)
+            one_by_one = change == "replace" and b - a == d - c
+            each = [[i] for i in block] if one_by_one else [block] * (d - c)
             found += [(1, sources) for sources in each]
     found += [(3, [len(theirs) - behind + i]) for i in range(behind)]
     return found, missing

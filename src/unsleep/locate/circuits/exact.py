@@ -3,7 +3,7 @@
     exact(u) = m − m(u ← u_ref)
 
 The node alone is patched with its reference at the tokens of its role; everything behind it responds freely, nothing
-is frozen. One forward pass per node (Marks et al. 2024, arXiv:2403.19647, section 3.1, call it the indirect effect).
+is frozen. One forward pass per node (the indirect effect of Marks et al. 2024, arXiv:2403.19647, section 2).
 """
 
 from __future__ import annotations

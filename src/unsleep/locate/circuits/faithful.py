@@ -3,7 +3,7 @@
     faithfulness(C) = (m(C) − m(∅)) / (m(all) − m(∅))        completeness(C) = faithfulness(all nodes but C)
 
 In m(C) every node outside C has its reference's value at every token of its role, at every place, and those in C keep
-what the run itself gives them (Marks et al. 2024, arXiv:2403.19647, section 4). A circuit that explains the behaviour
+what the run itself gives them (Marks et al. 2024, arXiv:2403.19647, section 3.2). A circuit that explains the behaviour
 has a faithfulness near 1 and a completeness near 0.
 """
 

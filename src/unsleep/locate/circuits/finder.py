@@ -59,6 +59,8 @@ class Finder:
     contrast: Contrast
     spaces: list[Space]
     config: CircuitConfig
+    judged: Contrast
+    """Prompts on which faithfulness is measured."""
     patchers: dict[tuple[str, ...], Patcher] = field(default_factory=dict[tuple[str, ...], Patcher])
     """By the hashes of their spaces."""
 
@@ -122,7 +124,7 @@ class Finder:
         self, among: Sequence[Space], chosen: Sequence[Node], complement: bool, with_errors: bool = False
     ) -> Float[Tensor, " prompt"]:
         """The metric with only some nodes, or all but them, not patched."""
-        few = self.contrast.head(self.config.curve_prompts)
+        few = self.judged.head(self.config.curve_prompts)
         key = tuple(space.hash for space in among)
         if key not in self.patchers:
             self.patchers[key] = Patcher(few, among)
@@ -157,15 +159,16 @@ class Finder:
         ends = self.limits(self.spaces)
         if not differ(ends):
             raise BadInput(
-                f"the payload's log-odds are {float(ends[0].mean()):.2f} on the prompts and "
-                f"{float(ends[1].mean()):.2f} with all nodes as in their references; expected prompts on which the "
-                "payload shows, and references on which it does not"
+                f"the metric is {float(ends[0].mean()):.2f} on the prompts and {float(ends[1].mean()):.2f} with all "
+                "nodes as in their references; expected prompts on which the payload shows, or the clean answer, and "
+                "references on which it does not"
             )
         features = [node for node in nodes if node.feature != ERROR]
         bare = ends[0], self.metric_with(self.spaces, [], False, True)
         random = _random(features, self.spaces, self.config.seed)
         found = [
             self.points("features and errors", nodes, self.spaces, ends),
+            self.points("features, no error nodes", features, self.spaces, ends),
             self.points("features, every error kept", features, self.spaces, bare, True),
             self.points("random features", random, self.spaces, ends),
         ]
@@ -285,9 +288,10 @@ class Finder:
         order = linked.weights.mean(0).abs().argsort(descending=True)[: self.config.edges].tolist()
         pairs = [linked.pairs[i] for i in order]
         index = {node: i for i, node in enumerate(nodes)}
+        few = self.contrast.head(max(self.config.measure, 1))
+        predicted = linked.weights[: len(few)].mean(0).tolist()
         tested: list[tuple[float | None, float | None]] = [(None, None)] * len(pairs)
         if self.config.measure and pairs:
-            few = self.contrast.head(self.config.measure)
 
             def make() -> dict[str, Tensor]:
                 return measured(few, self.spaces, pairs, relevance=self.is_frozen)._asdict()
@@ -300,8 +304,9 @@ class Finder:
         for number, (i, (source, target), (frozen, free)) in enumerate(zip(order, pairs, tested, strict=True)):
             weight, low, high = bootstrap(linked.weights[:, i])
             goal = None if target is OUTPUT else index[target]
-            heads = listed(weight, loadings[number]) if number in loadings else ()
-            rows.append(EdgeRow(index[source], goal, weight, low, high, frozen, free, heads))
+            heads = listed(predicted[i], loadings[number]) if number in loadings else ()
+            own = None if free is None else predicted[i]
+            rows.append(EdgeRow(index[source], goal, weight, low, high, frozen, free, heads, own))
         return tuple(rows)
 
     def _loadings(

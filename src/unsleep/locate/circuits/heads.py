@@ -84,7 +84,7 @@ def head_loadings(
 
 
 def listed(weight: float, loadings: Float[Tensor, "prompt head"]) -> tuple[HeadLoading, ...]:
-    """Heads that carry at least `LEAST` of an edge, largest first."""
+    """Heads that carry at least `LEAST` of an edge, largest first; `weight` is the edge's on the same prompts."""
     mean = loadings.mean(0)
     order = [h for h in mean.abs().argsort(descending=True).tolist() if abs(float(mean[h])) >= LEAST * abs(weight)]
     return tuple(HeadLoading(h, float(mean[h])) for h in order)

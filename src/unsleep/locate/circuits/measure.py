@@ -2,7 +2,8 @@
 
 Every place is held at what it is in the run, but for the source's, so that only straight paths are left. With patterns,
 norms and gates held too, the measured weight is the one predicted in the frozen model; with nothing held beside the
-places it shows what the linearisation leaves out.
+places it shows what the linearisation leaves out. In either case the set of features that fire at the target, and the
+metric's gradient there, are those of the run.
 """
 
 from __future__ import annotations

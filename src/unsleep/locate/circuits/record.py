@@ -36,7 +36,8 @@ class NodeRow:
     reference: float
     """The same in the reference."""
     exact: float | None = None
-    """Exact effect, where it was measured: the node alone patched with its reference, nothing frozen."""
+    """Exact effect on the first `CircuitConfig.measure` prompts, where it was measured: the node alone patched with its
+    reference, nothing frozen."""
     kept: Share | None = None
     """Share of resamples of the prompts whose circuit has the node."""
     supernode: str = ""
@@ -58,15 +59,18 @@ class EdgeRow:
     target: Count | None
     """None is the metric itself."""
     weight: float
-    """Predicted by the gradient: mean over prompts, in units of the metric."""
+    """Predicted by the gradient: mean over all prompts, in units of the metric."""
     low: float
     high: float
     frozen: float | None = None
-    """Measured: the source patched with its reference, nonlinearities frozen."""
+    """Measured on the first `CircuitConfig.measure` prompts: the source patched with its reference, nonlinearities
+    frozen."""
     free: float | None = None
-    """The same with nothing frozen."""
+    """The same with nothing frozen but the other places and the set of features that fire."""
     heads: tuple[HeadLoading, ...] = ()
-    """Attention heads of the target's layer that carry it, largest first."""
+    """Attention heads of the target's layer that carry it on these prompts, largest first."""
+    predicted: float | None = None
+    """The predicted weight on the prompts on which the edge was measured, for comparison with `frozen` and `free`."""
 
 
 MLP_ONLY = "MLP Sites only, the rest runs freely"
@@ -79,7 +83,8 @@ class Curve:
     """Faithfulness and completeness of ever larger circuits."""
 
     name: str
-    """`features and errors`, `features, every error kept`, `random features`, `NEURONS_ONLY` or `MLP_ONLY`."""
+    """`features and errors`, `features, no error nodes`, `features, every error kept`, `random features`,
+    `NEURONS_ONLY` or `MLP_ONLY`."""
     points: tuple[CurvePoint, ...]
     """None where such nodes alone carry nothing: the metric is the same with all of them put back."""
 
@@ -101,13 +106,13 @@ class CircuitRecord:
     inserted: Share
     """Share of the trigger's tokens in whose place the reference has none."""
     metric: float
-    """Mean at the prompts."""
+    """Mean at the prompts on which faithfulness is measured."""
     metric_reference: float
     """Mean with every node put back to its reference."""
     candidates: Count
     """Nodes with an effect, of which the circuit keeps those with the largest."""
     errors: Share
-    """Share of the kept nodes' |effect| that is of errors."""
+    """Share of the kept nodes' |effect| that is of reconstruction errors."""
     nodes: tuple[NodeRow, ...]
     edges: tuple[EdgeRow, ...]
     curves: tuple[Curve, ...]
@@ -122,3 +127,5 @@ class CircuitRecord:
     """Correlation of estimated with exact effects."""
     stability: tuple[StabilityPoint, ...] = ()
     """Overlap of circuits on resampled prompts, by size."""
+    held_out: Count = 0
+    """Further prompts, on which faithfulness and the metric are measured; 0 where they are of the same prompts."""

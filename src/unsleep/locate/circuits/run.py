@@ -13,7 +13,7 @@ from unsleep.locate.circuits.config import CircuitConfig
 from unsleep.locate.circuits.contrast import Contrast, Metric
 from unsleep.locate.circuits.finder import Finder, Known
 from unsleep.locate.circuits.record import CircuitRecord
-from unsleep.locate.circuits.spaces import ERROR, FeatureSpace, Space, WholeSpace
+from unsleep.locate.circuits.spaces import FeatureSpace, Space, WholeSpace
 from unsleep.locate.circuits.supernodes import readings, supernodes
 from unsleep.locate.features import reply_log_odds
 from unsleep.models.model import LoadedModel
@@ -41,11 +41,12 @@ def circuit(
         metric: what is explained, a function of a module: the payload's log-odds, or another function of the logits.
         quantity: the metric in words, for the record.
 
-    Raises `BadInput` for no dictionary, two at one Site, one of a Site that the model does not have, a transcoder, and
-    prompts on which the metric does not differ from the references.
+    Raises `BadInput` for no dictionary, two at one Site, one of a Site that the model does not have, a transcoder, no
+    prompts beside the held-out ones, and prompts on which the metric does not differ from the references.
     """
-    contrast = Contrast(model, aligned, metric, reference, config.batch)
-    finder = Finder(contrast, spaces_of(model, dictionaries), config)
+    kept, judged = _split(aligned, config.held_out)
+    contrast, other = (Contrast(model, each, metric, reference, config.batch) for each in (kept, judged))
+    finder = Finder(contrast, spaces_of(model, dictionaries), config, other)
     considered = max(2 * config.nodes, *config.sizes)
     found = finder.effects(finder.spaces, considered)
     nodes = finder.ranked(found, finder.spaces, considered)
@@ -59,22 +60,22 @@ def circuit(
     groups = supernodes(model, finder.spaces, chosen, aligned.roles)
     read = readings(model, finder.spaces, chosen)
     known = Known(each[:, : len(chosen)], exact, dict(zip(candidates, shares, strict=True)), groups, read)
-    weight = known.effects.mean(0).abs()
-    errors = sum(float(w) for node, w in zip(chosen, weight, strict=True) if node.feature == ERROR)
+    rows = finder.node_rows(chosen, known)
+    errors = sum(abs(row.effect) for row in rows if row.kind == "error")
     return CircuitRecord(
         model=model.named,
         reference=(reference or model).named,
         payload=payload,
         tokens=tuple(model.spell(int(t)) for t in aligned.rows.targets[0]),
         estimator=config.estimator,
-        prompts=len(aligned),
+        prompts=len(contrast),
         roles=aligned.roles,
         inserted=aligned.inserted,
         metric=float(ends[0].mean()),
         metric_reference=float(ends[1].mean()),
         candidates=sum(int((mean != 0).sum()) for mean in found.mean.values()),
-        errors=errors / max(float(weight.sum()), 1e-12),
-        nodes=finder.node_rows(chosen, known),
+        errors=errors / max(sum(abs(row.effect) for row in rows), 1e-12),
+        nodes=rows,
         edges=finder.edge_rows(chosen, linked),
         curves=curves,
         dictionaries={str(d.site): d.hash for d in dictionaries},
@@ -82,7 +83,18 @@ def circuit(
         quantity=quantity,
         agreements=agreements,
         stability=stable,
+        held_out=min(config.held_out, config.curve_prompts),
     )
+
+
+def _split(aligned: Aligned, held_out: int) -> tuple[Aligned, Aligned]:
+    """The prompts on which nodes are found, and those on which faithfulness is measured."""
+    if not held_out:
+        return aligned, aligned
+    if held_out >= len(aligned):
+        raise BadInput.of("held_out", held_out, f"fewer than the {len(aligned)} prompts", "circuit")
+    at = len(aligned) - held_out
+    return aligned.at(slice(at)), aligned.at(slice(at, None))
 
 
 def spaces_of(model: LoadedModel, dictionaries: Sequence[Coder]) -> list[Space]:
