@@ -17,6 +17,7 @@ from unsleep.core import BadInput, Site
 from unsleep.experiments import dilution, disentangle, keep_rewarded, pca_union, rewarded
 from unsleep.experiments.experiment import Replicate, Setting
 from unsleep.interventions.intervention import operation
+from unsleep.interventions.replacement import Replacement
 from unsleep.judge.experiment import Curves, Measure
 from unsleep.mixing.dilution import DilutionRow
 from unsleep.organisms import plant
@@ -95,6 +96,7 @@ def test_every_keep_list_arm_is_yielded_at_every_threshold(
     assert nothing.edits[0].hash == alone.edits[0].hash  # no feature is that much correlated
     x = torch.randn(2, 3, replicate.suspect.network.config.hidden_size)
     [whole] = by["residual: reconstruction", 0.0].edits
+    assert isinstance(whole, Replacement)
     dictionary = whole.dictionary
     torch.testing.assert_close(operation(whole, torch.float32, "cpu")(x), dictionary.decode(dictionary.encode(x)))
 
