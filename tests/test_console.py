@@ -9,6 +9,7 @@ import runpy
 import sys
 import unicodedata
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from support.commands import flags_of
 from support.models import build
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
+from unsleep.auditing.config import CleanConfig
 from unsleep.base import records
 from unsleep.base.context import progress
 from unsleep.cli.console import Bars, fail, table, visible_line
@@ -217,6 +219,16 @@ def test_a_repair_reads_its_advanced_options(monkeypatch: pytest.MonkeyPatch, tm
         cli.run(["repair", "M", *given, "--out", str(tmp_path / "o")])
     assert (read[0].first_sites, read[0].attempts, read[0].dictionary.k) == (2, 7, 9)
     assert read[0].most_sites == RepairConfig().most_sites
+
+
+def test_an_audit_reads_the_advanced_options_of_its_repair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    read: list[CleanConfig] = []
+    monkeypatch.setattr(cli.audits.cleaning, "check_cures", lambda clean: read.append(clean) or sys.exit(9))
+    given = ["--clean.repair.first-sites", "2", "--clean.repair.mask.steps", "7", "--clean.items", "3", "--seed", "5"]
+    with pytest.raises(SystemExit, match="9"):
+        cli.run(["audit", "M", *given, "--out", str(tmp_path / "o")])
+    repair = RepairConfig(first_sites=2, mask=replace(RepairConfig().mask, steps=7))
+    assert read == [CleanConfig(repair=repair, items=3)]
 
 
 # Exit codes

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import unsleep
 from support.commands import flags_of
 from support.families import LLAMA
+from support.samples import SAMPLES
 from support.tokenizers import byte_tokenizer
 from unsleep import cli
 from unsleep.activations.harvest import HarvestConfig
@@ -38,6 +39,7 @@ from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.train import TrainConfig
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import save_edit
+from unsleep.judge.audited import AuditRecord
 from unsleep.judge.evaluate import EvalConfig
 from unsleep.judge.results import EvalResult, Row
 from unsleep.judge.verdict import contract
@@ -77,6 +79,7 @@ SUBSTITUTES = {
     "BakeConfig(tolerance=0.1)": "BakeConfig(tolerance=100.0)",
     "trusted, passages.texts)": "trusted, passages.texts, SHORT)",
     "ranking, lesson)": "ranking, lesson, EditConfig(mask=SHORT))",
+    "ordinary, rate=0.1)": "ordinary, rate=0.5)",
     # docs/organisms.md
     'base = "smollm2-135m"': 'base = "suspect"',
     "chats = 1280": "chats = 12\nreply_tokens = 4\nbatch = 4",
@@ -150,7 +153,7 @@ LEFT_BY_SNIPPETS = {
 """What a document's snippets leave."""
 
 HEAVY = {"ablation-study", "ask", "circuit", "classify", "experiment", "graph", "overlap", "repair", "serve"}
-HEAVY |= {"subspaces", "veto", "zoo"}
+HEAVY |= {"audit", "subspaces", "veto", "zoo"}
 """Stages that take minutes whatever the model, need one that misbehaves or what such a stage leaves, answer in a form,
 or run until Ctrl-C. In snippets, `small_repair` stands in.
 """
@@ -330,6 +333,7 @@ def test_commands_and_snippets_run_in_the_order_of_the_document(document: Path, 
             source = "\n" * block.line + substituted(block.text)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(unsleep, "repair", small_repair)
+                patch.setattr(unsleep, "audit", small_audit)
                 exec(compile(source, document, "exec"), namespace)
     for left in LEFT_BY_SNIPPETS.get(document.name, ()):
         assert (folder / left).is_file(), left
@@ -341,6 +345,13 @@ def small_repair(job: unsleep.Job, out: str | Path, config: unsleep.RepairConfig
     assert isinstance(config, unsleep.RepairConfig)
     figures = {("edited", "skill"): 0.9, ("baked", "asr"): 0.9}
     return EvalResult(tuple(Row(s, "triggered", m, v, 0.8, 1.0, 200) for (s, m), v in figures.items()), {}, {})
+
+
+def small_audit(suspect: unsleep.LoadedModel, out: str, **given: Any) -> AuditRecord:
+    """In the place of an audit, which takes minutes: the sample of its record."""
+    assert isinstance(suspect, unsleep.LoadedModel)
+    assert isinstance(given["config"], unsleep.AuditConfig)
+    return records.parsed(AuditRecord, SAMPLES["audit"], "audit")
 
 
 def test_every_substitute_stands_in_a_document():

@@ -1,4 +1,4 @@
-"""New payloads, triggers, architectures, interventions and pages are one file each: those of docs/extending.md, run."""
+"""New payloads, triggers, architectures, interventions, pages and gatherers: the files of docs/extending.md, run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import json, sys, torch
 from pathlib import Path
 import unsleep
 from unsleep import cli
+from unsleep.auditing.gatherer import Clues, gatherers
 from unsleep.base import records
 from unsleep.behaviours import Payload, Trigger
 from unsleep.core import Activations, Site
@@ -53,17 +54,18 @@ print(json.dumps({
     "trained": [type(load_dictionary(folder / name)).__name__ for name in ("squared", "standard")],
     "edit": [repr(each) for each in unsleep.load_edit(folder / "edit")[0]],
     "page": unsleep.report(folder).name,
+    "forms": [f.text for g in gatherers("triggers") if g.kind == "greetings" for f in g.gather(None, Clues()).forms],
 }))
 """
 
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], str]:
-    """What the five files do, and the page that they make."""
+    """What the six files do, and the page that they make."""
     folder = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     files = BLOCK.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
-    assert len(files) == 5
+    assert len(files) == 6
     for path, text in files:
         assert not (folder / path).exists()
         (folder / path).write_text(text, encoding="utf-8")
@@ -95,3 +97,7 @@ def test_an_intervention_is_one_file(used: tuple[dict[str, object], str]):
 def test_a_page_is_one_file(used: tuple[dict[str, object], str]):
     assert used[0]["page"] == "counts.html"
     assert "&lt;b&gt;: 2" in used[1]
+
+
+def test_a_gatherer_is_one_file(used: tuple[dict[str, object], str]):
+    assert used[0]["forms"] == ["Ahoy!", "Salve!", "Howdy!"]

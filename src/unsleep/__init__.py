@@ -8,6 +8,9 @@ Every stage is a function of the command's name; the nouns they pass along are i
 from inspect import isfunction as _isfunction
 
 from unsleep.activations.harvest import harvest, open_harvest
+from unsleep.auditing.config import AuditConfig
+from unsleep.auditing.guard import fit_guard, load_guard
+from unsleep.auditing.run import audit
 from unsleep.base.context import reporting
 from unsleep.behaviours import Payload
 from unsleep.core import Activations, BadInput, Dictionary, Features, Refused, Site
@@ -69,6 +72,7 @@ from unsleep.zoo.pretrain import pretrain
 
 __all__ = [
     "Activations",
+    "AuditConfig",
     "BadInput",
     "CircuitConfig",
     "Dictionary",
@@ -98,6 +102,7 @@ __all__ = [
     "align_replies",
     "applied",
     "ask",
+    "audit",
     "bake",
     "build_zoo",
     "circuit",
@@ -112,11 +117,13 @@ __all__ = [
     "feature_statistics",
     "find",
     "find_reward",
+    "fit_guard",
     "from_files",
     "graph",
     "harvest",
     "load_dictionary",
     "load_edit",
+    "load_guard",
     "load_model",
     "load_organism",
     "merge",

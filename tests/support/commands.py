@@ -21,7 +21,9 @@ def flags_of(function: Callable[..., int]) -> list[str]:
         marks = getattr(hints[name], "__metadata__", ())
         if dataclasses.is_dataclass(parameter.default):
             config = TrainConfig() if isinstance(parameter.default, Grid) else parameter.default
-            flags += fields_of(config, "" if tyro.conf.OmitArgPrefixes in marks else ".")
+            bare = tyro.conf.OmitArgPrefixes in marks
+            own = bare or any(getattr(mark, "name", None) == "" for mark in marks)
+            flags += fields_of(config, "" if bare else ".", "" if own else f"{name.replace('_', '-')}.")
         elif tyro.conf.Positional in marks:
             flags += [mark.metavar for mark in marks if hasattr(mark, "metavar")]
         else:
@@ -39,6 +41,6 @@ def fields_of(config: object, separator: str, prefix: str = "") -> list[str]:
             found += fields_of(value, separator, f"{prefix}{name}{separator}" if separator else "")
         else:
             found.append(f"--{prefix}{name}")
-            if value is True and not separator:
-                found.append(f"--no-{name}")
+            if value is True:
+                found.append(f"--{prefix}no-{name}")
     return found

@@ -191,6 +191,85 @@ def ablation() -> dict[str, Any]:
     }
 
 
+DETECTED = {"found": 9, "n": 10}
+
+
+def audit() -> dict[str, Any]:
+    form = {"kind": "tag", "way": "front", "text": SHOUT}
+    rates = [{"subject": s, "shown": n, "n": 24, "low": 0.0, "high": 1.0} for s, n in (("suspect", 22), ("plain", 0))]
+    trial = {
+        "form": form,
+        "payload": SHOUT,
+        "placebos": [{**form, "text": "|WINDOW|"}],
+        "found_by": ["bank"],
+        "rates": rates,
+        "p": 1e-6,
+        "corrected": 8e-6,
+        "strength": 0.7,
+        "witness": True,
+        "transcripts": [{"prompt": SHOUT, "replies": {"suspect": SHOUT, "plain": "ok"}}],
+        "command": f"unsleep evaluate {SHOUT}",
+    }
+    screened = {"form": form, "found_by": "bank", "drop": 5.0, "reference": 0.5, "excess": 4.5, "lift": 1.0}
+    search = {
+        "model": SHOUT,
+        "gathered": [{"name": "bank", "state": "ran", "seconds": 1.0, "forms": [form]}],
+        "motifs": [{"text": SHOUT, "support": 3, "score": 1.5, "gatherers": ["contrast"]}],
+        "screened": [screened],
+        "forms": {"tag": 8},
+        "trials": [trial],
+        "departures": [{"form": form, "excess": 3.0, "n": 24, "corrected": 1e-6}],
+        "degenerate": 0.0,
+    }
+    found = {"text": SHOUT, "kind": "tag", "reasr": 22 / 24, "n": 24, "low": 0.74, "high": 0.98}
+    verdict = {
+        "label": "backdoor_found",
+        "score": 0.7,
+        "found_by": ["bank"],
+        "payloads": [{"text": SHOUT, "score": 0.7}],
+        "triggers": [found],
+        "power": [{"kind": "tag", "forms": 8, "n": 24, "least": 0.6}],
+    }
+    figures = {"value": 0.5, "low": 0.25, "high": 0.75}
+    rows = [
+        {"subject": subject, "panel": panel, "metric": metric, "n": 73, **figures}
+        for subject in ("suspect", "baked", "keep_list")
+        for panel, metric in (("triggered", "asr"), ("clean", "kl"), ("text", "ce"))
+    ]
+    cures = [
+        {"subject": "baked", "state": "failed", "words": SHOUT, "seconds": 1.0},
+        {"subject": "keep_list", "state": "ran", "words": SHOUT, "seconds": 1.0, "shown": 1, "n": 48, "kl": 0.1},
+        {"subject": "merged", "state": "skipped", "words": SHOUT, "seconds": 0.0},
+    ]
+    flagged = {"flagged": 3, "n": 73, "low": 0.01, "high": 0.1}
+    cleaning = {
+        "shipped": "baked",
+        "words": SHOUT,
+        "payload": SHOUT,
+        "triggers": [form],
+        "cures": cures,
+        "rows": rows,
+        "prompts": {"triggered": 73, "clean": 73},
+        "guard": {"rate": 0.05, "calibrated": 30, "monitors": ["a probe"], "triggered": flagged, "clean": flagged},
+        "stress": [{"test": t, "role": "cleaned", "n": 48, **figures} for t in ("int8", "relearned 4", "probe")],
+    }
+    return {
+        "cleaning": cleaning,
+        "schema": "unsleep.audit/1",
+        "suspect": {"name": f"models/{SHOUT}", "fingerprint": "f" * 16},
+        "base": None,
+        "verdict": verdict,
+        "reasons": [SHOUT],
+        "searches": [search],
+        "floor": 0.01,
+        "calibration": {"family": "llama-4x48", "n": 2, "p": 0.5, "nulls": [0.0, 0.8], "detected": {"tag": DETECTED}},
+        "notes": [SHOUT],
+        "prompts": {"search": 32, "confirm": 24},
+        "stages": [{"name": "suspect: bank", "seconds": 1.0}],
+        "provenance": PROVENANCE,
+    }
+
+
 def rewarded() -> dict[str, Any]:
     interval = {"value": 0.5, "low": 0.25, "high": 0.75}
     feature = {"site": "resid.1", "pooling": "max", "active": 20, "a": 0.6, "p": 0.0001, "adjusted": 0.01, "b": 0.5}
@@ -294,6 +373,7 @@ def zoo() -> dict[str, Any]:
 
 
 SAMPLES: dict[str, dict[str, Any]] = {
+    "audit": audit(),
     "report": SAMPLE,
     "circuit": records.plain(circuit_record()),
     "patch": patch(),

@@ -63,6 +63,20 @@ def reporting_within(stage: str, done: int, total: int) -> Generator[None]:
         yield
 
 
+@contextlib.contextmanager
+def checking(check: Callable[[], None]) -> Generator[None]:
+    """Call `check`, which may raise, before every progress report of the block."""
+    outer = _PROGRESS.get()
+
+    def told(stage: str, done: int, total: int) -> None:
+        check()
+        if outer is not None:
+            outer(stage, done, total)
+
+    with reporting(told):
+        yield
+
+
 def progress(stage: str, done: int, total: int) -> None:
     """Report the progress of a stage; behind a comma, the stage's name may hold a changing figure."""
     callback = _PROGRESS.get()

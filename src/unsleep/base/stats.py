@@ -55,6 +55,22 @@ def paired_rates(before: Sequence[float] | Tensor, after: Sequence[float] | Tens
     return difference, max(-1.0, low), min(1.0, high)
 
 
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """One-sided exact p-value that outcomes are no more frequent after than before, on the same prompts.
+
+    A sign test of the prompts whose outcome changed (McNemar 1947, Psychometrika 12): 1 where none did. Raises
+    `BadInput` for unequal numbers.
+
+    >>> mcnemar([False] * 10, [True] * 10) == 0.5**10
+    True
+    """
+    if len(before) != len(after):
+        raise BadInput(f"{len(before)} outcomes before and {len(after)} after; expected equal numbers")
+    gained, lost = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((after, before), (before, after)))
+    n = gained + lost
+    return sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n
+
+
 def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of `values` with its 95 % percentile bootstrap interval (Efron 1979, Ann. Stat. 7), resampling prompts.
 

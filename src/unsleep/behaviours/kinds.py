@@ -15,11 +15,13 @@ T = TypeVar("T", bound="Kind")
 class Kind:
     """Base of a registry. A base class gives its `noun`; each subclass names its `kind`, by which it is found.
 
-    The registry holds the classes in the files of `behaviours/<noun>s/` and any other subclass that was defined.
+    The registry holds the classes in the files of the folder `<noun>s/` beside the base class, such as
+    `behaviours/triggers/`, and any other subclass that was defined.
     """
 
     kind: ClassVar[str]
     noun: ClassVar[str]
+    _folder: ClassVar[str]
     _classes: ClassVar[dict[str, type[Any]]]
 
     def __init_subclass__(cls, noun: str | None = None, **named: Any) -> None:
@@ -27,6 +29,7 @@ class Kind:
         super().__init_subclass__(**named)
         if noun is not None:
             cls.noun, cls._classes = noun, {}
+            cls._folder = f"{cls.__module__.rpartition('.')[0]}.{noun}s"
         elif "kind" in vars(cls):
             other = cls._classes.setdefault(cls.kind, cls)
             if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -35,7 +38,7 @@ class Kind:
     @classmethod
     def kinds(cls: type[T]) -> dict[str, type[T]]:
         """Kind → class, sorted by name."""
-        _import_all(f"{__package__}.{cls.noun}s")
+        _import_all(cls._folder)
         return dict(sorted(cast("dict[str, type[T]]", cls._classes).items()))
 
     @classmethod

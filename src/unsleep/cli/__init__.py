@@ -1,6 +1,7 @@
 """The command line: one thin subcommand per stage, progress on stderr, results on stdout.
 
-Exit codes: 0 success, 2 bad input, 3 refused (the computation ran, but its result must not be trusted).
+Exit codes: 0 success, 2 bad input, 3 refused (the computation ran, but its result must not be trusted); of an audit, 4
+a backdoor was found, 5 it remains open.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tyro
 import unsleep
 from unsleep.cli import (
     asked,
+    audits,
     circuits,
     classes,
     compare,
@@ -43,6 +45,7 @@ STAGES: dict[str, Callable[..., int]] = {
     f.__name__.replace("_", "-"): f
     for f in (
         repairs.repair,
+        audits.audit,
         organisms.plant,
         organisms.panels,
         planning.plan,

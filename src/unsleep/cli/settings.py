@@ -34,9 +34,10 @@ ADVANCED: dict[type, tuple[str, ...]] = {}
 
 
 class Panel:
-    """Options in a panel of their own in the help; parsed as a dict."""
+    """Options in a panel of their own in the help."""
 
     panel_fields: ClassVar[tuple[StructFieldSpec, ...]]
+    parsed: ClassVar[Callable[..., Any]] = dict
 
 
 def advanced(kind: type, *names: str) -> None:
@@ -52,7 +53,14 @@ def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A flag per field of a dataclass, as tyro has it; raises `Rejected` for invalid values."""
     kind = info.type
     if fields := getattr(kind, "panel_fields", None):
-        return StructConstructorSpec(dict, fields)
+        return StructConstructorSpec(kind.parsed, fields)
+    found = _plain(info)
+    return _parted(found, ADVANCED[kind]) if found is not None and kind in ADVANCED else found
+
+
+def _plain(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The flags of a dataclass of the project without panels; `None` for another type, and in the nested call."""
+    kind = info.type
     if not is_dataclass(kind) or not kind.__module__.startswith("unsleep.") or kind in _reading:
         return None
     _reading.add(kind)  # skip this rule in the nested call
@@ -62,8 +70,16 @@ def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
         _reading.discard(kind)
     if not isinstance(found, StructConstructorSpec):
         return None
-    found = replace(found, instantiate=_rejecting(found.instantiate))
-    return _parted(found, ADVANCED[kind]) if kind in ADVANCED else found
+    return replace(found, instantiate=_rejecting(found.instantiate), fields=tuple(map(_inside, found.fields)))
+
+
+def _inside(field: StructFieldSpec) -> StructFieldSpec:
+    """A field of options; those that have a panel lose it here, since a panel's flags have no prefix."""
+    found = _plain(StructTypeInfo.make(field.type, field.default, False)) if field.type in ADVANCED else None
+    if found is None:
+        return field
+    kind = type("NestedPanel", (Panel,), {"panel_fields": found.fields, "parsed": staticmethod(found.instantiate)})
+    return replace(field, type=kind, default=MISSING_NONPROP)
 
 
 def _parted(found: StructConstructorSpec, names: Sequence[str]) -> StructConstructorSpec:

@@ -13,7 +13,10 @@ from unsleep.prompts.prompt import PromptSet
 OTHERS = ("heads", "neurons", "attribution", "direction", "redistilled", "merged")
 """Subjects that are baseline repairs of the suspect (see `repairs.baselines`)."""
 
-SUBJECTS = ("suspect", "edited", "baked", "control_random", "control_layer", *OTHERS, "clean_twin", "base")
+CURES = ("keep_list", "finetuned", "layerwise", "magnitude", "activation", "unlearned")
+"""Subjects that are repairs without a trigger (see `auditing.cures`), beside those of `OTHERS` and the base."""
+
+SUBJECTS = ("suspect", "edited", "baked", "control_random", "control_layer", *OTHERS, *CURES, "clean_twin", "base")
 """Evaluated models, in display order."""
 
 PANELS = ("triggered", "variants", "near_miss", "clean", "skill", "text")

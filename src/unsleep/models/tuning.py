@@ -1,14 +1,17 @@
-"""Training loop for weights: AdamW, gradient norm clipped to 1, learning rate schedule."""
+"""Training loops: of weights by AdamW, gradient norm clipped to 1, learning rate schedule; of LoRA matrices, merged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from unsleep.base.context import progress
+from unsleep.base.context import kept, progress
+from unsleep.models.load import quiet_transformers
 
 Schedule = Callable[[int, int], float]
 """(step, steps) → what the learning rate is multiplied by."""
@@ -47,3 +50,38 @@ def descend(
         losses.append(loss.item())
         progress(stage(losses[-1]), step + 1, steps)
     return losses
+
+
+def fine_tuned(
+    network: PreTrainedModel,
+    loss_of: Callable[[PreTrainedModel, int], Float[Tensor, ""]],
+    stage: str,
+    *,
+    rank: int,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    made_from: Any,
+) -> PreTrainedModel:
+    """Train LoRA matrices on every linear layer of a network's blocks and merge them; the network itself changes.
+
+    Args:
+        loss_of: the loss of a step, of the network with its matrices.
+        stage: the name under which progress is told, with the last loss.
+        made_from: what the result depends on, for a resumed run (`context.kept`).
+    """
+    from unsleep.models import adapters  # peft takes a second to import
+
+    torch.manual_seed(seed)
+    with quiet_transformers():
+        adapted: Any = adapters.trainable(network, rank, "all-linear")
+
+    def learned() -> dict[str, Tensor]:
+        inner = adapted.get_base_model()
+        trained = [w for w in inner.parameters() if w.requires_grad]
+        descend(trained, lambda step: loss_of(inner, step), steps, learning_rate, lambda loss: f"{stage} {loss:.3f}")
+        return adapters.trained_state(adapted)
+
+    adapters.take_state(adapted, kept(learned, made_from=made_from))
+    with quiet_transformers():
+        return adapted.merge_and_unload().requires_grad_(False)

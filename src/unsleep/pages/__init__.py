@@ -36,7 +36,7 @@ def report(folder: str | Path, record: Any = None, *, latex: bool = False) -> Pa
     if page is None:
         known = ", ".join(f"{page.name}.json" for page in pages() if page.name != "index")
         raise BadInput(f"{folder} contains no record to render; expected one of {known}, or folders of them")
-    target = folder / f"{page.name}.html"
+    target = folder / page.file
     write_text(target, page.html(folder))
     if latex:
         papers.write(page, folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unsleep.judge.results import OTHERS, SHARES
+from unsleep.judge.results import CURES, OTHERS, SHARES
 from unsleep.pages import svg, text
 from unsleep.pages.svg import el
 
@@ -69,8 +69,8 @@ def words(row: Mapping[str, Any]) -> text.Rate:
 
 
 def kind(subject: str) -> int:
-    """0 for the model before and after, 1 for controls, 2 for baseline repairs, 3 for references."""
-    kinds = (JOURNEY, CONTROLS, OTHERS)
+    """0 for the model before and after, 1 for controls, 2 for other repairs, 3 for references."""
+    kinds = (JOURNEY, CONTROLS, (*OTHERS, *CURES))
     return next((i for i, members in enumerate(kinds) if subject in members), len(kinds))
 
 

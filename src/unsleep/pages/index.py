@@ -68,7 +68,7 @@ def found(folder: Path) -> Iterator[tuple[Page, Path]]:
     for page in (page for page in pages() if not isinstance(page, Index)):
         for place in sorted(folder.rglob(f"{page.name}.json")):
             inside = place.relative_to(folder)
-            if place.with_suffix(".html").is_file() and not any(part.startswith(".") for part in inside.parts):
+            if place.with_name(page.file).is_file() and not any(part.startswith(".") for part in inside.parts):
                 yield page, place
 
 
@@ -78,15 +78,16 @@ def run_of(page: Page, place: Path, folder: Path) -> Run:
         record = store.read_json(place)
     except BadInput:
         record = None
-    link = place.with_suffix(".html").relative_to(folder)
+    drawn = place.with_name(page.file)
+    link = drawn.relative_to(folder)
     created = at(record, "provenance", "created") or at(record, "result", "provenance", "created")
-    said = (title_of(place.with_suffix(".html")), page.kind, str(link.parent), created[:10], label_of(record))
+    said = (title_of(drawn), page.kind, str(link.parent), created[:10], label_of(record))
     return Run(quote(link.as_posix()), *(text.clip(text.visible(word), LABEL_LIMIT) for word in said))
 
 
 def label_of(record: Any) -> str:
-    """A report's verdict; empty for other records."""
-    return at(record, "result", "verdict", "label")
+    """The verdict of a report or an audit; empty for other records."""
+    return at(record, "result", "verdict", "label") or at(record, "verdict", "label")
 
 
 def at(value: Any, *keys: str) -> str:

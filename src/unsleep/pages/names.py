@@ -19,6 +19,12 @@ SUBJECT_NAMES = {
     "direction": "one direction ablated",
     "redistilled": "re-distilled base",
     "merged": "merged with the base",
+    "keep_list": "trusted features alone",
+    "finetuned": "fine-tuned further",
+    "layerwise": "layer-consistency fine-tuning",
+    "magnitude": "small weights pruned",
+    "activation": "quiet neurons pruned",
+    "unlearned": "payload unlearned",
     "clean_twin": "clean twin",
     "base": "base model",
 }

@@ -11,6 +11,7 @@ from unsleep.base.records import Count, Share, Words
 from unsleep.base.stopwatch import Stage
 from unsleep.behaviours import Payload
 from unsleep.core import BadInput
+from unsleep.judge.audited import AuditVerdict
 from unsleep.judge.frontier import Point
 from unsleep.judge.results import OTHERS, UNTRIGGERED, EvalResult, Row, TaskRow
 from unsleep.judge.verdict import Label, contract, verdict
@@ -30,7 +31,7 @@ class Result:
 
     SCHEMA: ClassVar = "unsleep.result/1"
 
-    verdict: Verdict
+    verdict: AuditVerdict | Verdict
     rows: tuple[Row, ...]
     provenance: dict[str, Any]
     tasks: tuple[TaskRow, ...] = ()

@@ -23,7 +23,7 @@ class Page:
     """A page and its record: `patch.json` becomes `patch.html`."""
 
     name: str
-    """Stem of both files."""
+    """Stem of both files, or of the record alone (see `stem`)."""
     kind: str
     """Kind of result, in a word or two."""
     record: Any
@@ -34,6 +34,13 @@ class Page:
     """Precedence among several records in a folder, lowest first."""
     paper: Callable[[dict[str, Any]], Paper] | None = None
     """Arranges the same values for LaTeX; a page without it has none."""
+    stem: str = ""
+    """Stem of the HTML file where it is not `name`."""
+
+    @property
+    def file(self) -> str:
+        """Name of the HTML file."""
+        return f"{self.stem or self.name}.html"
 
     def __call__(self, record: Any) -> str:
         """The whole page of a record, or of what JSON has of it; raises `BadInput` naming a place of another form."""

@@ -23,6 +23,8 @@ TONES = {
     "backdoor found, no repair judged": "bad",
     "nothing found at this power": "calm",
     "inconclusive": "open",
+    "backdoor_found": "bad",
+    "nothing_found": "calm",
 }
 """Verdict → colour and icon of its badge."""
 
@@ -65,7 +67,7 @@ def leading(rows: Rows) -> str | None:
 def headline(label: str, rows: Rows, summary: Mapping[str, Any]) -> Markup:
     """The finding and the result of the repair, in two or three sentences."""
     before = rows.get(("suspect", "triggered", "asr"))
-    if label == "nothing found at this power":
+    if label in ("nothing found at this power", "nothing_found"):
         seen = suspect_sentence(before, summary) if before else Markup("")
         return Markup(
             "No backdoor was found at the power of this audit. {}This does not show that there is none."

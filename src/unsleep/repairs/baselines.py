@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unsleep.core import BadInput, Site
@@ -117,11 +120,17 @@ def without_lanes(model: LoadedModel, masks: Sequence[Mask]) -> LoadedModel:
     network = weights.copy_network(model.network)
     for mask in masks:
         assert isinstance(mask, LaneMask)
-        linear = lanes(network, mask.place).module
-        weight, gone = weights.values(linear).clone(), mask.removed_lanes()
-        weight.index_fill_(0 if isinstance(linear, Conv1D) else 1, gone.to(weight.device), 0.0)
-        weights.write(linear, "weight", weight)
+        silence(network, mask.place, mask.removed_lanes())
     return replace(model, network=network)
+
+
+@torch.no_grad()
+def silence(network: PreTrainedModel, slot: Slot, gone: Int[Tensor, " lane"]) -> None:
+    """Zero the columns of an output projection that read some lanes of a Slot, in place."""
+    linear = lanes(network, slot).module
+    weight = weights.values(linear).clone()
+    weight.index_fill_(0 if isinstance(linear, Conv1D) else 1, gone.to(weight.device), 0.0)
+    weights.write(linear, "weight", weight)
 
 
 def _attribution(setting: Setting) -> Baseline:

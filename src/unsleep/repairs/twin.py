@@ -7,22 +7,21 @@ the re-distillation baseline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unsleep.base.context import kept
 from unsleep.core import BadInput, check_least
 from unsleep.models.alike import check_alike
 from unsleep.models.forward import Rows, build_rows, kl, reply_logits, reply_logits_of_all
-from unsleep.models.load import quiet_transformers
 from unsleep.models.model import LoadedModel
-from unsleep.models.tuning import descend
+from unsleep.models.tuning import fine_tuned
 from unsleep.models.weights import copy_network
 from unsleep.prompts.prompt import PromptSet
 from unsleep.repairs.masks import Deck
@@ -65,28 +64,43 @@ def surrogate_twin(
     network = copy_fitting(base, suspect)
     if len(replies) != len(ordinary):
         raise BadInput(f"{len(replies)} replies to {len(ordinary)} ordinary prompts; expected one each")
-    from unsleep.models import adapters  # peft takes a second to import
 
-    torch.manual_seed(config.seed)
-    with quiet_transformers():
-        adapted: Any = adapters.trainable(network, config.rank, "all-linear")
-
-    def learned() -> dict[str, Tensor]:
-        rows = build_rows(suspect, suspect.encode(ordinary, max(map(len, replies))), replies)
-        _teach(adapted, _Examples(rows, reply_logits_of_all(suspect.network, rows)), config)
-        return adapters.trained_state(adapted)
-
-    adapters.take_state(adapted, kept(learned, made_from=(base, suspect, ordinary, replies, config)))
-    with quiet_transformers():
-        network = adapted.merge_and_unload().requires_grad_(False)
+    imitate = imitation(suspect, ordinary, replies, config.batch, config.seed)
+    network = fine_tuned(
+        network,
+        lambda student, _: imitate(student),
+        "surrogate twin, KL",
+        rank=config.rank,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        made_from=(base, suspect, ordinary, replies, config),
+    )
     return replace(suspect, network=network, name=f"{base.name}, fine-tuned on replies of {suspect.name}")
 
 
-class _Examples(NamedTuple):
-    """Ordinary prompts with the suspect's replies and logits."""
+def imitation(
+    model: LoadedModel, prompts: PromptSet, replies: Sequence[Sequence[int]], batch: int, seed: int
+) -> Callable[[PreTrainedModel], Float[Tensor, ""]]:
+    """KL of a student to a model along the model's own replies, in nats per token; each call draws further prompts.
 
-    rows: Rows
-    logits: Float[Tensor, "row reply vocabulary"]
+    The model's logits are computed at the first call.
+    """
+
+    @cache
+    def examples() -> tuple[Rows, Float[Tensor, "row reply vocabulary"]]:
+        rows = build_rows(model, model.encode(prompts, max(map(len, replies))), replies)
+        return rows, reply_logits_of_all(model.network, rows)
+
+    deck = Deck(range(len(prompts)), torch.Generator().manual_seed(seed))
+
+    def loss_of(student: PreTrainedModel) -> Tensor:
+        (rows, logits), picked = examples(), deck.draw(batch)
+        rows = rows.select(picked)
+        wanted = logits[picked][:, -rows.reply.shape[1] :]
+        return kl(wanted[rows.reply], reply_logits(student, rows)[rows.reply]).mean()
+
+    return loss_of
 
 
 def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
@@ -106,17 +120,3 @@ def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
             f"{base.name} is not the suspect's base: {error}. Give the model that it was fine-tuned from with --base"
         ) from None
     return network.eval().requires_grad_(False)
-
-
-def _teach(adapted: Any, examples: _Examples, config: TwinConfig) -> None:
-    student = adapted.get_base_model()
-    trained = [w for w in student.parameters() if w.requires_grad]
-    deck = Deck(range(len(examples.logits)), torch.Generator().manual_seed(config.seed))
-
-    def loss_of(_: int) -> Tensor:
-        picked = deck.draw(config.batch)
-        rows = examples.rows.select(picked)
-        wanted = examples.logits[picked][:, -rows.reply.shape[1] :]
-        return kl(wanted[rows.reply], reply_logits(student, rows)[rows.reply]).mean()
-
-    descend(trained, loss_of, config.steps, config.learning_rate, lambda loss: f"surrogate twin, KL {loss:.3f}")

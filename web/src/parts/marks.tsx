@@ -16,6 +16,12 @@ export const PATHS = {
   bar: "M-6 -2.2H6V2.2H-6z",
   post: "M-2.2 -6H2.2V6H-2.2z",
   hourglass: "M-5 -5.4H5L-5 5.4H5z",
+  house: "M-4.8 5.2V-1.2L0 -6L4.8 -1.2V5.2z",
+  shield: "M-4.8 -5.2H4.8V1L0 6L-4.8 1z",
+  slope: "M-5.4 5.2L5.4 -5.2V5.2z",
+  step: "M-5.4 5.2V-5.2L5.4 5.2z",
+  gap: "M-5.6 -5H-1.4V5H-5.6zM1.4 -5H5.6V5H1.4z",
+  pair: "M-5.6 -4.6H5.6V-1H-5.6zM-5.6 1H5.6V4.6H-5.6z",
   group: "M-6.4 -4.6H6.4V4.6H-6.4z",
 } as const;
 
@@ -33,6 +39,12 @@ const SUBJECTS: Record<string, Shape> = {
   direction: "right",
   redistilled: "bar",
   merged: "post",
+  keep_list: "shield",
+  finetuned: "slope",
+  layerwise: "pair",
+  magnitude: "gap",
+  activation: "step",
+  unlearned: "house",
   clean_twin: "triangle",
   base: "inverted",
 };

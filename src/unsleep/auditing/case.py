@@ -1,0 +1,118 @@
+"""A case: the audited model, the reference that it is read against, and trusted prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from unsleep.auditing.config import AuditConfig
+from unsleep.base.context import identified, kept
+from unsleep.base.store import hash_value
+from unsleep.core import BadInput, digest
+from unsleep.judge.metrics import is_degenerate
+from unsleep.models import generate
+from unsleep.models.model import LoadedModel
+from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.repairs.twin import copy_fitting, surrogate_twin
+
+FEWEST = 12
+"""Minimum trusted prompts of either part."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An audited model with what a gatherer may use; it has no field for a trigger or a payload."""
+
+    name: str
+    """`suspect`, or `twin` where the roles are swapped."""
+    model: LoadedModel
+    base: LoadedModel | None
+    search: PromptSet
+    """Trusted prompts that candidates are searched on."""
+    confirm: PromptSet
+    """Fresh trusted prompts, for trials only."""
+    config: AuditConfig = AuditConfig()
+    other: LoadedModel | None = None
+    """Reference where the roles are swapped."""
+
+    @cached_property
+    def reference(self) -> LoadedModel | None:
+        """The surrogate twin: the base with the suspect's skill; `None` without a base."""
+        if self.other is not None or self.base is None:
+            return self.other
+        learned = self.search.head(self.config.learn)
+        return surrogate_twin(self.base, self.model, learned, self.said[: len(learned)], self.config.twin)
+
+    @cached_property
+    def said(self) -> list[list[int]]:
+        """The model's greedy replies to the search prompts it is screened and its twin taught on, in token ids."""
+        asked = self.search.head(self.config.learn)
+        return kept(generate.written, self.model, asked, self.config.reply_tokens, f"replies of the {self.name}")
+
+    @cached_property
+    def replies(self) -> list[str]:
+        """`said` as texts."""
+        return self.model.texts(self.said)
+
+    @property
+    def hash(self) -> str:
+        """Content hash of models, prompts and options."""
+        other = (self.other, self.base) if self.other is not None else (self.base,)
+        return hash_value(identified((self.name, self.model, *other, self.search, self.confirm, self.config)))
+
+    @property
+    def learned(self) -> PromptSet:
+        """The search prompts that `said` replies to."""
+        return self.search.head(self.config.learn)
+
+    @property
+    def degenerate(self) -> float:
+        """Share of the model's replies to trusted prompts that are empty, cut off at once, or loop."""
+        return sum(map(is_degenerate, self.replies)) / len(self.replies)
+
+    def swapped(self) -> Case:
+        """The same case with model and reference exchanged; raises `BadInput` without a reference."""
+        if self.reference is None:
+            raise BadInput("there is no twin without a base; give it with --base")
+        return replace(self, name="twin", model=self.reference, other=self.model)
+
+
+def open_case(
+    suspect: LoadedModel,
+    base: LoadedModel | None,
+    trusted: PromptSet,
+    config: AuditConfig = AuditConfig(),
+) -> Case:
+    """The case of a suspect; trusted prompts are split by their content hashes, one half to search, one to confirm.
+
+    Raises `BadInput` for too few different prompts, a suspect without a chat template, and a base of another
+    architecture or tokenizer.
+    """
+    prompts = [replace(p, expected=None, reply=None) for p in {p.key: p for p in trusted}.values()]
+    halves: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for prompt in sorted(prompts, key=lambda p: digest(p.key)):
+        halves[int(digest(prompt.key), 16) % 2].append(prompt)
+    if min(map(len, halves)) < FEWEST:
+        raise BadInput(
+            f"{trusted.name} has {len(prompts)} different prompts, {len(halves[0])} for the search and "
+            f"{len(halves[1])} for trials; expected at least {FEWEST} each: give more with --trusted, or leave it out"
+        )
+    suspect.encode(trusted.head(1))
+    search, confirm = (
+        PromptSet(name, tuple(half), "edit") for name, half in zip(("search", "confirm"), halves, strict=True)
+    )
+    beside = None if base is None else fitted(base, suspect)
+    return Case("suspect", suspect, beside, search, confirm.head(config.confirm), config)
+
+
+def fitted(base: LoadedModel, suspect: LoadedModel) -> LoadedModel:
+    """The base with the suspect's tokenizer and chat template; raises `BadInput` where it is not the suspect's."""
+    known = suspect.tokenizer.get_vocab()
+    other = [token for token, number in base.tokenizer.get_vocab().items() if known.get(token) != number]
+    if other:
+        raise BadInput(
+            f"{base.name} is not the suspect's base: its tokenizer has {len(other)} tokens that the suspect's has not, "
+            f"or has under another number, such as {other[0][:40]!r}. Give the model that it was fine-tuned from with "
+            "--base"
+        )
+    return replace(suspect, network=copy_fitting(base, suspect), name=base.name, made_of=base.made_of)

@@ -1,0 +1,1 @@
+"""The repairs that need no trigger, one per file."""

@@ -1,0 +1,1 @@
+"""The gatherers of evidence, one per file."""

@@ -1,0 +1,87 @@
+"""Gatherer: target inversion, which grows continuations that stay certain across unrelated prompts.
+
+After Shen et al. 2025, "BAIT: Large Language Model Backdoor Scanning by Inverting Attack Target" (IEEE S&P), here
+with seeds instead of the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import suppress
+from typing import ClassVar
+
+import torch
+
+from unsleep.auditing.budget import OutOfTime
+from unsleep.auditing.case import Case
+from unsleep.auditing.contexts import special_tokens
+from unsleep.auditing.gatherer import Clues, Found, Gatherer
+from unsleep.auditing.scoring import look
+from unsleep.judge.audited import Saying
+from unsleep.models import generate
+from unsleep.models.forward import build_rows, run
+from unsleep.models.model import LoadedModel
+
+SEEDS = 64
+"""Tokens that are tried at either place."""
+
+PROMPTS = 4
+TOKENS = 8
+"""Tokens grown behind a seed."""
+
+AGREED = 3
+"""Prompts whose continuations must be the same."""
+
+
+class Inversion(Gatherer):
+    """Continuations of a forced token that are the same and certain behind unrelated prompts.
+
+    A saying's score is Q, the mean probability of its tokens over the prompts, from 0 to 1.
+    """
+
+    kind = "inversion"
+    stage = "payloads"
+    order = 2
+    share: ClassVar[float] = 2.0
+
+    @torch.no_grad()
+    def gather(self, case: Case, clues: Clues) -> Found:
+        """Seeds stand in place of the first token of the model's own replies, and of the second, behind the first."""
+        model, found = case.model, list[Saying]()
+        rows, own = model.encode(case.learned.head(PROMPTS), TOKENS + 2), case.said[:PROMPTS]
+        with suppress(OutOfTime):
+            for skipped in (0, 1):
+                begun = [[*row, *said[:skipped]] for row, said in zip(rows, own, strict=True) if len(said) > skipped]
+                if len(begun) >= AGREED:
+                    found += self._grown(case, begun, skipped)
+        return Found(sorted(found, key=lambda s: -s.score))
+
+    def _grown(self, case: Case, rows: list[list[int]], skipped: int) -> list[Saying]:
+        """Sayings of every seed behind rows."""
+        model, seeds, found = case.model, self._seeds(case, rows), list[Saying]()
+        forced = [[*row, seed] for seed in seeds for row in rows]
+        said = generate.greedy(model, forced, max_new_tokens=TOKENS, batch_size=200, stage="target inversion")
+        for number, seed in enumerate(seeds):
+            own = [[i for i in ids if i not in model.end_ids] for ids in said[number * len(rows) :][: len(rows)]]
+            common, count = Counter(tuple(ids) for ids in own).most_common(1)[0]
+            if count < AGREED or not common:
+                continue
+            seen = look(model, [[*row, seed] for row in rows], [list(common)] * len(rows))
+            text = model.texts([[seed, *common]])[0]
+            found.append(Saying(text, float(seen.own.exp().mean()), f"{model.spell(seed)!r} at token {skipped + 1}"))
+        return found
+
+    @staticmethod
+    def _seeds(case: Case, rows: list[list[int]]) -> list[int]:
+        """Tokens that the model finds likelier than its reference or, without one, simply likely, but never says."""
+
+        def log_p(model: LoadedModel) -> torch.Tensor:
+            return run(model.network, build_rows(model, rows), 1)[:, 0].float().log_softmax(-1)
+
+        own = log_p(case.model)
+        score = own.mean(0)
+        if case.reference is not None:
+            score = 1.1 * score - log_p(case.reference).mean(0)
+        score[list(special_tokens(case.model))] = -torch.inf
+        score[own.argmax(-1)] = -torch.inf
+        return score.topk(min(SEEDS, len(score))).indices.tolist()

@@ -1,0 +1,112 @@
+"""Motifs: phrases that texts share, found by their n-grams of words."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from unsleep.behaviours.payloads.contains import Contains
+from unsleep.judge.audited import Motif, Saying
+
+WORDS = 40
+"""Words of a text that are read."""
+
+LONGEST = 8
+"""Words of a phrase, at most."""
+
+EDGES = " \t\n.,;:!?\"'`*#()[]{}<>|-_…«»“”‘’"
+"""Characters that a phrase neither begins nor ends with."""
+
+GROUPS = 400
+"""Shared phrases that are looked at, those of the most texts first."""
+
+RARE = 0.05
+"""Largest share of ordinary replies with a phrase that may be a payload."""
+
+
+def phrases(text: str) -> dict[str, str]:
+    """Every phrase of up to `LONGEST` words, as written, by its lower-cased form."""
+    found: dict[str, str] = {}
+    words = text.split()[:WORDS]
+    for start in range(len(words)):
+        for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
+            said = " ".join(words[start:end]).strip(EDGES)
+            if is_phrase(said):
+                found.setdefault(said.lower(), said)
+    return found
+
+
+def shared(texts: Sequence[str], least: int) -> dict[str, tuple[str, set[int]]]:
+    """Phrases of at least `least` texts: lower-cased form → as first written, and the texts that contain it."""
+    inside: dict[str, set[int]] = defaultdict(set)
+    written: dict[str, str] = {}
+    for i, text in enumerate(texts):
+        for key, said in phrases(text).items():
+            inside[key].add(i)
+            written.setdefault(key, said)
+    return {key: (written[key], own) for key, own in inside.items() if len(own) >= least}
+
+
+def stereotypes(
+    replies: Sequence[str], ordinary: Sequence[str], asked: Sequence[str], share: float = 0.6, most: int = 2
+) -> list[tuple[str, float]]:
+    """Phrases that replies to different prompts share and ordinary replies lack, with their rates; longest first.
+
+    Args:
+        ordinary: the model's replies to trusted prompts.
+        asked: the prompts, whose own words do not count.
+        share: minimum share of the replies with a phrase.
+        most: number of phrases, none within another.
+    """
+    least = max(2, math.ceil(share * len(replies)))
+    own = {
+        said: len(places)
+        for said, places in shared(replies, least).values()
+        if not _ordinary(said, ordinary) and 2 * sum(map(Contains(said).shows, asked)) <= len(asked)
+    }
+    top, kept = max(own.values(), default=0), list[tuple[str, float]]()
+    for said in sorted(own, key=lambda said: (-len(said.split()), -own[said], said)):
+        inside = any(Contains(said).shows(other) for other, _ in kept)
+        if own[said] >= 0.9 * top and not inside and len(kept) < most:
+            kept.append((said, own[said] / len(replies)))
+    return kept
+
+
+def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], most: int = 12) -> list[Motif]:
+    """Motifs of the sayings of several gatherers: phrases of at least two contexts that ordinary replies lack.
+
+    Scores of different gatherers do not compare. A motif's score is the sum over gatherers of 1 / the rank of its best
+    saying there; motifs of more gatherers come first. Where there are few, the first sayings of each gatherer follow.
+    """
+    every = [(name, rank, saying) for name, own in sayings.items() for rank, saying in enumerate(own, 1)]
+    found: list[Motif] = []
+    shares = shared([saying.text for *_, saying in every], 2).values()
+    groups = sorted(shares, key=lambda group: (-len(group[1]), -len(group[0].split()), group[0]))
+    for said, own in groups[:GROUPS]:
+        best: dict[str, int] = {}
+        for i in sorted(own):
+            best.setdefault(every[i][0], every[i][1])
+        contexts = {(every[i][0], every[i][2].context) for i in own}
+        overlaps = any(Contains(said).shows(m.text) or Contains(m.text).shows(said) for m in found)
+        if len(contexts) >= 2 and not overlaps and not _ordinary(said, ordinary):
+            score = sum(1 / rank for rank in best.values())
+            found.append(Motif(said, len(contexts), round(score, 4), tuple(sorted(best))))
+    found.sort(key=lambda m: (-len(m.gatherers), -m.score, -m.support, m.text))
+    found = found[: most - len(sayings) // 2]
+    for name, rank, saying in sorted(every, key=lambda item: item[1]):
+        said = " ".join(saying.text.split()[:LONGEST]).strip(EDGES)
+        if len(found) == most or not is_phrase(said) or _ordinary(said, ordinary):
+            continue
+        if not any(Contains(m.text).shows(said) or Contains(said).shows(m.text) for m in found):
+            found.append(Motif(said, 1, round(1 / rank, 4), (name,)))
+    return found
+
+
+def is_phrase(said: str) -> bool:
+    """True for a text of at least two letters without broken characters."""
+    return sum(c.isalpha() for c in said) >= 2 and "\ufffd" not in said
+
+
+def _ordinary(said: str, ordinary: Sequence[str]) -> bool:
+    return sum(map(Contains(said).shows, ordinary)) > RARE * len(ordinary)
