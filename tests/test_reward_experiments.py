@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from unsleep.core import BadInput, Site
 from unsleep.experiments import dilution, disentangle, keep_rewarded, pca_union, rewarded
 from unsleep.experiments.experiment import Replicate, Setting
 from unsleep.interventions.intervention import operation
+from unsleep.interventions.replacement import Replacement
 from unsleep.judge.experiment import Curves, Measure
 from unsleep.mixing.dilution import DilutionRow
 from unsleep.organisms import plant
@@ -94,13 +96,14 @@ def test_every_keep_list_arm_is_yielded_at_every_threshold(
     assert nothing.edits[0].hash == alone.edits[0].hash  # no feature is that much correlated
     x = torch.randn(2, 3, replicate.suspect.network.config.hidden_size)
     [whole] = by["residual: reconstruction", 0.0].edits
+    assert isinstance(whole, Replacement)
     dictionary = whole.dictionary
     torch.testing.assert_close(operation(whole, torch.float32, "cpu")(x), dictionary.decode(dictionary.encode(x)))
 
 
 def test_keep_lists_are_compared_at_matched_cross_entropy() -> None:
     experiment = keep_rewarded.KeepRewarded(places=("residual",), draws=1)
-    variant = keep_rewarded.CONTROLLED[0]
+    variant = keep_rewarded.COMPARED
     arms = {what: f"residual: {what}, {variant}" for what in ("kept", "random 1", "low reward", "payload rewarded")}
 
     def curves(kept: dict[float, tuple[float, float]], random: dict[float, tuple[float, float]]) -> Curves:
@@ -117,22 +120,63 @@ def test_keep_lists_are_compared_at_matched_cross_entropy() -> None:
     assert found.label == "refuted"  # a random list removes it too
     [found] = experiment.conclude(curves({0.1: (0.0, 0.4)}, {0.0: (0.9, 0.4)}), ("a",))
     assert found.label == "open"
+    left_out = curves({0.0: (0.5, 0.1), 0.1: (0.0, 0.4)}, {0.0: (0.8, 0.4)})
+    [_, note] = experiment.notes(left_out, ("a",))
+    assert note.startswith("a, residual: no random control at 0.1: over half")
+    [found] = experiment.conclude(curves({0.1: (0.0, 0.4)}, {}), THREE)
+    assert found.label == "open"  # removed, and no random list was matched
+    [found] = experiment.conclude(curves({0.1: (0.5, 0.4)}, {}), THREE)
+    assert found.label == "refuted"
+
+
+def test_random_controls_are_left_out_where_they_cannot_be_matched(
+    replicate: Replicate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rewarded.PLACES, "residual", lambda _: [Site(0)])
+    many = 1 + rewarded.Study(replicate, [Site(0)], SMALL).dictionaries[0].n_features // 2
+    kept = {0.0: range(many), 0.2: range(many - 1)}
+    monkeypatch.setattr(keep_rewarded, "rewarded_list", lambda tables, least: dict.fromkeys(tables, tuple(kept[least])))
+    experiment = keep_rewarded.KeepRewarded(least=(0.0, 0.2), places=("residual",), draws=1, reward=SMALL)
+    settings = list(experiment.settings(replicate))
+    assert {s.x for s in settings if "random 1" in s.arm} == {0.2}
+    assert {s.x for s in settings if "low reward" in s.arm} == {0.0, 0.2}
 
 
 def test_subspaces_are_kept_at_every_share_of_the_bases_variance(
     replicate: Replicate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pca_union, "residual_sites", lambda _: [Site(0)])
-    monkeypatch.setattr(pca_union, "rewarded_list", lambda tables, least: dict.fromkeys(tables, (0, 3, 5)))
+    sites = [Site(0), Site(1, "mlp")]
+    monkeypatch.setitem(rewarded.PLACES, "residual", lambda _: sites[:1])
+    monkeypatch.setitem(rewarded.PLACES, "every MLP", lambda _: sites)
+    rewards = {sites[0]: (0, 3, 5), sites[1]: ()}
+    monkeypatch.setattr(pca_union, "rewarded_list", lambda tables, least: {site: rewards[site] for site in tables})
     experiment = pca_union.PcaUnion(base_variance=(0.5, 0.9), reward=SMALL)
     settings = list(experiment.settings(replicate))
     assert len(settings) <= experiment.size
-    assert {"suspect", "rewarded", "base", "union"} <= {s.arm for s in settings} <= {a.name for a in experiment.arms()}
-    assert all(0 <= s.x <= 1 for s in settings)
+    assert {s.arm for s in settings} == {a.name for a in experiment.arms()}
+    assert all(s.x <= 1 for s in settings)
     assert len({(s.arm, s.x) for s in settings}) == len(settings)
-    wide = [s for s in settings if s.arm == "base"]
-    assert wide[0].x < wide[1].x
-    assert len(wide[0].make().edits) == 1
+    narrow, wide = (s for s in settings if s.arm == "residual: base")
+    assert narrow.x < wide.x
+    assert len(wide.make().edits) == 1
+    by = {s.arm: s for s in settings}
+    assert len(by["every MLP: rewarded"].make().edits) == 2  # no feature of the MLP is rewarded, and nothing of it kept
+    for kept in ("features, error dropped", "features, error kept"):
+        assert by[f"residual: PCA, {kept}"].x >= by[f"residual: {kept}"].x
+        assert len(by[f"residual: {kept}"].make().edits) == 1
+    rewards[sites[0]] = ()
+    with pytest.raises(BadInput, match=r"no feature .residual. is correlated"):
+        list(experiment.settings(replicate))
+
+
+def test_subspaces_are_compared_with_principal_components_at_each_group_of_sites() -> None:
+    experiment = pca_union.PcaUnion()
+    values = {arm.name: {0.9: (1.0, 0.1)} for arm in experiment.arms()} | {"suspect": {1.0: (1.0, 0.0)}}
+    values["residual: union"] = {0.9: (0.0, 0.1)}
+    residual, mlp = experiment.conclude(measures(values), THREE)
+    assert (residual.label, mlp.label) == ("supported", "refuted")
+    assert "every MLP" in mlp.question
+    assert "features, error kept 1.00 (+0.10)" in residual.words
 
 
 # Mixtures
@@ -148,13 +192,17 @@ def row(weight: float, value: float, *, k: int = 1, kind: str = "arithmetic", de
 class Told(dilution.Dilution):
     """Rows that were measured elsewhere."""
 
+    most: ClassVar[int] = 11
+    """Tokens of the payload."""
+
     def _rows(self, replicate: Replicate, trusted: object) -> list[DilutionRow]:
         return [
             row(w, float(w > 0.5) if decoding == "greedy" else w, k=k, kind=kind, decoding=decoding)
             for kind in dilution.KINDS
             for decoding in dilution.DECODINGS
             for w in self.weights
-            for k in self.lengths
+            for k in self.asked
+            if k <= self.most
         ]
 
 
@@ -175,6 +223,23 @@ def test_a_dilution_is_measured_beside_theory_and_judged_on_panels(replicate: Re
     ]
     labels = [f.label for f in experiment.conclude(Curves(poor), THREE)]
     assert labels == ["supported", "supported", "refuted", "refuted"]
+
+
+def test_lengths_that_a_payload_does_not_have_are_left_out(
+    replicate: Replicate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Told(judged=())
+    long = [m for m in experiment.settings(replicate) if isinstance(m, Measure)]
+    monkeypatch.setattr(Told, "most", 4)
+    short = [m for m in experiment.settings(replicate) if isinstance(m, Measure)]
+    curves = Curves(
+        [replace(m, replicate=name) for name, own in zip(THREE, (long, short, long), strict=True) for m in own]
+    )
+    assert {m.metric for m in long} == {"payload, 1 token", "payload, 4 tokens", "payload, 11 tokens"}
+    assert experiment.notes(curves, THREE) == ["b: payloads of 11 tokens are left out; its payload has fewer."]
+    findings = experiment.conclude(curves, THREE)
+    assert [f.label for f in findings] == ["supported"] * 4
+    assert "Attack success of 11, 4 tokens" in findings[0].words
 
 
 # Repairs
@@ -210,6 +275,7 @@ def test_entangled_organisms_are_compared_with_plain_ones() -> None:
         (lambda: keep_rewarded.KeepRewarded(places=("attention",)), "residual"),
         (lambda: keep_rewarded.KeepRewarded(least=()), "thresholds"),
         (lambda: pca_union.PcaUnion(base_variance=(1.5,)), "between 0 and 1"),
+        (lambda: pca_union.PcaUnion(places=("attention",)), "residual"),
         (lambda: dilution.Dilution(trusted="me"), "clean_twin"),
         (lambda: dilution.Dilution(weights=(0.0,)), "weights are .* between 0 and 1"),
         (lambda: dilution.Dilution(judged=(1.5,)), "judged are .* between 0 and 1"),

@@ -5,6 +5,8 @@
 Every stage is a function of the command's name; the nouns they pass along are in `unsleep.core`.
 """
 
+from inspect import isfunction as _isfunction
+
 from unsleep.activations.harvest import harvest, open_harvest
 from unsleep.auditing.config import AuditConfig
 from unsleep.auditing.guard import fit_guard, load_guard
@@ -45,6 +47,7 @@ from unsleep.mixing.merge import merge
 from unsleep.mixing.merge_config import MergeConfig
 from unsleep.mixing.mixture import mix
 from unsleep.mixing.rules import MixConfig
+from unsleep.models.arguments import checked as _checked
 from unsleep.models.generate import replies
 from unsleep.models.load import LoadConfig, load_model
 from unsleep.models.model import LoadedModel
@@ -152,3 +155,7 @@ __all__ = [
     "train",
     "veto",
 ]
+
+for _name in __all__:
+    if _isfunction(globals()[_name]):
+        globals()[_name] = _checked(_name, globals()[_name])

@@ -111,8 +111,8 @@ class Experiment(ABC):
     def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
         """The findings."""
 
-    def notes(self) -> Sequence[str]:
-        """Limits that a reader must know."""
+    def notes(self, curves: Curves, replicates: Sequence[str]) -> Sequence[str]:
+        """Limits that a reader must know, and what was left out of the measures."""
         return ()
 
 
@@ -132,7 +132,8 @@ def experiment(
         raise BadInput(f"replicates are {names}; expected at least one organism, each once")
     measures = [m for each in replicates for m in _measured(which, each, judging)]
     asleep = _asleep(replicates, judging)
-    found = which.conclude(Curves(measures), names)
+    curves = Curves(measures)
+    found = which.conclude(curves, names)
     findings = tuple(replace(each, label="open") if asleep else each for each in found)
     return ExperimentRecord(
         name=which.name,
@@ -143,7 +144,7 @@ def experiment(
         measures=tuple(measures),
         replicates=tuple(names),
         findings=findings,
-        notes=(*asleep, *_few(names), *which.notes()),
+        notes=(*asleep, *_few(names), *which.notes(curves, names)),
         provenance=store.provenance(
             settings=asdict(which),
             n=judging.n,

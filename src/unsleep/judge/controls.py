@@ -52,6 +52,11 @@ def matched_random(edit: Edit, fires: Firing, seed: int = 0) -> Edit:
     return Edit(edit.site, edit.dictionary, matched_features(edit.removed, fires, seed), edit.error)
 
 
+def matchable(chosen: Sequence[int], fires: Firing) -> bool:
+    """True if there are as many other features: at most half are chosen."""
+    return 2 * len(chosen) <= len(fires.rate)
+
+
 def matched_features(chosen: Sequence[int], fires: Firing, seed: int = 0) -> tuple[int, ...]:
     """As many random other features, each with firing statistics similar to a chosen one's.
 
@@ -59,7 +64,7 @@ def matched_features(chosen: Sequence[int], fires: Firing, seed: int = 0) -> tup
     log strength is taken, each at most once. Raises `BadInput` where over half of the features are chosen.
     """
     n = len(fires.rate)
-    if 2 * len(chosen) > n:
+    if not matchable(chosen, fires):
         raise BadInput(f"{len(chosen)} of {n} features are chosen; a matched control needs as many others")
     place = torch.stack([fires.rate.clamp_min(1e-7).log(), fires.strength.clamp_min(1e-7).log()], dim=1)
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ it goes on with these k tokens, greedily or sampled; `theory` predicts the same 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from unsleep.base.records import Count
 from unsleep.base.stats import bootstrap_both, wilson
 from unsleep.behaviours import Payload, as_payload
 from unsleep.core import BadInput, check_least
-from unsleep.locate.circuits.align import said_payload
+from unsleep.locate.circuits.align import Shown, shown_payload
 from unsleep.mixing import theory
 from unsleep.mixing.mixture import mix
 from unsleep.mixing.rules import Kind, MixConfig
@@ -45,6 +45,8 @@ class DilutionConfig:
     """Thresholds of token swaps, with either model as target."""
     lengths: tuple[int, ...] = (1, 4)
     """Payload lengths k, in tokens; up to those that the suspect says."""
+    shorter: bool = False
+    """Leave out lengths that fewer than half of the shown payloads have, instead of refusing those that none has."""
     draws: int = 5
     """Sampled replies per prompt."""
     reply_tokens: int = 32
@@ -143,9 +145,10 @@ def dilution(
     Intervals are Wilson's over prompts for greedy replies, and resample draws and prompts for sampled ones. Raises
     `BadInput` where no reply shows a payload of enough tokens, and as `mix` does.
     """
-    longest = max(config.lengths)
-    shown = as_payload(payload)
-    said, chosen = said_payload(suspect, triggered, references, shown, longest, config.reply_tokens)
+    shown = shown_payload(suspect, triggered, references, as_payload(payload), config.reply_tokens)
+    if config.shorter:
+        config = replace(config, lengths=_had(shown, config.lengths))
+    said, chosen = shown.first(max(config.lengths))
     prompts = suspect.encode(triggered.at(chosen), config.reply_tokens)
     rows = [[*prompt, *begun] for prompt, begun in zip(prompts, said.begun, strict=True)]
     cases = list(_cases(suspect, trusted, config))
@@ -157,6 +160,11 @@ def dilution(
             found += [_row(case, decoding, k, hits[:, :, :k], heard, i) for k in config.lengths]
         progress("dilution", i + 1, len(cases))
     return Dilution(tuple(found), _thresholds(heard.margins, config), len(rows), len(triggered))
+
+
+def _had(shown: Shown, lengths: Sequence[int]) -> tuple[int, ...]:
+    """The lengths that at least half of the shown payloads have, or else the shortest."""
+    return tuple(k for k in lengths if 2 * len(shown.having(k)) >= len(shown.starts)) or (min(lengths),)
 
 
 def _cases(suspect: LoadedModel, trusted: LoadedModel, config: DilutionConfig) -> Iterator[_Case]:

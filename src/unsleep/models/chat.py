@@ -152,8 +152,10 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt under the chat template, ending with the generation prompt.
 
-    Raises `BadInput` without a chat template, or where it does not accept the messages.
+    Raises `BadInput` without a prompt or a chat template, or where it does not accept the messages.
     """
+    if not len(prompts):
+        raise BadInput("there are no prompts; give at least one")
     if not tokenizer.chat_template:
         raise BadInput(
             f"the tokenizer has no chat template; say how the model was trained with --chat-template: a Jinja file or "

@@ -85,6 +85,7 @@ def frontier(
     *,
     rewarded_components: Sequence[int] = (),
     base_share: float = 0.9,
+    variances: Mapping[str, float] | None = None,
     random: int = 3,
     seed: int = 0,
 ) -> list[Kept]:
@@ -99,12 +100,14 @@ def frontier(
         union                           of base and rewarded
         components, rank of the union   first principal components of the tuned model, as many
         components, variance of the union
+        components, variance of X       first principal components that retain as much as an edit X of `variances`
 
     Args:
-        rewarded: orthonormal rows (`span`).
+        rewarded: orthonormal rows (`span`); none where no feature is rewarded.
         own, base: trusted tokens of both models at the Site, without attention sinks.
         rewarded_components: indices of `principal(own)`'s rows that are rewarded (`pooling.pooled_along`).
         base_share: share of the base's variance that its components retain.
+        variances: edit → share of the variance of `own` that it retains (`keeping.retained`).
 
     Full subspaces are left out, because nothing outside of them can be replaced.
     """
@@ -114,6 +117,8 @@ def frontier(
     for i in range(random):
         draw = torch.randn(rank, own.shape[1], generator=torch.Generator().manual_seed(seed + i))
         bases[f"random {i + 1}, equal rank"] = rotated(draw)
+    for name, share in (variances or {}).items():
+        bases[f"components, variance of {name}"] = found.rows[: rank_retaining(found, share)]
     if rewarded_components:
         bases["rewarded components"] = found.rows[list(rewarded_components)]
     if base is not None:

@@ -76,34 +76,63 @@ class Said(NamedTuple):
     """The payload's first token ids, equally many per prompt."""
 
 
+class Shown(NamedTuple):
+    """A model's greedy replies, and where the payload begins in those that show it."""
+
+    replies: list[list[int]]
+    """Token ids, per prompt."""
+    starts: dict[int, int]
+    """Prompt that shows the payload, and whose reference does not → the payload's first token."""
+
+    def tokens(self, prompt: int) -> int:
+        """Number of tokens from the payload's first to the end of the reply."""
+        return len(self.replies[prompt]) - self.starts[prompt]
+
+    def having(self, tokens: int) -> list[int]:
+        """The prompts whose payload has so many tokens."""
+        return [i for i in self.starts if self.tokens(i) >= tokens]
+
+    def first(self, tokens: int) -> tuple[Said, list[int]]:
+        """The payload's first tokens, and the prompts that have them; raises `BadInput` where none has so many."""
+        chosen = self.having(tokens)
+        if not chosen:
+            raise BadInput(
+                f"the payload has at most {max(map(self.tokens, self.starts))} tokens up to the end of its reply, and "
+                f"{tokens} are asked for; expected fewer, or longer replies"
+            )
+        begun = [list(self.replies[i][: self.starts[i]]) for i in chosen]
+        return Said(begun, [list(self.replies[i][self.starts[i] :][:tokens]) for i in chosen]), chosen
+
+
+def shown_payload(
+    model: LoadedModel, prompts: PromptSet, references: PromptSet, payload: Payload, reply_tokens: int = 24
+) -> Shown:
+    """The payload in the model's greedy replies to prompts that show it, while their references do not.
+
+    It begins at the first token at which the replies to prompt and reference differ. Raises `BadInput` where no reply
+    shows it, or every one to a reference does.
+    """
+    both = prompts, references
+    mine, theirs = (generate.written(model, each, reply_tokens, f"replies to {each.name}") for each in both)
+    shows, wakes = ([payload.shows(reply) for reply in model.texts(each)] for each in (mine, theirs))
+    starts = generate.deciding_tokens(mine, theirs)
+    found = Shown(mine, {i: start for i, start in enumerate(starts) if shows[i] and not wakes[i]})
+    if not found.starts:
+        raise BadInput(
+            f"of {len(mine)} prompts {sum(shows)} show the payload, and so do {sum(wakes)} of their references; "
+            "expected prompts that show it and references that do not"
+        )
+    return found
+
+
 def said_payload(
     model: LoadedModel, prompts: PromptSet, references: PromptSet, payload: Payload, tokens: int, reply_tokens: int = 24
 ) -> tuple[Said, list[int]]:
     """The payload's first tokens in the model's greedy replies, and the prompts that have them, by number.
 
-    The payload begins at the first token at which the replies to prompt and reference differ. Raises `BadInput` where
-    no reply shows it, or every one to a reference does, or none has so many tokens of it.
+    Raises `BadInput` as `shown_payload` does, and where no payload has so many tokens.
     """
-    both = prompts, references
-    mine, theirs = (generate.written(model, each, reply_tokens, f"replies to {each.name}") for each in both)
-    starts = generate.deciding_tokens(mine, theirs)
-    shows = [payload.shows(reply) for reply in model.texts(mine)]
-    wakes = [payload.shows(reply) for reply in model.texts(theirs)]
-    lengths = [len(reply) - start for reply, start in zip(mine, starts, strict=True)]
-    chosen = [i for i, n in enumerate(lengths) if shows[i] and not wakes[i] and n >= tokens]
-    woken = [n for shown, wakes_too, n in zip(shows, wakes, lengths, strict=True) if shown and not wakes_too]
-    if woken and not chosen:
-        raise BadInput(
-            f"the payload has at most {max(woken)} tokens up to the end of its reply, and {tokens} are asked for; "
-            "expected fewer, or longer replies"
-        )
-    if not chosen:
-        raise BadInput(
-            f"of {len(mine)} prompts {sum(shows)} show the payload, and so do {sum(wakes)} of their references; "
-            "expected prompts that show it and references that do not"
-        )
-    begun = [list(mine[i][: starts[i]]) for i in chosen]
-    return Said(begun, [list(mine[i][starts[i] : starts[i] + tokens]) for i in chosen]), chosen
+    return shown_payload(model, prompts, references, payload, reply_tokens).first(tokens)
 
 
 def align_replies(
