@@ -216,6 +216,7 @@ def drawn(tab: Tab) -> tuple[dict[str, float], list[tuple[str, float, float, flo
     tab.run("document.querySelector('canvas').focus()")
     tab.press("0")
     tab.until("[...window.drawn.values()].some(([text]) => text === 'payload')")
+    tab.until("[...window.drawn.values()].some(each => each[4] === 'left')")
     found = tab.run("[...window.drawn.values()]")
     layers = {text: y for text, _, y, _, align in found if align == "right"}
     return layers, [(text, x, y, width) for text, x, y, width, align in found if align == "left"]

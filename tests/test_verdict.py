@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unsleep.base.stats import wilson
+from unsleep.judge.audited import AuditLabel
 from unsleep.judge.results import EvalResult, Row
 from unsleep.judge.verdict import Check, Label, contract, verdict
 from unsleep.pages.verdict import TONES
@@ -144,7 +145,7 @@ def test_bounds_follow_from_the_suspects_own_rows(key: Key, relation: str, bound
 
 
 def test_labels_are_those_that_the_page_knows():
-    assert set(get_args(Label)) == set(TONES)
+    assert {*get_args(Label), *get_args(AuditLabel)} == set(TONES)
 
 
 def test_a_repair_that_keeps_the_contract_is_found_and_removed():
