@@ -173,7 +173,28 @@ def faithfulness(r: Record) -> str:
     ]
     told = f"Up to {SMALL} nodes are enough for that with dictionaries at {' and '.join(few) or 'none of these'}.\n"
     parts = table(["dictionaries at", *(counted(n, "node") for n in sizes)], rows), "\n".join(reached) + "\n", told
-    return "\n".join([*parts, "![Faithfulness by number of nodes](img/tracing-faithfulness.svg)\n"])
+    picture = "![Faithfulness by number of nodes](img/tracing-faithfulness.svg)\n"
+    lead = (
+        f"{counted(SMALL, 'node')} beside the baselines, faithfulness and in brackets completeness, what is left of the"
+    )
+    rest = (
+        f"log-odds with the circuit's nodes as in their references, on {r['setting']['held_out']} held-out prompts:\n"
+    )
+    return "\n".join([*parts, picture, f"{lead}\n{rest}", beside(r)])
+
+
+def beside(r: Record) -> str:
+    """Faithfulness and completeness of circuits of `SMALL` nodes and of their baselines, by Sites."""
+    by = {counted(len(name.split()), "Site"): curves for name, curves in r["curves_of_few_sites"].items()}
+    by[f"all {r['setting']['sites']} Sites"] = r["curves"]
+
+    def cell(points: Sequence[Record]) -> str:
+        at = [point for point in points if point["nodes"] == SMALL]
+        return "–" if not at else f"{at[0]['faithfulness']['value']:z.2f} ({at[0]['completeness']['value']:z.2f})"
+
+    names = dict.fromkeys(name for curves in by.values() for name in curves)
+    rows = [[name, *(cell(curves.get(name, ())) for curves in by.values())] for name in names]
+    return table(["circuit", *by], rows)
 
 
 VETO = {"asr": "payload", "skill": "skill"}

