@@ -53,8 +53,11 @@ def explanations(record: Record) -> str:
         f"{compared[0]['features']} random features of {setting['features']:,} at {setting['site']} of "
         f"{setting['model']}, {record.get('tokens_of_explain', setting['tokens']):,} tokens of plain text:\n\n"
     )
+    times = len(record["seconds"]["encode"])
+    rounds = "once" if times == 1 else f"{times} times"
     cost = (
-        f"\nThe statistics of all features take {record['ratio']:.2f} times as long as the encode alone; all "
+        f"\nThe statistics of all features take {record['ratio']:.2f} times as long as the encode alone (measured "
+        f"{rounds} each); all "
         f"explanations with their baselines take {record['seconds_of_explain'] / 60:.1f} minutes and "
         f"{record['peak_memory_mb'] / 1000:.1f} GB on {machine_of(record)}.\n"
     )
