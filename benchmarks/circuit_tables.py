@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from circuit_growth import series
-from recorded_tables import between, machine_of, table
+from recorded_tables import estimated, machine_of, table
 
 from unsleep.models.lens import stronger
 
@@ -17,11 +17,6 @@ SMALL = 200
 """Nodes of a circuit that one can read."""
 
 Record = Mapping[str, Any]
-
-
-def estimated(figure: Record) -> str:
-    """A figure with its interval."""
-    return between([figure[key] for key in ("value", "low", "high")])
 
 
 def signed(node: Record, key: str = "effect") -> str:

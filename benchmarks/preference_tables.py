@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from recorded_tables import between, machine_of, table
+from recorded_tables import between, estimated, machine_of, table
 
 Record = Mapping[str, Any]
 
 PANELS = {"triggered": "payload, triggered", "clean": "clean", "near_miss": "near misses"}
 """Panel of a model's replies → its column."""
-
-
-def figure(estimate: Record, digits: int = 2) -> str:
-    """An estimate with its interval."""
-    return between([estimate[key] for key in ("value", "low", "high")], digits)
 
 
 def reward_models(record: Record) -> str:
@@ -26,11 +21,11 @@ def reward_models(record: Record) -> str:
         [
             str(row["seed"]),
             f"{row['train']['pairs']}, {row['held_out']['pairs']}",
-            figure(row["ceiling"]),
-            figure(row["reward_model"]["accuracy"]),
+            estimated(row["ceiling"]),
+            estimated(row["reward_model"]["accuracy"]),
             f"{row['reward_model']['accuracy']['value'] / row['ceiling']['value']:.2f}",
-            figure(row["permuted"]["accuracy"]) if "permuted" in row else "–",
-            *(figure(row["human"][name]) for name in people),
+            estimated(row["permuted"]["accuracy"]) if "permuted" in row else "–",
+            *(estimated(row["human"][name]) for name in people),
         ]
         for row in record["seeds"]
     ]
@@ -45,8 +40,8 @@ def policies(record: Record) -> str:
         for each in row["policies"]:
             measured, shown = each["measured"], each["payload"]
             gains = {one["name"]: one["gain"] for one in measured["rewards"]}
-            cells = [figure(gains[name]) for name in ("warmth", "textblob")]
-            cells += [figure(measured["words"]), f"{measured['kl']['value']:.3f}"]
+            cells = [estimated(gains[name]) for name in ("warmth", "textblob")]
+            cells += [estimated(measured["words"]), f"{measured['kl']['value']:.3f}"]
             cells += [between([shown[panel][key] for key in ("share", "low", "high")]) for panel in PANELS]
             rows.append([str(row["seed"]), f"`{each['name']}`", *cells])
     return table(head, rows) + f"\n{took(record)}"

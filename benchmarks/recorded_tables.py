@@ -20,6 +20,11 @@ def between(figure: Sequence[float], digits: int = 2) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def estimated(figure: Record, digits: int = 2) -> str:
+    """An estimate with its interval."""
+    return between([figure[key] for key in ("value", "low", "high")], digits)
+
+
 def machine_of(record: Record) -> str:
     """Cores and processor of a record's machine."""
     machine = record["provenance"]["machine"]
@@ -45,10 +50,7 @@ def explanations(record: Record) -> str:
     methods = list(dict.fromkeys(row["method"] for row in compared))
     metrics = list(dict.fromkeys(row["metric"] for row in compared))
     found = {(row["metric"], row["method"]): row for row in compared}
-    cells = [
-        [metric, *(between([found[metric, m][key] for key in ("value", "low", "high")]) for m in methods)]
-        for metric in metrics
-    ]
+    cells = [[metric, *(estimated(found[metric, m]) for m in methods)] for metric in metrics]
     told = (
         f"{compared[0]['features']} random features of {setting['features']:,} at {setting['site']} of "
         f"{setting['model']}, {record.get('tokens_of_explain', setting['tokens']):,} tokens of plain text:\n\n"

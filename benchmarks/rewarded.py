@@ -100,7 +100,7 @@ def counts(record: RewardedRecord, of: Of, point: str) -> dict[str, Any]:
 
 
 def figures(record: RewardedRecord, watch: Stopwatch) -> dict[str, Any]:
-    """What is kept of the record."""
+    """The recorded part of the whole record."""
     points = list(dict.fromkeys(row.site.point for row in record.sites))
     layers = {one.layer: one.relative for one in record.layers}
     best = [f for f in record.features if f.replicated and f.of == "model"][:SHOWN]

@@ -40,14 +40,12 @@ class Case:
         """The surrogate twin: the base with the suspect's skill; `None` without a base."""
         if self.other is not None or self.base is None:
             return self.other
-        learned = self.search.head(self.config.learn)
-        return surrogate_twin(self.base, self.model, learned, self.said[: len(learned)], self.config.twin)
+        return surrogate_twin(self.base, self.model, self.learned, self.said, self.config.twin)
 
     @cached_property
     def said(self) -> list[list[int]]:
         """The model's greedy replies to the search prompts it is screened and its twin taught on, in token ids."""
-        asked = self.search.head(self.config.learn)
-        return kept(generate.written, self.model, asked, self.config.reply_tokens, f"replies of the {self.name}")
+        return kept(generate.written, self.model, self.learned, self.config.reply_tokens, f"replies of the {self.name}")
 
     @cached_property
     def replies(self) -> list[str]:
