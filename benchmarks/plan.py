@@ -1,11 +1,12 @@
 """Predicted against measured peaks of memory: family × task × shape × optimizer × checkpointing × quantisation.
 
-    python benchmarks/plan.py [--only NAME …] [--device cuda]
+    python benchmarks/plan.py [--only NAME …] [--device cuda] [--at-once 8]
 
 Every cell runs in a process of its own: random weights of a config, a few steps of the project's own code. With CUDA
-the peak is that of `torch.cuda.max_memory_allocated`. On a CPU it is that of PyTorch's `MemTracker`, which sums the
-live storages of real tensors and shares no code with the plan; the growth of the process (RSS) stands beside it. No
-figure of the plan was fitted to any cell.
+the cells are of models of half a billion to a billion weights, and the peak is that of
+`torch.cuda.max_memory_allocated`. On a CPU it is that of PyTorch's `MemTracker`, which sums the live storages of real
+tensors and shares no code with the plan; the growth of the process (RSS) stands beside it. No figure of the plan was
+fitted to any cell.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,10 @@ SMALL = {"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 6, "num_at
 LLAMA = {**SMALL, "intermediate_size": 688, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9}
 SMOLLM2 |= {"num_key_value_heads": 3, "intermediate_size": 1536}
+LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32}
+LLAMA_1B |= {"num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True}
+QWEN2_HALF_B = {"vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14}
+QWEN2_HALF_B |= {"num_key_value_heads": 2, "intermediate_size": 4864, "tie_word_embeddings": True}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "qwen2": ("qwen2", {**LLAMA, "vocab_size": 8192, "num_hidden_layers": 4}),
@@ -57,6 +63,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**LLAMA, "head_dim": 64, "sliding_window": 64, "num_hidden_layers": 4}),
     "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4}),
     "smollm2": ("llama", {**SMOLLM2, "tie_word_embeddings": True, "max_position_embeddings": 2048}),
+    "llama-1b": ("llama", {**LLAMA_1B, "max_position_embeddings": 4096}),
+    "qwen2-0.5b": ("qwen2", {**QWEN2_HALF_B, "max_position_embeddings": 4096}),
 }
 
 
@@ -115,33 +123,64 @@ CELLS = (
     Measured("smollm2", "dictionary", 0, 2048),
 )
 
+HALF = "bfloat16"
+CUDA_CELLS = (
+    Measured("llama-1b", "full", 512, 2, dtype=HALF),
+    Measured("llama-1b", "full", 1024, 4, True, dtype=HALF),
+    Measured("qwen2-0.5b", "full", 512, 4, optimizer="adamw-fused", dtype=HALF),
+    Measured("qwen2-0.5b", "full", 256, 4),
+    Measured("llama-1b", "lora", 1024, 4, dtype=HALF),
+    Measured("llama-1b", "lora", 2048, 4, True, dtype=HALF),
+    Measured("llama-1b", "lora", 512, 8, dtype=HALF, modules=ATTENTION),
+    Measured("qwen2-0.5b", "lora", 1024, 4, dtype=HALF),
+    Measured("qwen2-0.5b", "lora", 512, 4),
+    Measured("llama-1b", "8bit", 512, 4, dtype=HALF),
+    Measured("llama-1b", "4bit", 1024, 4, dtype=HALF),
+    Measured("llama-1b", "4bit", 2048, 2, True, dtype=HALF),
+    Measured("qwen2-0.5b", "4bit", 512, 8, dtype=HALF),
+    Measured("llama-1b", "harvest", 512, 16, dtype=HALF),
+    Measured("qwen2-0.5b", "harvest", 256, 32, dtype=HALF),
+    Measured("llama-1b", "audit", 256, 32, dtype=HALF),
+    Measured("qwen2-0.5b", "audit", 128, 64, dtype=HALF),
+    Measured("llama-1b", "dictionary", 0, 4096, dtype=HALF),
+)
+
 
 def main() -> None:
     """Measure every cell, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--at-once", type=int, default=1, help="processes that measure at the same time")
     parser.add_argument("--cell", help="measure one cell in this process")
     asked = parser.parse_args()
     if asked.cell:
         print(json.dumps(measure(Measured(**json.loads(asked.cell)), asked.device)))
         return
-    found = {cell.name: run(cell, asked.device) for cell in CELLS if not asked.only or cell.name in asked.only}
+    chosen = [cell for cell in cells(asked.device) if not asked.only or cell.name in asked.only]
+    with ThreadPoolExecutor(asked.at_once) as pool:
+        rows = list(pool.map(lambda cell: run(cell, asked.device), chosen))
+    found = {cell.name: row for cell, row in zip(chosen, rows, strict=True)}
     errors = [abs(row["error"]) for row in found.values()]
     print(table([HEAD, *(line(name, row) for name, row in found.items())]))
     print(f"{len(errors)} cells, largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}")
     record(found, asked.device)
 
 
+def cells(device: str) -> tuple[Measured, ...]:
+    """The cells of a device."""
+    return CUDA_CELLS if device == "cuda" else CELLS
+
+
 def record(found: dict[str, dict[str, Any]], device: str) -> None:
-    """Write the figures of all cells, those that were measured now in the place of earlier ones on the same device."""
-    path = RESULTS / "plan.json"
-    earlier: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    known = earlier["measured"] if earlier.get("device") == device else {}
-    cells = {cell.name: row for cell in CELLS if (row := found.get(cell.name) or known.get(cell.name))}
-    errors = [abs(row["error"]) for row in cells.values()]
+    """Write the figures of all cells of a device, those that were measured now in the place of earlier ones."""
+    name = "plan_cuda" if device == "cuda" else "plan"
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text())["measured"] if path.is_file() else {}
+    rows = {cell.name: row for cell in cells(device) if (row := found.get(cell.name) or known.get(cell.name))}
+    errors = [abs(row["error"]) for row in rows.values()]
     summary = {"cells": len(errors), "largest_error": max(errors), "mean_error": sum(errors) / len(errors)}
-    keep("plan", {"device": device, "tracker": tracker(device), **summary, "measured": cells})
+    keep(name, {"device": device, "tracker": tracker(device), **summary, "measured": rows})
 
 
 HEAD = ["cell", "predicted MB", "measured MB", "error", "RSS MB"]
@@ -270,7 +309,8 @@ def unseen(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 def network_of(cell: Measured, folder: Path, device: str) -> Any:
     """A network with random weights, quantised where the cell is."""
     config = AutoConfig.from_pretrained(folder)
-    made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cell.dtype))
+    with torch.device(device):
+        made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cell.dtype))
     if cell.task in ("8bit", "4bit"):
         made.save_pretrained(folder)
         options = quantized.options(config, cell.task, cell.name) | {"device_map": device}  # type: ignore[arg-type]
@@ -369,7 +409,7 @@ def dictionary(cell: Measured, _: Path, device: str) -> int:
     width = FAMILIES[cell.family][1]["hidden_size"]
     config = TrainConfig(features=inference.EXPANSION * width, batch=cell.batch, dead_after=1)
     with Watch(device) as watch:
-        sample = torch.randn(cell.batch, RANK) @ torch.randn(RANK, width)
+        sample = (torch.randn(cell.batch, RANK) @ torch.randn(RANK, width)).to(device)
         trainer = Trainer(sample, config, None, device)
         for number in range(STEPS + 1):
             trainer.step(sample, number)

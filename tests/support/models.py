@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import cache
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from support.families import CONFIGS
+
+DEVICE = os.environ.get("UNSLEEP_TEST_DEVICE", "cpu")
+"""Device of the models; with `cuda`, the tests exercise the library's GPU paths."""
 
 
 @cache
@@ -26,4 +30,4 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         for name, held in model.named_buffers():
             if name in kept and held.numel() == 1 and held.is_floating_point():  # a scale that is 1 before a training
                 held.mul_(0.7)
-    return model
+    return model.to(DEVICE)
