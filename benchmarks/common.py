@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from unsleep.base import store
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,6 +27,8 @@ def alternating(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
         for name in list(ways) if number % 2 else reversed(list(ways)):
             start = time.perf_counter()
             ways[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -35,11 +39,16 @@ def ratio(over: list[float], under: list[float]) -> float:
     return median(over) / median(under)
 
 
+def record_of(name: str) -> Path:
+    """The file of a measurement: `results/NAME.json`, and `results/NAME_cuda.json` of one on a GPU."""
+    return RESULTS / f"{name}{'_cuda' if torch.cuda.is_available() else ''}.json"
+
+
 def keep(name: str, figures: Mapping[str, Any]) -> Path:
-    """Write `results/NAME.json`: the figures, and the versions, machine and date they belong to."""
+    """Write the file of a measurement: the figures, and the versions, machine and date they belong to."""
     origin = store.provenance(0)
     origin["machine"]["cores"] = os.cpu_count()
-    path = RESULTS / f"{name}.json"
+    path = record_of(name)
     store.write_json(path, {"schema": "unsleep.benchmark/1", "name": name, **figures, "provenance": origin})
     return path
 

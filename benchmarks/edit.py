@@ -40,7 +40,9 @@ def random_edit(model: LoadedModel, layer: int) -> Edit:
     d_model = width(model.network)
     rows = torch.nn.functional.normalize(torch.randn(FEATURES, d_model, generator=random), dim=1)
     weights = (rows.T.contiguous(), torch.zeros(FEATURES), rows, torch.zeros(d_model))
-    dictionary = TopK(Site(layer), model.fingerprint, *weights, sink_norm=SINK_NORM, k=K).to(model.network.dtype)
+    dictionary = TopK(Site(layer), model.fingerprint, *weights, sink_norm=SINK_NORM, k=K).to(
+        model.network.dtype, model.device
+    )
     return Edit(Site(layer), dictionary, tuple(torch.randperm(FEATURES, generator=random)[:REMOVED].tolist()))
 
 

@@ -52,7 +52,7 @@ def main() -> None:
         first = harvest(model, prompts, sites, Path(scratch) / "first", replies=replies)
         plan = read_json(first.folder / "plan.json")
         token_ids, shared = token_rows(model, prompts, replies), plan["shared"]
-        prefix = torch.tensor(token_ids[0][:shared])
+        prefix = torch.tensor(token_ids[0][:shared], device=model.device)
         batches: list[Rows] = []
         for picked in (batch for shard in plan["shards"] for batch in shard):
             ids, mask = pad_left([token_ids[i][shared:] for i in picked], model.pad_id, model.device)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, keep, table
+from common import keep, record_of, table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -174,13 +174,12 @@ def cells(device: str) -> tuple[Measured, ...]:
 
 def record(found: dict[str, dict[str, Any]], device: str) -> None:
     """Write the figures of all cells of a device, those that were measured now in the place of earlier ones."""
-    name = "plan_cuda" if device == "cuda" else "plan"
-    path = RESULTS / f"{name}.json"
+    path = record_of("plan")
     known = json.loads(path.read_text())["measured"] if path.is_file() else {}
     rows = {cell.name: row for cell in cells(device) if (row := found.get(cell.name) or known.get(cell.name))}
     errors = [abs(row["error"]) for row in rows.values()]
     summary = {"cells": len(errors), "largest_error": max(errors), "mean_error": sum(errors) / len(errors)}
-    keep(name, {"device": device, "tracker": tracker(device), **summary, "measured": rows})
+    keep("plan", {"device": device, "tracker": tracker(device), **summary, "measured": rows})
 
 
 HEAD = ["cell", "predicted MB", "measured MB", "error", "RSS MB"]
