@@ -175,7 +175,7 @@ def agreements(place: Path) -> list[dict[str, object]]:
             base = str(folder / "base") if options.get("method") == "slerp" else None
             one = agreement(folder, family, MergeConfig(**options, base=base))
             found.append({"family": family, "merge": name, **one._asdict()})
-            rows.append([family, name, f"{one.elements:,}", f"{one.identical:.4%}", str(one.ulps)])
+            rows.append([family, name, f"{one.elements:,}", f"{one.identical:.4%}", f"{one.ulps:.0f}"])
     print(table(rows))
     return found
 

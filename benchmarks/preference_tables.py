@@ -65,7 +65,7 @@ def took(record: Record) -> str:
 def merges(record: Record) -> str:
     """Agreement with mergekit, and time and memory of a merge beside a copy."""
     rows = [
-        [row["family"], row["merge"], f"{row['elements']:,}", f"{row['identical']:.2%}", str(row["ulps"])]
+        [row["family"], row["merge"], f"{row['elements']:,}", f"{row['identical']:.2%}", f"{row['ulps']:.0f}"]
         for row in record["mergekit"]
     ]
     cost = record["cost"]

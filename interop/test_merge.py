@@ -17,7 +17,7 @@ FAMILIES = ["llama", "qwen2", "gemma2"]
 def test_a_linear_merge_is_mergekits(tmp_path: Path, family: str, layers: str) -> None:
     found = agreement(tmp_path, family, MergeConfig(alpha=0.3, alpha_layers=layers))
     assert found.ulps <= 1
-    assert found.identical > 0.999
+    assert found.identical > 0.99
 
 
 @pytest.mark.parametrize("family", FAMILIES)

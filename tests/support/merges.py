@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +66,8 @@ class Agreement(NamedTuple):
     elements: int
     identical: float
     """Share of elements with the same bytes."""
-    ulps: int
-    """Largest distance, in units in the last place."""
+    ulps: float
+    """Largest distance, in units in the last place; where a sum cancels, in units of its terms' rounding in float32."""
 
 
 def agreement(folder: Path, family: str, config: MergeConfig) -> Agreement:
@@ -80,5 +80,18 @@ def agreement(folder: Path, family: str, config: MergeConfig) -> Agreement:
     subprocess.run(command, check=True, capture_output=True)
     ours, theirs = weights(folder / "merged"), weights(folder / "theirs")
     assert ours.keys() == theirs.keys()
-    apart = torch.cat([(rank(ours[name]) - rank(theirs[name])).abs().flatten() for name in ours])
-    return Agreement(apart.numel(), float((apart == 0).double().mean()), int(apart.max()))
+    models = [weights(folder / name) for name in ("first", "second", "base") if (folder / name).is_dir()]
+    apart = torch.cat([_ulps(ours[name], theirs[name], [each[name] for each in models]) for name in ours])
+    return Agreement(apart.numel(), float((apart == 0).double().mean()), float(apart.max()))
+
+
+def _ulps(one: torch.Tensor, other: torch.Tensor, terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The distance of two sums of the same terms, element by element."""
+    larger = torch.maximum(one.abs(), other.abs()).double()
+    place = torch.finfo(one.dtype).eps * 2.0 ** larger.clamp(min=1e-38).log2().floor()
+    rounding = CANCELLED * torch.stack([term.double().abs() for term in terms]).amax(0)
+    return ((one.double() - other.double()).abs() / torch.maximum(place, rounding)).flatten()
+
+
+CANCELLED = 2.0**-21
+"""Rounding of a sum in float32, relative to its largest term: a few units in the last place."""
