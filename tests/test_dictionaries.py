@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from support.training import QUICK, activations, sparse_data
 from unsleep.base import store
 from unsleep.core import BadInput, Encoded, Site
-from unsleep.dictionaries import metrics
+from unsleep.dictionaries import metrics, sparse
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
 from unsleep.dictionaries.train import TrainConfig, train
@@ -57,6 +57,20 @@ def test_encoding_keeps_the_k_largest_and_nothing_negative(seed: int, k: int):
     torch.testing.assert_close(codes, naive_encode(dictionary, x), rtol=1e-4, atol=1e-4)
     assert int((codes > 0).sum(1).max()) <= k
     assert float(codes.min()) >= 0
+
+
+def test_rows_are_summed_alike_where_an_embedding_bag_has_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    rows, ids, x = torch.randn(7, 5), torch.randint(0, 7, (4, 3)), torch.randn(4, 5)
+    code = sparse.Code(torch.rand(12), ids.flatten(), torch.arange(4).repeat_interleave(3), torch.arange(4) * 3)
+    found: list[torch.Tensor] = []
+    for lacks in (False, True):
+        monkeypatch.setattr(sparse, "lacks_gradient", lambda _, lacks=lacks: lacks)
+        values = torch.linspace(0.1, 1, 12).reshape(4, 3).requires_grad_()
+        total = sparse.weighted_rows(rows, ids, values)
+        [gradient] = torch.autograd.grad((total * x).sum(), values)
+        found += [total.detach(), gradient, sparse.row_dots(x, rows, code)]
+    for one, other in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @given(st.integers(0, 1000))

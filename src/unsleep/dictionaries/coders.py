@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import linear
 
 from unsleep.base import store
 from unsleep.core import BadInput, Dictionary, Encoded, Site, check_finite
 from unsleep.dictionaries.layouts import Learned, SAELens
 from unsleep.dictionaries.losses import Batch, Pass, Weights
 from unsleep.dictionaries.settings import Settings
-from unsleep.dictionaries.sparse import top_k
+from unsleep.dictionaries.sparse import top_k, weighted_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +178,7 @@ class Coder(Dictionary):
     def combine(self, code: Encoded) -> Float[Tensor, "*token d_out"]:
         """Σ values · W_dec[ids], without the bias."""
         k = code.ids.shape[-1]
-        flat = embedding_bag(
-            code.ids.reshape(-1, k),
-            self.W_dec,
-            per_sample_weights=code.values.reshape(-1, k).to(self.W_dec.dtype),
-            mode="sum",
-        )
+        flat = weighted_rows(self.W_dec, code.ids.reshape(-1, k), code.values.reshape(-1, k).to(self.W_dec.dtype))
         return flat.unflatten(0, code.ids.shape[:-1])
 
     def rebuild(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_out"]:

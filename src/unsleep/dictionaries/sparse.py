@@ -118,11 +118,30 @@ def combine(code: Code, rows: Float[Tensor, "feature d"]) -> Float[Tensor, "toke
     return embedding_bag(code.ids, rows, code.offsets, per_sample_weights=code.values.to(rows.dtype), mode="sum")
 
 
+def weighted_rows(
+    rows: Float[Tensor, "feature d"], ids: Int[Tensor, "token k"], values: Float[Tensor, "token k"]
+) -> Float[Tensor, "token d"]:
+    """Σ value · row over k features of each token.
+
+    An embedding bag, but for gradients in the values where it has none: those of half precision on a GPU.
+    """
+    if values.requires_grad and lacks_gradient(rows):
+        return (values[:, None] @ rows[ids]).squeeze(1)
+    return embedding_bag(ids, rows, per_sample_weights=values, mode="sum")
+
+
+def lacks_gradient(rows: Tensor) -> bool:
+    """True where an embedding bag of these rows has no gradient in its weights."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16
+
+
 def row_dots(x: Float[Tensor, "token d"], rows: Float[Tensor, "feature d"], code: Code) -> Float[Tensor, " entry"]:
     """x of each entry's token · row of its feature.
 
-    The gradient of an embedding bag in its weights: no row is gathered.
+    The gradient of an embedding bag in its weights: no row is gathered, where it has one.
     """
+    if lacks_gradient(rows):
+        return (x[code.token] * rows[code.ids]).sum(-1)
     with torch.enable_grad():
         weights = torch.zeros(code.ids.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
         bag = embedding_bag(code.ids, rows, code.offsets, per_sample_weights=weights, mode="sum")
