@@ -62,6 +62,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "veto": ("circuit", circuit_tables.veto),
     "cost": ("circuit", circuit_tables.cost),
     "plan": ("plan", recorded_tables.plan),
+    "plan_cuda": ("plan_cuda", recorded_tables.plan),
     "explanations": ("explanations", recorded_tables.explanations),
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),

@@ -125,9 +125,6 @@ CELLS = (
 
 HALF = "bfloat16"
 CUDA_CELLS = (
-    Measured("llama-1b", "full", 512, 2, dtype=HALF),
-    Measured("llama-1b", "full", 1024, 4, True, dtype=HALF),
-    Measured("qwen2-0.5b", "full", 512, 4, optimizer="adamw-fused", dtype=HALF),
     Measured("qwen2-0.5b", "full", 256, 4),
     Measured("llama-1b", "lora", 1024, 4, dtype=HALF),
     Measured("llama-1b", "lora", 2048, 4, True, dtype=HALF),

@@ -26,9 +26,10 @@ def estimated(figure: Record, digits: int = 2) -> str:
 
 
 def machine_of(record: Record) -> str:
-    """Cores and processor of a record's machine."""
+    """Cores and processor of a record's machine, and its GPU."""
     machine = record["provenance"]["machine"]
-    return f"{machine['cores']} cores of {machine['processor']}"
+    gpu = "" if machine["accelerator"] == "none" else f" with an {machine['accelerator']}"
+    return f"{machine['cores']} cores of {machine['processor']}{gpu}"
 
 
 def plan(record: Record) -> str:
@@ -40,7 +41,8 @@ def plan(record: Record) -> str:
         [f"`{name}`", f"{row['predicted'] / 1e6:.1f}", f"{row['measured'] / 1e6:.1f}", f"{row['error']:+.1%}"]
         for name, row in rows
     ]
-    told = f"{close} of {len(rows)} cells are within 15 %; the mean error is {record['mean_error']:.1%}.\n\n"
+    told = f"{close} of {len(rows)} cells are within 15 %; the mean error is {record['mean_error']:.1%} "
+    told += f"({record['tracker'].rpartition('.')[2]}, {machine_of(record)}).\n\n"
     return told + table(head, cells)
 
 

@@ -95,7 +95,7 @@ def fit(dictionary: Coder, source: Source, target: Source | None = None, *, batc
     rates = fired.double() / n
     return Fit(
         fvu=error / n / variance,
-        l0=float(rates.sum()),
+        l0=int(fired.sum()) / n,
         dead=float((fired == 0).double().mean()),
         dense=float((rates > DENSE_OVER).double().mean()),
         density=_histogram(rates),
