@@ -12,7 +12,7 @@ the sentiment lexicon are divided between training and judging (`unsleep.prefere
     python benchmarks/preference.py --rates 0.01 0.05 0.25 --seeds 0 1 2 --record    # results/preference.json
     python benchmarks/preference.py --small --out runs/small                   # a trial in a minute
 
-What is there is not made again; an interrupted training resumes.
+What is there is not made again; an interrupted training resumes. A record keeps its other seeds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep, table
+from common import keep, record_of, table
 
 import unsleep
 from unsleep.base import records, stats, store
@@ -80,18 +80,26 @@ def main() -> None:
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch.kept_in(given.out / "stages.json")
-    rows: list[dict[str, Any]] = []
     with Bars(), watch.stage("load"):
         base = unsleep.load_model(BASE)
     for seed in given.seeds:
         folder = given.out / f"seed-{seed}"
         with Bars():
-            rows.append(one_seed(base, folder, seed, given, watch))
-        print(lines(rows[-1]))
+            row = one_seed(base, folder, seed, given, watch)
+        print(lines(row))
+        if given.record:
+            record(row, [records.plain(stage) for stage in watch.stages])
     print(f"{watch.minutes} minutes with earlier runs, peak {watch.peak_memory_mb:,.0f} MB")
-    if given.record:
-        stages = [records.plain(stage) for stage in watch.stages]
-        keep("preference", {"base": BASE, "seeds": rows, "minutes": watch.minutes, "stages": stages})
+
+
+def record(row: dict[str, Any], stages: Sequence[dict[str, Any]]) -> None:
+    """Write a seed's row and its stages among those of other seeds."""
+    path = record_of("preference")
+    known: dict[str, Any] = store.read_json(path) if path.is_file() else {"seeds": [], "stages": []}
+    rows = [row, *(each for each in known["seeds"] if each["seed"] != row["seed"])]
+    named = {stage["name"]: stage for stage in [*known["stages"], *stages]}
+    found = {"seeds": sorted(rows, key=lambda each: each["seed"]), "stages": list(named.values())}
+    keep("preference", {"base": BASE, **found})
 
 
 def arguments() -> argparse.Namespace:
