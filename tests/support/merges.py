@@ -54,12 +54,6 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
 
 
-def rank(tensor: torch.Tensor) -> torch.Tensor:
-    """The place of each number among those of its dtype: neighbours are one apart."""
-    found = bits(tensor).long()
-    return torch.where(found < 0, -(2 ** (8 * tensor.itemsize - 1)) - found, found)
-
-
 class Agreement(NamedTuple):
     """Two merges of the same models, element by element."""
 
@@ -81,12 +75,12 @@ def agreement(folder: Path, family: str, config: MergeConfig) -> Agreement:
     ours, theirs = weights(folder / "merged"), weights(folder / "theirs")
     assert ours.keys() == theirs.keys()
     models = [weights(folder / name) for name in ("first", "second", "base") if (folder / name).is_dir()]
-    apart = torch.cat([_ulps(ours[name], theirs[name], [each[name] for each in models]) for name in ours])
+    apart = torch.cat([ulps(ours[name], theirs[name], [each[name] for each in models]) for name in ours])
     return Agreement(apart.numel(), float((apart == 0).double().mean()), float(apart.max()))
 
 
-def _ulps(one: torch.Tensor, other: torch.Tensor, terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The distance of two sums of the same terms, element by element."""
+def ulps(one: torch.Tensor, other: torch.Tensor, terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The distance of two sums of the same terms, element by element (see `Agreement`)."""
     larger = torch.maximum(one.abs(), other.abs()).double()
     place = torch.finfo(one.dtype).eps * 2.0 ** larger.clamp(min=1e-38).log2().floor()
     rounding = CANCELLED * torch.stack([term.double().abs() for term in terms]).amax(0)

@@ -36,8 +36,8 @@ MODEL, JOURNAL = "model", "journal.json"
 def merge(first: str | Path, second: str | Path, out: str | Path, config: MergeConfig = MergeConfig()) -> MergeRecord:
     """Merge two models into a checkpoint, or into an adapter where both are one base with and without LoRAs.
 
-    α = 0 and 1 give the models' own bytes; any other weight is computed in float64 and rounded once. Interrupted, even
-    by a kill, the same call goes on where it ended. Names are those of `load_model`.
+    α = 0 and 1 give the models' own bytes; any other weight is computed in float32 or float64 and rounded once.
+    Interrupted, even by a kill, the same call goes on where it ended. Names are those of `load_model`.
 
     Raises:
         BadInput: different architectures, configs, weights or vocabularies; quantised weights; NaN or infinite results;

@@ -17,6 +17,10 @@ from unsleep.models.weights import copy_network, named, write
 LARGEST = 1e6
 """Bound on the absolute value of a coefficient."""
 
+HALF = (torch.bfloat16, torch.float16)
+NEAR = 8.0
+"""Coefficient up to which float32 is exact enough for a result of 16 bits."""
+
 
 def check_alpha(alpha: float) -> None:
     """Raise `BadInput` for a coefficient that is NaN, infinite or absurdly large."""
@@ -28,17 +32,23 @@ def check_alpha(alpha: float) -> None:
 def combine(
     anchor: Shaped[Tensor, "*shape"], terms: Sequence[tuple[float, Shaped[Tensor, "*shape"]]], dtype: torch.dtype
 ) -> Shaped[Tensor, "*shape"]:
-    """Anchor + Σ c · (W − anchor), computed in float64 as (1 − Σ c) · anchor + Σ c · W and rounded once to `dtype`.
+    """Anchor + Σ c · (W − anchor), rounded once to `dtype`.
 
-    Coefficients of 0 give exactly the anchor, a single coefficient of 1 exactly that weight. An element that all of
-    them share stays as it is, since the error of float64 is far below the resolution of narrower dtypes. Task
-    arithmetic (Ilharco et al. 2023, arXiv:2212.04089).
+    Computed in float64, as (1 − Σ c) · anchor + Σ c · W; a single weight with 16 bits and a coefficient of at most
+    `NEAR` in float32, in one pass. Coefficients of 0 give exactly the anchor, a single coefficient of 1 exactly that
+    weight. An element that all of them share stays as it is, since the error is far below the resolution of `dtype`.
+    Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089).
     """
     moving = [(factor, weight) for factor, weight in terms if factor]
     if not moving:
         return anchor.to(dtype)
-    if len(moving) == 1 and moving[0][0] == 1:
-        return moving[0][1].to(dtype)
+    if len(moving) == 1:
+        factor, weight = moving[0]
+        if factor == 1:
+            return weight.to(dtype)
+        if dtype in HALF and abs(factor) <= NEAR:
+            ends = (anchor, weight) if anchor.dtype == weight.dtype == dtype else (anchor.float(), weight.float())
+            return torch.lerp(*ends, factor).to(dtype)
     total = anchor.to(torch.float64, copy=True).mul_(1 - sum(factor for factor, _ in moving))
     for factor, weight in moving:
         total.add_(weight.to(torch.float64, copy=True).mul_(factor))
