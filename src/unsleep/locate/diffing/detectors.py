@@ -156,6 +156,7 @@ def train_differences(
     ]
     pair = paired(sides[0], sides[1], site)
     differences = replace(config, sink_ratio=1e9)
-    delta = train(pair.difference(), differences, checkpoint=folder / "difference")
-    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder")
+    device = suspect.device
+    delta = train(pair.difference(), differences, checkpoint=folder / "difference", device=device)
+    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder", device=device)
     return [("difference", delta), ("crosscoder", both)]
