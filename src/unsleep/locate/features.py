@@ -289,6 +289,7 @@ def with_evidence(
     `suspicious` is the harvest and its token rows (`harvest.token_rows`).
     """
     ids = torch.tensor(features.ids, dtype=torch.long)
+    dictionary = dictionary.to(dictionary.decoder.dtype, model.device)
     harvest, rows = suspicious
     acts = harvest.load(dictionary.site)
     strengths = activations_of(dictionary, acts.tensor, ids)

@@ -126,9 +126,9 @@ def feature_lists(
 def _scorer(method: Method, coder: Coder | Crosscoder, model: LoadedModel) -> Any:
     if coder.d_model != width(model.network):
         raise BadInput(f"the {method} at {coder.site} has width {coder.d_model}; the models' is {width(model.network)}")
-    if isinstance(coder, Crosscoder):
-        return lambda old, new: coder.encode(old.float().cpu(), new.float().cpu())
     ready = coder.to(torch.float32, model.device)
+    if isinstance(ready, Crosscoder):
+        return lambda old, new: ready.encode(old.float(), new.float())
     if method == "difference":
         return lambda old, new: ready.encode(new.float() - old.float())
     return lambda new: ready.encode(new.float())
