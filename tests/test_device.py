@@ -82,7 +82,7 @@ def test_directions_are_read_and_steered_with(model: LoadedModel):
 @on_device
 def test_statistics_of_features_and_a_guard_with_some(model: LoadedModel, dictionary: Coder):
     assert SITE in unsleep.feature_statistics(model, [dictionary], [TRIGGERED, CLEAN])
-    guard = unsleep.fit_guard(model, TRIGGERED, questions(72), features=[(dictionary, (0, 1))])
+    guard = unsleep.fit_guard(model, TRIGGERED, questions(72), rate=0.2, features=[(dictionary, (0, 1))])
     assert len(guard.flagged(model, TRIGGERED)) == N
 
 

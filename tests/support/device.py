@@ -26,7 +26,7 @@ def load() -> None:
         return
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module())
-    sources = [str(Path(__file__).parent / "standin.cpp")]
+    sources = [str(Path(__file__).with_suffix(".cpp"))]
     cpp_extension.load("unsleep_standin", sources, extra_cflags=["-O1", "-g0"], is_python_module=False)
     torch.utils.generate_methods_for_privateuse1_backend()
 
