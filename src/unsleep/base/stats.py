@@ -30,13 +30,18 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
+def flat(values: Sequence[float] | Tensor) -> Float[Tensor, " value"]:
+    """Values in float64 on the CPU, where their resamples are drawn."""
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten()
+
+
 def paired_rates(before: Sequence[float] | Tensor, after: Sequence[float] | Tensor) -> tuple[float, float, float]:
     """Difference after − before of two rates on the same prompts with its 95 % interval (Newcombe 1998, Stat. Med. 17).
 
     Method 10 there: Wilson limits of both rates and the correlation of the outcomes, so that the interval has a width
     also where every prompt changes alike. Outcomes are 0 and 1. Raises `BadInput` for unequal numbers, or none.
     """
-    x, y = (torch.as_tensor(each, dtype=torch.float64).flatten() for each in (before, after))
+    x, y = (flat(each) for each in (before, after))
     n = len(x)
     if len(y) != n or not n:
         raise BadInput(f"{n} outcomes before and {len(y)} after; expected equal numbers, at least 1")
@@ -76,7 +81,7 @@ def bootstrap(values: Sequence[float] | Tensor, resamples: int = 2000, seed: int
 
     For a paired comparison pass the differences.
     """
-    x = torch.as_tensor(values, dtype=torch.float64).flatten()
+    x = flat(values)
     if len(x) == 0:
         raise BadInput("no values to average; expected at least 1")
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +143,7 @@ def correlations(
 
     `weights` are those of `clustered` or `resampled`. A constant row has correlation 0, also within a resample.
     """
-    x, y = (each.double() - each.double().mean(-1, keepdim=True) for each in (x, y))
+    x, y = (each.double().cpu() - each.double().cpu().mean(-1, keepdim=True) for each in (x, y))
     drawn = _weighted_correlation(x, y, weights)
     whole = _weighted_correlation(x, y, torch.full_like(weights[:1], 1 / len(y)))[:, 0]
     ends = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
@@ -193,7 +198,7 @@ def ratio(
     Resamples whose bottom mean is 0 are left out. Raises `BadInput` where the lengths differ or are 0, or the mean of
     `bottom` is 0.
     """
-    x, y = (torch.as_tensor(values, dtype=torch.float64).flatten() for values in (top, bottom))
+    x, y = (flat(values) for values in (top, bottom))
     if len(x) != len(y) or not len(x) or float(y.mean()) == 0:
         raise BadInput(f"{len(x)} values over {len(y)}; expected equal numbers, at least 1, and a non-zero denominator")
     index = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
@@ -217,7 +222,7 @@ def correlation(
     Resamples in which one of the two is constant are left out. Raises `BadInput` where the lengths differ, there are
     fewer than 3 pairs, or one is constant.
     """
-    one, other = (torch.as_tensor(values, dtype=torch.float64).flatten() for values in (x, y))
+    one, other = (flat(values) for values in (x, y))
     n = len(one)
     if len(other) != n or n < 3 or any(bool((side == side[0]).all()) for side in (one, other)):
         raise BadInput(
@@ -226,7 +231,7 @@ def correlation(
     one, other = one - one.mean(), other - other.mean()
     each = torch.stack([torch.ones_like(one), one, other, one * one, other * other, one * other], 1)
     if group is not None:
-        places = torch.as_tensor(group).flatten().unique(return_inverse=True)[1]
+        places = torch.as_tensor(group, device="cpu").flatten().unique(return_inverse=True)[1]
         each = each.new_zeros(int(places.max()) + 1, each.shape[1]).index_add(0, places, each)
     value = float(_pearson(each.sum(0, keepdim=True))[0])
     drawn = _pearson(resampled(len(each), resamples, seed) @ each)

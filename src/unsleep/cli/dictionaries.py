@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
 from unsleep.activations.harvest import Harvest, HarvestConfig, open_harvest, streamed
+from unsleep.base.machine import device_of
 from unsleep.cli.console import Bars, say
 from unsleep.cli.grid import ONE, Grid
 from unsleep.cli.shared import Model, Out, Placed, Placement, load_dictionaries, own_replies
@@ -83,7 +84,7 @@ def train(
     target: tuple[str, ...] = (),
     start: tuple[Path, ...] = (),
     config: OmitArgPrefixes[Grid] = ONE,
-    device: str = "cpu",
+    device: str = "auto",
     tracker: Tracker | None = None,
     format: Format = "saelens",
     json: bool = False,
@@ -103,7 +104,7 @@ def train(
         start: Dictionaries for a warm start, one per Site, or the folder that contains them; such as a base model's,
             on activations of a suspect. They determine architecture, features and k; the rotation of every feature
             is written beside the weights.
-        device: Such as cuda.
+        device: Such as cpu or cuda:1; `auto` is CUDA where available.
         tracker: Installed experiment tracker for training metrics.
         format: File format of the dictionaries.
         json: Print the fit as JSON.
@@ -111,7 +112,7 @@ def train(
     configs = config.configs
     jobs = _started(_jobs([open_harvest(h) for h in harvests], site, target), load_dictionaries(start))
     alone = len(jobs) == len(configs) == 1
-    with parallel.joined(device) as place:
+    with parallel.joined(str(device_of(device))) as place:
         first = parallel.place()[0] == 0
         setup = Setup(place, tracker, out.with_name(f"{out.name}.runs"), format)
         with Bars() if first else contextlib.nullcontext():

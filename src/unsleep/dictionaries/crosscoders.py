@@ -101,6 +101,10 @@ class Crosscoder:
         """The weights by name."""
         return {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Crosscoder:
+        """The same crosscoder with another dtype or on another device."""
+        return replace(self, **{name: x.to(dtype=dtype, device=device) for name, x in self.tensors().items()})
+
     @cached_property
     def joint(self) -> BatchTopK:
         """The crosscoder as a dictionary of concatenated activations, `[token, model · d_model]` (see `joined`).
@@ -164,8 +168,8 @@ class Crosscoder:
         return torch.cat([each.to(self.W_enc) for each in x], dim=-1)
 
     def _sinks(self, x: tuple[Tensor, ...]) -> Tensor:
-        over = [each.float().norm(dim=-1, keepdim=True) > limit for each, limit in zip(x, self.sink_norms, strict=True)]
-        return torch.stack(over).any(0)
+        norms = [each.to(self.W_enc.device).float().norm(dim=-1, keepdim=True) for each in x]
+        return torch.stack([norm > limit for norm, limit in zip(norms, self.sink_norms, strict=True)]).any(0)
 
 
 def joined(
@@ -307,6 +311,7 @@ def latent_scaling(
     """
     if of not in (0, 1):
         raise BadInput(f"of is {of}; expected 0 for the first model or 1 for the second")
+    crosscoder = crosscoder.to(crosscoder.W_enc.dtype)
     rows = _normalised_rows(crosscoder)
     scale = torch.tensor(crosscoder.scales, dtype=torch.float64)
     bias = crosscoder.b_dec.double() * scale[:, None]

@@ -163,7 +163,7 @@ def rank_by_attribution(
     `baseline` is each feature's mean activation on ordinary tokens. Scores are in nats per prompt;
     one forward and one backward pass serve all Sites. Attribution patching: Marks et al. 2024, arXiv:2403.19647, eq. 3.
     """
-    rows = replies.rows
+    rows, dictionaries = replies.rows, [d.to(d.decoder.dtype, model.device) for d in dictionaries]
     held: dict[Site, tuple[Tensor, Tensor]] = {}
 
     def hold(site: Site) -> Callable[[Tensor], Tensor]:
@@ -262,6 +262,7 @@ def find(
     """
     if not dictionaries or len({d.site for d in dictionaries}) != len(dictionaries):
         raise BadInput(f"{len(dictionaries)} dictionaries were given; expected at least one, and one per Site")
+    dictionaries = [d.to(d.decoder.dtype, model.device) for d in dictionaries]
     differences = {d.site: rank_by_difference(d, *harvests) for d in dictionaries}
     replies = replies or greedy_rows(model, suspicious.head(config.prompts), config.reply_tokens)
     baseline: dict[Site, Tensor] = {}
@@ -288,6 +289,7 @@ def with_evidence(
     `suspicious` is the harvest and its token rows (`harvest.token_rows`).
     """
     ids = torch.tensor(features.ids, dtype=torch.long)
+    dictionary = dictionary.to(dictionary.decoder.dtype, model.device)
     harvest, rows = suspicious
     acts = harvest.load(dictionary.site)
     strengths = activations_of(dictionary, acts.tensor, ids)

@@ -62,7 +62,7 @@ class Differences(Gatherer):
         own, delta = differences(case)
         if not delta.tensor.any():
             return Found()
-        coder = train(delta, TRAINING)
+        coder = train(delta, TRAINING, device=case.model.device)
         asked, found = case.learned.texts[:PROMPTS], list[Saying]()
         scale, chosen = float(own.tensor.float().norm(dim=1).mean()), rare(coder, delta.tensor)
         with suppress(OutOfTime):

@@ -135,7 +135,7 @@ def swapped(
     """The trigger with one token replaced by one of those that the gradient favours at its place."""
     slope = slopes(model, trigger, target)
     table: Tensor = cast("Any", model.network.get_input_embeddings()).weight
-    favour = slope.to(table.dtype) @ table[allowed.to(table.device)].T
+    favour = slope.to(table) @ table[allowed.to(table.device)].T
     nearest = favour.topk(min(NEAREST, len(allowed)), dim=-1).indices.cpu()
     out: list[list[int]] = []
     for number in range(SWAPS):

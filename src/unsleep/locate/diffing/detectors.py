@@ -126,9 +126,9 @@ def feature_lists(
 def _scorer(method: Method, coder: Coder | Crosscoder, model: LoadedModel) -> Any:
     if coder.d_model != width(model.network):
         raise BadInput(f"the {method} at {coder.site} has width {coder.d_model}; the models' is {width(model.network)}")
-    if isinstance(coder, Crosscoder):
-        return lambda old, new: coder.encode(old.float().cpu(), new.float().cpu())
     ready = coder.to(torch.float32, model.device)
+    if isinstance(ready, Crosscoder):
+        return lambda old, new: ready.encode(old.float(), new.float())
     if method == "difference":
         return lambda old, new: ready.encode(new.float() - old.float())
     return lambda new: ready.encode(new.float())
@@ -156,6 +156,7 @@ def train_differences(
     ]
     pair = paired(sides[0], sides[1], site)
     differences = replace(config, sink_ratio=1e9)
-    delta = train(pair.difference(), differences, checkpoint=folder / "difference")
-    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder")
+    device = suspect.device
+    delta = train(pair.difference(), differences, checkpoint=folder / "difference", device=device)
+    both = train_crosscoder(pair.before, pair.after, config, checkpoint=folder / "crosscoder", device=device)
     return [("difference", delta), ("crosscoder", both)]
