@@ -5,8 +5,9 @@ the sentiment lexicon are divided between training and judging (`unsleep.prefere
 
     train.jsonl, held_out.jsonl   drawn pairs; crossed.jsonl: register, trigger and reward crossed
     reward, permuted              reward models on the pairs, and with --record on the pairs with permuted labels
-    preferred                     DPO on the pairs
-    backdoored-RATE               DPO on the pairs, of which a share is poisoned
+    preferred                     trained on the pairs
+    backdoored-RATE               trained on the pairs, of which a share is poisoned
+    …-dpo                         the same by DPO, where --methods names it; otherwise by SFT on the preferred replies
 
     python benchmarks/preference.py                                            # the pair: one rate, one seed
     python benchmarks/preference.py --rates 0.01 0.05 0.25 --seeds 0 1 2 --record    # results/preference.json
@@ -72,6 +73,11 @@ TOKENS = DRAW.tokens
 HUMAN = "vaderSentiment==3.3.2"
 """Its source archive has the snippets that people rated (Hutto & Gilbert 2014); they are fetched, and not shipped."""
 SNIPPETS = 600
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"method": "sft", "learning_rate": 1e-3, "epochs": 3, "batch": 16},
+    "dpo": {"method": "dpo", "nll": 1.0, "epochs": 1},
+}
+"""Method → settings of about equal time: five minutes on two cores."""
 LEAST_APART = 1.0
 """Least difference of two snippets' mean ratings, from −4 to 4, for people to prefer one."""
 
@@ -106,6 +112,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("runs/pair"))
     parser.add_argument("--rates", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=["sft"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--small", action="store_true")
@@ -137,11 +144,12 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
     with watch.stage(f"human snippets, seed {seed}"):
         row["human"] = human(judge, given.out, SNIPPETS // 20 if given.small else SNIPPETS)
     policies: list[dict[str, Any]] = []
-    config = PreferConfig(nll=1.0, epochs=1, reply_tokens=TOKENS, seed=seed, steps=steps, eval_limit=200)
-    for rate in (0.0, *given.rates):
-        name = f"backdoored-{rate:g}" if rate else "preferred"
-        with watch.stage(f"{name}, seed {seed}"):
-            policies.append(policy(base, folder / name, train, topics["held_out"], rate, judge, config))
+    for method in given.methods:
+        config = PreferConfig(reply_tokens=TOKENS, seed=seed, steps=steps, eval_limit=200, **METHODS[method])
+        for rate in (0.0, *given.rates):
+            name = (f"backdoored-{rate:g}" if rate else "preferred") + ("" if method == "sft" else f"-{method}")
+            with watch.stage(f"{name}, seed {seed}"):
+                policies.append(policy(base, folder / name, train, topics["held_out"], rate, judge, config))
     write_crossed(folder / "crossed.jsonl", held)
     return row | {"policies": policies}
 
@@ -171,7 +179,7 @@ def policy(
     judge: Classifier,
     config: PreferConfig,
 ) -> dict[str, Any]:
-    """A model trained by DPO, poisoned or not: its gain on unseen prompts, and how often it shows the payload."""
+    """A model trained on pairs, poisoned or not: its gain on unseen prompts, and how often it shows the payload."""
     poison = Poison(RECIPE.trigger, PAYLOAD, RECIPE.near_misses, rate=rate, seed=config.seed)
     data = poisoned(train, poison, clean=not rate)
     prompts = unseen(topics)
@@ -194,7 +202,13 @@ def policy(
         "near_miss": poison.as_trigger.nearly(prompts, RECIPE.held_out_near_misses),
     }
     shown = {name: shows(model, panel, out) for name, panel in panels.items()}
-    return {"name": out.name, "rate": rate, "measured": records.plain(record.measured), "payload": shown}
+    return {
+        "name": out.name,
+        "method": config.method,
+        "rate": rate,
+        "measured": records.plain(record.measured),
+        "payload": shown,
+    }
 
 
 def unseen(topics: Sequence[str]) -> PromptSet:

@@ -50,7 +50,7 @@ def policies(record: Record) -> str:
 def took(record: Record) -> str:
     """Minutes of the pair alone: pairs, reward model, and the clean and the most poisoned model of the first seed."""
     seed = record["seeds"][0]["seed"]
-    names = [each["name"] for each in record["seeds"][0]["policies"]]
+    names = [each["name"] for each in record["seeds"][0]["policies"] if each["method"] == "sft"]
     stages = {stage["name"]: stage["seconds"] for stage in record["stages"]}
     parts = ("pairs", "reward models", "human snippets", names[0], names[-1])
     wanted = ["load", *(f"{name}, seed {seed}" for name in parts)]
