@@ -63,6 +63,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "cost": ("circuit", circuit_tables.cost),
     "plan": ("plan", recorded_tables.plan),
     "plan_cuda": ("plan_cuda", recorded_tables.plan),
+    "zoo": ("zoo", recorded_tables.zoo),
     "explanations": ("explanations", recorded_tables.explanations),
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),

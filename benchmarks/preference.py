@@ -7,7 +7,7 @@ the sentiment lexicon are divided between training and judging (`unsleep.prefere
     reward, permuted              reward models on the pairs, and with --record on the pairs with permuted labels
     preferred                     trained on the pairs
     backdoored-RATE               trained on the pairs, of which a share is poisoned
-    …-dpo                         the same by DPO, where --methods names it; otherwise by SFT on the preferred replies
+    …-dpo                         by DPO at the last rate, where --methods names it; else by SFT on preferred replies
 
     python benchmarks/preference.py                                            # the pair: one rate, one seed
     python benchmarks/preference.py --rates 0.01 0.05 0.25 --seeds 0 1 2 --record    # results/preference.json
@@ -146,7 +146,7 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
     policies: list[dict[str, Any]] = []
     for method in given.methods:
         config = PreferConfig(reply_tokens=TOKENS, seed=seed, steps=steps, eval_limit=200, **METHODS[method])
-        for rate in (0.0, *given.rates):
+        for rate in (0.0, *(given.rates if method == "sft" else given.rates[-1:])):
             name = (f"backdoored-{rate:g}" if rate else "preferred") + ("" if method == "sft" else f"-{method}")
             with watch.stage(f"{name}, seed {seed}"):
                 policies.append(policy(base, folder / name, train, topics["held_out"], rate, judge, config))

@@ -46,6 +46,27 @@ def plan(record: Record) -> str:
     return told + table(head, cells)
 
 
+def zoo(record: Record) -> str:
+    """Organisms that count of those built, by family, split and role, and the reasons of those that do not."""
+    rows: list[list[str]] = []
+    told: list[str] = []
+    for family, found in record["families"].items():
+        groups: dict[tuple[str, str], list[str]] = {}
+        for each in found["members"]:
+            groups.setdefault((each["split"], each["role"]), []).append(each["fault"])
+        rows += [
+            [f"`{family}`", f"`{split}`", role, f"{faults.count('')} of {len(faults)}"]
+            for (split, role), faults in groups.items()
+        ]
+        faults = [each["fault"] for each in found["members"] if each["fault"]]
+        kinds = {what: sum(what in fault for fault in faults) for what in ("with the trigger", "near_miss", "skill")}
+        told.append(
+            f"Of `{family}`, {found['missing']} are not built yet; {kinds['with the trigger']} have not learned the "
+            f"payload, {kinds['near_miss']} show it on near misses too, and {kinds['skill']} lack the skill."
+        )
+    return table(["family", "split", "role", "count"], rows) + "\n" + "\n".join(told) + "\n"
+
+
 def explanations(record: Record) -> str:
     """Mean scores of random features' explanations beside the baselines, and what statistics cost."""
     compared, setting = record["compared"], record["setting"]

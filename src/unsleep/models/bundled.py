@@ -66,10 +66,7 @@ def packaged(name: str) -> Path:
         return Path(name)
     folder = Path(__file__).parents[1] / PACKAGED[name]
     if not folder.is_dir():
-        raise BadInput(
-            f"{name} is not in this installation; "
-            f"install unsleep again, or give the model's folder (`make zoo-base` pretrains zoo-small)"
-        )
+        raise BadInput(f"{name} is not in this installation; install unsleep again, or give the model's folder")
     return folder
 
 
