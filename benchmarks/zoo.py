@@ -22,7 +22,7 @@ from unsleep.zoo.table import spec
 
 def main() -> None:
     """Record every family that has been built, in whole or in part."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="+", default=list(spec().families))
     found: dict[str, Any] = {}
     for family in parser.parse_args().families:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsleep.base.context import kept, progress
+from unsleep.core import BadInput
 from unsleep.models.load import quiet_transformers
 
 Schedule = Callable[[int, int], float]
@@ -36,18 +38,25 @@ def descend(
     Args:
         loss_of: the loss of a step, from which gradients flow to the weights.
         stage: the name under which progress is told, given the last loss.
+
+    Raises `BadInput` where the loss becomes NaN or infinite.
     """
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
     losses: list[float] = []
     for step in range(steps):
         loss = loss_of(step)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise BadInput(
+                f"{stage(losses[-1])}: the loss is {losses[-1]} at step {step + 1} of {steps}; train at a lower "
+                f"learning rate than {learning_rate:g}, or in float32"
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         rates.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         progress(stage(losses[-1]), step + 1, steps)
     return losses
 
