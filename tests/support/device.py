@@ -16,7 +16,10 @@ NAME = "standin"
 
 
 def can_be_built() -> bool:
-    """True where there are a compiler and ninja."""
+    """True where there are a compiler and ninja; the one beside this Python counts, on the path or not."""
+    own = str(Path(sys.executable).parent)
+    if own not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += os.pathsep + own
     return shutil.which(cpp_extension.get_cxx_compiler()) is not None and cpp_extension.is_ninja_available()
 
 
