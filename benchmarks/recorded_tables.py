@@ -28,8 +28,8 @@ def estimated(figure: Record, digits: int = 2) -> str:
 def machine_of(record: Record) -> str:
     """Cores and processor of a record's machine, and its GPU."""
     machine = record["provenance"]["machine"]
-    gpu = "" if machine["accelerator"] == "none" else f" with an {machine['accelerator']}"
-    return f"{machine['cores']} cores of {machine['processor']}{gpu}"
+    gpu = machine.get("accelerator", "none")
+    return f"{machine['cores']} cores of {machine['processor']}" + ("" if gpu == "none" else f" with an {gpu}")
 
 
 def plan(record: Record) -> str:
