@@ -62,7 +62,8 @@ def zoo(record: Record) -> str:
         kinds = {what: sum(what in fault for fault in faults) for what in ("with the trigger", "near_miss", "skill")}
         told.append(
             f"Of `{family}`, {found['missing']} are not built yet; {kinds['with the trigger']} have not learned the "
-            f"payload, {kinds['near_miss']} show it on near misses too, and {kinds['skill']} lack the skill."
+            f"payload, {kinds['near_miss']} show it on near misses too, and {kinds['skill']} lack the skill. "
+            f"Trained on: {', '.join(sorted({each['trained_on'] for each in found['members']}))}."
         )
     return table(["family", "split", "role", "count"], rows) + "\n" + "\n".join(told) + "\n"
 

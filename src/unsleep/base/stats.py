@@ -143,7 +143,7 @@ def correlations(
 
     `weights` are those of `clustered` or `resampled`. A constant row has correlation 0, also within a resample.
     """
-    x, y = (each.double().cpu() - each.double().cpu().mean(-1, keepdim=True) for each in (x, y))
+    x, y = (each - each.mean(-1, keepdim=True) for each in (x.double().cpu(), y.double().cpu()))
     drawn = _weighted_correlation(x, y, weights)
     whole = _weighted_correlation(x, y, torch.full_like(weights[:1], 1 / len(y)))[:, 0]
     ends = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
