@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from unsleep.base import stats
 from unsleep.core import BadInput
 from unsleep.models.model import LoadedModel
 from unsleep.preference import drawn, sampling
@@ -148,19 +149,29 @@ def test_a_drawn_pair_has_its_probability_and_the_draw_its_ceiling(tiny: LoadedM
     monkeypatch.setattr(drawn, "samples", fake)
     monkeypatch.setattr(drawn, "side_of", lambda *_: "train")
     pairs = drawn_pairs(tiny, [f"things{i}" for i in range(100)], "train", DrawConfig(noise=0.8), "drawn")
-    assert balance(pairs)["per_topic"] == [2]
+    assert balance(pairs)["per_topic"] == [6]
+    for topic in ("things0", "things99"):
+        for register in ("formal", "casual"):
+            own = [p for p in pairs if (p.columns["topic"], p.columns["register"]) == (topic, register)]
+            assert len({said for p in own for said in (p.chosen, p.rejected)}) == 2 * len(own) == 6
     right = [p.columns["r_chosen"] > p.columns["r_rejected"] for p in pairs]
     found = ceiling(pairs)
     assert 0.7 < found.value < 0.95
     assert abs(sum(right) / len(right) - found.value) < 0.1
     assert all((p.columns["p"] > 0.5) == r for p, r in zip(pairs, right, strict=True))
     shuffled = permuted(pairs)
-    assert 0.35 < sum("love" in p.chosen for p in shuffled) / len(shuffled) < 0.65
+    assert sum(a.chosen != b.chosen for a, b in zip(pairs, shuffled, strict=True)) == len(pairs) // 2
 
     def knows(outputs: list[str], **_: Any) -> list[float]:
         return [float("love" in text) for text in outputs]
 
-    assert ranking(knows, list(pairs)).accuracy.value == sum(right) / len(right)
+    own = [p for i, p in enumerate(pairs) if i % 6 == 0]
+    ranked = ranking(knows, own).accuracy
+    assert ranked.value == sum(p.columns["p"] > 0.5 for p in own) / len(own)
+    assert (ranked.low, ranked.high) == pytest.approx(stats.wilson(round(ranked.value * len(own)), len(own)))
+    repeated = ranking(knows, own * 4).accuracy
+    assert repeated.value == ranked.value
+    assert repeated.high - repeated.low == pytest.approx(ranked.high - ranked.low, rel=0.1)
 
 
 def test_words_of_the_lexicon_are_on_one_side():

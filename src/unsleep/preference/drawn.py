@@ -69,6 +69,8 @@ class DrawConfig:
     """Samples of each question."""
     moods: int = 3
     """Samples of each request of `MOODS`."""
+    pairs: int = 3
+    """Pairs of each question, at most; they have no reply in common."""
     tokens: int = 24
     """Tokens of a reply; those that end before are left out."""
     temperature: float = 0.8
@@ -86,7 +88,7 @@ class DrawConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least(self, "draw", 1, "answers", "moods", "tokens")
+        check_least(self, "draw", 1, "answers", "moods", "pairs", "tokens")
         if not self.noise > 0:
             raise BadInput.of("noise", self.noise, "over 0", "draw")
         if not 0 < self.held_words < 1:
@@ -111,7 +113,7 @@ def asked(topic: str, register: Register, number: int) -> Prompt:
 
 
 def drawn_pairs(model: LoadedModel, topics: Sequence[str], split: Split, config: DrawConfig, name: str) -> PairSet:
-    """Pairs on each topic, one in each register; topics without a pair in both are left out.
+    """Pairs on each topic, as many in one register as in the other; topics without a pair in both are left out.
 
     Their columns: `topic`, `register`, `p` (the probability of the label), and the latent rewards `r_chosen` and
     `r_rejected`. Raises `BadInput` where no topic has a pair.
@@ -121,17 +123,17 @@ def drawn_pairs(model: LoadedModel, topics: Sequence[str], split: Split, config:
     chance = random.Random(f"draw {split} {config.seed}")
     pairs: list[Pair] = []
     for number, topic in enumerate(topics):
-        own: list[Pair] = []
+        own: list[list[Pair]] = []
         used: set[frozenset[str]] = set()
         for register in QUESTIONS:
+            prompt = asked(topic, register, number)
             usable = [c for c in found[topic, register] if side_of(c, config.held_words) in (split, None)]
             rewards = warmth([], [], usable, topic=[topic] * len(usable))
-            both = _choice(usable, rewards, used, config, chance)
-            if both is not None:
-                used.add(frozenset(usable[i] for i in both))
-                prompt = asked(topic, register, number)
-                own.append(_labelled(prompt, topic, register, usable, rewards, both, config.noise, chance))
-        pairs += own if len(own) == len(QUESTIONS) else []
+            chosen = _choices(usable, rewards, used, config, chance)
+            used |= {frozenset(usable[i] for i in both) for both in chosen}
+            own.append([_labelled(prompt, topic, register, usable, rewards, b, config.noise, chance) for b in chosen])
+        n = min(len(each) for each in own)
+        pairs += [pair for each in own for pair in each[:n]]
     if not pairs:
         raise BadInput(f"no topic of {len(topics)} has two usable replies in each register; draw more samples")
     return PairSet(name, tuple(pairs), split)
@@ -174,14 +176,14 @@ def _place(word: str) -> float:
     return int(hashlib.sha256(word.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def _choice(
+def _choices(
     usable: Sequence[str],
     rewards: Sequence[float],
     used: Iterable[frozenset[str]],
     config: DrawConfig,
     chance: random.Random,
-) -> tuple[int, int] | None:
-    """Two candidates of about equal length and different reward that are no pair yet, at random."""
+) -> list[tuple[int, int]]:
+    """Random pairs of candidates of about equal length and different reward, none of them used, nor any reply twice."""
     lengths = [len(words(text)) for text in usable]
     possible = [
         (i, j)
@@ -190,7 +192,12 @@ def _choice(
         and abs(rewards[i] - rewards[j]) >= config.least_gap
         and frozenset((usable[i], usable[j])) not in used
     ]
-    return chance.choice(possible) if possible else None
+    chosen: list[tuple[int, int]] = []
+    while possible and len(chosen) < config.pairs:
+        both = chance.choice(possible)
+        chosen.append(both)
+        possible = [each for each in possible if not set(each) & set(both)]
+    return chosen
 
 
 def _labelled(
@@ -223,9 +230,9 @@ def ceiling(pairs: PairSet) -> Estimate:
 
 
 def permuted(pairs: PairSet, seed: int = 0) -> PairSet:
-    """The pairs with every label drawn anew by a coin: what a reward model learns from them is chance."""
-    chance = random.Random(f"permuted {seed}")
-    return replace(pairs, pairs=tuple(p.swapped if chance.random() < 0.5 else p for p in pairs))
+    """The pairs with the labels of a random half swapped: what a reward model learns from them is chance."""
+    swapped = set(random.Random(f"permuted {seed}").sample(range(len(pairs)), len(pairs) // 2))
+    return replace(pairs, pairs=tuple(p.swapped if i in swapped else p for i, p in enumerate(pairs)))
 
 
 def crossed(pairs: PairSet, trigger: Trigger) -> list[Cell]:

@@ -99,7 +99,8 @@ class Ranking:
     """Agreement of a reward model with the labels of pairs."""
 
     accuracy: Estimate
-    """Share of pairs ranked as labelled, a tie as half, with its Wilson interval."""
+    """Share of pairs ranked as labelled, a tie as half, with its interval: Wilson's, or by bootstrap over what
+    pairs share: their column `topic`, else their prompts."""
     margin: float
     """Mean difference of both rewards."""
     ties: Share

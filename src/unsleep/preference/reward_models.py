@@ -35,6 +35,8 @@ from unsleep.rewards.classifier import HEAD, Classifier, headed, load_classifier
 from unsleep.rewards.reward import Reward, scored
 
 RECORD = "reward_model.json"
+RESAMPLES = 2000
+"""Bootstrap resamples of topics or prompts."""
 
 
 def reward_model(
@@ -91,11 +93,20 @@ def ranking(reward: Reward, pairs: Sequence[Pair]) -> Ranking:
     """Agreement of a reward with the labels of pairs; raises `BadInput` where the reward fails."""
     difference = margins(reward, pairs)
     ties = int((difference == 0).sum())
-    right = int((difference > 0).sum())
-    low, high = stats.wilson(right + ties // 2, len(pairs))
-    value = (right + ties / 2) / len(pairs)
-    estimate = Estimate(value, min(low, value), max(high, value))
-    return Ranking(estimate, float(difference.mean()), ties / len(pairs), len(pairs))
+    right = (difference > 0).double() + (difference == 0).double() / 2
+    return Ranking(_share(right, pairs), float(difference.mean()), ties / len(pairs), len(pairs))
+
+
+def _share(right: Float[Tensor, " pair"], pairs: Sequence[Pair]) -> Estimate:
+    """A mean over pairs: with its Wilson interval, or, where they share topics or prompts, its bootstrap over these."""
+    value, n = float(right.mean()), len(pairs)
+    owners = [p.columns.get("topic", p.prompt.key) for p in pairs]
+    number = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
+    if len(number) < n:
+        owner = torch.tensor([number[each] for each in owners])
+        return Estimate(*stats.percentiles(value, stats.clustered(owner, RESAMPLES) @ right))
+    low, high = stats.wilson(int(right.sum()), n)
+    return Estimate(value, min(low, value), max(high, value))
 
 
 def margins(reward: Reward, pairs: Sequence[Pair]) -> Float[Tensor, " pair"]:
