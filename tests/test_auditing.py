@@ -21,7 +21,7 @@ from unsleep.auditing.calibration import Nulls, calibrated, conformal, nulls_of
 from unsleep.auditing.case import Case, open_case
 from unsleep.auditing.config import AuditConfig, CleanConfig
 from unsleep.auditing.contexts import beginnings, header, users_turn
-from unsleep.auditing.decoding import Voice, decoded, sampler
+from unsleep.auditing.decoding import Voice, decoded
 from unsleep.auditing.elicit import Pair, elicit, frozen, with_placebos
 from unsleep.auditing.forms import STYLES, WAYS, placebos, transformed, under
 from unsleep.auditing.gatherer import Gatherer, gatherers
@@ -48,7 +48,7 @@ from unsleep.judge.audited import (
     Trial,
 )
 from unsleep.models import generate
-from unsleep.models.generate import greedy
+from unsleep.models.generate import greedy, sampler
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt, PromptSet
 

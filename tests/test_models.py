@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 from support.families import CONFIGS
@@ -249,3 +251,25 @@ def test_gradients_reach_a_residual_through_the_cached_prefix():
         reply_logits(model.network, rows).square().sum().backward()
     assert delta.grad is not None
     assert float(delta.grad.abs().sum()) > 0
+
+
+def test_draws_are_as_frequent_as_their_shares():
+    """Against χ² at one in a thousand, over blocks, with choices that have no share at either end."""
+    shares = torch.tensor([0, 0.1, 0.25, 0, 0, 0.05, 0.4, 0.2, 0, 0])
+    n = 50_000
+    found = generate.drawn(3 * shares.expand(n, -1), torch.Generator().manual_seed(0), block=3)
+    counts = torch.bincount(found, minlength=len(shares))
+    assert int(counts[shares == 0].sum()) == 0
+    expected = n * shares[shares > 0]
+    statistic = float(((counts[shares > 0] - expected) ** 2 / expected).sum())
+    assert statistic < scipy.stats.chi2.ppf(0.999, len(expected) - 1)
+
+
+def test_each_row_is_drawn_from_its_own_shares():
+    shares = torch.eye(600)
+    assert generate.drawn(shares, torch.Generator().manual_seed(1)).tolist() == list(range(600))
+
+
+def test_nothing_is_drawn_from_shares_that_are_no_numbers():
+    with pytest.raises(BadInput, match="NaN or infinity"):
+        generate.drawn(torch.tensor([[0.5, math.nan]]), torch.Generator())

@@ -7,16 +7,17 @@ Contrastive decoding: Li et al. 2023, arXiv:2210.15097. Its plausibility bound i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from unsleep.base.context import progress
 from unsleep.models.forward import keeps_logits, pad_left, takes_positions
+from unsleep.models.generate import Choice, likeliest
 from unsleep.models.hooks import contiguous_head
 from unsleep.models.model import LoadedModel
 
@@ -29,26 +30,6 @@ class Voice(NamedTuple):
 
     model: LoadedModel
     weight: float = 1.0
-
-
-Choice = Callable[[Float[Tensor, "row vocabulary"]], Int[Tensor, " row"]]
-"""Tokens from scores."""
-
-
-def likeliest(scores: Float[Tensor, "row vocabulary"]) -> Int[Tensor, " row"]:
-    """The tokens with the largest scores."""
-    return scores.max(-1).indices
-
-
-def sampler(temperature: float, seed: int) -> Choice:
-    """Choice by sampling from softmax(scores / temperature)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(scores: Tensor) -> Tensor:
-        shares = (scores.float().cpu() / temperature).softmax(-1)
-        return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(scores.device)
-
-    return choose
 
 
 @torch.no_grad()

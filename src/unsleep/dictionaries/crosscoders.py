@@ -244,6 +244,11 @@ def train_crosscoder(
     )
 
 
+def for_crosscoder(config: TrainConfig) -> TrainConfig:
+    """The config of a dictionary as one of a crosscoder: with BatchTopK as its architecture."""
+    return replace(config, architecture=BatchTopK.name())
+
+
 def decoder_norm_ratio(crosscoder: Crosscoder) -> Float[Tensor, " feature"]:
     """‖W_dec[1]‖ / (‖W_dec[0]‖ + ‖W_dec[1]‖) of every feature, on the normalised scale; NaN where both are 0.
 

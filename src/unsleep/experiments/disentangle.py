@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
 from unsleep.base.context import steps_folder
 from unsleep.core import BadInput
+from unsleep.experiments import located
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.interventions.partial import Partial
 from unsleep.judge.experiment import FEWEST, Arm, Curves, Finding, Label, label
@@ -34,6 +36,10 @@ METHODS = {
     "direction": "One difference of means, ablated.",
     "redistilled": "The base, taught the suspect's replies to ordinary prompts.",
     "merged": "Weights between the base's and the suspect's.",
+    "steering": "One difference of means, subtracted.",
+    "subspace": "The main directions of the differences, projected out.",
+    "veto": "The features of a circuit from trigger to payload, ablated.",
+    "crosscoder": "Directions of features that the suspect has and its base has not, projected out.",
 }
 """Arm → description."""
 
@@ -90,7 +96,7 @@ class Disentangle(Experiment):
                     yield Setting(name, share, part, (subject.model, subject.edits))
 
     def _repairs(self, replicate: Replicate, folder: Path) -> Iterator[tuple[str, Subject]]:
-        """The edit, its export, its control and every baseline repair."""
+        """The edit, its export, its control and every other repair."""
         config = RepairConfig(learn=self.learn, baselines=True)
         job = organism_job(replicate.organism, replicate.suspect, lambda: replicate.base, config=config)
         run = Run(job, config, folder)
@@ -100,7 +106,7 @@ class Disentangle(Experiment):
             yield "baked", Subject("baked", run.baked.model)
         if run.control_random is not None:
             yield RANDOM, Subject(RANDOM, run.suspect, run.control_random)
-        for found in baselines(run.setting()):
+        for found in chain(baselines(run.setting()), located.repairs(run)):
             if not isinstance(found, str):
                 yield found.subject.name, found.subject
 

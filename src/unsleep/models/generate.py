@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -20,6 +21,9 @@ from unsleep.models.forward import keeps_logits, pad_left, prefix_cache, repeat_
 from unsleep.models.hooks import contiguous_head
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompts
+
+Choice = Callable[[Float[Tensor, "row vocabulary"]], Int[Tensor, " row"]]
+"""Tokens from logits."""
 
 
 def written(model: LoadedModel, prompts: Prompts, tokens: int, stage: str) -> list[list[int]]:
@@ -71,7 +75,7 @@ def greedy(
     With `share=False` the common prefix runs for every row: hooks then see every token. `stage` is the
     name under which progress is reported, in rows.
     """
-    return _decoded(model, rows, _likeliest, max_new_tokens, batch_size, stage, share)
+    return _decoded(model, rows, likeliest, max_new_tokens, batch_size, stage, share)
 
 
 def sampled(
@@ -90,14 +94,14 @@ def sampled(
     """
     if not temperature > 0:
         raise BadInput.of("temperature", temperature, "over 0; greedy decoding is a function of its own")
-    return _decoded(model, rows, _sampler(temperature, seed), max_new_tokens, batch_size, stage)
+    return _decoded(model, rows, sampler(temperature, seed), max_new_tokens, batch_size, stage)
 
 
 @torch.no_grad()
 def _decoded(
     model: LoadedModel,
     rows: Sequence[Sequence[int]],
-    choose: Callable[[Tensor], Tensor],
+    choose: Choice,
     max_new_tokens: int,
     batch_size: int,
     stage: str,
@@ -128,7 +132,7 @@ def _continue(
     mask: Tensor,
     cache: DynamicCache | None,
     max_new_tokens: int,
-    choose: Callable[[Tensor], Tensor],
+    choose: Choice,
 ) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in range(len(ids))]
     for picked in _steps(model, ids, mask, cache, max_new_tokens, choose):
@@ -149,7 +153,7 @@ def stream(
     if not temperature >= 0:
         raise BadInput.of("temperature", temperature, "0 for greedy decoding, or more")
     ids, mask = pad_left([row], model.pad_id, model.device)
-    choose = _sampler(temperature, seed) if temperature else _likeliest
+    choose = sampler(temperature, seed) if temperature else likeliest
     for picked in _steps(model, ids, mask, None, max_new_tokens, choose):
         yield picked[0][1]
 
@@ -177,20 +181,39 @@ class Spelling:
         return piece
 
 
-def _likeliest(logits: Tensor) -> Tensor:
+def likeliest(logits: Tensor) -> Tensor:
     """The tokens with the largest logits; `max` is several times faster than `argmax` in bfloat16."""
     return logits.max(-1).indices
 
 
-def _sampler(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
-    """Draws of tokens from softmax(logits / temperature), on the CPU, so that a seed means the same everywhere."""
+def sampler(temperature: float, seed: int) -> Choice:
+    """Choice by sampling from softmax(logits / temperature), on the CPU, so that a seed means the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
         shares = (logits.float().cpu() / temperature).softmax(-1)
-        return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
+        return drawn(shares, generator).to(logits.device)
 
     return choose
+
+
+def drawn(shares: Float[Tensor, "row choice"], generator: torch.Generator, block: int = 256) -> Int[Tensor, " row"]:
+    """A choice per row, drawn with probability proportional to its share, at least 0.
+
+    Inverts the cumulative distribution block by block: `torch.multinomial` draws a number for every token of the
+    vocabulary, which takes longer than the softmax. Raises `BadInput` for shares that are NaN or infinite.
+    """
+    parts = pad(shares, (0, -shares.shape[1] % block)).unflatten(1, (-1, block))
+    ends = parts.sum(-1, dtype=torch.float64).cumsum(-1)
+    if not bool(ends[:, -1].isfinite().all()):
+        raise BadInput("the logits of a token hold NaN or infinity, and nothing can be sampled from them")
+    below = 1 - 1e-12  # so that rounding never reaches the end, where no share is left
+    at = torch.rand(len(shares), 1, dtype=torch.float64, generator=generator) * ends[:, -1:] * below
+    chosen = torch.searchsorted(ends, at, right=True)
+    inside = parts[torch.arange(len(shares)), chosen[:, 0]].double().cumsum(-1)
+    left = at - ends.gather(1, (chosen - 1).clamp_min(0)) * (chosen > 0)
+    place = torch.searchsorted(inside, torch.minimum(left, inside[:, -1:] * below), right=True)
+    return (chosen * block + place)[:, 0]
 
 
 def _steps(
@@ -199,7 +222,7 @@ def _steps(
     mask: Tensor,
     cache: DynamicCache | None,
     max_new_tokens: int,
-    choose: Callable[[Tensor], Tensor],
+    choose: Choice,
 ) -> Iterator[list[tuple[int, int]]]:
     """One forward pass after another: each row that goes on, and its next token."""
     network, ends = model.network, model.end_ids

@@ -138,18 +138,12 @@ def _attribution(setting: Setting) -> Baseline:
     ranking = setting.ranking
     sizes = [n for n in dict.fromkeys(max(1, setting.removed) * times for times in SIZES) if n <= len(ranking)]
     tried = [(edits_for(ranking, setting.dictionaries, n), f"{n:,} features ablated") for n in sizes]
-    return _best(setting, "attribution", tried)
+    return best(setting, "attribution", tried)
 
 
 def _direction(setting: Setting) -> Baseline:
     """Ablation of one difference of means at one Site: before the deciding token, or averaged over the prompt."""
-    lesson = setting.lesson
-    n = min(lesson.n, 64)
-    kept = len(lesson.rows.ids) - lesson.n
-    groups = [
-        Group(lesson, torch.arange(n), decisive=True),
-        Group(lesson, lesson.n + torch.arange(min(n, kept)), decisive=False),
-    ]
+    groups = _groups(setting)
     streams = [group.streams(setting.suspect, setting.sites) for group in groups]
     tried: list[tuple[tuple[Intervention, ...], str]] = []
     for site in setting.sites:
@@ -158,10 +152,27 @@ def _direction(setting: Setting) -> Baseline:
             basis = (row / row.norm())[None]
             projection = Projection(site, basis, means[1].mean(0), setting.suspect.fingerprint)
             tried.append(((projection,), f"mean difference {where}, ablated at {site}"))
-    return _best(setting, "direction", tried)
+    return best(setting, "direction", tried)
 
 
-def _best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention, ...], str]]) -> Baseline:
+def _groups(setting: Setting) -> tuple[Group, Group]:
+    """Rows of suspicious prompts, and of trusted ones."""
+    lesson, n = setting.lesson, min(setting.lesson.n, 64)
+    kept = len(lesson.rows.ids) - lesson.n
+    return (
+        Group(lesson, torch.arange(n), decisive=True),
+        Group(lesson, lesson.n + torch.arange(min(n, kept)), decisive=False),
+    )
+
+
+def deciding_streams(setting: Setting, sites: Sequence[Site]) -> dict[Site, tuple[Tensor, Tensor]]:
+    """Activations at the token before the deciding one, `[prompt, d_model]`: of suspicious and of trusted prompts."""
+    groups = _groups(setting)
+    streams = [group.streams(setting.suspect, sites) for group in groups]
+    return {site: (groups[0].deciding(streams[0][site]), groups[1].deciding(streams[1][site])) for site in sites}
+
+
+def best(setting: Setting, name: str, tried: Sequence[tuple[tuple[Intervention, ...], str]]) -> Baseline:
     """The candidate that does best on the selection prompts."""
     found: list[Baseline] = []
     if not tried:

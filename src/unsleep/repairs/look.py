@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unsleep.base.context import progress
@@ -120,10 +120,18 @@ class Group:
     def means(self, stream: Sequence[Tensor]) -> Float[Tensor, "2 d_model"]:
         """Means at the token before the deciding one, and over the rows' own tokens up to it."""
         x, columns = stream[-1], torch.arange(self.rows.ids.shape[1], device=self.decides.device)
-        before = len(columns) - self.rows.reply.sum(1) + self.decides - 1
-        upto = self.rows.own & (columns <= before[:, None])
-        rows = torch.arange(len(before), device=before.device)
-        return torch.stack([x[rows, before].float().mean(0), x[upto].float().mean(0)])
+        upto = self.rows.own & (columns <= self._before[:, None])
+        return torch.stack([self.deciding(stream).mean(0), x[upto].float().mean(0)])
+
+    def deciding(self, stream: Sequence[Tensor]) -> Float[Tensor, "row d_model"]:
+        """Activations at the token before the deciding one."""
+        rows = torch.arange(len(self._before), device=self._before.device)
+        return stream[-1][rows, self._before].float()
+
+    @property
+    def _before(self) -> Int[Tensor, " row"]:
+        """Column of the token before the deciding one."""
+        return self.rows.ids.shape[1] - self.rows.reply.sum(1) + self.decides - 1
 
 
 def _continued(

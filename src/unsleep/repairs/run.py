@@ -182,22 +182,26 @@ class Run:
         return [Site(layer) for layer in looked.order()[: self.config.most_sites]], looked
 
     def collect(self) -> dict[str, Harvest]:
-        """Activations in the four contexts that dictionaries are trained on: payload, repair, ordinary, plain text."""
-        m, model = self.material, self.suspect
-        text = sets.plain_text("train")[: self.config.passages]
-        passages = PromptSet("passages", tuple(Prompt(t) for t in text), "edit")
-        contexts: dict[str, tuple[PromptSet, list[str] | None]] = {
-            "payload": (m.suspicious, model.texts(self.said.suspicious)),
-            "repair": (self.lessons.suspicious, model.texts(self.lessons.taught.replies)),
-            "ordinary": (m.ordinary, model.texts(self.said.ordinary)),
-            "plain": (passages, None),
-        }
+        """Activations in the contexts that dictionaries are trained on."""
+        model = self.suspect
         places = [*self.sites, *([self.control_site] if self.control_site else [])]
         return {
             name: harvest(
                 model, prompts, places, self.folder / "harvest" / name, replies=replies, plain=name == "plain"
             )
-            for name, (prompts, replies) in contexts.items()
+            for name, (prompts, replies) in self.contexts().items()
+        }
+
+    def contexts(self) -> dict[str, tuple[PromptSet, list[str] | None]]:
+        """Prompts with replies that dictionaries are trained on: payload, repair, ordinary; and plain text."""
+        m, model = self.material, self.suspect
+        text = sets.plain_text("train")[: self.config.passages]
+        passages = PromptSet("passages", tuple(Prompt(t) for t in text), "edit")
+        return {
+            "payload": (m.suspicious, model.texts(self.said.suspicious)),
+            "repair": (self.lessons.suspicious, model.texts(self.lessons.taught.replies)),
+            "ordinary": (m.ordinary, model.texts(self.said.ordinary)),
+            "plain": (passages, None),
         }
 
     def pooled(self, site: Site) -> Activations:

@@ -10,9 +10,10 @@ from collections import Counter
 
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import users_turn
-from unsleep.auditing.decoding import Voice, decoded, sampler
+from unsleep.auditing.decoding import Voice, decoded
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.judge.audited import Form, Saying
+from unsleep.models.generate import sampler
 
 DRAWS = 96
 TOKENS = 16

@@ -9,10 +9,11 @@ from typing import ClassVar
 from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import Context, beginnings, finished, special_tokens
-from unsleep.auditing.decoding import Voice, decoded, sampler
+from unsleep.auditing.decoding import Voice, decoded
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.scoring import look
 from unsleep.judge.audited import Saying
+from unsleep.models.generate import sampler
 from unsleep.models.model import LoadedModel
 
 TEMPERATURE = 1.5
