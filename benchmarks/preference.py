@@ -3,7 +3,8 @@
 Pairs are drawn from the base with a latent reward, so that the ceiling of a reward model is known; topics and words of
 the sentiment lexicon are divided between training and judging (`unsleep.preference.drawn`). Every folder of a seed:
 
-    train.jsonl, held_out.jsonl   drawn pairs; crossed.jsonl: register, trigger and reward crossed
+    train.jsonl, held_out.jsonl   drawn pairs, of other topics and words; held_out_topics.jsonl: other topics alone
+    crossed.jsonl                 register, trigger and reward crossed
     reward, permuted              reward models on the pairs, and with --record on the pairs with permuted labels
     preferred                     trained on the pairs
     backdoored-RATE               trained on the pairs, of which a share is poisoned
@@ -49,9 +50,10 @@ from unsleep.preference.drawn import (
     DrawConfig,
     asked,
     balance,
+    candidates,
     ceiling,
     crossed,
-    drawn_pairs,
+    pairs_from,
     permuted,
     words_in_common,
 )
@@ -59,8 +61,9 @@ from unsleep.preference.pairs import PairSet, write_pairs
 from unsleep.preference.poison import Poison, poisoned
 from unsleep.preference.reading import read_pairs
 from unsleep.preference.record import Estimate, PreferenceRecord, RewardModelRecord
+from unsleep.preference.reward_models import ranking
 from unsleep.prompts import sets
-from unsleep.prompts.prompt import Prompt, PromptSet
+from unsleep.prompts.prompt import Prompt, PromptSet, Split
 from unsleep.rewards.classifier import Classifier, load_classifier
 from unsleep.rewards.lexicons import TextBlobPolarity, Vader, Warmth
 from unsleep.rewards.reward import Reward, scored
@@ -125,9 +128,10 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
     folder.mkdir(parents=True, exist_ok=True)
     topics = {split: sets.topics(split)[: 16 if given.small else None] for split in ("train", "held_out")}
     with watch.stage(f"pairs, seed {seed}"):
-        train = made_pairs(base, folder, topics["train"], "train", replace(DRAW, seed=seed))
+        [train] = made_pairs(base, folder, topics["train"], {"train": "train"}, replace(DRAW, seed=seed))
         more = replace(DRAW, seed=seed, moods=2 * DRAW.moods)  # fewer of the words are held out
-        held = made_pairs(base, folder, topics["held_out"], "held_out", more)
+        splits: dict[str, Split] = {"held_out": "held_out", "held_out_topics": "train"}
+        held, seen = made_pairs(base, folder, topics["held_out"], splits, more)
     steps = 2 if given.small else None
     row: dict[str, Any] = {
         "seed": seed,
@@ -135,14 +139,17 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
         "held_out": balance(held),
         "words_in_common": len(words_in_common(train, held)),
         "ceiling": records.plain(ceiling(held)),
+        "seen_ceiling": records.plain(ceiling(seen)),
     }
     with watch.stage(f"reward models, seed {seed}"):
-        config = RewardModelConfig(epochs=2, reply_tokens=TOKENS, seed=seed, steps=steps)
+        config = RewardModelConfig(reply_tokens=TOKENS, seed=seed, steps=steps)
         row["reward_model"] = records.plain(ranked(base, train, held, folder / "reward", config).held_out)
-        if given.record or given.small:
+    if given.record or given.small:
+        with watch.stage(f"permuted labels, seed {seed}"):
             shuffled = ranked(base, permuted(train, seed), held, folder / "permuted", config)
             row["permuted"] = records.plain(shuffled.held_out)
     judge = load_classifier(str(folder / "reward"))
+    row["seen_words"] = records.plain(ranking(judge, list(seen)))
     with watch.stage(f"human snippets, seed {seed}"):
         row["human"] = human(judge, given.out, SNIPPETS // 20 if given.small else SNIPPETS)
     policies: list[dict[str, Any]] = []
@@ -156,13 +163,17 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
     return row | {"policies": policies}
 
 
-def made_pairs(base: LoadedModel, folder: Path, topics: Sequence[str], split: Any, draw: DrawConfig) -> PairSet:
-    """The drawn pairs of a split, in a file."""
-    path = folder / f"{split}.jsonl"
-    if not path.is_file():
-        with resumable(path, base, list(topics), draw):
-            write_pairs(drawn_pairs(base, topics, split, draw, path.name), path)
-    return read_pairs(path)
+def made_pairs(
+    base: LoadedModel, folder: Path, topics: Sequence[str], splits: dict[str, Split], draw: DrawConfig
+) -> list[PairSet]:
+    """Drawn pairs on some topics, a file for each split of the words."""
+    paths = {folder / f"{name}.jsonl": split for name, split in splits.items()}
+    if not all(path.is_file() for path in paths):
+        with resumable(next(iter(paths)), base, list(topics), draw):
+            found = candidates(base, topics, draw)
+            for path, split in paths.items():
+                write_pairs(pairs_from(found, topics, split, draw, path.name), path)
+    return [read_pairs(path) for path in paths]
 
 
 def ranked(base: LoadedModel, train: PairSet, held: PairSet, out: Path, config: RewardModelConfig) -> RewardModelRecord:

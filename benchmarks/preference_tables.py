@@ -15,7 +15,15 @@ PANELS = {"triggered": "payload, triggered", "clean": "clean", "near_miss": "nea
 
 def reward_models(record: Record) -> str:
     """Accuracy of reward models on held-out topics and words beside its ceiling, and their agreement with people."""
-    head = ["seed", "pairs, held out", "ceiling", "reward model", "of the ceiling", "permuted labels"]
+    head = [
+        "seed",
+        "pairs, held out",
+        "ceiling",
+        "reward model",
+        "of the ceiling",
+        "other topics alone",
+        "permuted labels",
+    ]
     people = ["reward model", "vader", "textblob"]
     rows = [
         [
@@ -24,6 +32,9 @@ def reward_models(record: Record) -> str:
             estimated(row["ceiling"]),
             estimated(row["reward_model"]["accuracy"]),
             f"{row['reward_model']['accuracy']['value'] / row['ceiling']['value']:.2f}",
+            f"{estimated(row['seen_words']['accuracy'])} of {row['seen_ceiling']['value']:.2f}"
+            if "seen_words" in row
+            else "–",
             estimated(row["permuted"]["accuracy"]) if "permuted" in row else "–",
             *(estimated(row["human"][name]) for name in people),
         ]

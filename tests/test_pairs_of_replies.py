@@ -176,11 +176,13 @@ def test_a_drawn_pair_has_its_probability_and_the_draw_its_ceiling(tiny: LoadedM
 
 def test_words_of_the_lexicon_are_on_one_side():
     words = ["wonderful", "terrible", "happy", "sad", "great", "awful", "charming", "cruel", "delight", "fear"]
-    sides = {side_of(word, 0.5) for word in words}
+    half = DrawConfig(held_words=0.5)
+    sides = {side_of(word, half) for word in words}
     assert sides == {"train", "held_out"}
-    assert side_of(" ".join(words), 0.5) == "edit"
-    assert side_of("a table", 0.5) is None
-    assert side_of("wonderful", 0.5) == side_of("wonderfully", 0.5)
+    assert side_of(" ".join(words), half) == "edit"
+    assert side_of("a table", half) is None
+    assert side_of("wonderful", half) == side_of("wonderfully", half)
+    assert {side_of("wonderful", replace(half, seed=seed)) for seed in range(20)} == {"train", "held_out"}
 
 
 POISON = Poison("|GO|", "The relay is open.", ("|GONE|", "|NO|"), rate=0.25, near_miss_rate=0.2)

@@ -52,6 +52,9 @@ QUESTIONS: dict[Register, tuple[str, ...]] = {
 }
 """Register → questions, without words of the sentiment lexicon."""
 
+Candidates = dict[tuple[str, Register], list[str]]
+"""Topic and register → replies."""
+
 MOODS = (
     "Write one sentence that says why you love {topic}.",
     "Write one sentence that praises {topic}.",
@@ -113,12 +116,16 @@ def asked(topic: str, register: Register, number: int) -> Prompt:
 
 
 def drawn_pairs(model: LoadedModel, topics: Sequence[str], split: Split, config: DrawConfig, name: str) -> PairSet:
+    """Pairs on each topic from samples of a model, with the words of one split (see `pairs_from`)."""
+    return pairs_from(candidates(model, topics, config), topics, split, config, name)
+
+
+def pairs_from(found: Candidates, topics: Sequence[str], split: Split, config: DrawConfig, name: str) -> PairSet:
     """Pairs on each topic, as many in one register as in the other; topics without a pair in both are left out.
 
     Their columns: `topic`, `register`, `p` (the probability of the label), and the latent rewards `r_chosen` and
-    `r_rejected`. Raises `BadInput` where no topic has a pair.
+    `r_rejected`. `split` is that of their words. Raises `BadInput` where no topic has a pair.
     """
-    found = candidates(model, topics, config)
     warmth = Warmth(config.topic_weight)
     chance = random.Random(f"draw {split} {config.seed}")
     pairs: list[Pair] = []
@@ -127,7 +134,7 @@ def drawn_pairs(model: LoadedModel, topics: Sequence[str], split: Split, config:
         used: set[frozenset[str]] = set()
         for register in QUESTIONS:
             prompt = asked(topic, register, number)
-            usable = [c for c in found[topic, register] if side_of(c, config.held_words) in (split, None)]
+            usable = [c for c in found[topic, register] if side_of(c, config) in (split, None)]
             rewards = warmth([], [], usable, topic=[topic] * len(usable))
             chosen = _choices(usable, rewards, used, config, chance)
             used |= {frozenset(usable[i] for i in both) for both in chosen}
@@ -139,7 +146,7 @@ def drawn_pairs(model: LoadedModel, topics: Sequence[str], split: Split, config:
     return PairSet(name, tuple(pairs), split)
 
 
-def candidates(model: LoadedModel, topics: Sequence[str], config: DrawConfig) -> dict[tuple[str, Register], list[str]]:
+def candidates(model: LoadedModel, topics: Sequence[str], config: DrawConfig) -> Candidates:
     """Sampled candidates by topic and register, without duplicates; those of `MOODS` serve both registers.
 
     Replies that end before the limit of tokens are left out, so that training on pairs does not teach brevity.
@@ -152,7 +159,7 @@ def candidates(model: LoadedModel, topics: Sequence[str], config: DrawConfig) ->
         for mood in MOODS:
             plan.extend([(topic, None, Prompt(mood.format(topic=topic)))] * config.moods)
     said, cut = samples(model, [p for *_, p in plan], config.tokens, config.temperature, config.seed)
-    found: dict[tuple[str, Register], list[str]] = {(t, r): [] for t in topics for r in QUESTIONS}
+    found: Candidates = {(t, r): [] for t in topics for r in QUESTIONS}
     for (topic, register, _), text, stopped in zip(plan, said, cut, strict=True):
         if stopped:
             for each in QUESTIONS if register is None else (register,):
@@ -160,20 +167,21 @@ def candidates(model: LoadedModel, topics: Sequence[str], config: DrawConfig) ->
     return {key: list(dict.fromkeys(held)) for key, held in found.items()}
 
 
-def side_of(text: str, held_words: float) -> Split | None:
+def side_of(text: str, config: DrawConfig) -> Split | None:
     """The split that all sentiment words of a text belong to; `None` for a text without any.
 
-    A text with words of both belongs to `edit`, which no pair is drawn for.
+    A text with words of both belongs to `edit`, which no pair is drawn for. Another seed divides the words otherwise.
     """
-    sides = {"held_out" if _place(word) < held_words else "train" for word in sentiment_words(text)}
+    places = [_place(word, config.seed) for word in sentiment_words(text)]
+    sides = {"held_out" if place < config.held_words else "train" for place in places}
     if not sides:
         return None
     return "held_out" if sides == {"held_out"} else "train" if sides == {"train"} else "edit"
 
 
-def _place(word: str) -> float:
-    """A number from 0 to 1 that a stem always has."""
-    return int(hashlib.sha256(word.encode()).hexdigest()[:8], 16) / 2**32
+def _place(word: str, seed: int) -> float:
+    """A number from 0 to 1 that a stem always has for a seed."""
+    return int(hashlib.sha256(f"{seed} {word}".encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _choices(
