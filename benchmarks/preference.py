@@ -128,10 +128,10 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
     folder.mkdir(parents=True, exist_ok=True)
     topics = {split: sets.topics(split)[: 16 if given.small else None] for split in ("train", "held_out")}
     with watch.stage(f"pairs, seed {seed}"):
-        [train] = made_pairs(base, folder, topics["train"], {"train": "train"}, replace(DRAW, seed=seed))
-        more = replace(DRAW, seed=seed, moods=2 * DRAW.moods)  # fewer of the words are held out
+        draw = replace(DRAW, seed=seed)
+        [train] = made_pairs(base, folder, topics["train"], {"train": "train"}, draw)
         splits: dict[str, Split] = {"held_out": "held_out", "held_out_topics": "train"}
-        held, seen = made_pairs(base, folder, topics["held_out"], splits, more)
+        held, seen = made_pairs(base, folder, topics["held_out"], splits, draw)
     steps = 2 if given.small else None
     row: dict[str, Any] = {
         "seed": seed,
@@ -142,7 +142,7 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
         "seen_ceiling": records.plain(ceiling(seen)),
     }
     with watch.stage(f"reward models, seed {seed}"):
-        config = RewardModelConfig(reply_tokens=TOKENS, seed=seed, steps=steps)
+        config = RewardModelConfig(epochs=2, reply_tokens=TOKENS, seed=seed, steps=steps)
         row["reward_model"] = records.plain(ranked(base, train, held, folder / "reward", config).held_out)
     if given.record or given.small:
         with watch.stage(f"permuted labels, seed {seed}"):

@@ -70,7 +70,7 @@ class DrawConfig:
 
     answers: int = 3
     """Samples of each question."""
-    moods: int = 3
+    moods: int = 6
     """Samples of each request of `MOODS`."""
     pairs: int = 3
     """Pairs of each question, at most; they have no reply in common."""
