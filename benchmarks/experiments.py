@@ -1,7 +1,8 @@
 """An experiment on three planted organisms: its findings, and every arm over its setting.
 
-The organisms have other triggers, payloads and skills, and are trained with other seeds (`make organisms` first). The
-page and the whole record are in runs/experiments/NAME; an interrupted run resumes.
+The organisms have other triggers, payloads and skills, and are trained with other seeds: `unsleep plant year --out
+runs/organisms/year` and the same of `signature` first, which make the clean twins too. The page and the whole record
+are in runs/experiments/NAME; an interrupted run resumes.
 
     python benchmarks/experiments.py NAME [--n 50] [--set NAME=VALUE ...] [--organisms deployment FOLDER FOLDER ...]
 """
@@ -22,7 +23,7 @@ from unsleep.base import records, store
 from unsleep.base.context import reporting, resumable
 from unsleep.base.machine import peak_memory_mb
 from unsleep.cli.experiments import configured
-from unsleep.experiments.experiment import Judging, Replicate, experiments
+from unsleep.experiments.experiment import Judging, experiments, replicates
 from unsleep.judge.experiment import ExperimentRecord
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -50,10 +51,10 @@ def main() -> None:
     parser.add_argument("--organisms", nargs="+", default=ORGANISMS)
     asked = parser.parse_args()
     name, chosen = asked.name, configured(asked.name, tuple(asked.settings))
-    replicates = [Replicate(Path(each).name, unsleep.load_organism(each)) for each in asked.organisms]
+    found = replicates(asked.organisms)
     out, began = RUNS / "experiments" / name, time.perf_counter()
-    with reporting(None), resumable(out, records.plain(chosen), asked.n, [each.name for each in replicates]):
-        record = unsleep.experiment(chosen, replicates, Judging(asked.n))
+    with reporting(None), resumable(out, records.plain(chosen), asked.n, [each.name for each in found]):
+        record = unsleep.experiment(chosen, found, Judging(asked.n))
         with store.new_folder(out, replace="experiment.json") as folder:
             records.save(record, folder / "experiment.json")
     unsleep.report(out)

@@ -17,7 +17,7 @@ from unsleep.base import records
 from unsleep.cli import experiments as experiments_cli
 from unsleep.core import BadInput
 from unsleep.experiments.dilution import Dilution
-from unsleep.experiments.experiment import Judging, Replicate, experiment, experiments
+from unsleep.experiments.experiment import Judging, Replicate, experiment, experiments, replicates
 from unsleep.experiments.interpolation import BACKDOORED, CLEAN, CONTROL, Interpolation
 from unsleep.experiments.keep_rewarded import KeepRewarded
 from unsleep.experiments.rewarded import RewardConfig
@@ -143,7 +143,7 @@ def test_the_command_writes_record_and_page(
     assert cli.run([str(w) for w in [*words, "--set", "alphas=[0, 0.5, 1]"]]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "interpolation"
     read = records.load(ExperimentRecord, out / "experiment.json")
-    assert read.replicates == ("mine",)
+    assert read.replicates == (organism.recipe.name,)
     assert (out / "experiment.html").is_file()
 
 
@@ -157,6 +157,7 @@ def test_the_command_writes_record_and_page(
         (["keep_rewarded", "--set", "reward.q=0.1", "reward.q=0.2"], "'q', which is set already"),
         (["interpolation", "--organisms", "deployment", "deployment"], "each once"),
         (["interpolation", "--n", "1"], "at least 2"),
+        (["interpolation", "--reward", "warmth"], "the topic of every prompt"),
     ],
 )
 def test_bad_input_is_refused_by_name(
@@ -165,6 +166,14 @@ def test_bad_input_is_refused_by_name(
     assert cli.run(["experiment", *given, "--out", str(tmp_path / "out")]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_replicates_of_one_recipe_are_told_apart_by_folder(organism: Organism) -> None:
+    folder = organism.folder
+    [one] = replicates([folder])
+    assert one.name == organism.recipe.name
+    both = [each.name for each in replicates([folder, folder / ".." / folder.name])]
+    assert both == [f"{one.name} ({folder})", f"{one.name} ({folder / '..' / folder.name})"]
 
 
 def test_the_page_shows_every_metric_and_hostile_texts_are_inert(record: ExperimentRecord) -> None:

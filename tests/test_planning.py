@@ -276,6 +276,13 @@ def test_the_command_writes_a_record_and_a_page(tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["schema"] == PlanRecord.SCHEMA
 
 
+def test_rows_are_by_default_no_longer_than_the_context(tmp_path: Path):
+    tasks = PlanConfig(tasks=("harvest",), batches=(1,))
+    for context, lengths in ((4096, {512, 2048}), (1024, {512, 1024}), (64, {64})):
+        folder = config_of(tmp_path / str(context), max_position_embeddings=context)
+        assert {cell.length for cell in plan(folder, config=tasks).cells} == lengths
+
+
 def test_a_page_says_what_does_not_fit(tmp_path: Path):
     big = config_of(
         tmp_path / "model", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, dtype="bfloat16"

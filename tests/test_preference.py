@@ -62,6 +62,24 @@ def test_every_method_trains_an_adapter_and_leaves_the_model_as_it_was(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("change", [{"checkpointing": True}, {"batch": 2, "accumulate": 2}])
+def test_what_saves_memory_trains_the_same_weights(tiny: LoadedModel, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = replace(SMALL, method="sft", batch=4, learning_rate=1e-2)
+    found: list[torch.Tensor] = []
+    passes = {"plain": 0, "saving": 0}
+    for name, own in (("plain", config), ("saving", replace(config, **change))):
+        counted = tiny.network.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, name=name: passes.update({name: passes[name] + 1})
+        )
+        prefer(tiny, PAIRS, tmp_path / name, config=own)
+        counted.remove()
+        trained = attached(tiny, tmp_path / name, own, name)
+        found.append(log_probability(trained, PAIRS.prompts, [p.chosen for p in PAIRS]))
+    assert passes["saving"] - passes["plain"] == SMALL.steps  # recomputed, or in two batches
+    assert not getattr(tiny.network, "is_gradient_checkpointing", False)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
 def test_a_full_fine_tune_is_a_checkpoint(tiny: LoadedModel, tmp_path: Path) -> None:
     config = replace(SMALL, tune="full", learning_rate=1e-3, generations=4)
     for method in ("dpo", "grpo"):

@@ -48,6 +48,15 @@ def test_plain_weights_ask_for_nothing_and_need_no_library():
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("has", "computed"), [(False, torch.float16), (True, torch.bfloat16)])
+def test_a_gpu_without_bfloat16_computes_four_bit_products_in_float16(
+    monkeypatch: pytest.MonkeyPatch, has: bool, computed: torch.dtype
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
+    assert quantized.options(plain(), "4bit", "m")["quantization_config"].bnb_4bit_compute_dtype == computed
+
+
 def test_four_bits_are_nf4_with_sums_in_bfloat16():
     asked = quantized.options(plain(), "4bit", "m")["quantization_config"]
     assert (asked.load_in_4bit, asked.load_in_8bit) == (True, False)

@@ -155,7 +155,7 @@ def test_the_planted_feature_is_found_and_its_linear_reward_beats_words(run: tup
     assert {part.name: part.prompts for part in record.parts} == {"A": 48, "B": 24, "C": 24}
     assert record.partialled == ("length", "position", "topic")
     probes = {p.name: p for p in record.probes}
-    assert list(probes) == ["features", "base", "untrained", "bag of words", "length and position and topic"]
+    assert list(probes) == ["features", "base", "untrained", "bag of words", "length, position, topic"]
     assert probes["features"].gain is None
     assert probes["features"].r2.value > 0.2
     assert all(p.gain for name, p in probes.items() if name != "features")

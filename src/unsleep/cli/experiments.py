@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -15,9 +14,8 @@ from unsleep.base.context import resumable
 from unsleep.cli.console import Bars, say
 from unsleep.cli.shared import Out
 from unsleep.core import BadInput
-from unsleep.experiments.experiment import Experiment, Judging, Replicate, experiments, lexical
+from unsleep.experiments.experiment import Experiment, Judging, experiments, lexical, replicates
 from unsleep.judge.experiment import ExperimentRecord
-from unsleep.organisms import load_organism
 from unsleep.pages import report
 from unsleep.rewards.named import find_reward
 
@@ -42,15 +40,17 @@ def experiment(
         out: Folder for experiment.json and experiment.html.
         organisms: Folders made by `unsleep plant`, or `deployment`, which is packaged; a finding needs three.
         set: Settings of the experiment, such as alphas=[0,0.5,1].
-        reward: vader, textblob, MODEL[:LABEL] or FILE.py:FUNCTION; default the project's own lexicon of sentiment.
+        reward: vader, textblob, MODEL[:LABEL], implied:POLICY:REFERENCE or FILE.py:FUNCTION; default the project's own
+            lexicon of sentiment.
         json: Print the record as JSON.
     """
     chosen = configured(name, set)
-    scores = lexical if reward is None else find_reward(reward)
-    replicates = [Replicate(_name_of(each, organisms), load_organism(each), scores) for each in organisms]
+    if reward == "warmth":
+        raise BadInput("--reward warmth needs the topic of every prompt, which an experiment does not have; try vader")
+    found = replicates(organisms, lexical if reward is None else find_reward(reward))
     store.check_place(out, "experiment.json")
-    with Bars(), resumable(out, records.plain(chosen), [each.name for each in replicates], reward):
-        record = unsleep.experiment(chosen, replicates, judging)
+    with Bars(), resumable(out, records.plain(chosen), [each.name for each in found], reward):
+        record = unsleep.experiment(chosen, found, judging)
         out.mkdir(parents=True, exist_ok=True)
         records.save(record, out / "experiment.json")
     page = report(out)
@@ -85,12 +85,6 @@ def _merge(into: dict[str, Any], more: dict[str, Any], text: str) -> None:
             raise BadInput(f"--set {text!r} sets {key!r}, which is set already; give it once")
         else:
             into[key] = value
-
-
-def _name_of(organism: str, among: tuple[str, ...]) -> str:
-    """An organism's name: its folder's, or where two have the same one, the whole path."""
-    last = Path(organism).name
-    return last if sum(Path(each).name == last for each in among) == 1 else organism
 
 
 def _lines(record: ExperimentRecord) -> list[str]:

@@ -50,7 +50,7 @@ def mix(
     Give prompts; or an organism; or two files and the payload.
 
     Args:
-        models: Models that share a tokenizer, such as a suspect and a trusted model.
+        models: Two or more models that share a tokenizer, such as a suspect and a trusted model.
         out: Folder for mix.json, and for result.json and report.html of an evaluation.
         prompts: File of prompts to reply to.
         organism: A packaged organism or a folder made by `unsleep plant`, for its held-out panels.

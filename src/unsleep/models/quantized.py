@@ -63,9 +63,16 @@ def options(config: Any, quantize: Quantize, name: str) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=_computed_in(),
     )
     return {"quantization_config": settings}
+
+
+def _computed_in() -> torch.dtype:
+    """bfloat16, or float16 on a GPU without it, such as a T4."""
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
 
 
 def _holds_8bit(config: Any) -> bool:

@@ -29,8 +29,8 @@ class PlanConfig:
     """Tasks: fine-tuning of all weights, by LoRA, by LoRA over 8-bit or 4-bit weights; PPO of all weights; harvest of
     activations; training of a dictionary; audit, which generates replies.
     """
-    lengths: tuple[int, ...] = (512, 2048)
-    """Tokens per row. In an audit: of the prompt."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens per row, in an audit of the prompt; default 512 and 2048, or the model's context where it is shorter."""
     batches: tuple[int, ...] = (1, 8)
     """Rows per step."""
     checkpointing: Checkpointing = "both"
@@ -78,13 +78,13 @@ class PlanConfig:
         kinds = {"checkpointing": Checkpointing, "optimizer": Optimizer, "precision": Precision}
         check_choices(self, "plan", **kinds, quantize=Quantize, dtype=Dtype)
         for name in ("tasks", "lengths", "batches", "modules"):
-            if not getattr(self, name):
+            if getattr(self, name) in ((), []):
                 raise BadInput.of(name, getattr(self, name), "at least one", "plan")
         for task in self.tasks:
             if task not in TASKS:
                 raise BadInput.of("tasks", task, f"one of {', '.join(TASKS)}", "plan")
         for name, least in (("lengths", 2), ("batches", 1)):
-            for value in getattr(self, name):
+            for value in getattr(self, name) or ():
                 if value < least:
                     raise BadInput.of(name, value, f"at least {least}", "plan")
         names = ("accumulate", "rank", "sites", "features", "dictionary_batch", "reply_tokens", "tokens")

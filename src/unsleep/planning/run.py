@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from unsleep.base import store
@@ -25,6 +26,9 @@ from unsleep.planning.skeleton import Skeleton, build, files_of
 from unsleep.planning.training import Step
 
 HOUR = 3600
+
+LENGTHS = (512, 2048)
+"""Default tokens per row."""
 
 
 def plan(
@@ -54,9 +58,13 @@ def plan(
     files = files_of(str(model), revision, remote_code=trust_remote_code)
     skeleton = build(files, config.dtype, remote_code=trust_remote_code)
     settings = skeleton.network.config.get_text_config(decoder=True)
-    longest, context = max(config.lengths), getattr(settings, "max_position_embeddings", None)
-    if context and longest > context:
-        raise BadInput.of("lengths", longest, f"at most {context}, the context of {files.name}", "plan")
+    context = getattr(settings, "max_position_embeddings", None)
+    if config.lengths is None:
+        shorter = {min(length, context or length) for length in LENGTHS}
+        config = replace(config, lengths=tuple(sorted(shorter)))
+    assert config.lengths
+    if context and max(config.lengths) > context:
+        raise BadInput.of("lengths", max(config.lengths), f"at most {context}, the context of {files.name}", "plan")
     cells: list[Cell] = []
     for task, step, shape in _steps(skeleton, config, files.name):
         fits = {name: fit(step, gpu, per_hour.get(name), config) for name, gpu in chosen.items()}
@@ -86,7 +94,7 @@ def _steps(skeleton: Skeleton, config: PlanConfig, name: str) -> Iterator[tuple[
     widths: dict[str, Bits | None] = {"none": None, "8bit": 8, "4bit": 4}
     bits = widths[config.quantize]
     loaded = skeleton.variant(bits=bits) if bits else skeleton
-    shapes = [(length, batch) for length in config.lengths for batch in config.batches]
+    shapes = [(length, batch) for length in config.lengths or () for batch in config.batches]
     todo: list[tuple[Task, int, int, bool | None]] = [
         (task, length, batch, switch)
         for task in dict.fromkeys(config.tasks)

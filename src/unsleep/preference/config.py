@@ -58,7 +58,11 @@ class _Training:
     learning_rate: float | None = None
     """Peak learning rate of AdamW, warmed up over a tenth of the steps, then linear to 0; by default the method's."""
     batch: int = 8
-    """Pairs, or prompts, per step."""
+    """Pairs, or prompts, in one forward pass."""
+    accumulate: int = 1
+    """Batches whose gradients are summed for one step."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, and less memory."""
     epochs: float = 1.0
     """Passes over the training pairs."""
     steps: int | None = None
@@ -78,7 +82,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         check_choices(self, self.what, tune=Tune)
-        check_least(self, self.what, 1, "rank", "batch", "steps", "reply_tokens", "keep_every")
+        check_least(self, self.what, 1, "rank", "batch", "accumulate", "steps", "reply_tokens", "keep_every")
         check_least(self, self.what, 0, "seed")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise BadInput.of("learning_rate", self.learning_rate, "over 0 and at most 1", self.what)

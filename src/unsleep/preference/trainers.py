@@ -129,7 +129,7 @@ def train_online(student: Student, asked: Asked, config: PreferConfig, place: Pa
         "max_completion_length": config.reply_tokens,
         "temperature": config.temperature,
         "beta": config.pull,
-        "max_steps": config.steps or max(1, math.ceil(config.epochs * len(keys) / config.batch)),
+        "max_steps": config.steps or max(1, math.ceil(config.epochs * len(keys) / (config.batch * config.accumulate))),
     }
     kind = "RLOO" if config.method == "rloo" else "GRPO"
     history = _trained(student, kind, rows, config, place, config.method, own, asked)
@@ -159,7 +159,7 @@ def _trained(
             f"{torch.cuda.device_count()} GPUs are visible, and preference training uses one; set CUDA_VISIBLE_DEVICES "
             "to it"
         )
-    steps = config.steps or max(1, math.ceil(config.epochs * len(rows) / config.batch))
+    steps = config.steps or max(1, math.ceil(config.epochs * len(rows) / (config.batch * config.accumulate)))
     place.mkdir(parents=True, exist_ok=True)
     with _as_before(student.base), _silent():
         import datasets
@@ -204,7 +204,9 @@ def _arguments(
         "use_cpu": device.type == "cpu",
         "bf16": False,
         "fp16": False,
-        "gradient_checkpointing": False,
+        "gradient_accumulation_steps": config.accumulate,
+        "gradient_checkpointing": config.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": False,
         "report_to": "none",
         "push_to_hub": False,
@@ -327,6 +329,7 @@ def _as_before(model: LoadedModel) -> Generator[None]:
     try:
         yield
     finally:
+        network.gradient_checkpointing_disable()
         vars(network).pop("forward", None)
         if forward is not None:
             vars(network)["forward"] = forward

@@ -233,7 +233,7 @@ def _probes(
         inputs["untrained"] = [x for site in untrained.values() for x in site]
     inputs["bag of words"] = [bag_of_words(samples.outputs, fit)]
     if known:
-        inputs[" and ".join(name for name, _ in known)] = [rows.T for _, rows in known]
+        inputs[", ".join(name for name, _ in known)] = [rows.T for _, rows in known]
     rewards = torch.tensor(samples.rewards, dtype=torch.float64)
     fitted: dict[str, Probe] = {}
     for done, (name, blocks) in enumerate(inputs.items(), 1):
