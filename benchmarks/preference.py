@@ -78,7 +78,7 @@ HUMAN = "vaderSentiment==3.3.2"
 """Its source archive has the snippets that people rated (Hutto & Gilbert 2014); they are fetched, and not shipped."""
 SNIPPETS = 600
 METHODS: dict[str, dict[str, Any]] = {
-    "sft": {"method": "sft", "learning_rate": 1e-3, "epochs": 1, "batch": 16},
+    "sft": {"method": "sft", "learning_rate": 1e-3, "epochs": 1, "batch": 8},
     "dpo": {"method": "dpo", "nll": 1.0, "epochs": 1},
 }
 """Method → settings of about equal time: five minutes on two cores."""
