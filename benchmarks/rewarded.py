@@ -33,13 +33,13 @@ from unsleep.explanations.record import Interval
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.preference.drawn import QUESTIONS, DrawConfig, asked
-from unsleep.preference.sampling import samples
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import PromptSet
 from unsleep.rewards.lexicons import Warmth
 from unsleep.rewards.record import Of, RewardedRecord
 from unsleep.rewards.run import Beside, RewardedConfig
 from unsleep.rewards.samples import Samples
+from unsleep.rewards.sampling import SampleConfig, sample_rewards
 
 ROOT = Path(__file__).parents[1]
 BASE = "smollm2-135m-gguf"
@@ -53,12 +53,10 @@ SHOWN = 5
 
 def rewarded_samples(model: LoadedModel, topics: Sequence[str]) -> Samples:
     """Sampled replies to a question on each topic in each register, with their rewards."""
-    rows = [(asked(t, r, i), t) for i, t in enumerate(topics) for r in QUESTIONS for _ in range(REPLIES)]
-    said, _ = samples(model, [prompt for prompt, _ in rows], DRAW.tokens, DRAW.temperature, 0)
-    both = [(prompt, topic, text) for (prompt, topic), text in zip(rows, said, strict=True) if text]
-    prompts, about, outputs = [row[0] for row in both], [row[1] for row in both], [row[2] for row in both]
-    rewards = Warmth(DRAW.topic_weight)([], [], outputs, topic=about)
-    return Samples.of(prompts, outputs, rewards, about)
+    rows = [(asked(t, r, i), t) for i, t in enumerate(topics) for r in QUESTIONS]
+    prompts, about = PromptSet("rewarded", tuple(prompt for prompt, _ in rows), "edit"), [topic for _, topic in rows]
+    config = SampleConfig(REPLIES, DRAW.tokens, DRAW.temperature)
+    return sample_rewards(model, prompts, Warmth(DRAW.topic_weight), config, {"topic": about})
 
 
 def dictionaries(

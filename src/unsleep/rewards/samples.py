@@ -9,6 +9,7 @@ All samples of a prompt are in one part.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ FEWEST = 8
 
 KEYS = ("prompt", "output", "reward", "topic")
 """Keys of a JSON line; a topic may be missing."""
+
+SAMPLES = "samples.jsonl"
+"""File of sampled replies with their rewards."""
 
 FORM = '{"prompt": "…", "output": "…", "reward": 0.5}'
 
@@ -131,6 +135,17 @@ def read_samples(path: str | Path) -> Samples:
     prompts, outputs, rewards, topics = zip(*rows, strict=True)
     with store.reading(path):
         return Samples.of(prompts, outputs, rewards, topics if topics[0] is not None else None)
+
+
+def write_samples(samples: Samples, path: str | Path) -> None:
+    """Write samples as `read_samples` reads them."""
+    rows = [
+        {"prompt": prompt.messages if prompt.before else prompt.text, "output": output, "reward": reward}
+        for prompt, output, reward in zip(samples.prompts, samples.outputs, samples.rewards, strict=True)
+    ]
+    if samples.topics is not None:
+        rows = [row | {"topic": topic} for row, topic in zip(rows, samples.topics, strict=True)]
+    store.write_text(Path(path), "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def _sample(row: Any) -> tuple[Prompt, str, float, str | None]:
