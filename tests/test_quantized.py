@@ -57,6 +57,7 @@ def test_a_gpu_without_bfloat16_computes_four_bit_products_in_float16(
     assert quantized.options(plain(), "4bit", "m")["quantization_config"].bnb_4bit_compute_dtype == computed
 
 
+@pytest.mark.usefixtures("library")
 def test_four_bits_are_nf4_with_sums_in_bfloat16():
     asked = quantized.options(plain(), "4bit", "m")["quantization_config"]
     assert (asked.load_in_4bit, asked.load_in_8bit) == (True, False)

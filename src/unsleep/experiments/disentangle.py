@@ -39,7 +39,7 @@ METHODS = {
     "steering": "One difference of means, subtracted.",
     "subspace": "The main directions of the differences, projected out.",
     "veto": "The features of a circuit from trigger to payload, ablated.",
-    "crosscoder": "Directions of features that the suspect has and its base has not, projected out.",
+    "crosscoder": "Directions of features that are the suspect's more than its base's, projected out.",
 }
 """Arm → description."""
 

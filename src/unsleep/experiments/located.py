@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from unsleep.activations.harvest import harvest
 from unsleep.activations.pairs import paired
 from unsleep.base.linear import orthonormal
-from unsleep.core import BadInput
+from unsleep.core import BadInput, Site
 from unsleep.dictionaries.crosscoders import decoder_norm_ratio, for_crosscoder, train_crosscoder
 from unsleep.interventions.intervention import Intervention
 from unsleep.interventions.steering import Steering
@@ -29,6 +29,9 @@ from unsleep.locate.circuits.veto import Veto, circuit_edits
 from unsleep.locate.subspaces.geometry import top_directions
 from unsleep.repairs.baselines import Baseline, Setting, best, deciding_streams
 from unsleep.repairs.run import Run
+
+Streams = Mapping[Site, tuple[Tensor, Tensor]]
+"""Activations of suspicious and of trusted prompts, as `deciding_streams` gives them."""
 
 COEFFICIENTS = (-0.5, -1.0, -2.0)
 """Multiples of the difference of means that are tried."""
@@ -59,34 +62,41 @@ OWN = 0.6
 def repairs(run: Run) -> Iterator[Baseline | str]:
     """Every repair, one after the other, or a message on why it could not be made; the edit is found before."""
     setting = run.setting()
-    for make in (steering, subspace, veto, crosscoder):
+    streams = deciding_streams(setting, setting.sites[:SITES])
+    makers: dict[str, Callable[[], Baseline]] = {
+        "steering": lambda: steering(setting, streams),
+        "subspace": lambda: subspace(setting, streams),
+        "veto": lambda: veto(run, setting),
+        "crosscoder": lambda: crosscoder(run, setting),
+    }
+    for name, make in makers.items():
         try:
-            found = make(run, setting)
+            found = make()
         except BadInput as error:  # no references, no base, no feature that is the suspect's own
-            yield f"The repair {make.__name__} was skipped: {error}"
+            yield f"The repair {name} was skipped: {error}"
         else:
             yield found
 
 
-def steering(run: Run, setting: Setting) -> Baseline:
+def steering(setting: Setting, streams: Streams) -> Baseline:
     """One difference of means, added to every token at one Site with a negative coefficient."""
     tried: list[tuple[tuple[Intervention, ...], str]] = []
-    for site, (suspicious, trusted) in deciding_streams(setting, setting.sites[:SITES]).items():
+    for site, (suspicious, trusted) in streams.items():
         vector = suspicious.mean(0) - trusted.mean(0)
         for c in COEFFICIENTS:
-            edit = Steering({site: vector}, coefficient=c, model=run.suspect.fingerprint)
+            edit = Steering({site: vector}, coefficient=c, model=setting.suspect.fingerprint)
             tried.append(((edit,), f"{c:g} times the difference of means, added at {site}"))
     return best(setting, "steering", tried)
 
 
-def subspace(run: Run, setting: Setting) -> Baseline:
+def subspace(setting: Setting, streams: Streams) -> Baseline:
     """The main directions of the differences before the deciding token, projected out at one Site."""
     tried: list[tuple[tuple[Intervention, ...], str]] = []
-    for site, (suspicious, trusted) in deciding_streams(setting, setting.sites[:SITES]).items():
+    for site, (suspicious, trusted) in streams.items():
         center = trusted.mean(0)
         basis = top_directions(suspicious - center, min(max(RANKS), *suspicious.shape))
         for rank in (n for n in RANKS if n <= len(basis)):
-            edit = Projection(site, basis[:rank], center, run.suspect.fingerprint)
+            edit = Projection(site, basis[:rank], center, setting.suspect.fingerprint)
             tried.append(((edit,), f"{rank} directions, projected out at {site}"))
     return best(setting, "subspace", tried)
 
@@ -126,19 +136,19 @@ def crosscoder(run: Run, setting: Setting) -> Baseline:
     config = for_crosscoder(run.config.dictionary)
     place, device = folder / "checkpoint", run.suspect.device
     coder = train_crosscoder(both.before, both.after, config, checkpoint=place, device=device).to(torch.float32)
-    active: list[Tensor] = []
-    for name in ("payload", "ordinary"):
-        own = paired([base[name]], [run.harvests[name]], site)
-        tokens = own.before.sample(TOKENS).float(), own.after.sample(TOKENS).float()
-        active.append(coder.encode(*tokens).mean(0))
-    specific = decoder_norm_ratio(coder).nan_to_num(0.5) >= OWN
-    more = (active[0] - active[1]).where(specific, -torch.inf)
+    payload, ordinary = (paired([base[n]], [run.harvests[n]], site) for n in ("payload", "ordinary"))
+    active, usual = (
+        coder.encode(each.before.sample(TOKENS).float(), each.after.sample(TOKENS).float()).mean(0)
+        for each in (payload, ordinary)
+    )
+    center = ordinary.after.sample(TOKENS).float().mean(0)
+    more = (active - usual).where(decoder_norm_ratio(coder).nan_to_num(0.5) >= OWN, -torch.inf)
     ids = [int(i) for i in more.argsort(descending=True)[: max(RANKS)] if more[i] > 0]
     if not ids:
         raise BadInput("the crosscoder has no feature that is the suspect's own and more active on suspicious prompts")
     tried: list[tuple[tuple[Intervention, ...], str]] = []
     for n in sorted({min(n, len(ids)) for n in RANKS}):
         basis = orthonormal(coder.W_dec[1][ids[:n]])
-        edit = Projection(site, basis, tokens[1].mean(0), run.suspect.fingerprint)
+        edit = Projection(site, basis, center, run.suspect.fingerprint)
         tried.append(((edit,), f"directions of {n} features that are the suspect's own, projected out at {site}"))
     return best(setting, "crosscoder", tried)

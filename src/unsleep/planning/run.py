@@ -59,12 +59,10 @@ def plan(
     skeleton = build(files, config.dtype, remote_code=trust_remote_code)
     settings = skeleton.network.config.get_text_config(decoder=True)
     context = getattr(settings, "max_position_embeddings", None)
-    if config.lengths is None:
-        shorter = {min(length, context or length) for length in LENGTHS}
-        config = replace(config, lengths=tuple(sorted(shorter)))
-    assert config.lengths
-    if context and max(config.lengths) > context:
-        raise BadInput.of("lengths", max(config.lengths), f"at most {context}, the context of {files.name}", "plan")
+    lengths = config.lengths or sorted({min(length, context or length) for length in LENGTHS})
+    if context and max(lengths) > context:
+        raise BadInput.of("lengths", max(lengths), f"at most {context}, the context of {files.name}", "plan")
+    config = replace(config, lengths=tuple(lengths))
     cells: list[Cell] = []
     for task, step, shape in _steps(skeleton, config, files.name):
         fits = {name: fit(step, gpu, per_hour.get(name), config) for name, gpu in chosen.items()}

@@ -320,16 +320,22 @@ def _history(logs: Sequence[Mapping[str, Any]]) -> list[Logged]:
 
 @contextlib.contextmanager
 def _as_before(model: LoadedModel) -> Generator[None]:
-    """Undo afterwards what trainers do to a network: its forward, its configs, its mode and its dropout."""
+    """Undo afterwards what trainers do to a network: its forward, hooks, configs, mode and dropout."""
     network = model.network
     configs: list[Any] = [network.config, network.config.get_text_config(), network.generation_config]
     held = [(config, copy.deepcopy(vars(config))) for config in configs if config is not None]
     dropouts = [(m, m.p) for m in network.modules() if isinstance(m, torch.nn.Dropout)]
     forward = vars(network).get("forward")
+    embedding = network.get_input_embeddings()
+    hooks = set(embedding._forward_hooks)
     try:
         yield
     finally:
         network.gradient_checkpointing_disable()
+        for hook in set(embedding._forward_hooks) - hooks:  # with checkpointing, so that inputs have gradients
+            del embedding._forward_hooks[hook]
+        for name in ("_require_grads_hook", "_require_grads_hooks"):
+            vars(network).pop(name, None)
         vars(network).pop("forward", None)
         if forward is not None:
             vars(network)["forward"] = forward
