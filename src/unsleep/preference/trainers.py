@@ -326,14 +326,14 @@ def _as_before(model: LoadedModel) -> Generator[None]:
     held = [(config, copy.deepcopy(vars(config))) for config in configs if config is not None]
     dropouts = [(m, m.p) for m in network.modules() if isinstance(m, torch.nn.Dropout)]
     forward = vars(network).get("forward")
-    embedding = network.get_input_embeddings()
-    hooks = set(embedding._forward_hooks)
+    hooks: dict[int, Any] = vars(network.get_input_embeddings())["_forward_hooks"]
+    own = set(hooks)
     try:
         yield
     finally:
         network.gradient_checkpointing_disable()
-        for hook in set(embedding._forward_hooks) - hooks:  # with checkpointing, so that inputs have gradients
-            del embedding._forward_hooks[hook]
+        for added in set(hooks) - own:  # with checkpointing, so that inputs have gradients
+            del hooks[added]
         for name in ("_require_grads_hook", "_require_grads_hooks"):
             vars(network).pop(name, None)
         vars(network).pop("forward", None)
