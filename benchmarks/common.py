@@ -44,11 +44,18 @@ def record_of(name: str) -> Path:
     return RESULTS / f"{name}{'_cuda' if torch.cuda.is_available() else ''}.json"
 
 
-def keep(name: str, figures: Mapping[str, Any]) -> Path:
-    """Write the file of a measurement: the figures, and the versions, machine and date they belong to."""
-    origin = store.provenance(0)
-    origin["machine"]["cores"] = os.cpu_count()
-    path = record_of(name)
+def machine() -> dict[str, Any]:
+    """Description of the machine."""
+    return {**store.provenance(0)["machine"], "cores": os.cpu_count()}
+
+
+def keep(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Write the file of a measurement: the figures, and the versions, machine and date they belong to.
+
+    The path is that of `record_of`, where none is given.
+    """
+    origin = {**store.provenance(0), "machine": machine()}
+    path = path or record_of(name)
     store.write_json(path, {"schema": "unsleep.benchmark/1", "name": name, **figures, "provenance": origin})
     return path
 

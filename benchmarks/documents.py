@@ -35,9 +35,11 @@ Record = Mapping[str, Any]
 
 
 def read(name: str) -> Record | None:
-    """A record of results, or `None`."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """A record of results, else of the same on a GPU, or `None`."""
+    for path in (RESULTS / f"{name}.json", RESULTS / f"{name}_cuda.json"):
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return None
 
 
 def joined(lines: Sequence[str]) -> str:

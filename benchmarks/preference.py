@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep, record_of, table
+from common import RESULTS, keep, machine, table
 
 import unsleep
 from unsleep.base import records, stats, store
@@ -103,13 +103,14 @@ def main() -> None:
 
 
 def record(row: dict[str, Any], stages: Sequence[dict[str, Any]]) -> None:
-    """Write a seed's row and its stages among those of other seeds."""
-    path = record_of("preference")
+    """Write a seed's row, with its machine, and its stages among those of other seeds, from whichever machine."""
+    path = RESULTS / "preference.json"
     known: dict[str, Any] = store.read_json(path) if path.is_file() else {"seeds": [], "stages": []}
+    row |= {"machine": machine()}
     rows = [row, *(each for each in known["seeds"] if each["seed"] != row["seed"])]
     named = {stage["name"]: stage for stage in [*known["stages"], *stages]}
     found = {"seeds": sorted(rows, key=lambda each: each["seed"]), "stages": list(named.values())}
-    keep("preference", {"base": BASE, **found})
+    keep("preference", {"base": BASE, **found}, path)
 
 
 def arguments() -> argparse.Namespace:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recorded_tables import between, estimated, machine_of, table
+from recorded_tables import between, estimated, machine_of, table, words_of
 
 Record = Mapping[str, Any]
 
@@ -40,7 +40,16 @@ def reward_models(record: Record) -> str:
         ]
         for row in record["seeds"]
     ]
-    return table([*head, *(f"movie snippets: {name}" for name in people)], rows)
+    machines: dict[str, list[str]] = {}
+    for row in record["seeds"]:
+        machines.setdefault(words_of(row["machine"]), []).append(str(row["seed"]))
+    told = "; ".join(f"{one_of('seed', seeds)} on {each}" for each, seeds in machines.items())
+    return table([*head, *(f"movie snippets: {name}" for name in people)], rows) + f"\nTrained and judged: {told}.\n"
+
+
+def one_of(noun: str, names: Sequence[str]) -> str:
+    """Names behind their noun, as in "seeds 1 and 2"."""
+    return f"{noun}{'s' if len(names) > 1 else ''} {' and '.join(names)}"
 
 
 def policies(record: Record) -> str:
@@ -66,10 +75,10 @@ def took(record: Record) -> str:
     parts = ("pairs", "reward models", "human snippets", names[0], names[-1])
     wanted = ["load", *(f"{name}, seed {seed}" for name in parts)]
     minutes = sum(stages[stage] for stage in wanted) / 60
-    peak = max(stage["peak_memory_mb"] for stage in record["stages"]) / 1000
+    peak = max(each["peak_memory_mb"] for each in record["stages"] if each["name"] in wanted) / 1000
     return (
         f"One pair, with `{names[0]}`, `{names[-1]}` and the reward models, takes {minutes:.0f} minutes and "
-        f"{peak:.1f} GB on {machine_of(record)}.\n"
+        f"{peak:.1f} GB on {words_of(record['seeds'][0]['machine'])}.\n"
     )
 
 

@@ -27,7 +27,11 @@ def estimated(figure: Record, digits: int = 2) -> str:
 
 def machine_of(record: Record) -> str:
     """Cores and processor of a record's machine, and its GPU."""
-    machine = record["provenance"]["machine"]
+    return words_of(record["provenance"]["machine"])
+
+
+def words_of(machine: Record) -> str:
+    """Cores and processor of a machine, and its GPU."""
     gpu = machine.get("accelerator", "none")
     return f"{machine['cores']} cores of {machine['processor']}" + ("" if gpu == "none" else f" with an {gpu}")
 
@@ -185,8 +189,11 @@ def experiment(record: Record) -> str:
     ]
     told = "".join(f"- **{each['label']}**: {each['question']} {each['words']}\n" for each in record["findings"])
     given = "".join(f", `{each}`" for each in record["settings"])
+    where = (
+        f"{record['minutes']:.0f} minutes on {machine_of(record)}" if record["minutes"] else "organisms side by side"
+    )
+    where += "".join(f" on an {each}" for each in record["judged_on"])
     setting = (
-        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel{given}, "
-        f"{record['minutes']:.0f} minutes:\n\n"
+        f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel{given}; {where}:\n\n"
     )
     return told + setting + table(["arm", "setting", *metrics.values()], cells)

@@ -84,19 +84,23 @@ class Disentangle(Experiment):
         """Number of settings in a replicate, at most."""
         return 2 + len(METHODS) * len(set(self.shares))
 
-    def settings(self, replicate: Replicate) -> Iterator[Setting]:
-        """Every repair at every share, repair by repair."""
+    def settings(self, replicate: Replicate) -> Iterator[Setting | str]:
+        """Every repair at every share, repair by repair, and a note on each that could not be made."""
         yield Setting(SUSPECT, 0.0, lambda: Subject(SUSPECT, replicate.suspect), replicate.suspect)
         with tempfile.TemporaryDirectory() as scratch:
             folder = (steps_folder() or Path(scratch)) / f"repair-{replicate.name}"
             folder.mkdir(parents=True, exist_ok=True)
-            for name, subject in self._repairs(replicate, folder):
+            for found in self._repairs(replicate, folder):
+                if isinstance(found, str):
+                    yield found
+                    continue
+                name, subject = found
                 for share in sorted({*self.shares} if name != RANDOM else {1.0}):
                     part = partial(_part, replicate.suspect, subject, share)
                     yield Setting(name, share, part, (subject.model, subject.edits))
 
-    def _repairs(self, replicate: Replicate, folder: Path) -> Iterator[tuple[str, Subject]]:
-        """The edit, its export, its control and every other repair."""
+    def _repairs(self, replicate: Replicate, folder: Path) -> Iterator[tuple[str, Subject] | str]:
+        """The edit, its export, its control and every other repair; a message where one could not be made."""
         config = RepairConfig(learn=self.learn, baselines=True)
         job = organism_job(replicate.organism, replicate.suspect, lambda: replicate.base, config=config)
         run = Run(job, config, folder)
@@ -107,8 +111,7 @@ class Disentangle(Experiment):
         if run.control_random is not None:
             yield RANDOM, Subject(RANDOM, run.suspect, run.control_random)
         for found in chain(baselines(run.setting()), located.repairs(run)):
-            if not isinstance(found, str):
-                yield found.subject.name, found.subject
+            yield found if isinstance(found, str) else (found.subject.name, found.subject)
 
     def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
         """The cost of each whole repair, which was tuned on its selection prompts, on plain and entangled organisms.

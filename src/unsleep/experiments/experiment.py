@@ -115,8 +115,8 @@ class Experiment(ABC):
         """Number of settings in a replicate, at most."""
 
     @abstractmethod
-    def settings(self, replicate: Replicate) -> Iterable[Setting | Measure]:
-        """The models to judge on the panels, and figures that are measured in another way."""
+    def settings(self, replicate: Replicate) -> Iterable[Setting | Measure | str]:
+        """The models to judge on the panels, figures that are measured in another way, and notes on what is missing."""
 
     @abstractmethod
     def conclude(self, curves: Curves, replicates: Sequence[str]) -> Sequence[Finding]:
@@ -141,7 +141,24 @@ def experiment(
     names = [each.name for each in replicates]
     if not names or len(set(names)) < len(names):
         raise BadInput(f"replicates are {names}; expected at least one organism, each once")
-    measures = [m for each in replicates for m in _measured(which, each, judging)]
+    found = [one for each in replicates for one in _measured(which, each, judging)]
+    measures = [one for one in found if isinstance(one, Measure)]
+    return concluded(which, replicates, judging, measures, [one for one in found if isinstance(one, str)])
+
+
+def concluded(
+    which: Experiment,
+    replicates: Sequence[Replicate],
+    judging: Judging,
+    measures: Sequence[Measure],
+    told: Sequence[str] = (),
+) -> ExperimentRecord:
+    """The record of an experiment whose settings have been judged: here, or one replicate at a time elsewhere.
+
+    Args:
+        told: notes on what is missing from the measures.
+    """
+    names = [each.name for each in replicates]
     asleep = _asleep(replicates, judging)
     curves = Curves(measures)
     found = which.conclude(curves, names)
@@ -155,7 +172,7 @@ def experiment(
         measures=tuple(measures),
         replicates=tuple(names),
         findings=findings,
-        notes=(*asleep, *_few(names), *which.notes(curves, names)),
+        notes=(*asleep, *_few(names), *told, *which.notes(curves, names)),
         provenance=store.provenance(
             settings=asdict(which),
             n=judging.n,
@@ -192,8 +209,8 @@ def _payload_rate(replicate: Replicate, judging: Judging) -> float:
     return sum(payload.shows(reply) for reply in replies) / len(replies)
 
 
-def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iterator[Measure]:
-    """Measures of every setting in one replicate; each setting is a resumable step."""
+def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iterator[Measure | str]:
+    """Measures of every setting in one replicate, and notes; each setting is a resumable step."""
     panels = organism_panels(replicate.organism.recipe, judging.n)
     config = organism_config(replicate.organism.recipe)
     suspect = Subject("suspect", replicate.suspect)
@@ -201,6 +218,8 @@ def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iter
     for done, setting in enumerate(which.settings(replicate), 1):
         if isinstance(setting, Measure):
             yield setting
+        elif isinstance(setting, str):
+            yield f"{replicate.name}: {setting}"
         else:
             yield from _judged(setting, replicate.name, panels, config, replicate.reward, reference)
         progress(f"{which.name}, {replicate.name}", done, max(done, which.size))

@@ -29,9 +29,9 @@ from unsleep.judge.metrics import words
 from unsleep.models.model import LoadedModel
 from unsleep.preference.pairs import Pair, PairSet
 from unsleep.preference.record import Estimate
-from unsleep.preference.sampling import samples
 from unsleep.prompts.prompt import Prompt, Split
 from unsleep.rewards.lexicons import Warmth, sentiment_words
+from unsleep.rewards.sampling import samples
 
 Register = Literal["formal", "casual"]
 """Register of a question."""
