@@ -22,6 +22,7 @@ from unsleep.dictionaries.coders import Coder
 from unsleep.judge.evaluate import EvalConfig, Panels
 from unsleep.judge.metrics import Subject
 from unsleep.locate.features import FindConfig
+from unsleep.mixing.dilution import DilutionConfig, dilution
 from unsleep.models.model import LoadedModel
 
 on_device = pytest.mark.skipif(DEVICE == "cpu", reason="the tests run on the CPU")
@@ -91,6 +92,12 @@ def test_statistics_of_features_and_a_guard_with_some(model: LoadedModel, dictio
 def test_mixtures_reply(model: LoadedModel, kind: str):
     mixed = unsleep.mix([model, trusted()], unsleep.MixConfig(kind, (0.5, 0.5)))
     assert len(unsleep.replies(mixed, CLEAN.head(4), max_new_tokens=4)) == 4
+
+
+@on_device
+def test_a_dilution_is_measured_beside_theory(model: LoadedModel):
+    config = DilutionConfig(weights=(0.5,), lengths=(1,), draws=2, reply_tokens=4)
+    assert dilution(model, trusted(), TRIGGERED.head(6), CLEAN.head(6), PAYLOAD, config).rows
 
 
 @on_device

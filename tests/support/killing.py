@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from unsleep.mixing import merge_stream
+from unsleep.mixing import merge_disk, merge_stream
 from unsleep.mixing.merge import merge
 from unsleep.mixing.merge_config import MergeConfig
 
-CALLS = ("write", "fsync", "ftruncate", "rename", "replace", "unlink", "rmdir", "mkdir")
+WRITES = ("write", "pwrite")
+CALLS = (*WRITES, "fsync", "ftruncate", "rename", "replace", "unlink", "rmdir", "mkdir")
 VARY = {"merge.json"}
 """Files with the time of the merge."""
 
@@ -42,10 +43,10 @@ class Counted:
         def counted(*given: Any, **named: Any) -> Any:
             self.seen += 1
             if self.seen == self.at:
-                if name == "write":
-                    call(given[0], given[1][: len(given[1]) // 2])
+                if name in WRITES:
+                    call(given[0], given[1][: len(given[1]) // 2], *given[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
-            if name == "write":
+            if name in WRITES:
                 self.written += len(given[1])
             return call(*given, **named)
 
@@ -85,6 +86,7 @@ def main() -> None:
     folder = Path(place)
     torch.set_num_threads(1)
     merge_stream.CHUNK, merge_stream.MARK = 512, 4096
+    merge_disk.DIRECT = 0  # which knows no half of a block
     _, whole = child(models, folder / "whole", 0)
     wanted = hash_of(folder / "whole")
     draw = random.Random(0)

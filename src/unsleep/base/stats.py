@@ -248,7 +248,7 @@ def _pearson(sums: Float[Tensor, "resample 6"]) -> Float[Tensor, " resample"]:
 
 def percentiles(value: float, drawn: Float[Tensor, " resample"]) -> tuple[float, float, float]:
     """A value with the 95 % percentile interval of its resamples, in float64, which holds the value itself."""
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(drawn, drawn.new_tensor([0.025, 0.975])).tolist()
     return value, min(low, value), max(high, value)
 
 

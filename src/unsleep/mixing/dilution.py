@@ -296,10 +296,10 @@ def _theory(
 def _thresholds(m: Margins, config: DilutionConfig) -> tuple[Thresholds, ...]:
     """Quartiles of the thresholds of both means."""
     rules = {"arithmetic": theory.arithmetic_threshold, "geometric": theory.geometric_threshold}
-    ends = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     found: list[Thresholds] = []
     for kind, rule in rules.items():
         for k in config.lengths:
-            low, middle, high = torch.quantile(rule(m.first(k)).clamp_max(1), ends).tolist()
+            of = rule(m.first(k)).clamp_max(1)
+            low, middle, high = torch.quantile(of, of.new_tensor([0.25, 0.5, 0.75])).tolist()
             found.append(Thresholds(kind, k, (low, middle, high)))  # pyright: ignore[reportArgumentType]
     return tuple(found)

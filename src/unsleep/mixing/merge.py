@@ -21,11 +21,12 @@ from unsleep.base.context import resumable
 from unsleep.core import BadInput
 from unsleep.mixing.merge_adapters import Lora, adapters_of, module_list, write_adapter
 from unsleep.mixing.merge_config import BY_MERGEKIT, REST, MergeConfig, layer_list
+from unsleep.mixing.merge_disk import FileHashes
 from unsleep.mixing.merge_files import Checkpoint, text_layers
 from unsleep.mixing.merge_kit import as_yaml, check_installed, name_in_mergekit, run_mergekit
 from unsleep.mixing.merge_plan import Plan, plan
 from unsleep.mixing.merge_record import CARD, MARK, YAML, LayerRow, MergeRecord, card
-from unsleep.mixing.merge_sources import Side, copy_small, hashing
+from unsleep.mixing.merge_sources import Side, copy_small, weights_of
 from unsleep.mixing.merge_stream import Tally, sync_folder, write_parts
 from unsleep.models.sources import CONFIG, INDEX
 
@@ -55,12 +56,13 @@ def merge(first: str | Path, second: str | Path, out: str | Path, config: MergeC
             raise BadInput(f"--out {out} is a part of {side.name}; choose another folder")
     identity = [side.identity for side in sides]
     with resumable(out, identity, asdict(config)) as steps:
-        with hashing(sides) as hashes:
-            loras = adapters_of(sides) if config.method not in BY_MERGEKIT else None
-            made = _weights(sides, config, steps) if loras is None else _adapter(loras, sides, config, steps)
+        hashes = FileHashes(weights_of(sides))
+        loras = adapters_of(sides) if config.method not in BY_MERGEKIT else None
+        made = _weights(sides, config, steps, hashes) if loras is None else _adapter(loras, sides, config, steps)
+        hashed = hashes.finished()
         if identity != [side.identity for side in sides]:
             raise BadInput("the files of a model changed during the merge; run it again")
-        record = _record(made, sides, config, hashes)
+        record = _record(made, sides, config, hashed)
         _finish(steps / MODEL, made, record)
         store.put_in_place(steps / MODEL, out)
         sync_folder(out.parent)
@@ -88,7 +90,7 @@ def _adapter(loras: Sequence[Lora | None], sides: Sequence[Side], config: MergeC
     return _Made("adapter", write_adapter(loras, sides, config, home, folder), home)
 
 
-def _weights(sides: Sequence[Side], config: MergeConfig, steps: Path) -> _Made:
+def _weights(sides: Sequence[Side], config: MergeConfig, steps: Path, hashes: FileHashes) -> _Made:
     """Write the merge of whole checkpoints."""
     folder = steps / MODEL
     whole = [Checkpoint.open(side.whole(steps / f"whole-{number}")) for number, side in enumerate(sides)]
@@ -104,7 +106,7 @@ def _weights(sides: Sequence[Side], config: MergeConfig, steps: Path) -> _Made:
         copy_small(first.files.place, folder, leave=(CONFIG,))
         return _Made("mergekit", dtype, home, notes=planned.notes)
     _check_room(planned, folder)
-    tallies = write_parts(planned.parts, folder, steps / JOURNAL)
+    tallies = write_parts(planned.parts, folder, steps / JOURNAL, hashes)
     if planned.shards:
         size = sum(job.size for part in planned.parts for job in part.jobs)
         store.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(planned.shards)})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,18 +83,9 @@ class Side:
         return MergedModel(self.name, tuple(each.record for each in self.parts), named)
 
 
-@contextmanager
-def hashing(sides: Sequence[Side]) -> Generator[dict[Path, str]]:
-    """Hash all weight files in a thread during the block; the dictionary is filled when it ends."""
-    paths = dict.fromkeys(path for side in sides for group in side.weights for path in group)
-    found: dict[Path, str] = {}
-    pool = ThreadPoolExecutor(1)
-    try:
-        coming = {path: pool.submit(store.hash_file, path) for path in paths}
-        yield found
-        found.update({path: each.result() for path, each in coming.items()})
-    finally:
-        pool.shutdown(cancel_futures=True)
+def weights_of(sides: Sequence[Side]) -> list[Path]:
+    """All weight files, each once."""
+    return list(dict.fromkeys(path for side in sides for group in side.weights for path in group))
 
 
 def copy_small(source: Path, folder: Path, *, leave: Sequence[str] = ()) -> None:

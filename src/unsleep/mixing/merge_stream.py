@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +26,14 @@ from unsleep.base import records, store
 from unsleep.base.context import kept, progress
 from unsleep.base.records import Count
 from unsleep.core import BadInput
+from unsleep.mixing.merge_disk import FileHashes, InFile, OutFile, buffer_for
 from unsleep.mixing.merge_files import DTYPES, ITEMS, Stored
 from unsleep.models.merging import combine
 
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 """Elements per chunk."""
-MARK = 1 << 28
-"""Bytes between two entries of the journal."""
+MARK = 1 << 26
+"""Bytes between two entries of the journal: few enough that writing them does not hold up what follows."""
 PARTIAL = ".part"
 """Suffix of a file that is not complete."""
 ALIGNMENT = 8
@@ -135,15 +137,18 @@ class _Chunk(NamedTuple):
     pieces: tuple[Tensor, ...]
 
 
-def write_parts(parts: Sequence[Part], folder: Path, journal: Path) -> dict[str, Tally]:
+def write_parts(parts: Sequence[Part], folder: Path, journal: Path, hashes: FileHashes) -> dict[str, Tally]:
     """Write the files of a merge into a folder, or what an interrupted run left of them; the counts per layer.
+
+    Args:
+        hashes: are fed with what is read.
 
     Raises `BadInput` for results that are NaN or infinite, an input that ends early, and a full disk.
     """
     state = _resumed(parts, folder, journal)
     total = sum(part.size for part in parts)
     before = sum(part.size for part in parts[: state.part])
-    with _Inputs() as inputs, store.writing(folder):
+    with _Inputs(hashes) as inputs, _one_thread(), store.writing(folder):
         for number in range(state.part, len(parts)):
             state = _write_part(parts[number], folder, journal, state, inputs, (before, total))
             before += parts[number].size
@@ -181,20 +186,21 @@ def _write_part(
     final.unlink(missing_ok=True)
     tallies = dict(state.tallies)
     header = part.header
-    with partial.open("ab", buffering=0) as file, _Marks(file.fileno(), journal) as marks:
-        done = marked = state.done
-        os.ftruncate(file.fileno(), done)
-        if done < len(header):
-            os.ftruncate(file.fileno(), 0)
-            done = _put(file.fileno(), header)
+    done = marked = state.done if state.done >= len(header) else 0
+    with OutFile(partial, done) as file, _Marks(file, journal) as marks:
+        if not done:
+            file.put(header)
+            done = len(header)
         for chunk in _chunks(part, done - len(header), inputs):
             merged, tally = _merged(chunk, inputs)
-            done += _put(file.fileno(), _bytes(merged))
+            file.put(_bytes(merged))
+            done += merged.nbytes
             tallies[chunk.job.layer] = tallies.get(chunk.job.layer, Tally()) + tally
             progress("merge, MB", *(math.ceil(size / 10**6) for size in (overall[0] + done, overall[1])))
             if done - marked >= MARK:
                 marks.add(Journal(state.part, done, dict(tallies)))
                 marked = done
+        file.finish()
         marks.add(Journal(state.part, done, dict(tallies)))
     partial.rename(final)
     sync_folder(folder)
@@ -206,7 +212,7 @@ def _write_part(
 class _Marks:
     """Entries of the journal, each written by a thread once the data before it are on the disk."""
 
-    def __init__(self, file: int, journal: Path) -> None:
+    def __init__(self, file: OutFile, journal: Path) -> None:
         self._file, self._journal = file, journal
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -221,8 +227,9 @@ class _Marks:
             self._thread.shutdown()
 
     def add(self, entry: Journal) -> None:
-        """Begin to sync what has been written; waits for the entry before."""
+        """Flush what has been written and begin to sync it; waits for the entry before."""
         self._wait()
+        self._file.flush()
         self._pending = self._thread.submit(self._sync, entry)
 
     def _wait(self) -> None:
@@ -231,24 +238,40 @@ class _Marks:
             self._pending = None
 
     def _sync(self, entry: Journal) -> None:
-        os.fsync(self._file)
+        self._file.sync()
         records.save(entry, self._journal)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Generator[None]:
+    """Arithmetic in one thread: more would busy-wait between chunks for cores that reading and hashing need."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Inputs:
-    """Open input files, and two sets of buffers that are filled in turn by a thread."""
+    """Open input files, and two sets of buffers that are filled in turn by a thread, and hashed by another."""
+
+    def __init__(self, hashes: FileHashes | None = None) -> None:
+        self._hashes = hashes
+        self._hashing: list[list[Future[None]]] = [[], []]
 
     def __enter__(self) -> _Inputs:
-        self._files: dict[Path, int] = {}
-        self._buffers: dict[tuple[int, int], bytearray] = {}
+        self._files: dict[Path, InFile] = {}
+        self._buffers: dict[tuple[int, int], mmap.mmap] = {}
         self._factors: tuple[Job | None, list[float]] = None, []
-        self._thread = ThreadPoolExecutor(1)
+        self._thread, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._thread.shutdown()
+        self._hasher.shutdown()
         for file in self._files.values():
-            os.close(file)
+            file.close()
 
     def ahead(self, wanted: Iterator[tuple[Job, int, int]]) -> Generator[_Chunk]:
         """Chunks of jobs (job, first element, count), each read while the one before is computed."""
@@ -268,36 +291,32 @@ class _Inputs:
         return self._factors[1]
 
     def _chunk(self, job: Job, first: int, count: int, side: int) -> _Chunk:
-        return _Chunk(
+        for hashed in self._hashing[side]:
+            hashed.result()
+        chunk = _Chunk(
             job, first, tuple(self.read(source, first, count, (side, i)) for i, source in enumerate(job.sources))
         )
+        self._hashing[side] = [
+            self._hasher.submit(self._hash, source, first, piece)
+            for source, piece in zip(job.sources, chunk.pieces, strict=True)
+        ]
+        return chunk
+
+    def _hash(self, source: Stored, first: int, piece: Tensor) -> None:
+        if self._hashes is not None:
+            self._hashes.feed(source.path, source.start + first * piece.itemsize, _bytes(piece))
 
     def read(self, source: Stored, first: int, count: int, place: tuple[int, int]) -> Tensor:
         """Elements of a stored tensor, in the buffer of a place."""
         item = ITEMS[source.dtype]
         if place not in self._buffers:
-            self._buffers[place] = bytearray(CHUNK * max(ITEMS.values()))
-        view = memoryview(self._buffers[place])[: count * item]
+            self._buffers[place] = buffer_for(CHUNK * max(ITEMS.values()))
         if source.path not in self._files:
-            with _reading(source.path):
-                self._files[source.path] = os.open(source.path, os.O_RDONLY)
-        at, got = source.start + first * item, 0
-        while got < len(view):
-            with _reading(source.path):
-                more = os.preadv(self._files[source.path], [view[got:]], at + got)
-            if not more:
-                raise BadInput(f"{source.path} ends inside {source.name}; it was changed during the merge")
-            got += more
+            self._files[source.path] = InFile(source.path)
+        buffer = self._buffers[place]
+        offset = self._files[source.path].read(source.start + first * item, count * item, buffer)
         dtype = DTYPES.get(source.dtype, INTEGERS[item])
-        return torch.frombuffer(self._buffers[place], dtype=dtype, count=count)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+        return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
 
 
 def _chunks(part: Part, skip: int, inputs: _Inputs) -> Generator[_Chunk]:
@@ -375,14 +394,6 @@ PARALLEL = 1e-14
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast("Any", tensor.contiguous().view(torch.uint8).numpy()))
-
-
-def _put(file: int, data: bytes | memoryview) -> int:
-    """Write all of the data; returns their length."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.write(file, view[done:])
-    return done
 
 
 def sync_folder(folder: Path) -> None:
