@@ -93,7 +93,13 @@ def merges(record: Record) -> str:
     told = (
         f"\nTwo models of {cost['model_bytes'] / 1e9:.1f} GB are merged at {speed['ratio']:.2f} × the speed of `cp`, "
         f"in bytes moved per second (a merge moves three bytes for each that it writes, a copy two), in "
-        f"{cost['time_ratio']:.2f} × its time; anonymous memory is {memory['peak'] / 1e6:,.0f} MB, "
+        f"{cost['time_ratio']:.2f} × its time: {ranged(cost['seconds']['merge'])} where `cp` takes "
+        f"{ranged(cost['seconds']['copy'])}, in {len(cost['seconds']['copy'])} rounds; anonymous memory is {memory['peak'] / 1e6:,.0f} MB, "
         f"{memory['ratio']:.2f} of twice the largest tensor and 500 MB. Measured on {machine_of(record)}.\n"
     )
     return table(["family", "merge", "elements", "identical", "largest distance, ulp"], rows) + told
+
+
+def ranged(seconds: Sequence[float]) -> str:
+    """The fastest and the slowest of some times."""
+    return f"{min(seconds):.0f} to {max(seconds):.0f} s"
