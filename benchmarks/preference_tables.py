@@ -90,12 +90,13 @@ def merges(record: Record) -> str:
     ]
     cost = record["cost"]
     memory, speed = cost["memory"], cost["bytes_per_second"]
+    took, copied = (cost["seconds"][name] for name in ("merge", "copy"))
     told = (
         f"\nTwo models of {cost['model_bytes'] / 1e9:.1f} GB are merged at {speed['ratio']:.2f} × the speed of `cp`, "
         f"in bytes moved per second (a merge moves three bytes for each that it writes, a copy two), in "
-        f"{cost['time_ratio']:.2f} × its time: {ranged(cost['seconds']['merge'])} where `cp` takes "
-        f"{ranged(cost['seconds']['copy'])}, in {len(cost['seconds']['copy'])} rounds; anonymous memory is {memory['peak'] / 1e6:,.0f} MB, "
-        f"{memory['ratio']:.2f} of twice the largest tensor and 500 MB. Measured on {machine_of(record)}.\n"
+        f"{cost['time_ratio']:.2f} × its time: {ranged(took)} where `cp` takes {ranged(copied)} ({len(took)} rounds). "
+        f"Anonymous memory is {memory['peak'] / 1e6:,.0f} MB, {memory['ratio']:.2f} of twice the largest tensor and "
+        f"500 MB. Measured on {machine_of(record)}.\n"
     )
     return table(["family", "merge", "elements", "identical", "largest distance, ulp"], rows) + told
 
