@@ -39,15 +39,26 @@ ORGANISMS = ("deployment", str(RUNS / "organisms" / "year"), str(RUNS / "organis
 
 
 def means(record: ExperimentRecord) -> list[dict[str, Any]]:
-    """Every metric of every arm at every setting that all replicates have: mean, and the replicates' values."""
-    found: dict[tuple[str, float, str], list[float]] = {}
+    """Every metric of every arm: means over the replicates, setting by setting, and the replicates' values.
+
+    Where settings are measured themselves (a share of variance), those of equal rank are taken together, if every
+    replicate has as many.
+    """
+    found: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
     for each in record.measures:
-        found.setdefault((each.arm, each.x, each.metric), []).append(each.value)
-    return [
-        {"arm": arm, "x": x, "metric": metric, "mean": mean(values), "replicates": values}
-        for (arm, x, metric), values in found.items()
-        if len(values) == len(record.replicates)
-    ]
+        found.setdefault((each.arm, each.metric), {}).setdefault(each.replicate, {})[each.x] = each.value
+    rows: list[dict[str, Any]] = []
+    for (arm, metric), own in found.items():
+        if len(own) < len(record.replicates):
+            continue
+        common = sorted(set.intersection(*map(set, own.values())))
+        points = [[(x, each[x]) for each in own.values()] for x in common]
+        if not common and len({len(each) for each in own.values()}) == 1:
+            points = list(zip(*(sorted(each.items()) for each in own.values()), strict=True))
+        for point in points:
+            xs, values = zip(*point, strict=True)
+            rows.append({"arm": arm, "x": mean(xs), "metric": metric, "mean": mean(values), "replicates": list(values)})
+    return rows
 
 
 def joined(parts: Sequence[ExperimentRecord], replicates: Sequence[str]) -> tuple[list[Measure], list[str]]:

@@ -42,12 +42,13 @@ def curve(name: str, points: Points, number: int, count: int, unit: str) -> Curv
 
 
 def drawn_curves(
-    title: str, lines: Mapping[str, Points], names: tuple[str, str], *, top: float = 0.0
+    title: str, lines: Mapping[str, Points], names: tuple[str, str], *, top: float = 0.0, zero: bool = True
 ) -> tuple[str, Markup]:
     """A chart of some lines under its title; shares of nodes have 1 at the `top` and a logarithmic x axis."""
     curves = [curve(name, points, i, len(lines), names[1]) for i, (name, points) in enumerate(lines.items())]
     x = axis([d.x for c in curves for d in c.dots], names[0], log=bool(top))
-    y = axis([0.0, top, *(d.y for c in curves for d in c.dots)], names[1])
+    ends = [end for c in curves for d in c.dots for end in (d.y, *(d.span or ()))]
+    y = axis([*([0.0, top] if zero else []), *ends], names[1], zero=zero)
     key = re.sub(r"\W+", "-", title.lower())
     return title, chart(curves, [], (x, y), title=title, name=key, width=WIDTH)
 
@@ -103,7 +104,7 @@ def draw_experiment(r: Record, path: Path) -> None:
         for row in (row for row in r["means"] if row["metric"] == metric):
             span = min(row["replicates"]), max(row["replicates"])
             lines.setdefault(row["arm"], []).append((row["x"], row["mean"], span))
-        parts.append(drawn_curves(title, lines, (r["axis"], unit)))
+        parts.append(drawn_curves(title, lines, (r["axis"], unit), zero=metric != "ce"))
     drawings.save(path, r["question"], parts, columns=2)
 
 

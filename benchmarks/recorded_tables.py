@@ -184,7 +184,7 @@ def experiment(record: Record) -> str:
     found = {(row["arm"], row["x"], row["metric"]): row["mean"] for row in record["means"]}
     places = list(dict.fromkeys((row["arm"], row["x"]) for row in record["means"]))
     cells = [
-        [arm, f"{x:g}", *(f"{found[arm, x, m]:.2f}" if (arm, x, m) in found else "–" for m in metrics)]
+        [arm, f"{x:.4g}", *(f"{found[arm, x, m]:.2f}" if (arm, x, m) in found else "–" for m in metrics)]
         for arm, x in sorted(places, key=lambda each: ([p[0] for p in places].index(each[0]), each[1]))
     ]
     told = "".join(f"- **{each['label']}**: {each['question']} {each['words']}\n" for each in record["findings"])

@@ -217,18 +217,22 @@ class Comparison:
 
         Where a replicate has none of the controls, the finding is open unless it is refuted.
         """
-        told: list[str] = []
+        every = {r: {words: self._payload(curves, arm, r) for words, arm in self.arms.items()} for r in replicates}
+        usable = [words for words in self.arms if any(read[words] is not None for read in every.values())]
+        told = [
+            f"{r}: {', '.join(f'{words} {_at_cost(read[words])}' for words in usable)}" for r, read in every.items()
+        ]
         removed: list[bool] = []
-        for each in replicates:
-            read = {words: self._payload(curves, arm, each) for words, arm in self.arms.items()}
-            told.append(f"{each}: {', '.join(f'{words} {_at_cost(found)}' for words, found in read.items())}")
+        for read in every.values():
             own, controls = read[self.own], [found for words in self.controls if (found := read[words]) is not None]
             removed.append(own is not None and own[0] <= self.most_payload and all(v > own[0] for v, _ in controls))
         controlled = all(any(curves.settings_in(self.arms[w], r) for w in self.controls) for r in replicates)
         found = label(removed)
         lead = f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text (its cost in nats)"
-        rest = "– where every one costs more or breaks the model"
-        said = f"{lead}; {rest}. {'; '.join(told)}."
+        said = f"{lead}; – where every one costs more or breaks the model. "
+        said += f"{'; '.join(told)}." if usable else "None of the arms has one."
+        if usable and (left := [words for words in self.arms if words not in usable]):
+            said += f" Everywhere –: {', '.join(left)}."
         return Finding(question, "open" if found == "supported" and not controlled else found, said)
 
     def _payload(self, curves: Curves, arm: str, replicate: str) -> tuple[float, float] | None:

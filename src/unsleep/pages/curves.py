@@ -22,7 +22,7 @@ SHADES = 11
 LEFT, RIGHT, TOP, BOTTOM = 46, 74, 14, 44
 """Plot margins in SVG units; the right one holds the labels and grows with them."""
 
-LETTER = 6.9
+LETTER = 7.4
 """Approximate width of a label's letter."""
 
 HEIGHT = 280

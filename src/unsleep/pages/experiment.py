@@ -62,10 +62,11 @@ def curves_block(record: Record, metrics: Sequence[str]) -> Block:
     """A chart of each metric."""
     x = axis([m["x"] for m in record["measures"]], record["axis"])
     drawn: list[tuple[str, Markup]] = []
+    arms = coloured(labelled(record["arms"]))
     for metric in metrics:
         own, shown = [m for m in record["measures"] if m["metric"] == metric], shown_as(metric)
         y = axis([m[key] for m in own for key in ("low", "high")], shown.name, zero=metric != "ce")
-        found = [curve for arm, colour in coloured(record["arms"]) if (curve := curve_of(arm, colour, own, shown))]
+        found = [curve for arm, colour in arms if (curve := curve_of(arm, colour, own, shown))]
         title, name = f"{shown.name}, {shown.what}", f"m-{metrics.index(metric)}"
         drawn += [(title, each) for each in charts(found, x, y, title=title, name=name, width=WIDE + 120)]
     lead = "Each arm over the setting; where there are many, several charts of equal axes, the other arms in grey."
@@ -99,6 +100,13 @@ def mean_of(values: Sequence[float], shown: Shown) -> str:
     if not values:
         return "–"
     return (text.percent if shown.is_share else text.decimals)(sum(values) / len(values))
+
+
+def labelled(arms: Sequence[Record]) -> list[Record]:
+    """Arms with their labels: names, without the group of Sites before a colon where there is only one."""
+    groups = {group for arm in arms if (group := arm["name"].rpartition(": ")[0])}
+    prefix = f"{groups.pop()}: " if len(groups) == 1 else ""
+    return [{**arm, "label": arm["name"].removeprefix(prefix)} for arm in arms]
 
 
 def coloured(arms: Sequence[Record]) -> list[tuple[Record, str]]:
@@ -135,7 +143,7 @@ def curve_of(arm: Record, colour: str, measures: Sequence[Record], shown: Shown)
         )
         for m in own
     )
-    return Curve(text.clip(arm["name"], 34), colour, means, dots)
+    return Curve(text.clip(arm["label"], 34), colour, means, dots)
 
 
 def words_of(measure: Record) -> str:

@@ -95,8 +95,9 @@ def visible_value(value: Any) -> Any:
 
 
 def clip(text: str, limit: int) -> str:
-    """At most `limit` characters, with a note on the number omitted."""
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+    """At most `limit` characters, with a note on the number omitted, unless that would be longer than what it omits."""
+    short = f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+    return text if len(text) <= max(limit, len(short)) else short
 
 
 def token_text(token: str) -> str:
