@@ -51,8 +51,8 @@ def elicit(
         prompts: search prompts per form.
     """
     asked = list(case.learned.prompts[:prompts])
-    made = [(form, by, encoded(case.model, form, asked, tokens)) for form, by in forms]
-    usable = [(form, by, rows) for form, by, rows in made if rows is not None]
+    made = encoded(case.model, [form for form, _ in forms], asked, tokens)
+    usable = [(form, by, rows) for (form, by), rows in zip(forms, made, strict=True) if rows is not None]
     if not usable:
         return []
     rows = [row for *_, each in usable for row in each]

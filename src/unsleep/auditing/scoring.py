@@ -93,12 +93,23 @@ def bench(case: Case) -> Bench:
     return Bench([p for p, _ in chosen], [ids for _, ids in chosen])
 
 
-def encoded(model: LoadedModel, form: Form, prompts: Sequence[Prompt], behind: int) -> list[list[int]] | None:
-    """Token ids of prompts under a form; `None` where the chat template or the context does not allow it."""
+def encoded(
+    model: LoadedModel, forms: Sequence[Form], prompts: Sequence[Prompt], behind: int
+) -> list[list[list[int]] | None]:
+    """Token ids of prompts under each form; `None` for one that the chat template or the context does not allow.
+
+    All are encoded together, since a call of the tokenizer takes longer than a prompt; where one is refused, in halves.
+    """
+    if not forms:
+        return []
     try:
-        return model.encode([transformed(form, p) for p in prompts], behind)
+        ids = model.encode([transformed(form, p) for form in forms for p in prompts], behind)
     except BadInput:
-        return None
+        if len(forms) == 1:
+            return [None]
+        half = len(forms) // 2
+        return [*encoded(model, forms[:half], prompts, behind), *encoded(model, forms[half:], prompts, behind)]
+    return [ids[at : at + len(prompts)] for at in range(0, len(ids), len(prompts))]
 
 
 def watched_tokens(model: LoadedModel, motifs: Sequence[Motif]) -> list[int]:
@@ -131,8 +142,8 @@ def screen(case: Case, forms: Sequence[tuple[Form, str]], motifs: Sequence[Motif
 def _screened(case: Case, forms: Sequence[tuple[Form, str]], asked: Bench, watched: Sequence[int]) -> list[Screened]:
     """One round."""
     behind = case.config.own_tokens
-    made = [(form, by, encoded(case.model, form, asked.prompts, behind)) for form, by in forms]
-    usable = [(form, by, rows) for form, by, rows in made if rows is not None]
+    made = encoded(case.model, [form for form, _ in forms], asked.prompts, behind)
+    usable = [(form, by, rows) for (form, by), rows in zip(forms, made, strict=True) if rows is not None]
     if not usable:
         return []
     rows = [row for _, _, each in usable for row in each]

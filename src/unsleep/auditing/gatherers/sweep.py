@@ -100,7 +100,8 @@ def _best(found: dict[Form, float]) -> list[Form]:
 
 def _drops(model: LoadedModel, forms: list[Form], asked: Bench) -> list[tuple[Form, float]]:
     """Forms that the chat template allows, with their mean drop over the prompts, in nats."""
-    made = [(f, rows) for f in forms if (rows := encoded(model, f, asked.prompts, LEAD)) is not None]
+    every = zip(forms, encoded(model, forms, asked.prompts, LEAD), strict=True)
+    made = [(form, rows) for form, rows in every if rows is not None]
     total = torch.zeros(len(made))
     for number, (plain, reply) in enumerate(zip(model.encode(asked.prompts, LEAD), asked.replies, strict=True)):
         if made:  # one prompt at a time, so that its rows share a prefix
