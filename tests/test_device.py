@@ -24,6 +24,7 @@ from unsleep.judge.metrics import Subject
 from unsleep.locate.features import FindConfig
 from unsleep.mixing.dilution import DilutionConfig, dilution
 from unsleep.models.model import LoadedModel
+from unsleep.rewards.sampling import SampleConfig
 
 on_device = pytest.mark.skipif(DEVICE == "cpu", reason="the tests run on the CPU")
 SITE, N = Site(1), 24
@@ -92,6 +93,15 @@ def test_statistics_of_features_and_a_guard_with_some(model: LoadedModel, dictio
 def test_mixtures_reply(model: LoadedModel, kind: str):
     mixed = unsleep.mix([model, trusted()], unsleep.MixConfig(kind, (0.5, 0.5)))
     assert len(unsleep.replies(mixed, CLEAN.head(4), max_new_tokens=4)) == 4
+
+
+@on_device
+def test_replies_are_sampled_and_rewarded(model: LoadedModel):
+    def place(outputs: list[str], **_: object) -> list[float]:
+        return [*map(float, range(len(outputs)))]
+
+    found = unsleep.sample_rewards(model, CLEAN.head(6), place, SampleConfig(replies=2, reply_tokens=4))
+    assert len(found.outputs) == 12
 
 
 @on_device

@@ -187,12 +187,11 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def sampler(temperature: float, seed: int) -> Choice:
-    """Choice by sampling from softmax(logits / temperature), on the CPU, so that a seed means the same everywhere."""
+    """Choice by sampling from softmax(logits / temperature), with numbers from the CPU, the same by seed everywhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
-        shares = (logits.float().cpu() / temperature).softmax(-1)
-        return drawn(shares, generator).to(logits.device)
+        return drawn((logits.float() / temperature).softmax(-1), generator)
 
     return choose
 
@@ -208,9 +207,9 @@ def drawn(shares: Float[Tensor, "row choice"], generator: torch.Generator, block
     if not bool(ends[:, -1].isfinite().all()):
         raise BadInput("the logits of a token hold NaN or infinity, and nothing can be sampled from them")
     below = 1 - 1e-12  # so that rounding never reaches the end, where no share is left
-    at = torch.rand(len(shares), 1, dtype=torch.float64, generator=generator) * ends[:, -1:] * below
+    at = torch.rand(len(shares), 1, dtype=torch.float64, generator=generator).to(ends) * ends[:, -1:] * below
     chosen = torch.searchsorted(ends, at, right=True)
-    inside = parts[torch.arange(len(shares)), chosen[:, 0]].double().cumsum(-1)
+    inside = parts[torch.arange(len(shares), device=shares.device), chosen[:, 0]].double().cumsum(-1)
     left = at - ends.gather(1, (chosen - 1).clamp_min(0)) * (chosen > 0)
     place = torch.searchsorted(inside, torch.minimum(left, inside[:, -1:] * below), right=True)
     return (chosen * block + place)[:, 0]
