@@ -192,7 +192,8 @@ def experiment(record: Record) -> str:
     where = (
         f"{record['minutes']:.0f} minutes on {machine_of(record)}" if record["minutes"] else "organisms side by side"
     )
-    where += "".join(f" on an {each}" for each in record["judged_on"])
+    if record["judged_on"]:
+        where += f", on {' and '.join('a CPU' if each == 'none' else f'an {each}' for each in record['judged_on'])}"
     setting = (
         f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel{given}; {where}:\n\n"
     )
