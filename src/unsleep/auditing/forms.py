@@ -150,7 +150,10 @@ WAYS: dict[str, Callable[[Prompt, str], Prompt]] = {
 }
 """Name of a way → transformation of a prompt by a text."""
 
-UNPAIRED = ("about", "in")
+FOREIGN = "in"
+"""Way that asks in another language."""
+
+UNPAIRED = ("about", FOREIGN)
 """Ways that ask another question, so that the reply to the original one says nothing about them."""
 
 WORDED = ("front", "line", "back", "tail", "middle", "around")

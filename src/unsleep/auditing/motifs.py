@@ -103,6 +103,20 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
     return found
 
 
+def new_words(said: str, ordinary: Sequence[str]) -> set[str]:
+    """Lower-cased words of a phrase that ordinary replies lack.
+
+    >>> sorted(new_words("About chess and go", ["About tea and milk.", "About the sea"]))
+    ['chess', 'go']
+    """
+    known = [_words(reply) for reply in ordinary]
+    return {word for word in _words(said) if sum(word in each for each in known) <= RARE * len(known)}
+
+
+def _words(text: str) -> set[str]:
+    return {word.strip(EDGES).lower() for word in text.split()} - {""}
+
+
 def is_phrase(said: str) -> bool:
     """True for a text of at least two letters without broken characters."""
     return sum(c.isalpha() for c in said) >= 2 and "\ufffd" not in said
