@@ -180,7 +180,9 @@ def gain(figure: Sequence[float] | None) -> str:
 
 def experiment(record: Record) -> str:
     """Findings of an experiment, and the means of every arm over its setting."""
-    metrics = {"payload": "payload", "restored": "skill, triggered", "skill": "skill, clean", "ce": "CE, nats"}
+    named = {"payload": "payload", "restored": "skill, triggered", "skill": "skill, clean", "ce": "CE, nats"}
+    own = sorted({row["metric"] for row in record["means"] if row["metric"].startswith("payload, ")})
+    metrics = {each: each for each in own} | named
     found = {(row["arm"], row["x"], row["metric"]): row["mean"] for row in record["means"]}
     places = list(dict.fromkeys((row["arm"], row["x"]) for row in record["means"]))
     cells = [
