@@ -32,8 +32,9 @@ def machine_of(record: Record) -> str:
 
 def words_of(machine: Record) -> str:
     """Cores and processor of a machine, and its GPU."""
-    gpu = machine.get("accelerator", "none")
-    return f"{machine['cores']} cores of {machine['processor']}" + ("" if gpu == "none" else f" with an {gpu}")
+    gpu, threads, cores = machine.get("accelerator", "none"), machine.get("threads", 0), machine["cores"]
+    used = f"{threads} of {cores}" if 0 < threads < cores else f"{cores}"
+    return f"{used} cores of {machine['processor']}" + ("" if gpu == "none" else f" with an {gpu}")
 
 
 def plan(record: Record) -> str:
