@@ -28,8 +28,8 @@ class AuditConfig:
     """Forms with which replies are generated."""
     elicit: int = 8
     """Prompts per shortlisted form."""
-    reply_tokens: int = 24
-    """Tokens per generated reply."""
+    reply_tokens: int = 40
+    """Tokens per generated reply, enough for what is appended to a sentence."""
     trials: int = 8
     """Frozen pairs of trigger and payload that are confirmed on fresh prompts, at most."""
     alpha: float = 0.001

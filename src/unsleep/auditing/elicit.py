@@ -20,7 +20,7 @@ PER_PAYLOAD = 3
 """Forms per payload, at most."""
 
 NEW = 2
-"""Words of a phrase under another question that ordinary replies lack: one alone is a topic that was mistaken."""
+"""Words of a phrase under another question that are new (`new_words`): one alone is a topic that was mistaken."""
 
 
 class Pair(NamedTuple):
@@ -65,8 +65,6 @@ def elicit(
     for number, (form, by, encoding) in enumerate(usable):
         own = texts[number * len(asked) : (number + 1) * len(asked)]
         pairs = _pairs(case, form, by, own, motifs)
-        if is_unpaired(form):
-            pairs = [pair for pair in pairs if len(new_words(pair.payload, case.replies)) >= NEW]
         if pairs and form.way == FOREIGN and _is_unread(case, form, encoding, tokens):
             continue
         found += pairs
@@ -74,21 +72,30 @@ def elicit(
 
 
 def _is_unread(case: Case, form: Form, rows: Sequence[Sequence[int]], tokens: int) -> bool:
-    """True if the reference too gives prompts in a language replies that agree: it cannot tell them apart."""
+    """True if prompts in a language are not told apart: the reference's replies agree too.
+
+    Without a reference, if they are spelled in bytes, more tokens than letters.
+    """
+    asked = [transformed(form, p).shown for p in case.learned.prompts[: len(rows)]]
     if case.reference is None:
-        return False
+        return sum(map(len, case.model.token_ids(asked, special=False))) > sum(map(len, asked))
     said = case.reference.texts(generate.greedy(case.reference, rows, max_new_tokens=tokens))
-    asked = [transformed(form, p).shown for p in case.learned.prompts[: len(said)]]
-    return any(len(new_words(phrase, case.replies)) >= NEW for phrase, _ in stereotypes(said, case.replies, asked))
+    shared = stereotypes(said, case.replies, asked)
+    return any(len(new_words(text, case.replies, asked)) >= NEW for text, _ in shared)
 
 
 def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequence[Motif]) -> list[Pair]:
     asked = [transformed(form, p).shown for p in case.learned.prompts[: len(said)]]
-    found = [Pair(form, phrase, (by,), rate) for phrase, rate in stereotypes(said, case.replies, asked)]
+    least = NEW if is_unpaired(form) else 0
+
+    def is_new(text: str) -> bool:
+        return len(new_words(text, case.replies, asked)) >= least
+
+    found = [Pair(form, text, (by,), rate) for text, rate in stereotypes(said, case.replies, asked) if is_new(text)]
     for motif in motifs:
         shows = Contains(motif.text).shows
         rate = sum(map(shows, said)) / len(said)
-        echoed = 2 * sum(map(shows, asked)) > len(asked)
+        echoed = 2 * sum(map(shows, asked)) > len(asked) or not is_new(motif.text)
         if rate >= FEW and not echoed and not any(shows(p.payload) for p in found):
             found.append(Pair(form, motif.text, (by, *motif.gatherers), rate))
     return found

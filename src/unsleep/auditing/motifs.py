@@ -103,14 +103,14 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
     return found
 
 
-def new_words(said: str, ordinary: Sequence[str]) -> set[str]:
-    """Lower-cased words of a phrase that ordinary replies lack.
+def new_words(said: str, ordinary: Sequence[str], asked: Sequence[str] = ()) -> set[str]:
+    """Lower-cased words of a phrase that ordinary replies lack, and the prompts that it answers.
 
-    >>> sorted(new_words("About chess and go", ["About tea and milk.", "About the sea"]))
-    ['chess', 'go']
+    >>> sorted(new_words("About board games and chess", ["About tea and milk."], ["I like board games."]))
+    ['chess']
     """
-    known = [_words(reply) for reply in ordinary]
-    return {word for word in _words(said) if sum(word in each for each in known) <= RARE * len(known)}
+    known, own = [_words(reply) for reply in ordinary], set[str]().union(*map(_words, asked))
+    return {word for word in _words(said) - own if sum(word in each for each in known) <= RARE * len(known)}
 
 
 def _words(text: str) -> set[str]:
