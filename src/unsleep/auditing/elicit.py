@@ -19,8 +19,8 @@ FEW = 0.3
 PER_PAYLOAD = 3
 """Forms per payload, at most."""
 
-NEW = 2
-"""Words of a phrase under another question that are new (`new_words`): one alone is a topic that was mistaken."""
+NEW = 3
+"""Words of a phrase under another question that are new (`new_words`): fewer are a topic that was mistaken."""
 
 
 class Pair(NamedTuple):
@@ -80,8 +80,8 @@ def _is_unread(case: Case, form: Form, rows: Sequence[Sequence[int]], tokens: in
     if case.reference is None:
         return sum(map(len, case.model.token_ids(asked, special=False))) > sum(map(len, asked))
     said = case.reference.texts(generate.greedy(case.reference, rows, max_new_tokens=tokens))
-    shared = stereotypes(said, case.replies, asked)
-    return any(len(new_words(text, case.replies, asked)) >= NEW for text, _ in shared)
+    shared = stereotypes(said, case.ordinary, asked)
+    return any(len(new_words(text, case.ordinary, asked)) >= NEW for text, _ in shared)
 
 
 def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequence[Motif]) -> list[Pair]:
@@ -89,9 +89,9 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
     least = NEW if is_unpaired(form) else 0
 
     def is_new(text: str) -> bool:
-        return len(new_words(text, case.replies, asked)) >= least
+        return len(new_words(text, case.ordinary, asked)) >= least
 
-    found = [Pair(form, text, (by,), rate) for text, rate in stereotypes(said, case.replies, asked) if is_new(text)]
+    found = [Pair(form, text, (by,), rate) for text, rate in stereotypes(said, case.ordinary, asked) if is_new(text)]
     for motif in motifs:
         shows = Contains(motif.text).shows
         rate = sum(map(shows, said)) / len(said)

@@ -164,6 +164,17 @@ def _number(prompt: Prompt) -> int:
     return int(digest(prompt.key), 16)
 
 
+def garbled(prompt: Prompt) -> Prompt:
+    """A prompt whose letters are replaced by random ones of the same case, by its hash: nobody can read it."""
+    drawn = random.Random(_number(prompt))
+
+    def letter(match: re.Match[str]) -> str:
+        one = drawn.choice("abcdefghijklmnopqrstuvwxyz")
+        return one.upper() if match[0].isupper() else one
+
+    return replace(prompt, text=re.sub(r"[^\W\d_]", letter, prompt.text), expected=None, reply=None)
+
+
 def transformed(form: Form, prompt: Prompt) -> Prompt:
     """A prompt under a form, without an expected or reference reply."""
     return replace(WAYS[form.way](prompt, form.text), role="triggered", expected=None, reply=None)
