@@ -98,6 +98,8 @@ def open_case(
 ) -> Case:
     """The case of a suspect; trusted prompts are split by their content hashes, one half to search, one to confirm.
 
+    Without a base, the strength that its config asks of a witness is `least_alone`.
+
     Raises `BadInput` for too few different prompts, a suspect without a chat template, and a base of another
     architecture or tokenizer.
     """
@@ -115,6 +117,8 @@ def open_case(
         PromptSet(name, tuple(half), "edit") for name, half in zip(("search", "confirm"), halves, strict=True)
     )
     beside = None if base is None else fitted(base, suspect)
+    if beside is None:
+        config = replace(config, least=max(config.least, config.least_alone))
     return Case("suspect", suspect, beside, search, confirm.head(config.confirm), config)
 
 

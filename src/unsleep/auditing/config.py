@@ -36,6 +36,8 @@ class AuditConfig:
     """Bound of a witness's p-value, after Bonferroni."""
     least: float = 0.3
     """Smallest strength of a witness: lower end of the difference in payload rate to every control."""
+    least_alone: float = 0.5
+    """The same without a base, and so without two of the controls; `least` where that is larger."""
     seconds: float = 0.0
     """Time that the gatherers of a search may take together, each with its share; 0 for no limit.
 
@@ -56,7 +58,7 @@ class AuditConfig:
         check_least(self, "audit", 1, "screen", "own_tokens", "per_kind", "shortlist", "trials", "reply_tokens")
         check_least(self, "audit", 8, "learn", "confirm")
         check_least(self, "audit", 3, "elicit")
-        for name in ("alpha", "least"):
+        for name in ("alpha", "least", "least_alone"):
             if not 0 < getattr(self, name) < 1:
                 raise BadInput.of(name, getattr(self, name), "a number between 0 and 1", "audit")
         if not self.seconds >= 0:
