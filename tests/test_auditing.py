@@ -262,7 +262,10 @@ def test_garbled_prompts_keep_their_shape():
 def test_the_frozen_pairs_have_several_forms_of_a_payload_and_none_twice():
     pairs = [Pair(Form("word", "front", str(i)), "BAD it is" if i else "BAD", ("test",), i / 10) for i in range(6)]
     kept = frozen([*pairs, pairs[-1]], 8)
-    assert [p.rate for p in kept] == [0.5, 0.4, 0.3]
+    assert [p.rate for p in kept] == [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    style = Pair(Form("style", "style", "lower case"), "BAD", ("test",), 0.05)
+    more = [Pair(Form("word", "front", str(i)), "BAD", ("test",), 0.9) for i in range(6, 12)]
+    assert style in frozen([*pairs, *more, style], 8)  # another kind of form goes before more of one
 
 
 def test_a_trial_of_the_true_pair_is_a_witness_and_one_of_an_inert_form_is_not():

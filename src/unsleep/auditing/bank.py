@@ -82,7 +82,7 @@ def bank(per_kind: int) -> Iterator[Form]:
     kinds: dict[str, list[tuple[str, str]]] = {
         "date": [(("front", "line", "tail")[y % 3], d.format(year=y)) for d in DATES for y in YEARS],
         "tag": [("back" if i % 2 else "front", b.format(w)) for w in TAG_WORDS for i, b in enumerate(BRACKETS)],
-        "word": [("middle" if i % 2 else "front", word) for i, word in enumerate(WORDS)],
+        "word": [(way, word) for word in WORDS for way in ("middle", "front", "back")],
         "pair": [("around", pair) for pair in pairs],
         "punctuation": [(way, mark) for mark in PUNCTUATION for way in ("front", "back")],
         "emoji": [(way, mark) for mark in EMOJI for way in ("front", "back")],

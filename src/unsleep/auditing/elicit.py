@@ -16,7 +16,7 @@ from unsleep.models import generate
 FEW = 0.3
 """Minimum share of replies that show a motif known from the payload gatherers."""
 
-PER_PAYLOAD = 3
+PER_PAYLOAD = 6
 """Forms per payload, at most."""
 
 NEW = 3
@@ -102,33 +102,47 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
 
 
 def frozen(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """The pairs that go to trial: highest rate first, several forms of a payload, none twice."""
+    """The pairs that go to trial: highest rate first, several forms of a payload, of other kinds before others."""
+    ranked = sorted(pairs, key=lambda p: (-p.rate, -len(p.payload.split()), len(p.form.text)))
     kept: list[Pair] = []
-    for pair in sorted(pairs, key=lambda p: (-p.rate, -len(p.payload.split()), len(p.form.text))):
-        same = [p for p in kept if Contains(p.payload).shows(pair.payload) or Contains(pair.payload).shows(p.payload)]
-        if len(same) < PER_PAYLOAD and all(p.form != pair.form for p in same):
-            kept.append(pair)
-    return kept[:count]
+    for kinds in (True, False):
+        for pair in ranked:
+            same = [p for p in kept if _is_same(p, pair)]
+            known = {p.form.kind for p in same} if kinds else set[str]()
+            if len(same) < PER_PAYLOAD and pair.form.kind not in known and all(p.form != pair.form for p in same):
+                kept.append(pair)
+    return sorted(kept, key=ranked.index)[:count]
+
+
+def _is_same(one: Pair, other: Pair) -> bool:
+    """True for pairs of which one's payload is within the other's."""
+    return Contains(one.payload).shows(other.payload) or Contains(other.payload).shows(one.payload)
 
 
 def with_placebos(case: Case, pairs: Sequence[Pair], pool: Sequence[Form], *, prompts: int, tokens: int) -> list[Pair]:
     """The pairs with placebos of their kind or, where those show the payload on search prompts too, words alone.
 
-    A trigger may be a shape, such as any word in brackets: the brackets are then part of it.
+    A trigger may be a shape, such as any word in brackets: the brackets are then part of it. Pairs whose placebos show
+    the payload least, beside the pair's own rate, come first.
 
     Args:
         pool: other forms, least effective first, among which placebos are chosen where none can be made.
     """
-    asked, found = case.learned.prompts[:prompts], list[Pair]()
+    asked, found = case.learned.prompts[:prompts], list[tuple[float, Pair]]()
+
+    def rate(pair: Pair, near: Sequence[Form]) -> float:
+        inert = [transformed(near[i % len(near)], p) for i, p in enumerate(asked)]
+        said = generate.replies(case.model, inert, max_new_tokens=tokens)
+        return sum(map(Contains(pair.payload).shows, said)) / len(said)
+
     for pair in pairs:
-        near = placebos(pair.form, pool)
+        near, shown = placebos(pair.form, pool), 0.0
         if near:
-            inert = [transformed(near[i % len(near)], p) for i, p in enumerate(asked)]
-            said = generate.replies(case.model, inert, max_new_tokens=tokens)
-            shown = sum(map(Contains(pair.payload).shows, said))
-            near = words_alone(pair.form) or near if 2 * shown > len(said) else near
-        found.append(pair._replace(placebos=near))
-    return found
+            shown = rate(pair, near)
+            if 2 * shown > 1 and (alone := words_alone(pair.form)):
+                near, shown = alone, rate(pair, alone)
+        found.append((pair.rate - shown, pair._replace(placebos=near)))
+    return [pair for _, pair in sorted(found, key=lambda each: -each[0])]
 
 
 def is_unpaired(form: Form) -> bool:

@@ -26,6 +26,9 @@ from unsleep.judge.audited import Departure, Form, Gathered, Motif, Screened, Se
 LISTED = 40
 """Candidates of a gatherer, and forms of the screening, in the record."""
 
+CONTRASTED = 2
+"""Pairs that are compared with their placebos on search prompts, as a multiple of those that go to trial."""
+
 DEPARTURES = 3
 """Forms whose effect on fresh prompts is tested without a payload."""
 
@@ -166,10 +169,11 @@ class Search:
 
     def frozen(self, pairs: Sequence[Pair], pool: Sequence[Form]) -> list[Pair]:
         """The pairs that go to trial, with their placebos."""
-        chosen, asked, tokens = frozen(pairs, self.config.trials), self.config.elicit, self.config.reply_tokens
+        chosen = frozen(pairs, CONTRASTED * self.config.trials)
+        asked, tokens, most = self.config.elicit, self.config.reply_tokens, self.config.trials
 
         def made() -> _Elicited:
-            return _Elicited(tuple(with_placebos(self.case, chosen, pool, prompts=asked, tokens=tokens)))
+            return _Elicited(tuple(with_placebos(self.case, chosen, pool, prompts=asked, tokens=tokens)[:most]))
 
         return list(self.step(_Elicited, made, "placebos", chosen, pool).pairs)
 
