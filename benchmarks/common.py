@@ -14,6 +14,7 @@ import torch
 from unsleep.base import store
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = RESULTS.parents[1]
 
 
 def alternating(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -49,12 +50,21 @@ def machine() -> dict[str, Any]:
     return {**store.provenance(0)["machine"], "cores": os.cpu_count()}
 
 
+def told(argument: str) -> str:
+    """An argument of the command without the place of this checkout, or of any other folder."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
+
+
 def keep(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Path:
     """Write the file of a measurement: the figures, and the versions, machine and date they belong to.
 
     The path is that of `record_of`, where none is given.
     """
-    origin = {**store.provenance(0), "machine": machine()}
+    origin = store.provenance(0)
+    origin |= {"command": list(map(told, origin["command"])), "machine": machine()}
     path = path or record_of(name)
     store.write_json(path, {"schema": "unsleep.benchmark/1", "name": name, **figures, "provenance": origin})
     return path

@@ -66,9 +66,8 @@ def joined(parts: Sequence[ExperimentRecord], replicates: Sequence[str]) -> tupl
     found = {(m.arm, m.x, m.replicate, m.metric): m for part in parts for m in part.measures}
     if missing := {*replicates} - {m.replicate for m in found.values()}:
         raise SystemExit(f"no part has {', '.join(sorted(missing))}")
-    told = dict.fromkeys(
-        note for part in parts for note in part.notes if note.startswith(tuple(f"{r}: " for r in replicates))
-    )
+    own = tuple(f"{each}: " for each in replicates)
+    told = dict.fromkeys(note for part in parts for note in part.notes if note.startswith(own))
     return list(found.values()), list(told)
 
 

