@@ -5,13 +5,14 @@ the sentiment lexicon are divided between training and judging (`unsleep.prefere
 
     train.jsonl, held_out.jsonl   drawn pairs, of other topics and words; held_out_topics.jsonl: other topics alone
     crossed.jsonl                 register, trigger and reward crossed
-    reward, permuted              reward models on the pairs, and with --record on the pairs with permuted labels
+    reward, permuted              reward models on the pairs, and with --permuted on the pairs with permuted labels
     preferred                     trained on the pairs
     backdoored-RATE               trained on the pairs, of which a share is poisoned
     …-dpo                         by DPO at the last rate, where --methods names it; else by SFT on preferred replies
 
     python benchmarks/preference.py                                            # the pair: one rate, one seed
-    python benchmarks/preference.py --rates 0.01 0.05 0.25 --seeds 0 1 2 --record    # results/preference.json
+    python benchmarks/preference.py --rates 0.01 0.05 0.25 --permuted --record       # results/preference.json
+    python benchmarks/preference.py --seeds 1 2 --record                               # two more seeds in it
     python benchmarks/preference.py --small --out runs/small                   # a trial in a minute
 
 What is there is not made again; an interrupted training resumes. A record keeps its other seeds.
@@ -119,6 +120,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.25])
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=["sft"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--permuted", action="store_true")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--small", action="store_true")
     return parser.parse_args()
@@ -145,7 +147,7 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
     with watch.stage(f"reward models, seed {seed}"):
         config = RewardModelConfig(epochs=2, reply_tokens=TOKENS, seed=seed, steps=steps)
         row["reward_model"] = records.plain(ranked(base, train, held, folder / "reward", config).held_out)
-    if given.record or given.small:
+    if given.permuted or given.small:
         with watch.stage(f"permuted labels, seed {seed}"):
             shuffled = ranked(base, permuted(train, seed), held, folder / "permuted", config)
             row["permuted"] = records.plain(shuffled.held_out)
