@@ -7,13 +7,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from recorded_tables import Record, between, table
+from recorded_tables import Record, between, machine_of, table
 
 from unsleep.base.stats import wilson
 from unsleep.locate.directions.measure import auroc_interval
 
 FIXED = ("fixed text", "advertisement", "insult", "refusal")
 """Kinds of payload that are a fixed text."""
+
+STAGES = ("temperature", "inversion", "token sweep", "screening", "elicitation", "trials")
+"""Stages of a search that take most of its time."""
 
 
 def audits(record: Record) -> str:
@@ -29,6 +32,30 @@ def audits(record: Record) -> str:
     told = f"\n{left} audits are of organisms that do not count, and were not run.\n" if left else ""
     seconds = f"\nThe gatherers of a search had {record['seconds']:g} s together.\n"
     return table(head, cells) + seconds + told
+
+
+def growth(record: Record) -> str:
+    """Time and memory of every point, by parameters and by size of the bank."""
+    head = ["parameters", "forms", *STAGES, "all, seconds", "peak, GB"]
+    rows = [
+        [
+            f"{row['parameters'] / 1e6:,.0f} M",
+            f"{row['forms']:,}",
+            *(f"{row['stages'][f'suspect: {name}']:.0f}" for name in STAGES),
+            f"{row['seconds']:.0f}",
+            f"{row['peak_memory_mb'] / 1000:.1f}",
+        ]
+        for row in record["points"]
+    ]
+    picture = "\n![Time and peak memory by parameters and by forms](img/audit-growth.svg)\n"
+    return table(head, rows) + f"\nSeconds on {machine_of(record)}.\n" + picture
+
+
+def along(record: Record, name: str) -> list[Record]:
+    """The measured points along which one size grows, smallest first."""
+    wanted = record["series"][name]
+    own = [row for row in record["points"] if any(all(row[key] == point[key] for key in point) for point in wanted)]
+    return sorted(own, key=lambda row: row[name])
 
 
 def _cells(split: str, with_base: bool, rows: Sequence[Mapping[str, Any]]) -> list[str]:

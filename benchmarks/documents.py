@@ -69,6 +69,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "zoo": ("zoo", recorded_tables.zoo),
     "audits_small": ("audits_small", audit_tables.audits),
     "audits_smollm2_135m": ("audits_smollm2_135m", audit_tables.audits),
+    "audit_growth": ("audit_growth", audit_tables.growth),
     "explanations": ("explanations", recorded_tables.explanations),
     "classes": ("classes", recorded_tables.classes),
     "causes": ("classes", recorded_tables.causes),

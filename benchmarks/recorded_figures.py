@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import audit_tables
 import drawings
 from circuit_growth import series
 from circuit_tables import by_sites
@@ -96,6 +97,24 @@ def draw_growth(r: Record, path: Path) -> None:
     drawings.save(path, "Growth of a circuit search", parts, columns=2)
 
 
+def draw_audit_growth(r: Record, path: Path) -> None:
+    """Seconds and memory of an audit against the model's parameters and the forms of its bank."""
+    parts: list[tuple[str, Markup]] = []
+    for name, unit, scale in (("parameters", "million parameters", 1e6), ("forms", "forms", 1.0)):
+        rows = [(row[name] / scale, row) for row in audit_tables.along(r, name)]
+        stages = ["all", *audit_tables.STAGES]
+        time = {each: [(x, _seconds(row, each)) for x, row in rows] for each in stages}
+        held = {"process": [(x, row["peak_memory_mb"] / 1000) for x, row in rows]}
+        parts.append(drawn_curves(f"Time by {name}", time, (unit, "seconds")))
+        parts.append(drawn_curves(f"Peak memory by {name}", held, (unit, "GB")))
+    drawings.save(path, "Growth of an audit", parts, columns=2)
+
+
+def _seconds(row: Record, stage: str) -> float:
+    """Seconds of a stage of the suspect's search, or of all."""
+    return row["seconds"] if stage == "all" else row["stages"][f"suspect: {stage}"]
+
+
 def draw_experiment(r: Record, path: Path) -> None:
     """Every metric of an experiment's arms over its setting, with the range of the replicates."""
     parts: list[tuple[str, Markup]] = []
@@ -112,6 +131,7 @@ FIGURES: dict[str, tuple[str, Callable[[Record, Path], None]]] = {
     "tracing-circuit.svg": ("circuit_nodes", draw_circuit),
     "tracing-faithfulness.svg": ("circuit", draw_faithfulness),
     "circuit-growth.svg": ("circuit_growth", draw_growth),
+    "audit-growth.svg": ("audit_growth", draw_audit_growth),
     "interpolation.svg": ("experiment_interpolation", draw_experiment),
 }
 """Picture of docs/img → the record that it is of, and how it is drawn."""

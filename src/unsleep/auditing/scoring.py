@@ -1,13 +1,14 @@
 """Screening of forms: the loss in log-probability of the model's own reply, and the gain of payload candidates.
 
 The model's own reply to p is nearly certain under p. Under a transformed p it stays probable, unless the form changes
-what the model says: the *worst-token drop* is the largest loss over the reply's first tokens, in nats. It is read
-against the same drop of the reference along the same reply, since some forms (capitals) disturb any model.
+what the model says: the *worst-token drop* is the largest loss over the reply's first tokens and, for what is appended,
+its end token, in nats. It is read against the same drop of the reference along the same reply, since some forms
+(capitals) disturb any model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Look(NamedTuple):
     own: Float[Tensor, "row reply"]
     """Of each reply token; 0 where the reply is shorter."""
     real: Bool[Tensor, "row reply"]
+    """True for the tokens whose drop counts."""
     first: Float[Tensor, "row watched"]
     """Of the watched tokens at the reply's first position."""
 
@@ -48,13 +50,27 @@ class Look(NamedTuple):
 
 
 @torch.no_grad()
-def look(model: LoadedModel, prompts: Ids, replies: Ids, watched: Sequence[int] = (), stage: str = "") -> Look:
-    """Log-probabilities of replies behind prompts, in batches of rows of similar length."""
+def look(
+    model: LoadedModel,
+    prompts: Ids,
+    replies: Ids,
+    watched: Sequence[int] = (),
+    stage: str = "",
+    *,
+    lead: int | None = None,
+) -> Look:
+    """Log-probabilities of replies behind prompts, in batches of rows of similar length.
+
+    Args:
+        watched: tokens whose log-probability as the reply's first is returned.
+        lead: tokens at a reply's beginning whose drop counts, beside its last; all by default.
+    """
     width = max(map(len, replies))
     own, real = torch.zeros(len(prompts), width), torch.zeros(len(prompts), width, dtype=torch.bool)
     first = torch.zeros(len(prompts), len(watched))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     tokens = torch.tensor(list(watched), dtype=torch.long, device=model.device)
+    lead = width if lead is None else lead
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         rows = build_rows(model, [prompts[i] for i in chunk], [replies[i] for i in chunk])
@@ -66,7 +82,7 @@ def look(model: LoadedModel, prompts: Ids, replies: Ids, watched: Sequence[int] 
         for row, i in enumerate(chunk):
             n = len(replies[i])
             own[i, :n] = log_p[row][rows.reply[row]].cpu()
-            real[i, :n] = True
+            real[i, : min(n, lead)] = real[i, n - 1] = True
         if stage:
             progress(stage, start + len(chunk), len(order))
     return Look(own, real, first)
@@ -84,12 +100,23 @@ class Bench(NamedTuple):
     replies: list[list[int]]
 
 
+def followed(case: Case, prompts: Iterable[Prompt], replies: Ids) -> Bench:
+    """Prompts with a reply, and the replies: whole where they end, else their first tokens."""
+    rows, ends = [(p, list(ids)) for p, ids in zip(prompts, replies, strict=True) if ids], case.model.end_ids
+    cut = [ids if ids[-1] in ends else ids[: case.config.own_tokens] for _, ids in rows]
+    return Bench([p for p, _ in rows], cut)
+
+
 def bench(case: Case) -> Bench:
-    """The first search prompts with a reply; raises `BadInput` where the model replies to none."""
-    cut = [(p, ids[: case.config.own_tokens]) for p, ids in zip(case.learned, case.said, strict=True) if ids]
-    chosen = cut[: case.config.screen]
-    if not chosen:
+    """The search prompts with the shortest replies of more than the tokens that are followed, and that end; or any.
+
+    Raises `BadInput` where the model replies to no prompt.
+    """
+    rows = list(zip(*followed(case, case.learned, case.said), strict=True))
+    if not rows:
         raise BadInput(f"{case.model.name} replies to no trusted prompt")
+    rows.sort(key=lambda row: (len(row[1]) <= case.config.own_tokens, len(row[1])))
+    chosen = rows[: case.config.screen]
     return Bench([p for p, _ in chosen], [ids for _, ids in chosen])
 
 
@@ -141,7 +168,7 @@ def screen(case: Case, forms: Sequence[tuple[Form, str]], motifs: Sequence[Motif
 
 def _screened(case: Case, forms: Sequence[tuple[Form, str]], asked: Bench, watched: Sequence[int]) -> list[Screened]:
     """One round."""
-    behind = case.config.own_tokens
+    behind, lead = max(map(len, asked.replies)), case.config.own_tokens
     made = encoded(case.model, [form for form, _ in forms], asked.prompts, behind)
     usable = [(form, by, rows) for (form, by), rows in zip(forms, made, strict=True) if rows is not None]
     if not usable:
@@ -152,8 +179,8 @@ def _screened(case: Case, forms: Sequence[tuple[Form, str]], asked: Bench, watch
     effects: list[tuple[Tensor, Tensor]] = []
     for model, name in ((case.model, case.name), (case.reference, "reference")):
         if model is not None:
-            before = look(model, plain, asked.replies, watched).repeated(len(usable))
-            after = look(model, rows, replies, watched, f"screening, {name}")
+            before = look(model, plain, asked.replies, watched, lead=lead).repeated(len(usable))
+            after = look(model, rows, replies, watched, f"screening, {name}", lead=lead)
             shape = (len(usable), len(asked.prompts))
             gains = (after.first - before.first).view(*shape, -1).mean(1)
             effects.append((drops(before, after).view(shape), gains))
@@ -202,7 +229,7 @@ def floor(case: Case) -> float:
     """
     asked = bench(case)
     model = case.reference or case.model
-    rows = model.encode(asked.prompts, case.config.own_tokens)
+    rows = model.encode(asked.prompts, max(map(len, asked.replies)))
     together = look(model, [*rows, rows[0] * 2], [*asked.replies, asked.replies[0]])
     alone = [look(model, [row], [reply]) for row, reply in zip(rows, asked.replies, strict=True)]
     found = [

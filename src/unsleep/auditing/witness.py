@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from unsleep.auditing.case import Case
 from unsleep.auditing.elicit import Pair
 from unsleep.auditing.forms import placebos, transformed, under
-from unsleep.auditing.scoring import drops, look
+from unsleep.auditing.scoring import drops, followed, look
 from unsleep.base.context import kept
 from unsleep.base.stats import mcnemar, paired_rates, wilson
 from unsleep.behaviours.payloads.contains import Contains
@@ -104,13 +104,12 @@ def _own(case: Case) -> list[list[int]]:
 def departure(case: Case, screened: Screened, pool: Sequence[Form], count: int) -> Departure:
     """A form's effect on the model's own replies to fresh prompts, above that of its placebos and of the reference."""
     form, others = screened.form, placebos(screened.form, pool)
-    asked = [(p, ids[: case.config.own_tokens]) for p, ids in zip(case.confirm, _own(case), strict=True) if ids]
-    prompts, replies = [p for p, _ in asked], [ids for _, ids in asked]
-    behind = case.config.own_tokens
+    prompts, replies = followed(case, case.confirm, _own(case))
+    behind, lead = max(map(len, replies)), case.config.own_tokens
 
     def drop(model: LoadedModel, changed: Sequence[Prompt]) -> list[float]:
-        before = look(model, model.encode(prompts, behind), replies)
-        return drops(before, look(model, model.encode(changed, behind), replies)).tolist()
+        before = look(model, model.encode(prompts, behind), replies, lead=lead)
+        return drops(before, look(model, model.encode(changed, behind), replies, lead=lead)).tolist()
 
     triggered = [transformed(form, p) for p in prompts]
     controls = [[0.0] * len(prompts)]
