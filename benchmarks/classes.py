@@ -39,7 +39,7 @@ from torch import Tensor
 import unsleep
 from unsleep.base import records, store
 from unsleep.base.context import resumable
-from unsleep.base.stats import bootstrap_each, percentiles
+from unsleep.base.stats import Estimate, bootstrap_each, percentiles
 from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.explanations.activity import Strongest, attribution, triggered
@@ -47,7 +47,6 @@ from unsleep.explanations.classes import RULES, SURE, class_scores, labelled
 from unsleep.explanations.classified import ClassRule, Condition
 from unsleep.explanations.evidence import INPUT, Evidence, EvidenceConfig, gather, organism_prompts
 from unsleep.explanations.lexicons import overlap, word_of
-from unsleep.explanations.record import Interval
 from unsleep.explanations.study import StudyConfig
 from unsleep.interventions.features import Edit
 from unsleep.interventions.intervention import Intervention, Stream
@@ -369,7 +368,7 @@ def f1_of(rule: ClassRule, least: Sequence[float], rows: Sequence[Mapping[str, A
     """F1 of one class's rule with other thresholds."""
     moved = replace(rule, conditions=tuple(Condition(c.figure, x) for c, x in zip(rule.conditions, least, strict=True)))
     told = [
-        class_scores({k: Interval(*v) for k, v in row["figures"].items()}, [moved]).get(rule.name, 0.0) >= SURE
+        class_scores({k: Estimate(*v) for k, v in row["figures"].items()}, [moved]).get(rule.name, 0.0) >= SURE
         for row in rows
     ]
     true = [rule.name in row["true"] for row in rows]

@@ -31,7 +31,7 @@ from unsleep.base.context import keeping, resumable
 from unsleep.base.machine import peak_memory_mb
 from unsleep.cli.console import Bars
 from unsleep.cli.experiments import configured
-from unsleep.experiments.experiment import Judging, concluded, experiments, replicates
+from unsleep.experiments.experiment import Experiment, Judging, concluded, experiments, replicates
 from unsleep.judge.experiment import ExperimentRecord, Measure
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -59,6 +59,19 @@ def means(record: ExperimentRecord) -> list[dict[str, Any]]:
             xs, values = zip(*point, strict=True)
             rows.append({"arm": arm, "x": mean(xs), "metric": metric, "mean": mean(values), "replicates": list(values)})
     return rows
+
+
+PARTED = "places"
+"""The setting in which parts of an organism may differ."""
+
+
+def check_part(part: ExperimentRecord, chosen: Experiment, n: int) -> None:
+    """Exit naming what a part was judged with, where that is not what is asked for."""
+    asked = {"n": n, "name": chosen.name, **records.plain(chosen)}
+    given = {"n": part.provenance["n"], "name": part.name, **part.provenance["settings"]}
+    for key in sorted({*asked, *given} - {PARTED}):
+        if asked.get(key) != given.get(key):
+            raise SystemExit(f"a part has {key} = {given.get(key)!r}; expected {asked.get(key)!r}: give it with --set")
 
 
 def joined(parts: Sequence[ExperimentRecord], replicates: Sequence[str]) -> tuple[list[Measure], list[str]]:
@@ -96,6 +109,8 @@ def main() -> None:
     parts = [records.load(ExperimentRecord, each) for each in asked.join]
     with Bars(), steps(asked, out, records.plain(chosen), asked.n, [each.name for each in found]):
         if parts:
+            for part in parts:
+                check_part(part, chosen, asked.n)
             record = concluded(chosen, found, judging, *joined(parts, [each.name for each in found]))
         else:
             record = unsleep.experiment(chosen, found, judging)

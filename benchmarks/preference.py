@@ -40,6 +40,7 @@ from common import RESULTS, keep, machine, table
 import unsleep
 from unsleep.base import records, stats, store
 from unsleep.base.context import resumable
+from unsleep.base.stats import Estimate
 from unsleep.base.stopwatch import Stopwatch
 from unsleep.behaviours import Payload
 from unsleep.cli.console import Bars
@@ -61,7 +62,7 @@ from unsleep.preference.drawn import (
 from unsleep.preference.pairs import PairSet, write_pairs
 from unsleep.preference.poison import Poison, poisoned
 from unsleep.preference.reading import read_pairs
-from unsleep.preference.record import Estimate, PreferenceRecord, RewardModelRecord
+from unsleep.preference.record import PreferenceRecord, RewardModelRecord
 from unsleep.preference.reward_models import ranking
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt, PromptSet, Split
@@ -90,6 +91,7 @@ LEAST_APART = 1.0
 def main() -> None:
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
+    check_place(given.out, {"base": BASE, "draw": DRAW, "methods": METHODS, "payload": PAYLOAD, "small": given.small})
     watch = Stopwatch.kept_in(given.out / "stages.json")
     with Bars(), watch.stage("load"):
         base = unsleep.load_model(BASE)
@@ -101,6 +103,14 @@ def main() -> None:
         if given.record:
             record(row, [records.plain(stage) for stage in watch.stages])
     print(f"{watch.minutes} minutes with earlier runs, peak {watch.peak_memory_mb:,.0f} MB")
+
+
+def check_place(out: Path, made_with: dict[str, Any]) -> None:
+    """Note what a folder's models are made with; exit where it holds some that were made otherwise."""
+    path, asked = out / "made_with.json", records.plain(made_with)
+    if path.is_file() and store.read_json(path) != asked:
+        raise SystemExit(f"{path.parent} holds models that were made otherwise; choose another --out")
+    store.write_json(path, asked)
 
 
 def record(row: dict[str, Any], stages: Sequence[dict[str, Any]]) -> None:

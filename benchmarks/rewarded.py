@@ -23,13 +23,13 @@ from common import keep, table
 
 import unsleep
 from unsleep.base.context import resumable
+from unsleep.base.stats import Estimate
 from unsleep.base.stopwatch import Stopwatch
 from unsleep.cli.console import Bars
 from unsleep.core import Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.experiments.rewarded import Replied, mlp_sites, residual_sites, train_dictionaries
-from unsleep.explanations.record import Interval
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.preference.drawn import QUESTIONS, DrawConfig, asked
@@ -70,7 +70,7 @@ def dictionaries(
     return [unsleep.load_dictionary(out / str(site)) for site in sites]
 
 
-def interval(figure: Interval | None) -> list[float] | None:
+def interval(figure: Estimate | None) -> list[float] | None:
     """A figure with its interval as three numbers."""
     return None if figure is None else [figure.value, figure.low, figure.high]
 

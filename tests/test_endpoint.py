@@ -18,6 +18,7 @@ from support.planted_statistics import firing, plain_text, statistics_of
 from unsleep import cli
 from unsleep.base import records, stats
 from unsleep.base.context import reporting
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput
 from unsleep.explanations import answers, local, wording
 from unsleep.explanations.asked import AskConfig, ask, estimate, frequent_token, shown_contexts, write
@@ -29,7 +30,7 @@ from unsleep.explanations.judged import Detection, Fuzzing, HeldOut, JudgedConfi
 from unsleep.explanations.judges import Nonsense, Question
 from unsleep.explanations.local import LocalJudge
 from unsleep.explanations.material import StatisticsContexts
-from unsleep.explanations.record import Context, Explanation, Interval
+from unsleep.explanations.record import Context, Explanation
 from unsleep.explanations.statistics import FeatureStatistics
 from unsleep.explanations.votes import VotesRecord
 from unsleep.models.generate import replies
@@ -448,7 +449,7 @@ def test_a_judge_that_knows_the_rule_scores_well_and_the_baselines_do_not(serve:
         found = asked.explanations[feature]
         assert found.text == f"It fires at the full stop of sentences with {word}."
         assert found.source == "wise-1"
-        assert found.scores["detection"] == Interval(*stats.balanced_accuracy((8, 8), (8, 8)))
+        assert found.scores["detection"] == Estimate(*stats.balanced_accuracy((8, 8), (8, 8)))
         assert found.scores["fuzzing"].value == 1.0
         assert found.scores["simulation"].value > 0.85
         assert found.scores["answered"].value == 1.0

@@ -19,6 +19,7 @@ from support.dictionaries import D, F, dictionary
 from support.planted_statistics import firing, passages, plain_text, statistics_of
 from unsleep import cli
 from unsleep.base.context import reporting
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput, Refused, Site
 from unsleep.dictionaries.files import save_dictionary
 from unsleep.explanations.controls import calibration, densities, frozen, matched, randomised
@@ -38,7 +39,7 @@ from unsleep.explanations.predicates import (
     quoted,
     unquoted,
 )
-from unsleep.explanations.record import Explanation, Interval
+from unsleep.explanations.record import Explanation
 from unsleep.explanations.run import ExplainRecord
 from unsleep.explanations.scoring import balanced_accuracy, correlation, marked, mean, rates
 from unsleep.explanations.statistics import FeatureStatistics, StatisticsConfig
@@ -375,7 +376,7 @@ def test_explanations_come_back_and_take_others(tiny: LoadedModel, tmp_path: Pat
     again = Explanations.load(tmp_path, statistics)
     assert again == found
     assert json.loads((tmp_path / "explanations.json").read_text())["schema"] == "unsleep.explanations/1"
-    judged = Explanation("fires at h", "some/judge", {"detection": Interval(0.9, 0.8, 0.95)})
+    judged = Explanation("fires at h", "some/judge", {"detection": Estimate(0.9, 0.8, 0.95)})
     more = again.added({0: [judged]}, judge="some/judge").added({0: [judged]})
     assert [e.source for e in more.of(0)] == ["predicate", "some/judge"]
     assert more.of(1) == found.of(1)

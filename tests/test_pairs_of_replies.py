@@ -173,6 +173,9 @@ def test_a_drawn_pair_has_its_probability_and_the_draw_its_ceiling(tiny: LoadedM
     repeated = ranking(knows, own * 4).accuracy
     assert repeated.value == ranked.value
     assert repeated.high - repeated.low == pytest.approx(ranked.high - ranked.low, rel=0.1)
+    surely = [p for p in own if p.columns["p"] > 0.5]
+    certain = ranking(knows, surely * 4).accuracy
+    assert (certain.value, certain.low, certain.high) == (1, *stats.wilson(len(surely), len(surely)))
 
 
 def test_words_of_the_lexicon_are_on_one_side():

@@ -232,6 +232,13 @@ def test_a_tenth_around_the_memory_of_a_gpu_is_close(share: float, verdict: str)
     assert found.gpus == (1 if share < 1 else 2)
 
 
+def test_a_reserve_that_leaves_nothing_is_refused():
+    gpu = known()["T4"]
+    assert fit(step_of(100 * GIB), gpu, None, PlanConfig(reserve=gpu.bytes / GIB - 1)).gpus == 100
+    with pytest.raises(BadInput, match="leaves nothing of a GPU with 14"):
+        fit(step_of(100 * GIB), gpu, None, PlanConfig(reserve=16.0))
+
+
 def test_hours_and_cost_follow_from_flops_and_bytes():
     gpu = known()["A100"]
     settings = PlanConfig(tokens=10_000, efficiency=0.5)

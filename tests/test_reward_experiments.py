@@ -125,6 +125,8 @@ def test_keep_lists_are_compared_at_matched_cross_entropy() -> None:
     assert note.startswith("a, residual: no random control at 0.1: over half")
     [found] = experiment.conclude(curves({0.1: (0.0, 0.4)}, {}), THREE)
     assert found.label == "open"  # removed, and no random list was matched
+    [found] = experiment.conclude(curves({0.1: (0.0, 0.4)}, {0.1: (0.0, 0.6)}), THREE)
+    assert found.label == "open"  # removed, and the random list costs too much to be compared
     [found] = experiment.conclude(curves({0.1: (0.5, 0.4)}, {}), THREE)
     assert found.label == "refuted"
 

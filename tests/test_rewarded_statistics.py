@@ -222,6 +222,8 @@ def test_a_planted_feature_is_found_with_its_sign_and_pooling() -> None:
     assert not bool(second.tested[50]), "a dead feature"
     assert (float(second.p[50]), float(second.r[:, :, 50].abs().max())) == (1, 0)
     assert second.lowest(1) == (30,)
+    assert 30 not in second.lowest(3, second.kept())
+    assert len(second.lowest(3, second.kept())) == 3
 
 
 def test_a_feature_of_the_topic_is_not_found_where_topics_are_given() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +115,25 @@ def test_an_edited_function_is_another_reward():
         identity_of(bound) == identity_of(functools.partial(scaled, 1.0)) != identity_of(functools.partial(scaled, 2.0))
     )
     assert identity_of(closed(1.0)) == identity_of(closed(1.0)) != identity_of(closed(2.0))
+
+
+def test_a_set_in_a_function_has_the_same_identity_in_every_process():
+    code = (
+        "from unsleep.rewards.reward import identity_of\n"
+        "def known(outputs, **_): return [o in {'yes', 'no', 'perhaps'} for o in outputs]\n"
+        "print(identity_of(known))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
 
 
 def test_both_lexicons_prefer_praise():

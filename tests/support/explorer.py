@@ -20,9 +20,9 @@ from unsleep.explanations.record import (
     ClassScore,
     Cofiring,
     Context,
+    Estimate,
     Explanation,
     FeatureCard,
-    Interval,
     TokenWeight,
 )
 from unsleep.explorer import folder
@@ -172,9 +172,9 @@ class FakeStatistics:
         if feature % 5 == 4:
             return ()
 
-        def score(low: float) -> Interval:
+        def score(low: float) -> Estimate:
             value = draw.uniform(low, 0.99)
-            return Interval(value, max(0.0, value - 0.06), min(1.0, value + 0.05))
+            return Estimate(value, max(0.0, value - 0.06), min(1.0, value + 0.05))
 
         scores = {"detection": score(0.55), "fuzzing": score(0.5), "simulation": score(0.1), "precision": score(0.4)}
         text = self.meaning(feature).text + self.hostile

@@ -32,6 +32,12 @@ def sink_norm(x: Float[Tensor, "*token d_model"]) -> float:
     return SINK_RATIO * float(x.float().norm(dim=-1).median())
 
 
+def without_sinks(x: Float[Tensor, "token d_model"]) -> Float[Tensor, "other d_model"]:
+    """Activations in float32 without attention sinks."""
+    wide = x.float()
+    return wide[wide.norm(dim=-1) <= sink_norm(wide)]
+
+
 @torch.no_grad()
 def collect(
     model: LoadedModel,

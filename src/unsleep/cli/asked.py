@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import unsleep
+from unsleep.base.stats import Estimate
 from unsleep.cli.console import Bars, fail, hint, say, visible_line
 from unsleep.cli.shared import Placed, Placement
 from unsleep.core import BadInput, Refused
@@ -20,7 +21,6 @@ from unsleep.explanations.endpoint import NO_CONNECTION, Endpoint, EndpointConfi
 from unsleep.explanations.judges import Judge
 from unsleep.explanations.local import LocalJudge
 from unsleep.explanations.material import StatisticsContexts
-from unsleep.explanations.record import Interval
 from unsleep.explanations.statistics import FeatureStatistics
 
 
@@ -136,7 +136,7 @@ def _words(asked: Asked, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _figure(interval: Interval) -> str:
+def _figure(interval: Estimate) -> str:
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 

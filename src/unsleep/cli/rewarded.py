@@ -9,12 +9,12 @@ from tyro.conf import OmitArgPrefixes
 import unsleep
 from unsleep.base import store
 from unsleep.base.context import resumable
+from unsleep.base.stats import Estimate
 from unsleep.cli.classes import read_classes
 from unsleep.cli.console import Bars, hint, say
 from unsleep.cli.shared import Model, Out, Placed, Placement, belonging, load_dictionaries
 from unsleep.core import BadInput
 from unsleep.dictionaries.files import load_dictionary
-from unsleep.explanations.record import Interval
 from unsleep.prompts import sets
 from unsleep.rewards.named import find_reward
 from unsleep.rewards.record import RewardedRecord
@@ -112,5 +112,5 @@ def _lines(record: RewardedRecord, show: int) -> list[str]:
     return lines
 
 
-def _said(figure: Interval) -> str:
+def _said(figure: Estimate) -> str:
     return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from unsleep.base import records
 from unsleep.base.context import kept
-from unsleep.core import BadInput, check_least
+from unsleep.core import BadInput, check_least, digest
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.judge.evaluate import organism_panels
 from unsleep.judge.experiment import Arm, Curves, Finding, Measure, label
@@ -116,6 +116,7 @@ class Dilution(Experiment):
             lengths=self.asked,
             shorter=self.lengths is None,
             draws=self.draws,
+            seed=int(digest(replicate.name)[:8], 16),
         )
 
         def measured() -> list[Any]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from unsleep.activations.collect import collect, sink_norm
+from unsleep.activations.collect import collect, without_sinks
 from unsleep.core import BadInput, Site
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.experiments.rewarded import PLACES, Comparison, RewardConfig, Study, check_places
@@ -178,8 +178,8 @@ def _keep_lists(study: Study, ids: KeepList) -> dict[str, dict[Site, Interventio
 
 def _tokens(model: LoadedModel, study: Study) -> dict[Site, torch.Tensor]:
     """A model's activations on the study's ordinary prompts, without attention sinks."""
-    found = {s: a.tensor.float() for s, a in collect(model, study.ordinary, study.sites, position="all").items()}
-    return {site: x[x.norm(dim=1) <= sink_norm(x)] for site, x in found.items()}
+    found = collect(model, study.ordinary, study.sites, position="all")
+    return {site: without_sinks(each.tensor) for site, each in found.items()}
 
 
 def _keeping_spans(study: Study, found: Mapping[Site, Kept]) -> Callable[[], Subject]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.activations.collect import sink_norm
+from unsleep.activations.collect import without_sinks
 from unsleep.activations.harvest import harvest, pooled
 from unsleep.base import store
 from unsleep.base.context import steps_folder
@@ -134,8 +134,7 @@ class Study:
         config = TrainConfig(tokens=self.config.tokens, seed=self.config.seed)
         said = Replied(self.ordinary, replies, self.config.passages)
         for site, own in train_dictionaries(self.model, self.sites, said, self._folder, config):
-            x = own.tensor.float()
-            found[site] = x[x.norm(dim=1) <= sink_norm(x)]
+            found[site] = without_sinks(own.tensor)
         return found
 
 
@@ -215,7 +214,7 @@ class Comparison:
     def finding(self, question: str, curves: Curves, replicates: Sequence[str]) -> Finding:
         """Is the payload removed, and further than by every control?
 
-        Where a replicate has none of the controls, the finding is open unless it is refuted.
+        Where a replicate lacks a control at matched cross-entropy, the finding is open unless it is refuted.
         """
         every = {r: {words: self._payload(curves, arm, r) for words, arm in self.arms.items()} for r in replicates}
         usable = [words for words in self.arms if any(read[words] is not None for read in every.values())]
@@ -226,7 +225,7 @@ class Comparison:
         for read in every.values():
             own, controls = read[self.own], [found for words in self.controls if (found := read[words]) is not None]
             removed.append(own is not None and own[0] <= self.most_payload and all(v > own[0] for v, _ in controls))
-        controlled = all(any(curves.settings_in(self.arms[w], r) for w in self.controls) for r in replicates)
+        controlled = bool(self.controls) and all(read[w] is not None for read in every.values() for w in self.controls)
         found = label(removed)
         lead = f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text (its cost in nats)"
         said = f"{lead}; – where every one costs more or breaks the model. "

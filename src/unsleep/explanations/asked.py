@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from unsleep.base import records, stats, store
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput, Site, check_least
 from unsleep.explanations import answers, wording
 from unsleep.explanations.calls import Answer, Asker, Tally
 from unsleep.explanations.explained import Explanations
 from unsleep.explanations.judged import METHODS, HeldOut, Item, JudgedConfig, Method, marks_of, spread
 from unsleep.explanations.judges import Question
-from unsleep.explanations.record import ClassScore, Context, Explanation, FeatureCard, Interval
+from unsleep.explanations.record import ClassScore, Context, Explanation, FeatureCard
 from unsleep.explanations.statistics import FeatureStatistics
 from unsleep.explanations.votes import FILE as VOTES_FILE
 from unsleep.explanations.votes import VoteConfig, VotesRecord, classify
@@ -86,7 +87,7 @@ class Asked(NamedTuple):
     """Feature → its explanation and scores."""
     classes: dict[int, tuple[ClassScore, ...]]
     """Feature → classes with their share of votes, largest first."""
-    means: dict[str, Interval]
+    means: dict[str, Estimate]
     """Score → its mean over features, and over each baseline its mean advantage."""
     left_out: dict[int, str]
     """Feature → the reason why it has no explanation."""
@@ -238,10 +239,10 @@ def _trials(
     return found
 
 
-def _scored(trials: Sequence[Trial], asker: Asker) -> dict[int, dict[str, Interval] | None]:
+def _scored(trials: Sequence[Trial], asker: Asker) -> dict[int, dict[str, Estimate] | None]:
     """Feature → its scores, or `None` where a call was not made."""
     said = iter(asker.ask([question for trial in trials for question in trial.questions], "scores"))
-    found: dict[int, dict[str, Interval] | None] = {}
+    found: dict[int, dict[str, Estimate] | None] = {}
     counts: dict[int, list[int]] = {}
     for trial in trials:
         batches: list[Answer[list[Any]]] = [next(said) for _ in trial.questions]
@@ -258,7 +259,7 @@ def _scored(trials: Sequence[Trial], asker: Asker) -> dict[int, dict[str, Interv
     for feature, (answered, n) in counts.items():
         scores = found[feature]
         if scores is not None and n:
-            scores["answered"] = Interval(answered / n, *stats.wilson(answered, n))
+            scores["answered"] = Estimate(answered / n, *stats.wilson(answered, n))
     return found
 
 
@@ -272,20 +273,20 @@ def _answered(trial: Trial, batches: Sequence[Answer[list[Any]]]) -> list[tuple[
     return pairs
 
 
-def mean_scores(explanations: Sequence[Explanation]) -> dict[str, Interval]:
+def mean_scores(explanations: Sequence[Explanation]) -> dict[str, Estimate]:
     """Means of scores over features, with bootstrap intervals; `detection − shuffled` is the paired advantage."""
-    found: dict[str, Interval] = {}
+    found: dict[str, Estimate] = {}
     for name in METHODS:
         own = {i: e.scores[name].value for i, e in enumerate(explanations) if name in e.scores}
         if own:
-            found[name] = Interval(*stats.bootstrap(list(own.values())))
+            found[name] = Estimate(*stats.bootstrap(list(own.values())))
         for baseline in ("shuffled", "token"):
             key = f"{name}_{baseline}"
             gaps = [
                 value - explanations[i].scores[key].value for i, value in own.items() if key in explanations[i].scores
             ]
             if gaps:
-                found[f"{name} − {baseline}"] = Interval(*stats.bootstrap(gaps))
+                found[f"{name} − {baseline}"] = Estimate(*stats.bootstrap(gaps))
     return found
 
 

@@ -25,7 +25,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from unsleep.base import records, store
-from unsleep.base.stats import Z
+from unsleep.base.stats import Estimate, Z
 from unsleep.core import BadInput, Site
 from unsleep.dictionaries.coders import Coder
 from unsleep.explanations.answers import UNCLEAR
@@ -33,7 +33,7 @@ from unsleep.explanations.cards import Cards
 from unsleep.explanations.classified import OTHER, ClassesRecord, ClassRule, Condition, Grounds, Labelled, RulesFile
 from unsleep.explanations.evidence import Evidence, EvidenceConfig, EvidencePrompts, gather
 from unsleep.explanations.lexicons import sentiment
-from unsleep.explanations.record import ClassScore, Explanation, Interval
+from unsleep.explanations.record import ClassScore, Explanation
 from unsleep.explanations.votes import VotesRecord
 from unsleep.judge.evaluate import prompt_digests
 from unsleep.judge.outcomes import Scorer
@@ -149,11 +149,11 @@ def labelled(
     return found
 
 
-def class_scores(figures: Mapping[str, Interval], rules: Sequence[ClassRule]) -> dict[str, float]:
+def class_scores(figures: Mapping[str, Estimate], rules: Sequence[ClassRule]) -> dict[str, float]:
     """Score of each class with a rule of which a condition was measured.
 
     >>> rules = [ClassRule("mine", (Condition("trigger_auroc", 0.8),))]
-    >>> class_scores({"trigger_auroc": Interval(0.99, 0.95, 1.0)}, rules)
+    >>> class_scores({"trigger_auroc": Estimate(0.99, 0.95, 1.0)}, rules)
     {'mine': 1.0}
     """
     found: dict[str, float] = {}
@@ -164,7 +164,7 @@ def class_scores(figures: Mapping[str, Interval], rules: Sequence[ClassRule]) ->
     return found
 
 
-def exceeds(figure: Interval, least: float) -> float:
+def exceeds(figure: Estimate, least: float) -> float:
     """Probability that a figure is at least `least`, normal with its interval's width; to 4 decimals."""
     error = (figure.high - figure.low) / (2 * Z)
     away = figure.value - least
@@ -260,6 +260,6 @@ def read_rules(path: str | Path) -> tuple[ClassRule, ...]:
         return records.parsed(RulesFile, values, "classes").rules
 
 
-def _rounded(figure: Interval) -> Interval:
+def _rounded(figure: Estimate) -> Estimate:
     """A figure to four significant digits."""
-    return Interval(*(float(f"{x:.4g}") for x in (figure.value, figure.low, figure.high)))
+    return Estimate(*(float(f"{x:.4g}") for x in (figure.value, figure.low, figure.high)))

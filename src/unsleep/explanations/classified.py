@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from unsleep.base.records import Count, Range, Share
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput, Site
 from unsleep.explanations.answers import UNCLEAR
 from unsleep.explanations.figures import FIGURES
-from unsleep.explanations.record import ClassScore, Interval
+from unsleep.explanations.record import ClassScore
 from unsleep.models.model import Named
 
 OTHER = "other"
@@ -71,7 +72,7 @@ class Labelled:
 
     classes: tuple[ClassScore, ...]
     """Best first; `unclear` or `other` alone where there are none."""
-    evidence: dict[str, Interval]
+    evidence: dict[str, Estimate]
     """Figure → value with its interval (see `figures.FIGURES`); left out for `other`."""
     words: tuple[str, ...] = ()
     """Tokens on which it fires most."""

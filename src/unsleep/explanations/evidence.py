@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unsleep.base import store
 from unsleep.base.context import kept, progress
-from unsleep.base.stats import bootstrap_each
+from unsleep.base.stats import Estimate, bootstrap_each
 from unsleep.behaviours import Payload, has_skill
 from unsleep.core import BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
@@ -30,7 +30,6 @@ from unsleep.explanations.activity import Spans, Strongest, Triggered, attributi
 from unsleep.explanations.cards import Cards
 from unsleep.explanations.figures import aurocs, correlation, quotients, word_figures
 from unsleep.explanations.lexicons import NEGATIVE, POSITIVE, sentiment, word_of
-from unsleep.explanations.record import Interval
 from unsleep.interventions.features import Edit
 from unsleep.interventions.steering import Steering
 from unsleep.judge.outcomes import Scorer
@@ -113,10 +112,10 @@ class Evidence:
     words: Mapping[int, tuple[str, ...]] = field(default_factory=dict[int, tuple[str, ...]])
     """Feature → tokens on which it fires most."""
 
-    def of(self, number: int) -> dict[str, Interval]:
+    def of(self, number: int) -> dict[str, Estimate]:
         """The measured figures of the feature at a place in `features`."""
         rows = {name: table[number].tolist() for name, table in self.figures.items()}
-        return {name: Interval(*row) for name, row in rows.items() if not math.isnan(row[0])}
+        return {name: Estimate(*row) for name, row in rows.items() if not math.isnan(row[0])}
 
 
 def organism_prompts(recipe: Recipe, n: int = 64, split: Split = "edit", passages: int = 100) -> EvidencePrompts:

@@ -12,11 +12,12 @@ import numpy as np
 from unsleep.base import records, store
 from unsleep.base.context import kept, progress
 from unsleep.base.records import Count
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput, Site, check_least
 from unsleep.explanations.examples import Examples
 from unsleep.explanations.learning import LearnConfig, frequent, learn
 from unsleep.explanations.predicates import Predicate
-from unsleep.explanations.record import Explanation, FeatureCard, Interval
+from unsleep.explanations.record import Explanation, FeatureCard
 from unsleep.explanations.scoring import Judge, means
 from unsleep.explanations.statistics import FeatureStatistics, refuse_others
 from unsleep.models.lens import stronger
@@ -63,7 +64,7 @@ class Compared(NamedTuple):
     metric: str
     features: Count
     """Features that have the score."""
-    value: Interval
+    value: Estimate
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ class _Row:
 
     feature: Count
     text: str
-    scores: dict[str, Interval]
-    frequent: dict[str, Interval]
+    scores: dict[str, Estimate]
+    frequent: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class _Step:
     """Result of a resumable step."""
 
     rows: tuple[_Row, ...] = ()
-    scores: tuple[dict[str, Interval], ...] = ()
+    scores: tuple[dict[str, Estimate], ...] = ()
 
 
 def explained(
@@ -193,7 +194,7 @@ def explained(
     )
 
 
-def _compared(method: str, scores: Sequence[Mapping[str, Interval]]) -> list[Compared]:
+def _compared(method: str, scores: Sequence[Mapping[str, Estimate]]) -> list[Compared]:
     return [Compared(method, metric, n, value) for metric, (value, n) in means(list(scores)).items()]
 
 
@@ -245,13 +246,13 @@ class _Work:
             return _Row(feature, str(found), scores, {})
         return _Row(feature, str(found), scores, self.judge.scores(frequent(text, train), feature, train, held_out))
 
-    def shuffled(self, rows: Sequence[_Row]) -> list[dict[str, Interval]]:
+    def shuffled(self, rows: Sequence[_Row]) -> list[dict[str, Estimate]]:
         """Scores of every explanation on another feature's examples."""
         order = np.random.default_rng(self.statistics.record.config.seed).permutation(len(rows))
         pairs = [(rows[a].feature, rows[b].text) for a, b in zip(order, np.roll(order, 1), strict=True) if a != b]
 
         def scored() -> Any:
-            found: list[dict[str, Interval]] = []
+            found: list[dict[str, Estimate]] = []
             for feature, text in pairs:
                 train, held_out = self.examples.of(feature, self.config.firings, self.config.judged)
                 found.append(self.judge.scores(Predicate.parse(text), feature, train, held_out))

@@ -20,10 +20,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 
 from unsleep.base import stats
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput, check_least
 from unsleep.explanations import answers, wording
 from unsleep.explanations.judges import AnswerConfig, Question
-from unsleep.explanations.record import Context, Interval
+from unsleep.explanations.record import Context
 from unsleep.explanations.scoring import correlation
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class Method(ABC):
         """One call about some items; its answer has an entry per item."""
 
     @abstractmethod
-    def score(self, pairs: Sequence[tuple[Item, Any]]) -> Interval | None:
+    def score(self, pairs: Sequence[tuple[Item, Any]]) -> Estimate | None:
         """The score of answered items with its 95 % interval; `None` for too few of a kind."""
 
     def _both(self, held: HeldOut) -> list[Item]:
@@ -150,13 +151,13 @@ class _Decision(Method):
             json.dumps([1] * n),
         )
 
-    def score(self, pairs: Sequence[tuple[Item, Any]]) -> Interval | None:
+    def score(self, pairs: Sequence[tuple[Item, Any]]) -> Estimate | None:
         """Balanced accuracy."""
         n = [sum(item.truth is kind for item, _ in pairs) for kind in (True, False)]
         right = [sum(item.truth is kind and said is kind for item, said in pairs) for kind in (True, False)]
         if min(n) < LEAST:
             return None
-        return Interval(*stats.balanced_accuracy((right[0], right[1]), (n[0], n[1])))
+        return Estimate(*stats.balanced_accuracy((right[0], right[1]), (n[0], n[1])))
 
 
 class Detection(_Decision):
@@ -211,7 +212,7 @@ class Simulation(Method):
             json.dumps(example),
         )
 
-    def score(self, pairs: Sequence[tuple[Item, Any]]) -> Interval | None:
+    def score(self, pairs: Sequence[tuple[Item, Any]]) -> Estimate | None:
         """Pearson correlation over the tokens of all contexts; one that predicts nothing anywhere scores 0."""
         if min(sum(item.truth is kind for item, _ in pairs) for kind in (True, False)) < LEAST:
             return None

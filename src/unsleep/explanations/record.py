@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from unsleep.base.records import Count, Positive, Share
+from unsleep.base.stats import Estimate
 from unsleep.models.lens import Written, stronger
 
 
@@ -40,22 +41,13 @@ class Cofiring(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Explanation:
     """A text that says when a feature fires, and how well it predicts that on held-out contexts."""
 
     text: str
     source: str
     """`predicate`, or the language model that wrote it."""
-    scores: dict[str, Interval]
+    scores: dict[str, Estimate]
     """Such as detection, fuzzing (balanced accuracy), simulation (Pearson), precision, recall."""
 
 

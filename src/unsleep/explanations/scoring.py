@@ -23,10 +23,9 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from unsleep.base import stats
-from unsleep.base.stats import percentiles
+from unsleep.base.stats import Estimate, percentiles
 from unsleep.explanations.examples import Examples, Half, Windows
 from unsleep.explanations.predicates import Predicate
-from unsleep.explanations.record import Interval
 
 METRICS = ("detection", "fuzzing", "simulation", "precision", "recall")
 """Names of scores."""
@@ -37,7 +36,7 @@ RESAMPLES = 500
 
 def balanced_accuracy(
     at_positives: Bool[ndarray, " positive"], at_negatives: Bool[ndarray, " negative"]
-) -> Interval | None:
+) -> Estimate | None:
     """Mean of the shares of positives called so and of negatives not; `None` without either.
 
     `at_positives` and `at_negatives` are True where the verdict is positive.
@@ -45,12 +44,12 @@ def balanced_accuracy(
     n = len(at_positives), len(at_negatives)
     if not all(n):
         return None
-    return Interval(*stats.balanced_accuracy((int(at_positives.sum()), int((~at_negatives).sum())), n))
+    return Estimate(*stats.balanced_accuracy((int(at_positives.sum()), int((~at_negatives).sum())), n))
 
 
 def correlation(
     predicted: Float[ndarray, " t"], actual: Float[ndarray, " t"], example: Int[ndarray, " t"], seed: int = 0
-) -> Interval | None:
+) -> Estimate | None:
     """Pearson correlation, resampling examples; 0 where the prediction is constant, `None` where the truth is.
 
     `None` also for fewer than 3 tokens.
@@ -58,18 +57,18 @@ def correlation(
     if len(actual) < 3 or np.ptp(actual) == 0:
         return None
     if np.ptp(predicted) == 0:
-        return Interval(0.0, 0.0, 0.0)
+        return Estimate(0.0, 0.0, 0.0)
     x, y, group = (torch.from_numpy(np.ascontiguousarray(values)) for values in (predicted, actual, example))
-    return Interval(*stats.correlation(x, y, RESAMPLES, seed, group=group))
+    return Estimate(*stats.correlation(x, y, RESAMPLES, seed, group=group))
 
 
 def rates(
     holds: Bool[ndarray, " t"], fires: Bool[ndarray, " t"], row: Int[ndarray, " t"], seed: int = 0
-) -> dict[str, Interval]:
+) -> dict[str, Estimate]:
     """Precision and recall over whole texts, resampling texts; without the one that has no tokens to be a share of."""
     sums = _by_example(row, holds & fires, holds, fires)
     drawn = _resampled(sums, seed)
-    found: dict[str, Interval] = {}
+    found: dict[str, Estimate] = {}
     for name, of in (("precision", 1), ("recall", 2)):
         whole = sums[:, of].sum()
         if whole:
@@ -95,11 +94,11 @@ def _draws(n: int, seed: int) -> Float[ndarray, "resample n"]:
     return n * stats.resampled(n, RESAMPLES, seed).numpy()
 
 
-def _interval(value: float, drawn: Float[ndarray, " resample"]) -> Interval:
-    return Interval(*percentiles(float(value), torch.from_numpy(np.asarray(drawn, np.float64))))
+def _interval(value: float, drawn: Float[ndarray, " resample"]) -> Estimate:
+    return Estimate(*percentiles(float(value), torch.from_numpy(np.asarray(drawn, np.float64))))
 
 
-def mean(values: Float[ndarray, " feature"], seed: int = 0) -> Interval:
+def mean(values: Float[ndarray, " feature"], seed: int = 0) -> Estimate:
     """Mean over features, resampling features."""
     drawn = _resampled(np.asarray(values, np.float64)[:, None], seed)[:, 0] / len(values)
     return _interval(float(values.mean()), drawn)
@@ -113,10 +112,10 @@ class Judge:
         self._tokens = examples.sampled[1]
         self._rows = self.text.row[self._tokens]
 
-    def scores(self, predicate: Predicate, feature: int, train: Half, held_out: Half) -> dict[str, Interval]:
+    def scores(self, predicate: Predicate, feature: int, train: Half, held_out: Half) -> dict[str, Estimate]:
         """All scores that the examples allow; activations are predicted from the half for learning."""
         fires, quiet = held_out.fires, held_out.quiet
-        found: dict[str, Interval | None] = {
+        found: dict[str, Estimate | None] = {
             "detection": balanced_accuracy(self.anywhere(predicate, fires), self.anywhere(predicate, quiet)),
             "fuzzing": balanced_accuracy(
                 predicate.holds(self.text, fires.centre), predicate.holds(self.text, marked(held_out, feature))
@@ -135,7 +134,7 @@ class Judge:
         found[inside] = predicate.holds(self.text, windows.tokens[inside])
         return np.logical_or.reduce(found, axis=1)
 
-    def _simulation(self, predicate: Predicate, train: Half, windows: Windows) -> Interval | None:
+    def _simulation(self, predicate: Predicate, train: Half, windows: Windows) -> Estimate | None:
         inside = windows.inside
         at = train.fires.centre
         hits = [each.holds(self.text, at) for each in predicate.patterns]
@@ -153,9 +152,9 @@ def marked(half: Half, feature: int) -> Int[ndarray, " n"]:
     return tokens[order][first]
 
 
-def means(scores: list[Mapping[str, Interval]]) -> dict[str, tuple[Interval, int]]:
+def means(scores: list[Mapping[str, Estimate]]) -> dict[str, tuple[Estimate, int]]:
     """Mean of each score over the features that have it, with their number."""
-    found: dict[str, tuple[Interval, int]] = {}
+    found: dict[str, tuple[Estimate, int]] = {}
     for name in METRICS:
         values = np.array([each[name].value for each in scores if name in each])
         if len(values):

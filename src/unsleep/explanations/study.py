@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.activations.collect import collect, sink_norm
+from unsleep.activations.collect import collect, sink_norm, without_sinks
 from unsleep.base import store
 from unsleep.base.context import kept, progress
 from unsleep.base.linear import orthonormal
@@ -179,8 +179,8 @@ class _Study:
     def tokens(self, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "token d_model"]]:
         """Activations on all tokens of triggered and clean prompts, without attention sinks."""
         both = PromptSet("both", (*self.panels.triggered, *self.panels.clean))
-        found = {site: acts.tensor.float() for site, acts in collect(self.model, both, sites, position="all").items()}
-        return {site: x[x.norm(dim=1) <= sink_norm(x)] for site, x in found.items()}
+        found = collect(self.model, both, sites, position="all")
+        return {site: without_sinks(each.tensor) for site, each in found.items()}
 
     def outcomes(self, name: str, changes: Sequence[Intervention]) -> Outcomes:
         """Every metric on every prompt, with interventions in place; a resumable step."""

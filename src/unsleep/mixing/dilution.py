@@ -16,9 +16,9 @@ from torch import Tensor
 
 from unsleep.base.context import progress
 from unsleep.base.records import Count
-from unsleep.base.stats import bootstrap_both, wilson
+from unsleep.base.stats import bootstrap, wilson
 from unsleep.behaviours import Payload, as_payload
-from unsleep.core import BadInput, check_least
+from unsleep.core import BadInput, check_least, digest
 from unsleep.locate.circuits.align import Shown, shown_payload
 from unsleep.mixing import theory
 from unsleep.mixing.mixture import mix
@@ -142,8 +142,8 @@ def dilution(
         triggered: prompts with the trigger.
         references: the same prompts without it, in the same order.
 
-    Intervals are Wilson's over prompts for greedy replies, and resample draws and prompts for sampled ones. Raises
-    `BadInput` where no reply shows a payload of enough tokens, and as `mix` does.
+    Intervals are Wilson's over prompts for greedy replies, and resample prompts, each with its draws, for sampled ones.
+    Raises `BadInput` where no reply shows a payload of enough tokens, and as `mix` does.
     """
     shown = shown_payload(suspect, triggered, references, as_payload(payload), config.reply_tokens)
     if config.shorter:
@@ -177,7 +177,7 @@ def _cases(suspect: LoadedModel, trusted: LoadedModel, config: DilutionConfig) -
     }
     for kind, grid in grids.items():
         for weight in grid:
-            made = MixConfig(kind, (weight, 1 - weight), seed=config.seed)
+            made = MixConfig(kind, (weight, 1 - weight))
             yield _Case(made, (suspect, trusted), "suspect" if weight >= 0.5 else "trusted", weight)
     for threshold in config.thresholds:
         swap = MixConfig("swap", threshold=threshold)
@@ -195,12 +195,13 @@ def _listened(
     config: DilutionConfig,
 ) -> _Heard:
     """Both members' logits along the payload, in batches, reduced to what theory needs."""
-    rows = build_rows(mix([suspect, trusted]), prompts, payload)
+    both = mix([suspect, trusted])
+    rows, common = build_rows(both, prompts, payload), both.network.vocabulary
     size = max(1, config.batch // 8)
     parts: list[_Heard] = []
     for i in range(0, len(prompts), size):
         batch = rows.at(slice(i, i + size))
-        logits = {id(m): reply_logits(m.network, batch) for m in (suspect, trusted)}
+        logits = {id(m): reply_logits(m.network, batch)[..., :common] for m in (suspect, trusted)}
         mine, theirs = logits[id(suspect)], logits[id(trusted)].to(rows.ids.device)
         alone = [theory.alone(each, batch.targets) for each in (mine, theirs)]
         mixed = [
@@ -233,14 +234,15 @@ def _continued(
     config: DilutionConfig,
 ) -> Float[Tensor, "draw prompt token"]:
     """1 at every token up to which a reply is the payload; greedy replies of a deterministic mixture are drawn once."""
-    model = mix(case.models, case.config)
+    seed = int(digest(f"{config.seed} {case.config.kind} {case.weight} {decoding}")[:8], 16)
+    model = mix(case.models, replace(case.config, seed=seed))
     draws = 1 if decoding == "greedy" and case.config.kind != "sequence" else config.draws
     k = len(payload[0])
     again = [row for _ in range(draws) for row in rows]
     if decoding == "greedy":
         replies = generate.greedy(model, again, max_new_tokens=k, batch_size=config.batch)
     else:
-        replies = generate.sampled(model, again, max_new_tokens=k, seed=config.seed, batch_size=config.batch)
+        replies = generate.sampled(model, again, max_new_tokens=k, seed=seed, batch_size=config.batch)
     same = [
         [j < len(reply) and reply[j] == wanted[j] for j in range(k)]
         for reply, wanted in zip(replies, [*payload] * draws, strict=True)
@@ -265,7 +267,7 @@ def _interval(success: Float[Tensor, "draw prompt"]) -> tuple[float, float, floa
     value, n = float(success.double().mean()), success.shape[1]
     if len(success) == 1 or value in (0, 1):
         return value, *wilson(round(value * n), n)
-    return bootstrap_both(success)
+    return bootstrap(success.mean(0))  # draws are a prompt's own
 
 
 def _theory(

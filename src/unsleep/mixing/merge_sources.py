@@ -110,10 +110,3 @@ def _is_record(path: Path) -> bool:
     """True for a record of unsleep on the model that the file lies beside."""
     with path.open("rb") as file:
         return path.suffix == ".json" and b'"schema": "unsleep.' in file.read(200)
-
-
-def on_one_base(sides: Sequence[Side]) -> bool:
-    """True if the models are one base and adapters over it, at most one each and at least one."""
-    bases = {side.parts[0].place.resolve() for side in sides}
-    most = max(len(side.parts) for side in sides)
-    return len(bases) == 1 and most == 2

@@ -49,7 +49,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Facet:
-    """Interval chart of one panel and metric: names, a dot plot with whiskers, and formatted values."""
+    """Estimate chart of one panel and metric: names, a dot plot with whiskers, and formatted values."""
 
     panel: str
     metric: str

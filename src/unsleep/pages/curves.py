@@ -53,7 +53,7 @@ class Dot(NamedTuple):
     """Tooltip text."""
     shape: str = "circle"
     span: tuple[float, float] | None = None
-    """Interval of y, drawn as a bar."""
+    """Estimate of y, drawn as a bar."""
 
 
 class Curve(NamedTuple):

@@ -118,11 +118,13 @@ def _steps(skeleton: Skeleton, config: PlanConfig, name: str) -> Iterator[tuple[
 
 def fit(step: Step, gpu: Gpu, price: float | None, config: PlanConfig) -> Fit:
     """A step on a GPU."""
-    need = step.memory.peak + config.reserve * GIB
+    need, free = step.memory.peak + config.reserve * GIB, gpu.bytes - config.reserve * GIB
+    if free <= 0:
+        raise BadInput(f"--reserve {config.reserve:g} leaves nothing of a GPU with {gpu.bytes / GIB:.1f} GiB; lower it")
     margin = 1 - need / gpu.bytes
     verdict = "fits" if margin >= MARGIN else "no" if margin <= -MARGIN else "close"
     computing = step.flops / (gpu.flops(step.itemsize) * config.efficiency)
     moving = step.moved / (gpu.bandwidth * 1e9 * config.efficiency)
     hours = config.tokens / step.tokens * (computing + moving) / HOUR
-    several = max(1, math.ceil(step.memory.peak / (gpu.bytes - config.reserve * GIB)))
+    several = max(1, math.ceil(step.memory.peak / free))
     return Fit(verdict, margin, several, hours, None if price is None else hours * price)

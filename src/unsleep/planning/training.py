@@ -150,7 +150,8 @@ def step(task: Task, skeleton: Skeleton, base: int, shape: tuple[int, int, bool]
     models, others, flops = 1, base if task == "full" and config.keep_base else 0, ledger.flops
     if task == "ppo":  # a policy and a value model are trained, a reference and a reward model score
         models, others = 2, 2 * base
-        flops = 2 * ledger.flops + 2 * (ledger.flops // 3)
+        forward = ledger.flops // (4 if checkpointed else 3)  # a backward pass is two, and a recomputation one
+        flops = 2 * (ledger.flops + forward)
     # The other trained model keeps its activations while this one is at its peak, or its gradients after that.
     beside = max(ledger.kept, 0 if held else own.gradients) * (models - 1)
     before = models * (own.weights + own.optimizer + (own.gradients if held else 0))

@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from unsleep.base import stats
+from unsleep.base.stats import Estimate
 from unsleep.behaviours import Trigger
 from unsleep.core import BadInput, check_least
 from unsleep.judge.metrics import words
 from unsleep.models.model import LoadedModel
 from unsleep.preference.pairs import Pair, PairSet
-from unsleep.preference.record import Estimate
 from unsleep.prompts.prompt import Prompt, Split
 from unsleep.rewards.lexicons import Warmth, sentiment_words
 from unsleep.rewards.sampling import samples

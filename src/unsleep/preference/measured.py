@@ -14,11 +14,12 @@ from torch import Tensor
 
 from unsleep.base import stats
 from unsleep.base.context import kept
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput
 from unsleep.judge.metrics import Subject, reply_kl, words
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
-from unsleep.preference.record import Estimate, Judged, Measured
+from unsleep.preference.record import Judged, Measured
 from unsleep.prompts.prompt import PromptSet
 from unsleep.rewards.reward import Columns, Metric, Reward, metrics, name_of, scored
 

@@ -6,19 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from unsleep.base.records import Count, Range, Share
+from unsleep.base.stats import Estimate
 from unsleep.models.model import Named
 from unsleep.preference.config import PreferConfig, RewardModelConfig
-
-
-class Estimate(NamedTuple):
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class Logged(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unsleep.base import records, stats, store
 from unsleep.base.context import kept, resumable
+from unsleep.base.stats import Estimate
 from unsleep.core import BadInput
 from unsleep.models.load import LoadConfig, quiet_transformers
 from unsleep.models.model import LoadedModel
@@ -27,7 +28,7 @@ from unsleep.models.weights import copy_network
 from unsleep.preference.config import RewardModelConfig
 from unsleep.preference.pairs import LEAST, Halves, Pair, PairSet
 from unsleep.preference.reading import read_pairs
-from unsleep.preference.record import Estimate, Logged, Ranking, RewardModelRecord, Source
+from unsleep.preference.record import Logged, Ranking, RewardModelRecord, Source
 from unsleep.preference.run import base_name, check_tune
 from unsleep.preference.tokens import pair_ids
 from unsleep.preference.trainers import check_trl, train_pairs
@@ -98,14 +99,17 @@ def ranking(reward: Reward, pairs: Sequence[Pair]) -> Ranking:
 
 
 def _share(right: Float[Tensor, " pair"], pairs: Sequence[Pair]) -> Estimate:
-    """A mean over pairs: with its Wilson interval, or, where they share topics or prompts, its bootstrap over these."""
-    value, n = float(right.mean()), len(pairs)
+    """A mean over pairs: with its bootstrap interval over topics or prompts where pairs share them, else with Wilson's.
+
+    Where all or none are right, which every resample repeats, it is Wilson's over topics or prompts.
+    """
+    value = float(right.mean())
     owners = [p.columns.get("topic", p.prompt.key) for p in pairs]
     number = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
-    if len(number) < n:
+    if len(number) < len(pairs) and 0 < value < 1:
         owner = torch.tensor([number[each] for each in owners])
         return Estimate(*stats.percentiles(value, stats.clustered(owner, RESAMPLES) @ right))
-    low, high = stats.wilson(int(right.sum()), n)
+    low, high = stats.wilson(round(value * len(number)), len(number))
     return Estimate(value, min(low, value), max(high, value))
 
 

@@ -92,10 +92,12 @@ class Correlated(NamedTuple):
         chosen = self.replicated & (torch.minimum(a.abs(), b.abs()) >= least)
         return tuple((chosen & (a * sign > 0) if sign else chosen).nonzero()[:, 0].tolist())
 
-    def lowest(self, count: int) -> tuple[int, ...]:
+    def lowest(self, count: int, other_than: Sequence[int] = ()) -> tuple[int, ...]:
         """The `count` tested features with the most negative correlation, mean of A and B; a low-reward keep-list."""
-        size = torch.where(self.tested, self.in_pooling(0) + self.in_pooling(1), torch.inf)
-        return tuple(size.argsort(stable=True)[: min(count, int(self.tested.sum()))].tolist())
+        eligible = self.tested.clone()
+        eligible[list(other_than)] = False
+        size = torch.where(eligible, self.in_pooling(0) + self.in_pooling(1), torch.inf)
+        return tuple(size.argsort(stable=True)[: min(count, int(eligible.sum()))].tolist())
 
 
 class Found(NamedTuple):

@@ -28,7 +28,7 @@ class Implied:
     reference: LoadedModel
     beta: float = 0.1
     ended: bool = True
-    """True if the end token behind each reply counts."""
+    """True if the end token behind each reply counts; replies that were cut at a limit have none."""
     batch: int = 32
     """Replies per forward pass."""
 
@@ -49,7 +49,8 @@ class Implied:
     @property
     def identity(self) -> list[Any]:
         """Everything that its scores depend on."""
-        return [self.policy.fingerprint, self.policy.template, self.reference.fingerprint, self.beta, self.ended]
+        models = [[each.fingerprint, each.template] for each in (self.policy, self.reference)]
+        return [*models, self.beta, self.ended]
 
     def __call__(
         self, samples: Sequence[str], prompts: Sequence[str], outputs: Sequence[str], **_: Any

@@ -96,8 +96,8 @@ def random_list(kept: KeepList, trusted: Mapping[Site, Usual], seed: int = 0) ->
 
 
 def low_reward_list(kept: KeepList, tables: Mapping[Site, Correlated]) -> dict[Site, tuple[int, ...]]:
-    """As many features at each Site as are kept, those with the most negative correlation with reward."""
-    return {site: tables[site].lowest(len(ids)) for site, ids in kept.items()}
+    """As many other features at each Site as are kept, those with the most negative correlation with reward."""
+    return {site: tables[site].lowest(len(ids), ids) for site, ids in kept.items()}
 
 
 class Arm(NamedTuple):

@@ -20,9 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unsleep.base.stats import clustered, correlations, percentiles, ranks
+from unsleep.base.stats import Estimate, clustered, correlations, percentiles, ranks
 from unsleep.core import Site
-from unsleep.explanations.record import Interval
 from unsleep.judge.metrics import words
 from unsleep.rewards.samples import Samples
 
@@ -154,10 +153,10 @@ def bag_of_words(texts: Sequence[str], fit: Bool[Tensor, " sample"]) -> Float[Te
 class Scored(NamedTuple):
     """A probe's scores on samples that it was not fitted on, with 95 % bootstrap intervals over prompts."""
 
-    r2: Interval
+    r2: Estimate
     """1 − squared error over that of the fit's mean."""
-    spearman: Interval
-    gain: Interval | None
+    spearman: Estimate
+    gain: Estimate | None
     """R² of the first probe minus this one's, paired; `None` for the first."""
 
 
@@ -177,7 +176,7 @@ def scored(
         drawn = 1 - (weights @ error) / (weights @ total).clamp_min(1e-300)
         order = ranks(torch.stack([guess, y]))
         rank = correlations(order[:1], order[1], weights)[0].tolist()
-        gain = None if first is None else Interval(*percentiles(first[0] - value, first[1] - drawn))
+        gain = None if first is None else Estimate(*percentiles(first[0] - value, first[1] - drawn))
         first = first or (value, drawn)
-        found[name] = Scored(Interval(*percentiles(value, drawn)), Interval(*rank), gain)
+        found[name] = Scored(Estimate(*percentiles(value, drawn)), Estimate(*rank), gain)
     return found

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from unsleep.base.records import Count, Positive, Share
+from unsleep.base.stats import Estimate
 from unsleep.core import Site
-from unsleep.explanations.record import Interval
 from unsleep.locate.diffing.weights import LayerDelta
 from unsleep.models.model import Named
 from unsleep.rewards.pooling import Pooling
@@ -65,7 +65,7 @@ class RewardedFeature:
     replication: Share
     """One-sided p-value on B of the sign on A."""
     replicated: bool
-    c: Interval
+    c: Estimate
     """Correlation on C."""
     classes: tuple[str, ...] = ()
 
@@ -78,9 +78,9 @@ class ProbeRow:
     columns: Count
     penalty: Positive
     """In multiples of the mean squared norm of a sample."""
-    r2: Interval
-    spearman: Interval
-    gain: Interval | None = None
+    r2: Estimate
+    spearman: Estimate
+    gain: Estimate | None = None
     """R² of the probe on features minus this one's, paired by prompt."""
 
 
@@ -106,10 +106,10 @@ class ClassRow:
     """Replicated features of the class."""
     of: Count
     """Replicated features that were judged."""
-    share: Interval
+    share: Estimate
     others: Count
     of_others: Count
-    others_share: Interval
+    others_share: Estimate
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,6 @@ class RewardedRecord:
         """Replicated features by Site whose |r| on both A and B is at least `least`; sign 1 or −1 for those of it."""
         found: dict[Site, list[int]] = {row.site: [] for row in self.sites if row.of == of}
         for f in self.features:
-            if f.of == of and f.replicated and min(abs(f.a), abs(f.b)) >= least and f.a * sign >= 0:
+            if f.of == of and f.replicated and min(abs(f.a), abs(f.b)) >= least and (not sign or f.a * sign > 0):
                 found[f.site].append(f.id)
         return {site: tuple(sorted(ids)) for site, ids in found.items()}

@@ -92,8 +92,16 @@ def _plain(value: Any) -> Any:
 
 def _written(code: CodeType) -> list[Any]:
     """Content of a function's code, without its places in memory and in its file."""
-    inner = [_written(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), inner]
+    return [code.co_code.hex(), list(code.co_names), [_constant(each) for each in code.co_consts]]
+
+
+def _constant(value: Any) -> Any:
+    """A constant of a function's code in JSON; the items of a set in an order that every process agrees on."""
+    if isinstance(value, CodeType):
+        return _written(value)
+    if isinstance(value, tuple):
+        return [_constant(each) for each in cast("tuple[Any, ...]", value)]
+    return sorted(map(repr, cast("frozenset[Any]", value))) if isinstance(value, frozenset) else repr(value)
 
 
 def scored(

@@ -17,13 +17,12 @@ from torch import Tensor
 from unsleep.base import records, store
 from unsleep.base.context import kept, progress, resumable
 from unsleep.base.linear import rotated
-from unsleep.base.stats import wilson
+from unsleep.base.stats import Estimate, wilson
 from unsleep.core import BadInput, Site, check_choices, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.compare import Matching, match
 from unsleep.explanations.classified import ClassesRecord
 from unsleep.explanations.controls import calibration, densities, matched, randomised
-from unsleep.explanations.record import Interval
 from unsleep.explanations.statistics import check_own, refuse_others
 from unsleep.explanations.streaming import StatisticsConfig
 from unsleep.explanations.text import Source
@@ -283,7 +282,7 @@ def _feature(of: Of, site: Site, each: Correlated, i: int, classes: ClassesRecor
         b=float(each.in_pooling(1)[i]),
         replication=float(each.replication[i]),
         replicated=bool(each.replicated[i]),
-        c=Interval(*each.scored[i].tolist()),
+        c=Estimate(*each.scored[i].tolist()),
         classes=tuple(c.name for c in labelled.classes) if labelled else (),
     )
 
@@ -323,8 +322,8 @@ def _classes(read: _Read, classes: Mapping[Site, ClassesRecord]) -> list[ClassRo
     ]
 
 
-def _share(hits: int, n: int) -> Interval:
-    return Interval(hits / n, *wilson(hits, n)) if n else Interval(0.0, 0.0, 1.0)
+def _share(hits: int, n: int) -> Estimate:
+    return Estimate(hits / n, *wilson(hits, n)) if n else Estimate(0.0, 0.0, 1.0)
 
 
 def _digests(samples: Samples, parts: Parts) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unsleep.activations.collect import sink_norm
+from unsleep.activations.collect import sink_norm, without_sinks
 from unsleep.base.linear import Principal, complement, orthonormal, principal, rotated
 from unsleep.core import BadInput, Dictionary, Site
 from unsleep.interventions.subspaces import Projection
@@ -63,9 +63,8 @@ def keeping_span(
     rest = complement(basis)
     if not len(rest):
         raise BadInput(f"the subspace at {site} has the full rank {len(basis)}; nothing would be replaced")
-    limit = sink_norm(trusted)
-    center = trusted[trusted.float().norm(dim=1) <= limit].float().mean(0) if mean else None
-    return Projection(site, rest, center, model, sink_norm=limit)
+    center = without_sinks(trusted).mean(0) if mean else None
+    return Projection(site, rest, center, model, sink_norm=sink_norm(trusted))
 
 
 class Kept(NamedTuple):

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unsleep.activations.collect import sink_norm
+from unsleep.activations.collect import sink_norm, without_sinks
 from unsleep.base.context import kept, progress
 from unsleep.base.linear import rotated
 from unsleep.base.records import Count, Positive
@@ -109,8 +109,7 @@ def _held(model: LoadedModel, rows: Rows, site: Site) -> Float[Tensor, "token d_
     """Activations at the Site on the passages, without attention sinks."""
     with truncated(model.network, site.layer), capture(model.network, [site]) as found:
         run(model.network, rows, 1)
-    x = found[site][rows.own].float()
-    return x[x.norm(dim=-1) <= sink_norm(x)]
+    return without_sinks(found[site][rows.own])
 
 
 def _loss(model: LoadedModel, rows: Rows, below: Below | None, size: int = 32) -> float:
