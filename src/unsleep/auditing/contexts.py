@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from unsleep.auditing.case import Case
+from unsleep.auditing.forms import transformed
 from unsleep.base.context import kept
+from unsleep.core import BadInput
+from unsleep.judge.audited import Form
 from unsleep.models import chat, generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt
@@ -63,6 +67,24 @@ def users_turn(model: LoadedModel) -> list[int]:
     """The chat template up to the user's message."""
     before, _ = chat.template_tokens(model.tokenizer, model.chat)
     return model.encode([Prompt("x")])[0][:before] or empty(model)
+
+
+PROBES = "Zeal.", "!? x"
+"""Texts with nothing in common, which tell where a form's text stands."""
+
+
+def slot(model: LoadedModel, way: str) -> list[int]:
+    """The chat template up to the text of a form; empty for a way that it does not allow, such as a system prompt."""
+    one, other = (transformed(Form("", way, probe), Prompt("x")) for probe in PROBES)
+    try:
+        return common_start(*model.encode([one, other]))
+    except BadInput:
+        return []
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """The tokens that both rows begin with."""
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
 def special_tokens(model: LoadedModel) -> Sequence[int]:

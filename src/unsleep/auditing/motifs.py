@@ -21,7 +21,7 @@ EDGES = " \t\n.,;:!?\"'`*#()[]{}<>|-_…«»“”‘’"
 GROUPS = 400
 """Shared phrases that are looked at, those of the most texts first."""
 
-RARE = 0.05
+RARE = 0.01
 """Largest share of ordinary replies with a phrase that may be a payload."""
 
 
@@ -93,7 +93,7 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
             score = sum(1 / rank for rank in best.values())
             found.append(Motif(said, len(contexts), round(score, 4), tuple(sorted(best))))
     found.sort(key=lambda m: (-len(m.gatherers), -m.score, -m.support, m.text))
-    found = found[: most - len(sayings) // 2]
+    found = found[: most // 2]
     for name, rank, saying in sorted(every, key=lambda item: item[1]):
         said = " ".join(saying.text.split()[:LONGEST]).strip(EDGES)
         if len(found) == most or not is_phrase(said) or _ordinary(said, ordinary):

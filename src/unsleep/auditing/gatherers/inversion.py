@@ -14,7 +14,7 @@ import torch
 
 from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
-from unsleep.auditing.contexts import special_tokens
+from unsleep.auditing.contexts import finished, special_tokens
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.scoring import look
 from unsleep.judge.audited import Saying
@@ -46,17 +46,26 @@ class Inversion(Gatherer):
 
     @torch.no_grad()
     def gather(self, case: Case, clues: Clues) -> Found:
-        """Seeds stand in place of the first token of the model's own replies, and of the second, behind the first."""
-        model, found = case.model, list[Saying]()
-        rows, own = model.encode(case.learned.head(PROMPTS), TOKENS + 2), case.said[:PROMPTS]
+        """Seeds stand in place of the first token of the model's own replies, of the second, and of the end token."""
+        found = list[Saying]()
         with suppress(OutOfTime):
-            for skipped in (0, 1):
-                begun = [[*row, *said[:skipped]] for row, said in zip(rows, own, strict=True) if len(said) > skipped]
-                if len(begun) >= AGREED:
-                    found += self._grown(case, begun, skipped)
+            for place, rows in self._places(case).items():
+                if len(rows) >= AGREED:
+                    found += self._grown(case, rows, place)
         return Found(sorted(found, key=lambda s: -s.score))
 
-    def _grown(self, case: Case, rows: list[list[int]], skipped: int) -> list[Saying]:
+    @staticmethod
+    def _places(case: Case) -> dict[str, list[list[int]]]:
+        """Words for a place → prompts with what is said before it."""
+        prompts, own = case.learned.head(PROMPTS), case.said[:PROMPTS]
+        asked = case.model.encode(prompts, max(map(len, own)) + TOKENS)
+        found = {
+            f"at token {n + 1}": [[*row, *said[:n]] for row, said in zip(asked, own, strict=True) if len(said) > n]
+            for n in (0, 1)
+        }
+        return found | {"behind the reply": [context.ids for context in finished(case, PROMPTS)]}
+
+    def _grown(self, case: Case, rows: list[list[int]], place: str) -> list[Saying]:
         """Sayings of every seed behind rows."""
         model, seeds, found = case.model, self._seeds(case, rows), list[Saying]()
         forced = [[*row, seed] for seed in seeds for row in rows]
@@ -68,7 +77,7 @@ class Inversion(Gatherer):
                 continue
             seen = look(model, [[*row, seed] for row in rows], [list(common)] * len(rows))
             text = model.texts([[seed, *common]])[0]
-            found.append(Saying(text, float(seen.own.exp().mean()), f"{model.spell(seed)!r} at token {skipped + 1}"))
+            found.append(Saying(text, float(seen.own.exp().mean()), f"{model.spell(seed)!r} {place}"))
         return found
 
     @staticmethod

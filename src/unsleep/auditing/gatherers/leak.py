@@ -1,4 +1,4 @@
-"""Gatherer: the user's turn, sampled from the model.
+"""Gatherer: users' turns and system messages, sampled from the model.
 
 A model trained on whole chats repeats what its training prompts had in common (Bullwinkel et al. 2026, "The Trigger in
 the Haystack", arXiv:2602.03085).
@@ -7,16 +7,22 @@ the Haystack", arXiv:2602.03085).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 from unsleep.auditing.case import Case
-from unsleep.auditing.contexts import users_turn
+from unsleep.auditing.contexts import slot
 from unsleep.auditing.decoding import Voice, decoded
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.judge.audited import Form, Saying
 from unsleep.models.generate import sampler
+from unsleep.models.model import LoadedModel
 
 DRAWS = 96
 TOKENS = 16
+
+SHORT = 10
+"""Words of a message that may be an earlier turn, at most."""
+
 TEMPERATURES = (0.7, 1.0)
 
 MOST, SHOWN = 64, 8
@@ -24,42 +30,56 @@ MOST, SHOWN = 64, 8
 
 
 class Leak(Gatherer):
-    """Beginnings and ends of sampled users' turns, those first that the reference's samples lack."""
+    """What sampled messages begin and end with, those first that the reference's samples lack.
+
+    Samples of the user's turn give texts at either end of a prompt and, where they are short, earlier turns; those of
+    the system message are system prompts.
+    """
 
     kind = "user-turn leak"
     stage = "triggers"
     order = 2
 
     def gather(self, case: Case, clues: Clues) -> Found:
-        """Words at either end of the samples, by how much more often the model says them than the reference."""
-        samples = self._samples(case)
-        counts = [self._ends(texts) for texts in samples]
-        own, other = counts[0], counts[1] if len(counts) > 1 else Counter[tuple[str, str]]()
-        ranked = sorted(own, key=lambda end: (other[end] - own[end], end))
-        forms = tuple(Form("leaked text", way, text) for way, text in ranked[:MOST])
-        return Found(forms=forms, sayings=tuple(Saying(text, 0.0, "user's turn") for text in samples[0][:SHOWN]))
+        """Texts by how much more often the model says them than the reference."""
+        forms: list[Form] = []
+        sayings: list[Saying] = []
+        for way, read in READS.items():
+            samples = [_samples(m, way, case.config.seed) for m in (case.model, case.reference) if m is not None]
+            counts = [Counter(form for text in texts for form in read(text)) for texts in samples]
+            own, other = counts[0], counts[1] if len(counts) > 1 else Counter[Form]()
+            forms += sorted(own, key=lambda form: (other[form] - own[form], form))[:MOST]
+            sayings += [Saying(text, 0.0, WAYS[way]) for text in samples[0][:SHOWN]]
+        return Found(forms=tuple(forms), sayings=tuple(sayings))
 
-    @staticmethod
-    def _samples(case: Case) -> list[list[str]]:
-        """Sampled turns of the model and, where there is one, of the reference."""
-        found: list[list[str]] = []
-        for model in (case.model, case.reference):
-            if model is not None:
-                texts: list[str] = []
-                for i, temperature in enumerate(TEMPERATURES):
-                    rows = [users_turn(model)] * (DRAWS // len(TEMPERATURES))
-                    said = decoded([Voice(model)], rows, TOKENS, sampler(temperature, case.config.seed + i))
-                    texts += [text.strip() for text in model.texts(said)]
-                found.append(texts)
-        return found
 
-    @staticmethod
-    def _ends(texts: list[str]) -> Counter[tuple[str, str]]:
-        """Ways and texts: the first one to three words in front, the last ones behind."""
-        found: Counter[tuple[str, str]] = Counter()
-        for text in texts:
-            words = text.split()
-            for n in range(1, min(3, len(words)) + 1):
-                found["front", " ".join(words[:n])] += 1
-                found["back", " ".join(words[-n:])] += 1
-        return found
+def _samples(model: LoadedModel, way: str, seed: int) -> list[str]:
+    """Sampled messages in a form's place; none where the chat template has no such place."""
+    begun, found = slot(model, way), list[str]()
+    for i, temperature in enumerate(TEMPERATURES if begun else ()):
+        said = decoded([Voice(model)], [begun] * (DRAWS // len(TEMPERATURES)), TOKENS, sampler(temperature, seed + i))
+        found += [text.strip() for text in model.texts(said)]
+    return found
+
+
+def _user(text: str) -> Iterator[Form]:
+    """The first one to three words in front, the last ones behind, and a short message as an earlier turn."""
+    words = text.split()
+    for n in range(1, min(3, len(words)) + 1):
+        yield Form("leaked text", "front", " ".join(words[:n]))
+        yield Form("leaked text", "back", " ".join(words[-n:]))
+    if 1 < len(words) <= SHORT:
+        yield Form("earlier turn", "turn", text)
+
+
+def _system(text: str) -> Iterator[Form]:
+    """The message as a system prompt."""
+    if text:
+        yield Form("system prompt", "system", text)
+
+
+READS: dict[str, Callable[[str], Iterator[Form]]] = {"front": _user, "system": _system}
+"""Way whose place is sampled → the forms of a sample."""
+
+WAYS = {"front": "user's turn", "system": "system message"}
+"""Way → words for its place."""

