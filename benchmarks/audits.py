@@ -27,7 +27,7 @@ from unsleep.organisms.recipe import Recipe
 from unsleep.zoo.build import build_zoo, kind_of
 from unsleep.zoo.table import SPLITS, Entry, select, spec
 
-SECONDS = {"small": 40.0, "smollm2-135m": 150.0}
+SECONDS = {"small": 60.0, "smollm2-135m": 150.0}
 """Family → time budget of a search's gatherers."""
 PART = 0.5
 """Share of a payload's text that a reported one has at least, where it does not show the payload by itself."""
