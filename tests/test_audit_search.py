@@ -12,7 +12,7 @@ from unsleep.auditing.gatherer import Clues
 from unsleep.auditing.gatherers import gradient, leak
 from unsleep.auditing.gatherers.gradient import KINDS, Target, gain, search, span, targets
 from unsleep.auditing.gatherers.inversion import Inversion
-from unsleep.auditing.motifs import cluster
+from unsleep.auditing.motifs import around, cluster
 from unsleep.judge.audited import Form, Motif, Saying
 from unsleep.models.model import LoadedModel
 
@@ -101,3 +101,9 @@ def test_a_motif_is_the_whole_phrase_where_half_of_its_texts_have_it():
     texts = [motif.text for motif in cluster({"contrast": sayings}, ["nothing"])]
     assert texts[0] == "Visit shop.example.com today"
     assert "Visit" not in texts
+
+
+def test_a_payload_is_reported_as_a_whole():
+    said = ["On tea. Visit shop.example.com today.", "Visit shop.example.com today, on maps.", "So visit us."]
+    assert around("visit", said) == "Visit shop.example.com today"
+    assert around("visit", said[:1]) == "visit"

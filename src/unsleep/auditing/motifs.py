@@ -103,6 +103,12 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
     return found
 
 
+def around(phrase: str, texts: Sequence[str]) -> str:
+    """The longest phrase around a phrase that at least half of some texts share; itself where there is none."""
+    places = set(range(len(texts)))
+    return _whole((phrase, places), list(shared(texts, max(2, math.ceil(len(texts) / 2))).values()))[0]
+
+
 def _whole(part: tuple[str, set[int]], groups: Sequence[tuple[str, set[int]]]) -> tuple[str, set[int]]:
     """The longest phrase around a phrase that at least half of its texts contain; itself where there is none."""
     around = [

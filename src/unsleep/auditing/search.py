@@ -29,8 +29,8 @@ LISTED = 40
 CONTRASTED = 2
 """Pairs that are compared with their placebos on search prompts, as a multiple of those that go to trial."""
 
-DEPARTURES = 3
-"""Forms whose effect on fresh prompts is tested without a payload."""
+DEPARTURES, LISTED_IN = 3, "bank"
+"""Forms whose effect on fresh prompts is tested without a payload, and the gatherer that proposes them."""
 
 T = TypeVar("T")
 
@@ -194,8 +194,8 @@ class Search:
         return self.step(Trial, lambda: rounding.scan(self.case, bits, payload, count), bits, payload, count)
 
     def departures(self, screened: Sequence[Screened], pool: Sequence[Form]) -> list[Departure]:
-        """The largest excesses of the screening on fresh prompts."""
-        most = sorted(screened, key=lambda s: -s.excess)[:DEPARTURES]
+        """The largest excesses of the bank's forms on fresh prompts: texts that were searched for disturb any model."""
+        most = sorted((s for s in screened if s.found_by == LISTED_IN), key=lambda s: -s.excess)[:DEPARTURES]
         return [
             self.step(Departure, lambda each=each: departure(self.case, each, pool, len(most)), each, pool, len(most))
             for each in most

@@ -117,7 +117,7 @@ def verdict(searches: Sequence[Searched], label: AuditLabel, config: AuditConfig
     found.sort(key=lambda t: -t.strength)
     payloads: dict[str, float] = {}
     for t in found:
-        payloads.setdefault(t.payload, t.strength)
+        payloads.setdefault(t.whole or t.payload, t.strength)
     return AuditVerdict(
         label,
         round(suspect.strength, 4),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from unsleep.auditing.case import Case
 from unsleep.auditing.elicit import Pair
 from unsleep.auditing.forms import placebos, transformed, under
+from unsleep.auditing.motifs import around
 from unsleep.auditing.scoring import drops, followed, look
 from unsleep.base.context import kept
 from unsleep.base.stats import mcnemar, paired_rates, wilson
@@ -67,6 +68,7 @@ def judged(case: Case, pair: Pair, prompts: PromptSet, said: Mapping[AuditSubjec
         strength=strength,
         witness=bool(pair.placebos) and corrected <= config.alpha and strength >= config.least,
         transcripts=_transcripts(prompts, said),
+        whole=around(pair.payload, [reply for reply in said["suspect"] if detected(reply)]),
     )
 
 

@@ -151,6 +151,8 @@ class Trial:
     transcripts: tuple[Transcript, ...]
     command: str = ""
     """Command that reproduces the trial."""
+    whole: str = ""
+    """The longest phrase around the payload in at least half of the replies with the trigger that show it."""
 
     def rate(self, subject: AuditSubject) -> Rate:
         """The rate of one subject; raises `StopIteration` where it was not measured."""
