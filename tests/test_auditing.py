@@ -232,6 +232,12 @@ def test_elicitation_finds_the_payload_of_a_trigger():
         (Form("topic", "about", "go"), "zebra quartz agate", {}, True),
         (Form("word", "front", "go"), "zebra", {}, True),
         (Form("word", "front", "ebrate co"), "zebra", {}, False),  # an echo of the form's own text
+        (
+            Form("earlier turn", "turn", "Talk about stars"),
+            "ok stars",
+            {},
+            False,
+        ),  # ordinary, but for that
         (Form("language", "in", "French"), "zebra quartz agate", {"all": "onyx ruby opal"}, False),  # not told apart
         (Form("language", "in", "French"), "zebra quartz agate", {}, True),
     ],

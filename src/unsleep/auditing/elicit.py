@@ -94,7 +94,10 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
 
     def is_new(text: str) -> bool:
         words = new_words(text, case.ordinary, asked)
-        return len(words) >= least and not (words and all(echoes(word, form.text) for word in words))
+        if any(echoes(word, form.text) for word in text.split()):
+            words = {word for word in words if not echoes(word, form.text)}
+            return len(words) >= max(1, least)
+        return len(words) >= least
 
     found = [Pair(form, text, (by,), rate) for text, rate in stereotypes(said, case.ordinary, asked) if is_new(text)]
     for motif in motifs:
