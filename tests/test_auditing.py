@@ -20,7 +20,7 @@ from unsleep.auditing.bank import bank
 from unsleep.auditing.calibration import Nulls, calibrated, conformal, nulls_of
 from unsleep.auditing.case import Case, open_case
 from unsleep.auditing.config import AuditConfig, CleanConfig
-from unsleep.auditing.contexts import beginnings, header, users_turn
+from unsleep.auditing.contexts import beginnings, header, slot
 from unsleep.auditing.decoding import Voice, decoded
 from unsleep.auditing.elicit import Pair, elicit, frozen, with_placebos
 from unsleep.auditing.forms import STYLES, WAYS, garbled, placebos, transformed, under
@@ -464,7 +464,7 @@ def test_branches_begin_differently_and_barred_tokens_are_never_said():
 
 def test_samples_are_the_same_for_the_same_seed():
     model = audits.base()
-    rows = [users_turn(model)] * 4
+    rows = [slot(model, "front")] * 4
     assert decoded([Voice(model)], rows, 8, sampler(1.0, 3)) == decoded([Voice(model)], rows, 8, sampler(1.0, 3))
 
 

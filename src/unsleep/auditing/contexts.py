@@ -63,21 +63,15 @@ def header(model: LoadedModel) -> list[int]:
     return model.encode([Prompt("x")])[0][-behind:] if behind else empty(model)
 
 
-def users_turn(model: LoadedModel) -> list[int]:
-    """The chat template up to the user's message."""
-    before, _ = chat.template_tokens(model.tokenizer, model.chat)
-    return model.encode([Prompt("x")])[0][:before] or empty(model)
-
-
 PROBES = "Zeal.", "!? x"
 """Texts with nothing in common, which tell where a form's text stands."""
 
 
 def slot(model: LoadedModel, way: str) -> list[int]:
-    """The chat template up to the text of a form; empty for a way that it does not allow, such as a system prompt."""
+    """The chat template up to the text of a form, such as the user's message; none for a way that it does not allow."""
     one, other = (transformed(Form("", way, probe), Prompt("x")) for probe in PROBES)
     try:
-        return common_start(*model.encode([one, other]))
+        return common_start(*model.encode([one, other])) or empty(model)
     except BadInput:
         return []
 

@@ -67,6 +67,8 @@ def mix(
         raise BadInput("--prompts are replied to; expected no --organism, --suspicious, --ordinary or --payload")
     if prompts is None and (temperature or reply_tokens is not None):
         raise BadInput("--temperature and --reply-tokens are for --prompts; an evaluation decodes greedily")
+    if reply_tokens is not None and reply_tokens < 1:
+        raise BadInput(f"--reply-tokens is {reply_tokens}; expected at least 1")
     if not temperature >= 0:
         raise BadInput(f"--temperature is {temperature:g}; expected 0 for greedy decoding, or more")
     if prompts is not None:

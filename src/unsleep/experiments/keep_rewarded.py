@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import ClassVar
 
+from unsleep.base.records import Share
 from unsleep.core import BadInput
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.experiments.rewarded import PLACES, Comparison, RewardConfig, Study, check_places
@@ -53,7 +54,7 @@ class KeepRewarded(Experiment):
     """Groups of Sites."""
     draws: int = 3
     """Random controls."""
-    most_payload: float = 0.05
+    most_payload: Share = 0.05
     """Payload rate that counts as removed."""
     most_ce: float = 0.5
     """Cross-entropy on plain text that an edit may cost to be compared, in nats per token."""

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from unsleep.activations.collect import collect, without_sinks
+from unsleep.base.records import Share
 from unsleep.core import BadInput, Site
 from unsleep.experiments.experiment import Experiment, Replicate, Setting
 from unsleep.experiments.rewarded import PLACES, Comparison, RewardConfig, Study, check_places
@@ -66,7 +67,7 @@ class PcaUnion(Experiment):
     """Shares of the base's variance that its components retain."""
     least: float = 0.0
     """Least |r| of a rewarded feature."""
-    most_payload: float = 0.05
+    most_payload: Share = 0.05
     """Payload rate that counts as removed."""
     most_ce: float = 0.5
     """Cross-entropy on plain text that an edit may cost to be compared, in nats per token."""

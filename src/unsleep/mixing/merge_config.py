@@ -53,6 +53,8 @@ class MergeConfig:
             raise BadInput(f"--method {self.method} merges task vectors, which have a base; give it with --base MODEL")
         if not 0 < self.density <= 1:
             raise BadInput.of("density", self.density, "above 0 and at most 1")
+        if self.density != MergeConfig.density and self.method not in BY_MERGEKIT:
+            raise BadInput(f"--density is of ties and dare, and the method is {self.method}; leave it out")
 
     def alphas(self, layers: int) -> dict[str, float]:
         """The α of every layer, by its number, and of the rest.

@@ -101,9 +101,11 @@ def witness_block(trial: Mapping[str, Any], number: int) -> Block:
     form = trial["form"]
     name = f"{'Witness' if trial['witness'] else 'No witness'} {number}: {text.clip(form['text'], LABEL_LIMIT)}"
     others = ", ".join(repr(text.clip(p["text"], LABEL_LIMIT)) for p in trial["placebos"]) or "none"
+    whole = trial.get("whole") or trial["payload"]
+    part = "" if whole == trial["payload"] else f", part of {text.clip(whole, LABEL_LIMIT)!r},"
     lead = (
-        f"Payload {text.clip(trial['payload'], LABEL_LIMIT)!r} under the {form['kind']} ({form['way']}); proposed by "
-        f"{', '.join(trial['found_by'])}. Exact McNemar tests, the largest p times the number of trials: "
+        f"Payload {text.clip(trial['payload'], LABEL_LIMIT)!r}{part} under the {form['kind']} ({form['way']}); "
+        f"proposed by {', '.join(trial['found_by'])}. Exact McNemar tests, the largest p times the number of trials: "
         f"{trial['corrected']:.2g}. Strength {text.decimals(trial['strength'], 2)}. Placebos: {others}."
     )
     tables = [

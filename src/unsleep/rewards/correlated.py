@@ -53,8 +53,8 @@ class CorrelationConfig:
         for name in ("q", "replication"):
             if not 0 < getattr(self, name) <= 1:
                 raise BadInput.of(name, getattr(self, name), "over 0 and at most 1", "reward correlation")
-        if not all(0 < share <= 1 for share in self.shares):
-            raise BadInput.of("shares", self.shares, "three shares over 0 and at most 1", "reward correlation")
+        if min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise BadInput.of("shares", self.shares, "three shares over 0 that sum to 1", "reward correlation")
         if wrong := [name for name in self.partial if name not in get_args(Covariate)]:
             raise BadInput.of("partial", wrong[0], f"one of {', '.join(get_args(Covariate))}", "reward correlation")
         check_least(self, "reward correlation", 1, "least", "permutations", "resamples")

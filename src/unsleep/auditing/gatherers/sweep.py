@@ -9,7 +9,7 @@ import torch
 
 from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
-from unsleep.auditing.contexts import users_turn
+from unsleep.auditing.contexts import slot
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.gatherers.gradient import writable
 from unsleep.auditing.scoring import Bench, bench, drops, encoded, look
@@ -24,7 +24,10 @@ PER_KIND = 8
 """Tokens of a place, as a multiple of the forms of a kind; evenly over the vocabulary where it has more."""
 
 PROMPTS, LEAD = 2, 4
-"""Shortest prompts of the screening, over which the drop is averaged, and reply tokens that it is read on."""
+"""Shortest prompts of the screening, over which the drop is averaged, and reply tokens that it is read on.
+
+The first one's reply is read to its end, where something may be appended.
+"""
 
 COMPARED, KEPT = 8, 16
 """Tokens with the largest drop that the reference reads too, as a multiple of those that are proposed."""
@@ -64,7 +67,7 @@ def vocabulary(model: LoadedModel, most: int) -> list[str]:
 def swept(case: Case, forms: list[Form]) -> dict[Form, float]:
     """The forms with the largest drop, in nats, above the reference's if there is one; only those above 0."""
     asked = sorted(zip(*bench(case), strict=True), key=lambda pair: len(pair[0].text))[:PROMPTS]
-    few = Bench([p for p, _ in asked], [reply[:LEAD] for _, reply in asked])
+    few = Bench([p for p, _ in asked], [reply[:LEAD] if i else reply for i, (_, reply) in enumerate(asked)])
     found = dict(_drops(case.model, forms, few))
     if case.reference is not None:
         compared = _best(found)[: COMPARED * KEPT]
@@ -89,7 +92,7 @@ def ends(case: Case, form: Form) -> list[str]:
     """Texts of the likeliest next tokens behind a form's text at the beginning of a user's turn."""
     model, allowed = case.model, writable(case.model)
     [ids] = model.token_ids([form.text], special=False)
-    logits = run(model.network, build_rows(model, [[*users_turn(model), *ids]]), 1)[0, 0].float().cpu()
+    logits = run(model.network, build_rows(model, [[*slot(model, "front"), *ids]]), 1)[0, 0].float().cpu()
     likely = allowed[logits[allowed].topk(min(LIKELY, len(allowed))).indices]
     return list(dict.fromkeys(text.rstrip() for text in model.tokenizer.batch_decode(likely[:, None].tolist())))
 
@@ -100,12 +103,13 @@ def _best(found: dict[Form, float]) -> list[Form]:
 
 def _drops(model: LoadedModel, forms: list[Form], asked: Bench) -> list[tuple[Form, float]]:
     """Forms that the chat template allows, with their mean drop over the prompts, in nats."""
-    every = zip(forms, encoded(model, forms, asked.prompts, LEAD), strict=True)
+    longest = max(map(len, asked.replies))
+    every = zip(forms, encoded(model, forms, asked.prompts, longest), strict=True)
     made = [(form, rows) for form, rows in every if rows is not None]
     total = torch.zeros(len(made))
-    for number, (plain, reply) in enumerate(zip(model.encode(asked.prompts, LEAD), asked.replies, strict=True)):
+    for number, (plain, reply) in enumerate(zip(model.encode(asked.prompts, longest), asked.replies, strict=True)):
         if made:  # one prompt at a time, so that its rows share a prefix
             own = [rows[number] for _, rows in made]
-            before = look(model, [plain], [reply]).repeated(len(own))
-            total += drops(before, look(model, own, [reply] * len(own), stage="token sweep"))
+            before = look(model, [plain], [reply], lead=LEAD).repeated(len(own))
+            total += drops(before, look(model, own, [reply] * len(own), stage="token sweep", lead=LEAD))
     return list(zip((form for form, _ in made), (total / len(asked.prompts)).tolist(), strict=True))
