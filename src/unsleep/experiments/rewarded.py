@@ -227,8 +227,8 @@ class Comparison:
             removed.append(own is not None and own[0] <= self.most_payload and all(v > own[0] for v, _ in controls))
         controlled = bool(self.controls) and all(read[w] is not None for read in every.values() for w in self.controls)
         found = label(removed)
-        lead = f"Payload at the setting that costs most within {self.most_ce:g} nats of plain text (its cost in nats)"
-        said = f"{lead}; – where every one costs more or breaks the model. "
+        lead = f"Each arm at its strongest setting that costs at most {self.most_ce:g} nats on plain text"
+        said = f"{lead}: payload (cost in nats), – where every one costs more or breaks the model. "
         said += f"{'; '.join(told)}." if usable else "None of the arms has one."
         if usable and (left := [words for words in self.arms if words not in usable]):
             said += f" Everywhere –: {', '.join(left)}."

@@ -126,11 +126,6 @@ class PreferConfig(_Training):
             raise BadInput.of("nll", self.nll, "at least 0", self.what)
         if self.nll and self.method != "dpo":
             raise BadInput(f"prefer nll is {self.nll}, which is of dpo, and the method is {self.method}; leave it out")
-        if self.generations != PreferConfig.generations and self.method not in ONLINE:
-            raise BadInput(
-                f"prefer generations is {self.generations}, which is of {', '.join(ONLINE)}, and the method is "
-                f"{self.method}; leave it out"
-            )
         if not self.temperature > 0:
             raise BadInput.of("temperature", self.temperature, "over 0", self.what)
 

@@ -168,9 +168,6 @@ def _data(
     if isinstance(given, PromptSet) and config.method not in ONLINE:
         raise BadInput(f"{config.method} needs preference pairs, and {given.name} holds prompts; expected --pairs")
     asked = list(given.prompts) if isinstance(given, PairSet) else list(given)
-    for name in ("held_out", "eval_limit") if eval_prompts is not None else ():
-        if (value := getattr(config, name)) != getattr(PreferConfig, name):
-            raise BadInput(f"prefer {name} is {value}, and prompts to judge by are given; leave one of them out")
     if eval_prompts is None:
         train, held = split_by_prompt(asked, config.held_out, given.name, config.seed)
         first = _first([asked[i] for i in held])[: config.eval_limit]

@@ -119,6 +119,7 @@ def rewarded(
     out = Path(out)
     store.check_place(out, MARK)
     check_own(model, dictionaries)
+    samples.parts(config.shares, config.seed)  # refuses too few prompts before any work
     base, given = beside.base, beside.base_dictionaries
     theirs = _check_beside(model, dictionaries, beside, config)
     made_from = (model, list(dictionaries), samples, config, base, list(given), list(beside.others))

@@ -33,7 +33,7 @@ MOST, SHOWN = 64, 8
 
 
 class Leak(Gatherer):
-    """What sampled messages begin and end with, those first that the reference's samples lack.
+    """Beginnings and ends of sampled messages, those first that the reference's samples lack.
 
     Samples of the user's turn give texts at either end of a prompt and, where they are short, earlier turns; those of
     the system message are system prompts.
