@@ -35,10 +35,10 @@ pytestmark = pytest.mark.real
 N = 20
 SMALL = RepairConfig(
     sites=("resid.8", "resid.12"),
-    attempts=2,
-    learn=56,
-    passages=60,
-    dictionary=TrainConfig(tokens=120_000),
+    attempts=1,
+    learn=48,
+    passages=40,
+    dictionary=TrainConfig(tokens=80_000),
     find=FindConfig(prompts=24, ablate=4),
     mask=MaskConfig(steps=24, price=3e-3),
 )
