@@ -30,6 +30,14 @@ settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True
 settings.load_profile("ci")
 
 
+LONGEST = ("test_repair_real.py", "test_audit.py", "test_docs.py", "test_device.py")
+"""Files that take minutes: they begin first, so that no process waits for one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def any_family(request: pytest.FixtureRequest) -> LoadedModel:
     return LoadedModel(build(request.param), byte_tokenizer(), request.param)
