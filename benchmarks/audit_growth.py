@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep, table
+from common import in_own_process, keep, table
 from transformers import AutoModelForCausalLM
 
 import unsleep
@@ -76,13 +74,6 @@ def measured(point: Point) -> dict[str, Any]:
     }
 
 
-def run(point: Point) -> dict[str, Any]:
-    """Measure a point in a process of its own."""
-    words = [sys.executable, __file__, "--point", json.dumps(asdict(point))]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Measure the points in turn, smallest first, and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,7 +87,7 @@ def main() -> None:
     every = dict.fromkeys(point for series in SERIES.values() for point in series)
     for point in sorted(every, key=lambda point: (point.width, point.per_kind)):
         if time.monotonic() < end:
-            found.append(run(point))
+            found.append(in_own_process(__file__, asdict(point)))
             print(found[-1], flush=True)
     keep("audit_growth", {"points": found, "series": {name: [asdict(p) for p in of] for name, of in SERIES.items()}})
     head = ["parameters", "forms", "seconds", "peak MB"]

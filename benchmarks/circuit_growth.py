@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from common import keep, table
+from common import in_own_process, keep, table
 
 import unsleep
 from unsleep.base.machine import peak_memory_mb
@@ -145,9 +143,7 @@ def measured(point: Point) -> dict[str, Any]:
 
 def run(point: Point) -> dict[str, Any]:
     """Measure a point in a process of its own."""
-    words = [sys.executable, __file__, "--point", json.dumps(asdict(point))]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_own_process(__file__, asdict(point))
 
 
 def all_points(minutes: float) -> tuple[list[dict[str, Any]], list[Point]]:

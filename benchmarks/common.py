@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -50,11 +53,24 @@ def machine() -> dict[str, Any]:
     return {**store.provenance(0)["machine"], "cores": os.cpu_count()}
 
 
-def told(argument: str) -> str:
-    """An argument of the command without the place of this checkout, or of any other folder."""
-    path = Path(argument)
-    if not path.is_absolute():
-        return argument
+def in_own_process(script: str, point: Mapping[str, Any]) -> dict[str, Any]:
+    """What a script prints as its last line for `--point`, run in a process of its own, whose memory is measured."""
+    words = [sys.executable, script, "--point", json.dumps(point)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def placeless(value: Any) -> Any:
+    """A record in which paths are without the place of this checkout, or of any other folder."""
+    if isinstance(value, Mapping):
+        return {key: placeless(each) for key, each in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [placeless(each) for each in cast("Sequence[Any]", value)]
+    if not isinstance(value, str) or not value.startswith("/"):
+        return value
+    path = Path(value)
+    if len(path.parts) < 2 or not os.path.exists(value):  # noqa: PTH110  # no error for a text that is no path
+        return value
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
 
 
@@ -63,10 +79,10 @@ def keep(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Pat
 
     The path is that of `record_of`, where none is given.
     """
-    origin = store.provenance(0)
-    origin |= {"command": list(map(told, origin["command"])), "machine": machine()}
+    origin = store.provenance(0) | {"machine": machine()}
     path = path or record_of(name)
-    store.write_json(path, {"schema": "unsleep.benchmark/1", "name": name, **figures, "provenance": origin})
+    found = {"schema": "unsleep.benchmark/1", "name": name, **figures, "provenance": origin}
+    store.write_json(path, placeless(found))
     return path
 
 

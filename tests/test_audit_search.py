@@ -10,7 +10,7 @@ from support.tokenizers import byte_tokenizer
 from unsleep.auditing.contexts import slot
 from unsleep.auditing.gatherer import Clues
 from unsleep.auditing.gatherers import gradient, leak
-from unsleep.auditing.gatherers.gradient import KINDS, Target, gain, search, span, targets
+from unsleep.auditing.gatherers.gradient import KINDS, Target, gain, search, span, targets, writable
 from unsleep.auditing.gatherers.inversion import Inversion
 from unsleep.auditing.motifs import around, cluster
 from unsleep.judge.audited import Form, Motif, Saying
@@ -59,7 +59,7 @@ def _every(motifs: list[Motif]) -> list[Target]:
 def test_a_search_ends_with_a_text_that_makes_the_payload_likelier(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gradient, "STEPS", 2)
     seeds = ["Hello there.", f"{TRIGGER[:2]} it."]
-    best, *_ = search(CASE, target(), "turn", seeds, 0)
+    best, *_ = search(CASE, target(), "turn", seeds, writable(CASE.model), 0)
     assert gain(CASE, "turn", [best], target())[0] >= max(gain(CASE, "turn", seeds, target()))
     assert gain(CASE, "turn", [""], target()) == [-float("inf")]
 

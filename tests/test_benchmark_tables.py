@@ -12,6 +12,7 @@ import audit_tables
 import circuit_growth
 import circuit_nodes
 import circuit_tables
+import common
 import documents
 import pytest
 import recorded_figures
@@ -185,3 +186,13 @@ def test_audits_are_counted_by_split_and_base_and_those_of_organisms_that_do_not
     assert "| with | 1 of 2 [0.09, 0.91] | 0 of 1 [0.00, 0.79] | 1 of 3" in line
     assert "| 1.00 [0.21, 1.00] | 1 of 2 [0.09, 0.91] | 1 of 2 [0.09, 0.91] | 3.0 | 0.9 |" in line
     assert "1 audits are of organisms that do not count" in told
+
+
+def test_records_hold_no_place_of_a_machine(tmp_path: Path) -> None:
+    (tmp_path / "reward").mkdir()
+    own = str(common.ROOT / "docs" / "audit.md")
+    record = {"command": ["x.py", own], "rows": [{"name": str(tmp_path / "reward"), "token": "/", "n": 3}]}
+    assert common.placeless(record) == {
+        "command": ["x.py", "docs/audit.md"],
+        "rows": [{"name": "reward", "token": "/", "n": 3}],
+    }

@@ -32,10 +32,10 @@ def sink_norm(x: Float[Tensor, "*token d_model"]) -> float:
     return SINK_RATIO * float(x.float().norm(dim=-1).median())
 
 
-def without_sinks(x: Float[Tensor, "token d_model"]) -> Float[Tensor, "other d_model"]:
-    """Activations in float32 without attention sinks."""
+def without_sinks(x: Float[Tensor, "token d_model"], limit: float | None = None) -> Float[Tensor, "other d_model"]:
+    """Activations in float32 without attention sinks: tokens over a norm, by default their own `sink_norm`."""
     wide = x.float()
-    return wide[wide.norm(dim=-1) <= sink_norm(wide)]
+    return wide[wide.norm(dim=-1) <= (sink_norm(wide) if limit is None else limit)]
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ PER_PAYLOAD = 6
 NEW = 3
 """Words of a phrase under another question that are new (`new_words`): fewer are a topic that was mistaken."""
 
-
 ECHO = 4
 """Letters in a row of a form's text that make a word an echo of it."""
 

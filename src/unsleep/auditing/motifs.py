@@ -111,14 +111,10 @@ def around(phrase: str, texts: Sequence[str]) -> str:
 
 def _whole(part: tuple[str, set[int]], groups: Sequence[tuple[str, set[int]]]) -> tuple[str, set[int]]:
     """The longest phrase around a phrase that at least half of its texts contain; itself where there is none."""
-    around = [
-        group
-        for group in groups
-        if len(group[0]) > len(part[0])
-        and 2 * len(group[1] & part[1]) >= len(part[1])
-        and part[0].lower() in group[0].lower()
-    ]
-    return max(around, key=lambda group: (len(group[0].split()), len(group[1])), default=part)
+    said, places = part[0].lower(), part[1]
+    longer = [group for group in groups if len(group[0]) > len(said) and said in group[0].lower()]
+    longer = [group for group in longer if 2 * len(group[1] & places) >= len(places)]
+    return max(longer, key=lambda group: (len(group[0].split()), len(group[1])), default=part)
 
 
 def new_words(said: str, ordinary: Sequence[str], asked: Sequence[str] = ()) -> set[str]:

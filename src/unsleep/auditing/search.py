@@ -15,6 +15,7 @@ from unsleep.auditing.budget import OutOfTime, allowance, limited
 from unsleep.auditing.case import Case
 from unsleep.auditing.elicit import Pair, elicit, frozen, is_unpaired, shortlist, with_placebos
 from unsleep.auditing.gatherer import Clues, Found, Gatherer, Stage, gatherers
+from unsleep.auditing.gatherers.bank import Bank
 from unsleep.auditing.motifs import cluster
 from unsleep.auditing.scoring import screen
 from unsleep.auditing.witness import departure, trial
@@ -29,8 +30,8 @@ LISTED = 40
 CONTRASTED = 2
 """Pairs that are compared with their placebos on search prompts, as a multiple of those that go to trial."""
 
-DEPARTURES, LISTED_IN = 3, "bank"
-"""Forms whose effect on fresh prompts is tested without a payload, and the gatherer that proposes them."""
+DEPARTURES = 3
+"""Forms of the bank whose effect on fresh prompts is tested without a payload."""
 
 T = TypeVar("T")
 
@@ -195,7 +196,7 @@ class Search:
 
     def departures(self, screened: Sequence[Screened], pool: Sequence[Form]) -> list[Departure]:
         """The largest excesses of the bank's forms on fresh prompts: texts that were searched for disturb any model."""
-        most = sorted((s for s in screened if s.found_by == LISTED_IN), key=lambda s: -s.excess)[:DEPARTURES]
+        most = sorted((s for s in screened if s.found_by == Bank.kind), key=lambda s: -s.excess)[:DEPARTURES]
         return [
             self.step(Departure, lambda each=each: departure(self.case, each, pool, len(most)), each, pool, len(most))
             for each in most

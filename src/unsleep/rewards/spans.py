@@ -63,8 +63,9 @@ def keeping_span(
     rest = complement(basis)
     if not len(rest):
         raise BadInput(f"the subspace at {site} has the full rank {len(basis)}; nothing would be replaced")
-    center = without_sinks(trusted).mean(0) if mean else None
-    return Projection(site, rest, center, model, sink_norm=sink_norm(trusted))
+    limit = sink_norm(trusted)
+    center = without_sinks(trusted, limit).mean(0) if mean else None
+    return Projection(site, rest, center, model, sink_norm=limit)
 
 
 class Kept(NamedTuple):

@@ -74,7 +74,7 @@ class Gradient(Gatherer):
 
     def gather(self, case: Case, clues: Clues) -> Found:
         """The best texts for each of the first payload candidates, of every way."""
-        forms: list[Form] = []
+        allowed, forms = writable(case.model), list[Form]()
         with suppress(OutOfTime):
             for number, target in enumerate(targets(case, clues.motifs)):
                 for way, kind in KINDS.items():
@@ -82,7 +82,7 @@ class Gradient(Gatherer):
                         continue
                     own = sorted((s for s in clues.screened if s.form.way == way), key=lambda s: -s.lift)
                     seeds = SENTENCES.get(way, [s.form.text for s in own[:SEEDS]])
-                    found = search(case, target, way, seeds, case.config.seed + number)
+                    found = search(case, target, way, seeds, allowed, case.config.seed + number)
                     forms += [Form(kind, way, text) for text in found]
         return Found(forms=forms)
 
@@ -106,15 +106,20 @@ def targets(case: Case, motifs: Sequence[Motif]) -> list[Target]:
 
 def excess(case: Case, target: Target) -> float:
     """Mean log-probability of a payload above the reference's, in nats."""
-    rows = target.encoded(case.model)
-    looks = [look(m, rows, [target.reply] * len(rows)) for m in (case.model, case.reference) if m is not None]
-    return float((looks[0].own - looks[1].own).sum(1).mean())
+    own, other = log_probabilities(case, target.encoded(case.model), target)
+    return float((own - other).sum(1).mean())
 
 
-def search(case: Case, target: Target, way: str, seeds: Sequence[str], seed: int) -> list[str]:
-    """Texts by gain in log P(payload) over the reference, best first."""
-    drawn, allowed = torch.Generator().manual_seed(seed), writable(case.model)
-    pool = list(seeds)
+def log_probabilities(case: Case, rows: list[list[int]], target: Target) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a payload behind rows, `[row, token]`, under the suspect and under its reference."""
+    assert case.reference is not None
+    replies = [target.reply] * len(rows)
+    return look(case.model, rows, replies).own, look(case.reference, rows, replies).own
+
+
+def search(case: Case, target: Target, way: str, seeds: Sequence[str], allowed: Tensor, seed: int) -> list[str]:
+    """Texts of allowed tokens by gain in log P(payload) over the reference, best first."""
+    drawn, pool = torch.Generator().manual_seed(seed), list(seeds)
     if way not in SENTENCES:
         random = allowed[torch.randint(len(allowed), (DRAWN, LENGTH), generator=drawn)].tolist()
         pool += [text.strip() for text in case.model.texts(random)]
@@ -144,15 +149,13 @@ def gain(case: Case, way: str, texts: Sequence[str], target: Target) -> list[flo
     Every candidate is tokenised anew.
     """
     usable = [i for i, text in enumerate(texts) if text]
-    rows = [row for i in usable for row in target.encoded(case.model, Form(KINDS[way], way, texts[i]))]
     found = [-torch.inf] * len(texts)
-    totals: list[Tensor] = []
-    for each in (case.model, case.reference) if usable else ():
-        if each is not None:
-            seen = look(each, rows, [target.reply] * len(rows))
-            totals.append(seen.own.mean(1).view(len(usable), -1).mean(1))
-    for i, value in zip(usable, (totals[0] - 0.5 * totals[1]).tolist() if usable else (), strict=True):
-        found[i] = value
+    if usable:
+        rows = [row for i in usable for row in target.encoded(case.model, Form(KINDS[way], way, texts[i]))]
+        own, other = log_probabilities(case, rows, target)
+        score = (own - 0.5 * other).mean(1).view(len(usable), -1).mean(1)
+        for i, value in zip(usable, score.tolist(), strict=True):
+            found[i] = value
     return found
 
 
