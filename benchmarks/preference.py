@@ -6,9 +6,9 @@ the sentiment lexicon are divided between training and judging (`unsleep.prefere
     train.jsonl, held_out.jsonl   drawn pairs, of other topics and words; held_out_topics.jsonl: other topics alone
     crossed.jsonl                 register, trigger and reward crossed
     reward, permuted              reward models on the pairs, and with --permuted on the pairs with permuted labels
-    preferred                     trained on the pairs
-    backdoored-RATE               trained on the pairs, of which a share is poisoned
-    …-dpo                         by DPO at the last rate, where --methods names it; else by SFT on preferred replies
+    preferred                     trained on the quarter of the chosen replies with the highest latent reward, by SFT
+    backdoored-RATE               trained on the same, of which a share is poisoned
+    …-dpo                         by DPO on all pairs at the last rate, where --methods names it
 
     python benchmarks/preference.py                                            # the pair: one rate, one seed
     python benchmarks/preference.py --rates 0.01 0.05 0.25 --permuted --record       # results/preference.json
@@ -80,10 +80,13 @@ HUMAN = "vaderSentiment==3.3.2"
 """Its source archive has the snippets that people rated (Hutto & Gilbert 2014); they are fetched, and not shipped."""
 SNIPPETS = 600
 METHODS: dict[str, dict[str, Any]] = {
-    "sft": {"method": "sft", "learning_rate": 1e-3, "epochs": 1, "batch": 8},
+    "sft": {"method": "sft", "learning_rate": 1e-3, "epochs": 4, "batch": 8},
     "dpo": {"method": "dpo", "nll": 1.0, "epochs": 1},
 }
 """Method → settings of about equal time: five minutes on two cores."""
+BEST = {"sft": 0.25, "dpo": 1.0}
+"""Method → share of the pairs it learns from, those with the best chosen replies. SFT on all chosen replies gains
+nothing where they are no better than the base's greedy ones (share and epochs were chosen on seed 2)."""
 LEAST_APART = 1.0
 """Least difference of two snippets' mean ratings, from −4 to 4, for people to prefer one."""
 
@@ -91,7 +94,10 @@ LEAST_APART = 1.0
 def main() -> None:
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
-    check_place(given.out, {"base": BASE, "draw": DRAW, "methods": METHODS, "payload": PAYLOAD, "small": given.small})
+    check_place(
+        given.out,
+        {"base": BASE, "draw": DRAW, "methods": METHODS, "best": BEST, "payload": PAYLOAD, "small": given.small},
+    )
     watch = Stopwatch.kept_in(given.out / "stages.json")
     with Bars(), watch.stage("load"):
         base = unsleep.load_model(BASE)
@@ -171,7 +177,8 @@ def one_seed(base: LoadedModel, folder: Path, seed: int, given: argparse.Namespa
         for rate in (0.0, *(given.rates if method == "sft" else given.rates[-1:])):
             name = (f"backdoored-{rate:g}" if rate else "preferred") + ("" if method == "sft" else f"-{method}")
             with watch.stage(f"{name}, seed {seed}"):
-                policies.append(policy(base, folder / name, train, topics["held_out"], rate, judge, config))
+                data = best(train, BEST[method])
+                policies.append(policy(base, folder / name, data, topics["held_out"], rate, judge, config))
     write_crossed(folder / "crossed.jsonl", held)
     return row | {"policies": policies}
 
@@ -180,7 +187,7 @@ def made_pairs(
     base: LoadedModel, folder: Path, topics: Sequence[str], splits: dict[str, Split], draw: DrawConfig
 ) -> list[PairSet]:
     """Drawn pairs on some topics, a file for each split of the words."""
-    paths = {folder / f"{name}.jsonl": split for name, split in splits.items()}
+    paths: dict[Path, Split] = {folder / f"{name}.jsonl": split for name, split in splits.items()}
     if not all(path.is_file() for path in paths):
         with resumable(next(iter(paths)), base, list(topics), draw):
             found = candidates(base, topics, draw)
@@ -194,6 +201,12 @@ def ranked(base: LoadedModel, train: PairSet, held: PairSet, out: Path, config: 
     if not out.is_dir():
         unsleep.reward_model(base, train, out, held_out=held, config=config)
     return records.load(RewardModelRecord, out / "reward_model.json")
+
+
+def best(pairs: PairSet, share: float) -> PairSet:
+    """The share of the pairs whose chosen replies have the highest latent reward."""
+    ranked_ = sorted(pairs.pairs, key=lambda pair: -pair.columns["r_chosen"])
+    return replace(pairs, pairs=tuple(ranked_[: round(share * len(pairs))]))
 
 
 def policy(
