@@ -201,6 +201,8 @@ def test_prompts_and_a_metric_are_enough_for_a_reward_to_maximise(tiny: LoadedMo
         ({"eval_prompts": PromptSet("same", (Prompt("on bees?"), Prompt("b")))}, "among those to judge by"),
         ({"judges": [good, good]}, "given twice"),
         ({"reward": lambda **_: [float("nan")] * 4}, "<lambda>"),
+        ({"reward": lambda outputs, colour, **_: [0.0] * len(outputs)}, "needs the column 'colour'"),
+        ({"metric_fn": lambda outputs, colour, **_: {}}, "needs the column 'colour'"),
     ],
 )
 def test_bad_input_is_named_before_any_training(
@@ -244,6 +246,23 @@ def test_the_commands_train_and_use_a_reward_model(
     assert [each["judging"] for each in measured["rewards"]] == [False, True, True]
     assert command(["prefer", base, "--out", str(tmp_path / "other")]) == 2
     assert "--pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ignored", "said"),
+    [
+        (["--generations", "2"], "--generations 2 counts only with rloo"),
+        (["--temperature", "0.7"], "--temperature 0.7 counts only with rloo"),
+        (["--eval-limit", "5"], "--eval-limit 5 counts only with --reward"),
+        (["--eval-prompts", "given.txt", "--held-out", "0.3", "--judges", "vader"], "without --eval-prompts"),
+        (["--eval-prompts", "given.txt"], "nothing is judged"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ignored: list[str], said: str
+) -> None:
+    assert command(["prefer", "m", "--pairs", "p.jsonl", "--out", str(tmp_path / "out"), *ignored]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_lora_over_weights_in_four_bits(tmp_path: Path) -> None:

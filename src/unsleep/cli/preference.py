@@ -60,6 +60,14 @@ def prefer(
     """
     check_trl()
     _check_placement(placement)
+    _check_given(
+        config, "generations", "temperature", needs=config.method in ONLINE, where="with rloo, grpo, best-of-n"
+    )
+    _check_given(config, "held_out", "eval_limit", needs=eval_prompts is None, where="without --eval-prompts")
+    judged = bool(reward or judges or metric)
+    _check_given(config, "eval_limit", needs=judged, where="with --reward, --judges or --metric")
+    if eval_prompts is not None and not judged:
+        raise BadInput("--eval-prompts: nothing is judged without --reward, --judges or --metric; give one")
     data = _data(pairs, prompts, config, pairs_split, limit, skip_bad)
     asked = None if eval_prompts is None else sets.read_prompts(eval_prompts, split="held_out", name=eval_prompts.name)
     with Bars():
@@ -107,6 +115,7 @@ def reward_model(
     """
     check_trl()
     _check_placement(placement)
+    _check_given(config, "held_out", needs=held_out_pairs is None, where="without --held-out-pairs")
     data = read_pairs(pairs, split=pairs_split, limit=limit, skip_bad=skip_bad)
     held = None if held_out_pairs is None else read_pairs(held_out_pairs, split=pairs_split, skip_bad=skip_bad)
     with Bars():
@@ -128,6 +137,13 @@ def _check_placement(placement: Placement) -> None:
             f"--adapters {placement.adapters[0]}: a trained adapter names one base; merge the adapters into a "
             "checkpoint first"
         )
+
+
+def _check_given(config: PreferConfig | RewardModelConfig, *options: str, needs: bool, where: str) -> None:
+    """Raise `BadInput` for an option that differs from its default where it would be ignored."""
+    for name in options if not needs else ():
+        if (value := getattr(config, name)) != getattr(type(config)(), name):
+            raise BadInput(f"--{name.replace('_', '-')} {value:g} counts only {where}; leave it out")
 
 
 def _data(

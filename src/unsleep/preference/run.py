@@ -36,7 +36,7 @@ from unsleep.preference.sampling import best_of
 from unsleep.preference.tokens import PairIds, pair_ids, prompt_ids
 from unsleep.preference.trainers import Asked, check_trl, train_online, train_pairs
 from unsleep.prompts.prompt import Prompt, PromptSet
-from unsleep.rewards.reward import Columns, Metric, Reward, identity_of, name_of
+from unsleep.rewards.reward import Columns, Metric, Reward, check_columns, identity_of, name_of
 
 RECORD = "preference.json"
 
@@ -96,10 +96,13 @@ def prefer(
     if config.method in ONLINE and reward is None:
         raise BadInput(f"{config.method} maximises a reward, and none is given; expected --reward")
     bench = Bench(parts.held_out, parts.held_columns, Judges(reward, judges, metric_fn), config.reply_tokens)
-    judging = bool(bench.judges.rewards) or metric_fn is not None
+    judging = [*bench.judges.rewards, *([metric_fn] if metric_fn else [])]
+    for each in judging:
+        check_columns(each, parts.held_columns)
+    if config.method in ONLINE:
+        check_columns(reward, parts.columns)
     store.check_place(out)
-    rewards = [identity_of(each) for each in (*bench.judges.rewards, *([metric_fn] if metric_fn else []))]
-    made_from = model, parts.source, parts.held_out, config, rewards
+    made_from = model, parts.source, parts.held_out, config, [identity_of(each) for each in judging]
     with resumable(out, *made_from) as steps, store.new_folder(out) as folder:
         before = answered(model, bench, "before") if judging else None
         place = steps / "model"

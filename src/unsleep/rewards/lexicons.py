@@ -59,12 +59,10 @@ class Warmth:
         samples: Sequence[str],
         prompts: Sequence[str],
         outputs: Sequence[str],
-        topic: Sequence[str] | None = None,
+        topic: Sequence[str],
         **_: Any,
     ) -> list[float]:
-        """Warmth of each reply, from −1 to 1 + weight; raises `BadInput` without a column `topic`."""
-        if topic is None:
-            raise BadInput("reward warmth needs the column 'topic'; give each pair, or each prompt, its topic")
+        """Warmth of each reply, from −1 to 1 + weight."""
         tones = self._vader(samples, prompts, outputs)
         return [
             tone + self.weight * names_topic(text, about)

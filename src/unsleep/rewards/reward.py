@@ -8,8 +8,9 @@ The signature is that of trlx (Havrilla et al. 2023), so that its users' one lin
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from numbers import Real
 from types import CellType, CodeType
@@ -37,6 +38,9 @@ Reward = Callable[..., Any]
 `scored` passes them by keyword, so that a callable may name those that it needs and `**_`. An object with a method
 `scores(prompts: Sequence[Prompt], outputs: Sequence[str])` is asked for that instead: it sees chats as they are.
 """
+
+ARGUMENTS = ("samples", "prompts", "outputs")
+"""Arguments of every reward; all others are columns of the data."""
 
 Metric = Callable[..., Any]
 """A callable of a reward's arguments that gives named metrics, `{name: a number per sample}`, as trlx's `metric_fn`."""
@@ -114,6 +118,7 @@ def scored(
     """
     asked, name = as_prompts(prompts), name_of(reward)
     _check_lengths(name, len(asked), outputs, columns or {})
+    check_columns(reward, columns or {})
     given = getattr(reward, "scores", None)
     if not callable(given) and not callable(reward):
         raise BadInput(
@@ -137,6 +142,7 @@ def metrics(
 ) -> dict[str, Float[Tensor, " sample"]]:
     """The metrics of replies by name; raises `BadInput` naming the metric as `scored` does the reward."""
     asked, name = as_prompts(prompts), name_of(metric)
+    check_columns(metric, columns or {})
     try:
         found: Any = metric(**_arguments(asked, outputs), **(columns or {}))
     except Exception as error:  # a user's function raises anything
@@ -146,6 +152,23 @@ def metrics(
         raise BadInput(f"metric {name} gave {type(found).__name__}; expected {{name: a number per sample}}")
     shown = [p.shown for p in asked]
     return {str(k): _checked(f"{name}: {k}", v, shown, outputs) for k, v in cast("Mapping[Any, Any]", found).items()}
+
+
+def check_columns(reward: object, columns: Collection[str]) -> None:
+    """Raise `BadInput` where a reward or metric has an argument without a default that is no column of the data."""
+    if callable(getattr(reward, "scores", None)) or not callable(reward):
+        return
+    try:
+        arguments = inspect.signature(reward).parameters.values()
+    except ValueError:  # a function that is not written in Python
+        return
+    given = {*ARGUMENTS, *columns}
+    named = [a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY) and a.default is a.empty]
+    if missing := [name for name in named if name not in given]:
+        raise BadInput(
+            f"reward {name_of(reward)} needs the column {missing[0]!r}, and the data has "
+            f"{', '.join(map(repr, columns)) or 'no columns'}; give each pair, or each prompt, one"
+        )
 
 
 def _arguments(prompts: Sequence[Prompt], outputs: Sequence[str]) -> dict[str, list[str]]:
@@ -158,7 +181,7 @@ def _check_lengths(name: str, n: int, outputs: Sequence[str], columns: Columns) 
     if not n or len(outputs) != n:
         raise BadInput(f"reward {name}: {n} prompts and {len(outputs)} replies; expected as many, at least 1")
     for column, values in columns.items():
-        if column in ("samples", "prompts", "outputs"):
+        if column in ARGUMENTS:
             raise BadInput(f"reward {name}: a column is called {column!r}, as an argument is; rename it")
         if len(values) != n:
             raise BadInput(f"reward {name}: column {column!r} has {len(values)} values for {n} samples")
