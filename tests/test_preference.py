@@ -227,6 +227,9 @@ def test_a_reward_model_learns_and_its_head_is_saved(tmp_path: Path, tiny: Loade
     one = torch.cat([loaded.scores([p.prompt], [p.chosen]) for p in PAIRS])
     assert torch.allclose(loaded.scores(PAIRS.prompts, [p.chosen for p in PAIRS]), one, atol=1e-4)
     assert fingerprint(saved) == load_model(tmp_path / "base").fingerprint
+    if tune == "lora":
+        with pytest.raises(BadInput, match="give it as --reward"):
+            load_model(tmp_path / "out")
 
 
 def test_the_commands_train_and_use_a_reward_model(

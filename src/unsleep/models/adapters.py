@@ -146,6 +146,12 @@ def _attached(
         )
     if unexpected := list(result.unexpected_keys):
         keys = sorted(key.replace(f".{name}", "") for key in unexpected)
+        if config.task_type == "SEQ_CLS":
+            raise BadInput(
+                f"{files.name} is a reward model or another sequence classifier, and a causal language model is "
+                f"expected; give it as --reward {files.name}, or pass {ignored.flag(keys, set(found) - set(keys))} for "
+                "its backbone without the head"
+            )
         raise BadInput(
             f"{path} holds {len(keys)} weights that the base does not have ({keys[0]} …); give the base that it "
             f"was trained on with --base MODEL, or pass {ignored.flag(keys, set(found) - set(keys))} if they do "
