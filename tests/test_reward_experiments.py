@@ -85,7 +85,10 @@ def test_every_keep_list_arm_is_yielded_at_every_threshold(
 ) -> None:
     monkeypatch.setitem(rewarded.PLACES, "residual", lambda _: [Site(0)])
     experiment = keep_rewarded.KeepRewarded(least=(0.0, 0.99), places=("residual",), draws=1, reward=SMALL)
-    settings = list(experiment.settings(replicate))
+    yielded = list(experiment.settings(replicate))
+    [note] = [s for s in yielded if isinstance(s, str)]
+    assert "fraction of variance unexplained" in note
+    settings = [s for s in yielded if isinstance(s, Setting)]
     assert len(settings) <= experiment.size
     names = {arm.name for arm in experiment.arms()}
     assert {s.arm for s in settings} == names
@@ -139,7 +142,7 @@ def test_random_controls_are_left_out_where_they_cannot_be_matched(
     kept = {0.0: range(many), 0.2: range(many - 1)}
     monkeypatch.setattr(keep_rewarded, "rewarded_list", lambda tables, least: dict.fromkeys(tables, tuple(kept[least])))
     experiment = keep_rewarded.KeepRewarded(least=(0.0, 0.2), places=("residual",), draws=1, reward=SMALL)
-    settings = list(experiment.settings(replicate))
+    settings = [s for s in experiment.settings(replicate) if isinstance(s, Setting)]
     assert {s.x for s in settings if "random 1" in s.arm} == {0.2}
     assert {s.x for s in settings if "low reward" in s.arm} == {0.0, 0.2}
 

@@ -215,14 +215,18 @@ def _measured(which: Experiment, replicate: Replicate, judging: Judging) -> Iter
     config = organism_config(replicate.organism.recipe)
     suspect = Subject("suspect", replicate.suspect)
     reference = Reference(suspect, kept(reply_all, suspect, panels.clean, config))
-    for done, setting in enumerate(which.settings(replicate), 1):
+    done = 0
+    for setting in which.settings(replicate):
+        if isinstance(setting, str):
+            yield f"{replicate.name}: {setting}"
+            continue
         if isinstance(setting, Measure):
             yield setting
-        elif isinstance(setting, str):
-            yield f"{replicate.name}: {setting}"
         else:
             yield from _judged(setting, replicate.name, panels, config, replicate.reward, reference)
+        done += 1
         progress(f"{which.name}, {replicate.name}", done, max(done, which.size))
+    progress(f"{which.name}, {replicate.name}", done, done)
 
 
 def _judged(

@@ -90,15 +90,16 @@ class KeepRewarded(Experiment):
             ]
         return found
 
-    def settings(self, replicate: Replicate) -> Iterator[Setting]:
+    def settings(self, replicate: Replicate) -> Iterator[Setting | str]:
         """The suspect, and every edit at every group of Sites."""
         yield Setting(SUSPECT, 0.0, lambda: Subject(SUSPECT, replicate.suspect), replicate.suspect)
         for place in self.places:
             yield from self._at(replicate, place)
 
-    def _at(self, replicate: Replicate, place: str) -> Iterator[Setting]:
+    def _at(self, replicate: Replicate, place: str) -> Iterator[Setting | str]:
         """The edits at one group of Sites."""
         study = Study(replicate, PLACES[place](replicate.suspect), self.reward)
+        yield f"dictionaries, {place}: {study.quality()}."
         tables = study.ordinary_tables
         poisoned = study.tables(study.poisoned_samples())
         key = (place, asdict(self.reward), identity_of(replicate.reward))

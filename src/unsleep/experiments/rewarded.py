@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from unsleep.core import Activations, BadInput, Site, check_least
 from unsleep.dictionaries.coders import Coder
 from unsleep.dictionaries.config import TrainConfig
 from unsleep.dictionaries.files import load_dictionary, save_dictionary
+from unsleep.dictionaries.metrics import fit
 from unsleep.dictionaries.train import train
 from unsleep.experiments.experiment import Replicate
 from unsleep.judge.experiment import Curves, Finding, label
@@ -90,6 +92,12 @@ class Study:
     def usual(self) -> dict[Site, Usual]:
         """Firing and mean of each feature on trusted tokens."""
         return {d.site: usual(d, self.trusted[d.site].to(d.decoder)) for d in self.dictionaries}
+
+    def quality(self) -> str:
+        """FVU of the dictionaries on trusted tokens, in words."""
+        found = sorted(fit(d, self.trusted[d.site].to(d.decoder)).fvu for d in self.dictionaries)
+        spread = f", {found[0]:.2f} to {found[-1]:.2f}" if len(found) > 1 else ""
+        return f"fraction of variance unexplained on ordinary replies {median(found):.2f} in the median{spread}"
 
     @cached_property
     def samples(self) -> Samples:
