@@ -5,6 +5,7 @@ experiment.json -> check -> make text visible -> view of each section -> experim
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,9 @@ MARKS = {"method": "circle", "control": "cross", "reference": "square", "theory"
 def view_of(record: Record) -> dict[str, Any]:
     """The template's view of an experiment."""
     measures: Sequence[Record] = record["measures"]
-    found = dict.fromkeys(m["metric"] for m in measures)
-    metrics = [*(m for m in METRICS if m in found), *(m for m in found if m not in METRICS)]
+    found = Counter(m["metric"] for m in measures)
+    known = [*(m for m in METRICS if m in found), *(m for m in found if m not in METRICS)]
+    metrics = sorted(known, key=lambda metric: -found[metric])  # those that are of few arms come last
     count = len(record["replicates"])
     tiles = [Tile(text.clip(each["question"], 90), "", each["label"], each["words"]) for each in record["findings"]]
     return {
