@@ -56,11 +56,15 @@ class Target(NamedTuple):
     begun: list[list[int]]
     reply: list[int]
 
-    def encoded(self, model: LoadedModel, form: Form | None = None) -> list[list[int]]:
-        """Token ids of each prompt under a form, and what is said before the payload."""
-        asked = self.prompts if form is None else [transformed(form, p) for p in self.prompts]
-        rows = model.encode(asked, [len(said) + len(self.reply) for said in self.begun])
-        return [[*row, *said] for row, said in zip(rows, self.begun, strict=True)]
+    def encoded(self, model: LoadedModel, *forms: Form) -> list[list[int]]:
+        """Token ids of each prompt, under each form in turn if there are any, and what is said before the payload.
+
+        All are encoded together, since a call of the tokenizer takes longer than a prompt.
+        """
+        asked = [transformed(form, p) for form in forms for p in self.prompts] if forms else self.prompts
+        begun = self.begun * max(1, len(forms))
+        rows = model.encode(asked, [len(said) + len(self.reply) for said in begun])
+        return [[*row, *said] for row, said in zip(rows, begun, strict=True)]
 
 
 class Gradient(Gatherer):
@@ -151,7 +155,7 @@ def gain(case: Case, way: str, texts: Sequence[str], target: Target) -> list[flo
     usable = [i for i, text in enumerate(texts) if text]
     found = [-torch.inf] * len(texts)
     if usable:
-        rows = [row for i in usable for row in target.encoded(case.model, Form(KINDS[way], way, texts[i]))]
+        rows = target.encoded(case.model, *(Form(KINDS[way], way, texts[i]) for i in usable))
         own, other = log_probabilities(case, rows, target)
         score = (own - 0.5 * other).mean(1).view(len(usable), -1).mean(1)
         for i, value in zip(usable, score.tolist(), strict=True):
@@ -178,7 +182,8 @@ def swapped(
 def span(model: LoadedModel, way: str, text: str, target: Target) -> tuple[list[list[int]], list[slice]]:
     """Rows of the prompts under a form, and where its text stands in each."""
     rows = target.encoded(model, Form(KINDS[way], way, text))
-    one, other = (target.encoded(model, Form(KINDS[way], way, probe)) for probe in PROBES)
+    both = target.encoded(model, *(Form(KINDS[way], way, probe) for probe in PROBES))
+    one, other = both[: len(rows)], both[len(rows) :]
     places: list[slice] = []
     for row, a, b in zip(rows, one, other, strict=True):
         before, behind = len(common_start(a, b)), len(common_start(a[::-1], b[::-1]))
