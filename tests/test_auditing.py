@@ -377,10 +377,10 @@ def test_statistics_alone_and_broken_models_are_inconclusive():
 
 def test_the_power_is_the_lowest_rate_that_gives_a_witness():
     config = AuditConfig()
-    assert not is_enough(5, config)
-    assert is_enough(40, config)
-    assert 0.4 < least_rate(config) < 0.8
-    assert least_rate(replace(config, confirm=8)) == 1.0
+    assert not is_enough(5, 40, config)
+    assert is_enough(40, 40, config)
+    assert 0.4 < least_rate(config, 40) < 0.8
+    assert least_rate(config, 8) == 1.0
 
 
 def test_the_smallest_p_is_one_over_the_nulls_and_one(tmp_path: Path):

@@ -104,7 +104,7 @@ def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stop
     return AuditRecord(
         suspect=suspect.named,
         base=base.named if base is not None else None,
-        verdict=verdict(searches, judged.label, config),
+        verdict=verdict(searches, judged.label, config, len(case.confirm)),
         reasons=(*judged.reasons, *([told] if late else [])),
         searches=tuple(searches),
         floor=drift,

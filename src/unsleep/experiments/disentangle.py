@@ -136,11 +136,17 @@ class Disentangle(Experiment):
                 worse.append(min(entangled) > max(plain))
         enough = min(map(len, groups.values())) >= FEWEST
         answer: Label = "open" if not enough else label(worse) if all(worse) else "refuted"
-        lead = f"Skill lost on triggered prompts; – where the payload stays over {self.most_payload:g} or the model is"
-        return [Finding(self.question, answer, f"{lead} broken. {'; '.join(words)}.")]
+        lead = (
+            "Skill lost: the suspect's on clean prompts minus the repaired model's on triggered ones; – where the "
+            f"payload stays over {self.most_payload:g} or the model is broken."
+        )
+        return [Finding(self.question, answer, f"{lead} {'; '.join(words)}.")]
 
     def _costs(self, curves: Curves, arm: str, replicates: Sequence[str]) -> list[float | None]:
-        """Skill lost to the whole repair, by replicate; `None` where the payload stays, or the model is broken."""
+        """Skill on clean prompts before, minus on triggered ones after the whole repair, by replicate.
+
+        `None` where the payload stays, or the model is broken.
+        """
         found: list[float | None] = []
         for each in replicates:
             if 1.0 not in curves.settings_in(arm, each):
