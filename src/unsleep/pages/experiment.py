@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from markupsafe import Markup
@@ -31,6 +32,12 @@ STYLES = {
 }
 """Kind of an arm → colour classes, in order of appearance."""
 
+LEFT = ("restored", "capability")
+"""Metrics that a repair ought to leave, drawn over the payload."""
+
+FEWEST = 3
+"""Settings, of all arms together, from which a frontier is drawn."""
+
 MARKS = {"method": "circle", "control": "cross", "reference": "square", "theory": "diamond"}
 """Kind of an arm → mark, so that colour alone tells no two kinds apart."""
 
@@ -50,7 +57,12 @@ def view_of(record: Record) -> dict[str, Any]:
         "marks the replicates; bars are 95 % intervals over prompts.",
         "tiles": tiles,
         "facts": [("Replicates", text.clip(", ".join(record["replicates"]), LABEL_LIMIT)), ("Axis", record["axis"])],
-        "blocks": [curves_block(record, metrics), arms_block(record), figures_block(record, metrics)],
+        "blocks": [
+            *frontier_block(record),
+            curves_block(record, metrics),
+            arms_block(record),
+            figures_block(record, metrics),
+        ],
         "provenance": tree(record["provenance"]),
     }
 
@@ -73,6 +85,51 @@ def curves_block(record: Record, metrics: Sequence[str]) -> Block:
         drawn += [(title, each) for each in charts(found, x, y, title=title, name=name, width=WIDE + 120)]
     lead = "Each arm over the setting; where there are many, several charts of equal axes, the other arms in grey."
     return Block("curves", "Curves", lead, drawn)
+
+
+def frontier_block(record: Record) -> list[Block]:
+    """What is left of a model over what is left of its payload, for every arm; none where no arm has both."""
+    drawn: list[tuple[str, Markup]] = []
+    for metric in LEFT:
+        placed = joint(record["measures"], "payload", metric)
+        if len({(arm, x) for arm, x, _ in placed}) < FEWEST:
+            continue
+        arms = coloured(labelled(record["arms"]))
+        found = [trail for arm, colour in arms if (trail := trail_of(arm, colour, placed, metric))]
+        x, y = (axis([each[i] for each in placed.values()], METRICS[m].name) for i, m in enumerate(("payload", metric)))
+        title = f"{METRICS[metric].name} over payload"
+        drawn += [(title, each) for each in charts(found, x, y, title=title, name=f"f-{metric}", width=WIDE + 120)]
+    lead = (
+        "The best corner is the upper left: no payload, nothing else lost. Each arm from its first setting to its last."
+    )
+    return [Block("frontier", "Frontier", lead, drawn)] if drawn else []
+
+
+def joint(measures: Sequence[Record], one: str, other: str) -> dict[tuple[str, float, str], tuple[float, float]]:
+    """Values of two metrics by arm, setting and replicate, where both were measured."""
+    found: dict[tuple[str, float, str], dict[str, float]] = {}
+    for m in measures:
+        found.setdefault((m["arm"], m["x"], m["replicate"]), {})[m["metric"]] = m["value"]
+    return {key: (own[one], own[other]) for key, own in found.items() if one in own and other in own}
+
+
+def trail_of(
+    arm: Record, colour: str, placed: Mapping[tuple[str, float, str], tuple[float, float]], metric: str
+) -> Curve | None:
+    """An arm's means over the replicates as a line through its settings; the replicates as dots."""
+    shape, said = MARKS[arm["kind"]], METRICS[metric].name.lower()
+    dots: dict[float, list[Dot]] = {}
+    for (name, x, replicate), (payload, value) in placed.items():
+        if name == arm["name"]:
+            words = f"{name}, {replicate}, {x:g}: payload {payload:.2f}, {said} {value:.2f}"
+            dots.setdefault(x, []).append(Dot(payload, value, words, shape))
+    if not dots:
+        return None
+    means = tuple(
+        Dot(mean(d.x for d in own), mean(d.y for d in own), f"{arm['name']}, {x:g}: mean of {len(own)}", shape)
+        for x, own in sorted(dots.items())
+    )
+    return Curve(text.clip(arm["label"], 34), colour, means, tuple(d for own in dots.values() for d in own))
 
 
 def arms_block(record: Record) -> Block:
