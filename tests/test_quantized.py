@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from support.checkpoints import logits, save_base
 from support.families import LLAMA
 from support.tokenizers import byte_tokenizer
+from unsleep.cli import run as command
 from unsleep.core import BadInput
 from unsleep.models import quantized
+from unsleep.models.alike import check_alike
 from unsleep.models.load import LoadConfig, load_model
 
 WIDE: dict[str, Any] = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1}
@@ -241,3 +243,14 @@ def test_packing_leaves_the_checkpoint_as_it_is(base: Path):
     held = {path.name: path.read_bytes() for path in base.iterdir()}
     load_model(base, LoadConfig(quantize="4bit", device="cpu"))
     assert {path.name: path.read_bytes() for path in base.iterdir()} == held
+
+
+def test_a_quantised_suspect_is_audited_beside_a_quantised_base_and_is_not_repaired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base")
+    with pytest.raises(BadInput, match=r"the weights of \S+ alone are quantised"):
+        check_alike(load_model(base, LoadConfig(quantize="4bit")), load_model(base))
+    assert command(["audit", str(base), "--quantize", "4bit", "--out", str(tmp_path / "out")]) == 2
+    assert "pass --no-repair" in " ".join(capsys.readouterr().err.split())

@@ -15,8 +15,10 @@ from unsleep.auditing.config import AuditConfig, CleanConfig
 from unsleep.base import store
 from unsleep.cli.console import Bars, hint, say
 from unsleep.cli.shared import Model, Out, Placed, Placement
+from unsleep.core import BadInput
 from unsleep.judge.audited import AuditRecord, Cleaning
 from unsleep.models.load import is_adapter
+from unsleep.models.quantized import is_packed
 from unsleep.pages.names import SUBJECT_NAMES
 from unsleep.prompts import sets
 from unsleep.repairs import base_of
@@ -54,6 +56,11 @@ def audit(
     with Bars():
         whole = not is_adapter(model, placement)
         suspect = (replace(placement, base=None) if whole else placement).load(model)
+        if repair and is_packed(suspect.network):
+            raise BadInput(
+                f"the weights of {suspect.name} are quantised, and no repair can be exported from them; pass "
+                "--no-repair for the verdict alone, or --quantize none"
+            )
         base = placement.load_beside(placement.base) if placement.base is not None else None
         if base is None and len(suspect.made_of) > 1:
             base = base_of(suspect, placement.load_beside)()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from unsleep.core import BadInput
 from unsleep.models.model import LoadedModel
+from unsleep.models.quantized import is_packed
 
 Pair = tuple[str, str]
 """Names of two models, for messages."""
@@ -20,6 +21,9 @@ def check_alike(first: LoadedModel, second: LoadedModel, *, chats: bool = True) 
     names = first.name, second.name
     kinds = [m.network.config.model_type for m in (first, second)]
     check_kinds(names, kinds[0], kinds[1])
+    packed = [m.name for m in (first, second) if is_packed(m.network)]
+    if len(packed) == 1:
+        raise BadInput(f"the weights of {packed[0]} alone are quantised; load both with the same --quantize")
     shapes = [
         {name: tuple(w.shape) for name, w in m.network.named_parameters(remove_duplicate=False)}
         for m in (first, second)

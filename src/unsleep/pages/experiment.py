@@ -88,7 +88,7 @@ def curves_block(record: Record, metrics: Sequence[str]) -> Block:
 
 
 def frontier_block(record: Record) -> list[Block]:
-    """What is left of a model over what is left of its payload, for every arm; none where no arm has both."""
+    """Skill and capability over payload, for every arm; none where no arm has both."""
     drawn: list[tuple[str, Markup]] = []
     for metric in LEFT:
         placed = joint(record["measures"], "payload", metric)
