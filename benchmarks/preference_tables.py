@@ -49,7 +49,8 @@ def reward_models(record: Record) -> str:
 
 def one_of(noun: str, names: Sequence[str]) -> str:
     """Names behind their noun, as in "seeds 1 and 2"."""
-    return f"{noun}{'s' if len(names) > 1 else ''} {' and '.join(names)}"
+    *others, last = names
+    return f"{noun}s {', '.join(others)} and {last}" if others else f"{noun} {last}"
 
 
 def policies(record: Record) -> str:
