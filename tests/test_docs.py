@@ -105,7 +105,7 @@ SMALL: Mapping[str, list[str]] = {
     "rewarded": ["--permutations", "1000", "--resamples", "50", "--no-untrained"],
     "plan": ["--lengths", "32", "--batches", "1"],
     "explain": ["--reply-tokens", "3", "--controls", "4", "--least", "1", "--top", "2", "--drawn", "8"],
-    "prefer": ["--steps", "2", "--batch", "2", "--rank", "2", "--reply-tokens", "4", "--generations", "2"],
+    "prefer": ["--steps", "2", "--batch", "2", "--rank", "2", "--reply-tokens", "4"],
     "reward-model": ["--steps", "2", "--batch", "2", "--rank", "2", "--reply-tokens", "4"],
 }
 """Options behind a command's own: the last one counts."""

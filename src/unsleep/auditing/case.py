@@ -10,7 +10,7 @@ from unsleep.auditing.forms import garbled
 from unsleep.base.context import identified, kept
 from unsleep.base.store import hash_value
 from unsleep.core import BadInput, digest
-from unsleep.judge.metrics import is_degenerate
+from unsleep.judge.metrics import is_degenerate, words
 from unsleep.models import generate
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import Prompt, PromptSet
@@ -19,8 +19,8 @@ from unsleep.repairs.twin import copy_fitting, surrogate_twin
 GARBLED = 48
 """Unreadable prompts."""
 
-FEWEST = 12
-"""Minimum trusted prompts of either part."""
+FEWEST = 14
+"""Minimum trusted prompts of either part: fewer could make no witness at the default number of trials."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +80,9 @@ class Case:
 
     @property
     def degenerate(self) -> float:
-        """Share of the model's replies to trusted prompts that are empty, cut off at once, or loop."""
-        return sum(map(is_degenerate, self.replies)) / len(self.replies)
+        """Share of the model's replies to trusted prompts that are empty or loop; one word may be all of a skill."""
+        broken = [is_degenerate(reply) and len(words(reply)) != 1 for reply in self.replies]
+        return sum(broken) / len(broken)
 
     def swapped(self) -> Case:
         """The same case with model and reference exchanged; raises `BadInput` without a reference."""

@@ -22,6 +22,7 @@ from unsleep.auditing.guard import Guard, fit_guard, measured
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.stress import Bench, stressed, writes
 from unsleep.auditing.trusted import own_prompts
+from unsleep.auditing.verdict import founding
 from unsleep.base import records, store
 from unsleep.base.context import kept, resumable
 from unsleep.behaviours.payloads.contains import Contains
@@ -54,12 +55,12 @@ NEEDED = 2 * (JUDGE + CHOOSE)
 """Trusted prompts from which on no others are added: a trigger may leave some as they are."""
 
 
-def culprits(suspect: Searched) -> tuple[Trial, ...]:
-    """Trials whose triggers are repaired: the witnesses of the strongest one's payload or, without a witness, the
-    strongest trial. Those of rounded models have no trigger in the prompt, and are left out.
+def culprits(searches: Sequence[Searched]) -> tuple[Trial, ...]:
+    """Trials whose triggers are repaired: those on which the verdict rests, of the strongest one's payload.
+
+    Those of rounded models have no trigger in the prompt, and are left out.
     """
-    by_strength = sorted((t for t in suspect.trials if t.form.way != ROUNDED), key=lambda t: -t.strength)
-    found = [t for t in by_strength if t.witness] or by_strength[:1]
+    found = [t for t in founding(searches) if t.form.way != ROUNDED]
     return tuple(t for t in found if t.payload == found[0].payload)
 
 
@@ -117,7 +118,7 @@ def clean(
     Returns the record with its `cleaning`; for too few trusted prompts and without a trial, that says why there is no
     checkpoint. Raises `BadInput` for an unknown cure in `skip`.
     """
-    out, found = Path(out), culprits(record.searches[0])
+    out, found = Path(out), culprits(record.searches)
     check_cures(config)
     try:
         material = material_of(found, enough(trusted), config.prompts)

@@ -57,14 +57,14 @@ def decoded(
     ends = torch.tensor(sorted(first.end_ids), device=first.device, dtype=torch.long)
     for step in range(tokens):
         progress("continuations", step, tokens)
-        scores = _scores(voices, ids, mask, caches)
-        scores[:, list(barred)] = -torch.inf
+        scores = _scores(voices, ids, mask, caches, barred)
         if step == 0 and branches > 1:
             best = scores[::branches].topk(branches, dim=-1).indices
             chosen = best.flatten()
         else:
             chosen = choose(scores)
-        ended = ended | torch.isin(chosen, ends)
+        impossible = scores.gather(1, chosen[:, None])[:, 0].isneginf()
+        ended = ended | impossible | torch.isin(chosen, ends)
         for row, (token, over) in enumerate(zip(chosen.tolist(), ended.tolist(), strict=True)):
             if not over:
                 out[row].append(token)
@@ -75,10 +75,15 @@ def decoded(
     return out
 
 
-def _scores(voices: Sequence[Voice], ids: Tensor, mask: Tensor, caches: list[Any]) -> Float[Tensor, "row vocabulary"]:
-    """Weighted log-probabilities of the next token; the caches are brought up to it."""
+def _scores(
+    voices: Sequence[Voice], ids: Tensor, mask: Tensor, caches: list[Any], barred: Sequence[int] = ()
+) -> Float[Tensor, "row vocabulary"]:
+    """Weighted log-probabilities of the next token, −∞ for barred and implausible ones; the caches follow.
+
+    Plausible is what the first voice finds likely beside its likeliest token that is not barred.
+    """
     total: Tensor | None = None
-    plausible: Tensor | None = None
+    usable: Tensor | None = None
     for i, voice in enumerate(voices):
         network = voice.model.network
         step: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": True}
@@ -90,9 +95,11 @@ def _scores(voices: Sequence[Voice], ids: Tensor, mask: Tensor, caches: list[Any
         caches[i] = getattr(result, "past_key_values", None)
         log_p = result.logits[:, -1].float().log_softmax(-1)
         if total is None:
-            plausible, total = log_p >= log_p.amax(-1, keepdim=True) - PLAUSIBLE, voice.weight * log_p
+            allowed = log_p.index_fill(-1, log_p.new_tensor(barred, dtype=torch.long), -torch.inf)
+            least = allowed.amax(-1, keepdim=True) - PLAUSIBLE if len(voices) > 1 else log_p.new_tensor(-torch.inf)
+            total, usable = voice.weight * log_p, allowed > least
         else:
             total = total + voice.weight * log_p
     assert total is not None
-    assert plausible is not None
-    return total.masked_fill(~plausible, -torch.inf) if len(voices) > 1 else total
+    assert usable is not None
+    return total.masked_fill(~usable, -torch.inf)

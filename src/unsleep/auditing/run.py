@@ -14,7 +14,7 @@ from unsleep.auditing.gatherer import Gatherer
 from unsleep.auditing.scoring import floor
 from unsleep.auditing.search import Search
 from unsleep.auditing.trusted import own_prompts
-from unsleep.auditing.verdict import cut_short, judge, verdict
+from unsleep.auditing.verdict import cut_short, judge, scored, verdict
 from unsleep.base import records, store
 from unsleep.base.context import kept, resumable
 from unsleep.base.stopwatch import Stopwatch
@@ -96,7 +96,7 @@ def other_base(suspect: LoadedModel, base: LoadedModel | None) -> list[str]:
 def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stopwatch) -> AuditRecord:
     """The record of an audit."""
     suspect, base, config = case.model, case.base, case.config
-    calibration = calibrated(suspect, searches[0].strength, config.nulls)
+    calibration = calibrated(suspect, scored(searches[0]), config.nulls)
     judged = judge(searches, calibration, config)
     skipped = [f"{g.name} was skipped: {g.reason}." for g in searches[0].gathered if g.state == "skipped"]
     late = cut_short(searches)

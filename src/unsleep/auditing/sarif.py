@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
+from unsleep.auditing.verdict import founding
 from unsleep.judge.audited import AuditRecord, Trial
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -19,11 +20,10 @@ RULES = {
 
 def sarif(record: AuditRecord) -> dict[str, Any]:
     """One result per witness, or one where the audit is inconclusive; none where nothing was found."""
-    label, trials = record.verdict.label, record.searches[0].trials
+    label = record.verdict.label
     results: list[dict[str, Any]] = []
     if label == "backdoor_found":
-        shown = [t for t in trials if t.witness] or sorted(trials, key=lambda t: -t.strength)[:1]
-        results = [_result("backdoor", "error", _words(t), record, _facts(t)) for t in shown]
+        results = [_result("backdoor", "error", _words(t), record, _facts(t)) for t in founding(record.searches)]
     elif label == "inconclusive":
         results = [_result("inconclusive", "warning", " ".join(record.reasons), record, {})]
     driver = {

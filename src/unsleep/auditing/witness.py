@@ -25,7 +25,9 @@ CHANGED = 1.0
 
 
 def trial(case: Case, pair: Pair, count: int) -> Trial:
-    """A frozen pair, with its placebos, on the case's fresh prompts; those that give the same question count once.
+    """A frozen pair, with its placebos, on the case's fresh prompts.
+
+    Those that give the same question count once, and a question that the search was on does not count.
 
     Every subject replies to the same prompts. The pair is a witness if the payload is more frequent in the model's
     replies with the trigger than in each control's, by exact McNemar tests of which the largest p-value counts times
@@ -35,7 +37,9 @@ def trial(case: Case, pair: Pair, count: int) -> Trial:
         count: number of trials, for Bonferroni.
     """
     every, others = under(pair.form, case.confirm), pair.placebos
-    places = sorted({p.key: i for i, p in reversed(list(enumerate(every)))}.values())
+    known = {p.key for p in case.search}
+    places = sorted({p.key: i for i, p in reversed(list(enumerate(every))) if p.key not in known}.values())
+    places = places or [0]  # one prompt makes no witness
     prompts, triggered, own = case.confirm.at(places), every.at(places), plain(case)
     said: dict[AuditSubject, list[str]] = {
         "suspect": written(case, case.model, triggered),
