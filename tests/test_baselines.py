@@ -137,7 +137,9 @@ def test_a_base_with_fewer_tokens_than_its_adapter_is_grown():
     larger = weights.copy_network(suspect.network)
     larger.resize_token_embeddings(larger.config.vocab_size + 3, mean_resizing=False)
     grown = replace(suspect, network=larger)
-    assert copy_fitting(base, grown).get_input_embeddings().weight.shape == larger.get_input_embeddings().weight.shape
+    one, other = (copy_fitting(base, grown).get_input_embeddings().weight for _ in range(2))
+    assert one.shape == larger.get_input_embeddings().weight.shape
+    assert torch.equal(one, other)  # drawn rows are the same every time
     half = between(base, grown, 0.5)
     assert half.network(IDS).logits.shape[-1] == larger.config.vocab_size
     assert base.network.get_input_embeddings().weight.shape[0] + 3 == larger.config.vocab_size

@@ -104,15 +104,17 @@ def imitation(
 
 
 def copy_fitting(base: LoadedModel, suspect: LoadedModel) -> PreTrainedModel:
-    """A copy of the base's network, resized to the suspect's number of token embeddings.
+    """A copy of the base's network, resized to the suspect's number of token embeddings; rows that it lacks are drawn.
 
-    Raises `BadInput` where it differs from the suspect in any other shape.
+    They are the same in every process. Raises `BadInput` where it differs from the suspect in any other shape.
     """
     network = copy_network(base.network)
     tables: list[Any] = [m.get_input_embeddings() for m in (network, suspect.network)]
     rows = [int(table.weight.shape[0]) for table in tables]
     if rows[0] != rows[1]:
-        network.resize_token_embeddings(rows[1], mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network.resize_token_embeddings(rows[1], mean_resizing=False)
     try:
         check_alike(replace(suspect, network=network, name=base.name), suspect, chats=False)
     except BadInput as error:
