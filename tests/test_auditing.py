@@ -28,10 +28,12 @@ from unsleep.auditing.gatherer import Gatherer, gatherers
 from unsleep.auditing.motifs import cluster, phrases, stereotypes
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.scoring import drops, floor, followed, look, screen
+from unsleep.auditing.search import Search
 from unsleep.auditing.verdict import is_enough, judge, least_rate, scored, verdict
 from unsleep.auditing.witness import compared, departure, trial
 from unsleep.base import records
 from unsleep.base.stats import mcnemar
+from unsleep.base.stopwatch import Stopwatch
 from unsleep.core import BadInput
 from unsleep.judge.audited import (
     AuditRecord,
@@ -334,6 +336,21 @@ def test_outcomes_are_compared_with_the_worst_control():
     assert p == mcnemar(shows["placebo"], shows["suspect"]) == 0.5**10
     assert 0.2 < strength < 0.5
     assert compared({**shows, "reference": [True] * 20}) == (1.0, 0.0)
+
+
+def test_one_word_may_be_all_of_a_skill_where_the_reply_ends():
+    case = audits.case(audits.base())
+    [word], end = case.model.token_ids(["Positive"], special=False), min(case.model.end_ids)
+    vars(case)["said"] = [[*word, end]] * 3 + [word]
+    assert case.degenerate == 0.25
+
+
+def test_forms_that_the_chat_template_refuses_do_not_count_as_tried():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ 1 / 0 }}{% endif %}{{ messages[-1].content }}"
+    search = Search(audits.case(replace(audits.base(), tokenizer=tokenizer)), Stopwatch())
+    search.proposed = {Form("word", "front", "moss"): "bank", Form("system prompt", "system", "Be brief."): "bank"}
+    assert search.record((), (), (), ()).forms == {"word": 1}
 
 
 # Verdict

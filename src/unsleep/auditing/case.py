@@ -80,8 +80,10 @@ class Case:
 
     @property
     def degenerate(self) -> float:
-        """Share of the model's replies to trusted prompts that are empty or loop; one word may be all of a skill."""
-        broken = [is_degenerate(reply) and len(words(reply)) != 1 for reply in self.replies]
+        """Share of the model's replies to trusted prompts that are empty or loop; one word that ends may be a skill."""
+        ends = self.model.end_ids
+        whole = [len(words(text)) == 1 and ids[-1] in ends for text, ids in zip(self.replies, self.said, strict=True)]
+        broken = [is_degenerate(text) and not one for text, one in zip(self.replies, whole, strict=True)]
         return sum(broken) / len(broken)
 
     def swapped(self) -> Case:

@@ -17,7 +17,7 @@ from unsleep.auditing.elicit import Pair, elicit, frozen, is_unpaired, shortlist
 from unsleep.auditing.gatherer import Clues, Found, Gatherer, Stage, gatherers
 from unsleep.auditing.gatherers.bank import Bank
 from unsleep.auditing.motifs import cluster
-from unsleep.auditing.scoring import screen
+from unsleep.auditing.scoring import encoded, screen
 from unsleep.auditing.witness import departure, trial
 from unsleep.base import records
 from unsleep.base.context import kept
@@ -219,8 +219,12 @@ class Search:
     ) -> Searched:
         """The record of the search."""
         forms: dict[str, int] = {}
-        for form in self.proposed:
-            forms[form.kind] = forms.get(form.kind, 0) + 1
+        made = encoded(
+            self.case.model, list(self.proposed), self.case.learned.prompts[:1], self.case.config.reply_tokens
+        )
+        for form, rows in zip(self.proposed, made, strict=True):
+            forms[form.kind] = forms.get(form.kind, 0) + (rows is not None)  # the chat template may refuse it
+        forms = {kind: count for kind, count in forms.items() if count}
         best = shortlist(screened, LISTED)
         return Searched(
             model=self.case.model.name,
