@@ -345,10 +345,10 @@ def test_one_word_may_be_all_of_a_skill_where_the_reply_ends():
     assert case.degenerate == 0.25
 
 
-def test_forms_that_the_chat_template_refuses_do_not_count_as_tried():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ 1 / 0 }}{% endif %}{{ messages[-1].content }}"
-    search = Search(audits.case(replace(audits.base(), tokenizer=tokenizer)), Stopwatch())
+def test_forms_that_the_chat_template_refuses_do_not_count_as_tried(monkeypatch: pytest.MonkeyPatch):
+    strict = "{% if messages[0].role == 'system' %}{{ 1 / 0 }}{% endif %}{{ messages[-1].content }}"
+    monkeypatch.setattr(audits.base().tokenizer, "chat_template", strict)
+    search = Search(audits.case(audits.base()), Stopwatch())
     search.proposed = {Form("word", "front", "moss"): "bank", Form("system prompt", "system", "Be brief."): "bank"}
     assert search.record((), (), (), ()).forms == {"word": 1}
 
