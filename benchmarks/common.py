@@ -54,7 +54,7 @@ def machine() -> dict[str, Any]:
 
 
 def in_own_process(script: str, point: Mapping[str, Any]) -> dict[str, Any]:
-    """What a script prints as its last line for `--point`, run in a process of its own, whose memory is measured."""
+    """The last line that a script prints for `--point`, in a process of its own, whose memory is measured."""
     words = [sys.executable, script, "--point", json.dumps(point)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

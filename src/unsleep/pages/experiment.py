@@ -116,18 +116,23 @@ def joint(measures: Sequence[Record], one: str, other: str) -> dict[tuple[str, f
 def trail_of(
     arm: Record, colour: str, placed: Mapping[tuple[str, float, str], tuple[float, float]], metric: str
 ) -> Curve | None:
-    """An arm's means over the replicates as a line through its settings; the replicates as dots."""
+    """An arm's two metrics, setting by setting."""
     shape, said = MARKS[arm["kind"]], METRICS[metric].name.lower()
     dots: dict[float, list[Dot]] = {}
     for (name, x, replicate), (payload, value) in placed.items():
         if name == arm["name"]:
             words = f"{name}, {replicate}, {x:g}: payload {payload:.2f}, {said} {value:.2f}"
             dots.setdefault(x, []).append(Dot(payload, value, words, shape))
+    return through(arm, colour, dots)
+
+
+def through(arm: Record, colour: str, dots: Mapping[float, Sequence[Dot]]) -> Curve | None:
+    """A line through the means of an arm's replicates, setting by setting, with the replicates as dots."""
     if not dots:
         return None
     means = tuple(
-        Dot(mean(d.x for d in own), mean(d.y for d in own), f"{arm['name']}, {x:g}: mean of {len(own)}", shape)
-        for x, own in sorted(dots.items())
+        Dot(mean(d.x for d in own), mean(d.y for d in own), f"{arm['name']}, {at:g}: mean of {len(own)}", own[0].shape)
+        for at, own in sorted(dots.items())
     )
     return Curve(text.clip(arm["label"], 34), colour, means, tuple(d for own in dots.values() for d in own))
 
@@ -180,34 +185,13 @@ def coloured(arms: Sequence[Record]) -> list[tuple[Record, str]]:
 
 
 def curve_of(arm: Record, colour: str, measures: Sequence[Record], shown: Shown) -> Curve | None:
-    """Mean over replicates as a line; the replicates as dots with their intervals."""
-    own = [m for m in measures if m["arm"] == arm["name"]]
-    if not own:
-        return None
-    by_x: dict[float, list[Record]] = {}
-    for m in own:
-        by_x.setdefault(m["x"], []).append(m)
-    shape = MARKS[arm["kind"]]
-    means = tuple(
-        Dot(at, sum(m["value"] for m in each) / len(each), f"{arm['name']}, {at:g}: mean of {len(each)}", shape)
-        for at, each in sorted(by_x.items())
-    )
-    dots = tuple(
-        Dot(
-            m["x"],
-            m["value"],
-            f"{arm['name']}, {m['replicate']}, {m['x']:g}: {figure(m, shown)}",
-            shape,
-            (m["low"], m["high"]),
-        )
-        for m in own
-    )
-    return Curve(text.clip(arm["label"], 34), colour, means, dots)
-
-
-def words_of(measure: Record) -> str:
-    """Arm, replicate and setting of a measure."""
-    return f"{measure['arm']}, {measure['replicate']}, {measure['x']:g}"
+    """An arm's metric over the setting; the replicates with their intervals."""
+    shape, dots = MARKS[arm["kind"]], dict[float, list[Dot]]()
+    for m in measures:
+        if m["arm"] == arm["name"]:
+            words = f"{arm['name']}, {m['replicate']}, {m['x']:g}: {figure(m, shown)}"
+            dots.setdefault(m["x"], []).append(Dot(m["x"], m["value"], words, shape, (m["low"], m["high"])))
+    return through(arm, colour, dots)
 
 
 def figure(measure: Record, shown: Shown) -> str:

@@ -166,7 +166,7 @@ def check_columns(reward: object, columns: Collection[str]) -> None:
     named = [a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY) and a.default is a.empty]
     if missing := [name for name in named if name not in given]:
         raise BadInput(
-            f"reward {name_of(reward)} needs the column {missing[0]!r}, and the data has "
+            f"{name_of(reward)} needs the column {missing[0]!r}, and the data has "
             f"{', '.join(map(repr, columns)) or 'no columns'}; give each pair, or each prompt, one"
         )
 
