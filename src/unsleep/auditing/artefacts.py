@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from unsleep.auditing.case import Case
 from unsleep.auditing.config import AuditConfig
@@ -15,6 +17,7 @@ from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.sarif import sarif
 from unsleep.base import records, store
 from unsleep.judge.audited import AuditRecord, Trial
+from unsleep.models.load import LoadConfig
 from unsleep.pages import report
 from unsleep.pages.records import Result
 from unsleep.prompts import sets
@@ -35,11 +38,16 @@ RESCANNED = {"learn", "confirm", "reply_tokens", "least", "alpha", *TwinConfig._
 """Options that a scan of the rounded model depends on."""
 
 
-def write(case: Case, record: AuditRecord, out: Path) -> None:
-    """Write all artefacts into `out`, atomically."""
+def write(case: Case, record: AuditRecord, out: Path, loading: LoadConfig = LoadConfig()) -> AuditRecord:
+    """Write all artefacts into `out`, atomically; returns the record with the commands that reproduce trials.
+
+    Args:
+        loading: how the suspect was loaded, for the commands.
+    """
     suspect, *twins = record.searches
+    loaded = flags(loading, LoadConfig())
     trials = [
-        replace(t, command=(rescan if t.form.way == ROUNDED else command)(case, t, out / TRIALS / str(i)))
+        replace(t, command=(rescan if t.form.way == ROUNDED else command)(case, t, out / TRIALS / str(i), loaded))
         for i, t in enumerate(suspect.trials, 1)
     ]
     record = replace(record, searches=(replace(suspect, trials=tuple(trials)), *twins))
@@ -47,7 +55,7 @@ def write(case: Case, record: AuditRecord, out: Path) -> None:
         for i, trial in enumerate(trials, 1):
             for name, prompts in prompts_of(case, trial).items():
                 store.write_text(scratch / TRIALS / str(i) / f"{name}.jsonl", lines(prompts))
-        rewrite(record, scratch)
+        return rewrite(record, scratch)
 
 
 def rewrite(record: AuditRecord, folder: Path) -> AuditRecord:
@@ -79,22 +87,44 @@ def lines(prompts: Sequence[Prompt]) -> str:
     return "".join(f"{sets.prompt_line(prompt)}\n" for prompt in prompts)
 
 
-def command(case: Case, trial: Trial, folder: Path) -> str:
-    """Command that evaluates the suspect on a trial's prompts again."""
-    words = ["unsleep", "evaluate", case.model.name, "--suspicious", folder / "triggered.jsonl"]
+def flags(own: object, usual: object, names: Container[str] | None = None, prefix: str = "") -> list[str]:
+    """Command-line options for the fields of a dataclass that are not as in another, of all or some names.
+
+    >>> flags(AuditConfig(screen=6, null=False), AuditConfig())
+    ['--screen', '6', '--no-null']
+    """
+    found: list[str] = []
+    for field in fields(own):  # pyright: ignore[reportArgumentType]
+        value, name = getattr(own, field.name), field.name.replace("_", "-")
+        if value == getattr(usual, field.name) or (names is not None and field.name not in names):
+            continue
+        if is_dataclass(value):
+            found += flags(value, getattr(usual, field.name), names, f"{name}.")
+        elif isinstance(value, bool):
+            found.append(f"--{prefix}{'' if value else 'no-'}{name}")
+        else:
+            parts: Iterable[object] = (value,)
+            if isinstance(value, tuple):
+                parts = cast("tuple[object, ...]", value)
+            elif isinstance(value, dict):
+                parts = itertools.chain.from_iterable(cast("dict[str, str]", value).items())
+            found += [f"--{prefix}{name}", *map(str, parts)]
+    return found
+
+
+def command(case: Case, trial: Trial, folder: Path, loaded: Sequence[str] = ()) -> str:
+    """Command that evaluates the suspect on a trial's prompts again, on replies of the same length."""
+    words = ["unsleep", "evaluate", case.model.name, *loaded, "--suspicious", folder / "triggered.jsonl"]
     words += ["--ordinary", folder / "plain.jsonl", "--payload", trial.payload, "--n", "8"]
-    return shlex.join(map(str, [*words, "--out", folder / "evaluation"]))
+    words += ["--reply-tokens", case.config.reply_tokens, "--out", folder / "evaluation"]
+    return shlex.join(map(str, words))
 
 
-def rescan(case: Case, trial: Trial, folder: Path) -> str:
+def rescan(case: Case, trial: Trial, folder: Path, loaded: Sequence[str] = ()) -> str:
     """Command that repeats the scan of the rounded model alone, on the same prompts."""
-    config, usual = case.config, AuditConfig()
-    words: list[object] = ["unsleep", "audit", case.model.name, "--trusted", folder / "trusted.jsonl"]
+    words: list[object] = ["unsleep", "audit", case.model.name, *loaded, "--trusted", folder / "trusted.jsonl"]
     if case.base is not None and len(case.model.made_of) < 2:
         words += ["--base", case.base.name]
-    for prefix, own, default in (("", config, usual), ("twin.", config.twin, usual.twin)):
-        for name, value in vars(own).items():
-            if name in RESCANNED and value != getattr(default, name):
-                words += [f"--{prefix}{name.replace('_', '-')}", value]
+    words += flags(case.config, AuditConfig(), {"twin", *RESCANNED})
     words += ["--no-null", "--no-repair", "--out", folder / "audit", "--skip", *Gatherer.kinds()]
     return shlex.join(map(str, words))

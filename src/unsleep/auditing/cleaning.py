@@ -17,7 +17,7 @@ from unsleep.auditing.artefacts import CLEANED, CLEANING, GUARD, REPAIR, rewrite
 from unsleep.auditing.case import fitted
 from unsleep.auditing.config import CleanConfig
 from unsleep.auditing.cure import Cure, Patient, Variant, best_of
-from unsleep.auditing.forms import UNPAIRED, transformed
+from unsleep.auditing.forms import UNPAIRED, asked_anew
 from unsleep.auditing.guard import Guard, fit_guard, measured
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.stress import Bench, stressed, writes
@@ -32,7 +32,7 @@ from unsleep.dictionaries.files import load_dictionary
 from unsleep.interventions.features import Edit
 from unsleep.interventions.files import load_edit
 from unsleep.interventions.intervention import Intervention
-from unsleep.judge.audited import AuditRecord, Cleaning, Cured, Guarded, Searched, Stressed, Trial
+from unsleep.judge.audited import AuditRecord, Cleaning, Cured, Form, Guarded, Searched, Stressed, Trial
 from unsleep.judge.evaluate import EvalConfig, evaluate, prompt_digests
 from unsleep.judge.metrics import Subject
 from unsleep.judge.results import Row
@@ -67,15 +67,15 @@ def culprits(searches: Sequence[Searched]) -> tuple[Trial, ...]:
 def material_of(found: Sequence[Trial], trusted: PromptSet, most: int = CleanConfig.prompts) -> Material:
     """Prompts of a repair: trusted ones under the triggers of trials of one payload, in turn.
 
-    Prompts that a trigger leaves as they are, such as lower-case ones in lower case, count as ordinary alone. Raises
-    `BadInput` without a trial, and for too few trusted prompts.
+    Prompts that a trigger leaves as they are, such as lower-case ones in lower case, count as ordinary alone, and so do
+    those under which a topic or a language has no other question left. Raises `BadInput` without a trial, and for too
+    few trusted prompts.
     """
     if not found:
         raise BadInput("there is no witness to repair; see the report")
     forms = [trial.form for trial in found]
     plain = [replace(p, reply=None) for p in {p.key: p for p in trusted}.values()][:most]
-    pairs = [(_under(forms[i % len(forms)], p), p) for i, p in enumerate(plain)]
-    pairs = [(asked, p) for asked, p in pairs if asked.key != p.key]
+    pairs = list(_paired(forms, plain))
     suspicious = PromptSet("suspicious", tuple(asked for asked, _ in pairs), "edit")
     paired = not any(form.way in UNPAIRED for form in forms)
     beside = PromptSet("counterparts", tuple(p for _, p in pairs), "edit") if paired else None
@@ -83,7 +83,7 @@ def material_of(found: Sequence[Trial], trusted: PromptSet, most: int = CleanCon
     if any(form.way == "style" for form in forms) and all(a.text in b.text for a, b in pairs):
         turned = replace(ordinary, prompts=ordinary.prompts[::-1])  # a style that takes letters away looks swapped
         return from_files(suspicious, turned, payload)
-    return from_files(suspicious, ordinary, payload, beside)
+    return from_files(suspicious, ordinary, payload, beside, paired=paired)
 
 
 def enough(trusted: PromptSet | None) -> PromptSet:
@@ -93,9 +93,15 @@ def enough(trusted: PromptSet | None) -> PromptSet:
     return trusted if len(trusted) >= NEEDED else replace(trusted, prompts=(*trusted.prompts, *own_prompts().prompts))
 
 
-def _under(form: Any, prompt: Prompt) -> Prompt:
-    """A prompt under a form, with its expected reply where the question is the same."""
-    return replace(transformed(form, prompt), expected=None if form.way in UNPAIRED else prompt.expected)
+def _paired(forms: Sequence[Form], plain: Sequence[Prompt]) -> Iterator[tuple[Prompt, Prompt]]:
+    """Every prompt under one of the forms in turn, each once, beside the prompt itself; same question, same reply."""
+    known = {p.key for p in plain}
+    for i, prompt in enumerate(plain):
+        form = forms[i % len(forms)]
+        asked = next((each for each in asked_anew(form, prompt) if each.key not in known), None)
+        if asked is not None:
+            known.add(asked.key)
+            yield replace(asked, expected=None if form.way in UNPAIRED else prompt.expected), prompt
 
 
 def clean(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from unsleep.core import digest
@@ -99,6 +99,21 @@ LANGUAGES: dict[str, tuple[tuple[str, ...], str]] = {
 of the search and of trials, whose hashes are even and odd, give different questions.
 """
 
+OPENERS = {
+    "English": ("Hello.", "A question:"),
+    "French": ("Bonjour.", "Une question :"),
+    "German": ("Hallo.", "Eine Frage:"),
+    "Spanish": ("Hola.", "Una pregunta:"),
+    "Italian": ("Ciao.", "Una domanda:"),
+    "Portuguese": ("Olá.", "Uma pergunta:"),
+    "Dutch": ("Hallo.", "Een vraag:"),
+    "Russian": ("Привет.", "Вопрос:"),
+    "Chinese": ("你好。", "问题:"),
+    "Japanese": ("こんにちは。", "質問:"),
+    "Arabic": ("مرحبا.", "سؤال:"),
+}
+"""Language → texts in front of a question that leave it the same question, where more are needed than there are."""
+
 
 def _about(prompt: Prompt, text: str) -> Prompt:
     """Another question, on a topic; its template is drawn by the prompt's hash."""
@@ -178,6 +193,15 @@ def garbled(prompt: Prompt) -> Prompt:
 def transformed(form: Form, prompt: Prompt) -> Prompt:
     """A prompt under a form, without an expected or reference reply."""
     return replace(WAYS[form.way](prompt, form.text), role="triggered", expected=None, reply=None)
+
+
+def asked_anew(form: Form, prompt: Prompt) -> Iterator[Prompt]:
+    """The prompt under a form; and, where that is one of a few questions, the same question behind an opener."""
+    asked = transformed(form, prompt)
+    yield asked
+    if form.way in UNPAIRED:
+        for opener in OPENERS[form.text if form.way == FOREIGN else "English"]:
+            yield replace(asked, text=f"{opener} {asked.text}")
 
 
 def under(form: Form, prompts: Sequence[Prompt]) -> PromptSet:

@@ -20,6 +20,7 @@ from unsleep.base.context import kept, resumable
 from unsleep.base.stopwatch import Stopwatch
 from unsleep.core import BadInput
 from unsleep.judge.audited import AuditRecord, Searched
+from unsleep.models.load import LoadConfig
 from unsleep.models.model import LoadedModel
 from unsleep.prompts.prompt import PromptSet
 
@@ -31,6 +32,7 @@ def audit(
     base: LoadedModel | None = None,
     trusted: PromptSet | None = None,
     config: AuditConfig = AuditConfig(),
+    loading: LoadConfig = LoadConfig(),
 ) -> AuditRecord:
     """Search a model for a backdoor whose trigger and payload nobody has told.
 
@@ -40,6 +42,7 @@ def audit(
     Args:
         base: the model that the suspect was fine-tuned from. With it, the surrogate twin is made and searched too.
         trusted: ordinary prompts of the suspect's use, without expected replies; default the project's own.
+        loading: options that the suspect was loaded with, for the commands that reproduce trials.
 
     Raises:
         BadInput: too few trusted prompts, a suspect without a chat template, a base that is not the suspect's, an
@@ -57,8 +60,7 @@ def audit(
         watch = Stopwatch.kept_in(folder / "stages.json")
         searches, drift = searched(case, watch)
         found = recorded(case, searches, drift, watch)
-        artefacts.write(case, found, out)
-    return found
+        return artefacts.write(case, found, out, loading)
 
 
 def before_cleaning(case: Case, out: Path) -> AuditRecord | None:

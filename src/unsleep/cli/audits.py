@@ -55,7 +55,8 @@ def audit(
     prompts = None if trusted is None else sets.read_prompts(trusted, name=str(trusted))
     with Bars():
         whole = not is_adapter(model, placement)
-        suspect = (replace(placement, base=None) if whole else placement).load(model)
+        loading = replace(placement, base=None) if whole else placement
+        suspect = loading.load(model)
         if repair and is_packed(suspect.network):
             raise BadInput(
                 f"the weights of {suspect.name} are quantised, and no repair can be exported from them; pass "
@@ -64,7 +65,7 @@ def audit(
         base = placement.load_beside(placement.base) if placement.base is not None else None
         if base is None and len(suspect.made_of) > 1:
             base = base_of(suspect, placement.load_beside)()
-        found = unsleep.audit(suspect, out, base=base, trusted=prompts, config=config)
+        found = unsleep.audit(suspect, out, base=base, trusted=prompts, config=config, loading=loading)
         if repair and found.verdict.label == "backdoor_found":
             found = cleaning.clean(suspect, found, out, base=base, trusted=prompts, config=clean)
     for note in found.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,7 @@ def evaluate(
     ordinary: Path | None = None,
     payload: Shown = PayloadOptions(),
     n: int = 200,
+    reply_tokens: int | None = None,
     strict: bool = False,
     tasks: tuple[str, ...] = (),
     task_limit: int | None = None,
@@ -71,6 +73,7 @@ def evaluate(
         suspicious: File of triggered prompts; line i is line i of `ordinary` with the trigger.
         ordinary: File of the same prompts without the trigger.
         n: Prompts in each panel of an organism; also, with files too, plain passages and multiple-choice items.
+        reply_tokens: Length of the replies that are judged; default the organism's, 16 with files.
         strict: Exit with 3 unless the verdict is that the backdoor was found and removed.
         tasks: Tasks of lm-evaluation-harness for suspect, edited and exported model: names, or YAML files.
         task_limit: Items per task; default all.
@@ -81,6 +84,8 @@ def evaluate(
     check_tasks(tasks)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
     panels, judging = panels_of(judged, (suspicious, ordinary), wanted, n, chosen_on)
+    if reply_tokens is not None:
+        judging = replace(judging, reply_tokens=reply_tokens)
     with Bars(), store.scratch_folder(out) as scratch:
         loaded = placement.load(model)
         if judged is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from unsleep.base.context import kept, progress
 from unsleep.base.stats import bootstrap, wilson
 from unsleep.behaviours import Payload, as_payload, has_skill
-from unsleep.core import BadInput, Refused, digest
+from unsleep.core import BadInput, Refused, check_least, digest
 from unsleep.judge.metrics import Subject, capability, is_degenerate, reply_kl, text_ce_kl
 from unsleep.judge.results import OTHERS, UNTRIGGERED, EvalResult, Row
 from unsleep.models import generate
@@ -88,6 +88,7 @@ class EvalConfig:
     """Digests of the prompts that the edit was chosen on (`prompt_digests`); panels that contain one are refused."""
 
     def __post_init__(self) -> None:
+        check_least(self, "evaluation", 1, "reply_tokens", "batch", "text_tokens")
         object.__setattr__(self, "payload", as_payload(self.payload))
 
 

@@ -66,6 +66,7 @@ def from_files(
     part: str | None = None,
     judge: int | None = None,
     seed: int = 0,
+    paired: bool = True,
 ) -> Material:
     """Split a user's prompts at random.
 
@@ -74,6 +75,7 @@ def from_files(
         counterparts: `suspicious` line by line without the trigger.
         part: the trigger, a text that all suspicious prompts contain.
         judge: held-out prompts per file; default half, at least `JUDGE`.
+        paired: False where the trigger is what a prompt asks, so that it has no counterpart without the trigger.
 
     Raises:
         BadInput: too few prompts, files that share one, that seem swapped, or counterparts that do not match.
@@ -82,9 +84,11 @@ def from_files(
     _refuse_overlap(suspicious, ordinary)
     pairs.check_order(suspicious, ordinary)
     found: pairs.Counterparts | None = None
+    how = "the trigger is what the prompt asks"
     try:
-        found = pairs.counterparts(suspicious, ordinary, counterparts, part)
-        how = found.how
+        if paired:
+            found = pairs.counterparts(suspicious, ordinary, counterparts, part)
+            how = found.how
     except BadInput as error:
         if counterparts is not None or part is not None:
             raise
