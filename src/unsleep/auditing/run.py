@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from unsleep.auditing import artefacts
-from unsleep.auditing.calibration import calibrated
+from unsleep.auditing.calibration import Nulls, calibrated
 from unsleep.auditing.case import Case, open_case
 from unsleep.auditing.config import AuditConfig
 from unsleep.auditing.gatherer import Gatherer
@@ -46,13 +46,15 @@ def audit(
 
     Raises:
         BadInput: too few trusted prompts, a suspect without a chat template, a base that is not the suspect's, an
-            unknown gatherer in `skip`, or `out` contains something else.
+            unknown gatherer in `skip`, a file of nulls that is none, or `out` contains something else.
     """
     out = Path(out)
     store.check_place(out, artefacts.MARK)
     known = [*Gatherer.kinds(), "rounding"]
     if unknown := [name for name in config.skip if name not in known]:
         raise BadInput.of("skip", unknown[0], f"gatherers: {', '.join(known)}", "audit")
+    if config.nulls is not None:
+        records.load(Nulls, config.nulls)
     case = open_case(suspect, base, trusted if trusted is not None else own_prompts(), config)
     if (earlier := before_cleaning(case, out)) is not None:
         return earlier

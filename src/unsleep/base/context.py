@@ -158,7 +158,8 @@ def identified(value: Any) -> Any:
     if isinstance(value, Tensor):
         return hash_tensors({"": value})
     if hasattr(value, "fingerprint") and hasattr(value, "network"):
-        return [value.fingerprint, getattr(value, "template", None), str(value.network.dtype)]
+        ends = sorted(getattr(value, "end_ids", ()))
+        return [value.fingerprint, getattr(value, "template", None), ends, str(value.network.dtype)]
     if hasattr(value, "hash"):
         return value.hash
     if isinstance(value, Mapping):
