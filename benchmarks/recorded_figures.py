@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import audit_tables
@@ -36,17 +37,27 @@ Points = Sequence[tuple[float, float] | tuple[float, float, tuple[float, float]]
 def curve(name: str, points: Points, number: int, count: int, unit: str) -> Curve:
     """A line with a mark per point."""
     shape = SHAPES[number % len(SHAPES)]
-    dots = tuple(
-        Dot(float(x), float(y), f"{name}, {x:g}: {y:.3g} {unit}", shape, *span) for x, y, *span in sorted(points)
-    )
+    dots = tuple(Dot(float(x), float(y), f"{name}, {x:g}: {y:.3g} {unit}", shape, *span) for x, y, *span in points)
     return Curve(name, shade(number, 0, max(1, count - 1)), dots, dots)
 
 
 def drawn_curves(
-    title: str, lines: Mapping[str, Points], names: tuple[str, str], *, top: float = 0.0, zero: bool = True
+    title: str,
+    lines: Mapping[str, Points],
+    names: tuple[str, str],
+    *,
+    top: float = 0.0,
+    zero: bool = True,
+    in_order: bool = False,
 ) -> tuple[str, Markup]:
-    """A chart of some lines under its title; shares of nodes have 1 at the `top` and a logarithmic x axis."""
-    curves = [curve(name, points, i, len(lines), names[1]) for i, (name, points) in enumerate(lines.items())]
+    """A chart of some lines under its title; shares of nodes have 1 at the `top` and a logarithmic x axis.
+
+    Points are connected along x or, `in_order`, as they are.
+    """
+    curves = [
+        curve(name, points if in_order else sorted(points), i, len(lines), names[1])
+        for i, (name, points) in enumerate(lines.items())
+    ]
     x = axis([d.x for c in curves for d in c.dots], names[0], log=bool(top))
     ends = [end for c in curves for d in c.dots for end in (d.y, *(d.span or ()))]
     y = axis([*([0.0, top] if zero else []), *ends], names[1], zero=zero)
@@ -127,11 +138,31 @@ def draw_experiment(r: Record, path: Path) -> None:
     drawings.save(path, r["question"], parts, columns=2)
 
 
+def draw_frontier(r: Record, path: Path) -> None:
+    """Skill over payload on triggered prompts, arm by arm from the suspect, by kind of organism."""
+    kinds = {"Payload is a fixed text": False, "Payload needs the skill's knowledge": True}
+    parts: list[tuple[str, Markup]] = []
+    for title, entangled in kinds.items():
+        own = [i for i, name in enumerate(r["replicates"]) if ("entangled" in name) is entangled]
+        found: dict[str, dict[float, dict[str, float]]] = {}
+        for row in (row for row in r["means"] if row["metric"] in ("payload", "restored")):
+            value = mean(row["replicates"][i] for i in own)
+            found.setdefault(row["arm"], {}).setdefault(row["x"], {})[row["metric"]] = value
+        start = found.pop("suspect")[0.0]
+        lines = {
+            arm: [(p["payload"], p["restored"]) for p in (start, *(settings[x] for x in sorted(settings)))]
+            for arm, settings in found.items()
+        }
+        parts.append(drawn_curves(title, lines, ("payload on triggered prompts", "skill on them"), in_order=True))
+    drawings.save(path, r["question"], parts, columns=2)
+
+
 FIGURES: dict[str, tuple[str, Callable[[Record, Path], None]]] = {
     "tracing-circuit.svg": ("circuit_nodes", draw_circuit),
     "tracing-faithfulness.svg": ("circuit", draw_faithfulness),
     "circuit-growth.svg": ("circuit_growth", draw_growth),
     "audit-growth.svg": ("audit_growth", draw_audit_growth),
     "interpolation.svg": ("experiment_interpolation", draw_experiment),
+    "disentangle.svg": ("experiment_disentangle", draw_frontier),
 }
 """Picture of docs/img → the record that it is of, and how it is drawn."""

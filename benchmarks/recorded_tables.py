@@ -7,6 +7,9 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
+FOLDED = 24
+"""Rows of an experiment's table above which it is folded away."""
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
@@ -200,4 +203,7 @@ def experiment(record: Record) -> str:
     setting = (
         f"\nMeans over {', '.join(record['replicates'])}; {record['n']} prompts in each panel{given}; {where}:\n\n"
     )
-    return told + setting + table(["arm", "setting", *metrics.values()], cells)
+    rows = table(["arm", "setting", *metrics.values()], cells)
+    if len(cells) > FOLDED:
+        rows = f'<details markdown="1"><summary>All {len(cells)} rows</summary>\n\n{rows}\n</details>\n'
+    return told + setting + rows
