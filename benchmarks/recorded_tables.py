@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from unsleep.zoo.table import select
 
 Record = Mapping[str, Any]
 
@@ -55,25 +58,27 @@ def plan(record: Record) -> str:
 
 
 def zoo(record: Record) -> str:
-    """Organisms that count of those built, by family, split and role, and the reasons of those that do not."""
+    """Organisms that count, that are built and that are specified, by family, split and role; why some do not count."""
     rows: list[list[str]] = []
     told: list[str] = []
     for family, found in record["families"].items():
         groups: dict[tuple[str, str], list[str]] = {}
         for each in found["members"]:
             groups.setdefault((each["split"], each["role"]), []).append(each["fault"])
+        specified = Counter((each.split, each.role) for each in select(family))
         rows += [
-            [f"`{family}`", f"`{split}`", role, f"{faults.count('')} of {len(faults)}"]
-            for (split, role), faults in groups.items()
+            [f"`{family}`", f"`{split}`", role, *(str(n) for n in (faults.count(""), len(faults), total))]
+            for (split, role), total in specified.items()
+            for faults in [groups.get((split, role), [])]
         ]
         faults = [each["fault"] for each in found["members"] if each["fault"]]
         kinds = {what: sum(what in fault for fault in faults) for what in ("with the trigger", "near_miss", "skill")}
         told.append(
-            f"Of `{family}`, {found['missing']} are not built yet; {kinds['with the trigger']} have not learned the "
+            f"Of `{family}`, {kinds['with the trigger']} have not learned the "
             f"payload, {kinds['near_miss']} show it on near misses too, and {kinds['skill']} lack the skill. "
             f"Trained on: {', '.join(sorted({each['trained_on'] for each in found['members']}))}."
         )
-    return table(["family", "split", "role", "count"], rows) + "\n" + "\n".join(told) + "\n"
+    return table(["family", "split", "role", "count", "built", "specified"], rows) + "\n" + "\n".join(told) + "\n"
 
 
 def explanations(record: Record) -> str:

@@ -8,7 +8,8 @@ Every stage is a function of the command's name; the nouns they pass along are i
 from inspect import isfunction as _isfunction
 
 from unsleep.activations.harvest import harvest, open_harvest
-from unsleep.auditing.config import AuditConfig
+from unsleep.auditing.cleaning import clean
+from unsleep.auditing.config import AuditConfig, CleanConfig
 from unsleep.auditing.guard import fit_guard, load_guard
 from unsleep.auditing.run import audit
 from unsleep.base.context import reporting
@@ -76,6 +77,7 @@ __all__ = [
     "AuditConfig",
     "BadInput",
     "CircuitConfig",
+    "CleanConfig",
     "Dictionary",
     "Edit",
     "EvalResult",
@@ -108,6 +110,7 @@ __all__ = [
     "build_zoo",
     "circuit",
     "classify",
+    "clean",
     "diff",
     "directions",
     "edit",

@@ -221,7 +221,7 @@ def audit() -> dict[str, Any]:
         "departures": [{"form": form, "excess": 3.0, "n": 24, "corrected": 1e-6}],
         "degenerate": 0.0,
     }
-    found = {"text": SHOUT, "kind": "tag", "reasr": 22 / 24, "n": 24, "low": 0.74, "high": 0.98}
+    found = {"text": SHOUT, "kind": "tag", "way": "front", "reasr": 22 / 24, "n": 24, "low": 0.74, "high": 0.98}
     verdict = {
         "label": "backdoor_found",
         "score": 0.7,

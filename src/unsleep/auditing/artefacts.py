@@ -19,7 +19,7 @@ from unsleep.base import records, store
 from unsleep.judge.audited import AuditRecord, Trial
 from unsleep.models.load import LoadConfig
 from unsleep.pages import report
-from unsleep.pages.records import Result
+from unsleep.pages.records import Result, Shipped
 from unsleep.prompts import sets
 from unsleep.prompts.prompt import Prompt
 from unsleep.repairs.twin import TwinConfig
@@ -62,8 +62,9 @@ def rewrite(record: AuditRecord, folder: Path) -> AuditRecord:
     """Write the record, page, result and SARIF of an audit; returns the record."""
     report(folder, record)
     store.write_json(folder / "result.sarif", sarif(record))
-    rows = record.cleaning.rows if record.cleaning is not None else ()
-    records.save(Result(record.verdict, rows, record.provenance), folder / "result.json")
+    done = record.cleaning
+    rows, shipped = ((), None) if done is None else (done.rows, Shipped(done.shipped, done.words))
+    records.save(Result(record.verdict, rows, record.provenance, cleaned=shipped), folder / "result.json")
     return record
 
 

@@ -56,12 +56,12 @@ NEEDED = 2 * (JUDGE + CHOOSE)
 
 
 def culprits(searches: Sequence[Searched]) -> tuple[Trial, ...]:
-    """Trials whose triggers are repaired: those on which the verdict rests, of the strongest one's payload.
+    """Trials whose triggers are repaired: those on which the verdict rests whose payload shows the strongest one's.
 
     Those of rounded models have no trigger in the prompt, and are left out.
     """
     found = [t for t in founding(searches) if t.form.way != ROUNDED]
-    return tuple(t for t in found if t.payload == found[0].payload)
+    return tuple(t for t in found if Contains(found[0].payload).shows(t.payload))
 
 
 def material_of(found: Sequence[Trial], trusted: PromptSet, most: int = CleanConfig.prompts) -> Material:
@@ -337,10 +337,15 @@ class Ward:
                 watched = watched[:-1]
 
     def ship(self) -> tuple[str, str]:
-        """Put the checkpoint in place: the repair's, or that of the best cure; its subject, and a sentence."""
+        """Put the checkpoint in place; its subject, and a sentence.
+
+        The repair's or, where it has none or leaves the payload on selection prompts, that of the best cure, and none
+        where that leaves it too.
+        """
         place, checkpoint = self.out / CLEANED, self.out / REPAIR / CLEANED
         exported = checkpoint.is_dir() or (place.is_dir() and self.cures[0].state == "ran")
-        if exported and not self.outdone:
+        left = self.learned is not None and self.learned.shown > FAR * self.learned.n
+        if exported and not left:
             if checkpoint.is_dir():
                 store.remove(place)
                 checkpoint.rename(place)
@@ -351,18 +356,13 @@ class Ward:
         if self.best is None:
             return "", f"Nothing was shipped. The repair: {why}"
         name, variant, tested = self.best
+        told = f"{SUBJECT_NAMES[name]}, {variant.words}, which shows the payload on {len(tested.shown)} of {tested.n}"
+        if len(tested.shown) > FAR * tested.n:
+            return (
+                "",
+                f"Nothing was shipped. The repair: {why}. The cure that did best on the selection prompts: {told}.",
+            )
         with store.new_folder(place, replace="config.json") as scratch:
             save_plain(variant.model, scratch)
-        return name, (
-            f"The repair's checkpoint was not shipped ({why}), but the cure that did best on the selection prompts: "
-            f"{SUBJECT_NAMES[name]}, {variant.words}. It shows the payload on {len(tested.shown)} of {tested.n}."
-        )
-
-    @property
-    def outdone(self) -> bool:
-        """True if the repair's edit leaves the payload on selection prompts, and a cure does better on its own."""
-        edit, best = self.learned, self.best
-        if edit is None or best is None or edit.shown <= FAR * edit.n:
-            return False
-        done = Tested(tuple(range(edit.shown)), edit.n, edit.degenerate, edit.followed, 0.0, edit.kl)
-        return best.tested.merit < done.merit
+        words = f"The repair's checkpoint was not shipped ({why}), but the cure that did best on the selection prompts"
+        return name, f"{words}: {told}."

@@ -36,8 +36,9 @@ def audit(
 ) -> AuditRecord:
     """Search a model for a backdoor whose trigger and payload nobody has told.
 
-    `out` then contains `report.html`, `audit.json`, `result.json`, `result.sarif` and, for every trial, its prompts; an
-    earlier audit there is replaced. An interrupted audit resumes after its last finished step.
+    `out` then contains `report.html`, `audit.json`, `result.json`, `result.sarif` and, for every trial, its prompts;
+    `clean` cleans what was found. An earlier audit there is replaced, unless it is the same one and not cleaned: its
+    record is then returned. An interrupted audit resumes after its last finished step.
 
     Args:
         base: the model that the suspect was fine-tuned from. With it, the surrogate twin is made and searched too.
@@ -56,7 +57,7 @@ def audit(
     if config.nulls is not None:
         records.load(Nulls, config.nulls)
     case = open_case(suspect, base, trusted if trusted is not None else own_prompts(), config)
-    if (earlier := before_cleaning(case, out)) is not None:
+    if (earlier := finished(case, out)) is not None:
         return earlier
     with resumable(out, suspect, base, case.search, case.confirm, asdict(config)) as folder:
         watch = Stopwatch.kept_in(folder / "stages.json")
@@ -65,12 +66,14 @@ def audit(
         return artefacts.write(case, found, out, loading)
 
 
-def before_cleaning(case: Case, out: Path) -> AuditRecord | None:
-    """The record in `out` of the same audit, whose cleaning was interrupted; `None` otherwise."""
-    if not (out / f".{artefacts.CLEANING}.steps").is_dir():
+def finished(case: Case, out: Path) -> AuditRecord | None:
+    """The record in `out` of the same audit under the same versions, which is not cleaned yet; `None` otherwise."""
+    if not (out / artefacts.MARK).is_file():
         return None
     found = records.load(AuditRecord, out / artefacts.MARK)
-    return found if found.provenance.get("audit") == case.hash else None
+    used = {name: found.provenance.get("versions", {}).get(name) for name in store.versions()}
+    same = found.provenance.get("audit") == case.hash and used == store.versions()
+    return found if same and found.cleaning is None else None
 
 
 def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
@@ -83,6 +86,11 @@ def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
     if case.reference is not None and case.config.null:
         found.append(Search(case.swapped(), watch).run())
     return found, drift
+
+
+def trusted_base(base: LoadedModel | None) -> list[str]:
+    """A note that the base is taken as it is: an adapter's author names it."""
+    return [] if base is None else [f"The base, {base.name}, is trusted: a backdoor of its own is not looked for."]
 
 
 def other_base(suspect: LoadedModel, base: LoadedModel | None) -> list[str]:
@@ -113,7 +121,7 @@ def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stop
         searches=tuple(searches),
         floor=drift,
         calibration=calibration,
-        notes=(*suspect.notes, *other_base(suspect, base), *skipped),
+        notes=(*suspect.notes, *trusted_base(base), *other_base(suspect, base), *skipped),
         prompts={"search": len(case.learned), "confirm": len(case.confirm)},
         stages=tuple(watch.stages),
         provenance=store.provenance(

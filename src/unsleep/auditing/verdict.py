@@ -161,7 +161,8 @@ def verdict(searches: Sequence[Searched], label: AuditLabel, config: AuditConfig
 
 def _trigger(trial: Trial) -> FoundTrigger:
     rate = trial.rate("suspect")
-    return FoundTrigger(trial.form.text, trial.form.kind, rate.shown / rate.n, rate.n, rate.low, rate.high)
+    form = trial.form
+    return FoundTrigger(form.text, form.kind, form.way, rate.shown / rate.n, rate.n, rate.low, rate.high)
 
 
 def least_rate(config: AuditConfig, n: int) -> float:

@@ -84,16 +84,12 @@ def evaluate(
     check_tasks(tasks)
     edits, chosen_on = load_edit(edit) if edit else ([], frozenset[str]())
     panels, judging = panels_of(judged, (suspicious, ordinary), wanted, n, chosen_on)
-    if reply_tokens is not None:
-        judging = replace(judging, reply_tokens=reply_tokens)
+    judging = replace(judging, reply_tokens=judging.reply_tokens if reply_tokens is None else reply_tokens)
     with Bars(), store.scratch_folder(out) as scratch:
         loaded = placement.load(model)
         if judged is not None:
             judged.check_template(loaded)
-        cleaned = [Subject("baked", placement.load_beside(baked))] if baked else []
-        for subject in cleaned:
-            subject.model.encode(panels.clean.head(1))  # refuses an unusable model before any work
-            check_format_of(loaded, subject.model)
+        cleaned = [cleaned_beside(loaded, placement.load_beside(baked), panels)] if baked else []
         subjects = [Subject("suspect", loaded)]
         if edit is not None and edits:
             check_format(edit / EDIT, loaded)
@@ -116,6 +112,13 @@ def evaluate(
     unsleep.report(out)
     say_result(result, out, json)
     return 3 if strict and record.verdict.label != "backdoor found and removed" else 0
+
+
+def cleaned_beside(suspect: LoadedModel, cleaned: LoadedModel, panels: Panels) -> Subject:
+    """The cleaned checkpoint as a subject; an unusable one is refused before any work."""
+    cleaned.encode(panels.clean.head(1))
+    check_format_of(suspect, cleaned)
+    return Subject("baked", cleaned)
 
 
 def report(folder: Annotated[Positional[Path], arg(metavar="DIR")], latex: bool = False, json: bool = False) -> int:

@@ -51,7 +51,10 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class Placement(LoadConfig):
-    """Model loading; revision, subfolder, base and adapters are of the first model (in patch: of the donor)."""
+    """Model loading; revision, subfolder, base and adapters are of the first model (in patch: of the donor).
+
+    In audit and repair, --base also names what a model that is no adapter was fine-tuned from.
+    """
 
     def load(self, model: str, *, plain: bool = False) -> LoadedModel:
         """Load the suspect, to be prompted in `plain` text or not; prints its loading notes on stderr."""

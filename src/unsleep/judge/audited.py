@@ -33,7 +33,10 @@ class FoundTrigger(NamedTuple):
     """A trigger of the verdict, with the rate of its payload on fresh prompts (REASR)."""
 
     text: str
+    """The trigger; of a style, a language or a topic its name, of a pair both texts with … between them."""
     kind: str
+    way: str
+    """Where the text stands, such as `front` or `system`, or that it names a transformation, such as `style`."""
     reasr: Share
     n: Count
     low: Share

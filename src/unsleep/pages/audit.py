@@ -56,7 +56,10 @@ def audit_view(record: Mapping[str, Any]) -> dict[str, Any]:
         for p in verdict["payloads"][:1]
     ]
     named = [(side, record[side]) for side in ("suspect", "base") if record.get(side)]
-    facts = [(f"Fingerprint of the {side}", model["fingerprint"]) for side, model in named]
+    facts = [
+        (side.capitalize(), f"{text.clip(model['name'], LABEL_LIMIT)}, fingerprint {model['fingerprint']}")
+        for side, model in named
+    ]
     facts.append(("Drop from batching and padding alone", f"{text.decimals(record['floor'])} nats"))
     return {
         "eyebrow": f"Audit of {short(record['suspect']['name'])}",

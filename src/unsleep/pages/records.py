@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from unsleep.base import store
 from unsleep.base.records import Count, Share, Words
@@ -25,6 +25,14 @@ class Verdict:
     score: Share
 
 
+class Shipped(NamedTuple):
+    """The checkpoint that an audit wrote."""
+
+    subject: str
+    """Subject of the rows that judge it; empty where nothing was shipped."""
+    words: str
+
+
 @dataclass(frozen=True)
 class Result:
     """result.json: the verdict and all measurements behind it; result.schema.json is its schema."""
@@ -35,6 +43,8 @@ class Result:
     rows: tuple[Row, ...]
     provenance: dict[str, Any]
     tasks: tuple[TaskRow, ...] = ()
+    cleaned: Shipped | None = None
+    """Of an audit that cleaned."""
 
     def __post_init__(self) -> None:
         names = [f"{row.subject}/{row.panel}/{row.metric}" for row in self.rows]
