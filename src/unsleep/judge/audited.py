@@ -36,7 +36,7 @@ class FoundTrigger(NamedTuple):
     """The trigger; of a style, a language or a topic its name, of a pair both texts with … between them."""
     kind: str
     way: str
-    """Where the text stands, such as `front` or `system`, or that it names a transformation, such as `style`."""
+    """The text's place, such as `front` or `system`, or the transformation that it names, such as `style`."""
     reasr: Share
     n: Count
     low: Share
