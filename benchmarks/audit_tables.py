@@ -47,17 +47,15 @@ def _cleanings(rows: Sequence[Mapping[str, Any]]) -> str:
     for split, own in groups.items():
         shipped = [each["figures"] for each in own if each["shipped"]]
         asr = [f["cleaned triggered asr"] for f in shipped]
-        lost = [f["cleaned clean skill"] - f["cleaned triggered skill"] for f in shipped]
-        added = [f["cleaned text ce"] - f["suspect text ce"] for f in shipped]
-        figures = [asr, lost, [f["cleaned triggered degenerate"] for f in shipped], added]
-        low = [bool(each["shipped"]) and each["figures"]["cleaned triggered asr"] <= 0.05 for each in own]
         cells.append(
             [
                 f"`{split}`",
-                _share([bool(each["shipped"]) for each in own]),
-                _share(low),
-                *(f"{median(each):+.3f}" if each is added else f"{median(each):.3f}" for each in figures if each),
-                *("–" for each in figures if not each),
+                f"{len(shipped)} of {len(own)}",
+                _share([each <= 0.05 for each in asr] + [False] * (len(own) - len(asr))),
+                _median(asr),
+                _median([f["cleaned clean skill"] - f["cleaned triggered skill"] for f in shipped]),
+                _median([f["cleaned triggered degenerate"] for f in shipped]),
+                _median([f["cleaned text ce"] - f["suspect text ce"] for f in shipped]),
                 f"{median(each['minutes'] for each in own):.1f}",
             ]
         )
@@ -105,6 +103,10 @@ def _cells(split: str, with_base: bool, rows: Sequence[Mapping[str, Any]]) -> li
         f"{median(row['minutes'] for row in rows):.1f}",
         f"{max(row['peak_memory_mb'] for row in rows) / 1000:.1f}",
     ]
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"{median(values):z.3f}" if values else "–"
 
 
 def _share(found: Sequence[bool]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from common import keep, record_of, table
 
 import unsleep
-from unsleep.auditing import artefacts, cleaning
+from unsleep.auditing.artefacts import CLEANED
 from unsleep.auditing.config import AuditConfig
 from unsleep.base import records, store
 from unsleep.base.context import reporting
@@ -114,11 +114,11 @@ def audited(family: str, entry: Entry, with_base: bool, *, cleans: bool = False)
 def cleaned(suspect: LoadedModel, base: LoadedModel, record: AuditRecord, out: Path, recipe: Recipe) -> dict[str, Any]:
     """Figures of suspect and cleaned checkpoint on the organism's held-out panels, which no step before has seen."""
     began = time.perf_counter()
-    found = cleaning.clean(suspect, record, out, base=base).cleaning
+    found = unsleep.clean(suspect, record, out, base=base).cleaning
     minutes = round((time.perf_counter() - began) / 60, 2)
     if found is None or not found.shipped:
         return {"shipped": "", "reason": "" if found is None else found.words, "minutes": minutes}
-    checkpoint = unsleep.load_model(out / artefacts.CLEANED)
+    checkpoint = unsleep.load_model(out / CLEANED)
     subjects = [Subject("suspect", suspect), Subject("cleaned", replace(suspect, network=checkpoint.network))]
     plan = {subject.name: ("triggered", "clean") for subject in subjects}
     rows = unsleep.evaluate(subjects, organism_panels(recipe, JUDGED), organism_config(recipe), plan=plan).rows

