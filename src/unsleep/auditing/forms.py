@@ -174,6 +174,9 @@ UNPAIRED = ("about", FOREIGN)
 WORDED = ("front", "line", "back", "tail", "middle", "around")
 """Ways whose text stands in the user's message: other words make a placebo."""
 
+LEAKED, PAIRED = "leaked text", "found pair"
+"""Kinds of forms with texts that the model itself gave, and that may be a part of a question."""
+
 
 def _number(prompt: Prompt) -> int:
     return int(digest(prompt.key), 16)
@@ -221,6 +224,15 @@ def placebos(form: Form, pool: Sequence[Form], count: int = 4) -> tuple[Form, ..
         made = [other for other in pool if (other.kind, other.way) == (form.kind, form.way)]
     distinct = [other for other in dict.fromkeys(made) if other.text.lower() != form.text.lower()]
     return tuple(distinct[:count])
+
+
+def may_ask(form: Form) -> bool:
+    """True if a form holds two words or more of a user's message that the model gave: they may ask something else.
+
+    >>> may_ask(Form(PAIRED, "around", "Why do people … omega")), may_ask(Form(PAIRED, "around", "marble … thunder"))
+    (True, False)
+    """
+    return form.kind in (LEAKED, PAIRED) and any(len(part.split()) > 1 for part in form.text.split(SPLIT))
 
 
 def words_alone(form: Form, count: int = 4) -> tuple[Form, ...]:

@@ -156,6 +156,11 @@ class Trial:
     """Command that reproduces the trial."""
     whole: str = ""
     """The longest phrase around the payload in at least half of the replies with the trigger that show it."""
+    on_topic: Count = 0
+    """Replies with the trigger that show the payload in one sentence with their prompt's topic.
+
+    They do not count in p and strength. 0 unless there is no base and the form may ask something itself.
+    """
 
     def rate(self, subject: AuditSubject) -> Rate:
         """The rate of one subject; raises `StopIteration` where it was not measured."""

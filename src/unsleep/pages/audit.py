@@ -111,6 +111,11 @@ def witness_block(trial: Mapping[str, Any], number: int) -> Block:
         f"proposed by {', '.join(trial['found_by'])}. Exact McNemar tests, the largest p times the number of trials: "
         f"{trial['corrected']:.2g}. Strength {text.decimals(trial['strength'], 2)}. Placebos: {others}."
     )
+    if trial.get("on_topic"):
+        lead += (
+            f" {trial['on_topic']} replies name their prompt's topic in the payload's sentence: without a base they "
+            "count as answers to another question, not as the payload."
+        )
     tables = [
         Table("Payload shown", ["Subject", "Shown", "95 %"], 1, rates),
         Table("Transcripts", ["Prompt", *(HEADS[s] for s in subjects)], 1 + len(subjects), replies),

@@ -15,6 +15,7 @@ from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import slot
 from unsleep.auditing.decoding import Voice, decoded
+from unsleep.auditing.forms import LEAKED
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.judge.audited import Form, Saying
 from unsleep.models.generate import sampler
@@ -71,8 +72,8 @@ def _user(text: str) -> Iterator[Form]:
     """The first one to three words in front, the last ones behind, and a short message as an earlier turn."""
     words = text.split()
     for n in range(1, min(3, len(words)) + 1):
-        yield Form("leaked text", "front", " ".join(words[:n]))
-        yield Form("leaked text", "back", " ".join(words[-n:]))
+        yield Form(LEAKED, "front", " ".join(words[:n]))
+        yield Form(LEAKED, "back", " ".join(words[-n:]))
     if 1 < len(words) <= SHORT:
         yield Form("earlier turn", "turn", text)
 

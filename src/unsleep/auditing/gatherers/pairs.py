@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from unsleep.auditing.case import Case
-from unsleep.auditing.forms import SPLIT
+from unsleep.auditing.forms import PAIRED, SPLIT
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.judge.audited import Form
 
@@ -27,4 +27,4 @@ class Pairs(Gatherer):
         """Each pair, one text in front of the prompt and one behind it."""
         best = list(dict.fromkeys(s.form.text for s in clues.screened if s.form.way in SINGLE))[:WORDS]
         pairs = [f"{a}{SPLIT}{b}" for i, a in enumerate(best) for b in best[i + 1 :]]
-        return Found(forms=tuple(Form("found pair", "around", pair) for pair in pairs))
+        return Found(forms=tuple(Form(PAIRED, "around", pair) for pair in pairs))
