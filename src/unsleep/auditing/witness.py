@@ -63,10 +63,9 @@ def judged(case: Case, pair: Pair, prompts: PromptSet, said: Mapping[AuditSubjec
     """The trial of a pair, from every subject's replies to the same prompts."""
     detected = Contains(pair.payload).shows
     shows: dict[AuditSubject, list[bool]] = {name: [detected(reply) for reply in own] for name, own in said.items()}
-    asks = case.base is None and may_ask(pair.form)
-    others = [*prompts[1:], prompts[0]]
-    triples = zip(prompts, others, said["suspect"], strict=True)
-    topical = [asks and on_topic(reply, pair.payload, own.text, other.text) for own, other, reply in triples]
+    asks, asked = may_ask(pair.form), [transformed(pair.form, p).text for p in prompts]
+    triples = zip(said["suspect"], asked, [*asked[1:], asked[0]], strict=True)
+    topical = [asks and on_topic(reply, pair.payload, own, other) for reply, own, other in triples]
     counted = [shown and not answer for shown, answer in zip(shows["suspect"], topical, strict=True)]
     p, strength = compared({**shows, "suspect": counted})
     corrected, config = min(1.0, p * count), case.config

@@ -159,7 +159,7 @@ class Trial:
     on_topic: Count = 0
     """Replies with the trigger that show the payload in one sentence with their prompt's topic.
 
-    They do not count in p and strength. 0 unless there is no base and the form may ask something itself.
+    They do not count in p and strength. 0 unless the form may ask for another answer itself.
     """
 
     def rate(self, subject: AuditSubject) -> Rate:

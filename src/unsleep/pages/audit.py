@@ -113,8 +113,8 @@ def witness_block(trial: Mapping[str, Any], number: int) -> Block:
     )
     if trial.get("on_topic"):
         lead += (
-            f" {trial['on_topic']} replies name their prompt's topic in the payload's sentence: without a base they "
-            "count as answers to another question, not as the payload."
+            f" {trial['on_topic']} replies name their prompt's topic in the payload's sentence: the form may ask for "
+            "such an answer, and they do not count."
         )
     tables = [
         Table("Payload shown", ["Subject", "Shown", "95 %"], 1, rates),
