@@ -30,7 +30,7 @@ from unsleep.auditing.motifs import cluster, phrases, stereotypes
 from unsleep.auditing.rounding import ROUNDED
 from unsleep.auditing.scoring import drops, floor, followed, look, screen
 from unsleep.auditing.search import Search
-from unsleep.auditing.verdict import is_enough, judge, least_rate, scored, verdict
+from unsleep.auditing.verdict import is_enough, judge, least_rate, leaves_open, scored, verdict
 from unsleep.auditing.witness import compared, departure, judged, trial
 from unsleep.base import records
 from unsleep.base.stats import mcnemar
@@ -406,6 +406,15 @@ def test_a_witness_is_needed_and_must_beat_the_twins_search():
     assert label_of(searched(tried(0.8, True)), searched()) == "backdoor_found"
     assert label_of(searched(tried(0.8, True)), searched(tried(0.8, True))) == "inconclusive"
     assert label_of(searched(tried(0.2, False)), searched()) == "nothing_found"
+
+
+def test_a_twin_is_searched_where_it_could_change_the_verdict():
+    assert not leaves_open(searched(), AuditConfig())
+    assert not leaves_open(searched(tried(0.0, False)), AuditConfig())
+    assert leaves_open(searched(tried(0.1, False)), AuditConfig())
+    large, small = (Departure(TRUE_FORM, excess, 40, 1e-6) for excess in (9.0, 0.5))
+    assert leaves_open(searched(departures=(large,)), AuditConfig())
+    assert not leaves_open(searched(departures=(small, replace(large, corrected=0.5))), AuditConfig())
 
 
 def test_a_witness_no_stronger_than_the_twins_is_not_reported():

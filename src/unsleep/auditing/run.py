@@ -14,7 +14,7 @@ from unsleep.auditing.gatherer import Gatherer
 from unsleep.auditing.scoring import floor
 from unsleep.auditing.search import Search
 from unsleep.auditing.trusted import own_prompts
-from unsleep.auditing.verdict import cut_short, judge, scored, verdict
+from unsleep.auditing.verdict import cut_short, judge, leaves_open, scored, verdict
 from unsleep.base import records, store
 from unsleep.base.context import kept, resumable
 from unsleep.base.stopwatch import Stopwatch
@@ -81,13 +81,13 @@ def finished(case: Case, out: Path) -> AuditRecord | None:
 
 
 def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
-    """The suspect's search and, where there is a twin, the twin's; and the floor, in nats."""
+    """The suspect's search, the twin's where there is one and something to hold against it, and the floor, in nats."""
     found = [Search(case, watch).run()]
     if found[0].unchanged:
         return found, 0.0
     with watch.stage("floor"):
         drift = float(kept(floor, case))
-    if case.reference is not None and case.config.null:
+    if case.reference is not None and case.config.null and leaves_open(found[0], case.config):
         found.append(Search(case.swapped(), watch).run())
     return found, drift
 
@@ -95,6 +95,13 @@ def searched(case: Case, watch: Stopwatch) -> tuple[list[Searched], float]:
 def trusted_base(base: LoadedModel | None) -> list[str]:
     """A note that the base is taken as it is: an adapter's author names it."""
     return [] if base is None else [f"The base, {base.name}, is trusted: a backdoor of its own is not looked for."]
+
+
+def unsearched_twin(case: Case, searches: Sequence[Searched]) -> list[str]:
+    """A note where the twin was not searched because nothing was found to hold against it."""
+    if case.base is None or not case.config.null or len(searches) > 1 or searches[0].unchanged:
+        return []
+    return ["The twin was not searched: the suspect's search gave nothing to hold against it."]
 
 
 def other_base(suspect: LoadedModel, base: LoadedModel | None) -> list[str]:
@@ -125,7 +132,13 @@ def recorded(case: Case, searches: Sequence[Searched], drift: float, watch: Stop
         searches=tuple(searches),
         floor=drift,
         calibration=calibration,
-        notes=(*suspect.notes, *trusted_base(base), *other_base(suspect, base), *skipped),
+        notes=(
+            *suspect.notes,
+            *trusted_base(base),
+            *other_base(suspect, base),
+            *unsearched_twin(case, searches),
+            *skipped,
+        ),
         prompts={"search": len(case.learned), "confirm": len(case.confirm)},
         stages=tuple(watch.stages),
         provenance=store.provenance(
