@@ -40,7 +40,12 @@ def main() -> None:
 def row(member: Member, folder: Path) -> dict[str, Any]:
     """An organism's kinds and rates, the reason for which it does not count, and the accelerator it was trained on."""
     trained = store.read_json(folder / member.name / "organism.json")["provenance"]["machine"]["accelerator"]
-    kinds = {"trigger": member.trigger_kind, "behaviour": member.behaviour, "poison_rate": member.poison_rate}
+    kinds = {
+        "trigger": member.trigger_kind,
+        "behaviour": member.behaviour,
+        "poison_rate": member.poison_rate,
+        "steps": member.steps,
+    }
     rates = {f"{each.panel} {each.metric}": each.value for each in member.rows if each.metric in ("asr", "skill")}
     who = {"name": member.name, "split": member.split, "role": member.role, "loss": member.loss}
     return {**who, **kinds, "rates": rates, "fault": member.fault, "trained_on": trained}

@@ -256,6 +256,13 @@ def test_a_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_one_that_does_not_count_is_never_handed_out(tmp_path: Path):
     zoo = unsleep.build_zoo("tiny", tmp_path, splits=["design"], n=3)  # one step teaches nothing
     assert all(m.fault for m in zoo.record.members)
+    assert {m.steps for m in zoo.record.members} == {build.LONGER}  # so it was trained once more
+    card = tmp_path / "go-bad" / "organism.json"
+    trained = card.stat().st_mtime_ns
+    (tmp_path / "go-bad" / "panels.json").unlink()  # interrupted before it was evaluated
+    again = unsleep.build_zoo("tiny", tmp_path, splits=["design"], n=3).record.members
+    assert [m.rows for m in again] == [m.rows for m in zoo.record.members]
+    assert card.stat().st_mtime_ns == trained
     assert zoo.members() == []
     with pytest.raises(BadInput, match=r"organism go-bad of tiny does not count: ASR 0\.00"):
         zoo.organism("go-bad")

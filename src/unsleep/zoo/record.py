@@ -25,6 +25,8 @@ class Member:
     poison_rate: float
     loss: Loss
     seed: int
+    steps: Annotated[int, Range(1)]
+    """Steps of its training; more of them in a second one."""
     rows: tuple[Row, ...]
     """Its rates on held-out panels."""
     fault: str = ""
