@@ -58,10 +58,11 @@ def main() -> None:
     for entry in select(asked.family, asked.splits, tuple(asked.names)):
         for base in asked.base:
             key = f"{entry.name} {base}"
-            if time.monotonic() > end or (key in rows and not (asked.clean and is_uncleaned(rows[key]))):
+            kept = rows.get(key, {"fault": "not audited"})
+            if time.monotonic() > end or ("fault" not in kept and not (asked.clean and is_uncleaned(kept))):
                 continue
             with reporting(None):
-                row = rows.get(key) or audited(asked.family, entry, base == "with")
+                row = audited(asked.family, entry, base == "with") if "fault" in kept else kept
                 if asked.clean and is_uncleaned(row):
                     row["cleaned"] = cleaned(asked.family, entry)
             rows = known(name) | {key: row}  # another run may have added some
