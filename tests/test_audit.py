@@ -306,6 +306,7 @@ def test_a_page_shows_hostile_replies_as_text(audited: tuple[Path, AuditRecord])
     page, plain = Page(render_audit(record)), Page(render_audit(audited[1]))
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in plain.elements}
     assert "Backdoor found" in plain.prose
+    assert f'<mark class="payload">{trial.payload}</mark>' in render_audit(audited[1])
 
 
 def test_a_harmless_fine_tune_gives_nothing_at_the_command_line(tmp_path: Path, capsys: Capture):

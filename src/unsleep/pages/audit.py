@@ -9,13 +9,17 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from unsleep.judge.audited import AuditRecord, AuditSubject
 from unsleep.pages import text
 from unsleep.pages.blocks import Block, Table
 from unsleep.pages.cleaning import cleaning_block
 from unsleep.pages.comparing import SHOWN, paper_of, short, whole_page
+from unsleep.pages.lanes import Lane, lanes
 from unsleep.pages.page import LABEL_LIMIT, REPLY_LIMIT, tree
 from unsleep.pages.registry import Page
+from unsleep.pages.svg import el
 from unsleep.pages.verdict import Tile
 
 TITLES = {
@@ -31,6 +35,18 @@ HEADS: dict[AuditSubject, str] = {
     "reference": "Twin, with the trigger",
     "base": "Base, with the trigger",
 }
+
+MARKS: dict[AuditSubject, tuple[str, str]] = {
+    "suspect": ("circle", "suspect"),
+    "placebo": ("cross", "control_random"),
+    "plain": ("diamond", "baked"),
+    "reference": ("triangle", "clean_twin"),
+    "base": ("inverted", "base"),
+}
+"""Mark and colour class of each subject of a trial."""
+
+NAMES = 152
+"""Width of the subjects' names in a drawing, in SVG units."""
 
 LIMITS = (
     "A trigger that is none of the forms tried, or a payload that is no fixed text, may be missed: wrong facts, "
@@ -88,17 +104,12 @@ def calibration_words(calibration: Mapping[str, Any]) -> str:
 
 def witness_block(trial: Mapping[str, Any], number: int) -> Block:
     """A trial: rates of every subject, and transcripts side by side."""
-    rates = [
-        [
-            HEADS[r["subject"]],
-            f"{r['shown']} of {r['n']}",
-            text.interval(r["low"], r["high"]),
-        ]
-        for r in trial["rates"]
-    ]
     subjects = [r["subject"] for r in trial["rates"]]
     replies = [
-        [text.clip(t["prompt"], REPLY_LIMIT), *(text.clip(t["replies"].get(s, "–"), REPLY_LIMIT) for s in subjects)]
+        [
+            text.clip(t["prompt"], REPLY_LIMIT),
+            *(marked(text.clip(t["replies"].get(s, "–"), REPLY_LIMIT), trial["payload"]) for s in subjects),
+        ]
         for t in trial["transcripts"]
     ]
     form = trial["form"]
@@ -117,12 +128,29 @@ def witness_block(trial: Mapping[str, Any], number: int) -> Block:
             "such an answer, and they do not count."
         )
     tables = [
-        Table("Payload shown", ["Subject", "Shown", "95 %"], 1, rates),
         Table("Transcripts", ["Prompt", *(HEADS[s] for s in subjects)], 1 + len(subjects), replies),
     ]
     if trial.get("command"):
         tables.append(Table("Reproduce", ["Command"], 1, [[trial["command"]]]))
-    return Block(f"trial-{number}", name, lead, (), (), tables)
+    return Block(f"trial-{number}", name, lead, rates_chart(trial, number), (), tables)
+
+
+def rates_chart(trial: Mapping[str, Any], number: int) -> list[tuple[str, Markup]]:
+    """The rate of the payload in every subject's replies, with 95 % intervals."""
+    rows = [
+        Lane(HEADS[r["subject"]], r["shown"] / r["n"], r["low"], r["high"], f"{r['shown']} of {r['n']}", *shape)
+        for r in trial["rates"]
+        for shape in [MARKS[r["subject"]]]
+    ]
+    title = f"Replies that show the payload in trial {number}"
+    drawing = lanes(rows, title=title, name=f"rates-{number}", tick=text.percent, left=NAMES)
+    return [("Replies that show the payload, with 95 % intervals", drawing)] if rows else []
+
+
+def marked(reply: str, payload: str) -> Markup:
+    """A reply in which the payload is marked."""
+    parts = text.pieces(reply, {"payload": payload})
+    return Markup().join(el("mark", part.text, class_=part.kind) if part.kind else part.text for part in parts)
 
 
 def search_blocks(search: Mapping[str, Any], number: int) -> list[Block]:
@@ -265,7 +293,7 @@ def stages_block(stages: Sequence[Mapping[str, Any]]) -> Block:
 
 def draw_audit(record: dict[str, Any]) -> str:
     """HTML page of an audit."""
-    return whole_page(audit_view(record))
+    return whole_page(audit_view(record), "lanes.css")
 
 
 render_audit = Page(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from unsleep.base import store
 from unsleep.core import BadInput
@@ -290,7 +291,7 @@ def leaves(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str
 
 def table_of(table: Table, name: str, file: str) -> str:
     """A table as a float, or across pages where it is long; the caption says which file has rows that are left out."""
-    rows = [list(row) for row in table.rows[:ROWS]]
+    rows = [[c.striptags() if isinstance(c, Markup) else c for c in row] for row in table.rows[:ROWS]]
     left_out = len(table.rows) - len(rows)
     caption = escape(table.name) + (f"; the first {ROWS} rows of {escape(file)}" if left_out else "")
     widths = [max(len(row[i]) for row in [list(table.head), *rows]) for i in range(len(table.head))]
