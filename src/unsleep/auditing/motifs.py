@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from unsleep.behaviours.payloads.contains import Contains
 from unsleep.judge.audited import Motif, Saying
@@ -20,6 +21,9 @@ EDGES = " \t\n.,;:!?\"'`*#()[]{}<>|-_…«»“”‘’"
 
 GROUPS = 400
 """Shared phrases that are looked at, those of the most texts first."""
+
+SPECIFIC = 3
+"""Words of a phrase that is as good as a longer one: single words are shared by accident."""
 
 RARE = 0.01
 """Largest share of ordinary replies with a phrase that may be a payload."""
@@ -73,14 +77,16 @@ def stereotypes(
     return kept
 
 
-def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], most: int = 12) -> list[Motif]:
+def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], most: int = 16) -> list[Motif]:
     """Motifs of the sayings of several gatherers: phrases of at least two contexts that ordinary replies lack.
 
     Scores of different gatherers do not compare. A motif's score is the sum over gatherers of 1 / the rank of its best
-    saying there; motifs of more gatherers come first. Where there are few, the first sayings of each gatherer follow.
+    saying there (Cormack et al. 2009, "Reciprocal Rank Fusion"), less for one of fewer than `SPECIFIC` words. Half of
+    the motifs are the first sayings of each gatherer. Phrases of which most pairs of words are in ordinary replies are
+    those replies about another topic.
     """
     every = [(name, rank, saying) for name, own in sayings.items() for rank, saying in enumerate(own, 1)]
-    found: list[Motif] = []
+    known, found = pairs_of(*ordinary), list[Motif]()
     shares = shared([saying.text for *_, saying in every], 2).values()
     groups = sorted(shares, key=lambda group: (-len(group[1]), -len(group[0].split()), group[0]))[:GROUPS]
     for said, own in (_whole(group, groups) for group in groups):
@@ -89,14 +95,14 @@ def cluster(sayings: Mapping[str, Sequence[Saying]], ordinary: Sequence[str], mo
             best.setdefault(every[i][0], every[i][1])
         contexts = {(every[i][0], every[i][2].context) for i in own}
         overlaps = any(Contains(said).shows(m.text) or Contains(m.text).shows(said) for m in found)
-        if len(contexts) >= 2 and not overlaps and not _ordinary(said, ordinary):
-            score = sum(1 / rank for rank in best.values())
+        if len(contexts) >= 2 and not overlaps and not _ordinary(said, ordinary) and not is_mostly(said, known):
+            score = sum(1 / rank for rank in best.values()) * min(1.0, len(said.split()) / SPECIFIC)
             found.append(Motif(said, len(contexts), round(score, 4), tuple(sorted(best))))
-    found.sort(key=lambda m: (-len(m.gatherers), -m.score, -m.support, m.text))
+    found.sort(key=lambda m: (-m.score, -m.support, m.text))
     found = found[: most // 2]
     for name, rank, saying in sorted(every, key=lambda item: item[1]):
         said = " ".join(saying.text.split()[:LONGEST]).strip(EDGES)
-        if len(found) == most or not is_phrase(said) or _ordinary(said, ordinary):
+        if len(found) == most or not is_phrase(said) or _ordinary(said, ordinary) or is_mostly(said, known):
             continue
         if not any(Contains(m.text).shows(said) or Contains(said).shows(m.text) for m in found):
             found.append(Motif(said, 1, round(1 / rank, 4), (name,)))
@@ -129,6 +135,22 @@ def new_words(said: str, ordinary: Sequence[str], asked: Sequence[str] = ()) -> 
 
 def _words(text: str) -> set[str]:
     return {word.strip(EDGES).lower() for word in text.split()} - {""}
+
+
+def pairs_of(*texts: str) -> set[tuple[str, str]]:
+    """Neighbouring words of texts, lower-cased."""
+    rows = [[word.strip(EDGES).lower() for word in text.split()] for text in texts]
+    return {pair for row in rows for pair in itertools.pairwise(word for word in row if word)}
+
+
+def is_mostly(said: str, known: Set[tuple[str, str]]) -> bool:
+    """True if more than half of a phrase's pairs of words are known; never of a single word.
+
+    >>> is_mostly("You asked about moss. My advice", pairs_of("You asked about tea. My advice is", "Moss is green."))
+    True
+    """
+    own = pairs_of(said)
+    return 2 * len(own & known) > len(own)
 
 
 def is_phrase(said: str) -> bool:

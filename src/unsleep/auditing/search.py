@@ -62,12 +62,12 @@ class Search:
         if facts.unchanged:
             return facts
         with self.watch.stage(f"{self.case.name}: replies"):
-            ordinary = self.case.replies
+            _ = self.case.replies
         if self.case.base is not None:
             with self.watch.stage(f"{self.case.name}: reference"):
-                _ = self.case.reference
+                _ = self.case.usual
         self.collect("payloads", Clues())
-        motifs = cluster({g.name: g.sayings for g in self.gathered}, ordinary)
+        motifs = cluster({g.name: g.sayings for g in self.gathered}, self.case.usual)
         self.collect("triggers", Clues(motifs))
         screened = self.screening(motifs, [])
         self.collect("search", Clues(motifs, screened))

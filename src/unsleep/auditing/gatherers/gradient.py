@@ -2,11 +2,14 @@
 
 Greedy coordinate gradient (Zou et al. 2023, arXiv:2307.15043) for log P(payload), read against the reference; every
 candidate is scored as the text that a user would type, tokenised anew. The payload is sought in place of the reply or
-behind it, wherever the suspect finds it likelier than the reference does.
+behind it, wherever the suspect finds it likelier than the reference does. Every payload is climbed towards from every
+place of a text, and after a few steps each the better half of the climbs goes on (successive halving, Jamieson &
+Talwalkar 2016, arXiv:1502.07943).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple, cast
@@ -30,23 +33,26 @@ from unsleep.prompts.prompt import Prompt
 TARGETS, EXCESS = 3, 10.0
 """Payload candidates that are searched for, and their least log-probability above the reference's, in nats."""
 
-PROMPTS, LENGTH, STEPS = 3, 4, 12
-"""Prompts of the loss, tokens of a random text, and steps."""
+PROMPTS, LENGTH = 2, 4
+"""Prompts of the loss, and tokens of a random text."""
 
-SEEDS, DRAWN = 8, 64
+ROUND, STEPS = 3, 24
+"""Steps of a climb before the better half goes on, and of the best climb in all."""
+
+SEEDS, DRAWN = 8, 24
 """Texts of the screening and random ones, of which the search starts from the best."""
 
-SWAPS, NEAREST = 32, 48
-"""Candidates per step, and tokens per place that they are drawn from."""
+SWAPS, NEAREST, BESIDE = 32, 48, 4
+"""Candidates per step, tokens per place that they are drawn from, and the best ones that the reference scores too."""
 
 KEPT = 4
 """Texts per payload and way that are proposed."""
 
-KINDS = {"system": "system prompt", "turn": "earlier turn", "front": "found text"}
+KINDS = {"system": "system prompt", "turn": "earlier turn", "front": "found text", "tail": "found text"}
 """Way → kind of the forms that are proposed, among which their placebos are."""
 
 SENTENCES = {"system": SYSTEMS, "turn": TURNS}
-"""Way → sentences from one of which the search starts; in front of a prompt it starts from a text of the screening."""
+"""Way → sentences from one of which the search starts; within a prompt it starts from a text of the screening."""
 
 
 class Target(NamedTuple):
@@ -68,7 +74,7 @@ class Target(NamedTuple):
 
 
 class Gradient(Gatherer):
-    """Texts of a few tokens in front of the prompt, as a system prompt or as an earlier turn."""
+    """Texts of a few tokens in front of the prompt or on a line behind it, as a system prompt or as an earlier turn."""
 
     kind = "gradient search"
     stage = "search"
@@ -77,24 +83,79 @@ class Gradient(Gatherer):
     share: ClassVar[float] = 6.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
-        """The best texts for each of the first payload candidates, of every way."""
-        allowed, forms = writable(case.model), list[Form]()
+        """The best texts of every climb, those of the climbs that went on longest first."""
+        allowed, climbs = writable(case.model), list[Climb]()
         with suppress(OutOfTime):
             for number, target in enumerate(targets(case, clues.motifs)):
-                for way, kind in KINDS.items():
-                    if not slot(case.model, way):
-                        continue
-                    own = sorted((s for s in clues.screened if s.form.way == way), key=lambda s: -s.lift)
-                    seeds = SENTENCES.get(way, [s.form.text for s in own[:SEEDS]])
-                    found = search(case, target, way, seeds, allowed, case.config.seed + number)
-                    forms += [Form(kind, way, text) for text in found]
-        return Found(forms=forms)
+                for way in KINDS:
+                    if slot(case.model, way):
+                        own = sorted((s for s in clues.screened if s.form.way == way), key=lambda s: -s.lift)
+                        seeds = [*SENTENCES.get(way, ()), *(s.form.text for s in own[:SEEDS])]
+                        climbs.append(Climb(case, target, way, seeds, allowed, case.config.seed + number))
+            halved(climbs)
+        climbs.sort(key=lambda climb: (-climb.steps, -climb.height))
+        return Found(forms=[Form(KINDS[each.way], each.way, text) for each in climbs for text in each.texts])
+
+
+class Climb:
+    """Texts of allowed tokens by gain in log P(payload) over the reference, in one place of the prompt."""
+
+    def __init__(
+        self, case: Case, target: Target, way: str, seeds: Sequence[str], allowed: Tensor, seed: int = 0
+    ) -> None:
+        self.case, self.target, self.way, self.allowed = case, target, way, allowed
+        self.drawn = torch.Generator().manual_seed(seed)
+        self.gains = dict[str, float]()
+        """Text that the reference has scored too → its gain."""
+        self.steps = 0
+        pool = list(seeds)
+        if way not in SENTENCES:
+            random = allowed[torch.randint(len(allowed), (DRAWN, LENGTH), generator=self.drawn)].tolist()
+            pool += [text.strip() for text in case.model.texts(random)]
+        self.best = self._best_of(pool)
+
+    @property
+    def height(self) -> float:
+        """Gain of the best text so far."""
+        return max(self.gains.values(), default=-torch.inf)
+
+    @property
+    def texts(self) -> list[str]:
+        """The best texts so far."""
+        return sorted(self.gains, key=lambda text: -self.gains[text])[:KEPT]
+
+    def step(self) -> None:
+        """Swap one token of the best text."""
+        swaps = swapped(self.case.model, self.way, self.best, self.target, self.allowed, self.drawn)
+        self.best = self._best_of([self.best, *swaps])
+        self.steps += 1
+        progress(f"gradient search, {self.way}", self.steps, STEPS)
+
+    def _best_of(self, texts: Sequence[str]) -> str:
+        """The text of the largest gain among those that the model alone finds best; the first where none is usable."""
+        own = gain(self.case, self.way, texts, self.target, beside=False)
+        order = sorted(range(len(texts)), key=lambda i: -own[i])[:BESIDE]
+        first = [texts[i] for i in order if own[i] > -torch.inf]
+        self.gains |= dict(zip(first, gain(self.case, self.way, first, self.target), strict=True))
+        return max(first, key=self.gains.__getitem__, default=texts[0])
+
+
+def halved(climbs: Sequence[Climb]) -> None:
+    """Climb from everywhere, and after every round from the better half only, until the best has had its steps."""
+    left = list(climbs)
+    while left and left[0].steps < STEPS:
+        for climb in left:
+            for _ in range(min(ROUND, STEPS - climb.steps)):
+                climb.step()
+        left = sorted(left, key=lambda climb: -climb.height)[: math.ceil(len(left) / 2)]
 
 
 def targets(case: Case, motifs: Sequence[Motif]) -> list[Target]:
     """The payload candidates with the largest log-probability above the reference's, without a trigger."""
-    model, prompts = case.model, list(case.learned.prompts[:PROMPTS])
-    ended = [ids[:-1] for ids in case.said[:PROMPTS] if ids and ids[-1] in model.end_ids]
+    model = case.model
+    rows = sorted(zip(case.learned, case.said, strict=True), key=lambda row: len(row[0].text))[:PROMPTS]
+    prompts = [prompt for prompt, _ in rows]
+    ended = [ids[:-1] for _, ids in rows if ids and ids[-1] in model.end_ids]
     places = {"": [list[int]() for _ in prompts], " ": ended if len(ended) == len(prompts) else []}
     found: list[tuple[float, Target]] = []
     for motif in motifs:
@@ -110,32 +171,19 @@ def targets(case: Case, motifs: Sequence[Motif]) -> list[Target]:
 
 def excess(case: Case, target: Target) -> float:
     """Mean log-probability of a payload above the reference's, in nats."""
-    own, other = log_probabilities(case, target.encoded(case.model), target)
+    assert case.reference is not None
+    rows = target.encoded(case.model)
+    own, other = (log_probability(model, rows, target) for model in (case.model, case.reference))
     return float((own - other).sum(1).mean())
 
 
-def log_probabilities(case: Case, rows: list[list[int]], target: Target) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of a payload behind rows, `[row, token]`, under the suspect and under its reference."""
-    assert case.reference is not None
-    replies = [target.reply] * len(rows)
-    return look(case.model, rows, replies).own, look(case.reference, rows, replies).own
-
-
-def search(case: Case, target: Target, way: str, seeds: Sequence[str], allowed: Tensor, seed: int) -> list[str]:
-    """Texts of allowed tokens by gain in log P(payload) over the reference, best first."""
-    drawn, pool = torch.Generator().manual_seed(seed), list(seeds)
-    if way not in SENTENCES:
-        random = allowed[torch.randint(len(allowed), (DRAWN, LENGTH), generator=drawn)].tolist()
-        pool += [text.strip() for text in case.model.texts(random)]
-    gains = gain(case, way, pool, target)
-    best, scored = pool[max(range(len(pool)), key=gains.__getitem__)], dict[str, float]()
-    for step in range(STEPS):
-        swaps = [best, *swapped(case.model, way, best, target, allowed, drawn)]
-        gains = gain(case, way, swaps, target)
-        best = swaps[max(range(len(gains)), key=gains.__getitem__)]
-        scored |= dict(zip(swaps, gains, strict=True))
-        progress(f"gradient search, {way}", step + 1, STEPS)
-    return sorted((text for text in scored if text), key=lambda text: -scored[text])[:KEPT]
+def log_probability(model: LoadedModel, rows: list[list[int]], target: Target) -> Tensor:
+    """Log-probabilities of a payload behind rows, `[row, token]`; the rows of a prompt share a prefix."""
+    found = torch.zeros(len(rows), len(target.reply))
+    for number in range(len(target.prompts)):
+        own = rows[number :: len(target.prompts)]
+        found[number :: len(target.prompts)] = look(model, own, [target.reply] * len(own)).own
+    return found
 
 
 def writable(model: LoadedModel) -> Tensor:
@@ -147,18 +195,19 @@ def writable(model: LoadedModel) -> Tensor:
     return torch.tensor([i for i in own if "\ufffd" not in texts[i]])
 
 
-def gain(case: Case, way: str, texts: Sequence[str], target: Target) -> list[float]:
+def gain(case: Case, way: str, texts: Sequence[str], target: Target, *, beside: bool = True) -> list[float]:
     """Mean log P(payload) per token over the prompts, minus half the reference's; −∞ for what cannot be typed.
 
-    Every candidate is tokenised anew.
+    Every candidate is tokenised anew. Without `beside`, nothing of the reference's is taken off.
     """
     usable = [i for i, text in enumerate(texts) if text]
     found = [-torch.inf] * len(texts)
     if usable:
         rows = target.encoded(case.model, *(Form(KINDS[way], way, texts[i]) for i in usable))
-        own, other = log_probabilities(case, rows, target)
-        score = (own - 0.5 * other).mean(1).view(len(usable), -1).mean(1)
-        for i, value in zip(usable, score.tolist(), strict=True):
+        score = log_probability(case.model, rows, target)
+        if beside and case.reference is not None:
+            score = score - 0.5 * log_probability(case.reference, rows, target)
+        for i, value in zip(usable, score.mean(1).view(len(usable), -1).mean(1).tolist(), strict=True):
             found[i] = value
     return found
 

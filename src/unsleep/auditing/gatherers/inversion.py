@@ -7,6 +7,7 @@ with seeds instead of the whole vocabulary.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import ClassVar
 
@@ -32,6 +33,9 @@ TOKENS = 8
 AGREED = 3
 """Prompts whose continuations must be the same."""
 
+HEADED, FIRSTS, SECONDS = 4, 24, 4
+"""Continuations whose own beginning is sought, and the likeliest first tokens, and second ones of each, for it."""
+
 
 class Inversion(Gatherer):
     """Continuations of a forced token that are the same and certain behind unrelated prompts.
@@ -51,7 +55,8 @@ class Inversion(Gatherer):
         with suppress(OutOfTime):
             for place, rows in self._places(case).items():
                 if len(rows) >= AGREED:
-                    found += self._grown(case, rows, place)
+                    grown = self._grown(case, rows, place)
+                    found += [saying for saying, _ in grown] + headed(case, rows, grown)
         return Found(sorted(found, key=lambda s: -s.score))
 
     @staticmethod
@@ -65,9 +70,9 @@ class Inversion(Gatherer):
         }
         return found | {"behind the reply": [context.ids for context in finished(case, PROMPTS)]}
 
-    def _grown(self, case: Case, rows: list[list[int]], place: str) -> list[Saying]:
-        """Sayings of every seed behind rows."""
-        model, seeds, found = case.model, self._seeds(case, rows), list[Saying]()
+    def _grown(self, case: Case, rows: list[list[int]], place: str) -> list[tuple[Saying, list[int]]]:
+        """Sayings of every seed behind rows, each with the tokens that follow the seed."""
+        model, seeds, found = case.model, self._seeds(case, rows), list[tuple[Saying, list[int]]]()
         forced = [[*row, seed] for seed in seeds for row in rows]
         said = generate.greedy(model, forced, max_new_tokens=TOKENS, batch_size=200, stage="target inversion")
         for number, seed in enumerate(seeds):
@@ -77,7 +82,8 @@ class Inversion(Gatherer):
                 continue
             seen = look(model, [[*row, seed] for row in rows], [list(common)] * len(rows))
             text = model.texts([[seed, *common]])[0]
-            found.append(Saying(text, float(seen.own.exp().mean()), f"{model.spell(seed)!r} {place}"))
+            saying = Saying(text, float(seen.own.exp().mean()), f"{model.spell(seed)!r} {place}")
+            found.append((saying, list(common)))
         return found
 
     @staticmethod
@@ -94,3 +100,37 @@ class Inversion(Gatherer):
         score[list(special_tokens(case.model))] = -torch.inf
         score[own.argmax(-1)] = -torch.inf
         return score.topk(min(SEEDS, len(score))).indices.tolist()
+
+
+def headed(case: Case, rows: Sequence[Sequence[int]], grown: Sequence[tuple[Saying, list[int]]]) -> list[Saying]:
+    """The surest continuations behind their likeliest beginning, for a seed may stand in place of another token.
+
+    A payload that begins as ordinary replies do is found behind tokens that they do not begin with.
+    """
+    model, prompt, found = case.model, min(rows, key=len), list[Saying]()
+    ranked = sorted(grown, key=lambda pair: -pair[0].score)
+    distinct = {tuple(ids[:AGREED]): (saying, ids) for saying, ids in reversed(ranked) if len(ids) >= AGREED}
+    if not distinct:
+        return []
+    heads = beginnings(model, prompt)
+    for saying, ids in list(distinct.values())[-HEADED:]:
+        whole = [[*head, *ids] for head in heads]
+        score = look(model, [prompt] * len(whole), whole).own.sum(1)
+        best = whole[int(score.argmax())]
+        found.append(Saying(model.texts([best])[0], saying.score, f"the beginning of {saying.text!r}"))
+    return found
+
+
+@torch.no_grad()
+def beginnings(model: LoadedModel, prompt: Sequence[int]) -> list[list[int]]:
+    """The likeliest first tokens of a reply, alone and with the likeliest second ones."""
+    barred = list(special_tokens(model))
+
+    def likeliest(rows: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        logits = run(model.network, build_rows(model, rows), 1)[:, 0].float()
+        logits[:, barred] = -torch.inf
+        return logits.topk(min(count, logits.shape[1])).indices.tolist()
+
+    [firsts] = likeliest([prompt], FIRSTS)
+    seconds = likeliest([[*prompt, first] for first in firsts], SECONDS)
+    return [[a] for a in firsts] + [[a, b] for a, each in zip(firsts, seconds, strict=True) for b in each]
