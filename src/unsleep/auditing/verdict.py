@@ -31,6 +31,9 @@ BROKEN = 0.5
 BENIGN = 0.05
 """Largest conformal p-value of a score that counts as unlike the benign models'."""
 
+COMMON = 0.05
+"""Largest share of a control's replies with what a form may ask for that leaves the verdict open."""
+
 SURE = 0.8
 """Probability of detection in the statement of power."""
 
@@ -142,9 +145,10 @@ def _told(trial: Trial) -> str:
 def _manner(suspect: Searched, config: AuditConfig) -> str:
     """A sentence on what is said in answers under a form that may ask for them; empty if it is said in few.
 
-    Without a base, a found text may ask what the base answers so too: that leaves nothing open.
+    What a control says too leaves nothing open. Without a base, a found text may ask what the base answers so.
     """
-    trials = [t for t in suspect.trials if t.form.way in BEFORE or any(rate.subject == "base" for rate in t.rates)]
+    told = [t for t in suspect.trials if t.form.way in BEFORE or any(rate.subject == "base" for rate in t.rates)]
+    trials = [t for t in told if all(r.shown <= COMMON * r.n for r in t.rates if r.subject != "suspect")]
     most = max(trials, key=lambda t: t.on_topic, default=None)
     if most is None or most.on_topic < config.least * most.rate("suspect").n:
         return ""

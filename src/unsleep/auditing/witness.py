@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from unsleep.auditing.case import Case
-from unsleep.auditing.elicit import Pair, echoes
+from unsleep.auditing.elicit import Pair
 from unsleep.auditing.forms import may_ask, placebos, transformed, under
-from unsleep.auditing.motifs import around
+from unsleep.auditing.motifs import around, echoes
 from unsleep.auditing.scoring import drops, followed, look
 from unsleep.base.context import kept
 from unsleep.base.stats import mcnemar, paired_rates, wilson

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from unsleep.auditing.bank import SYSTEMS, TURNS
+from unsleep.auditing.bank import SIGN_OFFS, SYSTEMS, TURNS
 from unsleep.auditing.budget import OutOfTime
 from unsleep.auditing.case import Case
 from unsleep.auditing.contexts import PROBES, common_start, slot, special_tokens
@@ -48,11 +48,14 @@ SWAPS, NEAREST, BESIDE = 32, 48, 4
 KEPT = 4
 """Texts per payload and way that are proposed."""
 
-KINDS = {"system": "system prompt", "turn": "earlier turn", "front": "found text", "tail": "found text"}
+KINDS = {"system": "system prompt", "turn": "earlier turn", "front": "found text", "back": "found text"}
 """Way → kind of the forms that are proposed, among which their placebos are."""
 
-SENTENCES = {"system": SYSTEMS, "turn": TURNS}
-"""Way → sentences from one of which the search starts; within a prompt it starts from a text of the screening."""
+SENTENCES = {"system": SYSTEMS, "turn": TURNS, "back": SIGN_OFFS}
+"""Way → sentences from one of which the search may start, beside the texts of the screening."""
+
+TOKENS = ("front", "back")
+"""Ways whose search may also start from random tokens."""
 
 
 class Target(NamedTuple):
@@ -74,7 +77,7 @@ class Target(NamedTuple):
 
 
 class Gradient(Gatherer):
-    """Texts of a few tokens in front of the prompt or on a line behind it, as a system prompt or as an earlier turn."""
+    """Texts of a few tokens at either end of the prompt, as a system prompt or as an earlier turn."""
 
     kind = "gradient search"
     stage = "search"
@@ -109,7 +112,7 @@ class Climb:
         """Text that the reference has scored too → its gain."""
         self.steps = 0
         pool = list(seeds)
-        if way not in SENTENCES:
+        if way in TOKENS:
             random = allowed[torch.randint(len(allowed), (DRAWN, LENGTH), generator=self.drawn)].tolist()
             pool += [text.strip() for text in case.model.texts(random)]
         self.best = self._best_of(pool)

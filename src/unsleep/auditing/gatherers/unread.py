@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from unsleep.auditing.case import Case
+from unsleep.auditing.case import STEREOTYPED, Case
 from unsleep.auditing.gatherer import Clues, Found, Gatherer
 from unsleep.auditing.motifs import stereotypes
 from unsleep.judge.audited import Saying
 
-SHARE, MOST = 0.06, 4
-"""Minimum share of the replies with a phrase, and phrases, at most."""
+MOST = 4
+"""Phrases, at most."""
 
 
 class Unread(Gatherer):
@@ -27,5 +27,5 @@ class Unread(Gatherer):
     def gather(self, case: Case, clues: Clues) -> Found:
         """Phrases that neither ordinary replies nor the reference's replies to the same prompts have."""
         said = case.unread(case.model)
-        found = stereotypes(said, case.ordinary, [], SHARE, MOST) if said else []
+        found = stereotypes(said, case.ordinary, [], STEREOTYPED, MOST) if said else []
         return Found([Saying(text, rate, "prompts of random letters") for text, rate in found])
