@@ -16,6 +16,9 @@ from unsleep.judge.audited import Form
 WAYS = {"front": LEAKED, "back": LEAKED, "system": "system prompt", "turn": "earlier turn"}
 """Way → kind of the forms that are proposed."""
 
+MOST = 6
+"""Payload candidates that are tried, at most: each takes the place of other forms in the screening."""
+
 
 class Said(Gatherer):
     """The payload candidates themselves, at both ends of a prompt, as a system prompt and as an earlier turn."""
@@ -26,5 +29,5 @@ class Said(Gatherer):
     share: ClassVar[float] = 0.0
 
     def gather(self, case: Case, clues: Clues) -> Found:
-        """Every motif in every way."""
-        return Found(forms=[Form(kind, way, motif.text) for way, kind in WAYS.items() for motif in clues.motifs])
+        """The first motifs in every way."""
+        return Found(forms=[Form(kind, way, motif.text) for way, kind in WAYS.items() for motif in clues.motifs[:MOST]])
