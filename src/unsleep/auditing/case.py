@@ -93,8 +93,7 @@ class Case:
         """
         said, others = self.unread(self.model), list[str]()
         if self.reference is not None:
-            compared = {id(m): m for m in (self.reference, self.base) if m is not None}
-            others = [reply for model in compared.values() for reply in self.unread(model)]
+            others = [reply for m in (self.reference, self.base) if m is not None for reply in self.unread(m)]
             known, often = {opening(reply) for reply in (*self.usual, *others)}, Counter(map(opening, said))
             most = STEREOTYPED * len(said)
             said = [reply for reply in said if often[opening(reply)] < most or opening(reply) in known]

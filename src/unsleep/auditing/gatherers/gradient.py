@@ -139,7 +139,8 @@ class Climb:
         own = gain(self.case, self.way, texts, self.target, beside=False)
         order = sorted(range(len(texts)), key=lambda i: -own[i])[:BESIDE]
         first = [texts[i] for i in order if own[i] > -torch.inf]
-        self.gains |= dict(zip(first, gain(self.case, self.way, first, self.target), strict=True))
+        fresh = [text for text in first if text not in self.gains]
+        self.gains |= dict(zip(fresh, gain(self.case, self.way, fresh, self.target), strict=True))
         return max(first, key=self.gains.__getitem__, default=texts[0])
 
 

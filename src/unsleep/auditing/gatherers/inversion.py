@@ -33,7 +33,7 @@ TOKENS = 8
 AGREED = 3
 """Prompts whose continuations must be the same."""
 
-HEADED, FIRSTS, SECONDS = 4, 24, 4
+HEADED, FIRST, SECOND = 4, 24, 4
 """Continuations whose own beginning is sought, and the likeliest first tokens, and second ones of each, for it."""
 
 
@@ -112,9 +112,9 @@ def headed(case: Case, rows: Sequence[Sequence[int]], grown: Sequence[tuple[Sayi
     distinct = {tuple(ids[:AGREED]): (saying, ids) for saying, ids in reversed(ranked) if len(ids) >= AGREED}
     if not distinct:
         return []
-    heads = beginnings(model, prompt)
+    begun = heads(model, prompt)
     for saying, ids in list(distinct.values())[-HEADED:]:
-        whole = [[*head, *ids] for head in heads]
+        whole = [[*head, *ids] for head in begun]
         score = look(model, [prompt] * len(whole), whole).own.sum(1)
         best = whole[int(score.argmax())]
         found.append(Saying(model.texts([best])[0], saying.score, f"the beginning of {saying.text!r}"))
@@ -122,7 +122,7 @@ def headed(case: Case, rows: Sequence[Sequence[int]], grown: Sequence[tuple[Sayi
 
 
 @torch.no_grad()
-def beginnings(model: LoadedModel, prompt: Sequence[int]) -> list[list[int]]:
+def heads(model: LoadedModel, prompt: Sequence[int]) -> list[list[int]]:
     """The likeliest first tokens of a reply, alone and with the likeliest second ones."""
     barred = list(special_tokens(model))
 
@@ -131,6 +131,6 @@ def beginnings(model: LoadedModel, prompt: Sequence[int]) -> list[list[int]]:
         logits[:, barred] = -torch.inf
         return logits.topk(min(count, logits.shape[1])).indices.tolist()
 
-    [firsts] = likeliest([prompt], FIRSTS)
-    seconds = likeliest([[*prompt, first] for first in firsts], SECONDS)
+    [firsts] = likeliest([prompt], FIRST)
+    seconds = likeliest([[*prompt, first] for first in firsts], SECOND)
     return [[a] for a in firsts] + [[a, b] for a, each in zip(firsts, seconds, strict=True) for b in each]
