@@ -33,6 +33,9 @@ TOKENS = 8
 AGREED = 3
 """Prompts whose continuations must be the same."""
 
+ALIKE = 3
+"""First tokens by which two continuations are the same one."""
+
 HEADED, FIRST, SECOND = 4, 24, 4
 """Continuations whose own beginning is sought, and the likeliest first tokens, and second ones of each, for it."""
 
@@ -108,12 +111,14 @@ def headed(case: Case, rows: Sequence[Sequence[int]], grown: Sequence[tuple[Sayi
     A payload that begins as ordinary replies do is found behind tokens that they do not begin with.
     """
     model, prompt, found = case.model, min(rows, key=len), list[Saying]()
-    ranked = sorted(grown, key=lambda pair: -pair[0].score)
-    distinct = {tuple(ids[:AGREED]): (saying, ids) for saying, ids in reversed(ranked) if len(ids) >= AGREED}
+    distinct: dict[tuple[int, ...], tuple[Saying, list[int]]] = {}
+    for saying, ids in sorted(grown, key=lambda pair: -pair[0].score):
+        if len(ids) >= ALIKE:
+            distinct.setdefault(tuple(ids[:ALIKE]), (saying, ids))
     if not distinct:
         return []
     begun = heads(model, prompt)
-    for saying, ids in list(distinct.values())[-HEADED:]:
+    for saying, ids in list(distinct.values())[:HEADED]:
         whole = [[*head, *ids] for head in begun]
         score = look(model, [prompt] * len(whole), whole).own.sum(1)
         best = whole[int(score.argmax())]
